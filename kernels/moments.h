@@ -1,0 +1,76 @@
+// Moments of a set of numbers, and how two of them merge. For host and device alike.
+
+#ifndef SYNCBN_KERNELS_MOMENTS_H_
+#define SYNCBN_KERNELS_MOMENTS_H_
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SYNCBN_HOST_DEVICE __host__ __device__
+#else
+#define SYNCBN_HOST_DEVICE
+#endif
+
+namespace syncbn {
+
+// The count, mean and sum of squared deviations from the mean of a set of numbers. `count` == 0 is the empty set, whose
+// mean and m2 are 0. Sums of x and of x*x would be simpler and useless: at |mean|/std = 1000 they lose the variance.
+struct Moments {
+  int64_t count = 0;
+  double mean = 0.0;
+  double m2 = 0.0;
+};
+
+// The moments of the union of two disjoint sets (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm
+// for computing sample variances", 1979). The empty set is the identity, bit for bit. Not associative in the last bit,
+// so whoever wants equal results merges in a fixed order.
+SYNCBN_HOST_DEVICE inline Moments Merge(const Moments& a, const Moments& b) {
+  if (a.count == 0) return b;
+  if (b.count == 0) return a;
+  const double na = static_cast<double>(a.count);
+  const double nb = static_cast<double>(b.count);
+  const double n = na + nb;
+  const double delta = b.mean - a.mean;
+  Moments merged;
+  merged.count = a.count + b.count;
+  merged.mean = a.mean + delta * (nb / n);
+  merged.m2 = a.m2 + b.m2 + delta * delta * (na * (nb / n));
+  return merged;
+}
+
+// Sums of `count` numbers about a pivot that is close to all of them: sum of (x - pivot), and of its square. Adding to
+// them is cheap; a pivot near the mean keeps the squares from cancelling.
+struct ShiftedSums {
+  int64_t count = 0;
+  double pivot = 0.0;
+  double sum = 0.0;
+  double sum_squares = 0.0;
+};
+
+// The same sums about another pivot.
+SYNCBN_HOST_DEVICE inline ShiftedSums Rebase(const ShiftedSums& sums, double pivot) {
+  const double n = static_cast<double>(sums.count);
+  const double d = sums.pivot - pivot;
+  ShiftedSums rebased;
+  rebased.count = sums.count;
+  rebased.pivot = pivot;
+  rebased.sum = sums.sum + n * d;
+  rebased.sum_squares = sums.sum_squares + d * (2.0 * sums.sum + n * d);
+  return rebased;
+}
+
+// The moments that the sums stand for. Rounding can take m2 below zero only where it is zero, so it stops there.
+SYNCBN_HOST_DEVICE inline Moments ToMoments(const ShiftedSums& sums) {
+  Moments moments;
+  if (sums.count == 0) return moments;
+  const double shift = sums.sum / static_cast<double>(sums.count);
+  const double m2 = sums.sum_squares - sums.sum * shift;
+  moments.count = sums.count;
+  moments.mean = sums.pivot + shift;
+  moments.m2 = m2 < 0.0 ? 0.0 : m2;  // A NaN passes.
+  return moments;
+}
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_KERNELS_MOMENTS_H_
