@@ -1,0 +1,196 @@
+// The round engine: everything that a master decides, as a function of what has happened.
+
+#ifndef SYNCBN_SERVER_CORE_COORDINATOR_H_
+#define SYNCBN_SERVER_CORE_COORDINATOR_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "server/core/limits.h"
+#include "server/core/types.h"
+
+namespace syncbn::core {
+
+// ---- What happens ---------------------------------------------------------------------------------------------------
+
+// A frame arrived on a stream. The first frame of a stream must have `join`.
+struct FrameReceived {
+  StreamId stream = 0;
+  std::optional<Join> join;
+  std::vector<LayerSpec> layers;
+  std::vector<Contribution> contributions;
+  std::vector<RoundKey> blocked_on;
+  std::optional<std::string> leave;  // The reason.
+};
+
+// A stream ended from the worker's side, or broke. Ignored for streams that the coordinator has closed.
+struct StreamClosed {
+  StreamId stream = 0;
+};
+
+// The time that NextDeadline() named has come. Harmless when early.
+struct TimePassed {};
+
+// The master is going away: every round in flight ends, every stream is closed with SHUTTING_DOWN, and so is every one
+// that joins afterwards.
+struct Shutdown {};
+
+using Event = std::variant<FrameReceived, StreamClosed, TimePassed, Shutdown>;
+
+// ---- What is to be done about it, in this order ---------------------------------------------------------------------
+
+struct SendJoined {
+  StreamId stream = 0;
+  uint32_t protocol_version = 0;
+  uint64_t incarnation = 0;
+  uint64_t run_id = 0;
+  GroupConfig config;  // With every default filled in.
+  Membership membership;
+};
+
+// One frame, the same for all these streams. Outcomes are in the order in which their rounds ended.
+struct SendResults {
+  std::vector<StreamId> streams;
+  std::vector<std::shared_ptr<const RoundOutcome>> outcomes;
+};
+
+struct SendLayerError {
+  std::vector<StreamId> streams;
+  std::string layer;
+  Error error;
+};
+
+// Sent when the group becomes complete, and at every loss and leave.
+struct SendMembership {
+  std::vector<StreamId> streams;
+  Membership membership;
+};
+
+// The stream is to be closed, with a status if there is an error, after what was sent to it before. Nothing is sent to
+// it afterwards, and what it still says is ignored.
+struct CloseStream {
+  StreamId stream = 0;
+  std::optional<Error> error;
+};
+
+// A round has ended. For watchers and metrics; nothing is to be sent to workers.
+struct RoundEnded {
+  GroupId group;
+  std::shared_ptr<const RoundOutcome> outcome;
+  absl::Duration duration;  // Since its first contribution.
+  uint32_t contributors = 0;
+  Rank last_rank = 0;
+};
+
+// A group is gone. Its watchers' calls end.
+struct GroupEnded {
+  GroupId group;
+};
+
+using Effect =
+    std::variant<SendJoined, SendResults, SendLayerError, SendMembership, CloseStream, RoundEnded, GroupEnded>;
+using Effects = std::vector<Effect>;
+
+// ---- What can be seen from outside ----------------------------------------------------------------------------------
+
+struct GroupSummary {
+  GroupId id;
+  uint64_t generation = 0;
+  uint64_t run_id = 0;
+  uint32_t world_size = 0;
+  uint32_t present = 0;
+  size_t layers = 0;
+  size_t rounds_in_flight = 0;
+  uint64_t rounds_completed = 0;
+  uint64_t rounds_failed = 0;
+};
+
+struct MemberView {
+  Rank rank = 0;
+  MemberState state = MemberState::kAbsent;
+  uint64_t incarnation = 0;
+  std::string description;
+  uint64_t contributions = 0;
+  uint64_t last_arrivals = 0;
+  absl::Time joined_at;
+  std::vector<RoundKey> blocked_on;
+};
+
+struct PendingRoundView {
+  RoundKey key;
+  std::vector<Rank> arrived_ranks;
+  std::vector<Rank> missing_ranks;
+  absl::Duration age;
+  absl::Duration time_left;
+};
+
+struct GroupView {
+  GroupSummary summary;
+  GroupConfig config;
+  std::vector<MemberView> members;        // By rank.
+  std::vector<PendingRoundView> pending;  // Oldest first.
+};
+
+struct LayerSummary {
+  LayerSpec spec;
+  std::optional<uint64_t> newest_sequence;
+  uint64_t rounds_completed = 0;
+  uint64_t rounds_failed = 0;
+  std::optional<Error> conflict;
+};
+
+struct RunningStatisticsView {
+  std::vector<double> mean;
+  std::vector<double> var;
+  uint64_t updates = 0;
+};
+
+struct LayerView {
+  LayerSummary summary;
+  std::shared_ptr<const RoundOutcome> batch;  // The newest completed forward round; null before it.
+  RunningStatisticsView running;
+};
+
+// Holds the groups of a master: who is in them, which rounds are in flight, what ended rounds brought. It has no
+// thread, no lock, no clock and no socket: the same events at the same times give the same effects, byte for byte.
+// `now` must not go backwards.
+//
+// A contribution is O(channels); a completed round is O(workers * channels); every other event is O(what it touches).
+//
+// Thread safety: none; the caller serializes.
+class Coordinator {
+ public:
+  explicit Coordinator(Limits limits = Limits());
+  ~Coordinator();
+  Coordinator(const Coordinator&) = delete;
+  Coordinator& operator=(const Coordinator&) = delete;
+
+  // Takes note of the event and says what is to be done. Every bad input has its answer among the effects.
+  Effects On(const Event& event, absl::Time now);
+
+  // When On(TimePassed) is next due; InfiniteFuture if nothing waits for time to pass.
+  absl::Time NextDeadline() const;
+
+  // By job and group name.
+  std::vector<GroupSummary> ListGroups() const;
+  // Errors: NOT_FOUND, naming the groups (or layers) that there are.
+  absl::StatusOr<GroupView> GetGroup(const GroupId& id, absl::Time now) const;
+  // By name.
+  absl::StatusOr<std::vector<LayerSummary>> ListLayers(const GroupId& id) const;
+  absl::StatusOr<LayerView> GetLayer(const GroupId& id, absl::string_view layer) const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace syncbn::core
+
+#endif  // SYNCBN_SERVER_CORE_COORDINATOR_H_

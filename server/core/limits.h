@@ -1,0 +1,53 @@
+// Every limit of a master, in one place. Going past one is RESOURCE_EXHAUSTED, LIMIT_EXCEEDED, naming the field below.
+
+#ifndef SYNCBN_SERVER_CORE_LIMITS_H_
+#define SYNCBN_SERVER_CORE_LIMITS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/time/time.h"
+
+namespace syncbn::core {
+
+struct Limits {
+  // Groups that exist at one time, whether or not anyone is connected.
+  size_t max_groups = 1024;
+  // world_size of a group.
+  uint32_t max_workers = 4096;
+  // Layers of a group, the names of sums included.
+  size_t max_layers = 8192;
+  // Channels of a batch-norm layer.
+  uint32_t max_channels = 1u << 16;
+  // Elements of one PHASE_SUM vector. Clients send longer ones in pieces.
+  uint32_t max_vector_elements = 1u << 20;
+  // Rounds of a group that have begun and not ended.
+  size_t max_rounds_in_flight = 8192;
+  // Contributions held for rounds of a group that have not ended, in bytes.
+  size_t max_pending_bytes = size_t{1} << 30;
+  // Length of a job, group or layer name, in bytes, and of a description.
+  size_t max_name_bytes = 255;
+  size_t max_description_bytes = 1024;
+
+  // What a master remembers of ended rounds. A backward round finds its forward round, and a replay its outcome, up to
+  // this many sequences behind the layer's newest ...
+  uint64_t retained_rounds = 128;
+  // ... but the vectors of outcomes are forgotten, oldest first, where those of a group exceed this many bytes.
+  size_t max_retained_bytes = size_t{32} << 20;
+
+  // Bounds of what a group may declare.
+  absl::Duration min_round_timeout = absl::Milliseconds(10);
+  absl::Duration max_round_timeout = absl::Hours(24);
+  absl::Duration default_round_timeout = absl::Seconds(30);
+  absl::Duration max_rejoin_grace = absl::Minutes(10);
+  absl::Duration default_rejoin_grace = absl::Milliseconds(50);
+  // A group without a live stream is kept this long for its workers to come back to.
+  absl::Duration group_linger = absl::Minutes(1);
+
+  // What a mean, an M2 or a sum may measure before merging it could overflow: 2^500, and its square for M2.
+  double max_magnitude = 3.2733906078961419e150;
+};
+
+}  // namespace syncbn::core
+
+#endif  // SYNCBN_SERVER_CORE_LIMITS_H_

@@ -1,0 +1,129 @@
+// The vocabulary of the round engine: what proto/syncbn/v1/statistics.proto says on the wire, as plain values. Where a
+// type here has a message's name, that message's comments hold for it.
+
+#ifndef SYNCBN_SERVER_CORE_TYPES_H_
+#define SYNCBN_SERVER_CORE_TYPES_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+
+namespace syncbn::core {
+
+using Rank = uint32_t;
+// One worker's stream, for as long as it is open. The transport numbers streams and never uses a number twice.
+using StreamId = uint64_t;
+
+enum class Phase : uint8_t { kForward = 1, kBackward = 2, kSum = 3 };
+enum class MissingPolicy : uint8_t { kFail = 1, kProceed = 2 };
+enum class LayerKind : uint8_t { kBatchNorm = 1, kSum = 2 };
+enum class EpsMode : uint8_t { kAdd = 1, kClamp = 2 };
+enum class NumericPolicy : uint8_t { kRefuse = 1, kPropagate = 2 };
+enum class BackwardRole : uint8_t { kRequired = 1, kIfRequired = 2, kNone = 3 };
+enum class MemberState : uint8_t { kAbsent = 1, kPresent = 2, kLost = 3, kLeft = 4 };
+
+struct RoundKey {
+  std::string layer;
+  uint64_t sequence = 0;
+  Phase phase = Phase::kForward;
+
+  friend bool operator==(const RoundKey& a, const RoundKey& b) {
+    return a.sequence == b.sequence && a.phase == b.phase && a.layer == b.layer;
+  }
+  friend bool operator<(const RoundKey& a, const RoundKey& b) {
+    return std::tie(a.layer, a.sequence, a.phase) < std::tie(b.layer, b.sequence, b.phase);
+  }
+};
+
+struct GroupId {
+  std::string job;
+  std::string group;
+
+  friend bool operator==(const GroupId& a, const GroupId& b) { return a.job == b.job && a.group == b.group; }
+  friend bool operator<(const GroupId& a, const GroupId& b) {
+    return std::tie(a.job, a.group) < std::tie(b.job, b.group);
+  }
+  template <typename H>
+  friend H AbslHashValue(H h, const GroupId& id) {
+    return H::combine(std::move(h), id.job, id.group);
+  }
+};
+
+struct GroupConfig {
+  std::optional<absl::Duration> round_timeout;
+  MissingPolicy missing_policy = MissingPolicy::kFail;
+  uint32_t min_workers = 0;
+  std::optional<absl::Duration> rejoin_grace;
+};
+
+struct LayerSpec {
+  std::string name;
+  uint32_t channels = 0;
+  LayerKind kind = LayerKind::kBatchNorm;
+  double eps = 0.0;
+  EpsMode eps_mode = EpsMode::kAdd;
+  NumericPolicy numeric_policy = NumericPolicy::kRefuse;
+  std::optional<double> momentum;
+  bool biased_running_variance = false;
+};
+
+struct Join {
+  uint32_t min_protocol_version = 0;
+  uint32_t max_protocol_version = 0;
+  GroupId id;
+  Rank rank = 0;
+  uint32_t world_size = 0;
+  uint64_t incarnation = 0;
+  uint64_t run_id = 0;
+  uint64_t generation = 0;
+  GroupConfig config;
+  std::vector<LayerSpec> layers;
+  std::string description;
+};
+
+// A worker's part of a round. `first` and `second` are, by phase: mean and m2; sum_dy and sum_dy_xmu; the vector, and
+// nothing. They point into the caller's memory, which must outlive the call that takes the contribution and no more.
+struct Contribution {
+  RoundKey key;
+  int64_t count = 0;                                     // Forward only.
+  BackwardRole backward_role = BackwardRole::kRequired;  // Forward only.
+  absl::Span<const double> first;
+  absl::Span<const double> second;
+};
+
+// Why a call or a round failed. `reason` is one of those that statistics.proto lists, and has static storage.
+struct Error {
+  absl::StatusCode code = absl::StatusCode::kUnknown;
+  const char* reason = "";
+  std::string message;
+  std::vector<Rank> ranks;  // To blame, ascending; may be empty.
+};
+
+// How a round ended. Immutable and shared: the same object goes to every member, and serves replays.
+struct RoundOutcome {
+  RoundKey key;
+  std::optional<Error> error;  // If set, what follows is empty.
+  int64_t count = 0;           // Forward, and backward (of its forward round).
+  std::vector<double> first;   // mean; sum_dy; vector.
+  std::vector<double> second;  // var (biased); sum_dy_xmu; empty.
+  bool backward_required = false;
+  std::vector<Rank> missing_ranks;
+};
+
+struct Membership {
+  uint32_t world_size = 0;
+  std::vector<Rank> present_ranks;
+  std::vector<Rank> left_ranks;
+};
+
+}  // namespace syncbn::core
+
+#endif  // SYNCBN_SERVER_CORE_TYPES_H_

@@ -1,0 +1,81 @@
+// A master in this process: the round engine behind gRPC.
+
+#ifndef SYNCBN_SERVER_STATS_SERVER_H_
+#define SYNCBN_SERVER_STATS_SERVER_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "server/core/limits.h"
+
+namespace syncbn {
+
+// Serves StatisticsService, InspectionService, reflection, health and channelz until it is destroyed or shut down.
+//
+//   auto server = MasterServer::Start({.addresses = {"127.0.0.1:0"}});
+//   if (!server.ok()) return server.status();
+//   LOG("ready at " + (*server)->target());
+//
+// Thread safety: all methods may be called from any thread.
+class MasterServer {
+ public:
+  struct TlsOptions {
+    // PEM files. With a certificate and key the server speaks TLS alone.
+    std::string cert_file;
+    std::string key_file;
+    // Clients must present a certificate that one of these signed.
+    std::string trusted_ca_file;
+    bool client_cert_auth = false;
+  };
+
+  struct Options {
+    // Where to listen: HOST:PORT (port 0: any free one) or unix:PATH. At least one.
+    std::vector<std::string> addresses = {"127.0.0.1:50051"};
+    TlsOptions tls;
+    // Listen beyond loopback without TLS. Otherwise that is INVALID_ARGUMENT.
+    bool insecure = false;
+    core::Limits limits;
+    // Longest frame from a worker, in bytes.
+    int max_frame_bytes = 64 << 20;
+    // Bytes that may wait to be read by one worker before its stream is closed as too slow.
+    size_t max_unread_bytes = size_t{64} << 20;
+    // A stream that has not joined by then is closed.
+    absl::Duration join_timeout = absl::Seconds(5);
+    // Watchers of InspectionService.WatchRounds, over all groups.
+    size_t max_watchers = 64;
+    // "syncbn-master/0.1.0": what workers are told about this process.
+    std::string description;
+  };
+
+  // Binds every address and starts to serve. Errors: INVALID_ARGUMENT (a malformed address, a TLS file that cannot be
+  // read, a refusal to listen beyond loopback), UNAVAILABLE (an address that cannot be bound).
+  static absl::StatusOr<std::unique_ptr<MasterServer>> Start(Options options);
+
+  // Shuts down at once, as Shutdown(absl::ZeroDuration()) does.
+  ~MasterServer();
+  MasterServer(const MasterServer&) = delete;
+  MasterServer& operator=(const MasterServer&) = delete;
+
+  // The port of the first TCP address, also where it was asked to be any; 0 if all are unix sockets.
+  int port() const;
+  // What a client passes to reach the first address: "127.0.0.1:40123" or "unix:/run/syncbn.sock".
+  std::string target() const;
+  // The targets of all addresses, in order.
+  std::vector<std::string> targets() const;
+
+  // Tells every worker SHUTTING_DOWN, lets streams drain for at most `grace`, then ends. Idempotent; returns when done.
+  void Shutdown(absl::Duration grace);
+
+ private:
+  class Impl;
+  explicit MasterServer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_SERVER_STATS_SERVER_H_
