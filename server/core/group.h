@@ -1,0 +1,163 @@
+// One group: its members, its layers, its rounds in flight.
+
+#ifndef SYNCBN_SERVER_CORE_GROUP_H_
+#define SYNCBN_SERVER_CORE_GROUP_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/container/btree_map.h"
+#include "absl/container/btree_set.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "server/core/coordinator.h"
+#include "server/core/layer.h"
+#include "server/core/limits.h"
+#include "server/core/merge.h"
+#include "server/core/types.h"
+
+namespace syncbn::core {
+
+// Writes the config with every default filled in; or says why it cannot be used.
+std::optional<Error> FillConfig(const GroupConfig& config, uint32_t world_size, const Limits& limits,
+                                GroupConfig& filled);
+
+// Not thread-safe; pure. Each method appends what is to be done to `effects`. The coordinator has seen to it that a
+// join names this group and its generation, and that streams belong to it.
+class Group {
+ public:
+  Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const Limits& limits, absl::Time now);
+  Group(const Group&) = delete;
+  Group& operator=(const Group&) = delete;
+
+  const GroupId& id() const { return id_; }
+  uint64_t generation() const { return generation_; }
+  uint64_t run_id() const { return run_id_; }
+  bool empty() const { return present_ == 0; }
+
+  // Refuses (by closing the stream) or admits the worker. Returns whether it was admitted.
+  bool OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, uint32_t protocol_version, absl::Time now,
+              Effects& effects);
+  // A frame of a member, its join excepted.
+  void OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now, Effects& effects);
+  void OnStreamClosed(StreamId stream, absl::Time now, Effects& effects);
+  void OnTimePassed(absl::Time now, Effects& effects);
+  // The group is over: every round ends with GROUP_ENDED, every stream is closed with `why`.
+  void End(const Error& why, absl::Time now, Effects& effects);
+
+  // When OnTimePassed is next due.
+  absl::Time NextDeadline() const;
+  // When the group, having been empty for long enough, is to be dropped; InfiniteFuture while someone is present.
+  absl::Time linger_until() const { return linger_until_; }
+
+  // The streams of members that are present.
+  std::vector<StreamId> Streams() const;
+
+  GroupSummary Summary() const;
+  GroupView View(absl::Time now) const;
+  std::vector<LayerSummary> Layers() const;
+  const Layer* FindLayer(absl::string_view name) const;
+
+ private:
+  struct MemberRecord {
+    MemberState state = MemberState::kAbsent;
+    StreamId stream = 0;
+    uint64_t incarnation = 0;
+    std::string description;
+    uint64_t contributions = 0;
+    uint64_t last_arrivals = 0;
+    absl::Time joined_at;
+    bool has_contributed = false;  // In this incarnation.
+    // While lost: until when it may come back before rounds stop waiting for it, and whether that time has passed.
+    absl::Time grace_until;
+    bool given_up = false;
+    std::vector<RoundKey> blocked_on;
+  };
+
+  struct PendingRound {
+    absl::Time begun;
+    absl::Time deadline;
+    size_t bytes = 0;
+    size_t needed = 0;  // Contributions, if nobody leaves.
+    Payloads payloads;
+    Rank last_rank = 0;
+  };
+  using PendingRounds = absl::btree_map<RoundKey, PendingRound>;
+
+  // ---- Membership and layers (group.cc)
+  std::optional<Error> CheckJoin(const Join& join, const GroupConfig& filled) const;
+  // The difference between the layers that the join declares to be all and those that the group knows to be all.
+  std::optional<Error> CheckLayerSet(const Join& join) const;
+  void TakeSeat(StreamId stream, const Join& join, absl::Time now, Effects& effects);
+  // Clears what ties the member to its stream and to a loss before.
+  void Vacate(Rank rank);
+  void Leave(Rank rank, absl::Time now, Effects& effects);
+  std::optional<Error> DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
+  void AnnounceConflict(const Layer& layer, absl::Time now, Effects& effects);
+  void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
+  Membership CurrentMembership() const;
+
+  // ---- Rounds (group_rounds.cc)
+  void OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects);
+  // Answers a contribution to a key whose round has ended. Returns whether it has.
+  bool Replay(Rank rank, const Contribution& contribution, Layer& layer, Effects& effects) const;
+  // Why a contribution that the round's outcome does not depend on is refused, to its sender alone.
+  std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const;
+  std::optional<Error> CheckRoom(const Contribution& contribution) const;
+  PendingRounds::iterator Begin(const RoundKey& key, Layer& layer, absl::Time now);
+  void Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
+  // Ends the round if what is known of its members says how.
+  void Settle(PendingRounds::iterator round, absl::Time now, Effects& effects);
+  void SettleAll(absl::Time now, Effects& effects);
+  // Ends the round because its time is up.
+  void Expire(PendingRounds::iterator round, absl::Time now, Effects& effects);
+  // Those that have not contributed, of all that the round is for.
+  std::vector<Rank> MissingRanks(const RoundKey& key, const PendingRound& round) const;
+  void Complete(PendingRounds::iterator round, absl::Time now, Effects& effects);
+  void Fail(PendingRounds::iterator round, Error error, absl::Time now, Effects& effects);
+  void Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now,
+              Effects& effects);
+  // A member says that it sends nothing until one of these rounds ends. Not believed if one of them has ended.
+  void Block(Rank rank, const std::vector<RoundKey>& keys);
+  void Unblock(Rank rank);
+  void FindDeadlock(absl::Time now, Effects& effects);
+  // Tells one member alone that its contribution was refused.
+  void Refuse(Rank rank, const RoundKey& key, Error error, Effects& effects) const;
+
+  const GroupId id_;
+  const uint64_t generation_;
+  const uint64_t run_id_;
+  const uint32_t world_size_;
+  const GroupConfig config_;
+  const Limits& limits_;
+
+  std::vector<MemberRecord> members_;  // By rank.
+  absl::flat_hash_map<StreamId, Rank> ranks_;
+  uint32_t present_ = 0;
+  uint32_t left_ = 0;
+  uint32_t given_up_ = 0;
+  uint32_t blocked_ = 0;  // Members whose blocked_on is not empty.
+  absl::Time linger_until_;
+  absl::btree_set<std::pair<absl::Time, Rank>> graces_;
+
+  OutcomeBudget budget_;
+  absl::btree_map<std::string, std::unique_ptr<Layer>> layers_;
+  // The complete set of layers, by the first member that declared one.
+  std::optional<Rank> set_declared_by_;
+  absl::btree_set<std::string> set_;
+
+  PendingRounds pending_;
+  absl::btree_set<std::pair<absl::Time, RoundKey>> deadlines_;
+  size_t pending_bytes_ = 0;
+  uint64_t completed_ = 0;
+  uint64_t failed_ = 0;
+};
+
+}  // namespace syncbn::core
+
+#endif  // SYNCBN_SERVER_CORE_GROUP_H_

@@ -1,0 +1,355 @@
+// The rounds of a group: from a contribution to an outcome.
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/core/error.h"
+#include "server/core/group.h"
+
+namespace syncbn::core {
+
+// ---- A contribution arrives -----------------------------------------------------------------------------------------
+
+void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects) {
+  const RoundKey& key = contribution.key;
+  const auto it = layers_.find(key.layer);
+  if (it == layers_.end() || (it->second->spec().kind == LayerKind::kSum) != (key.phase == Phase::kSum)) {
+    Refuse(rank, key,
+           MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
+                     absl::StrCat("rank ", rank, " contributes to the ", Describe(key), ", but ",
+                                  it == layers_.end() ? "no worker has declared a layer of that name"
+                                                      : "that layer was declared to be of another kind"),
+                     {rank}),
+           effects);
+    return;
+  }
+  Layer& layer = *it->second;
+  if (Replay(rank, contribution, layer, effects)) return;
+  auto round = pending_.find(key);
+  std::optional<Error> refusal;
+  if (layer.Expired(key.phase, key.sequence) && round == pending_.end()) {
+    refusal = MakeError(absl::StatusCode::kFailedPrecondition, kRoundExpired,
+                        absl::StrCat("the ", Describe(key), " is ", limits_.retained_rounds,
+                                     " or more sequences behind the layer's newest and has been forgotten"));
+  } else if (key.phase == Phase::kBackward) {
+    refusal = CheckBackward(rank, key, layer);
+  }
+  if (!refusal.has_value()) refusal = CheckRoom(contribution);
+  if (refusal.has_value()) {
+    Refuse(rank, key, std::move(*refusal), effects);
+    return;
+  }
+  if (round == pending_.end()) round = Begin(key, layer, now);
+  Take(rank, contribution, round, effects);
+  if (auto conflict = layer.conflict()) {
+    Fail(round, std::move(*conflict), now, effects);
+  } else if (auto error = CheckNumbers(contribution, layer.spec(), rank, limits_)) {
+    Fail(round, std::move(*error), now, effects);
+  } else {
+    Settle(round, now, effects);
+  }
+}
+
+bool Group::Replay(Rank rank, const Contribution& contribution, Layer& layer, Effects& effects) const {
+  const RoundKey& key = contribution.key;
+  const EndedRound* const ended = layer.Find(key.phase, key.sequence);
+  if (ended == nullptr) return false;
+  const Contributor* const before = ended->Find(rank);
+  if (before != nullptr && before->digest != Digest(contribution)) {
+    const bool reborn = before->incarnation != members_[rank].incarnation;
+    Refuse(rank, key,
+           MakeError(absl::StatusCode::kAlreadyExists, kPayloadChanged,
+                     absl::StrCat("the ", Describe(key), " has ended, and rank ", rank,
+                                  reborn ? " contributed other numbers before it restarted; workers that restart must "
+                                           "resume at a sequence that is greater than any used before"
+                                         : " contributed other numbers to it; the first ones stand"),
+                     {rank}),
+           effects);
+  } else if (ended->outcome == nullptr) {
+    Refuse(
+        rank, key,
+        MakeError(absl::StatusCode::kFailedPrecondition, kRoundExpired,
+                  absl::StrCat("the ", Describe(key), " has ended, and its result has been forgotten to stay within ",
+                               "max_retained_bytes = ", limits_.max_retained_bytes)),
+        effects);
+  } else {
+    effects.push_back(SendResults{{members_[rank].stream}, {ended->outcome}});
+  }
+  return true;
+}
+
+std::optional<Error> Group::CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const {
+  const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
+  if (forward == nullptr || forward->failed) {
+    return MakeError(absl::StatusCode::kFailedPrecondition, kForwardRoundUnknown,
+                     absl::StrCat("the ", Describe(key), " has no completed forward round",
+                                  forward == nullptr ? "" : ": that one failed"));
+  }
+  const Contributor* const contributor = forward->Find(rank);
+  if (contributor != nullptr && contributor->role != BackwardRole::kNone && forward->backward_required) {
+    return std::nullopt;
+  }
+  return MakeError(absl::StatusCode::kFailedPrecondition, kNotAContributor,
+                   absl::StrCat("rank ", rank, " contributes to the ", Describe(key), ", but ",
+                                contributor == nullptr       ? "its forward contribution did not count"
+                                : forward->backward_required ? "it announced BACKWARD_ROLE_NONE in its forward round"
+                                                             : "no worker required that round"),
+                   {rank});
+}
+
+std::optional<Error> Group::CheckRoom(const Contribution& contribution) const {
+  if (pending_.size() >= limits_.max_rounds_in_flight && !pending_.contains(contribution.key)) {
+    return LimitError(pending_.size() + 1, "rounds in flight", "max_rounds_in_flight", limits_.max_rounds_in_flight);
+  }
+  const size_t bytes = (contribution.first.size() + contribution.second.size()) * sizeof(double);
+  if (pending_bytes_ + bytes > limits_.max_pending_bytes) {
+    return LimitError(pending_bytes_ + bytes, "bytes of contributions to rounds in flight", "max_pending_bytes",
+                      limits_.max_pending_bytes);
+  }
+  return std::nullopt;
+}
+
+Group::PendingRounds::iterator Group::Begin(const RoundKey& key, Layer& layer, absl::Time now) {
+  PendingRound round;
+  round.begun = now;
+  round.deadline = now + *config_.round_timeout;
+  round.needed = world_size_;
+  if (key.phase == Phase::kBackward) {
+    const std::vector<Contributor>& contributors = layer.Find(Phase::kForward, key.sequence)->contributors;
+    round.needed = std::count_if(contributors.begin(), contributors.end(),
+                                 [](const Contributor& c) { return c.role != BackwardRole::kNone; });
+  }
+  deadlines_.insert({round.deadline, key});
+  return pending_.emplace(key, std::move(round)).first;
+}
+
+void Group::Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects) {
+  MemberRecord& member = members_[rank];
+  const auto before = round->second.payloads.find(rank);
+  if (before != round->second.payloads.end()) {
+    if (SameNumbers(before->second, contribution)) {
+      before->second.incarnation = member.incarnation;
+      return;
+    }
+    if (before->second.incarnation == member.incarnation) {
+      Refuse(rank, round->first,
+             MakeError(absl::StatusCode::kAlreadyExists, kPayloadChanged,
+                       absl::StrCat("rank ", rank, " has already contributed other numbers to the ",
+                                    Describe(round->first), "; the first ones stand"),
+                       {rank}),
+             effects);
+      return;
+    }
+    round->second.bytes -= before->second.bytes();
+    pending_bytes_ -= before->second.bytes();
+    round->second.payloads.erase(before);  // Its predecessor's, which nobody has seen yet.
+  }
+  Payload payload;
+  payload.incarnation = member.incarnation;
+  payload.count = contribution.count;
+  payload.backward_role = contribution.backward_role;
+  payload.first.assign(contribution.first.begin(), contribution.first.end());
+  payload.second.assign(contribution.second.begin(), contribution.second.end());
+  round->second.bytes += payload.bytes();
+  pending_bytes_ += payload.bytes();
+  round->second.payloads.emplace(rank, std::move(payload));
+  round->second.last_rank = rank;
+  member.has_contributed = true;
+  ++member.contributions;
+}
+
+void Group::Refuse(Rank rank, const RoundKey& key, Error error, Effects& effects) const {
+  auto outcome = std::make_shared<RoundOutcome>();
+  outcome->key = key;
+  outcome->error = std::move(error);
+  effects.push_back(SendResults{{members_[rank].stream}, {std::move(outcome)}});
+}
+
+// ---- A round ends ---------------------------------------------------------------------------------------------------
+
+std::vector<Rank> Group::MissingRanks(const RoundKey& key, const PendingRound& round) const {
+  std::vector<Rank> missing;
+  if (key.phase == Phase::kBackward) {
+    const EndedRound* const forward = layers_.at(key.layer)->Find(Phase::kForward, key.sequence);
+    if (forward == nullptr) return missing;  // Forgotten by now: nobody else can contribute.
+    for (const Contributor& contributor : forward->contributors) {
+      if (contributor.role != BackwardRole::kNone && !round.payloads.contains(contributor.rank)) {
+        missing.push_back(contributor.rank);
+      }
+    }
+    return missing;
+  }
+  for (Rank rank = 0; rank < world_size_; ++rank) {
+    if (!round.payloads.contains(rank)) missing.push_back(rank);
+  }
+  return missing;
+}
+
+void Group::Settle(PendingRounds::iterator round, absl::Time now, Effects& effects) {
+  const size_t contributed = round->second.payloads.size();
+  if (contributed + left_ < round->second.needed && given_up_ == 0) return;  // Someone may still come.
+  const bool proceed = config_.missing_policy == MissingPolicy::kProceed;
+  std::vector<Rank> lost;
+  size_t awaited = 0;
+  for (const Rank rank : MissingRanks(round->first, round->second)) {
+    if (members_[rank].state == MemberState::kLeft) continue;
+    if (members_[rank].given_up) {
+      lost.push_back(rank);
+    } else {
+      ++awaited;
+    }
+  }
+  if (!lost.empty() && !proceed) {
+    Fail(round,
+         MakeError(absl::StatusCode::kUnavailable, kWorkerLost,
+                   absl::StrCat(RankList(lost), lost.size() == 1 ? " was" : " were",
+                                " lost before contributing to the ", Describe(round->first)),
+                   lost),
+         now, effects);
+    return;
+  }
+  if (proceed && contributed + awaited < config_.min_workers) {
+    Fail(round,
+         MakeError(absl::StatusCode::kFailedPrecondition, kTooFewWorkers,
+                   absl::StrCat("at most ", contributed + awaited, " workers can contribute to the ",
+                                Describe(round->first), ", and min_workers is ", config_.min_workers),
+                   lost),
+         now, effects);
+    return;
+  }
+  if (awaited == 0) Complete(round, now, effects);
+}
+
+void Group::SettleAll(absl::Time now, Effects& effects) {
+  for (auto round = pending_.begin(); round != pending_.end();) {
+    const auto next = std::next(round);
+    Settle(round, now, effects);
+    round = next;
+  }
+}
+
+void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effects) {
+  std::vector<Rank> missing = MissingRanks(round->first, round->second);
+  missing.erase(std::remove_if(missing.begin(), missing.end(),
+                               [this](Rank rank) { return members_[rank].state == MemberState::kLeft; }),
+                missing.end());
+  const size_t contributed = round->second.payloads.size();
+  const std::string wait = absl::FormatDuration(*config_.round_timeout);
+  if (config_.missing_policy != MissingPolicy::kProceed) {
+    std::string text = absl::StrCat(RankList(missing), " did not contribute to the ", Describe(round->first),
+                                    " within ", wait, " of its first contribution");
+    Fail(round, MakeError(absl::StatusCode::kDeadlineExceeded, kRoundTimeout, std::move(text), std::move(missing)), now,
+         effects);
+  } else if (contributed < config_.min_workers) {
+    std::string text = absl::StrCat("only ", contributed, " workers contributed to the ", Describe(round->first),
+                                    " within ", wait, ", and min_workers is ", config_.min_workers);
+    Fail(round, MakeError(absl::StatusCode::kFailedPrecondition, kTooFewWorkers, std::move(text), std::move(missing)),
+         now, effects);
+  } else {
+    Complete(round, now, effects);
+  }
+}
+
+void Group::Complete(PendingRounds::iterator round, absl::Time now, Effects& effects) {
+  const RoundKey& key = round->first;
+  Layer& layer = *layers_.at(key.layer);
+  auto outcome = std::make_shared<RoundOutcome>();
+  outcome->key = key;
+  outcome->missing_ranks = MissingRanks(key, round->second);
+  if (key.phase == Phase::kForward) {
+    MergeForward(round->second.payloads, layer.spec().channels, *outcome);
+  } else {
+    MergeSums(round->second.payloads, layer.spec().channels, *outcome);
+  }
+  if (auto error = CheckMerged(*outcome, layer.spec())) {
+    Fail(round, std::move(*error), now, effects);
+    return;
+  }
+  if (key.phase == Phase::kBackward) {
+    const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
+    outcome->count = forward == nullptr ? 0 : forward->count;
+  }
+  Finish(round, std::move(outcome), now, effects);
+}
+
+void Group::Fail(PendingRounds::iterator round, Error error, absl::Time now, Effects& effects) {
+  auto outcome = std::make_shared<RoundOutcome>();
+  outcome->key = round->first;
+  outcome->error = std::move(error);
+  Finish(round, std::move(outcome), now, effects);
+}
+
+void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now,
+                   Effects& effects) {
+  const PendingRound& pending = round->second;
+  const bool failed = outcome->error.has_value();
+  EndedRound ended;
+  ended.outcome = outcome;
+  ended.failed = failed;
+  ended.backward_required = outcome->backward_required;
+  ended.count = outcome->count;
+  std::vector<StreamId> streams;
+  for (const auto& [rank, payload] : pending.payloads) {
+    ended.contributors.push_back({rank, payload.backward_role, payload.incarnation, Digest(payload)});
+    if (members_[rank].state != MemberState::kPresent) continue;
+    streams.push_back(members_[rank].stream);
+    const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;
+    if (std::find(blocked_on.begin(), blocked_on.end(), round->first) != blocked_on.end()) Unblock(rank);
+  }
+  ++(failed ? failed_ : completed_);
+  if (!failed) ++members_[pending.last_rank].last_arrivals;
+  effects.push_back(
+      RoundEnded{id_, outcome, now - pending.begun, static_cast<uint32_t>(pending.payloads.size()), pending.last_rank});
+  layers_.at(round->first.layer)->Record(round->first, std::move(ended));
+  pending_bytes_ -= pending.bytes;
+  deadlines_.erase({pending.deadline, round->first});
+  pending_.erase(round);
+  if (!streams.empty()) effects.push_back(SendResults{std::move(streams), {std::move(outcome)}});
+}
+
+// ---- Deadlock -------------------------------------------------------------------------------------------------------
+
+void Group::Block(Rank rank, const std::vector<RoundKey>& keys) {
+  if (keys.empty() || members_[rank].state != MemberState::kPresent) return;
+  for (const RoundKey& key : keys) {
+    const auto round = pending_.find(key);
+    if (round == pending_.end() || !round->second.payloads.contains(rank)) return;
+  }
+  members_[rank].blocked_on = keys;
+  ++blocked_;
+}
+
+void Group::Unblock(Rank rank) {
+  if (members_[rank].blocked_on.empty()) return;
+  members_[rank].blocked_on.clear();
+  --blocked_;
+}
+
+void Group::FindDeadlock(absl::Time now, Effects& effects) {
+  // Whoever is absent or lost may still come and contribute; whoever has left is waited for by nobody.
+  if (blocked_ == 0 || blocked_ != present_ || present_ + left_ != world_size_) return;
+  constexpr size_t kShown = 8;
+  std::string text = "every worker waits, and on different rounds: ";
+  std::vector<RoundKey> keys;
+  size_t shown = 0;
+  for (Rank rank = 0; rank < world_size_; ++rank) {
+    const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;
+    if (blocked_on.empty()) continue;
+    if (shown++ < kShown) {
+      absl::StrAppend(&text, shown == 1 ? "" : "; ", "rank ", rank, " on the ", Describe(blocked_on.front()));
+      if (blocked_on.size() > 1) absl::StrAppend(&text, " and ", blocked_on.size() - 1, " more");
+    }
+    keys.insert(keys.end(), blocked_on.begin(), blocked_on.end());
+  }
+  if (shown > kShown) absl::StrAppend(&text, "; and ", shown - kShown, " more workers");
+  std::sort(keys.begin(), keys.end());
+  keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+  for (const RoundKey& key : keys) {
+    const auto round = pending_.find(key);
+    std::vector<Rank> missing = MissingRanks(key, round->second);
+    Fail(round, MakeError(absl::StatusCode::kAborted, kDeadlock, text, std::move(missing)), now, effects);
+  }
+}
+
+}  // namespace syncbn::core

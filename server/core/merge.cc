@@ -1,0 +1,161 @@
+#include "server/core/merge.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "absl/hash/hash.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "kernels/moments.h"
+#include "server/core/error.h"
+
+namespace syncbn::core {
+namespace {
+
+absl::string_view Bytes(absl::Span<const double> values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(double)};
+}
+
+uint64_t DigestOf(int64_t count, BackwardRole role, absl::Span<const double> first, absl::Span<const double> second) {
+  return absl::Hash<std::tuple<int64_t, int, absl::string_view, absl::string_view>>{}(
+      {count, static_cast<int>(role), Bytes(first), Bytes(second)});
+}
+
+// What the two vectors of a phase are called where they are refused.
+struct VectorNames {
+  const char* first;
+  const char* second;
+};
+
+VectorNames NamesOf(Phase phase) {
+  switch (phase) {
+    case Phase::kForward:
+      return {"mean", "m2"};
+    case Phase::kBackward:
+      return {"sum_dy", "sum_dy_xmu"};
+    case Phase::kSum:
+      return {"value", ""};
+  }
+  return {"", ""};
+}
+
+std::optional<Error> CheckLength(const Contribution& contribution, absl::Span<const double> vector, const char* name,
+                                 const LayerSpec& spec, Rank rank) {
+  const bool may_be_empty = contribution.key.phase == Phase::kBackward ||
+                            (contribution.key.phase == Phase::kForward && contribution.count == 0);
+  if (vector.size() == spec.channels || (vector.empty() && may_be_empty)) return std::nullopt;
+  return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
+                   absl::StrCat("rank ", rank, " sent ", vector.size(), " elements of ", name, " to the ",
+                                Describe(contribution.key), ", which has ", spec.channels),
+                   {rank});
+}
+
+// |value| must stay below `bound`, unless the layer propagates what IEEE 754 makes of it.
+std::optional<Error> CheckMagnitude(const Contribution& contribution, absl::Span<const double> vector, const char* name,
+                                    const LayerSpec& spec, Rank rank, double bound) {
+  if (spec.numeric_policy == NumericPolicy::kPropagate) return std::nullopt;
+  for (size_t channel = 0; channel < vector.size(); ++channel) {
+    if (std::fabs(vector[channel]) <= bound) continue;
+    return MakeError(absl::StatusCode::kInvalidArgument, kNotFinite,
+                     absl::StrCat("rank ", rank, " sent ", name, "[", channel, "] = ", vector[channel], " to the ",
+                                  Describe(contribution.key), "; the greatest magnitude that can be merged is ", bound),
+                     {rank});
+  }
+  return std::nullopt;
+}
+
+std::optional<Error> CheckMoments(const Contribution& contribution, Rank rank) {
+  if (contribution.count < 0) {
+    return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
+                     absl::StrCat("rank ", rank, " sent count = ", contribution.count, " to the ",
+                                  Describe(contribution.key), "; a count is not negative"),
+                     {rank});
+  }
+  for (size_t channel = 0; channel < contribution.second.size(); ++channel) {
+    if (!(contribution.second[channel] < 0.0)) continue;
+    return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
+                     absl::StrCat("rank ", rank, " sent m2[", channel, "] = ", contribution.second[channel], " to the ",
+                                  Describe(contribution.key), "; a sum of squares is not negative"),
+                     {rank});
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+bool SameNumbers(const Payload& payload, const Contribution& contribution) {
+  return payload.count == contribution.count && payload.backward_role == contribution.backward_role &&
+         Bytes(payload.first) == Bytes(contribution.first) && Bytes(payload.second) == Bytes(contribution.second);
+}
+
+uint64_t Digest(const Payload& payload) {
+  return DigestOf(payload.count, payload.backward_role, payload.first, payload.second);
+}
+
+uint64_t Digest(const Contribution& contribution) {
+  return DigestOf(contribution.count, contribution.backward_role, contribution.first, contribution.second);
+}
+
+std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerSpec& spec, Rank rank,
+                                  const Limits& limits) {
+  const VectorNames names = NamesOf(contribution.key.phase);
+  const bool forward = contribution.key.phase == Phase::kForward;
+  if (auto error = CheckLength(contribution, contribution.first, names.first, spec, rank)) return error;
+  if (contribution.key.phase != Phase::kSum) {
+    if (auto error = CheckLength(contribution, contribution.second, names.second, spec, rank)) return error;
+  }
+  if (forward) {
+    if (auto error = CheckMoments(contribution, rank)) return error;
+  }
+  const double bound = limits.max_magnitude;
+  if (auto error = CheckMagnitude(contribution, contribution.first, names.first, spec, rank, bound)) return error;
+  return CheckMagnitude(contribution, contribution.second, names.second, spec, rank, forward ? bound * bound : bound);
+}
+
+void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome) {
+  outcome.first.assign(channels, 0.0);
+  outcome.second.assign(channels, 0.0);
+  int64_t count = 0;
+  for (const auto& [rank, payload] : payloads) {
+    if (payload.backward_role == BackwardRole::kRequired) outcome.backward_required = true;
+    if (payload.count == 0) continue;
+    for (uint32_t c = 0; c < channels; ++c) {
+      const syncbn::Moments merged = syncbn::Merge({count, outcome.first[c], outcome.second[c]},
+                                                   {payload.count, payload.first[c], payload.second[c]});
+      outcome.first[c] = merged.mean;
+      outcome.second[c] = merged.m2;
+    }
+    count += payload.count;
+  }
+  outcome.count = count;
+  if (count == 0) return;
+  for (double& m2 : outcome.second) m2 /= static_cast<double>(count);
+}
+
+void MergeSums(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome) {
+  const bool two = outcome.key.phase == Phase::kBackward;
+  outcome.first.assign(channels, 0.0);
+  outcome.second.assign(two ? channels : 0, 0.0);
+  for (const auto& [rank, payload] : payloads) {
+    for (size_t c = 0; c < payload.first.size(); ++c) outcome.first[c] += payload.first[c];
+    for (size_t c = 0; c < payload.second.size(); ++c) outcome.second[c] += payload.second[c];
+  }
+}
+
+std::optional<Error> CheckMerged(const RoundOutcome& outcome, const LayerSpec& spec) {
+  if (spec.numeric_policy == NumericPolicy::kPropagate) return std::nullopt;
+  const VectorNames names = NamesOf(outcome.key.phase);
+  const auto overflow = [&](const std::vector<double>& vector, const char* name) -> std::optional<Error> {
+    for (size_t channel = 0; channel < vector.size(); ++channel) {
+      if (std::isfinite(vector[channel])) continue;
+      return MakeError(absl::StatusCode::kInvalidArgument, kNotFinite,
+                       absl::StrCat("merging ", name, "[", channel, "] of the ", Describe(outcome.key),
+                                    " overflows, though no worker's part does"));
+    }
+    return std::nullopt;
+  };
+  if (auto error = overflow(outcome.first, names.first)) return error;
+  return overflow(outcome.second, names.second);
+}
+
+}  // namespace syncbn::core

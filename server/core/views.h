@@ -1,0 +1,78 @@
+// What can be seen of the round engine from outside: the messages of inspection.proto as plain values.
+
+#ifndef SYNCBN_SERVER_CORE_VIEWS_H_
+#define SYNCBN_SERVER_CORE_VIEWS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "server/core/types.h"
+
+namespace syncbn::core {
+
+struct GroupSummary {
+  GroupId id;
+  uint64_t generation = 0;
+  uint64_t run_id = 0;
+  uint32_t world_size = 0;
+  uint32_t present = 0;
+  size_t layers = 0;
+  size_t rounds_in_flight = 0;
+  uint64_t rounds_completed = 0;
+  uint64_t rounds_failed = 0;
+};
+
+struct MemberView {
+  Rank rank = 0;
+  MemberState state = MemberState::kAbsent;
+  uint64_t incarnation = 0;
+  std::string description;
+  uint64_t contributions = 0;
+  uint64_t last_arrivals = 0;
+  absl::Time joined_at;
+  std::vector<RoundKey> blocked_on;
+};
+
+struct PendingRoundView {
+  RoundKey key;
+  std::vector<Rank> arrived_ranks;
+  std::vector<Rank> missing_ranks;
+  absl::Duration age;
+  absl::Duration time_left;
+};
+
+struct GroupView {
+  GroupSummary summary;
+  GroupConfig config;
+  std::vector<MemberView> members;        // By rank.
+  std::vector<PendingRoundView> pending;  // Oldest first.
+};
+
+struct LayerSummary {
+  LayerSpec spec;
+  std::optional<uint64_t> newest_sequence;
+  uint64_t rounds_completed = 0;
+  uint64_t rounds_failed = 0;
+  std::optional<Error> conflict;
+};
+
+struct RunningStatisticsView {
+  std::vector<double> mean;
+  std::vector<double> var;
+  uint64_t updates = 0;
+};
+
+struct LayerView {
+  LayerSummary summary;
+  std::shared_ptr<const RoundOutcome> batch;  // The newest completed forward round; null before it.
+  RunningStatisticsView running;
+};
+
+}  // namespace syncbn::core
+
+#endif  // SYNCBN_SERVER_CORE_VIEWS_H_
