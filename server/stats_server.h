@@ -16,9 +16,11 @@ namespace syncbn {
 
 // Serves StatisticsService, InspectionService, reflection, health and channelz until it is destroyed or shut down.
 //
-//   auto server = MasterServer::Start({.addresses = {"127.0.0.1:0"}});
+//   MasterServer::Options options;
+//   options.addresses = {"127.0.0.1:0"};
+//   absl::StatusOr<std::unique_ptr<MasterServer>> server = MasterServer::Start(options);
 //   if (!server.ok()) return server.status();
-//   LOG("ready at " + (*server)->target());
+//   Announce((*server)->target());
 //
 // Thread safety: all methods may be called from any thread.
 class MasterServer {

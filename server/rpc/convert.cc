@@ -1,0 +1,305 @@
+#include "server/rpc/convert.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "google/protobuf/duration.pb.h"
+#include "google/protobuf/timestamp.pb.h"
+#include "server/core/error.h"
+#include "server/rpc/status.h"
+
+namespace syncbn::rpc {
+namespace {
+
+core::Error Malformed(std::string message) {
+  return core::MakeError(absl::StatusCode::kInvalidArgument, core::kMalformedFrame, std::move(message));
+}
+
+absl::Span<const double> View(const google::protobuf::RepeatedField<double>& values) {
+  return {values.data(), static_cast<size_t>(values.size())};
+}
+
+void Assign(const std::vector<double>& values, google::protobuf::RepeatedField<double>* field) {
+  field->Add(values.begin(), values.end());
+}
+
+void Assign(const std::vector<core::Rank>& values, google::protobuf::RepeatedField<uint32_t>* field) {
+  field->Add(values.begin(), values.end());
+}
+
+absl::Duration FromProto(const google::protobuf::Duration& duration) {
+  return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
+}
+
+void ToProto(absl::Duration duration, google::protobuf::Duration* message) {
+  message->set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
+  message->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration)));
+}
+
+void ToProto(absl::Time time, google::protobuf::Timestamp* message) {
+  const int64_t seconds = absl::ToUnixSeconds(time);
+  message->set_seconds(seconds);
+  message->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(time - absl::FromUnixSeconds(seconds))));
+}
+
+// An enum of the wire whose 0 stands for `fallback`; values beyond `last` are not known.
+template <typename To, typename From>
+std::optional<core::Error> FromEnum(From value, From last, To fallback, const char* field, To* out) {
+  if (value < 0 || value > last) return Malformed(absl::StrCat(field, " = ", static_cast<int>(value), " is not known"));
+  *out = value == 0 ? fallback : static_cast<To>(value);
+  return std::nullopt;
+}
+
+std::optional<core::Error> FromProto(const v1::RoundKey& message, core::RoundKey* key) {
+  if (message.phase() == v1::PHASE_UNSPECIFIED || !v1::Phase_IsValid(message.phase())) {
+    return Malformed(absl::StrCat("the key of layer \"", message.layer(), "\", sequence ", message.sequence(),
+                                  ", has phase ", static_cast<int>(message.phase())));
+  }
+  key->layer = message.layer();
+  key->sequence = message.sequence();
+  key->phase = static_cast<core::Phase>(message.phase());
+  return std::nullopt;
+}
+
+std::optional<core::Error> FromProto(const v1::LayerSpec& message, core::LayerSpec* spec) {
+  spec->name = message.name();
+  spec->channels = message.channels();
+  if (message.kind() == v1::LAYER_KIND_UNSPECIFIED || !v1::LayerKind_IsValid(message.kind())) {
+    return Malformed(absl::StrCat("layer \"", message.name(), "\" has kind ", static_cast<int>(message.kind())));
+  }
+  spec->kind = static_cast<core::LayerKind>(message.kind());
+  spec->eps = message.eps();
+  if (message.has_momentum()) spec->momentum = message.momentum();
+  spec->biased_running_variance = message.biased_running_variance();
+  if (auto error = FromEnum(message.eps_mode(), v1::EPS_MODE_CLAMP, core::EpsMode::kAdd, "eps_mode", &spec->eps_mode)) {
+    return error;
+  }
+  return FromEnum(message.numeric_policy(), v1::NUMERIC_POLICY_PROPAGATE, core::NumericPolicy::kRefuse,
+                  "numeric_policy", &spec->numeric_policy);
+}
+
+std::optional<core::Error> FromProto(const google::protobuf::RepeatedPtrField<v1::LayerSpec>& messages,
+                                     std::vector<core::LayerSpec>* specs) {
+  specs->reserve(messages.size());
+  for (const v1::LayerSpec& message : messages) {
+    if (auto error = FromProto(message, &specs->emplace_back())) return error;
+  }
+  return std::nullopt;
+}
+
+std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) {
+  join->min_protocol_version = message.min_protocol_version();
+  join->max_protocol_version = message.max_protocol_version();
+  join->id = ToGroupId(message.job(), message.group());
+  join->rank = message.rank();
+  join->world_size = message.world_size();
+  join->incarnation = message.incarnation();
+  join->run_id = message.run_id();
+  join->generation = message.generation();
+  join->description = message.description();
+  const v1::GroupConfig& config = message.config();
+  if (config.has_round_timeout()) join->config.round_timeout = FromProto(config.round_timeout());
+  if (config.has_rejoin_grace()) join->config.rejoin_grace = FromProto(config.rejoin_grace());
+  join->config.min_workers = config.min_workers();
+  if (auto error = FromEnum(config.missing_policy(), v1::MISSING_POLICY_PROCEED, core::MissingPolicy::kFail,
+                            "missing_policy", &join->config.missing_policy)) {
+    return error;
+  }
+  return FromProto(message.layers(), &join->layers);
+}
+
+// The payload must be that of the key's phase.
+std::optional<core::Error> FromProto(const v1::Contribution& message, core::Contribution* contribution) {
+  if (auto error = FromProto(message.key(), &contribution->key)) return error;
+  const auto wrong = [&](const char* expected) {
+    return Malformed(
+        absl::StrCat("the contribution to the ", core::Describe(contribution->key), " carries no ", expected));
+  };
+  switch (contribution->key.phase) {
+    case core::Phase::kForward:
+      if (!message.has_moments()) return wrong("moments");
+      contribution->count = message.moments().count();
+      contribution->first = View(message.moments().mean());
+      contribution->second = View(message.moments().m2());
+      return FromEnum(message.moments().backward_role(), v1::BACKWARD_ROLE_NONE, core::BackwardRole::kRequired,
+                      "backward_role", &contribution->backward_role);
+    case core::Phase::kBackward:
+      if (!message.has_gradient_sums()) return wrong("gradient_sums");
+      contribution->first = View(message.gradient_sums().sum_dy());
+      contribution->second = View(message.gradient_sums().sum_dy_xmu());
+      return std::nullopt;
+    case core::Phase::kSum:
+      if (!message.has_vector()) return wrong("vector");
+      contribution->first = View(message.vector().value());
+      return std::nullopt;
+  }
+  return std::nullopt;
+}
+
+void ToProto(const core::RoundKey& key, v1::RoundKey* message) {
+  message->set_layer(key.layer);
+  message->set_sequence(key.sequence);
+  message->set_phase(static_cast<v1::Phase>(key.phase));
+}
+
+void ToProto(const core::GroupConfig& config, v1::GroupConfig* message) {
+  ToProto(*config.round_timeout, message->mutable_round_timeout());
+  ToProto(*config.rejoin_grace, message->mutable_rejoin_grace());
+  message->set_missing_policy(static_cast<v1::MissingPolicy>(config.missing_policy));
+  message->set_min_workers(config.min_workers);
+}
+
+void ToProto(const core::LayerSpec& spec, v1::LayerSpec* message) {
+  message->set_name(spec.name);
+  message->set_channels(spec.channels);
+  message->set_kind(static_cast<v1::LayerKind>(spec.kind));
+  message->set_eps(spec.eps);
+  message->set_eps_mode(static_cast<v1::EpsMode>(spec.eps_mode));
+  message->set_numeric_policy(static_cast<v1::NumericPolicy>(spec.numeric_policy));
+  if (spec.momentum.has_value()) message->set_momentum(*spec.momentum);
+  message->set_biased_running_variance(spec.biased_running_variance);
+}
+
+void ToProto(const core::RoundOutcome& outcome, v1::MergedMoments* message) {
+  message->set_count(outcome.count);
+  Assign(outcome.first, message->mutable_mean());
+  Assign(outcome.second, message->mutable_var());
+  message->set_backward_required(outcome.backward_required);
+}
+
+void ToProto(const core::RoundOutcome& outcome, v1::MergedGradientSums* message) {
+  message->set_count(outcome.count);
+  Assign(outcome.first, message->mutable_sum_dy());
+  Assign(outcome.second, message->mutable_sum_dy_xmu());
+}
+
+}  // namespace
+
+core::GroupId ToGroupId(const std::string& job, const std::string& group) {
+  return {job.empty() ? "default" : job, group.empty() ? "default" : group};
+}
+
+std::optional<core::Error> FromProto(const v1::WorkerFrame& frame, core::FrameReceived* event) {
+  if (frame.has_join()) {
+    if (auto error = FromProto(frame.join(), &event->join.emplace())) return error;
+  }
+  if (auto error = FromProto(frame.layers(), &event->layers)) return error;
+  event->contributions.reserve(frame.contributions_size());
+  for (const v1::Contribution& message : frame.contributions()) {
+    if (auto error = FromProto(message, &event->contributions.emplace_back())) return error;
+  }
+  for (const v1::RoundKey& message : frame.blocked_on()) {
+    if (auto error = FromProto(message, &event->blocked_on.emplace_back())) return error;
+  }
+  if (frame.has_leave()) event->leave = frame.leave().reason();
+  return std::nullopt;
+}
+
+void ToProto(const core::SendJoined& joined, const std::string& description, v1::Joined* message) {
+  message->set_protocol_version(joined.protocol_version);
+  message->set_incarnation(joined.incarnation);
+  message->set_run_id(joined.run_id);
+  ToProto(joined.config, message->mutable_config());
+  message->set_description(description);
+  ToProto(joined.membership, message->mutable_membership());
+}
+
+void ToProto(const core::Membership& membership, v1::Membership* message) {
+  message->set_world_size(membership.world_size);
+  Assign(membership.present_ranks, message->mutable_present_ranks());
+  Assign(membership.left_ranks, message->mutable_left_ranks());
+}
+
+void ToProto(const core::RoundOutcome& outcome, v1::RoundResult* message) {
+  ToProto(outcome.key, message->mutable_key());
+  if (outcome.error.has_value()) {
+    ToProto(*outcome.error, &outcome.key, message->mutable_error());
+    return;
+  }
+  Assign(outcome.missing_ranks, message->mutable_missing_ranks());
+  switch (outcome.key.phase) {
+    case core::Phase::kForward:
+      return ToProto(outcome, message->mutable_moments());
+    case core::Phase::kBackward:
+      return ToProto(outcome, message->mutable_gradient_sums());
+    case core::Phase::kSum:
+      return Assign(outcome.first, message->mutable_vector()->mutable_value());
+  }
+}
+
+void ToProto(const core::SendLayerError& error, v1::LayerError* message) {
+  message->set_layer(error.layer);
+  ToProto(error.error, error.layer, message->mutable_error());
+}
+
+void ToProto(const core::GroupSummary& summary, v1::GroupSummary* message) {
+  message->set_job(summary.id.job);
+  message->set_group(summary.id.group);
+  message->set_generation(summary.generation);
+  message->set_run_id(summary.run_id);
+  message->set_world_size(summary.world_size);
+  message->set_present(summary.present);
+  message->set_layers(static_cast<uint32_t>(summary.layers));
+  message->set_rounds_in_flight(static_cast<uint32_t>(summary.rounds_in_flight));
+  message->set_rounds_completed(summary.rounds_completed);
+  message->set_rounds_failed(summary.rounds_failed);
+}
+
+void ToProto(const core::GroupView& view, v1::GetGroupResponse* message) {
+  ToProto(view.summary, message->mutable_summary());
+  ToProto(view.config, message->mutable_config());
+  for (const core::MemberView& member : view.members) {
+    v1::Member* const out = message->add_members();
+    out->set_rank(member.rank);
+    out->set_state(static_cast<v1::MemberState>(member.state));
+    if (member.state == core::MemberState::kAbsent) continue;
+    out->set_incarnation(member.incarnation);
+    out->set_description(member.description);
+    out->set_contributions(member.contributions);
+    out->set_last_arrivals(member.last_arrivals);
+    ToProto(member.joined_at, out->mutable_joined_at());
+    for (const core::RoundKey& key : member.blocked_on) ToProto(key, out->add_blocked_on());
+  }
+  for (const core::PendingRoundView& round : view.pending) {
+    v1::PendingRound* const out = message->add_pending();
+    ToProto(round.key, out->mutable_key());
+    Assign(round.arrived_ranks, out->mutable_arrived_ranks());
+    Assign(round.missing_ranks, out->mutable_missing_ranks());
+    ToProto(round.age, out->mutable_age());
+    ToProto(round.time_left, out->mutable_time_left());
+  }
+}
+
+void ToProto(const core::LayerSummary& summary, v1::LayerSummary* message) {
+  ToProto(summary.spec, message->mutable_spec());
+  if (summary.newest_sequence.has_value()) message->set_newest_sequence(*summary.newest_sequence);
+  message->set_rounds_completed(summary.rounds_completed);
+  message->set_rounds_failed(summary.rounds_failed);
+  if (summary.conflict.has_value()) ToProto(*summary.conflict, summary.spec.name, message->mutable_conflict());
+}
+
+void ToProto(const core::LayerView& view, v1::GetLayerResponse* message) {
+  ToProto(view.summary, message->mutable_summary());
+  if (view.batch != nullptr) ToProto(*view.batch, message->mutable_batch());
+  if (view.summary.spec.kind != core::LayerKind::kBatchNorm) return;
+  Assign(view.running.mean, message->mutable_running()->mutable_mean());
+  Assign(view.running.var, message->mutable_running()->mutable_var());
+  message->mutable_running()->set_updates(view.running.updates);
+}
+
+void ToProto(const core::RoundEnded& ended, absl::Time now, v1::WatchRoundsResponse* message) {
+  const core::RoundOutcome& outcome = *ended.outcome;
+  ToProto(outcome.key, message->mutable_key());
+  if (outcome.error.has_value()) {
+    ToProto(*outcome.error, &outcome.key, message->mutable_status());
+  } else {
+    message->mutable_status();  // Code 0: OK.
+    if (outcome.key.phase == core::Phase::kForward) message->set_count(outcome.count);
+  }
+  ToProto(now, message->mutable_ended_at());
+  ToProto(ended.duration, message->mutable_duration());
+  message->set_contributors(ended.contributors);
+  message->set_last_rank(ended.last_rank);
+}
+
+}  // namespace syncbn::rpc

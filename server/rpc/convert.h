@@ -1,0 +1,37 @@
+// Between the messages of syncbn.v1 and the engine's vocabulary. Converts, and decides nothing but whether a frame is
+// well formed.
+
+#ifndef SYNCBN_SERVER_RPC_CONVERT_H_
+#define SYNCBN_SERVER_RPC_CONVERT_H_
+
+#include <optional>
+#include <string>
+
+#include "absl/time/time.h"
+#include "server/core/coordinator.h"
+#include "server/core/types.h"
+#include "syncbn/v1/inspection.pb.h"
+#include "syncbn/v1/statistics.pb.h"
+
+namespace syncbn::rpc {
+
+// "default" where the request has an empty name.
+core::GroupId ToGroupId(const std::string& job, const std::string& group);
+
+// Fills `event`, whose contributions point into `frame`. Returns what makes the frame malformed, if anything does.
+std::optional<core::Error> FromProto(const v1::WorkerFrame& frame, core::FrameReceived* event);
+
+void ToProto(const core::SendJoined& joined, const std::string& description, v1::Joined* message);
+void ToProto(const core::Membership& membership, v1::Membership* message);
+void ToProto(const core::RoundOutcome& outcome, v1::RoundResult* message);
+void ToProto(const core::SendLayerError& error, v1::LayerError* message);
+
+void ToProto(const core::GroupSummary& summary, v1::GroupSummary* message);
+void ToProto(const core::GroupView& view, v1::GetGroupResponse* message);
+void ToProto(const core::LayerSummary& summary, v1::LayerSummary* message);
+void ToProto(const core::LayerView& view, v1::GetLayerResponse* message);
+void ToProto(const core::RoundEnded& ended, absl::Time now, v1::WatchRoundsResponse* message);
+
+}  // namespace syncbn::rpc
+
+#endif  // SYNCBN_SERVER_RPC_CONVERT_H_

@@ -1,0 +1,352 @@
+#include "server/rpc/master_loop.h"
+
+#include <algorithm>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "absl/container/btree_set.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "google/protobuf/arena.h"
+#include "grpcpp/alarm.h"
+#include "grpcpp/impl/codegen/proto_utils.h"
+#include "server/core/coordinator.h"
+#include "server/core/error.h"
+#include "server/rpc/call.h"
+#include "server/rpc/convert.h"
+#include "server/rpc/status.h"
+#include "server/rpc/worker_stream.h"
+
+namespace syncbn::rpc {
+namespace {
+
+// A worker that has promised silence is read from again after this long, should its promise not hold.
+constexpr absl::Duration kLongestSilence = absl::Milliseconds(20);
+// What a closed stream's last frames and status may take to be read.
+constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
+
+grpc::ByteBuffer Serialize(const v1::MasterFrame& frame) {
+  const std::string bytes = frame.SerializeAsString();
+  const grpc::Slice slice(bytes);
+  return grpc::ByteBuffer(&slice, 1);
+}
+
+}  // namespace
+
+class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Handler {
+ public:
+  explicit Impl(LoopOptions options)
+      : options_(std::move(options)), coordinator_(options_.limits), shutdown_tag_(this, &Impl::OnShutdown) {}
+
+  void Register(grpc::ServerBuilder* builder) {
+    builder->RegisterService(&statistics_);
+    builder->RegisterService(&inspection_);
+    queue_ = builder->AddCompletionQueue();
+  }
+
+  void Run() {
+    AcceptStream();
+    AcceptWatcher();
+    ServeInspection();
+    void* tag = nullptr;
+    bool ok = false;
+    while (true) {
+      const auto event = queue_->AsyncNext(&tag, &ok, absl::ToChronoTime(NextWakeUp()));
+      if (event == grpc::CompletionQueue::SHUTDOWN) return;
+      now_ = std::max(now_, absl::Now());
+      if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
+      RunTimers();
+    }
+  }
+
+  void BeginShutdown() { shutdown_alarm_.Set(queue_.get(), absl::ToChronoTime(absl::UnixEpoch()), &shutdown_tag_); }
+  void ShutDownQueue() { queue_->Shutdown(); }
+
+  // ---- Streams
+  void OnAccepted(WorkerStream* stream) override {
+    timers_.insert({now_ + options_.join_timeout, TimerKind::kJoin, stream->id()});
+    if (!shutting_down_) AcceptStream();
+  }
+
+  void OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) override {
+    google::protobuf::Arena arena;
+    auto* const frame = google::protobuf::Arena::CreateMessage<v1::WorkerFrame>(&arena);
+    core::FrameReceived event;
+    event.stream = stream->id();
+    const grpc::Status parsed = grpc::SerializationTraits<v1::WorkerFrame>::Deserialize(&buffer, frame);
+    std::optional<core::Error> error;
+    if (!parsed.ok()) {
+      error = core::MakeError(absl::StatusCode::kInvalidArgument, core::kMalformedFrame,
+                              "the frame is not a syncbn.v1.WorkerFrame");
+    } else {
+      error = FromProto(*frame, &event);
+    }
+    if (error.has_value()) {
+      Deliver(core::StreamClosed{stream->id()});
+      CloseStream(stream, ToGrpc(*error));
+      return;
+    }
+    Session& session = sessions_[stream->id()];
+    session.joined = session.joined || event.join.has_value();
+    session.unanswered += event.contributions.size();
+    const bool silent = !event.blocked_on.empty();
+    session.answered_since_read = false;
+    Deliver(event);
+    // Writing before reading spares the transport a packet (a window update of its own), so the read of a worker that
+    // waits for an answer waits for it too.
+    if (silent && !session.answered_since_read) {
+      session.silent = true;
+      timers_.insert({now_ + kLongestSilence, TimerKind::kSilence, stream->id()});
+    } else {
+      stream->ReadNext();
+    }
+  }
+
+  void OnHalfClosed(WorkerStream* stream) override {
+    // It may still wait for answers, as grpcurl does at the end of its input.
+    Session& session = sessions_[stream->id()];
+    session.half_closed = true;
+    if (!session.joined) {
+      CloseStream(stream, ToGrpc(core::MakeError(absl::StatusCode::kInvalidArgument, core::kJoinRequired,
+                                                 "the stream ended before its first frame")));
+    } else if (session.unanswered == 0) {
+      Retire(stream);
+    }
+  }
+
+  void OnBroken(WorkerStream* stream) override { Deliver(core::StreamClosed{stream->id()}); }
+
+  void OnGone(WorkerStream* stream) override { sessions_.erase(stream->id()); }
+
+  // ---- Watchers
+  void OnWatch(Watcher* watcher) override {
+    if (!shutting_down_) AcceptWatcher();
+    if (absl::Status found = coordinator_.GetGroup(watcher->group(), now_).status(); !found.ok()) {
+      watcher->Close(ToGrpc(found, core::kGroupUnknown));
+    } else if (watchers_.size() > options_.max_watchers + 1) {  // One of them is waiting for its call.
+      watcher->Close(ToGrpc(core::LimitError(watchers_.size() - 1, "watchers", "max_watchers", options_.max_watchers)));
+    }
+  }
+
+  void OnGone(Watcher* watcher) override { watchers_.erase(watcher); }
+
+ private:
+  enum class TimerKind { kJoin, kSilence, kClose };
+
+  struct Session {
+    std::unique_ptr<WorkerStream> stream;
+    size_t unanswered = 0;  // Contributions without an outcome.
+    bool joined = false;
+    bool silent = false;  // Its next read waits for an answer.
+    bool answered_since_read = false;
+    bool half_closed = false;
+  };
+
+  // ---- Waiting for calls
+  void AcceptStream() {
+    const uint64_t id = next_stream_++;
+    Session& session = sessions_[id];
+    session.stream = std::make_unique<WorkerStream>(id, this, options_.max_unread_bytes);
+    session.stream->Accept(&statistics_, queue_.get());
+  }
+
+  void AcceptWatcher() {
+    auto watcher = std::make_unique<Watcher>(this);
+    Watcher* const address = watcher.get();
+    watchers_.emplace(address, std::move(watcher));
+    address->Accept(&inspection_, queue_.get());
+  }
+
+  void ServeInspection() {
+    using Service = InspectionAsyncService;
+    UnaryCall<v1::ListGroupsRequest, v1::ListGroupsResponse>::Serve(
+        &inspection_, &Service::RequestListGroups, queue_.get(), [this](const auto&, auto* response) {
+          for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, response->add_groups());
+          return grpc::Status::OK;
+        });
+    UnaryCall<v1::GetGroupRequest, v1::GetGroupResponse>::Serve(
+        &inspection_, &Service::RequestGetGroup, queue_.get(), [this](const auto& request, auto* response) {
+          const auto view = coordinator_.GetGroup(ToGroupId(request.job(), request.group()), now_);
+          if (!view.ok()) return ToGrpc(view.status(), core::kGroupUnknown);
+          ToProto(*view, response);
+          return grpc::Status::OK;
+        });
+    UnaryCall<v1::ListLayersRequest, v1::ListLayersResponse>::Serve(
+        &inspection_, &Service::RequestListLayers, queue_.get(), [this](const auto& request, auto* response) {
+          const auto layers = coordinator_.ListLayers(ToGroupId(request.job(), request.group()));
+          if (!layers.ok()) return ToGrpc(layers.status(), core::kGroupUnknown);
+          for (const core::LayerSummary& layer : *layers) ToProto(layer, response->add_layers());
+          return grpc::Status::OK;
+        });
+    UnaryCall<v1::GetLayerRequest, v1::GetLayerResponse>::Serve(
+        &inspection_, &Service::RequestGetLayer, queue_.get(), [this](const auto& request, auto* response) {
+          const core::GroupId id = ToGroupId(request.job(), request.group());
+          const auto layer = coordinator_.GetLayer(id, request.layer());
+          if (!layer.ok()) {
+            const bool group_known = coordinator_.GetGroup(id, now_).ok();
+            return ToGrpc(layer.status(), group_known ? core::kLayerUnknown : core::kGroupUnknown);
+          }
+          ToProto(*layer, response);
+          return grpc::Status::OK;
+        });
+  }
+
+  // ---- The engine's effects
+  void Deliver(const core::Event& event) {
+    for (const core::Effect& effect : coordinator_.On(event, now_)) {
+      std::visit([this](const auto& e) { Apply(e); }, effect);
+    }
+  }
+
+  void Apply(const core::SendJoined& joined) {
+    v1::MasterFrame frame;
+    ToProto(joined, options_.description, frame.mutable_joined());
+    Send({joined.stream}, frame, 0);
+  }
+
+  void Apply(const core::SendResults& results) {
+    google::protobuf::Arena arena;
+    auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
+    for (const auto& outcome : results.outcomes) ToProto(*outcome, frame->add_results());
+    Send(results.streams, *frame, results.outcomes.size());
+  }
+
+  void Apply(const core::SendLayerError& error) {
+    v1::MasterFrame frame;
+    ToProto(error, frame.add_layer_errors());
+    Send(error.streams, frame, 0);
+  }
+
+  void Apply(const core::SendMembership& change) {
+    v1::MasterFrame frame;
+    ToProto(change.membership, frame.mutable_membership());
+    Send(change.streams, frame, 0);
+  }
+
+  void Apply(const core::CloseStream& close) {
+    if (WorkerStream* const stream = Find(close.stream)) {
+      CloseStream(stream, close.error.has_value() ? ToGrpc(*close.error) : grpc::Status::OK);
+    }
+  }
+
+  void Apply(const core::RoundEnded& ended) {
+    if (watchers_.size() <= 1) return;  // The one that waits for its call.
+    v1::WatchRoundsResponse event;
+    ToProto(ended, now_, &event);
+    for (auto& [address, watcher] : watchers_) {
+      if (!(watcher->group() == ended.group)) continue;
+      if (watcher->layer().empty() || watcher->layer() == event.key().layer()) watcher->Send(event);
+    }
+  }
+
+  void Apply(const core::GroupEnded& ended) {
+    for (auto& [address, watcher] : watchers_) {
+      if (watcher->group() == ended.group) watcher->Close(grpc::Status::OK);
+    }
+  }
+
+  void Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame, size_t outcomes) {
+    const grpc::ByteBuffer bytes = Serialize(frame);
+    for (const core::StreamId id : streams) {
+      const auto it = sessions_.find(id);
+      if (it == sessions_.end()) continue;
+      Session& session = it->second;
+      session.stream->Send(bytes);
+      if (outcomes == 0) continue;
+      session.answered_since_read = true;
+      session.unanswered -= std::min(session.unanswered, outcomes);
+      if (std::exchange(session.silent, false)) session.stream->ReadNext();
+      if (session.half_closed && session.unanswered == 0) retiring_.push_back(id);
+    }
+  }
+
+  WorkerStream* Find(uint64_t id) {
+    const auto it = sessions_.find(id);
+    return it == sessions_.end() ? nullptr : it->second.stream.get();
+  }
+
+  void CloseStream(WorkerStream* stream, const grpc::Status& status) {
+    if (stream->closed()) return;
+    timers_.insert({now_ + kCloseTimeout, TimerKind::kClose, stream->id()});
+    stream->Close(status);
+  }
+
+  // The worker has had all that it waited for, and will send nothing more.
+  void Retire(WorkerStream* stream) {
+    Deliver(core::StreamClosed{stream->id()});
+    CloseStream(stream, grpc::Status::OK);
+  }
+
+  // ---- Time
+  absl::Time NextWakeUp() const {
+    const absl::Time engine = coordinator_.NextDeadline();
+    return timers_.empty() ? engine : std::min(engine, std::get<0>(*timers_.begin()));
+  }
+
+  void RunTimers() {
+    if (coordinator_.NextDeadline() <= now_) Deliver(core::TimePassed{});
+    while (!timers_.empty() && std::get<0>(*timers_.begin()) <= now_) {
+      const auto [time, kind, id] = *timers_.begin();
+      timers_.erase(timers_.begin());
+      if (const auto it = sessions_.find(id); it != sessions_.end()) RunTimer(kind, it->second);
+    }
+    for (const core::StreamId id : std::exchange(retiring_, {})) {
+      if (WorkerStream* const stream = Find(id)) Retire(stream);
+    }
+  }
+
+  void RunTimer(TimerKind kind, Session& session) {
+    switch (kind) {
+      case TimerKind::kJoin:
+        if (session.joined) return;
+        CloseStream(session.stream.get(),
+                    ToGrpc(core::MakeError(
+                        absl::StatusCode::kInvalidArgument, core::kJoinRequired,
+                        absl::StrCat("no join arrived within ", absl::FormatDuration(options_.join_timeout)))));
+        return;
+      case TimerKind::kSilence:
+        if (std::exchange(session.silent, false)) session.stream->ReadNext();
+        return;
+      case TimerKind::kClose:
+        session.stream->Cancel();
+        return;
+    }
+  }
+
+  void OnShutdown(bool) {
+    shutting_down_ = true;
+    Deliver(core::Shutdown{});
+  }
+
+  const LoopOptions options_;
+  StatisticsAsyncService statistics_;
+  InspectionAsyncService inspection_;
+  std::unique_ptr<grpc::ServerCompletionQueue> queue_;
+  core::Coordinator coordinator_;
+  absl::Time now_ = absl::Now();  // Never goes back, whatever the clock does.
+  uint64_t next_stream_ = 1;
+  absl::flat_hash_map<uint64_t, Session> sessions_;
+  absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;
+  absl::btree_set<std::tuple<absl::Time, TimerKind, uint64_t>> timers_;
+  std::vector<core::StreamId> retiring_;
+  MethodTag<Impl> shutdown_tag_;
+  grpc::Alarm shutdown_alarm_;
+  bool shutting_down_ = false;
+};
+
+MasterLoop::MasterLoop(LoopOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
+MasterLoop::~MasterLoop() = default;
+
+void MasterLoop::Register(grpc::ServerBuilder* builder) { impl_->Register(builder); }
+void MasterLoop::Start() {
+  thread_ = std::thread([this] { impl_->Run(); });
+}
+void MasterLoop::BeginShutdown() { impl_->BeginShutdown(); }
+void MasterLoop::Stop() {
+  impl_->ShutDownQueue();
+  thread_.join();
+}
+
+}  // namespace syncbn::rpc

@@ -1,0 +1,64 @@
+#include "server/rpc/status.h"
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "google/rpc/error_details.pb.h"
+
+namespace syncbn::rpc {
+namespace {
+
+const char* Name(core::Phase phase) {
+  switch (phase) {
+    case core::Phase::kForward:
+      return "FORWARD";
+    case core::Phase::kBackward:
+      return "BACKWARD";
+    case core::Phase::kSum:
+      return "SUM";
+  }
+  return "";
+}
+
+google::rpc::ErrorInfo InfoOf(const core::Error& error) {
+  google::rpc::ErrorInfo info;
+  info.set_reason(error.reason);
+  info.set_domain("syncbn");
+  if (!error.ranks.empty()) (*info.mutable_metadata())["ranks"] = absl::StrJoin(error.ranks, ",");
+  return info;
+}
+
+void Fill(const core::Error& error, const google::rpc::ErrorInfo& info, google::rpc::Status* status) {
+  status->set_code(static_cast<int>(error.code));
+  status->set_message(error.message);
+  status->add_details()->PackFrom(info);
+}
+
+}  // namespace
+
+void ToProto(const core::Error& error, const core::RoundKey* key, google::rpc::Status* status) {
+  google::rpc::ErrorInfo info = InfoOf(error);
+  if (key != nullptr) {
+    (*info.mutable_metadata())["layer"] = key->layer;
+    (*info.mutable_metadata())["sequence"] = absl::StrCat(key->sequence);
+    (*info.mutable_metadata())["phase"] = Name(key->phase);
+  }
+  Fill(error, info, status);
+}
+
+void ToProto(const core::Error& error, const std::string& layer, google::rpc::Status* status) {
+  google::rpc::ErrorInfo info = InfoOf(error);
+  if (!layer.empty()) (*info.mutable_metadata())["layer"] = layer;
+  Fill(error, info, status);
+}
+
+grpc::Status ToGrpc(const core::Error& error) {
+  google::rpc::Status status;
+  Fill(error, InfoOf(error), &status);
+  return grpc::Status(static_cast<grpc::StatusCode>(error.code), error.message, status.SerializeAsString());
+}
+
+grpc::Status ToGrpc(const absl::Status& status, const char* reason) {
+  return ToGrpc(core::Error{status.code(), reason, std::string(status.message()), {}});
+}
+
+}  // namespace syncbn::rpc
