@@ -146,8 +146,10 @@ class BackwardSegment {
         scale_(args.coefficients.scale, segment),
         mean_dy_(args.coefficients.mean_dy, segment),
         projection_(args.coefficients.projection, segment),
-        forward_scale_(gate == Gate::kForward ? args.gate.forward.scale : args.coefficients.scale, segment),
-        forward_shift_(gate == Gate::kForward ? args.gate.forward.shift : args.coefficients.scale, segment) {}
+        // Not read unless the gate needs them.
+        forward_mean_(gate == Gate::kForward ? args.gate.forward.mean : args.coefficients.mean, segment),
+        forward_scale_(gate == Gate::kForward ? args.gate.forward.scale : args.coefficients.mean, segment),
+        forward_shift_(gate == Gate::kForward ? args.gate.forward.shift : args.coefficients.mean, segment) {}
 
   HWY_INLINE void Run() const {
     int64_t i = 0;
@@ -189,14 +191,16 @@ class BackwardSegment {
   HWY_INLINE void Group(int64_t i, int64_t n) const {
     const int64_t index = segment_.first + i;
     const int64_t offset = index * kSize;
-    const Lanes x_minus_mean = Read<whole>(args_.x + offset, n) - At<whole>(mean_, i, n);
+    const Lanes x = Read<whole>(args_.x + offset, n);
     Lanes dy = Read<whole>(args_.dy + offset, n);
     if constexpr (gate == Gate::kForward) {
-      dy = PassGate<type, gate>(dy, x_minus_mean, At<whole>(forward_scale_, i, n), At<whole>(forward_shift_, i, n),
-                                nullptr, index, n);
+      const ForwardLanes forward = {At<whole>(forward_mean_, i, n), At<whole>(forward_scale_, i, n),
+                                    At<whole>(forward_shift_, i, n)};
+      dy = PassGate<type, gate>(dy, x, forward, nullptr, index, n);
     } else if constexpr (gate == Gate::kMask) {
-      dy = PassGate<type, gate>(dy, dy, dy, dy, args_.gate.mask, index, n);
+      dy = PassGate<type, gate>(dy, x, {x, x, x}, args_.gate.mask, index, n);
     }
+    const Lanes x_minus_mean = x - At<whole>(mean_, i, n);
     const Lanes dx =
         At<whole>(scale_, i, n) * (dy - At<whole>(mean_dy_, i, n) - x_minus_mean * At<whole>(projection_, i, n));
     Write<whole>(dx, args_.dx + offset, n);
@@ -205,7 +209,8 @@ class BackwardSegment {
 
   const BackwardArgs& args_;
   const Segment segment_;
-  const Coefficient<adjacent> mean_, scale_, mean_dy_, projection_, forward_scale_, forward_shift_;
+  const Coefficient<adjacent> mean_, scale_, mean_dy_, projection_;
+  const Coefficient<adjacent> forward_mean_, forward_scale_, forward_shift_;
 };
 
 template <DataType type, bool adjacent, Gate gate>

@@ -306,14 +306,19 @@ HWY_INLINE uint32_t MaskBits(const uint8_t* mask, int64_t index, int64_t n) {
   return bits >> shift;
 }
 
+// The forward pass's coefficients of eight elements.
+struct ForwardLanes {
+  Lanes mean, scale, shift;
+};
+
 // dy where the gate is open, else 0. `index` is the first element's place in the tensor; n <= 8 elements count.
 template <DataType type, Gate gate>
-HWY_INLINE Lanes PassGate(const Lanes& dy, const Lanes& x_minus_mean, const Lanes& scale, const Lanes& shift,
-                          const uint8_t* mask, int64_t index, int64_t n) {
+HWY_INLINE Lanes PassGate(const Lanes& dy, const Lanes& x, const ForwardLanes& forward, const uint8_t* mask,
+                          int64_t index, int64_t n) {
   if constexpr (gate == Gate::kMask) {
     return KeepWhereSet(MaskBits(mask, index, n), dy);
   } else if constexpr (gate == Gate::kForward) {
-    return KeepWhereAbove(x_minus_mean * scale + shift, Element<type>::kRoundsToZero, dy);
+    return KeepWhereAbove((x - forward.mean) * forward.scale + forward.shift, Element<type>::kRoundsToZero, dy);
   } else {
     return dy;
   }

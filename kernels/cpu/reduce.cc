@@ -98,7 +98,8 @@ HWY_INLINE void AddDeviations(const uint8_t* x, const Run& run, const Lanes& cen
 
 // What a channel's gradient sums need besides the gradients.
 struct ChannelLanes {
-  Lanes mean, scale, shift;
+  Lanes mean;
+  ForwardLanes forward;
 };
 
 // Sums of dy and of dy * (x - mean).
@@ -107,11 +108,11 @@ HWY_INLINE void AddGradients(const ReduceArgs& args, const Run& run, const Chann
   int64_t at = run.first;
   const auto add = [&](Lanes* first, Lanes* second) HWY_ATTR {
     const int64_t offset = at * Element<type>::kSize;
-    const Lanes x_minus_mean = LoadGroup<type, whole>(args.x + offset, run.lanes) - channel.mean;
-    const Lanes dy = PassGate<type, gate>(LoadGroup<type, whole>(args.dy + offset, run.lanes), x_minus_mean,
-                                          channel.scale, channel.shift, args.gate.mask, at, run.lanes);
+    const Lanes x = LoadGroup<type, whole>(args.x + offset, run.lanes);
+    const Lanes dy = PassGate<type, gate>(LoadGroup<type, whole>(args.dy + offset, run.lanes), x, channel.forward,
+                                          args.gate.mask, at, run.lanes);
     *first = *first + Clip<whole>(dy, run.lanes);
-    *second = *second + Clip<whole>(dy * x_minus_mean, run.lanes);
+    *second = *second + Clip<whole>(dy * (x - channel.mean), run.lanes);
     at += run.stride;
   };
   int64_t left = run.groups;
@@ -246,10 +247,10 @@ void BackwardChannelsFirst(const ReduceArgs& args, const Range& counters, const 
     const Range rows = plan.RowsOf(chunk);
     const Range columns = plan.ColumnsOf(chunk);
     for (int64_t c = counters.begin; c < counters.end; ++c) {
-      ChannelLanes channel = {Broadcast(args.mean[c]), Zero(), Zero()};
+      ChannelLanes channel = {Broadcast(args.mean[c]), {Zero(), Zero(), Zero()}};
       if constexpr (gate == Gate::kForward) {
-        channel.scale = Broadcast(args.gate.forward.scale[c]);
-        channel.shift = Broadcast(args.gate.forward.shift[c]);
+        const ForwardCoefficients& forward = args.gate.forward;
+        channel.forward = {Broadcast(forward.mean[c]), Broadcast(forward.scale[c]), Broadcast(forward.shift[c])};
       }
       PairSums sums;
       for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -271,10 +272,11 @@ void BackwardChannelsLast(const ReduceArgs& args, const Range& counters, const R
     const Range rows = plan.RowsOf(chunk);
     for (int64_t c = counters.begin; c < counters.end; c += kLanes) {
       const Run run = GroupRun(plan, rows, c, counters.end);
-      ChannelLanes channel = {LoadDoubles(args.mean + c, run.lanes), Zero(), Zero()};
+      ChannelLanes channel = {LoadDoubles(args.mean + c, run.lanes), {Zero(), Zero(), Zero()}};
       if constexpr (gate == Gate::kForward) {
-        channel.scale = LoadDoubles(args.gate.forward.scale + c, run.lanes);
-        channel.shift = LoadDoubles(args.gate.forward.shift + c, run.lanes);
+        const ForwardCoefficients& forward = args.gate.forward;
+        channel.forward = {LoadDoubles(forward.mean + c, run.lanes), LoadDoubles(forward.scale + c, run.lanes),
+                           LoadDoubles(forward.shift + c, run.lanes)};
       }
       PairSums sums;
       if (run.lanes == kLanes) {

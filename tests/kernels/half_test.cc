@@ -1,10 +1,10 @@
 #include "kernels/half.h"
 
+#include <gtest/gtest.h>
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
-
-#include <gtest/gtest.h>
 
 namespace syncbn::kernels {
 namespace {

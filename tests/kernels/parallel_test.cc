@@ -1,15 +1,14 @@
 #include "kernels/cpu/parallel.h"
 
-#include <cfenv>
+#include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cfenv>
 #include <cstdint>
 #include <thread>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 namespace syncbn::kernels::cpu {
 namespace {
@@ -30,7 +29,8 @@ TEST(ParallelFor, RunsEachBlockOnce) {
 }
 
 TEST(ParallelFor, OneThreadStaysOnTheCallers) {
-  ParallelFor(1, 100, [caller = std::this_thread::get_id()](int64_t) { ASSERT_EQ(std::this_thread::get_id(), caller); });
+  ParallelFor(1, 100,
+              [caller = std::this_thread::get_id()](int64_t) { ASSERT_EQ(std::this_thread::get_id(), caller); });
 }
 
 TEST(ParallelFor, OtherThreadsTakePart) {

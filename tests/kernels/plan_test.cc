@@ -1,12 +1,12 @@
 #include "kernels/cpu/plan.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <random>
 #include <string>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 #include "kernels/batch_norm.h"
 
@@ -120,8 +120,8 @@ TEST(Plan, ElementwiseUnitsBeginAtWholeMaskBytes) {
     ASSERT_EQ(plan.period % shape.channels, 0);
     for (int i = 0; i < 100 && shape.size() > 0; ++i) {
       const int64_t element = static_cast<int64_t>(rng() % static_cast<uint64_t>(shape.size()));
-      const int64_t channel = shape.layout == Layout::kChannelsLast ? element % shape.channels
-                                                                    : element / shape.spatial % shape.channels;
+      const int64_t channel =
+          shape.layout == Layout::kChannelsLast ? element % shape.channels : element / shape.spatial % shape.channels;
       ASSERT_EQ(element / plan.repeat % plan.period % shape.channels, channel);
     }
   }
