@@ -1,0 +1,132 @@
+// One pass of a batch-norm layer: reduce, synchronize, normalize. Stateless building blocks; batch_norm.h has the
+// layer.
+
+#ifndef SYNCBN_CLIENT_CC_BATCH_NORM_PASS_H_
+#define SYNCBN_CLIENT_CC_BATCH_NORM_PASS_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "client/cc/tensor_view.h"
+#include "client/cc/worker.h"
+
+namespace syncbn {
+
+struct PassOptions {
+  int num_threads = 1;
+  BackwardRole backward_role = BackwardRole::kRequired;  // Forward passes.
+  uint64_t sequence = Worker::kNextSequence;             // Forward passes; a backward pass has its forward pass's.
+};
+
+// What a forward round brought, and what the backward pass needs of it. Per channel.
+struct BatchStatistics {
+  std::string layer;
+  double eps = 0.0;
+  bool clamp_eps = false;
+  BackwardRole role = BackwardRole::kRequired;
+  uint64_t sequence = 0;
+  int64_t count = 0;         // Values in each channel, over all workers.
+  std::vector<double> mean;  // Merged.
+  std::vector<double> var;   // Merged, biased.
+  bool backward_required = false;
+  bool counted = true;  // This worker's contribution is in the result.
+};
+
+// Absent vectors and null pointers: not wanted, or the neutral value. Tensor memory is of x's shape, type and layout.
+struct ForwardOutputs {
+  VectorView weight;        // Read. Absent: 1.
+  VectorView bias;          // Read. Absent: 0.
+  VectorView running_mean;  // Updated in place, unless the global count is 0.
+  VectorView running_var;   // Likewise, with M2/(N-1) unless the layer says otherwise; unchanged where it has no value.
+  double momentum = 0.1;    // Of the new value.
+  const void* residual = nullptr;
+  bool relu = false;
+  uint8_t* relu_mask = nullptr;  // kernels::ReluMaskBytes bytes. Required with relu and residual if a backward follows.
+  TensorView y;                  // May share memory with x or the residual.
+};
+
+class ForwardPass {
+ public:
+  // Reduces x to its moments and begins the round. The layer must have been declared with the worker.
+  static absl::StatusOr<ForwardPass> Start(Worker& worker, absl::string_view layer, const TensorView& x,
+                                           const PassOptions& options);
+  // As Round::Wait.
+  absl::Status Wait(absl::Duration timeout = absl::InfiniteDuration());
+  // Normalizes x. FAILED_PRECONDITION before a successful Wait.
+  absl::Status Finish(const TensorView& x, const ForwardOutputs& outputs) const;
+
+  uint64_t sequence() const { return round_.sequence(); }
+  // Null before a successful Wait.
+  const std::shared_ptr<const BatchStatistics>& statistics() const { return statistics_; }
+
+ private:
+  Round round_;
+  LayerOptions layer_;
+  PassOptions options_;
+  uint32_t rank_ = 0;
+  std::shared_ptr<const BatchStatistics> statistics_;
+};
+
+struct BackwardInputs {
+  TensorView dy;
+  const void* x = nullptr;  // As in the forward pass.
+  VectorView weight;
+  VectorView bias;  // Read only to gate a ReLU without a mask.
+  bool relu = false;
+  const uint8_t* relu_mask = nullptr;
+};
+
+struct BackwardOutputs {
+  void* dx = nullptr;  // May be dy's memory.
+  void* d_residual = nullptr;
+  VectorView d_weight;  // This worker's own, as torch has it.
+  VectorView d_bias;
+};
+
+class BackwardPass {
+ public:
+  // Reduces dy to its two sums and begins the backward round. There is none if no worker requires it, or if this
+  // worker's forward contribution did not count; the statistics are then constants to this worker.
+  static absl::StatusOr<BackwardPass> Start(Worker& worker, std::shared_ptr<const BatchStatistics> statistics,
+                                            const BackwardInputs& inputs, const PassOptions& options);
+  absl::Status Wait(absl::Duration timeout = absl::InfiniteDuration());
+  absl::Status Finish(const BackwardInputs& inputs, const BackwardOutputs& outputs) const;
+
+ private:
+  std::shared_ptr<const BatchStatistics> statistics_;
+  PassOptions options_;
+  bool has_round_ = false;
+  bool finished_waiting_ = false;
+  Round round_;
+  std::vector<double> sum_dy_;  // This worker's.
+  std::vector<double> sum_dy_xmu_;
+};
+
+// Evaluation: given statistics, no worker, no round. invstd = 1/sqrt(var + eps) in both epsilon modes, as the original
+// has it.
+struct EvaluateOptions {
+  int num_threads = 1;
+  VectorView mean;
+  VectorView var;
+  VectorView weight;
+  VectorView bias;
+  double eps = 0.0;
+  const void* residual = nullptr;
+  bool relu = false;
+  uint8_t* relu_mask = nullptr;
+};
+
+absl::Status Evaluate(const TensorView& x, const EvaluateOptions& options, void* y);
+// The gradient of the same, the statistics being constants.
+absl::Status EvaluateBackward(const BackwardInputs& inputs, const EvaluateOptions& options,
+                              const BackwardOutputs& outputs);
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_CLIENT_CC_BATCH_NORM_PASS_H_

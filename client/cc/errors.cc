@@ -1,0 +1,59 @@
+#include "client/cc/errors.h"
+
+#include <string>
+
+#include "absl/strings/cord.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "google/rpc/error_details.pb.h"
+#include "google/rpc/status.pb.h"
+
+namespace syncbn {
+namespace {
+
+constexpr char kTypeUrl[] = "type.googleapis.com/google.rpc.ErrorInfo";
+
+}  // namespace
+
+ErrorDetails DetailsOf(const absl::Status& status) {
+  ErrorDetails details;
+  const absl::optional<absl::Cord> payload = status.GetPayload(kTypeUrl);
+  google::rpc::ErrorInfo info;
+  if (!payload.has_value() || !info.ParseFromString(std::string(*payload))) return details;
+  details.reason = info.reason();
+  const auto layer = info.metadata().find("layer");
+  if (layer != info.metadata().end()) details.layer = layer->second;
+  const auto ranks = info.metadata().find("ranks");
+  if (ranks == info.metadata().end()) return details;
+  for (const absl::string_view text : absl::StrSplit(ranks->second, ',', absl::SkipEmpty())) {
+    uint32_t rank = 0;
+    if (absl::SimpleAtoi(text, &rank)) details.ranks.push_back(rank);
+  }
+  return details;
+}
+
+absl::Status MakeStatus(absl::StatusCode code, absl::string_view message, const ErrorDetails& details) {
+  google::rpc::ErrorInfo info;
+  info.set_reason(details.reason);
+  info.set_domain("syncbn");
+  if (!details.layer.empty()) (*info.mutable_metadata())["layer"] = details.layer;
+  if (!details.ranks.empty()) (*info.mutable_metadata())["ranks"] = absl::StrJoin(details.ranks, ",");
+  absl::Status status(code, message);
+  status.SetPayload(kTypeUrl, absl::Cord(info.SerializeAsString()));
+  return status;
+}
+
+absl::Status FromSerializedStatus(absl::string_view serialized) {
+  google::rpc::Status message;
+  if (!message.ParseFromArray(serialized.data(), static_cast<int>(serialized.size()))) {
+    return absl::InternalError("the master sent an error that cannot be parsed");
+  }
+  absl::Status status(static_cast<absl::StatusCode>(message.code()), message.message());
+  for (const google::protobuf::Any& detail : message.details()) {
+    if (detail.type_url() == kTypeUrl) status.SetPayload(kTypeUrl, absl::Cord(detail.value()));
+  }
+  return status;
+}
+
+}  // namespace syncbn

@@ -1,0 +1,34 @@
+// What a failed round or call tells beyond its code and message.
+
+#ifndef SYNCBN_CLIENT_CC_ERRORS_H_
+#define SYNCBN_CLIENT_CC_ERRORS_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+
+namespace syncbn {
+
+// Travels in an absl::Status as its google.rpc.ErrorInfo.
+struct ErrorDetails {
+  // One of those that proto/syncbn/v1/statistics.proto lists, or the client's own: LEFT, FORKED, INTERRUPTED,
+  // UNREACHABLE.
+  std::string reason;
+  std::string layer;
+  std::vector<uint32_t> ranks;  // To blame, ascending.
+};
+
+// The details of a status that this library returned; empty for others.
+ErrorDetails DetailsOf(const absl::Status& status);
+
+absl::Status MakeStatus(absl::StatusCode code, absl::string_view message, const ErrorDetails& details);
+
+// From the wire: the fields of a google.rpc.Status, whose details are serialized messages of type Any.
+absl::Status FromSerializedStatus(absl::string_view serialized_google_rpc_status);
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_CLIENT_CC_ERRORS_H_

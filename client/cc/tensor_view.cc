@@ -1,0 +1,67 @@
+#include "client/cc/tensor_view.h"
+
+#include "absl/strings/str_cat.h"
+#include "kernels/half.h"
+
+namespace syncbn {
+
+absl::Status Check(const TensorView& tensor, const char* name) {
+  if (const char* const wrong = kernels::Validate(tensor.shape)) {
+    return absl::InvalidArgumentError(absl::StrCat(name, ": ", wrong, " (batch ", tensor.shape.batch, ", channels ",
+                                                   tensor.shape.channels, ", spatial ", tensor.shape.spatial, ")"));
+  }
+  if (tensor.device != Device::kCpu) {
+    return absl::UnimplementedError(
+        absl::StrCat(name, " is on a CUDA device, and this build computes on the CPU only"));
+  }
+  if (tensor.data == nullptr && tensor.shape.size() != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(name, " has ", tensor.shape.size(), " elements and no data"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckAlike(const TensorView& tensor, const TensorView& reference, const char* name) {
+  if (absl::Status status = Check(tensor, name); !status.ok()) return status;
+  const kernels::TensorShape& a = tensor.shape;
+  const kernels::TensorShape& b = reference.shape;
+  if (a.batch == b.batch && a.channels == b.channels && a.spatial == b.spatial && a.type == b.type &&
+      a.layout == b.layout && tensor.device == reference.device) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(name, " differs in shape, type or layout: [", a.batch, ", ",
+                                                 a.channels, ", ", a.spatial, "] instead of [", b.batch, ", ",
+                                                 b.channels, ", ", b.spatial, "]"));
+}
+
+double VectorView::Get(int64_t channel) const {
+  switch (type) {
+    case kernels::DataType::kFloat32:
+      return static_cast<const float*>(data)[channel];
+    case kernels::DataType::kFloat64:
+      return static_cast<const double*>(data)[channel];
+    case kernels::DataType::kFloat16:
+      return kernels::Float16ToDouble(static_cast<const uint16_t*>(data)[channel]);
+    case kernels::DataType::kBFloat16:
+      return kernels::BFloat16ToDouble(static_cast<const uint16_t*>(data)[channel]);
+  }
+  return 0.0;
+}
+
+void VectorView::Set(int64_t channel, double value) const {
+  switch (type) {
+    case kernels::DataType::kFloat32:
+      static_cast<float*>(data)[channel] = static_cast<float>(value);
+      return;
+    case kernels::DataType::kFloat64:
+      static_cast<double*>(data)[channel] = value;
+      return;
+    case kernels::DataType::kFloat16:
+      static_cast<uint16_t*>(data)[channel] = kernels::Float16FromDouble(value);
+      return;
+    case kernels::DataType::kBFloat16:
+      static_cast<uint16_t*>(data)[channel] = kernels::BFloat16FromDouble(value);
+      return;
+  }
+}
+
+}  // namespace syncbn

@@ -1,0 +1,159 @@
+#include "client/cc/worker.h"
+
+#include <unistd.h>
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "client/cc/errors.h"
+#include "client/cc/worker_impl.h"
+
+namespace syncbn {
+namespace {
+
+constexpr absl::string_view kPendingMessage = "the round goes on";
+
+absl::Status CheckOptions(const Worker::Options& options) {
+  if (options.target.empty()) return absl::InvalidArgumentError("a worker needs the target of its master");
+  if (options.world_size == 0) return absl::InvalidArgumentError("world_size is 0; a group has at least 1 worker");
+  if (options.rank >= options.world_size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("rank ", options.rank, " is not below the world size of ", options.world_size));
+  }
+  return absl::OkStatus();
+}
+
+v1::RoundKey MakeKey(absl::string_view layer, v1::Phase phase, uint64_t sequence) {
+  v1::RoundKey key;
+  key.set_layer(std::string(layer));
+  key.set_phase(phase);
+  key.set_sequence(sequence);
+  return key;
+}
+
+void Assign(absl::Span<const double> values, google::protobuf::RepeatedField<double>* field) {
+  field->Add(values.begin(), values.end());
+}
+
+absl::Status DifferentLengths(absl::string_view layer, const char* first, size_t a, const char* second, size_t b) {
+  return absl::InvalidArgumentError(
+      absl::StrCat("layer \"", layer, "\": ", first, " has ", a, " elements and ", second, " has ", b));
+}
+
+}  // namespace
+
+class RoundImpl {
+ public:
+  RoundImpl(std::shared_ptr<WorkerImpl> worker, std::vector<std::shared_ptr<Piece>> pieces)
+      : worker_(std::move(worker)), pieces_(std::move(pieces)) {}
+
+  uint64_t sequence() const { return pieces_.front()->key.sequence(); }
+
+  absl::Status Wait(absl::Duration timeout) {
+    absl::Status status = worker_->WaitFor(pieces_, timeout);
+    if (status.ok() && !gathered_) Gather();
+    return status;
+  }
+
+  const RoundResult& result() const { return pieces_.size() == 1 ? pieces_.front()->result : whole_; }
+
+ private:
+  void Gather() {
+    gathered_ = true;
+    if (pieces_.size() == 1) return;
+    for (const std::shared_ptr<Piece>& piece : pieces_) {
+      whole_.first.insert(whole_.first.end(), piece->result.first.begin(), piece->result.first.end());
+    }
+    whole_.missing_ranks = pieces_.front()->result.missing_ranks;
+  }
+
+  const std::shared_ptr<WorkerImpl> worker_;
+  const std::vector<std::shared_ptr<Piece>> pieces_;
+  RoundResult whole_;  // Of several pieces.
+  bool gathered_ = false;
+};
+
+Round MakeRound(std::shared_ptr<WorkerImpl> worker, std::vector<std::shared_ptr<Piece>> pieces) {
+  return Round(std::make_shared<RoundImpl>(std::move(worker), std::move(pieces)));
+}
+
+absl::Status PendingStatus() { return absl::DeadlineExceededError(kPendingMessage); }
+
+bool IsPending(const absl::Status& status) {
+  return status.code() == absl::StatusCode::kDeadlineExceeded && status.message() == kPendingMessage;
+}
+
+uint64_t Round::sequence() const { return impl_->sequence(); }
+absl::Status Round::Wait(absl::Duration timeout) { return impl_->Wait(timeout); }
+const RoundResult& Round::result() const { return impl_->result(); }
+
+absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
+  if (absl::Status status = CheckOptions(options); !status.ok()) return status;
+  if (options.description.empty()) {
+    char host[256] = "";
+    gethostname(host, sizeof(host) - 1);
+    options.description = absl::StrCat("syncbn-cc/0.1.0 host=", host, " pid=", getpid());
+  }
+  const auto channel = OpenChannel(options.target, options.tls);
+  if (!channel.ok()) return channel.status();
+  auto impl = std::make_shared<WorkerImpl>(std::move(options), *channel);
+  if (absl::Status status = impl->Join(); !status.ok()) return status;
+  return std::unique_ptr<Worker>(new Worker(std::move(impl)));
+}
+
+Worker::Worker(std::shared_ptr<WorkerImpl> impl) : impl_(std::move(impl)) {}
+
+Worker::~Worker() {
+  // The threads and locks of the parent's connection are not in this process: what remains of it can only be abandoned.
+  if (impl_->forked()) {
+    new std::shared_ptr<WorkerImpl>(impl_);
+  } else {
+    impl_->Close();
+  }
+}
+
+absl::Status Worker::Leave(absl::string_view reason) { return impl_->Leave(reason); }
+uint32_t Worker::rank() const { return impl_->options().rank; }
+uint32_t Worker::world_size() const { return impl_->options().world_size; }
+uint64_t Worker::incarnation() const { return impl_->incarnation(); }
+uint64_t Worker::run_id() const { return impl_->run_id(); }
+absl::Status Worker::WaitForMembers(absl::Duration timeout) { return impl_->WaitForMembers(timeout); }
+absl::Status Worker::ResumeAt(uint64_t sequence) { return impl_->ResumeAt(sequence); }
+void Worker::Interrupt() { impl_->Interrupt(); }
+absl::Status Worker::DeclareLayer(const LayerOptions& layer) { return impl_->DeclareLayer(layer); }
+std::optional<LayerOptions> Worker::FindLayer(absl::string_view name) const { return impl_->FindLayer(name); }
+absl::Status Worker::Flush() { return impl_->Flush(); }
+
+absl::StatusOr<Round> Worker::StartForward(absl::string_view layer, uint64_t sequence, int64_t count,
+                                           absl::Span<const double> mean, absl::Span<const double> m2,
+                                           BackwardRole role) {
+  if (mean.size() != m2.size()) return DifferentLengths(layer, "mean", mean.size(), "m2", m2.size());
+  v1::Contribution contribution;
+  *contribution.mutable_key() = MakeKey(layer, v1::PHASE_FORWARD, sequence);
+  v1::Moments* const moments = contribution.mutable_moments();
+  moments->set_count(count);
+  if (count != 0) {
+    Assign(mean, moments->mutable_mean());
+    Assign(m2, moments->mutable_m2());
+  }
+  moments->set_backward_role(static_cast<v1::BackwardRole>(role));
+  return impl_->Begin(std::move(contribution));
+}
+
+absl::StatusOr<Round> Worker::StartBackward(absl::string_view layer, uint64_t sequence, absl::Span<const double> sum_dy,
+                                            absl::Span<const double> sum_dy_xmu) {
+  if (sum_dy.size() != sum_dy_xmu.size()) {
+    return DifferentLengths(layer, "sum_dy", sum_dy.size(), "sum_dy_xmu", sum_dy_xmu.size());
+  }
+  v1::Contribution contribution;
+  *contribution.mutable_key() = MakeKey(layer, v1::PHASE_BACKWARD, sequence);
+  Assign(sum_dy, contribution.mutable_gradient_sums()->mutable_sum_dy());
+  Assign(sum_dy_xmu, contribution.mutable_gradient_sums()->mutable_sum_dy_xmu());
+  return impl_->Begin(std::move(contribution));
+}
+
+absl::StatusOr<Round> Worker::StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value) {
+  return impl_->BeginSum(name, sequence, value);
+}
+
+}  // namespace syncbn

@@ -1,0 +1,158 @@
+// A member of a group: rounds over per-channel vectors.
+
+#ifndef SYNCBN_CLIENT_CC_WORKER_H_
+#define SYNCBN_CLIENT_CC_WORKER_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+
+namespace syncbn {
+
+class RoundImpl;
+class WorkerImpl;
+
+enum class LayerKind { kBatchNorm = 1, kSum = 2 };
+enum class NumericPolicy { kRefuse = 1, kPropagate = 2 };
+enum class BackwardRole { kRequired = 1, kIfRequired = 2, kNone = 3 };
+enum class MissingPolicy { kFail = 1, kProceed = 2 };
+
+// A layer as the workers must agree upon it; see LayerSpec in proto/syncbn/v1/statistics.proto.
+struct LayerOptions {
+  std::string name;
+  uint32_t channels = 0;
+  LayerKind kind = LayerKind::kBatchNorm;
+  double eps = 0.0;
+  bool clamp_eps = false;  // 1/sqrt(max(var, eps)) instead of 1/sqrt(var + eps).
+  NumericPolicy numeric_policy = NumericPolicy::kRefuse;
+  std::optional<double> momentum;  // Of the master's running statistics; absent: cumulative average.
+  bool biased_running_variance = false;
+};
+
+// What became of a round that completed.
+struct RoundResult {
+  int64_t count = 0;           // Forward and backward: values in each channel, over all workers.
+  std::vector<double> first;   // mean; sum_dy; the summed vector.
+  std::vector<double> second;  // var (biased); sum_dy_xmu; empty.
+  bool backward_required = false;
+  std::vector<uint32_t> missing_ranks;
+};
+
+// A round that has begun. Copies stand for the same round. It must not outlive its worker. One thread at a time.
+class Round {
+ public:
+  Round() = default;
+  explicit Round(std::shared_ptr<RoundImpl> impl) : impl_(std::move(impl)) {}
+
+  uint64_t sequence() const;
+  // Waits for the outcome, for at most `timeout`. OK: result() is there. A status that IsPending recognizes: ask
+  // again. Any other status is the round's outcome, and stays; CANCELLED with reason INTERRUPTED excepted.
+  //
+  // A thread that waits for 20 ms or more promises that this worker does nothing else until then, if no other thread
+  // has used the worker: that is how the master finds deadlocks at once.
+  absl::Status Wait(absl::Duration timeout = absl::InfiniteDuration());
+  // Of a round that was waited for successfully.
+  const RoundResult& result() const;
+
+ private:
+  std::shared_ptr<RoundImpl> impl_;
+};
+
+// Whether a Wait ended because its time was up, the round still going on.
+bool IsPending(const absl::Status& status);
+
+// Thread safety: any thread may call any method. Waiting threads drive the connection; a worker has no thread of its
+// own.
+class Worker {
+ public:
+  struct TlsOptions {
+    std::string trusted_ca_file;
+    std::string cert_file;
+    std::string key_file;
+    bool enabled() const { return !trusted_ca_file.empty() || !cert_file.empty() || !key_file.empty(); }
+  };
+
+  struct Options {
+    std::string target;
+    std::string job;    // Empty: "default".
+    std::string group;  // Empty: "default".
+    uint32_t rank = 0;
+    uint32_t world_size = 1;
+    uint64_t generation = 0;
+    // The same for all workers of the group. Absent: the master's defaults (30 s, 50 ms).
+    std::optional<absl::Duration> round_timeout;
+    std::optional<absl::Duration> rejoin_grace;
+    MissingPolicy missing_policy = MissingPolicy::kFail;
+    uint32_t min_workers = 0;
+    // How long to try to reach the master, at first and after a break.
+    absl::Duration join_timeout = absl::Seconds(30);
+    // If not empty, the complete set of layers, compared with the other workers' at once.
+    std::vector<LayerOptions> layers;
+    std::string description;  // Empty: library, host and process id.
+    TlsOptions tls;
+  };
+
+  static constexpr uint64_t kNextSequence = UINT64_MAX;
+
+  // Connects and joins. Errors: those of Synchronize in statistics.proto; UNAVAILABLE (UNREACHABLE) if the master did
+  // not answer in time; INVALID_ARGUMENT for options that cannot be used.
+  static absl::StatusOr<std::unique_ptr<Worker>> Join(Options options);
+
+  // Closes the stream without a leave: the others learn at once that this worker is lost.
+  ~Worker();
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  // Says goodbye: the worker is not waited for any more. Rounds that it has begun are sent before. Afterwards every
+  // call fails with FAILED_PRECONDITION (LEFT). Idempotent.
+  absl::Status Leave(absl::string_view reason);
+
+  uint32_t rank() const;
+  uint32_t world_size() const;
+  uint64_t incarnation() const;
+  uint64_t run_id() const;
+
+  // Waits until every rank is present. A pending status (IsPending) if `timeout` passes before.
+  absl::Status WaitForMembers(absl::Duration timeout);
+
+  // Every layer's next automatic sequence, in every phase, becomes `sequence`.
+  absl::Status ResumeAt(uint64_t sequence);
+
+  // Ends whatever any thread waits for with CANCELLED (INTERRUPTED), now. The worker stays usable.
+  void Interrupt();
+
+  // Makes the layer known to the master with the next frame, and again after every reconnect. Declaring anew replaces.
+  absl::Status DeclareLayer(const LayerOptions& layer);
+  // What was declared under this name.
+  std::optional<LayerOptions> FindLayer(absl::string_view name) const;
+
+  // Begin a round; the vectors are copied. Sent with the next wait or flush, in one frame with all that is ready then.
+  // `sequence`: kNextSequence counts 0, 1, 2, ... for each layer and phase. Errors: FAILED_PRECONDITION if the layer
+  // was not declared; INVALID_ARGUMENT if the vectors differ in length.
+  absl::StatusOr<Round> StartForward(absl::string_view layer, uint64_t sequence, int64_t count,
+                                     absl::Span<const double> mean, absl::Span<const double> m2, BackwardRole role);
+  absl::StatusOr<Round> StartBackward(absl::string_view layer, uint64_t sequence, absl::Span<const double> sum_dy,
+                                      absl::Span<const double> sum_dy_xmu);
+  // A vector of any length, summed over all workers. One that is longer than a frame should be goes in pieces, whose
+  // names are NAME#0, NAME#1 and so on. Declares itself.
+  absl::StatusOr<Round> StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
+
+  // Sends what is ready, without waiting.
+  absl::Status Flush();
+
+ private:
+  explicit Worker(std::shared_ptr<WorkerImpl> impl);
+  std::shared_ptr<WorkerImpl> impl_;
+};
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_CLIENT_CC_WORKER_H_

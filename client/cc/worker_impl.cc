@@ -1,0 +1,575 @@
+#include "client/cc/worker_impl.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/cc/errors.h"
+#include "google/protobuf/arena.h"
+#include "grpcpp/impl/codegen/proto_utils.h"
+
+namespace syncbn {
+
+// In worker.cc.
+Round MakeRound(std::shared_ptr<WorkerImpl> worker, std::vector<std::shared_ptr<Piece>> pieces);
+absl::Status PendingStatus();
+
+namespace {
+
+constexpr uint32_t kProtocolVersion = 1;
+// Elements of a summed vector in one contribution: what masters accept by default.
+constexpr size_t kPieceElements = size_t{1} << 20;
+constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
+constexpr absl::Duration kFirstBackoff = absl::Milliseconds(10);
+constexpr absl::Duration kLongestBackoff = absl::Seconds(1);
+// What a leave may take to be acknowledged.
+constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
+
+grpc::Slice Encode(const v1::WorkerFrame& frame) { return grpc::Slice(frame.SerializeAsString()); }
+
+void ToProto(const LayerOptions& layer, v1::LayerSpec* spec) {
+  spec->set_name(layer.name);
+  spec->set_channels(layer.channels);
+  spec->set_kind(static_cast<v1::LayerKind>(layer.kind));
+  spec->set_eps(layer.eps);
+  spec->set_eps_mode(layer.clamp_eps ? v1::EPS_MODE_CLAMP : v1::EPS_MODE_ADD);
+  spec->set_numeric_policy(static_cast<v1::NumericPolicy>(layer.numeric_policy));
+  if (layer.momentum.has_value()) spec->set_momentum(*layer.momentum);
+  spec->set_biased_running_variance(layer.biased_running_variance);
+}
+
+void ToProto(absl::Duration duration, google::protobuf::Duration* message) {
+  message->set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
+  message->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration)));
+}
+
+void ToProto(const Worker::Options& options, v1::Join* join) {
+  join->set_min_protocol_version(kProtocolVersion);
+  join->set_max_protocol_version(kProtocolVersion);
+  join->set_job(options.job);
+  join->set_group(options.group);
+  join->set_rank(options.rank);
+  join->set_world_size(options.world_size);
+  join->set_generation(options.generation);
+  join->set_description(options.description);
+  v1::GroupConfig* const config = join->mutable_config();
+  if (options.round_timeout.has_value()) ToProto(*options.round_timeout, config->mutable_round_timeout());
+  if (options.rejoin_grace.has_value()) ToProto(*options.rejoin_grace, config->mutable_rejoin_grace());
+  config->set_missing_policy(static_cast<v1::MissingPolicy>(options.missing_policy));
+  config->set_min_workers(options.min_workers);
+  for (const LayerOptions& layer : options.layers) ToProto(layer, join->add_layers());
+}
+
+std::vector<double> ToVector(const google::protobuf::RepeatedField<double>& field) {
+  return std::vector<double>(field.begin(), field.end());
+}
+
+// Statuses without an ErrorInfo that a new attempt would only meet again.
+bool IsHopeless(grpc::StatusCode code) {
+  switch (code) {
+    case grpc::StatusCode::INVALID_ARGUMENT:
+    case grpc::StatusCode::UNIMPLEMENTED:
+    case grpc::StatusCode::UNAUTHENTICATED:
+    case grpc::StatusCode::PERMISSION_DENIED:
+    case grpc::StatusCode::RESOURCE_EXHAUSTED:
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+WorkerImpl::WorkerImpl(Worker::Options options, std::shared_ptr<grpc::Channel> channel)
+    : options_(std::move(options)), channel_(std::move(channel)), pid_(getpid()) {}
+
+void WorkerImpl::Close() {
+  absl::MutexLock lock(&mutex_);
+  End(MakeStatus(absl::StatusCode::kCancelled, "this worker has been closed", {"CLOSED", "", {}}));
+  changed_.SignalAll();
+}
+
+WorkerImpl::~WorkerImpl() {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (connection_ != nullptr) {
+      connection_->Cancel();
+      if (!connection_->finishing()) connection_->Finish();
+    }
+    if (alarm_pending_) alarm_.Cancel();
+  }
+  queue_.Shutdown();
+  void* tag = nullptr;
+  bool ok = false;
+  while (queue_.Next(&tag, &ok)) {
+  }
+}
+
+// ---- The connection -------------------------------------------------------------------------------------------------
+
+void WorkerImpl::Connect() {
+  state_ = State::kConnecting;
+  connection_ = std::make_unique<Connection>(channel_, &queue_);
+  connection_->Start();
+}
+
+void WorkerImpl::SendJoin() {
+  v1::WorkerFrame frame;
+  ToProto(options_, frame.mutable_join());
+  frame.mutable_join()->set_incarnation(incarnation_);
+  frame.mutable_join()->set_run_id(run_id_);
+  for (auto& [name, layer] : layers_) {
+    ToProto(layer.options, frame.add_layers());
+    layer.sent = true;
+  }
+  layers_unsent_ = false;
+  const grpc::Slice slice = Encode(frame);
+  connection_->Write(grpc::ByteBuffer(&slice, 1));
+  connection_->Read();
+}
+
+void WorkerImpl::OnEvent(void* tag, bool ok) {
+  if (tag == &alarm_) {
+    alarm_pending_ = false;
+    return;
+  }
+  auto* const operation = static_cast<Connection::Operation*>(tag);
+  Connection* const connection = operation->connection;
+  connection->Ended(operation->kind);
+  if (connection != connection_.get()) {
+    if (connection->outstanding() == 0) {
+      retired_.erase(std::find_if(retired_.begin(), retired_.end(),
+                                  [connection](const auto& retired) { return retired.get() == connection; }));
+    }
+    return;
+  }
+  if (operation->kind == Connection::Kind::kFinish) {
+    OnStreamEnded(connection->status());
+  } else if (!ok) {
+    if (!connection->finishing()) connection->Finish();
+  } else if (operation->kind == Connection::Kind::kStart) {
+    SendJoin();
+  } else if (operation->kind == Connection::Kind::kRead) {
+    OnFrame();
+  }
+}
+
+void WorkerImpl::OnStreamEnded(const grpc::Status& status) {
+  if (connection_->outstanding() == 0) {
+    connection_.reset();
+  } else {
+    retired_.push_back(std::move(connection_));
+  }
+  if (state_ == State::kEnded) return;
+  absl::Status why(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+  if (!status.error_details().empty()) why = FromSerializedStatus(status.error_details());
+  if (leave_sent_) {
+    End(MakeStatus(absl::StatusCode::kFailedPrecondition, "this worker has left its group", {"LEFT", "", {}}));
+    return;
+  }
+  const std::string reason = DetailsOf(why).reason;
+  if (reason.empty() ? IsHopeless(status.error_code()) : reason != "SHUTTING_DOWN") {
+    End(std::move(why));
+    return;
+  }
+  const absl::Time now = absl::Now();
+  if (state_ == State::kJoined) {
+    give_up_at_ = now + options_.join_timeout;
+    backoff_ = kFirstBackoff;
+  }
+  last_break_ = std::move(why);
+  state_ = State::kWaiting;
+  retry_at_ = now + backoff_;
+  backoff_ = std::min(2 * backoff_, kLongestBackoff);
+}
+
+void WorkerImpl::OnFrame() {
+  google::protobuf::Arena arena;
+  auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
+  if (!grpc::SerializationTraits<v1::MasterFrame>::Deserialize(connection_->incoming(), frame).ok()) {
+    End(absl::InternalError("the master sent a frame that is not a syncbn.v1.MasterFrame"));
+    return;
+  }
+  if (frame->has_joined()) {
+    state_ = State::kJoined;
+    incarnation_ = frame->joined().incarnation();
+    run_id_ = frame->joined().run_id();
+    present_ = frame->joined().membership().present_ranks_size();
+    // What was on the way when the last stream broke may or may not have arrived: the master knows.
+    unsent_.clear();
+    for (auto& [key, piece] : pending_) unsent_.push_back(piece);
+    blocked_said_ = false;
+  }
+  if (frame->has_membership()) present_ = frame->membership().present_ranks_size();
+  for (v1::RoundResult& result : *frame->mutable_results()) OnResult(&result);
+  for (const v1::LayerError& error : frame->layer_errors()) OnLayerError(error);
+}
+
+void WorkerImpl::OnResult(v1::RoundResult* message) {
+  const auto it = pending_.find(TupleOf(message->key()));
+  if (it == pending_.end()) return;  // A replay that nobody waits for.
+  Piece& piece = *it->second;
+  RoundResult& result = piece.result;
+  result.missing_ranks.assign(message->missing_ranks().begin(), message->missing_ranks().end());
+  switch (message->outcome_case()) {
+    case v1::RoundResult::kMoments:
+      result.count = message->moments().count();
+      result.first = ToVector(message->moments().mean());
+      result.second = ToVector(message->moments().var());
+      result.backward_required = message->moments().backward_required();
+      break;
+    case v1::RoundResult::kGradientSums:
+      result.count = message->gradient_sums().count();
+      result.first = ToVector(message->gradient_sums().sum_dy());
+      result.second = ToVector(message->gradient_sums().sum_dy_xmu());
+      break;
+    case v1::RoundResult::kVector:
+      result.first = ToVector(message->vector().value());
+      break;
+    case v1::RoundResult::kError:
+      piece.status = FromSerializedStatus(message->error().SerializeAsString());
+      break;
+    case v1::RoundResult::OUTCOME_NOT_SET:
+      piece.status = absl::InternalError("the master sent a round's result without an outcome");
+      break;
+  }
+  piece.done = true;
+  pending_.erase(it);
+}
+
+void WorkerImpl::OnLayerError(const v1::LayerError& error) {
+  const absl::Status status = FromSerializedStatus(error.error().SerializeAsString());
+  for (auto it = pending_.begin(); it != pending_.end();) {
+    const auto current = it++;
+    Piece& piece = *current->second;
+    if (!error.layer().empty() && piece.key.layer() != error.layer()) continue;
+    piece.status = status;
+    piece.done = true;
+    pending_.erase(current);
+  }
+}
+
+void WorkerImpl::End(absl::Status why) {
+  if (state_ == State::kEnded) return;
+  state_ = State::kEnded;
+  end_ = std::move(why);
+  for (auto& [key, piece] : pending_) {
+    piece->status = end_;
+    piece->done = true;
+  }
+  pending_.clear();
+  unsent_.clear();
+  if (connection_ != nullptr) connection_->Cancel();
+}
+
+void WorkerImpl::Pump() {
+  if (state_ != State::kJoined || connection_ == nullptr || connection_->finishing()) return;
+  // In this order: a read that waits already would make the transport send a packet for it.
+  if (!connection_->writing()) WriteFrame();
+  if (!connection_->reading()) connection_->Read();
+}
+
+void WorkerImpl::WriteFrame() {
+  std::vector<grpc::Slice> slices;
+  v1::WorkerFrame head;
+  if (std::exchange(layers_unsent_, false)) {
+    for (auto& [name, layer] : layers_) {
+      if (!std::exchange(layer.sent, true)) ToProto(layer.options, head.add_layers());
+    }
+    slices.push_back(Encode(head));
+  }
+  for (const std::shared_ptr<Piece>& piece : unsent_) {
+    if (piece->done) continue;
+    slices.push_back(piece->encoded);
+    piece->sent = true;
+  }
+  unsent_.clear();
+  v1::WorkerFrame tail;
+  const bool blocked = blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent && !blocked_on_->done &&
+                       (!slices.empty() || absl::Now() >= say_blocked_at_);
+  if (blocked) {
+    *tail.add_blocked_on() = blocked_on_->key;
+    blocked_said_ = true;
+  }
+  if (leaving_.has_value() && !leave_sent_) {
+    tail.mutable_leave()->set_reason(*leaving_);
+    leave_sent_ = true;
+  }
+  if (blocked || tail.has_leave()) slices.push_back(Encode(tail));
+  if (!slices.empty()) connection_->Write(grpc::ByteBuffer(slices.data(), slices.size()));
+}
+
+// ---- Waiting --------------------------------------------------------------------------------------------------------
+
+absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time deadline) {
+  const uint64_t interrupts = interrupts_;
+  while (true) {
+    if (done()) return absl::OkStatus();
+    if (interrupts_ != interrupts) {
+      return MakeStatus(absl::StatusCode::kCancelled, "the wait was interrupted", {"INTERRUPTED", "", {}});
+    }
+    if (absl::Now() >= deadline) return PendingStatus();
+    if (driving_) {
+      changed_.WaitWithDeadline(&mutex_, deadline);
+    } else {
+      DriveOnce(deadline);
+    }
+  }
+}
+
+void WorkerImpl::DriveOnce(absl::Time deadline) {
+  RunTimers(absl::Now());
+  Pump();
+  const absl::Time until = std::min(deadline, NextTimer());
+  driving_ = true;
+  mutex_.Unlock();
+  void* tag = nullptr;
+  bool ok = false;
+  const auto event = queue_.AsyncNext(&tag, &ok, absl::ToChronoTime(until));
+  mutex_.Lock();
+  driving_ = false;
+  if (event == grpc::CompletionQueue::GOT_EVENT) OnEvent(tag, ok);
+  changed_.SignalAll();
+}
+
+absl::Time WorkerImpl::NextTimer() const {
+  absl::Time next = absl::InfiniteFuture();
+  if (state_ == State::kWaiting) next = retry_at_;
+  if (state_ == State::kConnecting || state_ == State::kWaiting) next = std::min(next, give_up_at_);
+  const bool blocked = blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent && !blocked_on_->done;
+  if (blocked && state_ == State::kJoined && !connection_->writing()) next = std::min(next, say_blocked_at_);
+  return next;
+}
+
+void WorkerImpl::RunTimers(absl::Time now) {
+  const bool joining = state_ == State::kConnecting || state_ == State::kWaiting;
+  if (joining && now >= give_up_at_) {
+    End(MakeStatus(absl::StatusCode::kUnavailable,
+                   absl::StrCat("no answer from the master at ", options_.target, " within ",
+                                absl::FormatDuration(options_.join_timeout),
+                                last_break_.ok() ? "" : absl::StrCat("; last: ", last_break_.message())),
+                   {"UNREACHABLE", "", {}}));
+  } else if (state_ == State::kWaiting && now >= retry_at_) {
+    Connect();
+  }
+}
+
+// ---- Calls ----------------------------------------------------------------------------------------------------------
+
+bool WorkerImpl::forked() const { return getpid() != pid_; }
+
+absl::Status WorkerImpl::Enter() {
+  if (state_ == State::kEnded) return end_;
+  const std::thread::id self = std::this_thread::get_id();
+  if (!user_.has_value()) user_ = self;
+  if (*user_ != self) several_users_ = true;
+  return absl::OkStatus();
+}
+
+namespace {
+
+absl::Status ForkedError() {
+  return MakeStatus(absl::StatusCode::kFailedPrecondition,
+                    "this process was forked from the one that joined; a child must join with a worker of its own",
+                    {"FORKED", "", {}});
+}
+
+}  // namespace
+
+absl::Status WorkerImpl::Join() {
+  absl::MutexLock lock(&mutex_);
+  backoff_ = kFirstBackoff;
+  give_up_at_ = absl::Now() + options_.join_timeout;
+  for (const LayerOptions& layer : options_.layers) Declare(layer);
+  Connect();
+  const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return state_ == State::kJoined || state_ == State::kEnded;
+  };
+  if (absl::Status status = Await(settled, absl::InfiniteFuture()); !status.ok()) return status;
+  return state_ == State::kEnded ? end_ : absl::OkStatus();
+}
+
+absl::Status WorkerImpl::Leave(absl::string_view reason) {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  if (state_ == State::kEnded) return DetailsOf(end_).reason == "LEFT" ? absl::OkStatus() : end_;
+  leaving_ = std::string(reason);
+  blocked_on_ = nullptr;
+  const auto ended = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return state_ != State::kJoined; };
+  const absl::Status status = Await(ended, absl::Now() + kLeaveTimeout);
+  End(MakeStatus(absl::StatusCode::kFailedPrecondition, "this worker has left its group", {"LEFT", "", {}}));
+  changed_.SignalAll();
+  return absl::OkStatus();
+}
+
+absl::Status WorkerImpl::WaitForMembers(absl::Duration timeout) {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = Enter(); !status.ok()) return status;
+  const auto complete = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return state_ == State::kEnded || (state_ == State::kJoined && present_ >= options_.world_size);
+  };
+  if (absl::Status status = Await(complete, absl::Now() + timeout); !status.ok()) return status;
+  return state_ == State::kEnded ? end_ : absl::OkStatus();
+}
+
+absl::Status WorkerImpl::ResumeAt(uint64_t sequence) {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = Enter(); !status.ok()) return status;
+  first_sequence_ = sequence;
+  next_sequence_.clear();
+  return absl::OkStatus();
+}
+
+void WorkerImpl::Interrupt() {
+  if (forked()) return;
+  absl::MutexLock lock(&mutex_);
+  ++interrupts_;
+  changed_.SignalAll();
+  if (alarm_pending_ || !driving_) return;
+  alarm_pending_ = true;
+  alarm_.Set(&queue_, absl::ToChronoTime(absl::UnixEpoch()), &alarm_);
+}
+
+void WorkerImpl::Declare(const LayerOptions& layer) {
+  layers_[layer.name] = {layer, false};
+  layers_unsent_ = true;
+}
+
+absl::Status WorkerImpl::DeclareLayer(const LayerOptions& layer) {
+  if (forked()) return ForkedError();
+  if (layer.name.empty() || layer.name.size() > 255) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a layer's name has 1 to 255 bytes; this one has ", layer.name.size()));
+  }
+  if (layer.channels == 0) {
+    return absl::InvalidArgumentError(absl::StrCat("layer \"", layer.name, "\" has 0 channels; at least 1 is needed"));
+  }
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = Enter(); !status.ok()) return status;
+  Declare(layer);
+  return absl::OkStatus();
+}
+
+std::optional<LayerOptions> WorkerImpl::FindLayer(absl::string_view name) const {
+  absl::MutexLock lock(&mutex_);
+  const auto it = layers_.find(name);
+  if (it == layers_.end()) return std::nullopt;
+  return it->second.options;
+}
+
+uint64_t WorkerImpl::ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence) {
+  const auto it = next_sequence_.try_emplace({layer, phase}, first_sequence_).first;
+  if (sequence == Worker::kNextSequence) return it->second++;
+  it->second = std::max(it->second, sequence + 1);
+  return sequence;
+}
+
+absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(v1::Contribution contribution) {
+  auto piece = std::make_shared<Piece>();
+  piece->key = contribution.key();
+  if (pending_.contains(TupleOf(piece->key))) {
+    return absl::AlreadyExistsError(absl::StrCat("a round of layer \"", piece->key.layer(), "\" with sequence ",
+                                                 piece->key.sequence(), " is pending already"));
+  }
+  v1::WorkerFrame frame;
+  *frame.add_contributions() = std::move(contribution);
+  piece->encoded = Encode(frame);
+  pending_[TupleOf(piece->key)] = piece;
+  unsent_.push_back(piece);
+  return piece;
+}
+
+absl::StatusOr<Round> WorkerImpl::Begin(v1::Contribution contribution) {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = Enter(); !status.ok()) return status;
+  v1::RoundKey* const key = contribution.mutable_key();
+  if (layers_.find(key->layer()) == layers_.end()) {
+    return absl::FailedPreconditionError(absl::StrCat("layer \"", key->layer(), "\" has not been declared"));
+  }
+  key->set_sequence(ResolveSequence(key->layer(), key->phase(), key->sequence()));
+  auto piece = AddPiece(std::move(contribution));
+  if (!piece.ok()) return piece.status();
+  return MakeRound(shared_from_this(), {*std::move(piece)});
+}
+
+absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value) {
+  if (forked()) return ForkedError();
+  if (value.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("vector \"", name, "\" is empty; a sum has at least 1 element"));
+  }
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = Enter(); !status.ok()) return status;
+  const std::string whole(name);
+  sequence = ResolveSequence(whole, v1::PHASE_SUM, sequence);
+  std::vector<std::shared_ptr<Piece>> pieces;
+  for (size_t begin = 0; begin < value.size(); begin += kPieceElements) {
+    const absl::Span<const double> part = value.subspan(begin, kPieceElements);
+    LayerOptions layer;
+    layer.name = value.size() > kPieceElements ? absl::StrCat(name, "#", pieces.size()) : whole;
+    layer.channels = static_cast<uint32_t>(part.size());
+    layer.kind = LayerKind::kSum;
+    const auto known = layers_.find(layer.name);
+    if (known == layers_.end() || known->second.options.channels != layer.channels) Declare(layer);
+    v1::Contribution contribution;
+    contribution.mutable_key()->set_layer(layer.name);
+    contribution.mutable_key()->set_phase(v1::PHASE_SUM);
+    contribution.mutable_key()->set_sequence(sequence);
+    contribution.mutable_vector()->mutable_value()->Add(part.begin(), part.end());
+    auto piece = AddPiece(std::move(contribution));
+    if (!piece.ok()) return piece.status();
+    pieces.push_back(*std::move(piece));
+  }
+  return MakeRound(shared_from_this(), std::move(pieces));
+}
+
+absl::Status WorkerImpl::Flush() {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = Enter(); !status.ok()) return status;
+  Pump();
+  return absl::OkStatus();
+}
+
+absl::Status WorkerImpl::WaitFor(const std::vector<std::shared_ptr<Piece>>& pieces, absl::Duration timeout) {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  const absl::Time now = absl::Now();
+  for (const std::shared_ptr<Piece>& piece : pieces) {
+    if (!piece->done) {
+      if (absl::Status status = Enter(); !status.ok()) return status;
+      PromiseSilence(piece, now, timeout);
+      const auto done = [&piece] { return piece->done; };
+      if (absl::Status status = Await(done, now + timeout); !status.ok()) return status;
+    }
+    if (!piece->status.ok()) return piece->status;
+  }
+  return absl::OkStatus();
+}
+
+void WorkerImpl::PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time now, absl::Duration timeout) {
+  if (several_users_ || timeout < kSayBlockedAfter) {
+    blocked_on_ = nullptr;
+  } else if (blocked_on_ != piece) {
+    blocked_on_ = piece;
+    blocked_said_ = false;
+    say_blocked_at_ = now + kSayBlockedAfter;
+  }
+}
+
+uint64_t WorkerImpl::incarnation() const {
+  absl::MutexLock lock(&mutex_);
+  return incarnation_;
+}
+
+uint64_t WorkerImpl::run_id() const {
+  absl::MutexLock lock(&mutex_);
+  return run_id_;
+}
+
+}  // namespace syncbn

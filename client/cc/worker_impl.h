@@ -1,0 +1,162 @@
+// How a worker works: its connection, its rounds, and the threads that wait for them.
+
+#ifndef SYNCBN_CLIENT_CC_WORKER_IMPL_H_
+#define SYNCBN_CLIENT_CC_WORKER_IMPL_H_
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "client/cc/connection.h"
+#include "client/cc/worker.h"
+#include "grpcpp/alarm.h"
+#include "grpcpp/support/slice.h"
+#include "syncbn/v1/statistics.pb.h"
+
+namespace syncbn {
+
+// One key's contribution and what became of it. A Round is one of them, or several: the pieces of a long vector.
+struct Piece {
+  v1::RoundKey key;
+  grpc::Slice encoded;  // A WorkerFrame with this contribution alone; frames are such encodings one after the other.
+  bool sent = false;
+  bool done = false;
+  absl::Status status;
+  RoundResult result;
+};
+
+// The waiting thread drives the completion queue, so that an answer wakes no thread but the one that wants it; where
+// several wait, one drives and the others sleep until it has something for them.
+class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
+ public:
+  WorkerImpl(Worker::Options options, std::shared_ptr<grpc::Channel> channel);
+  ~WorkerImpl();
+
+  absl::Status Join();
+  // Breaks the stream off: what is pending ends with CANCELLED.
+  void Close();
+  absl::Status Leave(absl::string_view reason);
+  absl::Status WaitForMembers(absl::Duration timeout);
+  absl::Status ResumeAt(uint64_t sequence);
+  void Interrupt();
+  absl::Status DeclareLayer(const LayerOptions& layer);
+  std::optional<LayerOptions> FindLayer(absl::string_view name) const;
+  absl::StatusOr<Round> Begin(v1::Contribution contribution);
+  absl::StatusOr<Round> BeginSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
+  absl::Status Flush();
+  absl::Status WaitFor(const std::vector<std::shared_ptr<Piece>>& pieces, absl::Duration timeout);
+
+  const Worker::Options& options() const { return options_; }
+  uint64_t incarnation() const;
+  uint64_t run_id() const;
+  // In a child of the process that joined, nothing of the connection may be touched.
+  bool forked() const;
+
+ private:
+  enum class State {
+    kConnecting,  // A stream is being opened, or its join is on the way.
+    kJoined,
+    kWaiting,  // For retry_at_, after a broken stream.
+    kEnded,    // For good; end_ says why.
+  };
+  using KeyTuple = std::tuple<std::string, int, uint64_t>;
+
+  static KeyTuple TupleOf(const v1::RoundKey& key) { return {key.layer(), key.phase(), key.sequence()}; }
+
+  // ---- The connection
+  void Connect() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void SendJoin() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnEvent(void* tag, bool ok) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnStreamEnded(const grpc::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnResult(v1::RoundResult* result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnLayerError(const v1::LayerError& error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Every pending round and every later call fails with `why`.
+  void End(absl::Status why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Sends what there is to send, then asks for what there is to read.
+  void Pump() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void WriteFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // ---- Waiting
+  // Drives the queue, or sleeps while another thread does, until `done` or `deadline`, or an interrupt (CANCELLED).
+  absl::Status Await(const std::function<bool()>& done, absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Notes that the caller will wait for this piece for long, if that means that the worker does nothing else.
+  void PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time now, absl::Duration timeout)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void DriveOnce(absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void RunTimers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Time NextTimer() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // ---- Calls
+  // OK, or why the worker cannot be used; notes which thread calls.
+  absl::Status Enter() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  uint64_t ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(v1::Contribution contribution) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Declare(const LayerOptions& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const Worker::Options options_;
+  const std::shared_ptr<grpc::Channel> channel_;
+  const pid_t pid_;
+
+  mutable absl::Mutex mutex_;
+  absl::CondVar changed_;  // Something that a sleeping thread may wait for.
+  grpc::CompletionQueue queue_;
+  bool driving_ ABSL_GUARDED_BY(mutex_) = false;
+  uint64_t interrupts_ ABSL_GUARDED_BY(mutex_) = 0;
+  grpc::Alarm alarm_;
+  bool alarm_pending_ ABSL_GUARDED_BY(mutex_) = false;
+
+  State state_ ABSL_GUARDED_BY(mutex_) = State::kWaiting;
+  absl::Status end_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<Connection> connection_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::unique_ptr<Connection>> retired_ ABSL_GUARDED_BY(mutex_);  // Until their last events.
+  absl::Time retry_at_ ABSL_GUARDED_BY(mutex_);
+  absl::Time give_up_at_ ABSL_GUARDED_BY(mutex_);
+  absl::Duration backoff_ ABSL_GUARDED_BY(mutex_);
+  absl::Status last_break_ ABSL_GUARDED_BY(mutex_);
+
+  uint64_t incarnation_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t run_id_ ABSL_GUARDED_BY(mutex_) = 0;
+  size_t present_ ABSL_GUARDED_BY(mutex_) = 0;
+
+  struct DeclaredLayer {
+    LayerOptions options;
+    bool sent = false;
+  };
+  std::map<std::string, DeclaredLayer, std::less<>> layers_ ABSL_GUARDED_BY(mutex_);
+  bool layers_unsent_ ABSL_GUARDED_BY(mutex_) = false;
+
+  absl::flat_hash_map<KeyTuple, std::shared_ptr<Piece>> pending_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::shared_ptr<Piece>> unsent_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<std::pair<std::string, int>, uint64_t> next_sequence_ ABSL_GUARDED_BY(mutex_);
+  uint64_t first_sequence_ ABSL_GUARDED_BY(mutex_) = 0;
+
+  // What the only thread that uses this worker waits for, if it may promise to do nothing else, and when the promise is
+  // worth a frame of its own.
+  std::optional<std::thread::id> user_ ABSL_GUARDED_BY(mutex_);
+  bool several_users_ ABSL_GUARDED_BY(mutex_) = false;
+  std::shared_ptr<Piece> blocked_on_ ABSL_GUARDED_BY(mutex_);
+  bool blocked_said_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Time say_blocked_at_ ABSL_GUARDED_BY(mutex_);
+
+  std::optional<std::string> leaving_ ABSL_GUARDED_BY(mutex_);
+  bool leave_sent_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_CLIENT_CC_WORKER_IMPL_H_
