@@ -125,14 +125,16 @@ class GradientSums(NamedTuple):
 class Round:
     """A round that has begun. It belongs to one thread at a time."""
 
-    def __init__(self, handle: int, kind: str) -> None:
+    def __init__(self, worker: "Worker", handle: int, kind: str) -> None:
+        self._worker = worker
         self._handle = handle
         self._kind = kind
         self._pid = os.getpid()
 
     def wait(self, timeout: Optional[float] = None) -> bool:
         """Whether there is an outcome within `timeout` seconds (None: until there is). Raises it if it is an error."""
-        return wait(lib.syncbn_round_wait, self._handle, timeout)
+        with self._worker.handle():
+            return wait(lib.syncbn_round_wait, self._handle, timeout)
 
     @property
     def sequence(self) -> int:
@@ -431,6 +433,7 @@ class Worker:
         channels = self._layers[layer][0] if means is None else means.size
         with self.handle() as handle:
             return Round(
+                self,
                 create(
                     lib.syncbn_round_start_forward,
                     handle,
@@ -477,6 +480,7 @@ class Worker:
             raise ValueError(f"sum_dy has {first.size} elements and sum_dy_xmu has {second.size}")
         with self.handle() as handle:
             return Round(
+                self,
                 create(
                     lib.syncbn_round_start_backward,
                     handle,
@@ -502,6 +506,7 @@ class Worker:
         values = _doubles(vector)
         with self.handle() as handle:
             return Round(
+                self,
                 create(
                     lib.syncbn_round_start_sum,
                     handle,

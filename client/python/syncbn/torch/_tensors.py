@@ -67,6 +67,8 @@ def vector(tensor: Optional[torch.Tensor]) -> Vector:
     """A parameter or a buffer, contiguous; None: absent."""
     if tensor is None:
         return Vector(None, _library.FLOAT32)
+    if not tensor.is_contiguous():
+        raise ValueError("SyncBatchNorm's parameters and buffers must be contiguous")
     return Vector(tensor.data_ptr(), type_of(tensor))
 
 

@@ -59,10 +59,6 @@ class SyncBatchNorm(_BatchNorm):
         self.layer = layer
         self.original_class: Optional[type] = None
 
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        # A worker that this process does not have was unpickled as None: `default_worker` serves.
-        super().__setstate__(state)
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps_mode={self.eps_mode}, layer={self.layer}"
 
@@ -73,6 +69,10 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
         if input.size(1) != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got input of shape {tuple(input.shape)}")
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            own = getattr(self, name)
+            if own is not None and own.device != input.device:
+                raise RuntimeError(f"the input is on {input.device}, and {name} on {own.device}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input [N, C, ...] -> the same shape, type and layout."""
