@@ -42,11 +42,17 @@ class ForwardPass:
         num_threads: int = 1,
         stream: Optional[int] = None,
         sequence: Optional[int] = None,
+        eps: float,
+        clamp: bool,
     ) -> None:
+        """eps and clamp are those that the layer was declared with."""
         self._handle: Optional[int] = None
         self._pid = os.getpid()
         self.worker = worker
         self.layer = layer
+        self.eps, self.clamp = eps, clamp
+        self.backward_passes = 0
+        self._takes_part = role != _library.BACKWARD_NONE
         options = PassOptions(
             num_threads=num_threads,
             stream=stream,
@@ -79,6 +85,11 @@ class ForwardPass:
     def backward_required(self) -> bool:
         return bool(lib.syncbn_forward_backward_required(self._handle))
 
+    @property
+    def has_backward_round(self) -> bool:
+        """Whether this worker and others exchange sums in a backward pass."""
+        return self._takes_part and self.backward_required and self.count > 0
+
     def mean(self, channels: int) -> np.ndarray:
         return np.ctypeslib.as_array(lib.syncbn_forward_mean(self._handle), (channels,)).copy()
 
@@ -95,6 +106,7 @@ class ForwardPass:
     ) -> None:
         """One backward pass from its start to its finish, its round between them."""
         options = PassOptions(num_threads=num_threads, stream=stream)
+        self.backward_passes += 1
         # The worker is held, so that a close on another thread ends the wait instead of pulling it away.
         with self.worker.handle():
             handle = create(

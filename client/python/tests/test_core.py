@@ -286,8 +286,8 @@ with syncbn.Master() as master:
     worker = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
     started = worker.start_all_reduce("sum", [1.0])
     worker.flush()
-    print("waiting", flush=True)
     try:
+        print("waiting", flush=True)
         started.result()
     except KeyboardInterrupt:
         print("interrupted", flush=True)

@@ -2,7 +2,7 @@
 
     with syncbn.Worker() as worker:
         model = syncbn.torch.convert_sync_batchnorm(model, worker)
-        loss(model(x), y).backward()
+        cross_entropy(model(x), y, reduction="sum").backward()
         syncbn.torch.all_reduce_gradients(model, worker, weight=len(x))
         optimizer.step()
 """

@@ -71,6 +71,8 @@ class Normalize(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         channels_last = _tensors.is_channels_last(x)
         dy = _tensors.dense(dy, channels_last)
+        if ctx.forward_pass.backward_passes and ctx.forward_pass.has_backward_round:
+            return _backward_again(ctx, x, weight, bias, dy) + (None,) * 5
         dx, d_weight, d_bias = _gradient_buffers(ctx.needs_input_grad, x, weight, bias)
         inputs = BackwardInputs(
             dy=_tensors.describe(dy, channels_last), x=x.data_ptr() or None, weight=_tensors.vector(weight)
@@ -81,6 +83,33 @@ class Normalize(torch.autograd.Function):
                 inputs, _outputs(dx, d_weight, d_bias), num_threads=threads, stream=stream
             )
         return dx, d_weight, d_bias, None, None, None, None, None
+
+
+def _backward_again(
+    ctx: Any, x: torch.Tensor, weight: Optional[torch.Tensor], bias: Optional[torch.Tensor], dy: torch.Tensor
+) -> _Gradients:
+    """A later backward pass through one forward pass (retain_graph), in float64.
+
+    The protocol has one backward round for each forward round, so the sums of the later ones travel as plain vectors.
+    """
+    forward_pass, channels = ctx.forward_pass, x.size(1)
+    shape = [1, channels] + [1] * (x.dim() - 2)
+    others = [dim for dim in range(x.dim()) if dim != 1]
+    mean, var = (torch.from_numpy(v(channels)).to(x.device) for v in (forward_pass.mean, forward_pass.var))
+    clamped = var < forward_pass.eps if forward_pass.clamp else torch.zeros_like(var, dtype=torch.bool)
+    invstd = (var.clamp(min=forward_pass.eps) if forward_pass.clamp else var + forward_pass.eps).rsqrt()
+    xmu, wide_dy = x.double() - mean.view(shape), dy.double()
+    own = torch.stack([wide_dy.sum(others), (wide_dy * xmu).sum(others)])
+    merged = forward_pass.worker.all_reduce(f"{forward_pass.layer}/retained", own.cpu().numpy())
+    sum_dy, sum_dy_xmu = torch.from_numpy(merged).to(x.device) / forward_pass.count
+    slope = (invstd * invstd * sum_dy_xmu).masked_fill(clamped, 0.0)
+    scale = invstd if weight is None else invstd * weight.double()
+    dx = scale.view(shape) * (wide_dy - sum_dy.view(shape) - xmu * slope.view(shape))
+    return (
+        dx.to(x.dtype) if ctx.needs_input_grad[0] else None,
+        (own[1] * invstd).to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None,
+        own[0].to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None,
+    )
 
 
 class Evaluate(torch.autograd.Function):

@@ -9,9 +9,14 @@ from syncbn.core import Worker, default_worker
 
 
 def all_reduce_gradients(model: torch.nn.Module, worker: Optional[Worker] = None, weight: float = 1.0) -> float:
-    """Replaces each gradient with its weighted average over all workers: sum(weight * grad) / sum(weight).
+    """Replaces each gradient with sum(grad) / sum(weight), the sums over all workers.
 
-    With losses that are means over the local batch, `weight` = its size gives the gradient of the mean over the global batch.
+    Either of these gives the gradient of the mean over the global batch:
+      - losses *summed* over the local batch, and `weight` = its size, for batches of any sizes;
+      - losses averaged over the local batch, and the default weight, for batches of one size.
+    Averages over uneven batches, weighted here, would not: a synchronized layer adds up the workers' gradients in the middle of
+    backward, and there each of them already needs its place in the one global loss.
+
     A parameter without gradient counts as zeros at that worker; without gradient at every worker it stays without. All
     gradients travel as one float64 vector, so the result is the same bits at every worker.
 
@@ -31,7 +36,7 @@ def all_reduce_gradients(model: torch.nn.Module, worker: Optional[Worker] = None
         if parameter.grad is not None:
             vector[1 + index] = 1.0
             gradient = parameter.grad.detach().to(device="cpu", dtype=torch.float64).reshape(-1).numpy()
-            np.multiply(gradient, weight, out=vector[offset : offset + gradient.size])
+            vector[offset : offset + gradient.size] = gradient
         offset += parameter.numel()
     total = worker.all_reduce("gradients", vector)
     if total[0] <= 0:

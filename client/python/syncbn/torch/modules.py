@@ -109,7 +109,7 @@ class SyncBatchNorm(_BatchNorm):
         first_time = forward_pass is None
         if forward_pass is None:
             forward_pass = self._run_round(x, checkpoint.gradient_follows)
-            checkpoint.record(self, forward_pass)
+        checkpoint.record(self, forward_pass)
         count = forward_pass.count
         if count == 1:
             raise ValueError(
@@ -145,6 +145,8 @@ class SyncBatchNorm(_BatchNorm):
                 role=self._role(x, gradient_follows),
                 num_threads=threads,
                 stream=stream,
+                eps=self.eps,
+                clamp=self.eps_mode == "clamp",
             )
             forward_pass.wait()
         return forward_pass
