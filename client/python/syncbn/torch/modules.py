@@ -196,11 +196,14 @@ def _move(source: _BatchNorm, target: _BatchNorm) -> _BatchNorm:
     return target
 
 
-def _to_synchronized(source: _BatchNorm, worker: Optional[Worker], eps_mode: str, layer: str) -> SyncBatchNorm:
+def _to_synchronized(
+    source: _BatchNorm, worker: Optional[Worker], eps_mode: str, layer: str, kind: Any = SyncBatchNorm
+) -> SyncBatchNorm:
     # Without affine and tracking first: the parameters and buffers are the source's, none is allocated for nothing.
-    target = SyncBatchNorm(
-        source.num_features, source.eps, source.momentum, False, False, worker=worker, eps_mode=eps_mode, layer=layer
+    target: SyncBatchNorm = kind(
+        source.num_features, source.eps, source.momentum, False, False, worker=worker, layer=layer
     )
+    target.eps_mode = eps_mode
     target.affine, target.track_running_stats = source.affine, source.track_running_stats
     target.original_class = type(source)
     _move(source, target)
