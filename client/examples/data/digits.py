@@ -29,7 +29,7 @@ def load() -> Digits:
 
 
 def batches(count: int, size: int, steps: int) -> np.ndarray:
-    """int64 [steps, size]: which of `count` examples each global batch holds, epoch after epoch, each in its own order."""
+    """int64 [steps, size]: which of `count` examples each global batch holds; every epoch has its own order."""
     generator = np.random.default_rng(1)
     epochs = -(-steps * size // count)
     order = np.concatenate([generator.permutation(count) for _ in range(epochs)])

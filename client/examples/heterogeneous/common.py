@@ -71,7 +71,7 @@ Gradient = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def work(make: Callable[[Any], Tuple[Gradient, Callable[[], np.ndarray]]]) -> None:
-    """A worker's whole life. `make(worker)` gives the gradient function, and one that tells the running statistics, flat."""
+    """A worker's whole life. `make(worker)` gives the gradient function, and one for the running statistics, flat."""
     import syncbn
 
     parser = argparse.ArgumentParser()
@@ -83,9 +83,7 @@ def work(make: Callable[[Any], Tuple[Gradient, Callable[[], np.ndarray]]]) -> No
     arguments = parser.parse_args()
     problem = read(pathlib.Path(arguments.folder), arguments.global_batch)
     parameters = problem.parameters.copy()
-    with syncbn.Worker(
-        arguments.target, arguments.group, arguments.rank, arguments.world_size, timeout=60.0
-    ) as worker:
+    with syncbn.Worker(arguments.target, arguments.group, arguments.rank, arguments.world_size, timeout=60.0) as worker:
         worker.wait_for_members(60.0)
         gradient, statistics = make(worker)
         for batch in problem.batches[: arguments.steps]:

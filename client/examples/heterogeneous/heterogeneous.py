@@ -1,4 +1,4 @@
-"""PyTorch, JAX, NumPy and C++ workers train one network together; then each is compared with one process on the whole batch."""
+"""PyTorch, JAX, NumPy and C++ workers train one network together, and end where one process on the whole batch does."""
 
 import argparse
 import contextlib
@@ -103,7 +103,9 @@ def main() -> int:
     except Failure as failure:
         console.print(f"heterogeneous: {failure}")
         return 1
-    table = Table(title=f"After {arguments.steps} steps: largest relative difference from one process on the whole batch")
+    table = Table(
+        title=f"After {arguments.steps} steps: largest relative difference from one process on the whole batch"
+    )
     for column in ("rank", "worker", "batch", "parameters", "running statistics"):
         table.add_column(column)
     worst = 0.0

@@ -1,8 +1,8 @@
 """The quickstart: four workers of uneven batches train as one process on the whole batch would.
 
 It starts a master and four PyTorch worker processes (1, 2, 5 and 8 of each global batch of 16), which train a small
-convolutional network on 1,797 handwritten digits. Beside them: one process on the whole batch, and the same four workers
-without synchronized batch normalization. Then it compares the three.
+convolutional network on 1,797 handwritten digits. Beside them: one process on the whole batch, and the same four
+workers without synchronized batch normalization. Then it compares the three.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def running_master(lifetime: str = "120s") -> Iterator[str]:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(_READY):
-                threading.Thread(target=process.stdout.read, daemon=True).start()  # So that it never blocks on a full pipe.
+                # Goes on reading, so that the master never blocks on a full pipe.
+                threading.Thread(target=process.stdout.read, daemon=True).start()
                 yield line[len(_READY) :].split()[0]
                 return
         raise Failure(f"the master ended with code {process.wait()} before it was ready")
@@ -206,7 +207,11 @@ def show(summary: Dict[str, Any], dtype: str) -> None:
         ("statistics", "running statistics"),
         ("parameters", "parameters"),
     ):
-        values = [summary["differences"][k][w][quantity] for k in ("synchronized", "unsynchronized") for w in ("first", "last")]
+        values = [
+            summary["differences"][k][w][quantity]
+            for k in ("synchronized", "unsynchronized")
+            for w in ("first", "last")
+        ]
         table.add_row(name, *(f"{value:.1e}" for value in values))
     console.print(table)
 
@@ -234,7 +239,10 @@ def show(summary: Dict[str, Any], dtype: str) -> None:
 def plot(summary: Dict[str, Any], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7, 4))
-    styles = {"whole": ("one process, whole batch", "-", 3.5), "synchronized": ("four workers, synchronized", "--", 1.5)}
+    styles = {
+        "whole": ("one process, whole batch", "-", 3.5),
+        "synchronized": ("four workers, synchronized", "--", 1.5),
+    }
     styles["unsynchronized"] = ("four workers, unsynchronized", "-", 1.0)
     for key, (label, style, width) in styles.items():
         axes.plot(summary["losses"][key], style, linewidth=width, label=label)
@@ -281,7 +289,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.nullcontext(arguments.master) if arguments.master else running_master() as target:
-            console.print(f"Master on {target}; four workers with {training.SIZES} of each batch of {training.GLOBAL_BATCH}.")
+            console.print(
+                f"Master on {target}; four workers with {training.SIZES} of each batch of {training.GLOBAL_BATCH}."
+            )
             summary = run(arguments, target)
     except Failure as failure:
         console.print(f"[red]quickstart: {failure}[/red]")
@@ -298,10 +308,12 @@ def main() -> int:
     plot(summary, arguments.plot)
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=2))
-    console.print(f"\nLoss curves: {arguments.plot}. Done in {time.monotonic() - started:.0f} s, and everything is stopped.")
     console.print(
-        "Next: client/python/README.md (your own model), client/examples/heterogeneous (PyTorch, JAX, NumPy and C++ in one "
-        "group), client/examples/resnet18 (step times)."
+        f"\nLoss curves: {arguments.plot}. Done in {time.monotonic() - started:.0f} s, and everything is stopped."
+    )
+    console.print(
+        "Next: client/python/README.md (your own model), client/examples/heterogeneous (PyTorch, JAX, NumPy and C++ in "
+        "one group), client/examples/resnet18 (step times)."
     )
     return 0
 

@@ -1,7 +1,7 @@
 """One process of the quickstart: a worker with its part of each batch, or the reference with the whole of it.
 
-It trains a small convolutional network on handwritten digits and writes what it saw to a .npz file. Lines "step" on standard
-output tell the launcher how far it is.
+It trains a small convolutional network on handwritten digits and writes what it saw to a .npz file. Lines "step" on
+standard output tell the launcher how far it is.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def make_model(dtype: torch.dtype) -> torch.nn.Module:
 def longest_sums() -> int:
     """How many numbers are added up, one sum into the next, from an image to a gradient of the network above.
 
-    Forward: a convolution's products, a channel's values, the pooling, the linear layer. Backward: the same, and each weight's
-    gradient over the batch. It is the factor of the rounding unit in the error bound that the launcher prints.
+    Forward: a convolution's products, a channel's values, the pooling, the linear layer. Backward: the same, and each
+    weight's gradient over the batch. It is the factor of the rounding unit in the error bound that the launcher prints.
     """
     forward = 9 + 144 + 288 + 16 * (64 + 16 + 16) + 16 + 32
     return 2 * forward + 16 * 64
@@ -78,7 +78,7 @@ def snapshot(model: torch.nn.Module, outputs: torch.Tensor) -> Record:
 def train(
     model: torch.nn.Module, data: digits.Digits, steps: int, rank: Optional[int], worker: Optional[syncbn.Worker]
 ) -> Record:
-    """Trains on the rows of `rank` (None: all) of each batch; with a worker, gradients are averaged over all workers."""
+    """Trains on the rows of `rank` (None: all) of each batch; a worker's gradients are averaged with the others'."""
     dtype = next(model.parameters()).dtype
     images, labels = images_of(data.images, dtype), torch.from_numpy(data.labels)
     begin, end = (0, GLOBAL_BATCH) if rank is None else (sum(SIZES[:rank]), sum(SIZES[: rank + 1]))

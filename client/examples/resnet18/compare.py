@@ -57,7 +57,9 @@ def main() -> int:
     if any(arguments.batch % workers for workers in arguments.workers):
         parser.error("the batch has to divide by each number of workers")
     options = ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
-    table = Table(title=f"ResNet-18, 32 x 32, global batch {arguments.batch}, one thread a worker, {os.cpu_count()} cores")
+    table = Table(
+        title=f"ResNet-18, 32 x 32, global batch {arguments.batch}, one thread a worker, {os.cpu_count()} cores"
+    )
     for column in ("run", "median step [ms]", "mean loss, last step", "largest loss difference from one process"):
         table.add_column(column)
     try:

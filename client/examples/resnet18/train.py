@@ -1,4 +1,4 @@
-"""One training process of the comparison: ResNet-18, random weights, random small images; prints its step times as JSON.
+"""One training process of the comparison: ResNet-18 on random small images; prints its step times as JSON.
 
     --mode whole   the whole global batch, torch's BatchNorm
     --mode ddp     its part of the batch, torch's DistributedDataParallel over gloo, BatchNorm unsynchronized
@@ -40,9 +40,7 @@ def main() -> None:
         import syncbn
         import syncbn.torch
 
-        worker = syncbn.Worker(
-            arguments.target, arguments.group, arguments.rank, arguments.world_size, timeout=120.0
-        )
+        worker = syncbn.Worker(arguments.target, arguments.group, arguments.rank, arguments.world_size, timeout=120.0)
         model = syncbn.torch.convert_sync_batchnorm(model, worker)
     if arguments.mode != "whole":
         torch.distributed.init_process_group(

@@ -165,7 +165,8 @@ _HANDLE_OUT = POINTER(c_void_p)
 _RANKS_OUT = POINTER(POINTER(c_uint32))
 _DOUBLES = POINTER(c_double)
 
-# Name: (result, arguments). Where the last argument is _ERROR, the function returns a code and is called through `call`.
+# Name: (result, arguments). Where the last argument is _ERROR, the function returns a code and is called through
+# `call`.
 _ERROR = _HANDLE_OUT
 _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_api_version": (c_uint32, []),
@@ -211,10 +212,7 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_round_backward_required": (c_int32, [_HANDLE]),
     "syncbn_round_missing_ranks": (c_size_t, [_HANDLE, _RANKS_OUT]),
     "syncbn_round_destroy": (None, [_HANDLE]),
-    "syncbn_forward_start": (
-        c_int32,
-        [_HANDLE, c_char_p, POINTER(Tensor), POINTER(PassOptions), _HANDLE_OUT, _ERROR],
-    ),
+    "syncbn_forward_start": (c_int32, [_HANDLE, c_char_p, POINTER(Tensor), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_forward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
     "syncbn_forward_finish": (c_int32, [_HANDLE, POINTER(Tensor), POINTER(ForwardOutputs), _ERROR]),
     "syncbn_forward_sequence": (c_uint64, [_HANDLE]),
@@ -223,15 +221,9 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_forward_var": (_DOUBLES, [_HANDLE]),
     "syncbn_forward_backward_required": (c_int32, [_HANDLE]),
     "syncbn_forward_destroy": (None, [_HANDLE]),
-    "syncbn_backward_start": (
-        c_int32,
-        [_HANDLE, POINTER(BackwardInputs), POINTER(PassOptions), _HANDLE_OUT, _ERROR],
-    ),
+    "syncbn_backward_start": (c_int32, [_HANDLE, POINTER(BackwardInputs), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_backward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
-    "syncbn_backward_finish": (
-        c_int32,
-        [_HANDLE, POINTER(BackwardInputs), POINTER(BackwardOutputs), _ERROR],
-    ),
+    "syncbn_backward_finish": (c_int32, [_HANDLE, POINTER(BackwardInputs), POINTER(BackwardOutputs), _ERROR]),
     "syncbn_backward_destroy": (None, [_HANDLE]),
     "syncbn_evaluate": (c_int32, [POINTER(Tensor), POINTER(EvaluateOptions), c_void_p, _ERROR]),
     "syncbn_evaluate_backward": (
@@ -262,7 +254,9 @@ def _load() -> ctypes.CDLL:
     version = loaded.syncbn_api_version()
     major, minor = version >> 16, version & 0xFFFF
     if major != API_MAJOR or minor < API_MINOR:
-        raise ImportError(f"{path} has interface {major}.{minor}; this package needs {API_MAJOR}.{API_MINOR} or a later minor")
+        raise ImportError(
+            f"{path} has interface {major}.{minor}; this package needs {API_MAJOR}.{API_MINOR} or a later minor"
+        )
     return loaded
 
 
@@ -280,13 +274,7 @@ def _take_error(code: int, handle: c_void_p) -> errors.Error:
             (field(handle) or b"").decode("utf-8", "replace")
             for field in (lib.syncbn_error_message, lib.syncbn_error_reason, lib.syncbn_error_layer)
         )
-        return errors.make_error(
-            message,
-            code,
-            reason,
-            layer,
-            ranks[:length] if length else (),
-        )
+        return errors.make_error(message, code, reason, layer, ranks[:length] if length else ())
     finally:
         lib.syncbn_error_destroy(handle)
 

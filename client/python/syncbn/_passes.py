@@ -27,7 +27,8 @@ from syncbn.core import Worker, wait
 
 
 class ForwardPass:
-    """A forward pass: made, it has begun its round; after `wait` it can be finished, more than once, and gone back through.
+    """A forward pass: made, it has begun its round; after `wait` it can be finished, more than once, and gone back
+    through.
 
     It keeps the merged statistics, never a tensor.
     """
@@ -60,9 +61,7 @@ class ForwardPass:
             sequence_plus_one=0 if sequence is None else sequence + 1,
         )
         with worker.handle() as handle:
-            self._handle = create(
-                lib.syncbn_forward_start, handle, text(layer), ctypes.byref(x), ctypes.byref(options)
-            )
+            self._handle = create(lib.syncbn_forward_start, handle, text(layer), ctypes.byref(x), ctypes.byref(options))
 
     def wait(self) -> None:
         """Waits for the merged statistics; raises the round's error."""
@@ -97,21 +96,14 @@ class ForwardPass:
         return np.ctypeslib.as_array(lib.syncbn_forward_var(self._handle), (channels,)).copy()
 
     def backward(
-        self,
-        inputs: BackwardInputs,
-        outputs: BackwardOutputs,
-        *,
-        num_threads: int = 1,
-        stream: Optional[int] = None,
+        self, inputs: BackwardInputs, outputs: BackwardOutputs, *, num_threads: int = 1, stream: Optional[int] = None
     ) -> None:
         """One backward pass from its start to its finish, its round between them."""
         options = PassOptions(num_threads=num_threads, stream=stream)
         self.backward_passes += 1
         # The worker is held, so that a close on another thread ends the wait instead of pulling it away.
         with self.worker.handle():
-            handle = create(
-                lib.syncbn_backward_start, self._handle, ctypes.byref(inputs), ctypes.byref(options)
-            )
+            handle = create(lib.syncbn_backward_start, self._handle, ctypes.byref(inputs), ctypes.byref(options))
             try:
                 wait(lib.syncbn_backward_wait, handle)
                 call(lib.syncbn_backward_finish, handle, ctypes.byref(inputs), ctypes.byref(outputs))

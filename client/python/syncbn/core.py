@@ -23,7 +23,8 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
-    """Waits in slices. True: done. False: `timeout` seconds (None: no limit of ours) have passed. Raises the outcome's error.
+    """Waits in slices. True: done. False: `timeout` seconds (None: no limit of ours) have passed. Raises the outcome's
+    error.
 
     The interpreter's lock is free during a slice, and a signal's handler runs at its end.
     """
@@ -77,7 +78,9 @@ class Master:
         return self._target
 
     def shutdown(self, grace: float = 1.0) -> None:
-        """Tells every worker, lets streams drain for at most `grace` seconds, and ends. Once is enough; more is harmless."""
+        """Tells every worker, lets streams drain for at most `grace` seconds, and ends. Once is enough; more is
+        harmless.
+        """
         handle, self._handle = self._handle, None
         if handle is not None and os.getpid() == self._pid:
             lib.syncbn_master_shutdown(handle, _nanoseconds(grace))
@@ -195,13 +198,15 @@ class Worker:
       job: default $TORCHELASTIC_RUN_ID, else "default".
       generation: which restart of the whole group this is. Default $TORCHELASTIC_RESTART_COUNT, else 0.
       join_timeout: seconds for which the master is tried, at first and after a broken connection.
-      rejoin_grace: seconds for which the others wait for this worker when its connection breaks (0: none). The same for all.
-      min_workers: rounds proceed without the missing as long as this many have contributed. None: they fail. The same for all.
+      rejoin_grace: seconds for which the others wait for this worker when its connection breaks (0: none). The same for
+        all.
+      min_workers: rounds proceed without the missing as long as this many have contributed. None: they fail. The same
+        for all.
       description: for people who inspect the group.
       trusted_ca_file, cert_file, key_file: any of these: TLS.
 
-    In a `with` block, a normal end leaves the group; an exception closes the worker without goodbye, so that the others learn
-    at once that it is lost. Any thread may use a worker.
+    In a `with` block, a normal end leaves the group; an exception closes the worker without goodbye, so that the others
+    learn at once that it is lost. Any thread may use a worker.
     """
 
     def __init__(
@@ -302,7 +307,9 @@ class Worker:
             return wait(lib.syncbn_worker_wait_for_members, handle, timeout)
 
     def resume_at(self, sequence: int) -> None:
-        """Every layer's next sequence becomes `sequence`: after a restart of some workers all call it with one new value."""
+        """Every layer's next sequence becomes `sequence`: after a restart of some workers all call it with one new
+        value.
+        """
         with self.handle() as handle:
             call(lib.syncbn_worker_resume_at, handle, sequence)
 
@@ -352,9 +359,11 @@ class Worker:
             self.close()
 
     def __repr__(self) -> str:
-        return f"<syncbn.Worker {self.job}/{self.group} rank {self.rank} of {self.world_size}{' (closed)' if self.closed else ''}>"
+        state = " (closed)" if self.closed else ""
+        return f"<syncbn.Worker {self.job}/{self.group} rank {self.rank} of {self.world_size}{state}>"
 
-    # A copy of a model goes on with the same worker; a model unpickled in another process finds the worker of its name there.
+    # A copy of a model goes on with the same worker; a model unpickled in another process finds the worker of its name
+    # there.
 
     def __copy__(self) -> "Worker":
         return self
@@ -519,7 +528,9 @@ class Worker:
             )
 
     def all_reduce(self, name: str, vector: Any, sequence: Optional[int] = None) -> np.ndarray:
-        """The float64 sum of `vector` (any shape, the same at every worker) over all workers, added in the order of ranks."""
+        """The float64 sum of `vector` (any shape, the same at every worker) over all workers, added in the order of
+        ranks.
+        """
         result: np.ndarray = self.start_all_reduce(name, vector, sequence).result()
         return result.reshape(np.shape(vector))
 

@@ -1,7 +1,7 @@
 """What can go wrong, as exceptions.
 
-Every failure that the library reports is a `syncbn.Error`. The subclasses follow gRPC's codes; five reasons that programs
-treat apart from their code have a class of their own.
+Every failure that the library reports is a `syncbn.Error`. The subclasses follow gRPC's codes; five reasons that
+programs treat apart from their code have a class of their own.
 """
 
 import enum
@@ -35,7 +35,8 @@ class Error(RuntimeError):
 
     Attributes:
       code: gRPC's code.
-      reason: one of the reasons that the protocol lists ("WORKER_LOST"), or "" where the error is not the service's own.
+      reason: one of the reasons that the protocol lists ("WORKER_LOST"), or "" where the error is not the service's
+        own.
       layer: the layer concerned, or "".
       ranks: the ranks to blame, ascending.
       message: the text for people.
@@ -123,9 +124,7 @@ _BY_CODE: Dict[int, Type[Error]] = {
 }
 
 
-def make_error(
-    message: str, code: int, reason: str = "", layer: str = "", ranks: Sequence[int] = ()
-) -> Error:
+def make_error(message: str, code: int, reason: str = "", layer: str = "", ranks: Sequence[int] = ()) -> Error:
     """The exception that suits `reason`, else `code`."""
     cls = _BY_REASON.get(reason) or _BY_CODE.get(code, Error)
     return cls(message, code, reason, layer, ranks)

@@ -3,8 +3,8 @@
     y, state = syncbn.jax.sync_batch_norm(x, scale, bias, state, worker=worker, layer="stem.bn")
 
 Moments and gradient sums are reduced on the device. Only those vectors go to the host and over the network, by
-`jax.experimental.io_callback`, ordered: so the steps of one program meet the other workers' in the program's order. float64 gets
-through without jax_enable_x64, as pairs of float32.
+`jax.experimental.io_callback`, ordered: so the steps of one program meet the other workers' in the program's order.
+float64 gets through without jax_enable_x64, as pairs of float32.
 
 An ordered callback works on one device for each process; that is one worker.
 """
@@ -175,8 +175,8 @@ def sync_batch_norm(
     Returns:
       y of x's type, and the new running statistics (the variance unbiased).
 
-    Under grad, every worker of the group has to differentiate, since each forward round then has a backward round. Gradients of
-    scale and bias are this worker's own.
+    Under grad, every worker of the group has to differentiate, since each forward round then has a backward round.
+    Gradients of scale and bias are this worker's own.
     """
     if x.ndim < 2:
         raise ValueError(f"expected [batch, ..., channels], got {list(x.shape)}")

@@ -3,8 +3,9 @@
     y, state = syncbn.numpy.forward(worker, "layer", x, weight, bias, running_mean=mean, running_var=var)
     dx, d_weight, d_bias, _ = state.backward(dy)
 
-Arrays are [N, C, ...] (`channels_last=False`) or [N, ..., C], float16, float32 or float64, or anything with `__dlpack__` on the
-CPU. What is not contiguous is copied; running statistics are updated in place, so they have to be contiguous NumPy arrays.
+Arrays are [N, C, ...] (`channels_last=False`) or [N, ..., C], float16, float32 or float64, or anything with
+`__dlpack__` on the CPU. What is not contiguous is copied; running statistics are updated in place, so they have to be
+contiguous NumPy arrays.
 """
 
 from typing import Any, NamedTuple, Optional, Tuple
@@ -23,7 +24,9 @@ _TYPES = {
 
 
 class Gradients(NamedTuple):
-    """What a backward pass returns: of the types and shapes of x, weight, bias and residual; None for what was absent."""
+    """What a backward pass returns: of the types and shapes of x, weight, bias and residual; None for what was
+    absent.
+    """
 
     dx: np.ndarray
     d_weight: Optional[np.ndarray]
@@ -131,8 +134,8 @@ class Forward:
     def backward(self, dy: Any) -> Gradients:
         """The gradients, from dy of y's shape.
 
-        dx = weight * invstd * (dy - sum_dy/N - (x - mean) * invstd**2 * sum_dy_xmu/N), the sums over all workers; dy gated by
-        the ReLU if there is one.
+        dx = weight * invstd * (dy - sum_dy/N - (x - mean) * invstd**2 * sum_dy_xmu/N), the sums over all workers; dy
+        gated by the ReLU if there is one.
         """
         x = self._x
         gradient = _array(dy)

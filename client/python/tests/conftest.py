@@ -27,7 +27,9 @@ class Group:
         self.target = target
 
     def __call__(self, world_size: int, function: Callable[..., Any], **options: Any) -> List[Any]:
-        """function(worker) of each rank. Raises the error that began the trouble, not those that it caused elsewhere."""
+        """function(worker) of each rank. Raises the error that began the trouble, not those that it caused
+        elsewhere.
+        """
         name = f"test-{next(_groups)}"
         options.setdefault("timeout", ROUND_TIMEOUT)
 

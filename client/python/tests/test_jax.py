@@ -1,4 +1,6 @@
-"""The JAX front against formulas in float64 over the whole batch. Workers are processes: JAX has one runtime in each."""
+"""The JAX front against formulas in float64 over the whole batch. Workers are processes: JAX has one runtime in
+each.
+"""
 
 import os
 import pathlib
@@ -75,7 +77,18 @@ def test_under_jit_and_grad(master, tmp_path, dtype, mode, far):
     environment = dict(os.environ, PYTHONPATH=str(pathlib.Path(syncbn.__file__).parent.parent))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", _WORKER, master.target, str(rank), str(len(SIZES)), dtype, mode, inputs, outputs[rank]],
+            [
+                sys.executable,
+                "-c",
+                _WORKER,
+                master.target,
+                str(rank),
+                str(len(SIZES)),
+                dtype,
+                mode,
+                inputs,
+                outputs[rank],
+            ],
             env=environment,
         )
         for rank in range(len(SIZES))

@@ -51,8 +51,18 @@ def test_forward_and_backward(group, dtype, tolerance, channels_last, fused, mod
         r = worker.rank
         running = np.zeros(C), np.ones(C)
         out, state = sync.forward(
-            worker, "layer", parts(x)[r], weight, bias, running_mean=running[0], running_var=running[1], momentum=0.25,
-            eps=EPS, eps_mode=mode, channels_last=channels_last, relu=relu,
+            worker,
+            "layer",
+            parts(x)[r],
+            weight,
+            bias,
+            running_mean=running[0],
+            running_var=running[1],
+            momentum=0.25,
+            eps=EPS,
+            eps_mode=mode,
+            channels_last=channels_last,
+            relu=relu,
             residual=parts(residual)[r] if has_residual else None,
         )
         assert state.count == sum(SIZES) * 6 and state.backward_required

@@ -96,7 +96,10 @@ def check(group, sizes, shape=(4, 3), dtype=torch.float64, layout="contiguous", 
     state = copy.deepcopy(whole.state_dict())
     whole = whole.double()
     batches = [
-        (random((sum(sizes), CHANNELS) + shape, generator, dtype), random((sum(sizes), CHANNELS) + shape, generator, dtype))
+        (
+            random((sum(sizes), CHANNELS) + shape, generator, dtype),
+            random((sum(sizes), CHANNELS) + shape, generator, dtype),
+        )
         for _ in range(2)
     ]
 
@@ -239,9 +242,7 @@ def test_no_value_anywhere(group):
     assert group(2, run) == [(0, [0.0] * 3, [1.0] * 3)] * 2
 
 
-@pytest.mark.parametrize(
-    "shape,error", [((3,), "at least 2D"), ((2, 0), "non-zero"), ((2, 4), "channels")]
-)
+@pytest.mark.parametrize("shape,error", [((3,), "at least 2D"), ((2, 0), "non-zero"), ((2, 4), "channels")])
 def test_wrong_shapes(shape, error):
     with pytest.raises(ValueError, match=error):
         sync.SyncBatchNorm(3)(torch.zeros(shape))
@@ -379,7 +380,8 @@ def test_a_second_backward_pass_through_one_forward(group):
         part = split(x, (2, 3))[worker.rank].requires_grad_()
         y = layer(part)
         return [
-            torch.autograd.grad(y, (part, layer.weight), split(dy, (2, 3))[worker.rank], retain_graph=True) for dy in dys
+            torch.autograd.grad(y, (part, layer.weight), split(dy, (2, 3))[worker.rank], retain_graph=True)
+            for dy in dys
         ]
 
     results = group(2, run)

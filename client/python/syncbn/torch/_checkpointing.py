@@ -1,11 +1,11 @@
 """Activation checkpointing: recognising the second forward of a segment.
 
-torch.utils.checkpoint runs a segment's forward twice: once in the forward pass, and again during backward. The second run must
-neither begin another round, which would wait for workers that do not checkpoint, nor update running statistics. torch has no
-public sign for it, so the Python stack is read: a frame of torch.utils.checkpoint tells that a segment runs, which half it is,
-and an object that both halves share. The first half leaves its forward passes with that object, in the order of its calls; the
-second half takes them from there. A segment within a segment has its first half again in the outer one's second half, so what
-is taken from there is left with the inner one.
+torch.utils.checkpoint runs a segment's forward twice: once in the forward pass, and again during backward. The second
+run must neither begin another round, which would wait for workers that do not checkpoint, nor update running
+statistics. torch has no public sign for it, so the Python stack is read: a frame of torch.utils.checkpoint tells that a
+segment runs, which half it is, and an object that both halves share. The first half leaves its forward passes with that
+object, in the order of its calls; the second half takes them from there. A segment within a segment has its first half
+again in the outer one's second half, so what is taken from there is left with the inner one.
 
     half       use_reentrant=True            use_reentrant=False, torch < 2.1    torch >= 2.1
     first      CheckpointFunction.forward    _checkpoint_without_reentrant       checkpoint, with the generator `gen`

@@ -79,9 +79,7 @@ class Normalize(torch.autograd.Function):
         )
         device, threads, stream = _tensors.execution(x)
         with device:
-            ctx.forward_pass.backward(
-                inputs, _outputs(dx, d_weight, d_bias), num_threads=threads, stream=stream
-            )
+            ctx.forward_pass.backward(inputs, _outputs(dx, d_weight, d_bias), num_threads=threads, stream=stream)
         return dx, d_weight, d_bias, None, None, None, None, None
 
 
@@ -113,7 +111,9 @@ def _backward_again(
 
 
 class Evaluate(torch.autograd.Function):
-    """y = weight * (x - mean) / sqrt(var + eps) + bias with given statistics, for types that torch's own does not mix."""
+    """y = weight * (x - mean) / sqrt(var + eps) + bias with given statistics, for types that torch's own does not
+    mix.
+    """
 
     @staticmethod
     def forward(

@@ -2,8 +2,8 @@
 
     from syncbn.torch.compat import SynchronizedBatchNorm2d, DataParallelWithCallback, convert_model
 
-What was a replica of a DataParallel model is now a worker: a process (or a thread) with its own model. Epsilon clamps the
-variance in training and is added to it in evaluation, as in the original.
+What was a replica of a DataParallel model is now a worker: a process (or a thread) with its own model. Epsilon clamps
+the variance in training and is added to it in evaluation, as in the original.
 """
 
 from typing import Any, Optional
@@ -106,7 +106,9 @@ class DataParallelWithCallback(torch.nn.Module):
     The arguments about devices are accepted and do nothing.
     """
 
-    def __init__(self, module: torch.nn.Module, device_ids: Any = None, output_device: Any = None, dim: int = 0) -> None:
+    def __init__(
+        self, module: torch.nn.Module, device_ids: Any = None, output_device: Any = None, dim: int = 0
+    ) -> None:
         super().__init__()
         if dim != 0:
             raise ValueError("the batch is the first dimension")

@@ -14,8 +14,8 @@ def all_reduce_gradients(model: torch.nn.Module, worker: Optional[Worker] = None
     Either of these gives the gradient of the mean over the global batch:
       - losses *summed* over the local batch, and `weight` = its size, for batches of any sizes;
       - losses averaged over the local batch, and the default weight, for batches of one size.
-    Averages over uneven batches, weighted here, would not: a synchronized layer adds up the workers' gradients in the middle of
-    backward, and there each of them already needs its place in the one global loss.
+    Averages over uneven batches, weighted here, would not: a synchronized layer adds up the workers' gradients in the
+    middle of backward, and there each of them already needs its place in the one global loss.
 
     A parameter without gradient counts as zeros at that worker; without gradient at every worker it stays without. All
     gradients travel as one float64 vector, so the result is the same bits at every worker.

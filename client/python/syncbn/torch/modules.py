@@ -14,23 +14,24 @@ _outside_of_graphs: Any = getattr(getattr(torch, "compiler", None), "disable", l
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch normalization over the batches of all workers; torch.nn.SyncBatchNorm's arguments, attributes and state_dict.
+    """Batch normalization over the batches of all workers; torch.nn.SyncBatchNorm's arguments, attributes and
+    state_dict.
 
-    y = weight * (x - mean) * invstd + bias, with mean and invstd per channel over the global batch; x is [N, C], or [N, C, ...].
-    The running variance is the unbiased one.
+    y = weight * (x - mean) * invstd + bias, with mean and invstd per channel over the global batch; x is [N, C], or [N,
+    C, ...]. The running variance is the unbiased one.
 
     Args:
       num_features: C.
-      eps, momentum, affine, track_running_stats, device, dtype: as in torch.nn.SyncBatchNorm. momentum None: the cumulative
-        average.
+      eps, momentum, affine, track_running_stats, device, dtype: as in torch.nn.SyncBatchNorm. momentum None: the
+        cumulative average.
       process_group: must be None; the group is the worker's.
       worker: default `syncbn.default_worker()`, at the time of the call.
       eps_mode: "add": invstd = 1/sqrt(var + eps). "clamp": 1/sqrt(max(var, eps)) in training; evaluation adds.
       layer: its name at the master, the same at every worker. Default: numbered in the order of first use.
 
-    Training needs a worker, and every worker of the group has to run the layer: a batch may be empty. Evaluation is local.
-    A global batch of a single value for each channel raises ValueError at every worker, as in torch.nn.BatchNorm. A global batch
-    without any value changes no state.
+    Training needs a worker, and every worker of the group has to run the layer: a batch may be empty. Evaluation is
+    local. A global batch of a single value for each channel raises ValueError at every worker, as in
+    torch.nn.BatchNorm. A global batch without any value changes no state.
     """
 
     def __init__(
@@ -161,7 +162,9 @@ class SyncBatchNorm(_BatchNorm):
         return _library.BACKWARD_REQUIRED if x.requires_grad else _library.BACKWARD_IF_REQUIRED
 
     def _anchor(self, x: torch.Tensor, forward_pass: _passes.ForwardPass) -> Optional[torch.Tensor]:
-        """Something differentiable, where another worker needs this one in the backward round and nothing here calls for it."""
+        """Something differentiable, where another worker needs this one in the backward round and nothing here calls
+        for it.
+        """
         if not torch.is_grad_enabled() or not forward_pass.backward_required:
             return None
         if any(t is not None and t.requires_grad for t in (x, self.weight, self.bias)):
@@ -211,7 +214,9 @@ def _to_synchronized(
 
 
 class BatchNorm(_BatchNorm):
-    """torch's batch normalization without a rule about ranks: what a SyncBatchNorm that was never anything else reverts to."""
+    """torch's batch normalization without a rule about ranks: what a SyncBatchNorm that was never anything else reverts
+    to.
+    """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
@@ -244,10 +249,11 @@ def _rewrite(
 def convert_sync_batchnorm(
     module: torch.nn.Module, worker: Optional[Worker] = None, *, eps_mode: str = "add", prefix: str = ""
 ) -> torch.nn.Module:
-    """Replaces every batch normalization in a model (torch.nn.BatchNorm*d, torch.nn.SyncBatchNorm) with a SyncBatchNorm.
+    """Replaces every batch normalization in a model (torch.nn.BatchNorm*d, torch.nn.SyncBatchNorm) with a
+    SyncBatchNorm.
 
-    Parameters and buffers are the same objects afterwards, so an optimizer made before goes on. Layers are named by their path
-    in the model; a shared module is converted once, and keeps the first path.
+    Parameters and buffers are the same objects afterwards, so an optimizer made before goes on. Layers are named by
+    their path in the model; a shared module is converted once, and keeps the first path.
 
     Args:
       worker: default `syncbn.default_worker()`, at the time of the call of a layer.
