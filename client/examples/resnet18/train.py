@@ -1,0 +1,67 @@
+"""One training process of the comparison: ResNet-18 on random small images; prints its step times as JSON.
+
+    --mode whole   the whole global batch, torch's BatchNorm
+    --mode ddp     its part of the batch, torch's DistributedDataParallel over gloo, BatchNorm unsynchronized
+    --mode syncbn  its part of the batch, DistributedDataParallel too, BatchNorm synchronized by the service
+"""
+
+import argparse
+import json
+import time
+
+import torch
+import torch.distributed
+
+from resnet18 import ResNet18
+
+IMAGE = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("whole", "ddp", "syncbn"), required=True)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--world-size", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=16, help="of all workers together")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rendezvous", help="a file for gloo's rendezvous")
+    parser.add_argument("--target", help="the master")
+    parser.add_argument("--group", default="resnet18")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn((arguments.batch, 3, IMAGE, IMAGE), generator=generator)
+    labels = torch.randint(10, (arguments.batch,), generator=generator)
+    torch.manual_seed(6)
+    model: torch.nn.Module = ResNet18()
+    worker = None
+    if arguments.mode == "syncbn":
+        import syncbn
+        import syncbn.torch
+
+        worker = syncbn.Worker(arguments.target, arguments.group, arguments.rank, arguments.world_size, timeout=120.0)
+        model = syncbn.torch.convert_sync_batchnorm(model, worker)
+    if arguments.mode != "whole":
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{arguments.rendezvous}", rank=arguments.rank, world_size=arguments.world_size
+        )
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    images, labels = (v.chunk(arguments.world_size)[arguments.rank] for v in (images, labels))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    seconds, losses = [], []
+    for _ in range(arguments.steps):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    print(json.dumps({"seconds": seconds, "losses": losses}), flush=True)
+    if worker is not None:
+        worker.leave()
+
+
+if __name__ == "__main__":
+    main()

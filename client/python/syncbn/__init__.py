@@ -1,0 +1,57 @@
+"""Batch normalization over the global batch, by way of a statistics service.
+
+    with syncbn.Worker(target="127.0.0.1:50051", rank=0, world_size=4) as worker:
+        merged = worker.synchronize("stem.bn", count=x.shape[0], mean=x.mean(0), m2=((x - x.mean(0)) ** 2).sum(0))
+
+`syncbn.torch`, `syncbn.jax` and `syncbn.numpy` hold the layers; none of them is imported here.
+"""
+
+from syncbn._library import lib as _lib
+from syncbn._version import __version__
+from syncbn.core import GradientSums, Master, Moments, Round, Worker, default_worker
+from syncbn.errors import (
+    Aborted,
+    Cancelled,
+    Code,
+    DeadlineExceeded,
+    Deadlock,
+    Error,
+    FailedPrecondition,
+    Fenced,
+    InvalidArgument,
+    LayerMismatch,
+    NotFinite,
+    ResourceExhausted,
+    Unavailable,
+    WorkerLost,
+)
+
+__all__ = [
+    "Aborted",
+    "Cancelled",
+    "Code",
+    "DeadlineExceeded",
+    "Deadlock",
+    "Error",
+    "FailedPrecondition",
+    "Fenced",
+    "GradientSums",
+    "InvalidArgument",
+    "LayerMismatch",
+    "Master",
+    "Moments",
+    "NotFinite",
+    "ResourceExhausted",
+    "Round",
+    "Unavailable",
+    "Worker",
+    "WorkerLost",
+    "__version__",
+    "build_info",
+    "default_worker",
+]
+
+
+def build_info() -> str:
+    """What the library runs on: "cpu=AVX2 cuda=no"."""
+    return str(_lib.syncbn_build_info().decode())

@@ -1,0 +1,301 @@
+"""libsyncbn.so through ctypes: the structs and prototypes of syncbn.h, and nothing above them.
+
+`ctypes.CDLL` releases the interpreter's lock for the length of each call.
+"""
+
+import ctypes
+import os
+import pathlib
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from syncbn import errors
+
+API_MAJOR, API_MINOR = 0, 1
+
+PENDING = -1
+NEXT_SEQUENCE = 2**64 - 1
+MISSING_FAIL, MISSING_PROCEED = 1, 2
+LAYER_BATCH_NORM, LAYER_SUM = 1, 2
+EPS_MODES = {"add": 0, "clamp": 1}
+NUMERIC_POLICIES = {"refuse": 0, "propagate": 1}
+BACKWARD_REQUIRED, BACKWARD_IF_REQUIRED, BACKWARD_NONE = 1, 2, 3
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = 0, 1, 2, 3
+CHANNELS_FIRST, CHANNELS_LAST = 0, 1
+DEVICE_CPU, DEVICE_CUDA = 0, 1
+
+
+class _Options(ctypes.Structure):
+    """A struct that begins with its size, as the interface's options do."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(struct_size=ctypes.sizeof(type(self)), **fields)
+
+
+class MasterOptions(_Options):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("address", c_char_p),
+        ("insecure", c_int32),
+        ("cert_file", c_char_p),
+        ("key_file", c_char_p),
+        ("trusted_ca_file", c_char_p),
+        ("client_cert_auth", c_int32),
+    ]
+
+
+class WorkerOptions(_Options):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("target", c_char_p),
+        ("job", c_char_p),
+        ("group", c_char_p),
+        ("rank", c_uint32),
+        ("world_size", c_uint32),
+        ("generation", c_uint64),
+        ("round_timeout_ns", c_int64),
+        ("join_timeout_ns", c_int64),
+        ("rejoin_grace_ns", c_int64),
+        ("missing_policy", c_int32),
+        ("min_workers", c_uint32),
+        ("description", c_char_p),
+        ("trusted_ca_file", c_char_p),
+        ("cert_file", c_char_p),
+        ("key_file", c_char_p),
+    ]
+
+
+class LayerOptions(_Options):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("name", c_char_p),
+        ("channels", c_uint32),
+        ("kind", c_int32),
+        ("eps", c_double),
+        ("eps_mode", c_int32),
+        ("numeric_policy", c_int32),
+        ("has_momentum", c_int32),
+        ("momentum", c_double),
+        ("biased_running_variance", c_int32),
+    ]
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("batch", c_int64),
+        ("channels", c_int64),
+        ("spatial", c_int64),
+        ("type", c_int32),
+        ("layout", c_int32),
+        ("device", c_int32),
+        ("device_index", c_int32),
+    ]
+
+
+class Vector(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("type", c_int32)]
+
+
+class PassOptions(_Options):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("num_threads", c_int32),
+        ("stream", c_void_p),
+        ("backward_role", c_int32),
+        ("sequence_plus_one", c_uint64),
+    ]
+
+
+class ForwardOutputs(_Options):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("weight", Vector),
+        ("bias", Vector),
+        ("running_mean", Vector),
+        ("running_var", Vector),
+        ("momentum", c_double),
+        ("residual", c_void_p),
+        ("relu", c_int32),
+        ("relu_mask", c_void_p),
+        ("y", Tensor),
+    ]
+
+
+class BackwardInputs(_Options):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("dy", Tensor),
+        ("x", c_void_p),
+        ("weight", Vector),
+        ("bias", Vector),
+        ("relu", c_int32),
+        ("relu_mask", c_void_p),
+    ]
+
+
+class BackwardOutputs(_Options):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("dx", c_void_p),
+        ("d_residual", c_void_p),
+        ("d_weight", Vector),
+        ("d_bias", Vector),
+    ]
+
+
+class EvaluateOptions(_Options):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("num_threads", c_int32),
+        ("stream", c_void_p),
+        ("mean", Vector),
+        ("var", Vector),
+        ("weight", Vector),
+        ("bias", Vector),
+        ("eps", c_double),
+        ("residual", c_void_p),
+        ("relu", c_int32),
+        ("relu_mask", c_void_p),
+    ]
+
+
+_HANDLE = c_void_p  # syncbn_worker*, syncbn_round* and so on.
+_HANDLE_OUT = POINTER(c_void_p)
+_RANKS_OUT = POINTER(POINTER(c_uint32))
+_DOUBLES = POINTER(c_double)
+
+# Name: (result, arguments). Where the last argument is _ERROR, the function returns a code and is called through
+# `call`.
+_ERROR = _HANDLE_OUT
+_PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
+    "syncbn_api_version": (c_uint32, []),
+    "syncbn_version": (c_char_p, []),
+    "syncbn_build_info": (c_char_p, []),
+    "syncbn_error_destroy": (None, [_HANDLE]),
+    "syncbn_error_code": (c_int32, [_HANDLE]),
+    "syncbn_error_reason": (c_char_p, [_HANDLE]),
+    "syncbn_error_message": (c_char_p, [_HANDLE]),
+    "syncbn_error_layer": (c_char_p, [_HANDLE]),
+    "syncbn_error_ranks": (c_size_t, [_HANDLE, _RANKS_OUT]),
+    "syncbn_master_start": (c_int32, [POINTER(MasterOptions), _HANDLE_OUT, _ERROR]),
+    "syncbn_master_target": (c_char_p, [_HANDLE]),
+    "syncbn_master_shutdown": (None, [_HANDLE, c_int64]),
+    "syncbn_master_destroy": (None, [_HANDLE]),
+    "syncbn_worker_join": (c_int32, [POINTER(WorkerOptions), _HANDLE_OUT, _ERROR]),
+    "syncbn_worker_leave": (c_int32, [_HANDLE, c_char_p, _ERROR]),
+    "syncbn_worker_destroy": (None, [_HANDLE]),
+    "syncbn_worker_rank": (c_uint32, [_HANDLE]),
+    "syncbn_worker_world_size": (c_uint32, [_HANDLE]),
+    "syncbn_worker_incarnation": (c_uint64, [_HANDLE]),
+    "syncbn_worker_run_id": (c_uint64, [_HANDLE]),
+    "syncbn_worker_wait_for_members": (c_int32, [_HANDLE, c_int64, _ERROR]),
+    "syncbn_worker_resume_at": (c_int32, [_HANDLE, c_uint64, _ERROR]),
+    "syncbn_worker_interrupt": (None, [_HANDLE]),
+    "syncbn_worker_declare_layer": (c_int32, [_HANDLE, POINTER(LayerOptions), _ERROR]),
+    "syncbn_round_start_forward": (
+        c_int32,
+        [_HANDLE, c_char_p, c_uint64, c_int64, _DOUBLES, _DOUBLES, c_size_t, c_int32, _HANDLE_OUT, _ERROR],
+    ),
+    "syncbn_round_start_backward": (
+        c_int32,
+        [_HANDLE, c_char_p, c_uint64, _DOUBLES, _DOUBLES, c_size_t, _HANDLE_OUT, _ERROR],
+    ),
+    "syncbn_round_start_sum": (c_int32, [_HANDLE, c_char_p, c_uint64, _DOUBLES, c_size_t, _HANDLE_OUT, _ERROR]),
+    "syncbn_worker_flush": (c_int32, [_HANDLE, _ERROR]),
+    "syncbn_round_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
+    "syncbn_round_sequence": (c_uint64, [_HANDLE]),
+    "syncbn_round_count": (c_int64, [_HANDLE]),
+    "syncbn_round_length": (c_size_t, [_HANDLE]),
+    "syncbn_round_first": (_DOUBLES, [_HANDLE]),
+    "syncbn_round_second": (_DOUBLES, [_HANDLE]),
+    "syncbn_round_backward_required": (c_int32, [_HANDLE]),
+    "syncbn_round_missing_ranks": (c_size_t, [_HANDLE, _RANKS_OUT]),
+    "syncbn_round_destroy": (None, [_HANDLE]),
+    "syncbn_forward_start": (c_int32, [_HANDLE, c_char_p, POINTER(Tensor), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
+    "syncbn_forward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
+    "syncbn_forward_finish": (c_int32, [_HANDLE, POINTER(Tensor), POINTER(ForwardOutputs), _ERROR]),
+    "syncbn_forward_sequence": (c_uint64, [_HANDLE]),
+    "syncbn_forward_count": (c_int64, [_HANDLE]),
+    "syncbn_forward_mean": (_DOUBLES, [_HANDLE]),
+    "syncbn_forward_var": (_DOUBLES, [_HANDLE]),
+    "syncbn_forward_backward_required": (c_int32, [_HANDLE]),
+    "syncbn_forward_destroy": (None, [_HANDLE]),
+    "syncbn_backward_start": (c_int32, [_HANDLE, POINTER(BackwardInputs), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
+    "syncbn_backward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
+    "syncbn_backward_finish": (c_int32, [_HANDLE, POINTER(BackwardInputs), POINTER(BackwardOutputs), _ERROR]),
+    "syncbn_backward_destroy": (None, [_HANDLE]),
+    "syncbn_evaluate": (c_int32, [POINTER(Tensor), POINTER(EvaluateOptions), c_void_p, _ERROR]),
+    "syncbn_evaluate_backward": (
+        c_int32,
+        [POINTER(BackwardInputs), POINTER(EvaluateOptions), POINTER(BackwardOutputs), _ERROR],
+    ),
+}
+
+
+def library_path() -> pathlib.Path:
+    """$SYNCBN_LIBRARY, else libsyncbn.so beside this file."""
+    return pathlib.Path(os.environ.get("SYNCBN_LIBRARY") or pathlib.Path(__file__).with_name("libsyncbn.so"))
+
+
+def _load() -> ctypes.CDLL:
+    path = library_path()
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"syncbn cannot load its library {path}: {error}. "
+            "Set SYNCBN_LIBRARY to a libsyncbn.so (//client/c:libsyncbn.so builds one)."
+        ) from error
+    for name, (result, arguments) in _PROTOTYPES.items():
+        function = getattr(loaded, name)
+        function.restype = result
+        function.argtypes = arguments
+    version = loaded.syncbn_api_version()
+    major, minor = version >> 16, version & 0xFFFF
+    if major != API_MAJOR or minor < API_MINOR:
+        raise ImportError(
+            f"{path} has interface {major}.{minor}; this package needs {API_MAJOR}.{API_MINOR} or a later minor"
+        )
+    return loaded
+
+
+lib = _load()
+
+
+def _take_error(code: int, handle: c_void_p) -> errors.Error:
+    """The exception for a failed call; ends the handle."""
+    if not handle:
+        return errors.make_error("the library gave no detail", code)
+    try:
+        ranks = POINTER(c_uint32)()
+        length = lib.syncbn_error_ranks(handle, ctypes.byref(ranks))
+        message, reason, layer = (
+            (field(handle) or b"").decode("utf-8", "replace")
+            for field in (lib.syncbn_error_message, lib.syncbn_error_reason, lib.syncbn_error_layer)
+        )
+        return errors.make_error(message, code, reason, layer, ranks[:length] if length else ())
+    finally:
+        lib.syncbn_error_destroy(handle)
+
+
+def call(function: Callable[..., int], *arguments: Any) -> int:
+    """Calls a function that returns a code and takes an error; returns 0 or PENDING, raises for all others."""
+    error = c_void_p()
+    code = function(*arguments, ctypes.byref(error))
+    if code in (0, PENDING):
+        return code
+    raise _take_error(code, error)
+
+
+def create(function: Callable[..., int], *arguments: Any) -> int:
+    """As `call`, for a function that creates a handle; returns the handle."""
+    handle = c_void_p()
+    call(function, *arguments, ctypes.byref(handle))
+    assert handle.value
+    return handle.value
+
+
+def text(value: Optional[Any]) -> Optional[bytes]:
+    """A string or a path for a `const char*`; None stays NULL."""
+    return None if value is None else os.fsencode(value) if isinstance(value, os.PathLike) else str(value).encode()

@@ -1,0 +1,129 @@
+"""Forward and backward passes over tensors in memory: what the fronts for torch and NumPy have in common.
+
+Everything here goes by address: the caller keeps the memory alive for the length of the call.
+"""
+
+import ctypes
+import os
+from typing import Optional
+
+import numpy as np
+
+from syncbn import _library
+from syncbn._library import (
+    BackwardInputs,
+    BackwardOutputs,
+    EvaluateOptions,
+    ForwardOutputs,
+    PassOptions,
+    Tensor,
+    Vector,
+    call,
+    create,
+    lib,
+    text,
+)
+from syncbn.core import Worker, wait
+
+
+class ForwardPass:
+    """A forward pass: made, it has begun its round; after `wait` it can be finished, more than once, and gone back
+    through.
+
+    It keeps the merged statistics, never a tensor.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        layer: str,
+        x: Tensor,
+        *,
+        role: int = _library.BACKWARD_REQUIRED,
+        num_threads: int = 1,
+        stream: Optional[int] = None,
+        sequence: Optional[int] = None,
+        eps: float,
+        clamp: bool,
+    ) -> None:
+        """eps and clamp are those that the layer was declared with."""
+        self._handle: Optional[int] = None
+        self._pid = os.getpid()
+        self.worker = worker
+        self.layer = layer
+        self.eps, self.clamp = eps, clamp
+        self.backward_passes = 0
+        self._takes_part = role != _library.BACKWARD_NONE
+        options = PassOptions(
+            num_threads=num_threads,
+            stream=stream,
+            backward_role=role,
+            sequence_plus_one=0 if sequence is None else sequence + 1,
+        )
+        with worker.handle() as handle:
+            self._handle = create(lib.syncbn_forward_start, handle, text(layer), ctypes.byref(x), ctypes.byref(options))
+
+    def wait(self) -> None:
+        """Waits for the merged statistics; raises the round's error."""
+        with self.worker.handle():
+            wait(lib.syncbn_forward_wait, self._handle)
+
+    def finish(self, x: Tensor, outputs: ForwardOutputs) -> None:
+        call(lib.syncbn_forward_finish, self._handle, ctypes.byref(x), ctypes.byref(outputs))
+
+    @property
+    def sequence(self) -> int:
+        return int(lib.syncbn_forward_sequence(self._handle))
+
+    @property
+    def count(self) -> int:
+        """Values in each channel, over all workers."""
+        return int(lib.syncbn_forward_count(self._handle))
+
+    @property
+    def backward_required(self) -> bool:
+        return bool(lib.syncbn_forward_backward_required(self._handle))
+
+    @property
+    def has_backward_round(self) -> bool:
+        """Whether this worker and others exchange sums in a backward pass."""
+        return self._takes_part and self.backward_required and self.count > 0
+
+    def mean(self, channels: int) -> np.ndarray:
+        return np.ctypeslib.as_array(lib.syncbn_forward_mean(self._handle), (channels,)).copy()
+
+    def var(self, channels: int) -> np.ndarray:
+        return np.ctypeslib.as_array(lib.syncbn_forward_var(self._handle), (channels,)).copy()
+
+    def backward(
+        self, inputs: BackwardInputs, outputs: BackwardOutputs, *, num_threads: int = 1, stream: Optional[int] = None
+    ) -> None:
+        """One backward pass from its start to its finish, its round between them."""
+        options = PassOptions(num_threads=num_threads, stream=stream)
+        self.backward_passes += 1
+        # The worker is held, so that a close on another thread ends the wait instead of pulling it away.
+        with self.worker.handle():
+            handle = create(lib.syncbn_backward_start, self._handle, ctypes.byref(inputs), ctypes.byref(options))
+            try:
+                wait(lib.syncbn_backward_wait, handle)
+                call(lib.syncbn_backward_finish, handle, ctypes.byref(inputs), ctypes.byref(outputs))
+            finally:
+                lib.syncbn_backward_destroy(handle)
+
+    def __del__(self) -> None:
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle is not None and os.getpid() == self._pid:
+            lib.syncbn_forward_destroy(handle)
+
+
+def evaluate(x: Tensor, options: EvaluateOptions, y: Optional[int]) -> None:
+    """y, of x's shape, type and layout, from x with given statistics; no round."""
+    call(lib.syncbn_evaluate, ctypes.byref(x), ctypes.byref(options), y)
+
+
+def evaluate_backward(inputs: BackwardInputs, options: EvaluateOptions, outputs: BackwardOutputs) -> None:
+    """The gradient of `evaluate`, the statistics constant."""
+    call(lib.syncbn_evaluate_backward, ctypes.byref(inputs), ctypes.byref(options), ctypes.byref(outputs))
+
+
+NO_VECTOR = Vector(None, _library.FLOAT64)

@@ -1,0 +1,264 @@
+"""Batch normalization of NumPy arrays over all workers, as functions.
+
+    y, state = syncbn.numpy.forward(worker, "layer", x, weight, bias, running_mean=mean, running_var=var)
+    dx, d_weight, d_bias, _ = state.backward(dy)
+
+Arrays are [N, C, ...] (`channels_last=False`) or [N, ..., C], float16, float32 or float64, or anything with
+`__dlpack__` on the CPU. What is not contiguous is copied; running statistics are updated in place, so they have to be
+contiguous NumPy arrays.
+"""
+
+from typing import Any, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from syncbn import _library, _passes
+from syncbn._library import BackwardInputs, BackwardOutputs, EvaluateOptions, ForwardOutputs, Tensor, Vector
+from syncbn.core import Worker
+
+_TYPES = {
+    np.dtype(np.float32): _library.FLOAT32,
+    np.dtype(np.float64): _library.FLOAT64,
+    np.dtype(np.float16): _library.FLOAT16,
+}
+
+
+class Gradients(NamedTuple):
+    """What a backward pass returns: of the types and shapes of x, weight, bias and residual; None for what was
+    absent.
+    """
+
+    dx: np.ndarray
+    d_weight: Optional[np.ndarray]
+    """This worker's own, not summed over workers."""
+    d_bias: Optional[np.ndarray]
+    d_residual: Optional[np.ndarray]
+
+
+def _array(value: Any) -> np.ndarray:
+    """A contiguous array, without a copy where it is one; other frameworks' tensors come through DLPack."""
+    if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__") and hasattr(np, "from_dlpack"):
+        value = np.from_dlpack(value)
+    array = np.asarray(value)
+    if array.dtype not in _TYPES:
+        raise TypeError(f"syncbn.numpy takes float16, float32 and float64, not {array.dtype}")
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _optional(value: Any) -> Optional[np.ndarray]:
+    return None if value is None else _array(value)
+
+
+def _address(array: Optional[np.ndarray]) -> Optional[int]:
+    return None if array is None or array.size == 0 else array.ctypes.data
+
+
+def _vector(array: Optional[np.ndarray], channels: int, name: str) -> Vector:
+    if array is None:
+        return _passes.NO_VECTOR
+    if array.shape != (channels,):
+        raise ValueError(f"{name} has shape {array.shape}, and the layer {channels} channels")
+    return Vector(array.ctypes.data, _TYPES[array.dtype])
+
+
+def _running(value: Optional[np.ndarray], channels: int, name: str) -> Vector:
+    if value is not None and not (isinstance(value, np.ndarray) and value.flags.c_contiguous and value.flags.writeable):
+        raise ValueError(f"{name} is updated in place: it has to be a contiguous, writable NumPy array")
+    return _vector(value, channels, name)
+
+
+def _like(value: Optional[np.ndarray], x: np.ndarray, name: str) -> Optional[np.ndarray]:
+    if value is not None and (value.shape != x.shape or value.dtype != x.dtype):
+        raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, and x is {x.dtype}{list(x.shape)}")
+    return value
+
+
+def _describe(x: np.ndarray, channels_last: bool) -> Tensor:
+    if x.ndim < 2:
+        raise ValueError(f"expected [batch, channels, ...] or [batch, ..., channels], got {list(x.shape)}")
+    channels = x.shape[-1 if channels_last else 1]
+    if channels == 0:
+        raise ValueError("there are no channels")
+    return Tensor(
+        _address(x),
+        x.shape[0],
+        channels,
+        int(np.prod(x.shape[1:-1] if channels_last else x.shape[2:], dtype=np.int64)),
+        _TYPES[x.dtype],
+        _library.CHANNELS_LAST if channels_last else _library.CHANNELS_FIRST,
+        _library.DEVICE_CPU,
+        0,
+    )
+
+
+class Forward:
+    """What a backward pass needs of its forward pass, x among it."""
+
+    def __init__(
+        self,
+        passed: _passes.ForwardPass,
+        x: np.ndarray,
+        channels_last: bool,
+        weight: Optional[np.ndarray],
+        bias: Optional[np.ndarray],
+        has_residual: bool,
+        relu: bool,
+        relu_mask: Optional[np.ndarray],
+        num_threads: int,
+    ) -> None:
+        self._pass, self._x, self._channels_last = passed, x, channels_last
+        self._weight, self._bias, self._has_residual = weight, bias, has_residual
+        self._relu, self._relu_mask, self._num_threads = relu, relu_mask, num_threads
+        self._channels = x.shape[-1 if channels_last else 1]
+
+    @property
+    def count(self) -> int:
+        """Values in each channel, over all workers."""
+        return self._pass.count
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64 [C], over all workers."""
+        return self._pass.mean(self._channels)
+
+    @property
+    def var(self) -> np.ndarray:
+        """float64 [C], the biased variance over all workers."""
+        return self._pass.var(self._channels)
+
+    @property
+    def backward_required(self) -> bool:
+        """Whether some worker will call `backward`; if so, all that did not pass backward=False have to."""
+        return self._pass.backward_required
+
+    def backward(self, dy: Any) -> Gradients:
+        """The gradients, from dy of y's shape.
+
+        dx = weight * invstd * (dy - sum_dy/N - (x - mean) * invstd**2 * sum_dy_xmu/N), the sums over all workers; dy
+        gated by the ReLU if there is one.
+        """
+        x = self._x
+        gradient = _array(dy)
+        if gradient.dtype != x.dtype:
+            gradient = gradient.astype(x.dtype)
+        _like(gradient, x, "dy")
+        dx = np.empty_like(x)
+        d_residual = np.empty_like(x) if self._has_residual else None
+        d_weight = None if self._weight is None else np.empty_like(self._weight)
+        d_bias = None if self._bias is None else np.empty_like(self._bias)
+        inputs = BackwardInputs(
+            dy=_describe(gradient, self._channels_last),
+            x=_address(x),
+            weight=_vector(self._weight, self._channels, "weight"),
+            bias=_vector(self._bias, self._channels, "bias"),
+            relu=self._relu,
+            relu_mask=_address(self._relu_mask),
+        )
+        outputs = BackwardOutputs(
+            dx=_address(dx),
+            d_residual=_address(d_residual),
+            d_weight=_vector(d_weight, self._channels, "weight"),
+            d_bias=_vector(d_bias, self._channels, "bias"),
+        )
+        self._pass.backward(inputs, outputs, num_threads=self._num_threads)
+        return Gradients(dx, d_weight, d_bias, d_residual)
+
+
+def forward(
+    worker: Worker,
+    layer: str,
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    running_mean: Optional[np.ndarray] = None,
+    running_var: Optional[np.ndarray] = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    eps_mode: str = "add",
+    channels_last: bool = False,
+    residual: Any = None,
+    relu: bool = False,
+    backward: bool = True,
+    sequence: Optional[int] = None,
+    num_threads: int = 1,
+) -> Tuple[np.ndarray, Forward]:
+    """y = weight * (x - mean) * invstd + bias over the batches of all workers; then, if asked for, + residual and ReLU.
+
+    Args:
+      layer: the same name at every worker.
+      weight, bias: [C]; absent: 1 and 0.
+      running_mean, running_var: [C], updated in place: (1-momentum)*running + momentum*new, the variance unbiased.
+      momentum: the new value's weight.
+      eps_mode: "add" or "clamp".
+      residual: of x's shape and type.
+      backward: whether `Forward.backward` will be called.
+      sequence: which time this is; counted by the worker if None.
+    Returns:
+      y of x's shape and type, and the state for the backward pass.
+    """
+    values = _array(x)
+    tensor = _describe(values, channels_last)
+    channels = tensor.channels
+    weights, biases, residuals = _optional(weight), _optional(bias), _like(_optional(residual), values, "residual")
+    relu_mask = np.empty((values.size + 7) // 8, np.uint8) if relu and residuals is not None else None
+    y = np.empty_like(values)
+    outputs = ForwardOutputs(
+        weight=_vector(weights, channels, "weight"),
+        bias=_vector(biases, channels, "bias"),
+        running_mean=_running(running_mean, channels, "running_mean"),
+        running_var=_running(running_var, channels, "running_var"),
+        momentum=momentum,
+        residual=_address(residuals),
+        relu=relu,
+        relu_mask=_address(relu_mask),
+        y=_describe(y, channels_last),
+    )
+    worker.declare_layer(layer, channels, eps=eps, eps_mode=eps_mode, momentum=momentum)
+    passed = _passes.ForwardPass(
+        worker,
+        layer,
+        tensor,
+        role=_library.BACKWARD_REQUIRED if backward else _library.BACKWARD_NONE,
+        num_threads=num_threads,
+        sequence=sequence,
+        eps=eps,
+        clamp=eps_mode == "clamp",
+    )
+    passed.wait()
+    passed.finish(tensor, outputs)
+    has_residual = residuals is not None
+    return y, Forward(passed, values, channels_last, weights, biases, has_residual, relu, relu_mask, num_threads)
+
+
+def evaluate(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    eps: float = 1e-5,
+    channels_last: bool = False,
+    residual: Any = None,
+    relu: bool = False,
+    num_threads: int = 1,
+) -> np.ndarray:
+    """y = weight * (x - running_mean) / sqrt(running_var + eps) + bias: no worker, no round."""
+    values = _array(x)
+    tensor = _describe(values, channels_last)
+    mean, var, weights, biases = _array(running_mean), _array(running_var), _optional(weight), _optional(bias)
+    residuals = _like(_optional(residual), values, "residual")
+    y = np.empty_like(values)
+    options = EvaluateOptions(
+        num_threads=num_threads,
+        mean=_vector(mean, tensor.channels, "running_mean"),
+        var=_vector(var, tensor.channels, "running_var"),
+        weight=_vector(weights, tensor.channels, "weight"),
+        bias=_vector(biases, tensor.channels, "bias"),
+        eps=eps,
+        residual=_address(residuals),
+        relu=relu,
+    )
+    _passes.evaluate(tensor, options, _address(y))
+    return y

@@ -1,0 +1,284 @@
+"""SyncBatchNorm, and conversion from and to torch's own batch normalization."""
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from syncbn import _library, _passes
+from syncbn.core import Worker, default_worker
+from syncbn.torch import _checkpointing, _functions, _tensors
+
+# torch.compile breaks its graph here: a round is no operation that it could trace.
+_outside_of_graphs: Any = getattr(getattr(torch, "compiler", None), "disable", lambda function: function)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization over the batches of all workers; torch.nn.SyncBatchNorm's arguments, attributes and
+    state_dict.
+
+    y = weight * (x - mean) * invstd + bias, with mean and invstd per channel over the global batch; x is [N, C], or [N,
+    C, ...]. The running variance is the unbiased one.
+
+    Args:
+      num_features: C.
+      eps, momentum, affine, track_running_stats, device, dtype: as in torch.nn.SyncBatchNorm. momentum None: the
+        cumulative average.
+      process_group: must be None; the group is the worker's.
+      worker: default `syncbn.default_worker()`, at the time of the call.
+      eps_mode: "add": invstd = 1/sqrt(var + eps). "clamp": 1/sqrt(max(var, eps)) in training; evaluation adds.
+      layer: its name at the master, the same at every worker. Default: numbered in the order of first use.
+
+    Training needs a worker, and every worker of the group has to run the layer: a batch may be empty. Evaluation is
+    local. A global batch of a single value for each channel raises ValueError at every worker, as in
+    torch.nn.BatchNorm. A global batch without any value changes no state.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: None = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        worker: Optional[Worker] = None,
+        eps_mode: str = "add",
+        layer: Optional[str] = None,
+    ) -> None:
+        if process_group is not None:
+            raise ValueError("process_group must be None: give a worker of another group")
+        if eps_mode not in _library.EPS_MODES:
+            raise ValueError(f'eps_mode is "add" or "clamp", not {eps_mode!r}')
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = None
+        self.worker = worker
+        self.eps_mode = eps_mode
+        self.layer = layer
+        self.original_class: Optional[type] = None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, eps_mode={self.eps_mode}, layer={self.layer}"
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.size(1) == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+        if input.size(1) != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got input of shape {tuple(input.shape)}")
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            own = getattr(self, name)
+            if own is not None and own.device != input.device:
+                raise RuntimeError(f"the input is on {input.device}, and {name} on {own.device}")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input [N, C, ...] -> the same shape, type and layout."""
+        self._check_input_dim(input)
+        if self.training:
+            return self._normalize_with_others(input)
+        if self.running_mean is None or self.running_var is None:
+            return self._normalize_alone(input)
+        return self._evaluate(input, self.running_mean, self.running_var)
+
+    # ---- Evaluation ----
+
+    def _evaluate(self, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        types = {t.dtype for t in (x, mean, var, self.weight, self.bias) if t is not None}
+        if len(types) == 1 and x.dtype in (torch.float32, torch.float64):
+            return torch.nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        x = _tensors.dense(x, _tensors.is_channels_last(x))
+        return _functions.Evaluate.apply(x, mean, var, self.weight, self.bias, self.eps)
+
+    def _normalize_alone(self, x: torch.Tensor) -> torch.Tensor:
+        """With the local batch's statistics, as torch does in evaluation where there are no running ones."""
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        weight, bias = (None if v is None else v.to(wide.dtype) for v in (self.weight, self.bias))
+        y = torch.nn.functional.batch_norm(wide, None, None, weight, bias, True, 0.0, self.eps)
+        return y.to(x.dtype)
+
+    # ---- Training ----
+
+    @_outside_of_graphs
+    def _normalize_with_others(self, input: torch.Tensor) -> torch.Tensor:
+        x = _tensors.dense(input, _tensors.is_channels_last(input))
+        checkpoint = _checkpointing.Context()
+        forward_pass = checkpoint.replay(self)
+        first_time = forward_pass is None
+        if forward_pass is None:
+            forward_pass = self._run_round(x, checkpoint.gradient_follows)
+        checkpoint.record(self, forward_pass)
+        count = forward_pass.count
+        if count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} "
+                "and nothing from the other workers"
+            )
+        update = first_time and self.track_running_stats and self.running_mean is not None and count > 0
+        return _functions.Normalize.apply(
+            x,
+            self.weight,
+            self.bias,
+            self._anchor(x, forward_pass),
+            forward_pass,
+            self.running_mean if update else None,
+            self.running_var if update else None,
+            self._count_batch() if update else 0.0,
+        )
+
+    def _run_round(self, x: torch.Tensor, gradient_follows: bool) -> _passes.ForwardPass:
+        """Merges x's moments with those of the other workers."""
+        worker = self.worker or default_worker()
+        if self.layer is None:
+            self.layer = worker.name_unnamed_layer()
+        worker.declare_layer(
+            self.layer, self.num_features, eps=self.eps, eps_mode=self.eps_mode, momentum=self.momentum
+        )
+        device, threads, stream = _tensors.execution(x)
+        with device:
+            forward_pass = _passes.ForwardPass(
+                worker,
+                self.layer,
+                _tensors.describe(x, _tensors.is_channels_last(x)),
+                role=self._role(x, gradient_follows),
+                num_threads=threads,
+                stream=stream,
+                eps=self.eps,
+                clamp=self.eps_mode == "clamp",
+            )
+            forward_pass.wait()
+        return forward_pass
+
+    @staticmethod
+    def _role(x: torch.Tensor, gradient_follows: bool) -> int:
+        """Whether this worker will come to the backward round."""
+        if gradient_follows:
+            return _library.BACKWARD_REQUIRED
+        if not torch.is_grad_enabled():
+            return _library.BACKWARD_NONE
+        return _library.BACKWARD_REQUIRED if x.requires_grad else _library.BACKWARD_IF_REQUIRED
+
+    def _anchor(self, x: torch.Tensor, forward_pass: _passes.ForwardPass) -> Optional[torch.Tensor]:
+        """Something differentiable, where another worker needs this one in the backward round and nothing here calls
+        for it.
+        """
+        if not torch.is_grad_enabled() or not forward_pass.backward_required:
+            return None
+        if any(t is not None and t.requires_grad for t in (x, self.weight, self.bias)):
+            return None
+        return torch.empty(0, requires_grad=True)
+
+    def _count_batch(self) -> float:
+        """Counts this batch; returns the new value's weight in the running statistics."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / float(self.num_batches_tracked)
+
+    # ---- Conversion ----
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: None = None) -> torch.nn.Module:
+        """torch.nn.SyncBatchNorm's class method; see the function of the same name."""
+        if process_group is not None:
+            raise ValueError("process_group must be None: give a worker of another group")
+        return convert_sync_batchnorm(module)
+
+
+def _move(source: _BatchNorm, target: _BatchNorm) -> _BatchNorm:
+    """Gives the target the source's own parameters and buffers."""
+    target._parameters.update(source._parameters)
+    target._buffers.update(source._buffers)
+    target.training = source.training
+    if hasattr(source, "qconfig"):
+        target.qconfig = source.qconfig
+    return target
+
+
+def _to_synchronized(
+    source: _BatchNorm, worker: Optional[Worker], eps_mode: str, layer: str, kind: Any = SyncBatchNorm
+) -> SyncBatchNorm:
+    # Without affine and tracking first: the parameters and buffers are the source's, none is allocated for nothing.
+    target: SyncBatchNorm = kind(
+        source.num_features, source.eps, source.momentum, False, False, worker=worker, layer=layer
+    )
+    target.eps_mode = eps_mode
+    target.affine, target.track_running_stats = source.affine, source.track_running_stats
+    target.original_class = type(source)
+    _move(source, target)
+    return target
+
+
+class BatchNorm(_BatchNorm):
+    """torch's batch normalization without a rule about ranks: what a SyncBatchNorm that was never anything else reverts
+    to.
+    """
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+def _from_synchronized(source: SyncBatchNorm) -> _BatchNorm:
+    kind: Any = source.original_class or BatchNorm
+    target: _BatchNorm = kind(source.num_features, source.eps, source.momentum, False, False)
+    target.affine, target.track_running_stats = source.affine, source.track_running_stats
+    return _move(source, target)
+
+
+def _rewrite(
+    module: torch.nn.Module, path: str, convert: Any, done: Dict[int, Tuple[torch.nn.Module, torch.nn.Module]]
+) -> torch.nn.Module:
+    """Replaces modules in a tree, each once however often it is shared; returns what stands in its root's place."""
+    if id(module) in done:
+        return done[id(module)][1]
+    result = convert(module, path)
+    # The original is kept, so that its id belongs to nothing else while `done` is in use.
+    done[id(module)] = (module, result)
+    if result is module:
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[name] = _rewrite(child, f"{path}.{name}" if path else name, convert, done)
+    return result
+
+
+def convert_sync_batchnorm(
+    module: torch.nn.Module, worker: Optional[Worker] = None, *, eps_mode: str = "add", prefix: str = ""
+) -> torch.nn.Module:
+    """Replaces every batch normalization in a model (torch.nn.BatchNorm*d, torch.nn.SyncBatchNorm) with a
+    SyncBatchNorm.
+
+    Parameters and buffers are the same objects afterwards, so an optimizer made before goes on. Layers are named by
+    their path in the model; a shared module is converted once, and keeps the first path.
+
+    Args:
+      worker: default `syncbn.default_worker()`, at the time of the call of a layer.
+      prefix: put before the names, to tell two models of one worker apart.
+    Returns:
+      The module, changed in place; or a new one if it is a batch normalization itself.
+    """
+
+    def convert(candidate: torch.nn.Module, path: str) -> torch.nn.Module:
+        if isinstance(candidate, _LazyNormBase):
+            raise ValueError(f"{path or 'the module'} is lazy: run the model once before converting it")
+        if isinstance(candidate, SyncBatchNorm) or not isinstance(candidate, _BatchNorm):
+            return candidate
+        return _to_synchronized(candidate, worker, eps_mode, prefix + (path or "batch_norm"))
+
+    return _rewrite(module, "", convert, {})
+
+
+def revert_sync_batchnorm(module: torch.nn.Module) -> torch.nn.Module:
+    """Undoes `convert_sync_batchnorm`: the original classes return, with the same parameter and buffer objects.
+
+    A SyncBatchNorm that was made as one becomes a batch normalization for inputs of any rank.
+    """
+
+    def convert(candidate: torch.nn.Module, path: str) -> torch.nn.Module:
+        return _from_synchronized(candidate) if isinstance(candidate, SyncBatchNorm) else candidate
+
+    return _rewrite(module, "", convert, {})

@@ -1,0 +1,313 @@
+"""Masters, workers and rounds over NumPy vectors."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import syncbn
+
+SEED = 20240117
+
+
+def moments(x):
+    return len(x), x.mean(0), ((x - x.mean(0)) ** 2).sum(0)
+
+
+def test_version_and_build():
+    assert syncbn.__version__ == "0.1.0"
+    assert syncbn.build_info()
+
+
+@pytest.mark.parametrize("sizes", [(5,), (1, 2, 5, 8), (0, 3, 1), (1, 1)])
+def test_synchronize_merges_to_the_global_moments(group, sizes):
+    rng = np.random.default_rng(SEED)
+    data = rng.normal(50.0, 0.5, (sum(sizes), 7))
+    parts = np.split(data, np.cumsum(sizes)[:-1])
+
+    def run(worker):
+        worker.declare_layer("layer", 7)
+        x = parts[worker.rank]
+        return worker.synchronize("layer", *moments(x)) if len(x) else worker.synchronize("layer", 0)
+
+    results = group(len(sizes), run)
+    for result in results:
+        assert result.count == len(data)
+        np.testing.assert_allclose(result.mean, data.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(result.var, data.var(0), rtol=1e-11)
+        np.testing.assert_array_equal(result.mean, results[0].mean)
+        np.testing.assert_array_equal(result.var, results[0].var)
+        assert result.missing_ranks == ()
+
+
+def test_all_empty_gives_count_zero(group):
+    def run(worker):
+        worker.declare_layer("layer", 3)
+        return worker.synchronize("layer", 0)
+
+    for result in group(2, run):
+        assert result.count == 0
+        np.testing.assert_array_equal(result.mean, np.zeros(3))
+        np.testing.assert_array_equal(result.var, np.zeros(3))
+
+
+def test_sequences_count_by_themselves_or_are_given(group):
+    def run(worker):
+        first = worker.synchronize("layer", 1, [1.0], [0.0])
+        second = worker.synchronize("layer", 1, [2.0], [0.0])
+        chosen = worker.synchronize("layer", 1, [3.0], [0.0], sequence=17)
+        return first.sequence, second.sequence, chosen.sequence, chosen.mean[0]
+
+    assert group(2, run) == [(0, 1, 17, 3.0)] * 2
+
+
+def test_backward_round_sums(group):
+    def run(worker):
+        forward = worker.synchronize("layer", 1, [1.0 * worker.rank, 0.0], [0.0, 0.0], backward=True)
+        assert forward.backward_required
+        return worker.synchronize_backward("layer", forward.sequence, [worker.rank + 1.0, 2.0], [0.5, worker.rank])
+
+    for result in group(3, run):
+        np.testing.assert_array_equal(result.sum_dy, [6.0, 6.0])
+        np.testing.assert_array_equal(result.sum_dy_xmu, [1.5, 3.0])
+
+
+def test_all_reduce_keeps_the_shape_and_takes_long_vectors(group):
+    def run(worker):
+        small = worker.all_reduce("small", np.full((2, 3), worker.rank + 1, dtype=np.float32))
+        long = worker.all_reduce("long", np.arange(300_000.0) * (worker.rank + 1))
+        return small, long
+
+    for small, long in group(3, run):
+        np.testing.assert_array_equal(small, np.full((2, 3), 6.0))
+        assert small.dtype == np.float64
+        np.testing.assert_array_equal(long, np.arange(300_000.0) * 6)
+
+
+def test_several_rounds_travel_together(group):
+    def run(worker):
+        rounds = [worker.start_all_reduce(f"vector {i}", [float(i + worker.rank)]) for i in range(5)]
+        worker.flush()
+        return [float(r.result()[0]) for r in reversed(rounds)]
+
+    assert group(2, run) == [[9.0, 7.0, 5.0, 3.0, 1.0]] * 2
+
+
+def test_members_are_waited_for(group):
+    assert group(3, lambda worker: worker.wait_for_members(20.0)) == [True] * 3
+
+
+def test_waiting_for_members_that_do_not_come_ends(master):
+    with syncbn.Worker(master.target, "alone", 0, 2) as worker:
+        assert not worker.wait_for_members(0.05)
+
+
+def test_defaults_come_from_the_environment(master, monkeypatch):
+    for name, value in {
+        "SYNCBN_TARGET": master.target,
+        "RANK": "2",
+        "WORLD_SIZE": "3",
+        "TORCHELASTIC_RUN_ID": "job-of-environment",
+        "TORCHELASTIC_RESTART_COUNT": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with syncbn.Worker() as worker:
+        assert (worker.rank, worker.world_size, worker.job, worker.group) == (2, 3, "job-of-environment", "default")
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(rank=0), dict(world_size=2), dict(rank=2, world_size=2), dict(rank=0, world_size=1, timeout=0)]
+)
+def test_bad_arguments_are_refused_before_anything_is_sent(master, monkeypatch, arguments):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError):
+        syncbn.Worker(master.target, **arguments)
+
+
+def test_no_target_is_said(monkeypatch):
+    monkeypatch.delenv("SYNCBN_TARGET", raising=False)
+    with pytest.raises(ValueError, match="SYNCBN_TARGET"):
+        syncbn.Worker(rank=0, world_size=1)
+
+
+def test_no_master_is_unavailable(tmp_path):
+    with pytest.raises(syncbn.Unavailable) as caught:
+        syncbn.Worker(f"unix:{tmp_path}/nobody", rank=0, world_size=1, join_timeout=0.2)
+    assert isinstance(caught.value, ConnectionError)
+    assert caught.value.code is syncbn.Code.UNAVAILABLE
+
+
+def test_a_missing_worker_is_named_at_the_deadline(master):
+    with syncbn.Worker(master.target, "deadline", 0, 2, timeout=0.2) as worker:
+        with pytest.raises(syncbn.DeadlineExceeded) as caught:
+            worker.synchronize("stem.bn", 1, [1.0], [0.0])
+    assert (caught.value.reason, caught.value.layer, caught.value.ranks) == ("ROUND_TIMEOUT", "stem.bn", (1,))
+    assert isinstance(caught.value, TimeoutError)
+
+
+def test_an_exception_in_the_block_tells_the_others_at_once(master):
+    ready = threading.Event()
+    seen = []
+
+    def survivor():
+        with syncbn.Worker(master.target, "loss", 0, 2, timeout=60.0) as worker:
+            started = worker.start_synchronize("layer", 1, [1.0], [0.0])
+            worker.flush()
+            ready.set()
+            with pytest.raises(syncbn.WorkerLost) as caught:
+                started.result()
+            seen.append(caught.value)
+
+    thread = threading.Thread(target=survivor)
+    with pytest.raises(ZeroDivisionError):
+        with syncbn.Worker(master.target, "loss", 1, 2, timeout=60.0):
+            thread.start()
+            assert ready.wait(20)
+            raise ZeroDivisionError
+    thread.join()
+    assert seen[0].ranks == (1,) and seen[0].reason == "WORKER_LOST"
+
+
+def test_a_worker_that_leaves_is_not_waited_for(group):
+    def run(worker):
+        worker.wait_for_members()
+        worker.all_reduce("begin", [0.0])
+        if worker.rank == 1:
+            return None
+        return worker.synchronize("layer", 2, [5.0], [1.0])
+
+    result = group(2, run)[0]
+    assert (result.count, result.missing_ranks) == (2, (1,))
+
+
+def test_layers_that_differ_are_a_mismatch(group):
+    def run(worker):
+        channels = 2 + worker.rank
+        with pytest.raises(syncbn.LayerMismatch) as caught:
+            worker.synchronize("layer", 1, np.zeros(channels), np.zeros(channels))
+        # Both see the error before either goes: a leave would end the conflict.
+        worker.all_reduce("end", [0.0])
+        return caught.value.layer
+
+    assert group(2, run) == ["layer", "layer"]
+
+
+def test_numbers_that_are_not_finite_fail_for_all(group):
+    def run(worker):
+        worker.wait_for_members()
+        with pytest.raises(syncbn.NotFinite) as caught:
+            worker.synchronize("layer", 1, [np.nan if worker.rank else 0.0], [0.0])
+        worker.all_reduce("end", [0.0])
+        return caught.value.ranks
+
+    assert group(2, run) == [(1,), (1,)]
+
+
+def test_interrupt_ends_a_wait_and_the_worker_goes_on(master):
+    with syncbn.Worker(master.target, "interrupt", 0, 2) as worker:
+        started = worker.start_synchronize("layer", 1, [1.0], [0.0])
+        worker.flush()
+        stop = threading.Event()
+
+        def interrupt():
+            while not stop.wait(0.01):  # Again until it meets the wait.
+                worker.interrupt()
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(syncbn.Cancelled):
+            started.result()
+        stop.set()
+        thread.join()
+        assert not worker.closed
+        assert not worker.wait_for_members(0.01)
+
+
+def test_round_wait_with_a_timeout(master):
+    with syncbn.Worker(master.target, "pending", 0, 2) as worker:
+        assert not worker.start_synchronize("layer", 1, [1.0], [0.0]).wait(0.02)
+
+
+def test_a_closed_worker_refuses(master):
+    worker = syncbn.Worker(master.target, "closed", 0, 1)
+    worker.leave()
+    worker.close()
+    with pytest.raises(syncbn.FailedPrecondition) as caught:
+        worker.all_reduce("sum", [1.0])
+    assert caught.value.reason == "LEFT"
+
+
+def test_a_forked_child_is_refused(master):
+    with syncbn.Worker(master.target, "forked", 0, 1) as worker:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                worker.all_reduce("sum", [1.0])
+            except syncbn.Error as error:
+                os._exit(7 if error.reason == "FORKED" else 8)
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        assert worker.all_reduce("sum", [2.0])[0] == 2.0
+
+
+def test_default_worker(master):
+    with pytest.raises(syncbn.Error, match="no worker"):
+        syncbn.default_worker()
+    with syncbn.Worker(master.target, "one", 0, 1) as one:
+        assert syncbn.default_worker() is one
+        with syncbn.Worker(master.target, "two", 0, 1) as two:
+            assert syncbn.default_worker() is two
+            assert pickle.loads(pickle.dumps(one)) is one
+    assert pickle.loads(pickle.dumps(one)) is None
+
+
+def test_errors_survive_pickling():
+    error = syncbn.WorkerLost("text", 14, "WORKER_LOST", "layer", (1, 2))
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is syncbn.WorkerLost
+    assert (copy.message, copy.code, copy.reason, copy.layer, copy.ranks) == (
+        "text",
+        syncbn.Code.UNAVAILABLE,
+        "WORKER_LOST",
+        "layer",
+        (1, 2),
+    )
+
+
+_INTERRUPTED = """
+import sys, syncbn
+with syncbn.Master() as master:
+    worker = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
+    started = worker.start_all_reduce("sum", [1.0])
+    worker.flush()
+    try:
+        print("waiting", flush=True)
+        started.result()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    worker.close()
+"""
+
+
+def test_ctrl_c_ends_a_wait_on_the_main_thread():
+    process = subprocess.Popen([sys.executable, "-c", _INTERRUPTED], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "interrupted\n"
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_missing_library_says_what_to_do():
+    environment = dict(os.environ, SYNCBN_LIBRARY="/nonexistent/libsyncbn.so")
+    process = subprocess.run([sys.executable, "-c", "import syncbn"], env=environment, capture_output=True, text=True)
+    assert "ImportError" in process.stderr and "SYNCBN_LIBRARY" in process.stderr
