@@ -1,0 +1,30 @@
+# Shared by the scripts in this folder; to be sourced.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+SYNCBN_DEPS="${SYNCBN_DEPS:-$HOME/.cache/syncbn}"
+export SYNCBN_DEPS
+# Debian's interpreter: it is the one that Debian's torch belongs to.
+PYTHON="${SYNCBN_PYTHON:-/usr/bin/python3}"
+export PYTHONDONTWRITEBYTECODE=1
+
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+
+die() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 1
+}
+
+# Bazel with a server that fits a small machine. Its messages go to stderr, and only what matters of them.
+bazel_quietly() {
+  local command=$1
+  shift
+  bazel --host_jvm_args=-Xmx1g "$command" --noshow_progress --ui_event_filters=-info,-debug,-stdout "$@" >&2
+}
+
+ensure_deps() {
+  if ! "$(dirname "${BASH_SOURCE[0]}")/install_deps" --check; then
+    tools/install_deps
+  fi
+}
