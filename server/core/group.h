@@ -4,6 +4,7 @@
 #define SYNCBN_SERVER_CORE_GROUP_H_
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -87,7 +88,8 @@ class Group {
     Payloads payloads;
     Rank last_rank = 0;
   };
-  using PendingRounds = absl::btree_map<RoundKey, PendingRound>;
+  // A std::map: rounds end while others are being looked at, and iterators must survive that.
+  using PendingRounds = std::map<RoundKey, PendingRound>;
 
   // ---- Membership and layers (group.cc)
   std::optional<Error> CheckJoin(const Join& join, const GroupConfig& filled) const;

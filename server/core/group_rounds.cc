@@ -99,7 +99,7 @@ std::optional<Error> Group::CheckBackward(Rank rank, const RoundKey& key, Layer&
 }
 
 std::optional<Error> Group::CheckRoom(const Contribution& contribution) const {
-  if (pending_.size() >= limits_.max_rounds_in_flight && !pending_.contains(contribution.key)) {
+  if (pending_.size() >= limits_.max_rounds_in_flight && pending_.find(contribution.key) == pending_.end()) {
     return LimitError(pending_.size() + 1, "rounds in flight", "max_rounds_in_flight", limits_.max_rounds_in_flight);
   }
   const size_t bytes = (contribution.first.size() + contribution.second.size()) * sizeof(double);
