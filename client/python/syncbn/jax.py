@@ -46,7 +46,7 @@ class _Layer(NamedTuple):
 
 def _split(values: np.ndarray, pair: Any) -> Tuple[np.ndarray, np.ndarray]:
     """float64 as a sum of two values of a narrower type."""
-    high = values.astype(pair)
+    high: np.ndarray = values.astype(pair)
     return high, (values - high.astype(np.float64)).astype(pair)
 
 
