@@ -54,7 +54,7 @@ def stop(process: "subprocess.Popen[str]") -> None:
 
 
 @contextlib.contextmanager
-def running_master(lifetime: str = "120s") -> Iterator[str]:
+def running_master(lifetime: str = "120") -> Iterator[str]:
     """Starts a master on a free port of loopback; gives its target."""
     binary = os.environ.get("SYNCBN_MASTER") or shutil.which("syncbn-master")
     if not binary:
