@@ -54,13 +54,13 @@ def stop(process: "subprocess.Popen[str]") -> None:
 
 
 @contextlib.contextmanager
-def running_master(lifetime: str = "120") -> Iterator[str]:
-    """Starts a master on a free port of loopback; gives its target."""
+def running_master(lifetime: int = 120) -> Iterator[str]:
+    """Starts a master on a free port of loopback, for `lifetime` seconds at most; gives its target."""
     binary = os.environ.get("SYNCBN_MASTER") or shutil.which("syncbn-master")
     if not binary:
         raise Failure("no master: set SYNCBN_MASTER to the binary //server:syncbn-master, or give --master TARGET")
     process = subprocess.Popen(
-        [binary, "--address", "127.0.0.1:0", "--max-lifetime", lifetime], stdout=subprocess.PIPE, text=True
+        [binary, "--address", "127.0.0.1:0", "--max-lifetime", str(lifetime)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None

@@ -63,7 +63,7 @@ def main() -> int:
     for column in ("run", "median step [ms]", "mean loss, last step", "largest loss difference from one process"):
         table.add_column(column)
     try:
-        with contextlib.nullcontext(arguments.master) if arguments.master else running_master("900s") as target:
+        with contextlib.nullcontext(arguments.master) if arguments.master else running_master(900) as target:
             rows = [("one process", "whole", 1)]
             for workers in arguments.workers:
                 rows.append((f"{workers} workers, DDP (gloo), unsynchronized", "ddp", workers))
