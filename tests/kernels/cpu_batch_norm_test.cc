@@ -14,6 +14,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/batch_norm.h"
+#include "kernels/cpu/targets.h"
 #include "kernels/half.h"
 #include "tests/testing/batch_norm_oracle.h"
 
