@@ -12,9 +12,13 @@
 #include <string>
 #include <vector>
 
+// Before Highway, whose targets it limits.
+// clang-format off
+#include "kernels/cpu/targets.h"
+// clang-format on
+
 #include "hwy/highway.h"
 #include "kernels/batch_norm.h"
-#include "kernels/cpu/targets.h"
 #include "kernels/half.h"
 #include "tests/testing/batch_norm_oracle.h"
 
