@@ -3,11 +3,13 @@
 #include <signal.h>
 #include <time.h>
 
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "server/stats_server.h"
@@ -19,6 +21,14 @@ struct Flags {
   double exit_timeout_s = 5.0;
   double max_lifetime_s = 0.0;
 };
+
+const CLI::Validator kSeconds(
+    [](const std::string& text) {
+      double value = 0.0;
+      if (absl::SimpleAtod(text, &value) && value >= 0.0 && std::isfinite(value)) return std::string();
+      return "\"" + text + "\" is not a number of seconds";
+    },
+    "SECONDS");
 
 void Define(CLI::App& app, Flags& flags) {
   app.add_option("--address", flags.server.addresses,
@@ -49,11 +59,11 @@ void Define(CLI::App& app, Flags& flags) {
       ->capture_default_str();
   app.add_option("--exit-timeout", flags.exit_timeout_s, "seconds that workers are given to drain at SIGTERM")
       ->envname("SYNCBN_EXIT_TIMEOUT")
-      ->check(CLI::NonNegativeNumber)
+      ->check(kSeconds)
       ->capture_default_str();
   app.add_option("--max-lifetime", flags.max_lifetime_s, "exit after this many seconds; 0: never")
       ->envname("SYNCBN_MAX_LIFETIME")
-      ->check(CLI::NonNegativeNumber)
+      ->check(kSeconds)
       ->capture_default_str();
   app.set_config("--config-file", "", "read flags from this file (TOML or INI)")->envname("SYNCBN_CONFIG_FILE");
   app.set_version_flag("--version", "syncbn-master 0.1.0");
