@@ -1,5 +1,4 @@
 #include "kernels/cuda/backward_elemt.cuh"
-
 #include "kernels/cuda/batch_norm.h"
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/launch.cuh"
@@ -8,10 +7,11 @@ namespace syncbn::kernels::cuda {
 namespace {
 
 template <Mapping kMapping, Gate kGate, typename T>
-__global__ void __launch_bounds__(kMaxThreads, BlocksPerSm(kMapping))
+__global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping))
     BackwardElemtKernel(const BackwardElemtArguments arguments) {
   extern __shared__ double shared[];
-  DeviceBlock<ElementState<BackwardElemtOp<kGate, T>, Unroll(kMapping, BackwardElemtOp<kGate, T>::kBytes)>> block(shared);
+  DeviceBlock<ElementState<BackwardElemtOp<kGate, T>, Unroll(kMapping, BackwardElemtOp<kGate, T>::kBytes)>> block(
+      shared);
   BackwardElemtOfBlock<kMapping, kGate, T>(block, arguments);
 }
 
@@ -33,7 +33,7 @@ Error BatchNormBackwardElemt(const Context& context, const TensorShape& shape, c
                              void* d_residual) {
   if (shape.size() == 0) return kSuccess;
   BackwardElemtArguments arguments;
-  arguments.plan = PlanElement(shape, VectorWidth(shape.type), 2);
+  arguments.plan = PlanElement(shape, VectorWidth(shape.type), BackwardElemtBytes(KindOf(gate), SizeOf(shape.type)));
   arguments.dy = dy;
   arguments.x = x;
   arguments.coefficients = coefficients;
@@ -43,9 +43,12 @@ Error BatchNormBackwardElemt(const Context& context, const TensorShape& shape, c
   arguments.aligned = IsAligned(dy) && IsAligned(x) && IsAligned(dx) && IsAligned(d_residual);
   if (arguments.plan.block_count > kMaxBlocks) return kInvalidValue;
   switch (KindOf(gate)) {
-    case Gate::kNone: return LaunchWithGate<Gate::kNone>(context, shape.type, arguments);
-    case Gate::kMask: return LaunchWithGate<Gate::kMask>(context, shape.type, arguments);
-    case Gate::kRecompute: return LaunchWithGate<Gate::kRecompute>(context, shape.type, arguments);
+    case Gate::kNone:
+      return LaunchWithGate<Gate::kNone>(context, shape.type, arguments);
+    case Gate::kMask:
+      return LaunchWithGate<Gate::kMask>(context, shape.type, arguments);
+    case Gate::kRecompute:
+      return LaunchWithGate<Gate::kRecompute>(context, shape.type, arguments);
   }
   return kInvalidValue;
 }

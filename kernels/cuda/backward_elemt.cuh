@@ -19,6 +19,12 @@
 
 namespace syncbn::kernels::cuda {
 
+// Bytes read for a vector, as Unroll() takes them. In rows of a 16-bit type, a thread that recomputes the gate has 56
+// coefficients in registers, which leaves room for half as many vectors; saying twice the bytes asks for that.
+SYNCBN_HOST_DEVICE constexpr int BackwardElemtBytes(Gate gate, size_t element_bytes) {
+  return gate == Gate::kRecompute && element_bytes == 2 ? 64 : 32;
+}
+
 struct BackwardElemtArguments {
   ElementPlan plan;
   const void* dy = nullptr;
@@ -51,7 +57,7 @@ struct GatedLane<Gate::kRecompute, A> {
 template <Gate kGate, typename T>
 struct BackwardElemtOp {
   static constexpr int kWidth = static_cast<int>(16 / sizeof(T));
-  static constexpr int kBytes = 32;
+  static constexpr int kBytes = BackwardElemtBytes(kGate, sizeof(T));
   using A = Accumulator<T>;
   using Lane = GatedLane<kGate, A>;
 

@@ -1,5 +1,4 @@
 #include "kernels/cuda/backward_reduce.cuh"
-
 #include "kernels/cuda/batch_norm.h"
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/launch.cuh"
@@ -8,7 +7,7 @@ namespace syncbn::kernels::cuda {
 namespace {
 
 template <Mapping kMapping, Gate kGate, typename T>
-__global__ void __launch_bounds__(kMaxThreads, BlocksPerSm(kMapping))
+__global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping))
     BackwardReduceKernel(const BackwardReduceArguments arguments) {
   constexpr int kValues = kMapping == Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
   __shared__ double shared[kReduceSharedDoubles<SumsPartial, kValues>];
@@ -40,9 +39,12 @@ Error BatchNormBackwardReduce(const Context& context, const TensorShape& shape, 
   arguments.sum_dy_xmu = sum_dy_xmu;
   if (!MapWorkspace(context, arguments.plan, &arguments.workspace)) return kInvalidValue;
   switch (KindOf(gate)) {
-    case Gate::kNone: return LaunchWithGate<Gate::kNone>(context, shape.type, arguments);
-    case Gate::kMask: return LaunchWithGate<Gate::kMask>(context, shape.type, arguments);
-    case Gate::kRecompute: return LaunchWithGate<Gate::kRecompute>(context, shape.type, arguments);
+    case Gate::kNone:
+      return LaunchWithGate<Gate::kNone>(context, shape.type, arguments);
+    case Gate::kMask:
+      return LaunchWithGate<Gate::kMask>(context, shape.type, arguments);
+    case Gate::kRecompute:
+      return LaunchWithGate<Gate::kRecompute>(context, shape.type, arguments);
   }
   return kInvalidValue;
 }

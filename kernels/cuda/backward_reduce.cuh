@@ -3,10 +3,12 @@
 // Mapping: plan.h, as for the statistics. A thread asks for 2 (planes) or 4 (rows) vectors of each tensor at a time.
 // Bytes moved: dy and x once; with a mask, an eighth of a byte an element more. A gate that recomputes the forward pass
 //   reads nothing: it has x.
-// Registers: a channel takes 5 (hi, and two sums in float64) and 3 more if the gate recomputes; the same bounds as for the
+// Registers: a channel takes 5 (hi, and two sums in float64) and 3 more if the gate recomputes; the same bounds as for
+// the
 //   statistics.
 // Numerics: x - hi, where hi is the mean rounded to the working precision; what that leaves out is one term in float64
-//   at the end: sum dy*(x - mean) = sum dy*(x - hi) - (mean - hi) * sum dy. Batches of up to 32 in float32, then float64.
+//   at the end: sum dy*(x - mean) = sum dy*(x - hi) - (mean - hi) * sum dy. Batches of up to 32 in float32, then
+//   float64.
 // Deterministic: as the statistics.
 
 #ifndef SYNCBN_KERNELS_CUDA_BACKWARD_REDUCE_CUH_
@@ -214,7 +216,8 @@ SYNCBN_HOST_DEVICE inline void BackwardReduceOfBlock(Block& block, const Backwar
       block, plan, arguments.workspace, [&](int64_t channel, const SumsPartial& total) {
         const double mean = arguments.mean[channel];
         arguments.sum_dy[channel] = total.word[0];
-        arguments.sum_dy_xmu[channel] = fma(static_cast<double>(static_cast<A>(mean)) - mean, total.word[0], total.word[1]);
+        arguments.sum_dy_xmu[channel] =
+            fma(static_cast<double>(static_cast<A>(mean)) - mean, total.word[0], total.word[1]);
       });
 }
 

@@ -5,8 +5,8 @@
 // one kernel launch and returns at once; it allocates nothing and synchronizes with nothing. The device is the calling
 // thread's current one, and the stream is on it.
 //
-// Results are a function of the inputs alone: equal bits from run to run, from one model of GPU to another, whatever the
-// pointers' alignment. (Pointers off a 16-byte boundary cost speed, nothing else.)
+// Results are a function of the inputs alone: equal bits from run to run, from one model of GPU to another, whatever
+// the pointers' alignment. (Pointers off a 16-byte boundary cost speed, nothing else.)
 //
 // Nothing here needs CUDA's headers, and the library links without CUDA: Available() then says no, and everything else
 // returns kNoCuda.
@@ -44,8 +44,8 @@ struct Signal {
 struct Context {
   CUstream_st* stream = nullptr;  // A cudaStream_t; null is the default stream.
   // Scratch memory of the reductions, WorkspaceBytes() or more, on a 256-byte boundary, filled with zeros before its
-  // first use. Launches on one stream may share it; streams may not. Every launch leaves it ready for the next, whatever
-  // the shape; one that is aborted does not.
+  // first use. Launches on one stream may share it; streams may not. Every launch leaves it ready for the next,
+  // whatever the shape; one that is aborted does not.
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
   Signal signal;
@@ -110,7 +110,7 @@ struct FinalizeBackwardArguments {
   int64_t count = 0;  // The forward round's.
   const double* mean = nullptr;
   const double* m2 = nullptr;
-  const double* sum_dy = nullptr;      // Summed over all workers.
+  const double* sum_dy = nullptr;  // Summed over all workers.
   const double* sum_dy_xmu = nullptr;
   ConstVector weight;  // None: 1.
   double eps = 1e-5;

@@ -5,12 +5,13 @@
 //   shared()                 memory that its threads share;
 //   Each(f)                  calls f(thread, state) for each thread with that thread's own State, then waits for all:
 //                            a phase between two barriers;
-//   Arrive(counter, n, sys)  makes what the block wrote visible to the others (`sys`: to the host as well) and counts it
+//   Arrive(counter, n, sys)  makes what the block wrote visible to the others (`sys`: to the host as well) and counts
+//   it
 //                            in. True in the last of n blocks, which then sees what the others wrote; the counter is
 //                            then 0 again, ready for the next launch;
 //   Raise(flag, value)       tells the host that everything before is complete.
-// DeviceBlock, here, is a block on a GPU: Each is the thread's own call and __syncthreads(). The tests have another that
-// loops over the threads, so that the same code runs without a GPU, with blocks in any order.
+// DeviceBlock, here, is a block on a GPU: Each is the thread's own call and __syncthreads(). The tests have another
+// that loops over the threads, so that the same code runs without a GPU, with blocks in any order.
 
 #ifndef SYNCBN_KERNELS_CUDA_BLOCK_CUH_
 #define SYNCBN_KERNELS_CUDA_BLOCK_CUH_

@@ -1,7 +1,7 @@
 // The per-channel coefficients as a thread keeps them, in the precision that it computes in.
 //
-// The mean is split in two, hi + lo, of which hi is exact in that precision: x - hi loses nothing that x had, however far
-// the mean is from 0, and lo goes into the constant term in float64. (scale*x + (bias - mean*scale) would cancel.)
+// The mean is split in two, hi + lo, of which hi is exact in that precision: x - hi loses nothing that x had, however
+// far the mean is from 0, and lo goes into the constant term in float64. (scale*x + (bias - mean*scale) would cancel.)
 
 #ifndef SYNCBN_KERNELS_CUDA_COEFFICIENTS_CUH_
 #define SYNCBN_KERNELS_CUDA_COEFFICIENTS_CUH_
@@ -47,8 +47,7 @@ struct BackwardLane {
     BackwardLane lane;
     lane.hi = static_cast<A>(mean);
     lane.scale = static_cast<A>(coefficients.scale[channel]);
-    lane.mean_dy =
-        static_cast<A>(fma(static_cast<double>(lane.hi) - mean, projection, coefficients.mean_dy[channel]));
+    lane.mean_dy = static_cast<A>(fma(static_cast<double>(lane.hi) - mean, projection, coefficients.mean_dy[channel]));
     lane.projection = static_cast<A>(projection);
     return lane;
   }

@@ -1,15 +1,13 @@
-#include "kernels/cuda/elemt.cuh"
-
 #include "kernels/cuda/batch_norm.h"
 #include "kernels/cuda/block.cuh"
+#include "kernels/cuda/elemt.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace syncbn::kernels::cuda {
 namespace {
 
 template <Mapping kMapping, Addition kAddition, typename T>
-__global__ void __launch_bounds__(kMaxThreads, BlocksPerSm(kMapping))
-    ElemtKernel(const ElemtArguments arguments) {
+__global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping)) ElemtKernel(const ElemtArguments arguments) {
   extern __shared__ double shared[];
   DeviceBlock<ElementState<ElemtOp<kAddition, T>, Unroll(kMapping, ElemtOp<kAddition, T>::kBytes)>> block(shared);
   ElemtOfBlock<kMapping, kAddition, T>(block, arguments);
@@ -33,7 +31,8 @@ Error BatchNormElemt(const Context& context, const TensorShape& shape, const voi
   if (shape.size() == 0) return kSuccess;
   const Addition addition = KindOf(epilogue);
   ElemtArguments arguments;
-  arguments.plan = PlanElement(shape, ElemtWidth(addition, SizeOf(shape.type)), addition == Addition::kNone ? 1 : 2);
+  const int width = ElemtWidth(addition, SizeOf(shape.type));
+  arguments.plan = PlanElement(shape, width, ElemtBytes(addition, SizeOf(shape.type)));
   arguments.x = x;
   arguments.coefficients = coefficients;
   arguments.epilogue = epilogue;
@@ -41,8 +40,10 @@ Error BatchNormElemt(const Context& context, const TensorShape& shape, const voi
   arguments.aligned = IsAligned(x) && IsAligned(y) && IsAligned(epilogue.residual);
   if (arguments.plan.block_count > kMaxBlocks) return kInvalidValue;
   switch (addition) {
-    case Addition::kNone: return LaunchWithAddition<Addition::kNone>(context, shape.type, arguments);
-    case Addition::kResidual: return LaunchWithAddition<Addition::kResidual>(context, shape.type, arguments);
+    case Addition::kNone:
+      return LaunchWithAddition<Addition::kNone>(context, shape.type, arguments);
+    case Addition::kResidual:
+      return LaunchWithAddition<Addition::kResidual>(context, shape.type, arguments);
     case Addition::kResidualAndMask:
       return LaunchWithAddition<Addition::kResidualAndMask>(context, shape.type, arguments);
   }

@@ -32,6 +32,11 @@ SYNCBN_HOST_DEVICE constexpr int ElemtWidth(Addition addition, size_t element_by
   return addition == Addition::kResidualAndMask ? 8 : static_cast<int>(16 / element_bytes);
 }
 
+// Bytes read for a vector.
+SYNCBN_HOST_DEVICE constexpr int ElemtBytes(Addition addition, size_t element_bytes) {
+  return ElemtWidth(addition, element_bytes) * static_cast<int>(element_bytes) * (addition == Addition::kNone ? 1 : 2);
+}
+
 struct ElemtArguments {
   ElementPlan plan;
   const void* x = nullptr;
@@ -44,7 +49,7 @@ struct ElemtArguments {
 template <Addition kAddition, typename T>
 struct ElemtOp {
   static constexpr int kWidth = ElemtWidth(kAddition, sizeof(T));
-  static constexpr int kBytes = kWidth * static_cast<int>(sizeof(T)) * (kAddition == Addition::kNone ? 1 : 2);
+  static constexpr int kBytes = ElemtBytes(kAddition, sizeof(T));
   using A = Accumulator<T>;
   using Lane = ForwardLane<A>;
 

@@ -1,21 +1,18 @@
-#include "kernels/cuda/finalize.cuh"
-
 #include <algorithm>
 
 #include "kernels/cuda/batch_norm.h"
+#include "kernels/cuda/finalize.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace syncbn::kernels::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kFinalizeThreads)
-    FinalizeForwardKernel(const FinalizeForwardArguments arguments) {
+__global__ void __launch_bounds__(kFinalizeThreads) FinalizeForwardKernel(const FinalizeForwardArguments arguments) {
   const int64_t channel = int64_t{blockIdx.x} * kFinalizeThreads + threadIdx.x;
   if (channel < arguments.channels) FinalizeForwardChannel(arguments, channel);
 }
 
-__global__ void __launch_bounds__(kFinalizeThreads)
-    FinalizeBackwardKernel(const FinalizeBackwardArguments arguments) {
+__global__ void __launch_bounds__(kFinalizeThreads) FinalizeBackwardKernel(const FinalizeBackwardArguments arguments) {
   const int64_t channel = int64_t{blockIdx.x} * kFinalizeThreads + threadIdx.x;
   if (channel < arguments.channels) FinalizeBackwardChannel(arguments, channel);
 }

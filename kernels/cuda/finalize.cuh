@@ -18,19 +18,29 @@ inline constexpr int kFinalizeThreads = 128;
 
 SYNCBN_HOST_DEVICE inline double ReadParameter(const void* data, DataType type, int64_t i) {
   switch (type) {
-    case DataType::kFloat32: return static_cast<const float*>(data)[i];
-    case DataType::kFloat64: return static_cast<const double*>(data)[i];
-    case DataType::kFloat16: return Widen(static_cast<const Float16*>(data)[i]);
-    case DataType::kBFloat16: return Widen(static_cast<const BFloat16*>(data)[i]);
+    case DataType::kFloat32:
+      return static_cast<const float*>(data)[i];
+    case DataType::kFloat64:
+      return static_cast<const double*>(data)[i];
+    case DataType::kFloat16:
+      return Widen(static_cast<const Float16*>(data)[i]);
+    case DataType::kBFloat16:
+      return Widen(static_cast<const BFloat16*>(data)[i]);
   }
   return 0.0;
 }
 
 SYNCBN_HOST_DEVICE inline void WriteParameter(double value, void* data, DataType type, int64_t i) {
   switch (type) {
-    case DataType::kFloat32: static_cast<float*>(data)[i] = static_cast<float>(value); return;
-    case DataType::kFloat64: static_cast<double*>(data)[i] = value; return;
-    case DataType::kFloat16: static_cast<Float16*>(data)[i] = Narrow<Float16>::From(static_cast<float>(value)); return;
+    case DataType::kFloat32:
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+      return;
+    case DataType::kFloat64:
+      static_cast<double*>(data)[i] = value;
+      return;
+    case DataType::kFloat16:
+      static_cast<Float16*>(data)[i] = Narrow<Float16>::From(static_cast<float>(value));
+      return;
     case DataType::kBFloat16:
       static_cast<BFloat16*>(data)[i] = Narrow<BFloat16>::From(static_cast<float>(value));
       return;
@@ -70,8 +80,7 @@ SYNCBN_HOST_DEVICE inline void FinalizeBackwardChannel(const FinalizeBackwardArg
       arguments.weight.data == nullptr ? 1.0 : ReadParameter(arguments.weight.data, arguments.weight.type, c);
   arguments.out_scale[c] = weight * invstd;
   arguments.out_mean_dy[c] = count > 0 ? arguments.sum_dy[c] / n : 0.0;
-  arguments.out_projection[c] =
-      Projection(arguments.sum_dy_xmu[c], count, var, arguments.eps, arguments.eps_mode);
+  arguments.out_projection[c] = Projection(arguments.sum_dy_xmu[c], count, var, arguments.eps, arguments.eps_mode);
   if (arguments.weight_gradient.data != nullptr) {
     WriteParameter(arguments.local_sum_dy_xmu[c] * invstd, arguments.weight_gradient.data,
                    arguments.weight_gradient.type, c);

@@ -43,8 +43,7 @@ int Splits(int64_t target, int64_t tiles, int64_t batches) {
 void SetPlanes(const TensorShape& shape, ReducePlan* plan) {
   const int64_t width = plan->vector_width;
   // A plane that starts on a vector's boundary whatever its channel touches spatial/width vectors, others one more.
-  const int64_t vectors =
-      shape.spatial % width == 0 ? shape.spatial / width : (shape.spatial + width - 2) / width + 1;
+  const int64_t vectors = shape.spatial % width == 0 ? shape.spatial / width : (shape.spatial + width - 2) / width + 1;
   int64_t lanes = 1;
   while (lanes < vectors && lanes < kMaxThreads) lanes *= 2;
   plan->tile_columns = static_cast<int>(std::min(kMaxThreads / lanes, shape.channels));
@@ -88,13 +87,13 @@ size_t WorkspaceBytes(const ReducePlan& plan) {
   return kCounterBytes + slots * plan.tile_values * 3 * sizeof(double);
 }
 
-ElementPlan PlanElement(const TensorShape& shape, int vector_width, int tensors) {
+ElementPlan PlanElement(const TensorShape& shape, int vector_width, int bytes) {
   ElementPlan plan;
   plan.size = shape.size();
   plan.channels = shape.channels;
   plan.vector_width = vector_width;
   plan.mapping = IsRows(shape) ? Mapping::kRows : Mapping::kPlanes;
-  plan.unroll = Unroll(plan.mapping, tensors * vector_width * static_cast<int>(SizeOf(shape.type)));
+  plan.unroll = Unroll(plan.mapping, bytes);
   if (plan.mapping == Mapping::kRows) {
     SetRows(shape, vector_width, plan.unroll, &plan);
     plan.splits = Splits(kRowElementBlocks, plan.tiles, plan.batches);

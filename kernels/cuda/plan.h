@@ -16,7 +16,8 @@ namespace syncbn::kernels::cuda {
 
 // The two ways to find the channel of an element.
 enum class Mapping : uint8_t {
-  // Channels last, or no spatial extent. The tensor is a stream of vectors whose channels repeat after `columns` vectors
+  // Channels last, or no spatial extent. The tensor is a stream of vectors whose channels repeat after `columns`
+  // vectors
   // (the least common multiple of C and the vector's width): a matrix of `rows` x `columns` vectors, in which a thread
   // stays in its column and so keeps its channels. Less than one row may be left over, `tail` elements.
   kRows = 0,
@@ -29,8 +30,8 @@ enum class Mapping : uint8_t {
 inline constexpr int kMaxThreads = 256;
 // Elements that one thread moves with one instruction: 16 bytes of them.
 constexpr int VectorWidth(DataType type) { return static_cast<int>(16 / SizeOf(type)); }
-// Blocks of an SM that the compiler leaves registers for. In rows a thread keeps the sums or coefficients of up to eight
-// channels and may use 128 registers, in planes 64.
+// Blocks of an SM that the compiler leaves registers for. In rows a thread keeps the sums or coefficients of up to
+// eight channels and may use 128 registers, in planes 64.
 SYNCBN_HOST_DEVICE constexpr int BlocksPerSm(Mapping mapping) { return mapping == Mapping::kRows ? 2 : 4; }
 // Vectors of each tensor that a thread asks for before it uses the first, if it reads `bytes` of all tensors for one:
 // whatever the operation, an SM has 64 KB under way.
@@ -67,7 +68,8 @@ struct ReducePlan {
   int64_t batches = 0;
   int64_t tiles = 1;
   int splits = 1;
-  // The partial results of the splits of a tile are merged by groups of `group`, then the groups (groups == 1: at once).
+  // The partial results of the splits of a tile are merged by groups of `group`, then the groups (groups == 1: at
+  // once).
   int group = 1;
   int groups = 1;
 
@@ -108,8 +110,8 @@ struct ElementPlan {
 };
 
 // `vector_width` is VectorWidth(type), or 8 for a forward pass that writes a ReLU mask: a thread then owns whole bytes
-// of it. `tensors`: how many are read.
-ElementPlan PlanElement(const TensorShape& shape, int vector_width, int tensors);
+// of it. `bytes`: what is read for a vector, of all tensors.
+ElementPlan PlanElement(const TensorShape& shape, int vector_width, int bytes);
 
 }  // namespace syncbn::kernels::cuda
 

@@ -1,10 +1,11 @@
 // The second half of a reduction over channels: from one partial result for each thread to one for each channel, in the
 // launch that made them.
 //
-//   1. The members of a block, which hold partial results of the same channels, merge in a binary tree in shared memory.
+//   1. The members of a block, which hold partial results of the same channels, merge in a binary tree in shared
+//   memory.
 //   2. Each block writes its tile's partial results to the workspace and counts itself in. Whichever block of the tile
-//      is last merges them, by index and not by arrival: which block that is makes no difference to a bit of the result.
-//      With many splits the merging is done in two levels, so that one block does not read for long.
+//      is last merges them, by index and not by arrival: which block that is makes no difference to a bit of the
+//      result. With many splits the merging is done in two levels, so that one block does not read for long.
 //   3. If a channel occurs in several columns (C not a multiple of the vector), the last of all blocks merges these.
 //
 // The only atomic operations count blocks, on integers. Counters return to 0 by themselves.
@@ -151,7 +152,7 @@ SYNCBN_HOST_DEVICE inline void SpreadValues(Block& block, const ReducePlan& plan
 
 // Doubles of shared memory that the functions above need.
 template <typename Partial, int kValues>
-inline constexpr int kReduceSharedDoubles = Partial::kWords * (kValues > 2 ? kValues * kTreeSlots : kMaxThreads);
+inline constexpr int kReduceSharedDoubles = Partial::kWords*(kValues > 2 ? kValues * kTreeSlots : kMaxThreads);
 
 // Merges the splits of the block's tile, if this block is the last of them. True: the totals are in partial[0] of
 // thread e. False: another block goes on.
@@ -224,9 +225,9 @@ SYNCBN_HOST_DEVICE inline void FinishReduction(Block& block, const ReducePlan& p
         Partial total = Partial::Empty();
         for (int r = 0; r < plan.replicas; ++r) {
           const int64_t value = channel + r * plan.channels;
-          total = Partial::Combine(total, LoadSlot<Partial>(workspace.partials, tile_slots + value / plan.tile_values,
-                                                            plan.tile_values,
-                                                            static_cast<int>(value % plan.tile_values)));
+          total =
+              Partial::Combine(total, LoadSlot<Partial>(workspace.partials, tile_slots + value / plan.tile_values,
+                                                        plan.tile_values, static_cast<int>(value % plan.tile_values)));
         }
         output(channel, total);
       }

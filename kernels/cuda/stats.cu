@@ -1,15 +1,13 @@
-#include "kernels/cuda/stats.cuh"
-
 #include "kernels/cuda/batch_norm.h"
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/stats.cuh"
 
 namespace syncbn::kernels::cuda {
 namespace {
 
 template <Mapping kMapping, typename T>
-__global__ void __launch_bounds__(kMaxThreads, BlocksPerSm(kMapping))
-    StatsKernel(const StatsArguments arguments) {
+__global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping)) StatsKernel(const StatsArguments arguments) {
   constexpr int kValues = kMapping == Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
   __shared__ double shared[kReduceSharedDoubles<MomentsPartial, kValues>];
   DeviceBlock<ReduceState<MomentsPartial, kValues>> block(shared);
@@ -28,8 +26,8 @@ Error BatchNormStats(const Context& context, const TensorShape& shape, const voi
   const ReducePlan& plan = arguments.plan;
   if (!MapWorkspace(context, plan, &arguments.workspace)) return kInvalidValue;
   return DispatchType(plan.mapping, shape.type, [&](auto mapping, auto tag) {
-    return Launch(StatsKernel<decltype(mapping)::value, typename decltype(tag)::Type>, plan.blocks(), plan.threads(),
-                  0, context.stream, arguments);
+    return Launch(StatsKernel<decltype(mapping)::value, typename decltype(tag)::Type>, plan.blocks(), plan.threads(), 0,
+                  context.stream, arguments);
   });
 }
 

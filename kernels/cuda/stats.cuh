@@ -6,9 +6,9 @@
 // Registers: a channel takes 5 (pivot, and two sums in float64); a thread has 1 channel (planes) or 2 to 8 (rows). The
 //   compiler is held to 64 in planes (4 blocks an SM) and 128 in rows (2 blocks an SM).
 // Numerics: sums of (x - pivot) and of its square. A batch of up to 32 values is summed in float32 and then added to
-//   float64 sums. The pivot is the mean of the thread's first batch, and moves to the mean of a later batch that shows it
-//   to be far off; so one outlier in the first batch, or a drift, does not cost precision. A batch whose squares leave
-//   the range of float32 is summed again in float64.
+//   float64 sums. The pivot is the mean of the thread's first batch, and moves to the mean of a later batch that shows
+//   it to be far off; so one outlier in the first batch, or a drift, does not cost precision. A batch whose squares
+//   leave the range of float32 is summed again in float64.
 // Deterministic: what a thread adds, and in which order, is a function of the plan; reduce.cuh does the rest by index.
 
 #ifndef SYNCBN_KERNELS_CUDA_STATS_CUH_
