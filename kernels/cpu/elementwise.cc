@@ -1,0 +1,291 @@
+#include "kernels/cpu/elementwise.h"
+
+#include <algorithm>
+
+// Vectors of unknown length cannot be members of an array.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/elementwise.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+#include "kernels/cpu/lanes-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace syncbn::kernels::cpu::HWY_NAMESPACE {
+namespace {
+
+// A run of elements whose coefficients are entries entry, entry + 1, ... of the table, or the one entry for all.
+struct Segment {
+  int64_t first = 0;
+  int64_t size = 0;
+  int64_t entry = 0;
+};
+
+// The next segment of [at, end).
+HWY_INLINE Segment NextSegment(const ElementwisePlan& plan, int64_t at, int64_t end) {
+  Segment segment;
+  segment.first = at;
+  if (plan.repeat == 1) {
+    segment.entry = at % plan.period;
+    segment.size = std::min(end - at, plan.period - segment.entry);
+  } else {
+    segment.entry = at / plan.repeat % plan.period;
+    segment.size = std::min(end - at, plan.repeat - at % plan.repeat);
+  }
+  return segment;
+}
+
+// A coefficient's lanes for a group of elements: from the table, or the same for all.
+template <bool adjacent>
+class Coefficient {
+ public:
+  HWY_INLINE Coefficient(const double* table, const Segment& segment)
+      : entries_(table + segment.entry), all_(Broadcast(table[segment.entry])) {}
+
+  HWY_INLINE Lanes At(int64_t i) const {
+    if constexpr (adjacent) {
+      return LoadDoubles(entries_ + i);
+    } else {
+      return all_;
+    }
+  }
+
+  HWY_INLINE Lanes At(int64_t i, int64_t n) const {
+    if constexpr (adjacent) {
+      return LoadDoubles(entries_ + i, n);
+    } else {
+      return all_;
+    }
+  }
+
+ private:
+  const double* entries_;
+  Lanes all_;
+};
+
+template <bool residual, bool relu>
+HWY_INLINE Lanes Normalize(const Lanes& x, const Lanes& mean, const Lanes& scale, const Lanes& shift,
+                           const Lanes& added) {
+  Lanes y = (x - mean) * scale + shift;
+  if constexpr (residual) y = y + added;
+  if constexpr (relu) y = Relu(y);
+  return y;
+}
+
+template <DataType type, bool adjacent, bool residual, bool relu>
+HWY_INLINE void ForwardSegment(const ForwardArgs& args, const Segment& segment) {
+  constexpr int64_t kSize = Element<type>::kSize;
+  const Coefficient<adjacent> mean(args.coefficients.mean, segment);
+  const Coefficient<adjacent> scale(args.coefficients.scale, segment);
+  const Coefficient<adjacent> shift(args.coefficients.shift, segment);
+  const uint8_t* x = args.x + segment.first * kSize;
+  const uint8_t* r = residual ? static_cast<const uint8_t*>(args.epilogue.residual) + segment.first * kSize : nullptr;
+  uint8_t* y = args.y + segment.first * kSize;
+  int64_t i = 0;
+  for (; i + kLanes <= segment.size; i += kLanes) {
+    Lanes added = Zero();
+    if constexpr (residual) added = Load<type>(r + i * kSize);
+    Store<type>(Normalize<residual, relu>(Load<type>(x + i * kSize), mean.At(i), scale.At(i), shift.At(i), added),
+                y + i * kSize);
+  }
+  const int64_t n = segment.size - i;
+  if (n == 0) return;
+  Lanes added = Zero();
+  if constexpr (residual) added = Load<type>(r + i * kSize, n);
+  Store<type>(
+      Normalize<residual, relu>(Load<type>(x + i * kSize, n), mean.At(i, n), scale.At(i, n), shift.At(i, n), added),
+      y + i * kSize, n);
+}
+
+// From what was stored: a positive value may have been rounded to 0.
+template <DataType type>
+void WriteMask(const uint8_t* y, const Range& elements, uint8_t* mask) {
+  constexpr int64_t kSize = Element<type>::kSize;
+  int64_t i = elements.begin;
+  for (; i + kLanes <= elements.end; i += kLanes) mask[i / 8] = BitsAboveZero(Load<type>(y + i * kSize));
+  if (i < elements.end) mask[i / 8] = BitsAboveZero(Load<type>(y + i * kSize, elements.end - i));
+}
+
+template <DataType type, bool adjacent, bool residual, bool relu>
+void ForwardLoop(const ForwardArgs& args, int64_t unit) {
+  constexpr int64_t kTile = 2048;  // The mask is made while the outputs are in the first-level cache.
+  const Range elements = args.plan.ElementsOf(unit);
+  for (int64_t begin = elements.begin; begin < elements.end; begin += kTile) {
+    const int64_t end = std::min(begin + kTile, elements.end);
+    for (int64_t at = begin; at < end;) {
+      const Segment segment = NextSegment(args.plan, at, end);
+      ForwardSegment<type, adjacent, residual, relu>(args, segment);
+      at += segment.size;
+    }
+    if (relu && args.epilogue.relu_mask != nullptr) WriteMask<type>(args.y, {begin, end}, args.epilogue.relu_mask);
+  }
+}
+
+template <DataType type, bool adjacent>
+void ForwardEpilogue(const ForwardArgs& args, int64_t unit) {
+  const bool residual = args.epilogue.residual != nullptr;
+  if (residual && args.epilogue.relu) return ForwardLoop<type, adjacent, true, true>(args, unit);
+  if (residual) return ForwardLoop<type, adjacent, true, false>(args, unit);
+  if (args.epilogue.relu) return ForwardLoop<type, adjacent, false, true>(args, unit);
+  return ForwardLoop<type, adjacent, false, false>(args, unit);
+}
+
+template <DataType type>
+void ForwardOf(const ForwardArgs& args, int64_t unit) {
+  if (args.plan.repeat == 1) return ForwardEpilogue<type, true>(args, unit);
+  return ForwardEpilogue<type, false>(args, unit);
+}
+
+template <DataType type, bool adjacent, Gate gate>
+class BackwardSegment {
+ public:
+  HWY_INLINE BackwardSegment(const BackwardArgs& args, const Segment& segment)
+      : args_(args),
+        segment_(segment),
+        mean_(args.coefficients.mean, segment),
+        scale_(args.coefficients.scale, segment),
+        mean_dy_(args.coefficients.mean_dy, segment),
+        projection_(args.coefficients.projection, segment),
+        // Not read unless the gate needs them.
+        forward_mean_(gate == Gate::kForward ? args.gate.forward.mean : args.coefficients.mean, segment),
+        forward_scale_(gate == Gate::kForward ? args.gate.forward.scale : args.coefficients.mean, segment),
+        forward_shift_(gate == Gate::kForward ? args.gate.forward.shift : args.coefficients.mean, segment) {}
+
+  HWY_INLINE void Run() const {
+    int64_t i = 0;
+    for (; i + kLanes <= segment_.size; i += kLanes) Group<true>(i, kLanes);
+    if (i < segment_.size) Group<false>(i, segment_.size - i);
+  }
+
+ private:
+  static constexpr int64_t kSize = Element<type>::kSize;
+
+  template <bool whole>
+  static HWY_INLINE Lanes Read(const uint8_t* p, int64_t n) {
+    if constexpr (whole) {
+      return Load<type>(p);
+    } else {
+      return Load<type>(p, n);
+    }
+  }
+
+  template <bool whole>
+  static HWY_INLINE void Write(const Lanes& v, uint8_t* p, int64_t n) {
+    if constexpr (whole) {
+      Store<type>(v, p);
+    } else {
+      Store<type>(v, p, n);
+    }
+  }
+
+  template <bool whole>
+  static HWY_INLINE Lanes At(const Coefficient<adjacent>& coefficient, int64_t i, int64_t n) {
+    if constexpr (whole) {
+      return coefficient.At(i);
+    } else {
+      return coefficient.At(i, n);
+    }
+  }
+
+  template <bool whole>
+  HWY_INLINE void Group(int64_t i, int64_t n) const {
+    const int64_t index = segment_.first + i;
+    const int64_t offset = index * kSize;
+    const Lanes x = Read<whole>(args_.x + offset, n);
+    Lanes dy = Read<whole>(args_.dy + offset, n);
+    if constexpr (gate == Gate::kForward) {
+      const ForwardLanes forward = {At<whole>(forward_mean_, i, n), At<whole>(forward_scale_, i, n),
+                                    At<whole>(forward_shift_, i, n)};
+      dy = PassGate<type, gate>(dy, x, forward, nullptr, index, n);
+    } else if constexpr (gate == Gate::kMask) {
+      dy = PassGate<type, gate>(dy, x, {x, x, x}, args_.gate.mask, index, n);
+    }
+    const Lanes x_minus_mean = x - At<whole>(mean_, i, n);
+    const Lanes dx =
+        At<whole>(scale_, i, n) * (dy - At<whole>(mean_dy_, i, n) - x_minus_mean * At<whole>(projection_, i, n));
+    Write<whole>(dx, args_.dx + offset, n);
+    if (args_.d_residual != nullptr) Write<whole>(dy, args_.d_residual + offset, n);
+  }
+
+  const BackwardArgs& args_;
+  const Segment segment_;
+  const Coefficient<adjacent> mean_, scale_, mean_dy_, projection_;
+  const Coefficient<adjacent> forward_mean_, forward_scale_, forward_shift_;
+};
+
+template <DataType type, bool adjacent, Gate gate>
+void BackwardLoop(const BackwardArgs& args, int64_t unit) {
+  const Range elements = args.plan.ElementsOf(unit);
+  for (int64_t at = elements.begin; at < elements.end;) {
+    const Segment segment = NextSegment(args.plan, at, elements.end);
+    BackwardSegment<type, adjacent, gate>(args, segment).Run();
+    at += segment.size;
+  }
+}
+
+template <DataType type, Gate gate>
+void BackwardLayout(const BackwardArgs& args, int64_t unit) {
+  if (args.plan.repeat == 1) return BackwardLoop<type, true, gate>(args, unit);
+  return BackwardLoop<type, false, gate>(args, unit);
+}
+
+template <DataType type>
+void BackwardOf(const BackwardArgs& args, int64_t unit) {
+  switch (KindOf(args.gate)) {
+    case Gate::kOpen:
+      return BackwardLayout<type, Gate::kOpen>(args, unit);
+    case Gate::kMask:
+      return BackwardLayout<type, Gate::kMask>(args, unit);
+    case Gate::kForward:
+      return BackwardLayout<type, Gate::kForward>(args, unit);
+  }
+}
+
+}  // namespace
+
+void Forward(const ForwardArgs& args, int64_t unit) {
+  switch (args.type) {
+    case DataType::kFloat32:
+      return ForwardOf<DataType::kFloat32>(args, unit);
+    case DataType::kFloat64:
+      return ForwardOf<DataType::kFloat64>(args, unit);
+    case DataType::kFloat16:
+      return ForwardOf<DataType::kFloat16>(args, unit);
+    case DataType::kBFloat16:
+      return ForwardOf<DataType::kBFloat16>(args, unit);
+  }
+}
+
+void Backward(const BackwardArgs& args, int64_t unit) {
+  switch (args.type) {
+    case DataType::kFloat32:
+      return BackwardOf<DataType::kFloat32>(args, unit);
+    case DataType::kFloat64:
+      return BackwardOf<DataType::kFloat64>(args, unit);
+    case DataType::kFloat16:
+      return BackwardOf<DataType::kFloat16>(args, unit);
+    case DataType::kBFloat16:
+      return BackwardOf<DataType::kBFloat16>(args, unit);
+  }
+}
+
+const char* Target() { return hwy::TargetName(HWY_TARGET); }
+
+}  // namespace syncbn::kernels::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+
+namespace syncbn::kernels::cpu {
+
+HWY_EXPORT(Forward);
+HWY_EXPORT(Backward);
+HWY_EXPORT(Target);
+
+void ForwardUnit(const ForwardArgs& args, int64_t unit) { HWY_DYNAMIC_DISPATCH(Forward)(args, unit); }
+void BackwardUnit(const BackwardArgs& args, int64_t unit) { HWY_DYNAMIC_DISPATCH(Backward)(args, unit); }
+const char* TargetName() { return HWY_DYNAMIC_DISPATCH(Target)(); }
+
+}  // namespace syncbn::kernels::cpu
+
+#endif  // HWY_ONCE

@@ -1,0 +1,42 @@
+// The elementwise operations' inner loops, one unit of a plan at a time.
+
+#ifndef SYNCBN_KERNELS_CPU_ELEMENTWISE_H_
+#define SYNCBN_KERNELS_CPU_ELEMENTWISE_H_
+
+#include <cstdint>
+
+#include "kernels/batch_norm.h"
+#include "kernels/cpu/plan.h"
+
+namespace syncbn::kernels::cpu {
+
+// Pointers are to whole tensors and to coefficient tables of the plan's period, and are the caller's.
+struct ForwardArgs {
+  DataType type = DataType::kFloat32;
+  ElementwisePlan plan;
+  const uint8_t* x = nullptr;
+  ForwardCoefficients coefficients;
+  Epilogue epilogue;
+  uint8_t* y = nullptr;
+};
+
+struct BackwardArgs {
+  DataType type = DataType::kFloat32;
+  ElementwisePlan plan;
+  const uint8_t* dy = nullptr;
+  const uint8_t* x = nullptr;
+  BackwardCoefficients coefficients;
+  ReluGate gate;
+  uint8_t* dx = nullptr;
+  uint8_t* d_residual = nullptr;
+};
+
+void ForwardUnit(const ForwardArgs& args, int64_t unit);
+void BackwardUnit(const BackwardArgs& args, int64_t unit);
+
+// The name of the target that these and the reductions run with.
+const char* TargetName();
+
+}  // namespace syncbn::kernels::cpu
+
+#endif  // SYNCBN_KERNELS_CPU_ELEMENTWISE_H_

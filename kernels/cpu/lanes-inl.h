@@ -1,0 +1,358 @@
+// Eight float64 lanes on whatever vectors the target has, and how each element type gets in and out of them. Compiled
+// once for each instruction set. All arithmetic is on these lanes, one IEEE operation at a time, so a result has the
+// same bits on every target. (The bits of a NaN may differ.)
+
+#if defined(SYNCBN_KERNELS_CPU_LANES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SYNCBN_KERNELS_CPU_LANES_INL_H_
+#undef SYNCBN_KERNELS_CPU_LANES_INL_H_
+#else
+#define SYNCBN_KERNELS_CPU_LANES_INL_H_
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "hwy/highway.h"
+#include "kernels/batch_norm.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace syncbn::kernels::cpu::HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using D = hn::CappedTag<double, 8>;
+using DU = hn::Repartition<uint64_t, D>;
+using Vector = hn::Vec<D>;
+
+constexpr int64_t kLanes = 8;
+constexpr size_t kWide = hn::MaxLanes(D());  // Lanes in one vector.
+constexpr size_t kParts = 8 / kWide;
+
+// Eight lanes, numbered through the parts.
+struct Lanes {
+  Vector part[kParts];
+};
+
+#define SYNCBN_FOR_PARTS(i) _Pragma("GCC unroll 8") for (size_t i = 0; i < kParts; ++i)
+
+HWY_INLINE Lanes Broadcast(double value) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Set(D(), value);
+  return r;
+}
+
+HWY_INLINE Lanes Zero() { return Broadcast(0.0); }
+
+HWY_INLINE Lanes operator+(const Lanes& a, const Lanes& b) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Add(a.part[i], b.part[i]);
+  return r;
+}
+
+HWY_INLINE Lanes operator-(const Lanes& a, const Lanes& b) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Sub(a.part[i], b.part[i]);
+  return r;
+}
+
+HWY_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Mul(a.part[i], b.part[i]);
+  return r;
+}
+
+HWY_INLINE Lanes operator/(const Lanes& a, const Lanes& b) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Div(a.part[i], b.part[i]);
+  return r;
+}
+
+// 0 where v is 0 or less; a NaN passes.
+HWY_INLINE Lanes Relu(const Lanes& v) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) { r.part[i] = hn::IfThenZeroElse(hn::Le(v.part[i], hn::Zero(D())), v.part[i]); }
+  return r;
+}
+
+// 0 below 0; -0 and NaN pass.
+HWY_INLINE Lanes NotBelowZero(const Lanes& v) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::IfThenZeroElse(hn::Lt(v.part[i], hn::Zero(D())), v.part[i]);
+  return r;
+}
+
+// v where x > threshold, else 0.
+HWY_INLINE Lanes KeepWhereAbove(const Lanes& x, double threshold, const Lanes& v) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::IfThenElseZero(hn::Gt(x.part[i], hn::Set(D(), threshold)), v.part[i]);
+  return r;
+}
+
+// v in lane i where bit i is set, else 0.
+HWY_INLINE Lanes KeepWhereSet(uint32_t bits, const Lanes& v) {
+  alignas(64) static constexpr uint64_t kBit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) {
+    const auto set = hn::TestBit(hn::Set(DU(), bits), hn::Load(DU(), kBit + i * kWide));
+    r.part[i] = hn::IfThenElseZero(hn::RebindMask(D(), set), v.part[i]);
+  }
+  return r;
+}
+
+// v in the first n lanes, 0 in the others.
+HWY_INLINE Lanes KeepFirst(int64_t n, const Lanes& v) { return KeepWhereSet((1u << n) - 1, v); }
+
+// Bit i: lane i is above 0.
+HWY_INLINE uint8_t BitsAboveZero(const Lanes& v) {
+  uint32_t bits = 0;
+  SYNCBN_FOR_PARTS(i) {
+    uint8_t part[8];
+    hn::StoreMaskBits(D(), hn::Gt(v.part[i], hn::Zero(D())), part);
+    bits |= static_cast<uint32_t>(part[0]) << (i * kWide);
+  }
+  return static_cast<uint8_t>(bits);
+}
+
+HWY_INLINE Lanes LoadDoubles(const double* p) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::LoadU(D(), p + i * kWide);
+  return r;
+}
+
+// Copies n < 8 elements. Fixed sizes, because a call of memcpy for each row's last few elements costs more than the
+// row.
+template <int64_t kSize>
+HWY_INLINE void CopyFew(uint8_t* to, const uint8_t* from, int64_t n) {
+  int64_t at = 0;
+  if ((n & 4) != 0) {
+    std::memcpy(to, from, 4 * kSize);
+    at = 4 * kSize;
+  }
+  if ((n & 2) != 0) {
+    std::memcpy(to + at, from + at, 2 * kSize);
+    at += 2 * kSize;
+  }
+  if ((n & 1) != 0) std::memcpy(to + at, from + at, kSize);
+}
+
+// The first n of eight; the others are 0.
+HWY_INLINE Lanes LoadDoubles(const double* p, int64_t n) {
+  if (n == kLanes) return LoadDoubles(p);
+  double buffer[kLanes] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(double));
+  return LoadDoubles(buffer);
+}
+
+HWY_INLINE void StoreDoubles(const Lanes& v, double* p) {
+  SYNCBN_FOR_PARTS(i) hn::StoreU(v.part[i], D(), p + i * kWide);
+}
+
+HWY_INLINE void StoreDoubles(const Lanes& v, double* p, int64_t n) {
+  if (n == kLanes) return StoreDoubles(v, p);
+  double buffer[kLanes];
+  StoreDoubles(v, buffer);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(double));
+}
+
+// The lanes' sum, always by the same tree.
+HWY_INLINE double Sum(const Lanes& v) {
+  double lane[kLanes];
+  StoreDoubles(v, lane);
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+// Vectors of narrower types with as many lanes as one part.
+using DF = hn::Rebind<float, D>;
+using DU32 = hn::Rebind<uint32_t, D>;
+using DU16 = hn::Rebind<uint16_t, D>;
+
+// Elements may lie at any address, so they are read and written as bytes. Scalars have no vectors of bytes.
+template <class Tag>
+HWY_INLINE hn::Vec<Tag> LoadBytes(const uint8_t* p) {
+#if HWY_TARGET == HWY_SCALAR
+  hn::TFromD<Tag> element;
+  std::memcpy(&element, p, sizeof(element));
+  return hn::Set(Tag(), element);
+#else
+  return hn::BitCast(Tag(), hn::LoadU(hn::Repartition<uint8_t, Tag>(), p));
+#endif
+}
+
+template <class Tag>
+HWY_INLINE void StoreBytes(hn::Vec<Tag> v, uint8_t* p) {
+#if HWY_TARGET == HWY_SCALAR
+  const hn::TFromD<Tag> element = hn::GetLane(v);
+  std::memcpy(p, &element, sizeof(element));
+#else
+  const hn::Repartition<uint8_t, Tag> bytes;
+  hn::StoreU(hn::BitCast(bytes, v), bytes, p);
+#endif
+}
+
+// To float, to nearest even. Highway's emulation saturates where the hardware overflows to infinity.
+HWY_INLINE hn::Vec<DF> ToFloat(Vector v) {
+#if HWY_TARGET == HWY_EMU128 || HWY_TARGET == HWY_SCALAR
+  double from[kWide];
+  float to[kWide];
+  hn::StoreU(v, D(), from);
+  for (size_t i = 0; i < kWide; ++i) to[i] = static_cast<float>(from[i]);
+  return hn::LoadU(DF(), to);
+#else
+  return hn::DemoteTo(DF(), v);
+#endif
+}
+
+// Rounds to a multiple of the last place of a type with `fraction_bits`, whose smallest normal is 2^min_exponent, once
+// and to nearest even: adding 1.5 * 2^52 such places leaves no room for anything below them. What is too large for the
+// type stays too large.
+HWY_INLINE Vector RoundTo(Vector v, int fraction_bits, double min_normal) {
+  const DU du;
+  const Vector power = hn::BitCast(D(), hn::And(hn::BitCast(du, v), hn::Set(du, uint64_t{0x7FF} << 52)));
+  const Vector bounded =
+      hn::Min(hn::Max(power, hn::Set(D(), min_normal)), hn::Set(D(), 3.402823669209384634634e38 /* 2^128 */));
+  const double places = 1.5 * static_cast<double>(uint64_t{1} << (52 - fraction_bits));
+  const Vector big = hn::Mul(bounded, hn::Set(D(), places));
+  return hn::CopySign(hn::Sub(hn::Add(v, big), big), v);
+}
+
+// What a type needs: one part from bytes and to bytes, and the largest double that does not round to above 0.
+template <DataType type>
+struct Element;
+
+template <>
+struct Element<DataType::kFloat64> {
+  static constexpr int64_t kSize = 8;
+  static constexpr double kRoundsToZero = 0.0;
+  static HWY_INLINE Vector Load(const uint8_t* p) { return LoadBytes<D>(p); }
+  static HWY_INLINE void Store(Vector v, uint8_t* p) { StoreBytes<D>(v, p); }
+};
+
+template <>
+struct Element<DataType::kFloat32> {
+  static constexpr int64_t kSize = 4;
+  static constexpr double kRoundsToZero = 0x1p-150;
+  static HWY_INLINE Vector Load(const uint8_t* p) { return hn::PromoteTo(D(), LoadBytes<DF>(p)); }
+  static HWY_INLINE void Store(Vector v, uint8_t* p) { StoreBytes<DF>(ToFloat(v), p); }
+};
+
+template <>
+struct Element<DataType::kBFloat16> {
+  static constexpr int64_t kSize = 2;
+  static constexpr double kRoundsToZero = 0x1p-134;
+  static HWY_INLINE Vector Load(const uint8_t* p) {
+    const auto bits = hn::ShiftLeft<16>(hn::PromoteTo(DU32(), LoadBytes<DU16>(p)));
+    return hn::PromoteTo(D(), hn::BitCast(DF(), bits));
+  }
+  static HWY_INLINE void Store(Vector v, uint8_t* p) {
+    const auto bits = hn::BitCast(DU32(), ToFloat(RoundTo(v, 7, 0x1p-126)));
+    StoreBytes<DU16>(hn::TruncateTo(DU16(), hn::ShiftRight<16>(bits)), p);
+  }
+};
+
+template <>
+struct Element<DataType::kFloat16> {
+  static constexpr int64_t kSize = 2;
+  static constexpr double kRoundsToZero = 0x1p-25;
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+  // The conversions of these targets are complete; those that Highway emulates know neither infinity nor NaN.
+  using DH = hn::Rebind<hwy::float16_t, D>;
+  static HWY_INLINE Vector Load(const uint8_t* p) {
+    return hn::PromoteTo(D(), hn::PromoteTo(DF(), hn::BitCast(DH(), LoadBytes<DU16>(p))));
+  }
+  static HWY_INLINE void Store(Vector v, uint8_t* p) {
+    const auto half = hn::DemoteTo(DH(), ToFloat(RoundTo(v, 10, 0x1p-14)));
+    StoreBytes<DU16>(hn::BitCast(DU16(), half), p);
+  }
+#else
+  // A half's bits moved into a float's place are the value times 2^-112, subnormals included.
+  static HWY_INLINE Vector Load(const uint8_t* p) {
+    const DU32 du;
+    const auto half = hn::PromoteTo(du, LoadBytes<DU16>(p));
+    const auto moved = hn::ShiftLeft<13>(hn::And(half, hn::Set(du, 0x7FFF)));
+    const auto scaled = hn::BitCast(du, hn::Mul(hn::BitCast(DF(), moved), hn::Set(DF(), 0x1p112f)));
+    const auto exponent = hn::Set(du, 0x7C00);
+    const auto finite = hn::Ne(hn::And(half, exponent), exponent);
+    const auto magnitude = hn::IfThenElse(finite, scaled, hn::Or(moved, hn::Set(du, 0x7F800000)));
+    const auto sign = hn::ShiftLeft<16>(hn::And(half, hn::Set(du, 0x8000)));
+    return hn::PromoteTo(D(), hn::BitCast(DF(), hn::Or(magnitude, sign)));
+  }
+  static HWY_INLINE void Store(Vector v, uint8_t* p) {
+    const DU32 du;
+    const auto rounded = ToFloat(RoundTo(v, 10, 0x1p-14));
+    const auto sign = hn::And(hn::ShiftRight<16>(hn::BitCast(du, rounded)), hn::Set(du, 0x8000));
+    const auto magnitude = hn::Abs(rounded);
+    const auto moved = hn::ShiftRight<13>(hn::BitCast(du, hn::Mul(magnitude, hn::Set(DF(), 0x1p-112f))));
+    const auto fits = hn::RebindMask(du, hn::Lt(magnitude, hn::Set(DF(), 0x1p16f)));
+    const auto infinite = hn::RebindMask(du, hn::Ge(magnitude, hn::Set(DF(), 0x1p16f)));
+    const auto other = hn::IfThenElse(infinite, hn::Set(du, 0x7C00), hn::Set(du, 0x7E00));
+    StoreBytes<DU16>(hn::TruncateTo(DU16(), hn::Or(hn::IfThenElse(fits, moved, other), sign)), p);
+  }
+#endif
+};
+
+template <DataType type>
+HWY_INLINE Lanes Load(const uint8_t* p) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = Element<type>::Load(p + i * kWide * Element<type>::kSize);
+  return r;
+}
+
+// The first n of eight elements; the other lanes are 0 and their memory is not touched.
+template <DataType type>
+HWY_INLINE Lanes Load(const uint8_t* p, int64_t n) {
+  alignas(64) uint8_t buffer[kLanes * Element<type>::kSize] = {};
+  CopyFew<Element<type>::kSize>(buffer, p, n);
+  return Load<type>(buffer);
+}
+
+template <DataType type>
+HWY_INLINE void Store(const Lanes& v, uint8_t* p) {
+  SYNCBN_FOR_PARTS(i) Element<type>::Store(v.part[i], p + i * kWide * Element<type>::kSize);
+}
+
+template <DataType type>
+HWY_INLINE void Store(const Lanes& v, uint8_t* p, int64_t n) {
+  alignas(64) uint8_t buffer[kLanes * Element<type>::kSize];
+  Store<type>(v, buffer);
+  CopyFew<Element<type>::kSize>(p, buffer, n);
+}
+
+// How backward knows where the gradient passes; see ReluGate.
+enum class Gate { kOpen, kMask, kForward };
+
+inline Gate KindOf(const ReluGate& gate) {
+  if (gate.mask != nullptr) return Gate::kMask;
+  return gate.forward.mean != nullptr ? Gate::kForward : Gate::kOpen;
+}
+
+// n <= 8 bits of a bit mask from bit `index` on.
+HWY_INLINE uint32_t MaskBits(const uint8_t* mask, int64_t index, int64_t n) {
+  const uint8_t* p = mask + index / 8;
+  const uint32_t shift = static_cast<uint32_t>(index % 8);
+  uint32_t bits = p[0];
+  if (shift + n > 8) bits |= static_cast<uint32_t>(p[1]) << 8;
+  return bits >> shift;
+}
+
+// The forward pass's coefficients of eight elements.
+struct ForwardLanes {
+  Lanes mean, scale, shift;
+};
+
+// dy where the gate is open, else 0. `index` is the first element's place in the tensor; n <= 8 elements count.
+template <DataType type, Gate gate>
+HWY_INLINE Lanes PassGate(const Lanes& dy, const Lanes& x, const ForwardLanes& forward, const uint8_t* mask,
+                          int64_t index, int64_t n) {
+  if constexpr (gate == Gate::kMask) {
+    return KeepWhereSet(MaskBits(mask, index, n), dy);
+  } else if constexpr (gate == Gate::kForward) {
+    return KeepWhereAbove((x - forward.mean) * forward.scale + forward.shift, Element<type>::kRoundsToZero, dy);
+  } else {
+    return dy;
+  }
+}
+
+}  // namespace syncbn::kernels::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif
