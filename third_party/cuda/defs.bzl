@@ -26,6 +26,18 @@ NVCC_FLAGS = [
     "-gencode=arch=compute_%s,code=compute_%s" % (ARCHITECTURES[-1], ARCHITECTURES[-1]),
 ]
 
+def _cc_headers_impl(ctx):
+    return [DefaultInfo(files = depset(transitive = [
+        dep[CcInfo].compilation_context.headers
+        for dep in ctx.attr.deps
+    ]))]
+
+# The headers of cc_libraries and of what they depend on, as files for a genrule.
+cc_headers = rule(
+    implementation = _cc_headers_impl,
+    attrs = {"deps": attr.label_list(providers = [CcInfo])},
+)
+
 def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None):
     """A cc_library of CUDA sources.
 
