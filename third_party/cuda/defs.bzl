@@ -18,7 +18,6 @@ NVCC_FLAGS = [
     "-fmad=false",
     "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
     "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas,-ffp-contract=off",
-    "-t2",
 ] + [
     "-gencode=arch=compute_%s,code=sm_%s" % (arch, arch)
     for arch in ARCHITECTURES

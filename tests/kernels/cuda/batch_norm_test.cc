@@ -1,6 +1,8 @@
 // The GPU's algorithms, run on the host: against an oracle in long double, and for equal bits whatever the order of
 // blocks and threads.
 
+#include "kernels/batch_norm.h"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,7 +11,6 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/batch_norm.h"
 #include "tests/kernels/cuda/cases.h"
 #include "tests/kernels/cuda/host_kernels.h"
 #include "tests/testing/batch_norm_oracle.h"
@@ -36,10 +37,14 @@ OracleShape ToOracle(const TensorShape& shape) {
 // Half the distance between neighbours at 1, of a type and of what it is computed in.
 double RoundoffOf(DataType type) {
   switch (type) {
-    case DataType::kFloat64: return 0x1p-53;
-    case DataType::kFloat32: return 0x1p-24;
-    case DataType::kFloat16: return 0x1p-11;
-    case DataType::kBFloat16: return 0x1p-8;
+    case DataType::kFloat64:
+      return 0x1p-53;
+    case DataType::kFloat32:
+      return 0x1p-24;
+    case DataType::kFloat16:
+      return 0x1p-11;
+    case DataType::kBFloat16:
+      return 0x1p-8;
   }
   return 0;
 }
@@ -130,13 +135,27 @@ TEST(CudaAccuracy, VarianceOfHardDistributions) {
         const double t = static_cast<double>(i) / shape.size();
         double value = 0;
         switch (kind) {
-          case 0: value = 1e4 + z; break;
-          case 1: value = 1e3 + 0.1 * z; break;
-          case 2: value = i < 96 ? 1e4 : z; break;               // The first batches are far off.
-          case 3: value = 1e4 + 3.4 * (t - 0.5); break;          // Sorted.
-          case 4: value = 1e4 * t + z; break;                    // Drifting.
-          case 5: value = 1e20 * z; break;                       // Squares beyond float32.
-          case 6: value = i % 7 == 0 ? 3e38 : -3e38; break;      // So are differences.
+          case 0:
+            value = 1e4 + z;
+            break;
+          case 1:
+            value = 1e3 + 0.1 * z;
+            break;
+          case 2:
+            value = i < 96 ? 1e4 : z;
+            break;  // The first batches are far off.
+          case 3:
+            value = 1e4 + 3.4 * (t - 0.5);
+            break;  // Sorted.
+          case 4:
+            value = 1e4 * t + z;
+            break;  // Drifting.
+          case 5:
+            value = 1e20 * z;
+            break;  // Squares beyond float32.
+          case 6:
+            value = i % 7 == 0 ? 3e38 : -3e38;
+            break;  // So are differences.
         }
         x.Set(i, value);
       }
@@ -323,8 +342,8 @@ TEST_P(CudaAlgorithms, BackwardReduceAgreesWithTheOracle) {
         run.aligned = seed == 5;
         const GatedLayer& input = run.aligned ? layer : unaligned;
         Doubles sum_again(shape.channels), sum_xmu_again(shape.channels);
-        HostBackwardReduce(run, shape, input.dy.data(), input.x.data(), input.mean.data(), input.gate,
-                           sum_again.data(), sum_xmu_again.data());
+        HostBackwardReduce(run, shape, input.dy.data(), input.x.data(), input.mean.data(), input.gate, sum_again.data(),
+                           sum_xmu_again.data());
         EXPECT_EQ(sum_again, sum_dy);
         EXPECT_EQ(sum_xmu_again, sum_dy_xmu);
       }

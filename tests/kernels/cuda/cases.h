@@ -33,9 +33,10 @@ inline std::vector<TensorShape> SmallShapes(DataType type) {
     int64_t batch, channels, spatial;
   };
   static const Extents kExtents[] = {
-      {1, 1, 1},   {2, 1, 3},    {3, 2, 1},   {1, 5, 1},     {4, 3, 4},    {7, 3, 49},   {5, 8, 9},    {2, 17, 25},
-      {3, 64, 49}, {16, 4, 196}, {2, 6, 784}, {33, 27, 1},   {100, 128, 1}, {3, 1023, 2}, {2, 300, 7},  {9, 1, 5000},
-      {6, 2, 8191}, {1, 3, 70000}, {200, 33, 16}, {0, 4, 16}, {3, 4, 0},   {50, 2048, 1}, {2, 40, 2049}, {700, 1, 1},
+      {1, 1, 1},     {2, 1, 3},     {3, 2, 1},    {1, 5, 1},      {4, 3, 4},     {7, 3, 49},    {5, 8, 9},
+      {2, 17, 25},   {3, 64, 49},   {16, 4, 196}, {2, 6, 784},    {33, 27, 1},   {100, 128, 1}, {3, 1023, 2},
+      {2, 300, 7},   {9, 1, 5000},  {6, 2, 8191}, {1, 3, 70000},  {200, 33, 16}, {0, 4, 16},    {3, 4, 0},
+      {50, 2048, 1}, {2, 40, 2049}, {700, 1, 1},  {2, 2, 400000},
   };
   std::vector<TensorShape> shapes;
   for (const Extents& extents : kExtents) {
@@ -63,7 +64,8 @@ inline uint64_t Hash(uint64_t x) {
 // Zero mean, unit variance, bell-shaped (a sum of four uniform numbers), a multiple of 2^-16.
 inline double Normal(uint64_t seed, uint64_t i) {
   const uint64_t bits = Hash(seed * 0x100000001b3u + i);
-  const int64_t sum = static_cast<int64_t>((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
+  const int64_t sum =
+      static_cast<int64_t>((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
   return static_cast<double>(sum - 2 * 0xffff) * (1.7320508075688772 / 65536.0);
 }
 
@@ -71,7 +73,10 @@ inline double Normal(uint64_t seed, uint64_t i) {
 class Tensor {
  public:
   Tensor(DataType type, int64_t size, int misalignment = 0)
-      : type_(type), size_(size), skip_(misalignment * kernels::SizeOf(type)), words_(size * kernels::SizeOf(type) / 16 + 3) {}
+      : type_(type),
+        size_(size),
+        skip_(misalignment * kernels::SizeOf(type)),
+        words_(size * kernels::SizeOf(type) / 16 + 3) {}
 
   void* data() { return bytes(); }
   const void* data() const { return const_cast<Tensor*>(this)->bytes(); }
@@ -82,10 +87,14 @@ class Tensor {
   double Get(int64_t i) const {
     const void* p = data();
     switch (type_) {
-      case DataType::kFloat32: return static_cast<const float*>(p)[i];
-      case DataType::kFloat64: return static_cast<const double*>(p)[i];
-      case DataType::kFloat16: return kernels::cuda::Widen(static_cast<const kernels::cuda::Float16*>(p)[i]);
-      case DataType::kBFloat16: return kernels::cuda::Widen(static_cast<const kernels::cuda::BFloat16*>(p)[i]);
+      case DataType::kFloat32:
+        return static_cast<const float*>(p)[i];
+      case DataType::kFloat64:
+        return static_cast<const double*>(p)[i];
+      case DataType::kFloat16:
+        return kernels::cuda::Widen(static_cast<const kernels::cuda::Float16*>(p)[i]);
+      case DataType::kBFloat16:
+        return kernels::cuda::Widen(static_cast<const kernels::cuda::BFloat16*>(p)[i]);
     }
     return 0;
   }
@@ -93,10 +102,18 @@ class Tensor {
     void* p = data();
     using namespace kernels::cuda;  // NOLINT: the element types.
     switch (type_) {
-      case DataType::kFloat32: static_cast<float*>(p)[i] = static_cast<float>(value); break;
-      case DataType::kFloat64: static_cast<double*>(p)[i] = value; break;
-      case DataType::kFloat16: static_cast<Float16*>(p)[i] = Narrow<Float16>::From(static_cast<float>(value)); break;
-      case DataType::kBFloat16: static_cast<BFloat16*>(p)[i] = Narrow<BFloat16>::From(static_cast<float>(value)); break;
+      case DataType::kFloat32:
+        static_cast<float*>(p)[i] = static_cast<float>(value);
+        break;
+      case DataType::kFloat64:
+        static_cast<double*>(p)[i] = value;
+        break;
+      case DataType::kFloat16:
+        static_cast<Float16*>(p)[i] = Narrow<Float16>::From(static_cast<float>(value));
+        break;
+      case DataType::kBFloat16:
+        static_cast<BFloat16*>(p)[i] = Narrow<BFloat16>::From(static_cast<float>(value));
+        break;
     }
   }
   std::vector<double> Values() const {
@@ -120,7 +137,8 @@ class Tensor {
   std::vector<Word> words_;
 };
 
-inline Tensor RandomTensor(const TensorShape& shape, uint64_t seed, double mean, double deviation, int misalignment = 0) {
+inline Tensor RandomTensor(const TensorShape& shape, uint64_t seed, double mean, double deviation,
+                           int misalignment = 0) {
   Tensor tensor(shape.type, shape.size(), misalignment);
   for (int64_t i = 0; i < shape.size(); ++i) tensor.Set(i, mean + deviation * Normal(seed, i));
   return tensor;

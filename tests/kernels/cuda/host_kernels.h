@@ -35,10 +35,14 @@ void Dispatch(cuda::Mapping mapping, kernels::DataType type, Function f) {
     }
   };
   switch (type) {
-    case kernels::DataType::kFloat32: return with_mapping(TypeTag<float>());
-    case kernels::DataType::kFloat64: return with_mapping(TypeTag<double>());
-    case kernels::DataType::kFloat16: return with_mapping(TypeTag<cuda::Float16>());
-    case kernels::DataType::kBFloat16: return with_mapping(TypeTag<cuda::BFloat16>());
+    case kernels::DataType::kFloat32:
+      return with_mapping(TypeTag<float>());
+    case kernels::DataType::kFloat64:
+      return with_mapping(TypeTag<double>());
+    case kernels::DataType::kFloat16:
+      return with_mapping(TypeTag<cuda::Float16>());
+    case kernels::DataType::kBFloat16:
+      return with_mapping(TypeTag<cuda::BFloat16>());
   }
 }
 
@@ -115,9 +119,12 @@ inline void HostBackwardReduce(const HostRun& run, const kernels::TensorShape& s
   arguments.sum_dy_xmu = sum_dy_xmu;
   arguments.workspace = workspace.view;
   switch (cuda::KindOf(gate)) {
-    case cuda::Gate::kNone: return HostBackwardReduceWithGate<cuda::Gate::kNone>(run, shape.type, arguments);
-    case cuda::Gate::kMask: return HostBackwardReduceWithGate<cuda::Gate::kMask>(run, shape.type, arguments);
-    case cuda::Gate::kRecompute: return HostBackwardReduceWithGate<cuda::Gate::kRecompute>(run, shape.type, arguments);
+    case cuda::Gate::kNone:
+      return HostBackwardReduceWithGate<cuda::Gate::kNone>(run, shape.type, arguments);
+    case cuda::Gate::kMask:
+      return HostBackwardReduceWithGate<cuda::Gate::kMask>(run, shape.type, arguments);
+    case cuda::Gate::kRecompute:
+      return HostBackwardReduceWithGate<cuda::Gate::kRecompute>(run, shape.type, arguments);
   }
 }
 
@@ -143,16 +150,18 @@ inline void HostElemt(const HostRun& run, const kernels::TensorShape& shape, con
   const cuda::Addition addition = cuda::KindOf(epilogue);
   const size_t element_bytes = kernels::SizeOf(shape.type);
   cuda::ElemtArguments arguments;
-  arguments.plan = cuda::PlanElement(shape, cuda::ElemtWidth(addition, element_bytes),
-                                     cuda::ElemtBytes(addition, element_bytes));
+  arguments.plan =
+      cuda::PlanElement(shape, cuda::ElemtWidth(addition, element_bytes), cuda::ElemtBytes(addition, element_bytes));
   arguments.x = x;
   arguments.coefficients = coefficients;
   arguments.epilogue = epilogue;
   arguments.y = y;
   arguments.aligned = run.aligned;
   switch (addition) {
-    case cuda::Addition::kNone: return HostElemtWithAddition<cuda::Addition::kNone>(run, shape.type, arguments);
-    case cuda::Addition::kResidual: return HostElemtWithAddition<cuda::Addition::kResidual>(run, shape.type, arguments);
+    case cuda::Addition::kNone:
+      return HostElemtWithAddition<cuda::Addition::kNone>(run, shape.type, arguments);
+    case cuda::Addition::kResidual:
+      return HostElemtWithAddition<cuda::Addition::kResidual>(run, shape.type, arguments);
     case cuda::Addition::kResidualAndMask:
       return HostElemtWithAddition<cuda::Addition::kResidualAndMask>(run, shape.type, arguments);
   }
@@ -185,9 +194,12 @@ inline void HostBackwardElemt(const HostRun& run, const kernels::TensorShape& sh
   arguments.d_residual = d_residual;
   arguments.aligned = run.aligned;
   switch (cuda::KindOf(gate)) {
-    case cuda::Gate::kNone: return HostBackwardElemtWithGate<cuda::Gate::kNone>(run, shape.type, arguments);
-    case cuda::Gate::kMask: return HostBackwardElemtWithGate<cuda::Gate::kMask>(run, shape.type, arguments);
-    case cuda::Gate::kRecompute: return HostBackwardElemtWithGate<cuda::Gate::kRecompute>(run, shape.type, arguments);
+    case cuda::Gate::kNone:
+      return HostBackwardElemtWithGate<cuda::Gate::kNone>(run, shape.type, arguments);
+    case cuda::Gate::kMask:
+      return HostBackwardElemtWithGate<cuda::Gate::kMask>(run, shape.type, arguments);
+    case cuda::Gate::kRecompute:
+      return HostBackwardElemtWithGate<cuda::Gate::kRecompute>(run, shape.type, arguments);
   }
 }
 

@@ -19,7 +19,8 @@ constexpr uint64_t kSeed = 20240607;
 
 TensorShape RandomShape(std::mt19937_64* random, int64_t largest) {
   const auto extent = [&](int64_t most) {
-    return 1 + static_cast<int64_t>(std::exp(std::uniform_real_distribution<>(0, std::log(static_cast<double>(most)))(*random)));
+    return 1 + static_cast<int64_t>(
+                   std::exp(std::uniform_real_distribution<>(0, std::log(static_cast<double>(most)))(*random)));
   };
   TensorShape shape;
   shape.batch = extent(largest);
@@ -67,8 +68,8 @@ std::vector<int> Visits(const TensorShape& shape, const ReducePlan& plan, bool* 
   const int width = plan.vector_width;
   *right_channel = true;
   const auto visit = [&](int64_t element, int64_t channel) {
-    const int64_t actual = shape.layout == Layout::kChannelsLast ? element % shape.channels
-                                                                 : element / shape.spatial % shape.channels;
+    const int64_t actual =
+        shape.layout == Layout::kChannelsLast ? element % shape.channels : element / shape.spatial % shape.channels;
     ++visits[element];
     if (actual != channel) *right_channel = false;
   };
@@ -118,7 +119,9 @@ TEST(ReducePlan, LargeTensorsKeepTheMachineBusy) {
   shape.channels = 64;
   shape.spatial = 112 * 112;
   EXPECT_EQ(PlanReduce(shape, 1).blocks(), 512);
+  shape.batch = 128;
   shape.channels = 4;  // One channel goes over many blocks.
+  shape.spatial = 224 * 224;
   EXPECT_EQ(PlanReduce(shape, 1).blocks(), 528);
   shape.layout = Layout::kChannelsLast;
   shape.channels = 3;  // No thread idles but one of 256.
@@ -176,8 +179,20 @@ TEST(ElementPlan, CoversTheTensorWithinSharedMemory) {
 TEST(FastDivide, AgreesWithDivision) {
   SCOPED_TRACE(kSeed);
   std::mt19937_64 random(kSeed);
-  std::vector<int64_t> divisors = {1, 2, 3, 5, 7, 10, 641, 65535, 65536, 65537, (int64_t{1} << 31) - 1,
-                                   int64_t{1} << 31, (int64_t{1} << 31) + 1, int64_t{1} << 40};
+  std::vector<int64_t> divisors = {1,
+                                   2,
+                                   3,
+                                   5,
+                                   7,
+                                   10,
+                                   641,
+                                   65535,
+                                   65536,
+                                   65537,
+                                   (int64_t{1} << 31) - 1,
+                                   int64_t{1} << 31,
+                                   (int64_t{1} << 31) + 1,
+                                   int64_t{1} << 40};
   for (int i = 0; i < 1000; ++i) divisors.push_back(1 + static_cast<int64_t>(random() >> (33 + random() % 30)));
   for (const int64_t divisor : divisors) {
     const FastDivide divide = FastDivide::By(divisor);
