@@ -17,26 +17,6 @@
 namespace syncbn::testing {
 namespace {
 
-struct HostBackend {
-  HostRun run;
-  template <typename... Arguments>
-  void Stats(Arguments... arguments) {
-    HostStats(run, arguments...);
-  }
-  template <typename... Arguments>
-  void Elemt(Arguments... arguments) {
-    HostElemt(run, arguments...);
-  }
-  template <typename... Arguments>
-  void BackwardReduce(Arguments... arguments) {
-    HostBackwardReduce(run, arguments...);
-  }
-  template <typename... Arguments>
-  void BackwardElemt(Arguments... arguments) {
-    HostBackwardElemt(run, arguments...);
-  }
-};
-
 TEST(Checksums, AsRecorded) {
   std::ifstream file("tests/kernels/cuda/checksums.txt");
   ASSERT_TRUE(file);

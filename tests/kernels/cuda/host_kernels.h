@@ -203,6 +203,27 @@ inline void HostBackwardElemt(const HostRun& run, const kernels::TensorShape& sh
   }
 }
 
+// The four as a Backend of checksums.h.
+struct HostBackend {
+  HostRun run;
+  template <typename... Arguments>
+  void Stats(Arguments... arguments) {
+    HostStats(run, arguments...);
+  }
+  template <typename... Arguments>
+  void Elemt(Arguments... arguments) {
+    HostElemt(run, arguments...);
+  }
+  template <typename... Arguments>
+  void BackwardReduce(Arguments... arguments) {
+    HostBackwardReduce(run, arguments...);
+  }
+  template <typename... Arguments>
+  void BackwardElemt(Arguments... arguments) {
+    HostBackwardElemt(run, arguments...);
+  }
+};
+
 }  // namespace syncbn::testing
 
 #endif  // SYNCBN_TESTS_KERNELS_CUDA_HOST_KERNELS_H_
