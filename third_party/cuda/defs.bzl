@@ -37,7 +37,7 @@ cc_headers = rule(
     attrs = {"deps": attr.label_list(providers = [CcInfo])},
 )
 
-def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None):
+def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, testonly = False):
     """A cc_library of CUDA sources.
 
     Args:
@@ -47,10 +47,11 @@ def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None):
       otherwise: the .cc files of the library without CUDA.
       deps: cc_libraries that both kinds need.
       visibility: as ever.
+      testonly: as ever.
     """
     if not HAVE_CUDA:
-        native.cc_library(name = name, srcs = otherwise, deps = deps, visibility = visibility)
-        native.filegroup(name = name + "_resources", srcs = [], visibility = visibility)
+        native.cc_library(name = name, srcs = otherwise, deps = deps, visibility = visibility, testonly = testonly)
+        native.filegroup(name = name + "_resources", srcs = [], visibility = visibility, testonly = testonly)
         return
     objects = []
     reports = []
@@ -70,6 +71,7 @@ def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None):
                 stem = stem,
             ),
             message = "Compiling CUDA",
+            testonly = testonly,
         )
         objects.append(stem + ".cu.o")
         reports.append(stem + ".resources.txt")
@@ -86,5 +88,6 @@ def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None):
             "-lpthread",
         ],
         visibility = visibility,
+        testonly = testonly,
     )
-    native.filegroup(name = name + "_resources", srcs = reports, visibility = visibility)
+    native.filegroup(name = name + "_resources", srcs = reports, visibility = visibility, testonly = testonly)
