@@ -79,6 +79,13 @@ struct GradientPair {
     Load(static_cast<const T*>(arguments.x), first, arguments.plan.size, arguments.aligned, &x);
     mask = kGate == Gate::kMask ? MaskBits(arguments.gate.mask, first) : 0;
   }
+  // Where both vectors are whole and on 16-byte boundaries.
+  template <Gate kGate>
+  SYNCBN_HOST_DEVICE void LoadWholeFrom(const BackwardReduceArguments& arguments, int64_t first) {
+    LoadWhole(static_cast<const T*>(arguments.dy) + first, &dy);
+    LoadWhole(static_cast<const T*>(arguments.x) + first, &x);
+    mask = kGate == Gate::kMask ? MaskBits(arguments.gate.mask, first) : 0;
+  }
   SYNCBN_HOST_DEVICE void Clear() {
     dy.Clear();
     x.Clear();
@@ -113,18 +120,26 @@ SYNCBN_HOST_DEVICE inline void GradientOfColumn(const BackwardReduceArguments& a
   for (int v = 0; v < kWidth; ++v) {
     lanes[v].Init(arguments, plan.replicas == 1 ? first_channel + v : (first_channel + v) % plan.channels);
   }
+  const int64_t step = plan.members * plan.columns * kWidth;  // From one vector of a batch to the next.
   for (int64_t batch = split; batch < plan.batches; batch += plan.splits) {
     const int64_t row = batch * plan.members * kUnroll + at.member;
     GradientPair<T, kWidth> pairs[kUnroll];
     int n = 0;
+    if (arguments.aligned && row + (kUnroll - 1) * plan.members < plan.rows) {
+      const int64_t first = (row * plan.columns + column) * kWidth;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t r = row + u * plan.members;
-      if (r < plan.rows) {
-        pairs[u].template LoadFrom<kGate>(arguments, (r * plan.columns + column) * kWidth);
-        n = u + 1;
-      } else {
-        pairs[u].Clear();
+      for (int u = 0; u < kUnroll; ++u) pairs[u].template LoadWholeFrom<kGate>(arguments, first + u * step);
+      n = kUnroll;
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t r = row + u * plan.members;
+        if (r < plan.rows) {
+          pairs[u].template LoadFrom<kGate>(arguments, (r * plan.columns + column) * kWidth);
+          n = u + 1;
+        } else {
+          pairs[u].Clear();
+        }
       }
     }
     if (n == 0) break;
@@ -167,19 +182,29 @@ SYNCBN_HOST_DEVICE inline void GradientOfPlanes(const BackwardReduceArguments& a
   if (channel >= plan.channels) return;
   ReduceLane<kGate, A> lane;
   lane.Init(arguments, channel);
+  const bool whole = plan.whole && arguments.aligned;
   for (int64_t batch = split; batch < plan.batches; batch += plan.splits) {
     const int64_t unit = batch * plan.members * kUnroll + at.member;
     GradientPair<T, kWidth> pairs[kUnroll];
-    uint32_t valid = 0;
+    uint32_t valid = ~0u;
+    if (whole && unit + (kUnroll - 1) * plan.members < plan.units) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const PlaneVector vector = FindPlaneVector(plan, channel, unit + u * plan.members, kWidth);
-      if (vector.valid != 0) {
-        pairs[u].template LoadFrom<kGate>(arguments, vector.first);
-      } else {
-        pairs[u].Clear();
+      for (int u = 0; u < kUnroll; ++u) {
+        pairs[u].template LoadWholeFrom<kGate>(arguments,
+                                               FindWholePlaneVector(plan, channel, unit + u * plan.members, kWidth));
       }
-      valid |= vector.valid << (u * kWidth);
+    } else {
+      valid = 0;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const PlaneVector vector = FindPlaneVector(plan, channel, unit + u * plan.members, kWidth);
+        if (vector.valid != 0) {
+          pairs[u].template LoadFrom<kGate>(arguments, vector.first);
+        } else {
+          pairs[u].Clear();
+        }
+        valid |= vector.valid << (u * kWidth);
+      }
     }
     A sum = 0;
     A sum_xmu = 0;

@@ -148,25 +148,31 @@ struct alignas(16) Vector {
   }
 };
 
+// Loads a vector from a 16-byte boundary.
+template <typename T, int kWidth>
+SYNCBN_HOST_DEVICE inline void LoadWhole(const T* data, Vector<T, kWidth>* vector) {
+#if defined(__CUDA_ARCH__)
+  const uint4* source = reinterpret_cast<const uint4*>(data);
+#pragma unroll
+  for (int w = 0; w < vector->kWords / 4; ++w) {
+    const uint4 words = source[w];
+    vector->words[4 * w] = words.x;
+    vector->words[4 * w + 1] = words.y;
+    vector->words[4 * w + 2] = words.z;
+    vector->words[4 * w + 3] = words.w;
+  }
+#else
+  memcpy(vector->words, data, sizeof(vector->words));
+#endif
+}
+
 // Loads elements first .. first + kWidth - 1 of data, of which those not below `limit` read as 0. `aligned`: data +
 // first lies on a 16-byte boundary.
 template <typename T, int kWidth>
 SYNCBN_HOST_DEVICE inline void Load(const T* data, int64_t first, int64_t limit, bool aligned,
                                     Vector<T, kWidth>* vector) {
   if (aligned && first + kWidth <= limit) {
-#if defined(__CUDA_ARCH__)
-    const uint4* source = reinterpret_cast<const uint4*>(data + first);
-#pragma unroll
-    for (int w = 0; w < vector->kWords / 4; ++w) {
-      const uint4 words = source[w];
-      vector->words[4 * w] = words.x;
-      vector->words[4 * w + 1] = words.y;
-      vector->words[4 * w + 2] = words.z;
-      vector->words[4 * w + 3] = words.w;
-    }
-#else
-    memcpy(vector->words, data + first, sizeof(vector->words));
-#endif
+    LoadWhole(data + first, vector);
     return;
   }
   vector->Clear();

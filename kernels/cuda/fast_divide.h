@@ -31,9 +31,13 @@ struct FastDivide {
 
   SYNCBN_HOST_DEVICE int64_t operator()(int64_t dividend) const {
     if (shift < 0 || dividend >= (int64_t{1} << 31)) return dividend / divisor;
-    const uint32_t n = static_cast<uint32_t>(dividend);
-    const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(n) * magic) >> 32);
-    return (high + n) >> shift;  // No overflow: n < 2^31 and high < n.
+    return Small(static_cast<uint32_t>(dividend));
+  }
+
+  // The fast path, for a caller that knows dividend and divisor to be below 2^31.
+  SYNCBN_HOST_DEVICE uint32_t Small(uint32_t dividend) const {
+    const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(dividend) * magic) >> 32);
+    return (high + dividend) >> shift;  // No overflow: dividend < 2^31 and high < dividend.
   }
 };
 

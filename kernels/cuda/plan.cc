@@ -52,6 +52,7 @@ void SetPlanes(const TensorShape& shape, ReducePlan* plan) {
   plan->spatial = shape.spatial;
   plan->units = shape.batch * vectors;
   plan->vectors_per_plane = FastDivide::By(vectors);
+  plan->whole = shape.spatial % width == 0 && plan->units < (int64_t{1} << 31);
   plan->batches = CeilDiv(plan->units, int64_t{plan->members} * plan->unroll);
 }
 

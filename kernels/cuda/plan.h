@@ -59,6 +59,7 @@ struct ReducePlan {
   int64_t spatial = 0;
   int64_t units = 0;
   FastDivide vectors_per_plane;
+  bool whole = false;  // Planes are whole vectors, and units < 2^31: nearly all tensors but those with 7 x 7 planes.
   // Common.
   int vector_width = 1;
   int unroll = 1;

@@ -260,6 +260,15 @@ SYNCBN_HOST_DEVICE inline PlaneVector FindPlaneVector(const ReducePlan& plan, in
   return vector;
 }
 
+// The same vector's first element, where plan.whole and unit < plan.units.
+SYNCBN_HOST_DEVICE inline int64_t FindWholePlaneVector(const ReducePlan& plan, int64_t channel, int64_t unit,
+                                                       int width) {
+  const uint32_t vectors = static_cast<uint32_t>(plan.vectors_per_plane.divisor);
+  const uint32_t sample = plan.vectors_per_plane.Small(static_cast<uint32_t>(unit));
+  const uint32_t within = static_cast<uint32_t>(unit) - sample * vectors;
+  return ((sample * plan.channels + channel) * vectors + within) * width;
+}
+
 }  // namespace syncbn::kernels::cuda
 
 #endif  // SYNCBN_KERNELS_CUDA_REDUCE_CUH_

@@ -159,6 +159,7 @@ SYNCBN_HOST_DEVICE inline void StatsOfColumn(const StatsArguments& arguments, in
   const ReducePlan& plan = arguments.plan;
   const T* x = static_cast<const T*>(arguments.x);
   const int64_t column = tile * plan.tile_columns + at.column;
+  const int64_t step = plan.members * plan.columns * kWidth;  // From one vector of a batch to the next.
   ChannelSums<A> sums[kWidth];
   int64_t count = 0;
   const int64_t end = column < plan.columns ? plan.batches : 0;
@@ -166,14 +167,21 @@ SYNCBN_HOST_DEVICE inline void StatsOfColumn(const StatsArguments& arguments, in
     const int64_t row = batch * plan.members * kUnroll + at.member;
     Vector<T, kWidth> vectors[kUnroll];
     int n = 0;
+    if (arguments.aligned && row + (kUnroll - 1) * plan.members < plan.rows) {
+      const T* const first = x + (row * plan.columns + column) * kWidth;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t r = row + u * plan.members;
-      if (r < plan.rows) {
-        Load(x, (r * plan.columns + column) * kWidth, plan.size, arguments.aligned, &vectors[u]);
-        n = u + 1;
-      } else {
-        vectors[u].Clear();
+      for (int u = 0; u < kUnroll; ++u) LoadWhole(first + u * step, &vectors[u]);
+      n = kUnroll;
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t r = row + u * plan.members;
+        if (r < plan.rows) {
+          Load(x, (r * plan.columns + column) * kWidth, plan.size, arguments.aligned, &vectors[u]);
+          n = u + 1;
+        } else {
+          vectors[u].Clear();
+        }
       }
     }
     if (n == 0) break;
@@ -203,26 +211,36 @@ template <typename T, int kWidth>
 SYNCBN_HOST_DEVICE inline void StatsOfPlanes(const StatsArguments& arguments, int64_t tile, int split, Place at,
                                              MomentsPartial* partial) {
   constexpr int kUnroll = Unroll(Mapping::kPlanes, 16);
+  constexpr uint32_t kAll = kUnroll * kWidth == 32 ? ~0u : (1u << (kUnroll * kWidth)) - 1;
   using A = Accumulator<T>;
   const ReducePlan& plan = arguments.plan;
   const T* x = static_cast<const T*>(arguments.x);
   const int64_t channel = tile * plan.tile_columns + at.column;
+  const bool whole = plan.whole && arguments.aligned;
   ChannelSums<A> sums;
   int64_t count = 0;
   const int64_t end = channel < plan.channels && at.column < plan.tile_columns ? plan.batches : 0;
   for (int64_t batch = split; batch < end; batch += plan.splits) {
     const int64_t unit = batch * plan.members * kUnroll + at.member;
     Vector<T, kWidth> vectors[kUnroll];
-    uint32_t valid = 0;
+    uint32_t valid = kAll;
+    if (whole && unit + (kUnroll - 1) * plan.members < plan.units) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const PlaneVector vector = FindPlaneVector(plan, channel, unit + u * plan.members, kWidth);
-      if (vector.valid != 0) {
-        Load(x, vector.first, plan.size, arguments.aligned, &vectors[u]);
-      } else {
-        vectors[u].Clear();
+      for (int u = 0; u < kUnroll; ++u) {
+        LoadWhole(x + FindWholePlaneVector(plan, channel, unit + u * plan.members, kWidth), &vectors[u]);
       }
-      valid |= vector.valid << (u * kWidth);
+    } else {
+      valid = 0;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const PlaneVector vector = FindPlaneVector(plan, channel, unit + u * plan.members, kWidth);
+        if (vector.valid != 0) {
+          Load(x, vector.first, plan.size, arguments.aligned, &vectors[u]);
+        } else {
+          vectors[u].Clear();
+        }
+        valid |= vector.valid << (u * kWidth);
+      }
     }
     const int n = CountBits(valid);
     if (n == 0) continue;
