@@ -52,6 +52,9 @@ double WorkingRoundoff(DataType type) { return type == DataType::kFloat64 ? 0x1p
 // A result below this may lose all its bits.
 double SmallestOf(DataType type) { return type == DataType::kFloat16 ? 0x1p-24 : 0x1p-140; }
 
+// The largest shape is there for the reductions, which merge it in two levels; the other tests leave it out.
+constexpr int64_t kLargest = 300000;
+
 struct Stats {
   Doubles mean, m2;
   bool operator==(const Stats& other) const { return mean == other.mean && m2 == other.m2; }
@@ -190,7 +193,7 @@ TEST(CudaAccuracy, AConstantHasNoVariance) {
 TEST_P(CudaAlgorithms, BadNumbersStayInTheirChannel) {
   for (const double bad : {std::nan(""), static_cast<double>(INFINITY), -static_cast<double>(INFINITY)}) {
     for (TensorShape shape : SmallShapes(GetParam())) {
-      if (shape.size() == 0) continue;
+      if (shape.size() == 0 || shape.size() > kLargest) continue;
       SCOPED_TRACE(Describe(shape));
       Tensor x = RandomTensor(shape, 3, 0, 1);
       const int64_t where = shape.size() / 2;
@@ -233,7 +236,7 @@ struct Layer {
 
 TEST_P(CudaAlgorithms, ElemtAgreesWithTheOracle) {
   for (const TensorShape& shape : SmallShapes(GetParam())) {
-    if (shape.size() == 0) continue;
+    if (shape.size() == 0 || shape.size() > kLargest) continue;
     SCOPED_TRACE(Describe(shape));
     const Layer layer(shape);
     for (int variant = 0; variant < 5; ++variant) {
@@ -281,7 +284,7 @@ TEST_P(CudaAlgorithms, ElemtAgreesWithTheOracle) {
 
 TEST_P(CudaAlgorithms, ElemtWorksInPlace) {
   for (const TensorShape& shape : SmallShapes(GetParam())) {
-    if (shape.size() == 0) continue;
+    if (shape.size() == 0 || shape.size() > kLargest) continue;
     Layer layer(shape);
     Epilogue epilogue;
     epilogue.residual = layer.residual.data();
@@ -353,7 +356,7 @@ TEST_P(CudaAlgorithms, BackwardReduceAgreesWithTheOracle) {
 
 TEST_P(CudaAlgorithms, BackwardElemtAgreesWithTheOracle) {
   for (const TensorShape& shape : SmallShapes(GetParam())) {
-    if (shape.size() == 0) continue;
+    if (shape.size() == 0 || shape.size() > kLargest) continue;
     for (int kind = 0; kind < 3; ++kind) {
       SCOPED_TRACE(Describe(shape) + " gate " + std::to_string(kind));
       const GatedLayer layer(shape, kind);
