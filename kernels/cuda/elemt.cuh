@@ -3,7 +3,7 @@
 // Mapping, and why it is deterministic: elementwise.cuh.
 // Bytes moved: x and y once, and the residual once if there is one; the ReLU mask, if it is wanted, an eighth of a byte
 //   an element. With a mask a thread owns 8 consecutive elements, so that no two threads write bits of one byte.
-// Registers: 3 for each channel of a thread, 16 for the vectors of a tensor (of 32-bit types with a mask: 32).
+// Registers: 3 for each channel of a thread, and 16 (planes) or 32 (rows) for the vectors under way.
 // The stores ask to leave the cache first: y is not read again by this operation, x may be by the backward pass.
 
 #ifndef SYNCBN_KERNELS_CUDA_ELEMT_CUH_

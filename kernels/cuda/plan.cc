@@ -83,6 +83,7 @@ ReducePlan PlanReduce(const TensorShape& shape, int tensors) {
 }
 
 size_t WorkspaceBytes(const ReducePlan& plan) {
+  if (plan.splits == 1 && plan.replicas == 1) return kCounterBytes;
   // Three doubles for each accumulator of each split, of each group, and of each tile.
   const size_t slots = plan.tiles * (int64_t{plan.splits} + plan.groups + 1);
   return kCounterBytes + slots * plan.tile_values * 3 * sizeof(double);
