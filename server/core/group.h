@@ -85,6 +85,10 @@ class Group {
     absl::Time deadline;
     size_t bytes = 0;
     size_t needed = 0;  // Contributions, if nobody leaves.
+    // Of a backward round: who is to contribute, ascending, and the count of its forward round, which may be forgotten
+    // before this one ends.
+    std::vector<Rank> expected;
+    int64_t count = 0;
     Payloads payloads;
     Rank last_rank = 0;
   };

@@ -80,6 +80,10 @@ bool Group::Replay(Rank rank, const Contribution& contribution, Layer& layer, Ef
 }
 
 std::optional<Error> Group::CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const {
+  if (const auto round = pending_.find(key); round != pending_.end()) {
+    const std::vector<Rank>& expected = round->second.expected;
+    if (std::binary_search(expected.begin(), expected.end(), rank)) return std::nullopt;
+  }
   const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
   if (forward == nullptr || forward->failed) {
     return MakeError(absl::StatusCode::kFailedPrecondition, kForwardRoundUnknown,
@@ -116,9 +120,12 @@ Group::PendingRounds::iterator Group::Begin(const RoundKey& key, Layer& layer, a
   round.deadline = now + *config_.round_timeout;
   round.needed = world_size_;
   if (key.phase == Phase::kBackward) {
-    const std::vector<Contributor>& contributors = layer.Find(Phase::kForward, key.sequence)->contributors;
-    round.needed = std::count_if(contributors.begin(), contributors.end(),
-                                 [](const Contributor& c) { return c.role != BackwardRole::kNone; });
+    const EndedRound& forward = *layer.Find(Phase::kForward, key.sequence);
+    for (const Contributor& contributor : forward.contributors) {
+      if (contributor.role != BackwardRole::kNone) round.expected.push_back(contributor.rank);
+    }
+    round.needed = round.expected.size();
+    round.count = forward.count;
   }
   deadlines_.insert({round.deadline, key});
   return pending_.emplace(key, std::move(round)).first;
@@ -171,12 +178,8 @@ void Group::Refuse(Rank rank, const RoundKey& key, Error error, Effects& effects
 std::vector<Rank> Group::MissingRanks(const RoundKey& key, const PendingRound& round) const {
   std::vector<Rank> missing;
   if (key.phase == Phase::kBackward) {
-    const EndedRound* const forward = layers_.at(key.layer)->Find(Phase::kForward, key.sequence);
-    if (forward == nullptr) return missing;  // Forgotten by now: nobody else can contribute.
-    for (const Contributor& contributor : forward->contributors) {
-      if (contributor.role != BackwardRole::kNone && !round.payloads.contains(contributor.rank)) {
-        missing.push_back(contributor.rank);
-      }
+    for (const Rank rank : round.expected) {
+      if (!round.payloads.contains(rank)) missing.push_back(rank);
     }
     return missing;
   }
@@ -266,10 +269,7 @@ void Group::Complete(PendingRounds::iterator round, absl::Time now, Effects& eff
     Fail(round, std::move(*error), now, effects);
     return;
   }
-  if (key.phase == Phase::kBackward) {
-    const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
-    outcome->count = forward == nullptr ? 0 : forward->count;
-  }
+  if (key.phase == Phase::kBackward) outcome->count = round->second.count;
   Finish(round, std::move(outcome), now, effects);
 }
 

@@ -479,5 +479,38 @@ TEST_F(BackwardTest, EmptyBatchSendsNothing) {
   EXPECT_THAT(Outcome(0)->first, ElementsAre(2.0));
 }
 
+// The forward round may be forgotten while its backward round waits; that one still knows whom it waits for.
+TEST(ForgottenForwardTest, BackwardRoundStandsOnItsOwn) {
+  Limits limits;
+  limits.retained_rounds = 2;
+  Engine engine(limits);
+  const auto workers = JoinAll(engine, 3);
+  for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 0), kFew);
+  engine.Contribute(workers[0], Backward("bn", 0), {0, {1.0}, {10.0}});
+  for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 9), kFew);
+  engine.Contribute(workers[1], Backward("bn", 0), {0, {2.0}, {20.0}});
+  engine.Leave(workers[2]);
+  const auto outcome = engine.Outcome(workers[0], Backward("bn", 0));
+  EXPECT_EQ(ReasonOf(*outcome), "");
+  EXPECT_EQ(outcome->count, 6);
+  EXPECT_THAT(outcome->first, ElementsAre(3.0));
+  EXPECT_THAT(outcome->missing_ranks, ElementsAre(2));
+}
+
+TEST(ForgottenForwardTest, TheLostAreStillWaitedFor) {
+  Limits limits;
+  limits.retained_rounds = 2;
+  Engine engine(limits);
+  const auto workers = JoinAll(engine, 3);
+  for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 0), kFew);
+  engine.Contribute(workers[0], Backward("bn", 0), {0, {1.0}, {10.0}});
+  for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 9), kFew);
+  engine.Close(workers[2]);
+  engine.Advance(absl::Milliseconds(50));
+  const auto outcome = engine.Outcome(workers[0], Backward("bn", 0));
+  EXPECT_EQ(ReasonOf(*outcome), kWorkerLost);
+  EXPECT_THAT(outcome->error->ranks, ElementsAre(2));
+}
+
 }  // namespace
 }  // namespace syncbn::core
