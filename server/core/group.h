@@ -124,6 +124,8 @@ class Group {
   void Expire(PendingRounds::iterator round, absl::Time now, Effects& effects);
   // Those that have not contributed, of all that the round is for.
   std::vector<Rank> MissingRanks(const RoundKey& key, const PendingRound& round) const;
+  // With fewer contributions than this, the round may not proceed.
+  size_t LeastWorkers(const PendingRound& round) const;
   void Complete(PendingRounds::iterator round, absl::Time now, Effects& effects);
   void Fail(PendingRounds::iterator round, Error error, absl::Time now, Effects& effects);
   void Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now,

@@ -189,10 +189,18 @@ std::vector<Rank> Group::MissingRanks(const RoundKey& key, const PendingRound& r
   return missing;
 }
 
+size_t Group::LeastWorkers(const PendingRound& round) const {
+  if (config_.missing_policy != MissingPolicy::kProceed) return 0;
+  // Who announced BACKWARD_ROLE_NONE is not missing from a backward round.
+  return std::min<size_t>(config_.min_workers, round.needed);
+}
+
 void Group::Settle(PendingRounds::iterator round, absl::Time now, Effects& effects) {
   const size_t contributed = round->second.payloads.size();
-  if (contributed + left_ < round->second.needed && given_up_ == 0) return;  // Someone may still come.
   const bool proceed = config_.missing_policy == MissingPolicy::kProceed;
+  const size_t least = LeastWorkers(round->second);
+  // Someone may still come, and enough of them.
+  if (contributed + left_ < round->second.needed && given_up_ == 0 && least + left_ <= round->second.needed) return;
   std::vector<Rank> lost;
   size_t awaited = 0;
   for (const Rank rank : MissingRanks(round->first, round->second)) {
@@ -212,12 +220,13 @@ void Group::Settle(PendingRounds::iterator round, absl::Time now, Effects& effec
          now, effects);
     return;
   }
-  if (proceed && contributed + awaited < config_.min_workers) {
+  if (proceed && contributed + awaited < least) {
     Fail(round,
-         MakeError(absl::StatusCode::kFailedPrecondition, kTooFewWorkers,
-                   absl::StrCat("at most ", contributed + awaited, " workers can contribute to the ",
-                                Describe(round->first), ", and min_workers is ", config_.min_workers),
-                   lost),
+         MakeError(
+             absl::StatusCode::kFailedPrecondition, kTooFewWorkers,
+             absl::StrCat("at most ", contributed + awaited, " workers can contribute to the ", Describe(round->first),
+                          ", and at least ", least, " must (min_workers is ", config_.min_workers, ")"),
+             lost),
          now, effects);
     return;
   }
@@ -244,7 +253,7 @@ void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effec
                                     " within ", wait, " of its first contribution");
     Fail(round, MakeError(absl::StatusCode::kDeadlineExceeded, kRoundTimeout, std::move(text), std::move(missing)), now,
          effects);
-  } else if (contributed < config_.min_workers) {
+  } else if (contributed < LeastWorkers(round->second)) {
     std::string text = absl::StrCat("only ", contributed, " workers contributed to the ", Describe(round->first),
                                     " within ", wait, ", and min_workers is ", config_.min_workers);
     Fail(round, MakeError(absl::StatusCode::kFailedPrecondition, kTooFewWorkers, std::move(text), std::move(missing)),

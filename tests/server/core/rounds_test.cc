@@ -512,5 +512,31 @@ TEST(ForgottenForwardTest, TheLostAreStillWaitedFor) {
   EXPECT_THAT(outcome->error->ranks, ElementsAre(2));
 }
 
+// min_workers bounds what may be missing. Who announced NONE is not missing.
+TEST_F(BackwardTest, MinWorkersDoesNotCountWhoAnnouncedNone) {
+  RunForward({kRequired, kNone, kNone}, Proceed(2));
+  Send(0);
+  EXPECT_EQ(ReasonOf(*Outcome(0)), "");
+  EXPECT_THAT(Outcome(0)->first, ElementsAre(1.0));
+}
+
+TEST_F(BackwardTest, MinWorkersIsAtMostAllThatAreExpected) {
+  RunForward({kRequired, kNone, kRequired}, Proceed(3));
+  Send(0);
+  engine_.Advance(absl::Seconds(1));
+  EXPECT_EQ(ReasonOf(*Outcome(0)), kTooFewWorkers);
+  EXPECT_THAT(Outcome(0)->error->ranks, ElementsAre(2));
+}
+
+TEST(ProceedTest, SaysAtOnceWhenTooFewAreLeft) {
+  Engine engine;
+  const auto workers = JoinAll(engine, 4, Proceed(3));
+  engine.Contribute(workers[0], Forward("bn", 0), kFew);
+  engine.Leave(workers[1]);
+  EXPECT_THAT(engine.ended(), IsEmpty());
+  engine.Leave(workers[2]);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(workers[0], Forward("bn", 0))), kTooFewWorkers);
+}
+
 }  // namespace
 }  // namespace syncbn::core
