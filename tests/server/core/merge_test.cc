@@ -207,6 +207,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{"NoVector", Phase::kSum, 0, {}, {}, kInvalidContribution, "0 elements of value"},
         BadCase{"ShortSum", Phase::kBackward, 0, {1}, {1, 2}, kInvalidContribution, "sum_dy"},
         BadCase{"NegativeCount", Phase::kForward, -1, {1, 2}, {3, 4}, kInvalidContribution, "count = -1"},
+        BadCase{"GreatestCount", Phase::kForward, int64_t{1} << 40, {1, 2}, {3, 4}, "", ""},
+        BadCase{"HugeCount", Phase::kForward, (int64_t{1} << 40) + 1, {1, 2}, {3, 4}, kInvalidContribution, "count = "},
         BadCase{"NegativeM2", Phase::kForward, 4, {1, 2}, {3, -4}, kInvalidContribution, "m2[1] = -4"},
         BadCase{"MinusInfiniteM2", Phase::kForward, 4, {1, 2}, {-kInfinity, 4}, kInvalidContribution, "m2[0] = -inf"},
         BadCase{"NanMean", Phase::kForward, 4, {1, kNan}, {3, 4}, kNotFinite, "mean[1] = nan"},

@@ -1,7 +1,9 @@
 // How rounds begin, fill and end.
 
 #include <algorithm>
-#include <numeric>
+#include <cmath>
+#include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -536,6 +538,17 @@ TEST(ProceedTest, SaysAtOnceWhenTooFewAreLeft) {
   EXPECT_THAT(engine.ended(), IsEmpty());
   engine.Leave(workers[2]);
   EXPECT_EQ(ReasonOf(*engine.Outcome(workers[0], Forward("bn", 0))), kTooFewWorkers);
+}
+
+TEST(BadNumbersTest, CountsThatCannotBeAddedAreRefused) {
+  Engine engine;
+  const auto workers = JoinAll(engine, 2);
+  const int64_t huge = std::numeric_limits<int64_t>::max();
+  engine.Contribute(workers[0], Forward("bn", 0), {huge, {1.0}, {1.0}});
+  engine.Contribute(workers[1], Forward("bn", 0), {huge, {1.0}, {1.0}});
+  const auto outcome = engine.Outcome(workers[0], Forward("bn", 0));
+  EXPECT_EQ(ReasonOf(*outcome), kInvalidContribution);
+  EXPECT_THAT(outcome->error->message, HasSubstr("count = 9223372036854775807"));
 }
 
 }  // namespace
