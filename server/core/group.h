@@ -116,7 +116,8 @@ class Group {
   std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const;
   std::optional<Error> CheckRoom(const Contribution& contribution) const;
   PendingRounds::iterator Begin(const RoundKey& key, Layer& layer, absl::Time now);
-  void Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
+  // Returns whether the round now holds the contribution; if not, the sender has been told why.
+  bool Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
   // Ends the round if what is known of its members says how.
   void Settle(PendingRounds::iterator round, absl::Time now, Effects& effects);
   void SettleAll(absl::Time now, Effects& effects);

@@ -41,7 +41,7 @@ void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Ti
     return;
   }
   if (round == pending_.end()) round = Begin(key, layer, now);
-  Take(rank, contribution, round, effects);
+  if (!Take(rank, contribution, round, effects)) return;
   if (auto conflict = layer.conflict()) {
     Fail(round, std::move(*conflict), now, effects);
   } else if (auto error = CheckNumbers(contribution, layer.spec(), rank, limits_)) {
@@ -131,13 +131,14 @@ Group::PendingRounds::iterator Group::Begin(const RoundKey& key, Layer& layer, a
   return pending_.emplace(key, std::move(round)).first;
 }
 
-void Group::Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects) {
+bool Group::Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects) {
   MemberRecord& member = members_[rank];
   const auto before = round->second.payloads.find(rank);
   if (before != round->second.payloads.end()) {
     if (SameNumbers(before->second, contribution)) {
       before->second.incarnation = member.incarnation;
-      return;
+      member.has_contributed = true;
+      return true;
     }
     if (before->second.incarnation == member.incarnation) {
       Refuse(rank, round->first,
@@ -146,7 +147,7 @@ void Group::Take(Rank rank, const Contribution& contribution, PendingRounds::ite
                                     Describe(round->first), "; the first ones stand"),
                        {rank}),
              effects);
-      return;
+      return false;
     }
     round->second.bytes -= before->second.bytes();
     pending_bytes_ -= before->second.bytes();
@@ -164,6 +165,7 @@ void Group::Take(Rank rank, const Contribution& contribution, PendingRounds::ite
   round->second.last_rank = rank;
   member.has_contributed = true;
   ++member.contributions;
+  return true;
 }
 
 void Group::Refuse(Rank rank, const RoundKey& key, Error error, Effects& effects) const {
