@@ -85,6 +85,10 @@ class Group {
     absl::Time deadline;
     size_t bytes = 0;
     size_t needed = 0;  // Contributions, if nobody leaves.
+    // Of a backward round: who is to contribute, ascending, and the count of its forward round, which may be forgotten
+    // before this one ends.
+    std::vector<Rank> expected;
+    int64_t count = 0;
     Payloads payloads;
     Rank last_rank = 0;
   };
@@ -112,7 +116,8 @@ class Group {
   std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const;
   std::optional<Error> CheckRoom(const Contribution& contribution) const;
   PendingRounds::iterator Begin(const RoundKey& key, Layer& layer, absl::Time now);
-  void Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
+  // Returns whether the round now holds the contribution; if not, the sender has been told why.
+  bool Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
   // Ends the round if what is known of its members says how.
   void Settle(PendingRounds::iterator round, absl::Time now, Effects& effects);
   void SettleAll(absl::Time now, Effects& effects);
@@ -120,6 +125,8 @@ class Group {
   void Expire(PendingRounds::iterator round, absl::Time now, Effects& effects);
   // Those that have not contributed, of all that the round is for.
   std::vector<Rank> MissingRanks(const RoundKey& key, const PendingRound& round) const;
+  // With fewer contributions than this, the round may not proceed.
+  size_t LeastWorkers(const PendingRound& round) const;
   void Complete(PendingRounds::iterator round, absl::Time now, Effects& effects);
   void Fail(PendingRounds::iterator round, Error error, absl::Time now, Effects& effects);
   void Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now,
