@@ -29,8 +29,11 @@ struct syncbn_master {
   std::string target;
 };
 
+// Passes keep the worker that they belong to, so that one that outlives its handle fails instead of crashing.
 struct syncbn_worker {
-  std::unique_ptr<syncbn::Worker> worker;
+  std::shared_ptr<syncbn::Worker> worker;
+
+  ~syncbn_worker() { worker->Close(); }
 };
 
 struct syncbn_round {
@@ -38,7 +41,7 @@ struct syncbn_round {
 };
 
 struct syncbn_forward {
-  syncbn::Worker* worker;
+  std::shared_ptr<syncbn::Worker> worker;
   syncbn::ForwardPass pass;
 };
 
@@ -403,7 +406,7 @@ syncbn_code syncbn_forward_start(syncbn_worker* worker, const char* layer, const
   }
   auto pass = syncbn::ForwardPass::Start(*worker->worker, layer, x, options);
   if (!pass.ok()) return Report(pass.status(), error);
-  *out = new syncbn_forward{worker->worker.get(), *std::move(pass)};
+  *out = new syncbn_forward{worker->worker, *std::move(pass)};
   return 0;
 }
 

@@ -11,7 +11,8 @@
  *  4. Structs of options begin with their size: set `struct_size = sizeof(the struct)` and zero the rest (the *_INIT macros do
  *     both). Zero always means the default. Later versions only append fields.
  *  5. Vectors of statistics are float64, one element for each channel.
- *  6. Any thread may use a worker or a master. A round, a pass or an error belongs to one thread at a time.
+ *  6. Any thread may use a worker or a master. A round, a pass or an error belongs to one thread at a time, and may outlive
+ *     its worker's handle: what it then still waits for ends with CANCELLED (CLOSED).
  *  7. After fork() a child must not use the parent's handles, and gets FAILED_PRECONDITION (FORKED) if it does.
  *  8. Times are in nanoseconds (int64_t).
  */
@@ -27,6 +28,9 @@
 #else
 #define SYNCBN_API __attribute__((visibility("default")))
 #endif
+
+/* Initializes a struct of options: its size, and zeros. */
+#define SYNCBN_SIZED(type) {.struct_size = sizeof(type)}
 
 #ifdef __cplusplus
 extern "C" {
@@ -74,8 +78,7 @@ typedef struct syncbn_master_options {
   const char* trusted_ca_file;
   int32_t client_cert_auth;
 } syncbn_master_options;
-#define SYNCBN_MASTER_OPTIONS_INIT \
-  { sizeof(syncbn_master_options) }
+#define SYNCBN_MASTER_OPTIONS_INIT SYNCBN_SIZED(syncbn_master_options)
 
 SYNCBN_API syncbn_code syncbn_master_start(const syncbn_master_options* options, syncbn_master** out,
                                            syncbn_error** error);
@@ -110,8 +113,7 @@ typedef struct syncbn_worker_options {
   const char* cert_file;
   const char* key_file;
 } syncbn_worker_options;
-#define SYNCBN_WORKER_OPTIONS_INIT \
-  { sizeof(syncbn_worker_options) }
+#define SYNCBN_WORKER_OPTIONS_INIT SYNCBN_SIZED(syncbn_worker_options)
 
 /* Connects and joins; returns when the master has answered. */
 SYNCBN_API syncbn_code syncbn_worker_join(const syncbn_worker_options* options, syncbn_worker** out,
@@ -152,8 +154,7 @@ typedef struct syncbn_layer_options {
   double momentum;
   int32_t biased_running_variance;
 } syncbn_layer_options;
-#define SYNCBN_LAYER_OPTIONS_INIT \
-  { sizeof(syncbn_layer_options) }
+#define SYNCBN_LAYER_OPTIONS_INIT SYNCBN_SIZED(syncbn_layer_options)
 
 /* Makes the layer known to the master, with the next frame, and again after every reconnect. Declaring a layer anew replaces
  * what was declared. */
@@ -186,7 +187,8 @@ SYNCBN_API syncbn_code syncbn_round_start_sum(syncbn_worker* worker, const char*
 SYNCBN_API syncbn_code syncbn_worker_flush(syncbn_worker* worker, syncbn_error** error);
 
 /* Waits for the outcome for at most `timeout_ns` (negative: until there is one; there always is, see round_timeout).
- * SYNCBN_PENDING: not yet, ask again. Any other code but 0 is the round's outcome, and stays. */
+ * SYNCBN_PENDING: not yet, ask again. Any other code but 0 is the round's outcome, and stays. A wait of 20 ms or more, where
+ * no second thread has used the worker, promises the master that nothing else will come meanwhile: so it finds deadlocks. */
 SYNCBN_API syncbn_code syncbn_round_wait(syncbn_round* round, int64_t timeout_ns, syncbn_error** error);
 SYNCBN_API uint64_t syncbn_round_sequence(const syncbn_round* round);
 /* Of a round that completed. Forward: mean and var (biased); backward: sum_dy and sum_dy_xmu; sum: the vector, and NULL. */
@@ -230,8 +232,7 @@ typedef struct syncbn_pass_options {
   int32_t backward_role; /* Forward passes: SYNCBN_BACKWARD_*; default REQUIRED. */
   uint64_t sequence_plus_one; /* 0: the worker counts. Else the sequence is one less. */
 } syncbn_pass_options;
-#define SYNCBN_PASS_OPTIONS_INIT \
-  { sizeof(syncbn_pass_options) }
+#define SYNCBN_PASS_OPTIONS_INIT SYNCBN_SIZED(syncbn_pass_options)
 
 /* A forward pass through one layer. It keeps what the backward pass needs (the merged statistics, float64, per channel), never
  * a tensor; the caller keeps x alive until it has finished. start -> wait -> finish, then any number of backward passes. */
@@ -256,8 +257,7 @@ typedef struct syncbn_forward_outputs {
   uint8_t* relu_mask; /* (size+7)/8 bytes; required with relu and a residual if a backward pass follows. */
   syncbn_tensor y;    /* Written; of x's shape, type and layout; y.data may be x's or the residual's. */
 } syncbn_forward_outputs;
-#define SYNCBN_FORWARD_OUTPUTS_INIT \
-  { sizeof(syncbn_forward_outputs) }
+#define SYNCBN_FORWARD_OUTPUTS_INIT SYNCBN_SIZED(syncbn_forward_outputs)
 
 /* Normalizes x with the round's result. The forward pass must have been waited for, successfully. */
 SYNCBN_API syncbn_code syncbn_forward_finish(syncbn_forward* forward, const syncbn_tensor* x,
@@ -282,8 +282,7 @@ typedef struct syncbn_backward_inputs {
   int32_t relu;
   const uint8_t* relu_mask;
 } syncbn_backward_inputs;
-#define SYNCBN_BACKWARD_INPUTS_INIT \
-  { sizeof(syncbn_backward_inputs) }
+#define SYNCBN_BACKWARD_INPUTS_INIT SYNCBN_SIZED(syncbn_backward_inputs)
 
 typedef struct syncbn_backward_outputs {
   size_t struct_size;
@@ -292,8 +291,7 @@ typedef struct syncbn_backward_outputs {
   syncbn_vector d_weight; /* This worker's own, not summed over workers. Absent: not wanted. */
   syncbn_vector d_bias;
 } syncbn_backward_outputs;
-#define SYNCBN_BACKWARD_OUTPUTS_INIT \
-  { sizeof(syncbn_backward_outputs) }
+#define SYNCBN_BACKWARD_OUTPUTS_INIT SYNCBN_SIZED(syncbn_backward_outputs)
 
 /* Reduces dy to its two sums and begins the backward round (none, if no worker requires it or this one's contribution did not
  * count: wait then returns 0 at once). The forward pass may be destroyed afterwards. */
@@ -320,8 +318,7 @@ typedef struct syncbn_evaluate_options {
   int32_t relu;
   uint8_t* relu_mask;
 } syncbn_evaluate_options;
-#define SYNCBN_EVALUATE_OPTIONS_INIT \
-  { sizeof(syncbn_evaluate_options) }
+#define SYNCBN_EVALUATE_OPTIONS_INIT SYNCBN_SIZED(syncbn_evaluate_options)
 
 SYNCBN_API syncbn_code syncbn_evaluate(const syncbn_tensor* x, const syncbn_evaluate_options* options, void* y,
                                        syncbn_error** error);

@@ -92,6 +92,11 @@ absl::Status CheckBackward(const BackwardInputs& inputs) {
   return absl::OkStatus();
 }
 
+absl::Status CheckOutputs(const BackwardOutputs& outputs) {
+  if (outputs.d_residual == nullptr || outputs.dx != nullptr) return absl::OkStatus();
+  return absl::InvalidArgumentError("d_residual is computed together with dx, and dx is not asked for");
+}
+
 absl::Status NotWaitedFor() {
   return absl::FailedPreconditionError("the pass has not been waited for, or its round failed");
 }
@@ -210,6 +215,7 @@ absl::Status BackwardPass::Wait(absl::Duration timeout) {
 absl::Status BackwardPass::Finish(const BackwardInputs& inputs, const BackwardOutputs& outputs) const {
   if (!finished_waiting_) return NotWaitedFor();
   if (absl::Status status = CheckBackward(inputs); !status.ok()) return status;
+  if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
   const Affine affine = AffineOf(*statistics_, inputs.weight, inputs.bias);
   WriteParameterGradients(sum_dy_, sum_dy_xmu_, affine.invstd, outputs);
   const size_t channels = statistics_->mean.size();
@@ -248,6 +254,7 @@ absl::Status EvaluateBackward(const BackwardInputs& inputs, const EvaluateOption
   if (!options.mean.present() || !options.var.present()) {
     return absl::InvalidArgumentError("evaluation needs a mean and a variance");
   }
+  if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
   const int64_t channels = inputs.dy.shape.channels;
   const Affine affine = AffineOf(options, channels, inputs.weight, inputs.bias);
   if (outputs.d_weight.present() || outputs.d_bias.present()) {

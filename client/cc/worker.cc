@@ -105,11 +105,12 @@ Worker::Worker(std::shared_ptr<WorkerImpl> impl) : impl_(std::move(impl)) {}
 
 Worker::~Worker() {
   // The threads and locks of the parent's connection are not in this process: what remains of it can only be abandoned.
-  if (impl_->forked()) {
-    new std::shared_ptr<WorkerImpl>(impl_);
-  } else {
-    impl_->Close();
-  }
+  if (impl_->forked()) new std::shared_ptr<WorkerImpl>(impl_);
+  Close();
+}
+
+void Worker::Close() {
+  if (!impl_->forked()) impl_->Close();
 }
 
 absl::Status Worker::Leave(absl::string_view reason) { return impl_->Leave(reason); }

@@ -46,7 +46,7 @@ struct RoundResult {
   std::vector<uint32_t> missing_ranks;
 };
 
-// A round that has begun. Copies stand for the same round. It must not outlive its worker. One thread at a time.
+// A round that has begun. Copies stand for the same round. One thread at a time.
 class Round {
  public:
   Round() = default;
@@ -106,7 +106,7 @@ class Worker {
   // not answer in time; INVALID_ARGUMENT for options that cannot be used.
   static absl::StatusOr<std::unique_ptr<Worker>> Join(Options options);
 
-  // Closes the stream without a leave: the others learn at once that this worker is lost.
+  // Closes, if that has not been done.
   ~Worker();
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
@@ -114,6 +114,10 @@ class Worker {
   // Says goodbye: the worker is not waited for any more. Rounds that it has begun are sent before. Afterwards every
   // call fails with FAILED_PRECONDITION (LEFT). Idempotent.
   absl::Status Leave(absl::string_view reason);
+
+  // Breaks the stream off without a leave: the others learn at once that this worker is lost. Afterwards every call,
+  // and whatever is waited for, fails with CANCELLED (CLOSED). Idempotent.
+  void Close();
 
   uint32_t rank() const;
   uint32_t world_size() const;

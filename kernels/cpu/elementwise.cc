@@ -2,10 +2,11 @@
 
 #include <algorithm>
 
-// Vectors of unknown length cannot be members of an array.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/elementwise.cc"
+// clang-format off
+#include "kernels/cpu/targets.h"
+// clang-format on
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 #include "kernels/cpu/lanes-inl.h"

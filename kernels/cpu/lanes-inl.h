@@ -119,6 +119,22 @@ HWY_INLINE Lanes LoadDoubles(const double* p) {
   return r;
 }
 
+// Copies n < 8 elements. Fixed sizes, because a call of memcpy for each row's last few elements costs more than the
+// row.
+template <int64_t kSize>
+HWY_INLINE void CopyFew(uint8_t* to, const uint8_t* from, int64_t n) {
+  int64_t at = 0;
+  if ((n & 4) != 0) {
+    std::memcpy(to, from, 4 * kSize);
+    at = 4 * kSize;
+  }
+  if ((n & 2) != 0) {
+    std::memcpy(to + at, from + at, 2 * kSize);
+    at += 2 * kSize;
+  }
+  if ((n & 1) != 0) std::memcpy(to + at, from + at, kSize);
+}
+
 // The first n of eight; the others are 0.
 HWY_INLINE Lanes LoadDoubles(const double* p, int64_t n) {
   if (n == kLanes) return LoadDoubles(p);
@@ -237,6 +253,17 @@ template <>
 struct Element<DataType::kFloat16> {
   static constexpr int64_t kSize = 2;
   static constexpr double kRoundsToZero = 0x1p-25;
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+  // The conversions of these targets are complete; those that Highway emulates know neither infinity nor NaN.
+  using DH = hn::Rebind<hwy::float16_t, D>;
+  static HWY_INLINE Vector Load(const uint8_t* p) {
+    return hn::PromoteTo(D(), hn::PromoteTo(DF(), hn::BitCast(DH(), LoadBytes<DU16>(p))));
+  }
+  static HWY_INLINE void Store(Vector v, uint8_t* p) {
+    const auto half = hn::DemoteTo(DH(), ToFloat(RoundTo(v, 10, 0x1p-14)));
+    StoreBytes<DU16>(hn::BitCast(DU16(), half), p);
+  }
+#else
   // A half's bits moved into a float's place are the value times 2^-112, subnormals included.
   static HWY_INLINE Vector Load(const uint8_t* p) {
     const DU32 du;
@@ -260,6 +287,7 @@ struct Element<DataType::kFloat16> {
     const auto other = hn::IfThenElse(infinite, hn::Set(du, 0x7C00), hn::Set(du, 0x7E00));
     StoreBytes<DU16>(hn::TruncateTo(DU16(), hn::Or(hn::IfThenElse(fits, moved, other), sign)), p);
   }
+#endif
 };
 
 template <DataType type>
@@ -272,8 +300,8 @@ HWY_INLINE Lanes Load(const uint8_t* p) {
 // The first n of eight elements; the other lanes are 0 and their memory is not touched.
 template <DataType type>
 HWY_INLINE Lanes Load(const uint8_t* p, int64_t n) {
-  uint8_t buffer[kLanes * Element<type>::kSize] = {};
-  std::memcpy(buffer, p, static_cast<size_t>(n * Element<type>::kSize));
+  alignas(64) uint8_t buffer[kLanes * Element<type>::kSize] = {};
+  CopyFew<Element<type>::kSize>(buffer, p, n);
   return Load<type>(buffer);
 }
 
@@ -284,9 +312,9 @@ HWY_INLINE void Store(const Lanes& v, uint8_t* p) {
 
 template <DataType type>
 HWY_INLINE void Store(const Lanes& v, uint8_t* p, int64_t n) {
-  uint8_t buffer[kLanes * Element<type>::kSize];
+  alignas(64) uint8_t buffer[kLanes * Element<type>::kSize];
   Store<type>(v, buffer);
-  std::memcpy(p, buffer, static_cast<size_t>(n * Element<type>::kSize));
+  CopyFew<Element<type>::kSize>(p, buffer, n);
 }
 
 // How backward knows where the gradient passes; see ReluGate.

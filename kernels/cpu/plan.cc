@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kLanes = 8;             // The logical vector's.
 constexpr int64_t kChunkValues = 2048;    // Of one channel, channels first.
-constexpr int64_t kChunkElements = 4096;  // Of a block of channels, channels last.
+constexpr int64_t kChunkElements = 1024;  // Of a block of channels, channels last.
 constexpr int64_t kMaxBlock = 128;        // Channels abreast, channels last.
 constexpr int64_t kUnitElements = int64_t{1} << 15;
 constexpr int64_t kUnits = 256;  // No finer than this where the units would be small: enough for any host's cores.

@@ -4,10 +4,11 @@
 
 #include "kernels/moments.h"
 
-// Vectors of unknown length cannot be members of an array.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/reduce.cc"
+// clang-format off
+#include "kernels/cpu/targets.h"
+// clang-format on
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 #include "kernels/cpu/lanes-inl.h"
@@ -43,56 +44,47 @@ HWY_INLINE Lanes Clip(const Lanes& v, int64_t lanes) {
   }
 }
 
-// Several accumulators hide the latency of the additions. Which one a group goes to depends on its place in the run.
-// (The constructors are written out because implicit ones would not be compiled for the target.)
-struct Sums {
-  HWY_INLINE Sums() : a(Zero()), b(Zero()), c(Zero()), d(Zero()) {}
-  HWY_INLINE Lanes Total() const { return (a + b) + (c + d); }
-
-  Lanes a, b, c, d;
-};
-
-template <DataType type, bool whole>
-HWY_INLINE void AddRun(const uint8_t* x, const Run& run, Sums* sums) {
-  const int64_t step = run.stride * Element<type>::kSize;
-  const uint8_t* p = x + run.first * Element<type>::kSize;
-  int64_t left = run.groups;
-  for (; left >= 4; left -= 4, p += 4 * step) {
-    sums->a = sums->a + LoadGroup<type, whole>(p, run.lanes);
-    sums->b = sums->b + LoadGroup<type, whole>(p + step, run.lanes);
-    sums->c = sums->c + LoadGroup<type, whole>(p + 2 * step, run.lanes);
-    sums->d = sums->d + LoadGroup<type, whole>(p + 3 * step, run.lanes);
-  }
-  for (; left > 0; --left, p += step) sums->a = sums->a + LoadGroup<type, whole>(p, run.lanes);
-}
-
-// Two sums at once, each in two accumulators.
+// Two sums at once, each in two accumulators: one for even and one for odd groups of a run, to hide the latency of the
+// additions; or one for each of two runs abreast. (The constructor is written out because an implicit one would not be
+// compiled for the target.)
 struct PairSums {
   HWY_INLINE PairSums() : first_a(Zero()), first_b(Zero()), second_a(Zero()), second_b(Zero()) {}
-  HWY_INLINE Lanes First() const { return first_a + first_b; }
-  HWY_INLINE Lanes Second() const { return second_a + second_b; }
 
   Lanes first_a, first_b, second_a, second_b;
 };
 
-// Sums of x - center and of its square.
+// Adds x - center and its square.
+HWY_INLINE void AddDeviation(const Lanes& deviation, Lanes* first, Lanes* second) {
+  *first = *first + deviation;
+  *second = *second + deviation * deviation;
+}
+
 template <DataType type, bool whole>
 HWY_INLINE void AddDeviations(const uint8_t* x, const Run& run, const Lanes& center, PairSums* sums) {
   const int64_t step = run.stride * Element<type>::kSize;
   const uint8_t* p = x + run.first * Element<type>::kSize;
   int64_t left = run.groups;
   for (; left >= 2; left -= 2, p += 2 * step) {
-    const Lanes a = Clip<whole>(LoadGroup<type, whole>(p, run.lanes) - center, run.lanes);
-    const Lanes b = Clip<whole>(LoadGroup<type, whole>(p + step, run.lanes) - center, run.lanes);
-    sums->first_a = sums->first_a + a;
-    sums->first_b = sums->first_b + b;
-    sums->second_a = sums->second_a + a * a;
-    sums->second_b = sums->second_b + b * b;
+    const Lanes a = LoadGroup<type, whole>(p, run.lanes) - center;
+    const Lanes b = LoadGroup<type, whole>(p + step, run.lanes) - center;
+    AddDeviation(Clip<whole>(a, run.lanes), &sums->first_a, &sums->second_a);
+    AddDeviation(Clip<whole>(b, run.lanes), &sums->first_b, &sums->second_b);
   }
   if (left > 0) {
-    const Lanes a = Clip<whole>(LoadGroup<type, whole>(p, run.lanes) - center, run.lanes);
-    sums->first_a = sums->first_a + a;
-    sums->second_a = sums->second_a + a * a;
+    const Lanes a = LoadGroup<type, whole>(p, run.lanes) - center;
+    AddDeviation(Clip<whole>(a, run.lanes), &sums->first_a, &sums->second_a);
+  }
+}
+
+// The same for a run and the one that begins eight elements later, so that a line of cache is read whole.
+template <DataType type>
+HWY_INLINE void AddDeviationsAbreast(const uint8_t* x, const Run& run, const Lanes& center_a, const Lanes& center_b,
+                                     PairSums* sums) {
+  const int64_t step = run.stride * Element<type>::kSize;
+  const uint8_t* p = x + run.first * Element<type>::kSize;
+  for (int64_t left = run.groups; left > 0; --left, p += step) {
+    AddDeviation(Load<type>(p) - center_a, &sums->first_a, &sums->second_a);
+    AddDeviation(Load<type>(p + kLanes * Element<type>::kSize) - center_b, &sums->first_b, &sums->second_b);
   }
 }
 
@@ -102,25 +94,38 @@ struct ChannelLanes {
   ForwardLanes forward;
 };
 
-// Sums of dy and of dy * (x - mean).
+// Adds dy and dy * (x - mean) of the group at element `at`.
+template <DataType type, Gate gate, bool whole>
+HWY_INLINE void AddGradient(const ReduceArgs& args, int64_t at, int64_t lanes, const ChannelLanes& channel,
+                            Lanes* first, Lanes* second) {
+  const int64_t offset = at * Element<type>::kSize;
+  const Lanes x = LoadGroup<type, whole>(args.x + offset, lanes);
+  const Lanes dy = PassGate<type, gate>(LoadGroup<type, whole>(args.dy + offset, lanes), x, channel.forward,
+                                        args.gate.mask, at, lanes);
+  *first = *first + Clip<whole>(dy, lanes);
+  *second = *second + Clip<whole>(dy * (x - channel.mean), lanes);
+}
+
 template <DataType type, Gate gate, bool whole>
 HWY_INLINE void AddGradients(const ReduceArgs& args, const Run& run, const ChannelLanes& channel, PairSums* sums) {
   int64_t at = run.first;
-  const auto add = [&](Lanes* first, Lanes* second) HWY_ATTR {
-    const int64_t offset = at * Element<type>::kSize;
-    const Lanes x = LoadGroup<type, whole>(args.x + offset, run.lanes);
-    const Lanes dy = PassGate<type, gate>(LoadGroup<type, whole>(args.dy + offset, run.lanes), x, channel.forward,
-                                          args.gate.mask, at, run.lanes);
-    *first = *first + Clip<whole>(dy, run.lanes);
-    *second = *second + Clip<whole>(dy * (x - channel.mean), run.lanes);
-    at += run.stride;
-  };
   int64_t left = run.groups;
-  for (; left >= 2; left -= 2) {
-    add(&sums->first_a, &sums->second_a);
-    add(&sums->first_b, &sums->second_b);
+  for (; left >= 2; left -= 2, at += 2 * run.stride) {
+    AddGradient<type, gate, whole>(args, at, run.lanes, channel, &sums->first_a, &sums->second_a);
+    AddGradient<type, gate, whole>(args, at + run.stride, run.lanes, channel, &sums->first_b, &sums->second_b);
   }
-  if (left > 0) add(&sums->first_a, &sums->second_a);
+  if (left > 0) AddGradient<type, gate, whole>(args, at, run.lanes, channel, &sums->first_a, &sums->second_a);
+}
+
+// The same for a run and the one that begins eight elements later.
+template <DataType type, Gate gate>
+HWY_INLINE void AddGradientsAbreast(const ReduceArgs& args, const Run& run, const ChannelLanes& channel_a,
+                                    const ChannelLanes& channel_b, PairSums* sums) {
+  int64_t at = run.first;
+  for (int64_t left = run.groups; left > 0; --left, at += run.stride) {
+    AddGradient<type, gate, true>(args, at, kLanes, channel_a, &sums->first_a, &sums->second_a);
+    AddGradient<type, gate, true>(args, at + kLanes, kLanes, channel_b, &sums->first_b, &sums->second_b);
+  }
 }
 
 // One row of one channel's chunk, channels first: whole groups, and what is left of the last one.
@@ -140,31 +145,36 @@ RowRuns RunsOf(const ReductionPlan& plan, int64_t row, int64_t counter, const Ra
   return runs;
 }
 
+// Squares are summed about the mean of all chunks before; about the first value where there are none. The error of
+// rounding is then some 2^-53 * n * d^2, for n values whose mean is d from the pivot, and d cannot be large without the
+// merged m2 being so too: it holds at least n * d^2 / 2 because of d (for a first value, d^2).
 template <DataType type>
-Moments ChunkMoments(const ReduceArgs& args, int64_t chunk, int64_t counter) {
+Moments ChunkMoments(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
   const ReductionPlan& plan = *args.plan;
   const Range rows = plan.RowsOf(chunk);
   const Range columns = plan.ColumnsOf(chunk);
-  const double count = static_cast<double>(rows.size() * columns.size());
-  Sums sums;
+  const Lanes center = Broadcast(pivot);
+  PairSums sums;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const RowRuns runs = RunsOf(plan, row, counter, columns);
-    AddRun<type, true>(args.x, runs.whole, &sums);
-    AddRun<type, false>(args.x, runs.tail, &sums);
+    AddDeviations<type, true>(args.x, runs.whole, center, &sums);
+    AddDeviations<type, false>(args.x, runs.tail, center, &sums);
   }
   ShiftedSums about;
-  about.count = rows.size() * columns.size();
-  about.pivot = Sum(sums.Total()) / count;
-  const Lanes center = Broadcast(about.pivot);
-  PairSums deviations;
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const RowRuns runs = RunsOf(plan, row, counter, columns);
-    AddDeviations<type, true>(args.x, runs.whole, center, &deviations);
-    AddDeviations<type, false>(args.x, runs.tail, center, &deviations);
-  }
-  about.sum = Sum(deviations.First());
-  about.sum_squares = Sum(deviations.Second());
+  about.count = plan.CountOf(chunk);
+  about.pivot = pivot;
+  about.sum = Sum(sums.first_a + sums.first_b);
+  about.sum_squares = Sum(sums.second_a + sums.second_b);
   return ToMoments(about);
+}
+
+template <DataType type>
+double FirstValue(const ReduceArgs& args, int64_t chunk, int64_t counter) {
+  const ReductionPlan& plan = *args.plan;
+  const Run run = RunsOf(plan, plan.RowsOf(chunk).begin, counter, plan.ColumnsOf(chunk)).whole;
+  double lanes[kLanes];
+  StoreDoubles(Load<type>(args.x + run.first * Element<type>::kSize, 1), lanes);
+  return lanes[0];
 }
 
 template <DataType type>
@@ -172,7 +182,8 @@ void StatsChannelsFirst(const ReduceArgs& args, const Range& counters, const Ran
   int64_t count = 0;
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     for (int64_t c = counters.begin; c < counters.end; ++c) {
-      const Moments merged = Merge({count, mean[c], m2[c]}, ChunkMoments<type>(args, chunk, c));
+      const double pivot = count == 0 ? FirstValue<type>(args, chunk, c) : mean[c];
+      const Moments merged = Merge({count, mean[c], m2[c]}, ChunkMoments<type>(args, chunk, c, pivot));
       mean[c] = merged.mean;
       m2[c] = merged.m2;
     }
@@ -181,15 +192,14 @@ void StatsChannelsFirst(const ReduceArgs& args, const Range& counters, const Ran
 }
 
 // syncbn::ToMoments and syncbn::Merge, operation for operation, on eight counters with equal counts.
-HWY_INLINE void MergeLanes(int64_t count, int64_t chunk_count, const Lanes& pivot, const PairSums& deviations,
-                           int64_t lanes, double* mean, double* m2) {
+HWY_INLINE void MergeLanes(int64_t count, int64_t chunk_count, const Lanes& pivot, const Lanes& sum,
+                           const Lanes& sum_squares, int64_t lanes, double* mean, double* m2) {
   const double na = static_cast<double>(count);
   const double nb = static_cast<double>(chunk_count);
   const double n = na + nb;
-  const Lanes sum = deviations.First();
   const Lanes shift = sum / Broadcast(nb);
   const Lanes chunk_mean = pivot + shift;
-  const Lanes chunk_m2 = NotBelowZero(deviations.Second() - sum * shift);
+  const Lanes chunk_m2 = NotBelowZero(sum_squares - sum * shift);
   if (count == 0) {
     StoreDoubles(chunk_mean, mean, lanes);
     StoreDoubles(chunk_m2, m2, lanes);
@@ -202,13 +212,27 @@ HWY_INLINE void MergeLanes(int64_t count, int64_t chunk_count, const Lanes& pivo
 }
 
 template <DataType type, bool whole>
+HWY_INLINE Lanes PivotOf(const uint8_t* x, int64_t first, int64_t lanes, int64_t count, const double* mean) {
+  if (count == 0) return LoadGroup<type, whole>(x + first * Element<type>::kSize, lanes);
+  return LoadDoubles(mean, lanes);
+}
+
+template <DataType type, bool whole>
 HWY_INLINE void StatsGroup(const uint8_t* x, const Run& run, int64_t count, double* mean, double* m2) {
-  Sums sums;
-  AddRun<type, whole>(x, run, &sums);
-  const Lanes pivot = sums.Total() / Broadcast(static_cast<double>(run.groups));
-  PairSums deviations;
-  AddDeviations<type, whole>(x, run, pivot, &deviations);
-  MergeLanes(count, run.groups, pivot, deviations, run.lanes, mean, m2);
+  const Lanes pivot = PivotOf<type, whole>(x, run.first, run.lanes, count, mean);
+  PairSums sums;
+  AddDeviations<type, whole>(x, run, pivot, &sums);
+  MergeLanes(count, run.groups, pivot, sums.first_a + sums.first_b, sums.second_a + sums.second_b, run.lanes, mean, m2);
+}
+
+template <DataType type>
+HWY_INLINE void StatsTwoGroups(const uint8_t* x, const Run& run, int64_t count, double* mean, double* m2) {
+  const Lanes pivot_a = PivotOf<type, true>(x, run.first, kLanes, count, mean);
+  const Lanes pivot_b = PivotOf<type, true>(x, run.first + kLanes, kLanes, count, mean + kLanes);
+  PairSums sums;
+  AddDeviationsAbreast<type>(x, run, pivot_a, pivot_b, &sums);
+  MergeLanes(count, run.groups, pivot_a, sums.first_a, sums.second_a, kLanes, mean, m2);
+  MergeLanes(count, run.groups, pivot_b, sums.first_b, sums.second_b, kLanes, mean + kLanes, m2 + kLanes);
 }
 
 // Rows of a chunk for eight adjacent counters, or for as many as there are.
@@ -227,7 +251,11 @@ void StatsChannelsLast(const ReduceArgs& args, const Range& counters, const Rang
   int64_t count = 0;
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const Range rows = plan.RowsOf(chunk);
-    for (int64_t c = counters.begin; c < counters.end; c += kLanes) {
+    int64_t c = counters.begin;
+    for (; c + 2 * kLanes <= counters.end; c += 2 * kLanes) {
+      StatsTwoGroups<type>(args.x, GroupRun(plan, rows, c, counters.end), count, mean + c, m2 + c);
+    }
+    for (; c < counters.end; c += kLanes) {
       const Run run = GroupRun(plan, rows, c, counters.end);
       if (run.lanes == kLanes) {
         StatsGroup<type, true>(args.x, run, count, mean + c, m2 + c);
@@ -258,10 +286,44 @@ void BackwardChannelsFirst(const ReduceArgs& args, const Range& counters, const 
         AddGradients<type, gate, true>(args, runs.whole, channel, &sums);
         AddGradients<type, gate, false>(args, runs.tail, channel, &sums);
       }
-      first[c] += Sum(sums.First());
-      second[c] += Sum(sums.Second());
+      first[c] += Sum(sums.first_a + sums.first_b);
+      second[c] += Sum(sums.second_a + sums.second_b);
     }
   }
+}
+
+template <Gate gate>
+HWY_INLINE ChannelLanes ChannelsAt(const ReduceArgs& args, int64_t c, int64_t lanes) {
+  ChannelLanes channel = {LoadDoubles(args.mean + c, lanes), {Zero(), Zero(), Zero()}};
+  if constexpr (gate == Gate::kForward) {
+    const ForwardCoefficients& forward = args.gate.forward;
+    channel.forward = {LoadDoubles(forward.mean + c, lanes), LoadDoubles(forward.scale + c, lanes),
+                       LoadDoubles(forward.shift + c, lanes)};
+  }
+  return channel;
+}
+
+HWY_INLINE void AddTo(double* total, const Lanes& sum, int64_t lanes) {
+  StoreDoubles(LoadDoubles(total, lanes) + sum, total, lanes);
+}
+
+template <DataType type, Gate gate, bool whole>
+HWY_INLINE void BackwardGroup(const ReduceArgs& args, const Run& run, int64_t c, double* first, double* second) {
+  PairSums sums;
+  AddGradients<type, gate, whole>(args, run, ChannelsAt<gate>(args, c, run.lanes), &sums);
+  AddTo(first, sums.first_a + sums.first_b, run.lanes);
+  AddTo(second, sums.second_a + sums.second_b, run.lanes);
+}
+
+template <DataType type, Gate gate>
+HWY_INLINE void BackwardTwoGroups(const ReduceArgs& args, const Run& run, int64_t c, double* first, double* second) {
+  PairSums sums;
+  AddGradientsAbreast<type, gate>(args, run, ChannelsAt<gate>(args, c, kLanes),
+                                  ChannelsAt<gate>(args, c + kLanes, kLanes), &sums);
+  AddTo(first, sums.first_a, kLanes);
+  AddTo(first + kLanes, sums.first_b, kLanes);
+  AddTo(second, sums.second_a, kLanes);
+  AddTo(second + kLanes, sums.second_b, kLanes);
 }
 
 template <DataType type, Gate gate>
@@ -270,22 +332,17 @@ void BackwardChannelsLast(const ReduceArgs& args, const Range& counters, const R
   const ReductionPlan& plan = *args.plan;
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const Range rows = plan.RowsOf(chunk);
-    for (int64_t c = counters.begin; c < counters.end; c += kLanes) {
+    int64_t c = counters.begin;
+    for (; c + 2 * kLanes <= counters.end; c += 2 * kLanes) {
+      BackwardTwoGroups<type, gate>(args, GroupRun(plan, rows, c, counters.end), c, first + c, second + c);
+    }
+    for (; c < counters.end; c += kLanes) {
       const Run run = GroupRun(plan, rows, c, counters.end);
-      ChannelLanes channel = {LoadDoubles(args.mean + c, run.lanes), {Zero(), Zero(), Zero()}};
-      if constexpr (gate == Gate::kForward) {
-        const ForwardCoefficients& forward = args.gate.forward;
-        channel.forward = {LoadDoubles(forward.mean + c, run.lanes), LoadDoubles(forward.scale + c, run.lanes),
-                           LoadDoubles(forward.shift + c, run.lanes)};
-      }
-      PairSums sums;
       if (run.lanes == kLanes) {
-        AddGradients<type, gate, true>(args, run, channel, &sums);
+        BackwardGroup<type, gate, true>(args, run, c, first + c, second + c);
       } else {
-        AddGradients<type, gate, false>(args, run, channel, &sums);
+        BackwardGroup<type, gate, false>(args, run, c, first + c, second + c);
       }
-      StoreDoubles(LoadDoubles(first + c, run.lanes) + sums.First(), first + c, run.lanes);
-      StoreDoubles(LoadDoubles(second + c, run.lanes) + sums.Second(), second + c, run.lanes);
     }
   }
 }

@@ -12,6 +12,11 @@
 #include <string>
 #include <vector>
 
+// Before Highway, whose targets it limits.
+// clang-format off
+#include "kernels/cpu/targets.h"
+// clang-format on
+
 #include "hwy/highway.h"
 #include "kernels/batch_norm.h"
 #include "kernels/half.h"

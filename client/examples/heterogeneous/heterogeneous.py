@@ -39,6 +39,8 @@ def command_of(kind: str) -> Kind:
     script = lambda name, python=sys.executable: [python, str(_HERE / f"{name}_worker.py")]  # noqa: E731
     if kind == "jax":
         python = os.environ.get("SYNCBN_JAX_PYTHON")
+        if python and not pathlib.Path(python).exists():
+            python = None
         if python or importlib.util.find_spec("jax"):
             return Kind("JAX", script("jax", python or sys.executable))
         return Kind("NumPy (no JAX here)", script("numpy"))

@@ -33,6 +33,8 @@ import training  # noqa: E402
 _HERE = pathlib.Path(__file__).resolve().parent
 _TIME_LIMIT = 110.0  # Seconds; the master ends itself after 120.
 _READY = "syncbn-master ready on "
+# What the parameters of the synchronized run may differ by at its end, in float64.
+_TOLERANCE = 1e-9
 
 Records = Dict[str, np.ndarray]
 console = Console()
@@ -54,13 +56,13 @@ def stop(process: "subprocess.Popen[str]") -> None:
 
 
 @contextlib.contextmanager
-def running_master(lifetime: str = "120") -> Iterator[str]:
-    """Starts a master on a free port of loopback; gives its target."""
+def running_master(lifetime: int = 120) -> Iterator[str]:
+    """Starts a master on a free port of loopback, for `lifetime` seconds at most; gives its target."""
     binary = os.environ.get("SYNCBN_MASTER") or shutil.which("syncbn-master")
     if not binary:
         raise Failure("no master: set SYNCBN_MASTER to the binary //server:syncbn-master, or give --master TARGET")
     process = subprocess.Popen(
-        [binary, "--address", "127.0.0.1:0", "--max-lifetime", lifetime], stdout=subprocess.PIPE, text=True
+        [binary, "--address", "127.0.0.1:0", "--max-lifetime", str(lifetime)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
@@ -196,15 +198,15 @@ def summarize(workers: List[Records], whole: Records, steps: int) -> Dict[str, A
 
 
 def show(summary: Dict[str, Any], dtype: str) -> None:
-    table = Table(title=f"Difference from one process on the whole batch ({dtype}, relative to the largest value)")
+    table = Table(title=f"Relative difference from one process on the whole batch ({dtype})")
     table.add_column("")
     for label in ("synchronized", "unsynchronized"):
-        table.add_column(f"{label}: step 1", justify="right")
-        table.add_column(f"step {summary['steps']}", justify="right")
+        table.add_column(f"{label}\nstep 1", justify="right")
+        table.add_column(f"{label}\nstep {summary['steps']}", justify="right")
     for quantity, name in (
         ("outputs", "outputs"),
         ("gradients", "gradients"),
-        ("statistics", "running statistics"),
+        ("statistics", "statistics"),
         ("parameters", "parameters"),
     ):
         values = [
@@ -255,7 +257,8 @@ def plot(summary: Dict[str, Any], path: pathlib.Path) -> None:
 
 
 def run(arguments: argparse.Namespace, target: str) -> Dict[str, Any]:
-    group = f"{training.GROUP}-{os.getpid()}"
+    # A master that is not ours may still know the group of another run.
+    group = f"{training.GROUP}-{os.getpid()}" if arguments.master else training.GROUP
     common = ["--steps", str(arguments.steps), "--dtype", arguments.dtype]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
 
@@ -301,7 +304,7 @@ def main() -> int:
         return 130
     show(summary, arguments.dtype)
     for answer in summary["inspection"]:
-        console.print(f"\n$ {answer['command']}", style="bold", highlight=False, markup=False)
+        console.print(f"\n$ {answer['command']}", style="bold", highlight=False, markup=False, soft_wrap=True)
         console.print(answer["answer"], highlight=False, markup=False)
     if not summary["inspection"]:
         console.print("grpcurl was not found (set SYNCBN_GRPCURL): the live master was not asked.")
@@ -315,6 +318,10 @@ def main() -> int:
         "Next: client/python/README.md (your own model), client/examples/heterogeneous (PyTorch, JAX, NumPy and C++ in "
         "one group), client/examples/resnet18 (step times)."
     )
+    difference_at_end = summary["differences"]["synchronized"]["last"]["parameters"]
+    if arguments.dtype == "float64" and difference_at_end > _TOLERANCE:
+        console.print(f"[red]The parameters differ by {difference_at_end:.1e}, more than {_TOLERANCE:.0e}.[/red]")
+        return 1
     return 0
 
 

@@ -27,8 +27,7 @@ from syncbn.core import Worker, wait
 
 
 class ForwardPass:
-    """A forward pass: made, it has begun its round; after `wait` it can be finished, more than once, and gone back
-    through.
+    """A forward pass, whose round begins here; after `wait` it can be finished, more than once, and gone back through.
 
     It keeps the merged statistics, never a tensor.
     """

@@ -1,12 +1,14 @@
 """Masters, workers and rounds, over NumPy vectors."""
 
+import atexit
+import contextlib
 import ctypes
 import os
 import threading
 import time
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
+import weakref
 from types import TracebackType
-import contextlib
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import numpy as np
 
@@ -23,8 +25,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
-    """Waits in slices. True: done. False: `timeout` seconds (None: no limit of ours) have passed. Raises the outcome's
-    error.
+    """Waits in slices: whether it was done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
 
     The interpreter's lock is free during a slice, and a signal's handler runs at its end.
     """
@@ -71,6 +72,7 @@ class Master:
         )
         self._handle = create(lib.syncbn_master_start, ctypes.byref(options))
         self._target = lib.syncbn_master_target(self._handle).decode()
+        _open_masters.add(self)
 
     @property
     def target(self) -> str:
@@ -78,9 +80,7 @@ class Master:
         return self._target
 
     def shutdown(self, grace: float = 1.0) -> None:
-        """Tells every worker, lets streams drain for at most `grace` seconds, and ends. Once is enough; more is
-        harmless.
-        """
+        """Tells every worker, lets streams drain for at most `grace` seconds, and ends. Twice is harmless."""
         handle, self._handle = self._handle, None
         if handle is not None and os.getpid() == self._pid:
             lib.syncbn_master_shutdown(handle, _nanoseconds(grace))
@@ -102,7 +102,7 @@ class Master:
 class Moments(NamedTuple):
     """The merged moments of a forward round."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # Hides tuple.count, which nobody wants of moments.
     """Values in each channel, over all contributors; 0 if all batches were empty."""
     mean: np.ndarray
     """float64 [channels]."""
@@ -130,7 +130,7 @@ class Round:
 
     def __init__(self, worker: "Worker", handle: int, kind: str) -> None:
         self._worker = worker
-        self._handle = handle
+        self._handle: Optional[int] = handle
         self._kind = kind
         self._pid = os.getpid()
 
@@ -269,7 +269,7 @@ class Worker:
         self.incarnation = int(lib.syncbn_worker_incarnation(self._handle))
         self._thread = threading.get_ident()
         with _open_lock:
-            _open_workers.append(self)
+            _open_workers.append(weakref.ref(self))
 
     # ---- Its life ----
 
@@ -307,9 +307,7 @@ class Worker:
             return wait(lib.syncbn_worker_wait_for_members, handle, timeout)
 
     def resume_at(self, sequence: int) -> None:
-        """Every layer's next sequence becomes `sequence`: after a restart of some workers all call it with one new
-        value.
-        """
+        """Every layer's next sequence becomes `sequence`: after a restart, all workers call it with one new value."""
         with self.handle() as handle:
             call(lib.syncbn_worker_resume_at, handle, sequence)
 
@@ -329,15 +327,14 @@ class Worker:
     def close(self) -> None:
         """Ends the worker. Without a `leave` before it, the others learn that it is lost. Closing twice is harmless."""
         with _open_lock:
-            if self in _open_workers:
-                _open_workers.remove(self)
+            _open_workers[:] = [reference for reference in _open_workers if reference() not in (None, self)]
         with self._idle:
             handle, self._handle = self._handle, None
             if handle is None or os.getpid() != self._pid:
                 return
-            if self._users:
+            while self._users:  # More than once, since a wait may be between two slices.
                 lib.syncbn_worker_interrupt(handle)
-                self._idle.wait_for(lambda: self._users == 0)
+                self._idle.wait(0.02)
         lib.syncbn_worker_destroy(handle)
 
     def __enter__(self) -> "Worker":
@@ -528,9 +525,7 @@ class Worker:
             )
 
     def all_reduce(self, name: str, vector: Any, sequence: Optional[int] = None) -> np.ndarray:
-        """The float64 sum of `vector` (any shape, the same at every worker) over all workers, added in the order of
-        ranks.
-        """
+        """The float64 sum of `vector` (of any shape, the same everywhere) over all workers, in the order of ranks."""
         result: np.ndarray = self.start_all_reduce(name, vector, sequence).result()
         return result.reshape(np.shape(vector))
 
@@ -575,31 +570,45 @@ def _join(options: _library.WorkerOptions) -> int:
 
 
 _open_lock = threading.RLock()
-_open_workers: List[Worker] = []
+_open_workers: List["weakref.ref[Worker]"] = []
+_open_masters: "weakref.WeakSet[Master]" = weakref.WeakSet()
+
+
+def _all_open() -> List[Worker]:
+    """In the order in which they were made."""
+    with _open_lock:
+        return [worker for worker in (reference() for reference in _open_workers) if worker is not None]
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends what the program left open, while the interpreter is still whole; without goodbye, as the program did."""
+    for worker in _all_open():
+        worker.close()
+    for master in list(_open_masters):
+        master.shutdown(grace=0.0)
 
 
 def _find_worker(job: str, group: str, rank: int) -> Optional[Worker]:
     """The open worker of that name in this process, else None: its user falls back to `default_worker`."""
-    with _open_lock:
-        for worker in reversed(_open_workers):
-            if (worker.job, worker.group, worker.rank) == (job, group, rank):
-                return worker
+    for worker in reversed(_all_open()):
+        if (worker.job, worker.group, worker.rank) == (job, group, rank):
+            return worker
     return None
 
 
 def default_worker() -> Worker:
     """The worker that layers without one use: this thread's newest open one, else the only open one of the process."""
-    with _open_lock:
-        own: Sequence[Worker] = [w for w in _open_workers if w._thread == threading.get_ident()]
-        if own:
-            return own[-1]
-        if len(_open_workers) == 1:
-            return _open_workers[0]
-        many = len(_open_workers)
+    workers = _all_open()
+    own = [worker for worker in workers if worker._thread == threading.get_ident()]
+    if own:
+        return own[-1]
+    if len(workers) == 1:
+        return workers[0]
     raise errors.make_error(
-        "no worker is open: make a syncbn.Worker first, or pass worker="
-        if not many
-        else f"{many} workers are open, none of them by this thread: pass worker=",
+        f"{len(workers)} workers are open, none of them by this thread: pass worker="
+        if workers
+        else "no worker is open: make a syncbn.Worker first, or pass worker=",
         9,
         "NO_WORKER",
     )

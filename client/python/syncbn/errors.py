@@ -50,7 +50,7 @@ class Error(RuntimeError):
         self.code = Code(code) if code in Code._value2member_map_ else Code.UNKNOWN
         self.reason = reason
         self.layer = layer
-        self.ranks: Tuple[int, ...] = tuple(ranks)
+        self.ranks: Tuple[int, ...] = tuple(int(rank) for rank in ranks)
 
     def __str__(self) -> str:
         return f"{self.code.name}{f' ({self.reason})' if self.reason else ''}: {self.message}"

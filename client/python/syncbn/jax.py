@@ -46,8 +46,8 @@ class _Layer(NamedTuple):
 
 def _split(values: np.ndarray, pair: Any) -> Tuple[np.ndarray, np.ndarray]:
     """float64 as a sum of two values of a narrower type."""
-    high = values.astype(pair)
-    return high, (values - high.astype(np.float64)).astype(pair)
+    high = np.asarray(values, dtype=pair)
+    return high, np.asarray(values - high, dtype=pair)
 
 
 def _exchange_moments(layer: _Layer, mean: Any, rest: Any, m2: Any, count: int, wanted: bool) -> Tuple[np.ndarray, ...]:

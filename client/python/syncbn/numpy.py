@@ -24,9 +24,7 @@ _TYPES = {
 
 
 class Gradients(NamedTuple):
-    """What a backward pass returns: of the types and shapes of x, weight, bias and residual; None for what was
-    absent.
-    """
+    """Of the types and shapes of x, weight, bias and residual; None for what was absent."""
 
     dx: np.ndarray
     d_weight: Optional[np.ndarray]

@@ -280,6 +280,47 @@ def test_errors_survive_pickling():
     )
 
 
+def test_waiting_for_different_rounds_is_a_deadlock(group):
+    def run(worker):
+        worker.wait_for_members()
+        with pytest.raises(syncbn.Deadlock) as caught:
+            worker.all_reduce(f"only at {worker.rank}", [1.0])
+        return caught.value.reason, worker.all_reduce("after", [1.0])[0]
+
+    assert group(2, run) == [("DEADLOCK", 2.0)] * 2
+
+
+def test_proceeding_without_a_missing_worker(master):
+    with syncbn.Worker(master.target, "proceed", 0, 2, timeout=0.2, min_workers=1) as worker:
+        result = worker.synchronize("layer", 3, [1.0], [0.5])
+    assert (result.count, result.missing_ranks) == (3, (1,))
+
+
+def test_closing_ends_the_waits_of_other_threads(master):
+    worker = syncbn.Worker(master.target, "closing", 0, 2, timeout=600.0)
+    started, waiting, seen = worker.start_all_reduce("sum", [1.0]), threading.Event(), []
+
+    def wait():
+        waiting.set()
+        with pytest.raises(syncbn.Error) as caught:
+            started.result()
+        seen.append(caught.value.code)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert waiting.wait(20)
+    worker.close()
+    thread.join(20)
+    assert seen and seen[0] in (syncbn.Code.CANCELLED, syncbn.Code.FAILED_PRECONDITION)
+
+
+def test_what_a_program_leaves_open_is_closed_at_its_end():
+    program = (
+        "import syncbn; m = syncbn.Master(); w = syncbn.Worker(m.target, rank=0, world_size=1); w.all_reduce('a', [1])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
 _INTERRUPTED = """
 import sys, syncbn
 with syncbn.Master() as master:

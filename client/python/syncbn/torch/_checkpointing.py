@@ -8,7 +8,7 @@ object, in the order of its calls; the second half takes them from there. A segm
 again in the outer one's second half, so what is taken from there is left with the inner one.
 
     half       use_reentrant=True            use_reentrant=False, torch < 2.1    torch >= 2.1
-    first      CheckpointFunction.forward    _checkpoint_without_reentrant       checkpoint, with the generator `gen`
+    first      CheckpointFunction.forward    _checkpoint_without_reentrant       whichever has the generator `gen`
     second     CheckpointFunction.backward   unpack                              unpack_hook
     shared     ctx                           storage                             the _CheckpointFrame
 """
@@ -64,7 +64,7 @@ def _site(frame: FrameType) -> Optional[_Site]:
         return _Site(values["storage"], False, False)
     if name == "unpack" and "storage" in values:
         return _Site(values["storage"], True, False)
-    if name == "checkpoint" and getattr(values.get("gen"), "gi_frame", None) is not None:
+    if getattr(values.get("gen"), "gi_frame", None) is not None:
         owner = values["gen"].gi_frame.f_locals.get("new_frame")
         return None if owner is None else _Site(owner, False, False)
     if name == "unpack_hook" and "frame" in values:

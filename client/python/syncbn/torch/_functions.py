@@ -111,9 +111,7 @@ def _backward_again(
 
 
 class Evaluate(torch.autograd.Function):
-    """y = weight * (x - mean) / sqrt(var + eps) + bias with given statistics, for types that torch's own does not
-    mix.
-    """
+    """y = weight * (x - mean) / sqrt(var + eps) + bias with given statistics, for types that torch does not mix."""
 
     @staticmethod
     def forward(

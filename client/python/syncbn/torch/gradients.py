@@ -8,7 +8,9 @@ import torch
 from syncbn.core import Worker, default_worker
 
 
-def all_reduce_gradients(model: torch.nn.Module, worker: Optional[Worker] = None, weight: float = 1.0) -> float:
+def all_reduce_gradients(
+    model: torch.nn.Module, worker: Optional[Worker] = None, weight: float = 1.0, *, name: str = "gradients"
+) -> float:
     """Replaces each gradient with sum(grad) / sum(weight), the sums over all workers.
 
     Either of these gives the gradient of the mean over the global batch:
@@ -24,6 +26,7 @@ def all_reduce_gradients(model: torch.nn.Module, worker: Optional[Worker] = None
       model: the same parameters in the same order at every worker.
       worker: default `syncbn.default_worker()`.
       weight: this worker's, not negative.
+      name: the vector's at the master; tells several models of one worker apart.
     Returns:
       The sum of the weights.
     """
@@ -38,7 +41,7 @@ def all_reduce_gradients(model: torch.nn.Module, worker: Optional[Worker] = None
             gradient = parameter.grad.detach().to(device="cpu", dtype=torch.float64).reshape(-1).numpy()
             vector[offset : offset + gradient.size] = gradient
         offset += parameter.numel()
-    total = worker.all_reduce("gradients", vector)
+    total = worker.all_reduce(name, vector)
     if total[0] <= 0:
         raise ValueError("the workers' weights sum up to nothing")
     offset = 1 + len(parameters)

@@ -14,11 +14,10 @@ _outside_of_graphs: Any = getattr(getattr(torch, "compiler", None), "disable", l
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch normalization over the batches of all workers; torch.nn.SyncBatchNorm's arguments, attributes and
-    state_dict.
+    """Batch normalization over all workers, with torch.nn.SyncBatchNorm's arguments, attributes and state_dict.
 
-    y = weight * (x - mean) * invstd + bias, with mean and invstd per channel over the global batch; x is [N, C], or [N,
-    C, ...]. The running variance is the unbiased one.
+    y = weight * (x - mean) * invstd + bias, with mean and invstd per channel over the global batch; x is [N, C]
+    or [N, C, ...]. The running variance is the unbiased one.
 
     Args:
       num_features: C.
@@ -53,7 +52,8 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError("process_group must be None: give a worker of another group")
         if eps_mode not in _library.EPS_MODES:
             raise ValueError(f'eps_mode is "add" or "clamp", not {eps_mode!r}')
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        average: Any = momentum  # torch's hints do not allow for None.
+        super().__init__(num_features, eps, average, affine, track_running_stats, device=device, dtype=dtype)
         self.process_group = None
         self.worker = worker
         self.eps_mode = eps_mode
@@ -162,9 +162,7 @@ class SyncBatchNorm(_BatchNorm):
         return _library.BACKWARD_REQUIRED if x.requires_grad else _library.BACKWARD_IF_REQUIRED
 
     def _anchor(self, x: torch.Tensor, forward_pass: _passes.ForwardPass) -> Optional[torch.Tensor]:
-        """Something differentiable, where another worker needs this one in the backward round and nothing here calls
-        for it.
-        """
+        """Something differentiable, where only another worker calls for this one's part in the backward round."""
         if not torch.is_grad_enabled() or not forward_pass.backward_required:
             return None
         if any(t is not None and t.requires_grad for t in (x, self.weight, self.bias)):
@@ -214,9 +212,7 @@ def _to_synchronized(
 
 
 class BatchNorm(_BatchNorm):
-    """torch's batch normalization without a rule about ranks: what a SyncBatchNorm that was never anything else reverts
-    to.
-    """
+    """torch's batch normalization for any rank: what a SyncBatchNorm that was never anything else reverts to."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
@@ -249,8 +245,7 @@ def _rewrite(
 def convert_sync_batchnorm(
     module: torch.nn.Module, worker: Optional[Worker] = None, *, eps_mode: str = "add", prefix: str = ""
 ) -> torch.nn.Module:
-    """Replaces every batch normalization in a model (torch.nn.BatchNorm*d, torch.nn.SyncBatchNorm) with a
-    SyncBatchNorm.
+    """Replaces every torch.nn.BatchNorm*d and torch.nn.SyncBatchNorm in a model with a SyncBatchNorm.
 
     Parameters and buffers are the same objects afterwards, so an optimizer made before goes on. Layers are named by
     their path in the model; a shared module is converted once, and keeps the first path.

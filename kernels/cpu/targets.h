@@ -1,0 +1,9 @@
+// Which of Highway's targets the kernels are compiled for. To be included before hwy/highway.h.
+
+#ifndef SYNCBN_KERNELS_CPU_TARGETS_H_
+#define SYNCBN_KERNELS_CPU_TARGETS_H_
+
+// Vectors of unknown length cannot be members of an array.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+
+#endif  // SYNCBN_KERNELS_CPU_TARGETS_H_

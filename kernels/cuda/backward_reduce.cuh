@@ -1,0 +1,251 @@
+// BatchNormBackwardReduce: from dy and x to the sums of dy and of dy * (x - mean) of each channel.
+//
+// Mapping: plan.h, as for the statistics. A thread asks for 2 (planes) or 4 (rows) vectors of each tensor at a time.
+// Bytes moved: dy and x once; with a mask, an eighth of a byte an element more. A gate that recomputes the forward pass
+//   reads nothing: it has x.
+// Registers: a channel takes 5 (hi, and two sums in float64) and 3 more if the gate recomputes; the same bounds as for
+// the
+//   statistics.
+// Numerics: x - hi, where hi is the mean rounded to the working precision; what that leaves out is one term in float64
+//   at the end: sum dy*(x - mean) = sum dy*(x - hi) - (mean - hi) * sum dy. Batches of up to 32 in float32, then
+//   float64.
+// Deterministic: as the statistics.
+
+#ifndef SYNCBN_KERNELS_CUDA_BACKWARD_REDUCE_CUH_
+#define SYNCBN_KERNELS_CUDA_BACKWARD_REDUCE_CUH_
+
+#include <cstdint>
+
+#include "kernels/batch_norm.h"
+#include "kernels/cuda/coefficients.cuh"
+#include "kernels/cuda/element.cuh"
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/reduce.cuh"
+
+namespace syncbn::kernels::cuda {
+
+struct BackwardReduceArguments {
+  ReducePlan plan;
+  const void* dy = nullptr;
+  const void* x = nullptr;
+  bool aligned = false;  // Both lie on a 16-byte boundary.
+  const double* mean = nullptr;
+  ReluGate gate;
+  double* sum_dy = nullptr;
+  double* sum_dy_xmu = nullptr;
+  ReduceWorkspace workspace;
+};
+
+struct SumsPartial {
+  static constexpr int kWords = 2;
+  double word[kWords];  // Sum of dy, sum of dy * (x - hi).
+
+  SYNCBN_HOST_DEVICE static SumsPartial Empty() { return {{0.0, 0.0}}; }
+  SYNCBN_HOST_DEVICE static SumsPartial Combine(const SumsPartial& a, const SumsPartial& b) {
+    return {{a.word[0] + b.word[0], a.word[1] + b.word[1]}};
+  }
+};
+
+// What a thread knows of one channel: the rounded mean, and the forward pass if the gate asks for it.
+template <Gate kGate, typename A>
+struct ReduceLane {
+  A hi;
+  SYNCBN_HOST_DEVICE void Init(const BackwardReduceArguments& arguments, int64_t channel) {
+    hi = static_cast<A>(arguments.mean[channel]);
+  }
+  SYNCBN_HOST_DEVICE bool Open(A, bool masked) const { return kGate == Gate::kNone || masked; }
+};
+template <typename A>
+struct ReduceLane<Gate::kRecompute, A> {
+  A hi;
+  ForwardLane<A> forward;
+  SYNCBN_HOST_DEVICE void Init(const BackwardReduceArguments& arguments, int64_t channel) {
+    hi = static_cast<A>(arguments.mean[channel]);
+    forward = ForwardLane<A>::At(arguments.gate.forward, channel);
+  }
+  SYNCBN_HOST_DEVICE bool Open(A x, bool) const { return forward(x) > A{0}; }
+};
+
+// One vector of each tensor.
+template <typename T, int kWidth>
+struct GradientPair {
+  Vector<T, kWidth> dy;
+  Vector<T, kWidth> x;
+  uint32_t mask;
+
+  template <Gate kGate>
+  SYNCBN_HOST_DEVICE void LoadFrom(const BackwardReduceArguments& arguments, int64_t first) {
+    Load(static_cast<const T*>(arguments.dy), first, arguments.plan.size, arguments.aligned, &dy);
+    Load(static_cast<const T*>(arguments.x), first, arguments.plan.size, arguments.aligned, &x);
+    mask = kGate == Gate::kMask ? MaskBits(arguments.gate.mask, first) : 0;
+  }
+  // Where both vectors are whole and on 16-byte boundaries.
+  template <Gate kGate>
+  SYNCBN_HOST_DEVICE void LoadWholeFrom(const BackwardReduceArguments& arguments, int64_t first) {
+    LoadWhole(static_cast<const T*>(arguments.dy) + first, &dy);
+    LoadWhole(static_cast<const T*>(arguments.x) + first, &x);
+    mask = kGate == Gate::kMask ? MaskBits(arguments.gate.mask, first) : 0;
+  }
+  SYNCBN_HOST_DEVICE void Clear() {
+    dy.Clear();
+    x.Clear();
+    mask = 0;
+  }
+};
+
+// Adds one element to a batch's sums. `valid`: whether it counts.
+template <typename Lane, typename A>
+SYNCBN_HOST_DEVICE inline void AddGradient(const Lane& lane, A dy, A x, bool masked, bool valid, A* sum, A* sum_xmu) {
+  const bool counts = valid && lane.Open(x, masked);
+  const A gradient = counts ? dy : A{0};
+  const A distance = counts ? x - lane.hi : A{0};  // 0 * infinity would be NaN.
+  *sum += gradient;
+  *sum_xmu = FusedMultiplyAdd(gradient, distance, *sum_xmu);
+}
+
+// One thread's share of tensors in rows.
+template <Gate kGate, typename T, int kWidth>
+SYNCBN_HOST_DEVICE inline void GradientOfColumn(const BackwardReduceArguments& arguments, int64_t tile, int split,
+                                                Place at, SumsPartial* partial) {
+  constexpr int kUnroll = Unroll(Mapping::kRows, 32);
+  using A = Accumulator<T>;
+  const ReducePlan& plan = arguments.plan;
+  const int64_t column = tile * plan.tile_columns + at.column;
+#pragma unroll
+  for (int v = 0; v < kWidth; ++v) partial[v] = SumsPartial::Empty();
+  if (column >= plan.columns) return;
+  ReduceLane<kGate, A> lanes[kWidth];
+  const int64_t first_channel = column * kWidth % plan.channels;
+#pragma unroll
+  for (int v = 0; v < kWidth; ++v) {
+    lanes[v].Init(arguments, plan.replicas == 1 ? first_channel + v : (first_channel + v) % plan.channels);
+  }
+  const int64_t step = plan.members * plan.columns * kWidth;  // From one vector of a batch to the next.
+  for (int64_t batch = split; batch < plan.batches; batch += plan.splits) {
+    const int64_t row = batch * plan.members * kUnroll + at.member;
+    GradientPair<T, kWidth> pairs[kUnroll];
+    int n = 0;
+    if (arguments.aligned && row + (kUnroll - 1) * plan.members < plan.rows) {
+      const int64_t first = (row * plan.columns + column) * kWidth;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) pairs[u].template LoadWholeFrom<kGate>(arguments, first + u * step);
+      n = kUnroll;
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t r = row + u * plan.members;
+        if (r < plan.rows) {
+          pairs[u].template LoadFrom<kGate>(arguments, (r * plan.columns + column) * kWidth);
+          n = u + 1;
+        } else {
+          pairs[u].Clear();
+        }
+      }
+    }
+    if (n == 0) break;
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) {
+      A sum = 0;
+      A sum_xmu = 0;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        AddGradient(lanes[v], pairs[u].dy.Get(v), pairs[u].x.Get(v), pairs[u].mask >> v & 1, u < n, &sum, &sum_xmu);
+      }
+      partial[v].word[0] += static_cast<double>(sum);
+      partial[v].word[1] += static_cast<double>(sum_xmu);
+    }
+  }
+  if (split != 0 || at.member != 0 || plan.tail <= column * kWidth) return;
+  // What is left of the last row is one more value for some columns.
+  GradientPair<T, kWidth> pair;
+  pair.template LoadFrom<kGate>(arguments, (plan.rows * plan.columns + column) * kWidth);
+#pragma unroll
+  for (int v = 0; v < kWidth; ++v) {
+    A sum = 0;
+    A sum_xmu = 0;
+    AddGradient(lanes[v], pair.dy.Get(v), pair.x.Get(v), pair.mask >> v & 1, v < plan.tail - column * kWidth, &sum,
+                &sum_xmu);
+    partial[v].word[0] += static_cast<double>(sum);
+    partial[v].word[1] += static_cast<double>(sum_xmu);
+  }
+}
+
+// One thread's share of tensors in planes.
+template <Gate kGate, typename T, int kWidth>
+SYNCBN_HOST_DEVICE inline void GradientOfPlanes(const BackwardReduceArguments& arguments, int64_t tile, int split,
+                                                Place at, SumsPartial* partial) {
+  constexpr int kUnroll = Unroll(Mapping::kPlanes, 32);
+  using A = Accumulator<T>;
+  const ReducePlan& plan = arguments.plan;
+  const int64_t channel = tile * plan.tile_columns + at.column;
+  partial[0] = SumsPartial::Empty();
+  if (channel >= plan.channels) return;
+  ReduceLane<kGate, A> lane;
+  lane.Init(arguments, channel);
+  const bool whole = plan.whole && arguments.aligned;
+  for (int64_t batch = split; batch < plan.batches; batch += plan.splits) {
+    const int64_t unit = batch * plan.members * kUnroll + at.member;
+    GradientPair<T, kWidth> pairs[kUnroll];
+    uint32_t valid = ~0u;
+    if (whole && unit + (kUnroll - 1) * plan.members < plan.units) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        pairs[u].template LoadWholeFrom<kGate>(arguments,
+                                               FindWholePlaneVector(plan, channel, unit + u * plan.members, kWidth));
+      }
+    } else {
+      valid = 0;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const PlaneVector vector = FindPlaneVector(plan, channel, unit + u * plan.members, kWidth);
+        if (vector.valid != 0) {
+          pairs[u].template LoadFrom<kGate>(arguments, vector.first);
+        } else {
+          pairs[u].Clear();
+        }
+        valid |= vector.valid << (u * kWidth);
+      }
+    }
+    A sum = 0;
+    A sum_xmu = 0;
+#pragma unroll
+    for (int i = 0; i < kUnroll * kWidth; ++i) {
+      const int u = i / kWidth;
+      const int v = i % kWidth;
+      AddGradient(lane, pairs[u].dy.Get(v), pairs[u].x.Get(v), pairs[u].mask >> v & 1, valid >> i & 1, &sum, &sum_xmu);
+    }
+    partial[0].word[0] += static_cast<double>(sum);
+    partial[0].word[1] += static_cast<double>(sum_xmu);
+  }
+}
+
+// What a block does.
+template <Mapping kMapping, Gate kGate, typename T, typename Block>
+SYNCBN_HOST_DEVICE inline void BackwardReduceOfBlock(Block& block, const BackwardReduceArguments& arguments) {
+  constexpr int kWidth = static_cast<int>(16 / sizeof(T));
+  constexpr int kValues = kMapping == Mapping::kRows ? kWidth : 1;
+  using A = Accumulator<T>;
+  using State = typename Block::StateType;
+  const ReducePlan& plan = arguments.plan;
+  const int64_t tile = block.index() % plan.tiles;
+  const int split = static_cast<int>(block.index() / plan.tiles);
+  block.Each([&](int thread, State& state) {
+    const Place at = PlaceOf(plan, thread);
+    if constexpr (kMapping == Mapping::kRows) {
+      GradientOfColumn<kGate, T, kWidth>(arguments, tile, split, at, state.partial);
+    } else {
+      GradientOfPlanes<kGate, T, kWidth>(arguments, tile, split, at, state.partial);
+    }
+  });
+  FinishReduction<kValues, SumsPartial>(
+      block, plan, arguments.workspace, [&](int64_t channel, const SumsPartial& total) {
+        const double mean = arguments.mean[channel];
+        arguments.sum_dy[channel] = total.word[0];
+        arguments.sum_dy_xmu[channel] =
+            fma(static_cast<double>(static_cast<A>(mean)) - mean, total.word[0], total.word[1]);
+      });
+}
+
+}  // namespace syncbn::kernels::cuda
+
+#endif  // SYNCBN_KERNELS_CUDA_BACKWARD_REDUCE_CUH_

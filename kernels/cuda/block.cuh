@@ -1,0 +1,98 @@
+// How an algorithm written for host and device sees the block of threads that runs it.
+//
+// An algorithm is a function template over a Block, which has
+//   index()                  the block's number in the grid;
+//   shared()                 memory that its threads share;
+//   Each(f)                  calls f(thread, state) for each thread with that thread's own State, then waits for all:
+//                            a phase between two barriers;
+//   Arrive(counter, n, sys)  makes what the block wrote visible to the others (`sys`: to the host as well) and counts
+//   it
+//                            in. True in the last of n blocks, which then sees what the others wrote; the counter is
+//                            then 0 again, ready for the next launch;
+//   Raise(flag, value)       tells the host that everything before is complete.
+// DeviceBlock, here, is a block on a GPU: Each is the thread's own call and __syncthreads(). The tests have another
+// that loops over the threads, so that the same code runs without a GPU, with blocks in any order.
+
+#ifndef SYNCBN_KERNELS_CUDA_BLOCK_CUH_
+#define SYNCBN_KERNELS_CUDA_BLOCK_CUH_
+
+#include <cstdint>
+
+#include "kernels/moments.h"
+
+namespace syncbn::kernels::cuda {
+
+// A double that another block wrote during this launch: read past the first-level cache, which is not coherent.
+SYNCBN_HOST_DEVICE inline double LoadCoherent(const double* address) {
+#if defined(__CUDA_ARCH__)
+  return __ldcg(address);
+#else
+  return *address;
+#endif
+}
+
+#if defined(__CUDACC__)
+
+template <typename State>
+class DeviceBlock {
+ public:
+  using StateType = State;
+
+  SYNCBN_HOST_DEVICE explicit DeviceBlock(void* shared) : shared_(shared) {}
+
+  SYNCBN_HOST_DEVICE int64_t index() const {
+#if defined(__CUDA_ARCH__)
+    return blockIdx.x;
+#else
+    return 0;
+#endif
+  }
+
+  SYNCBN_HOST_DEVICE double* shared() const { return static_cast<double*>(shared_); }
+
+  template <typename Phase>
+  SYNCBN_HOST_DEVICE void Each(Phase phase) {
+#if defined(__CUDA_ARCH__)
+    phase(static_cast<int>(threadIdx.x), state_);
+    __syncthreads();
+#endif
+  }
+
+  SYNCBN_HOST_DEVICE bool Arrive(uint32_t* counter, int64_t parties, bool system) {
+#if defined(__CUDA_ARCH__)
+    __shared__ uint32_t before;
+    if (system) {
+      __threadfence_system();
+    } else {
+      __threadfence();
+    }
+    __syncthreads();
+    const uint32_t last = static_cast<uint32_t>(parties) - 1;
+    if (threadIdx.x == 0) before = atomicInc(counter, last);  // Wraps to 0 at the last.
+    __syncthreads();
+    const bool is_last = before == last;
+    if (is_last) __threadfence();
+    return is_last;
+#else
+    return false;
+#endif
+  }
+
+  SYNCBN_HOST_DEVICE void Raise(volatile uint32_t* flag, uint32_t value) {
+#if defined(__CUDA_ARCH__)
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x == 0) *flag = value;
+#endif
+  }
+
+ private:
+  void* shared_;
+  State state_;
+};
+
+#endif  // defined(__CUDACC__)
+
+}  // namespace syncbn::kernels::cuda
+
+#endif  // SYNCBN_KERNELS_CUDA_BLOCK_CUH_

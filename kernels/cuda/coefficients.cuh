@@ -1,0 +1,75 @@
+// The per-channel coefficients as a thread keeps them, in the precision that it computes in.
+//
+// The mean is split in two, hi + lo, of which hi is exact in that precision: x - hi loses nothing that x had, however
+// far the mean is from 0, and lo goes into the constant term in float64. (scale*x + (bias - mean*scale) would cancel.)
+
+#ifndef SYNCBN_KERNELS_CUDA_COEFFICIENTS_CUH_
+#define SYNCBN_KERNELS_CUDA_COEFFICIENTS_CUH_
+
+#include <cstdint>
+
+#include "kernels/batch_norm.h"
+#include "kernels/cuda/element.cuh"
+
+namespace syncbn::kernels::cuda {
+
+// y = (x - hi) * scale + shift.
+template <typename A>
+struct ForwardLane {
+  A hi;
+  A scale;
+  A shift;
+
+  SYNCBN_HOST_DEVICE static ForwardLane At(const ForwardCoefficients& coefficients, int64_t channel) {
+    const double mean = coefficients.mean[channel];
+    const double scale = coefficients.scale[channel];
+    ForwardLane lane;
+    lane.hi = static_cast<A>(mean);
+    lane.scale = static_cast<A>(scale);
+    lane.shift = static_cast<A>(fma(static_cast<double>(lane.hi) - mean, scale, coefficients.shift[channel]));
+    return lane;
+  }
+
+  SYNCBN_HOST_DEVICE A operator()(A x) const { return FusedMultiplyAdd(x - hi, scale, shift); }
+};
+
+// dx = scale * (dy - mean_dy - (x - hi) * projection).
+template <typename A>
+struct BackwardLane {
+  A hi;
+  A scale;
+  A mean_dy;
+  A projection;
+
+  SYNCBN_HOST_DEVICE static BackwardLane At(const BackwardCoefficients& coefficients, int64_t channel) {
+    const double mean = coefficients.mean[channel];
+    const double projection = coefficients.projection[channel];
+    BackwardLane lane;
+    lane.hi = static_cast<A>(mean);
+    lane.scale = static_cast<A>(coefficients.scale[channel]);
+    lane.mean_dy = static_cast<A>(fma(static_cast<double>(lane.hi) - mean, projection, coefficients.mean_dy[channel]));
+    lane.projection = static_cast<A>(projection);
+    return lane;
+  }
+
+  SYNCBN_HOST_DEVICE A operator()(A dy, A x) const {
+    return scale * FusedMultiplyAdd(hi - x, projection, dy - mean_dy);
+  }
+};
+
+// How backward knows where ReLU let the gradient through.
+enum class Gate : uint8_t { kNone = 0, kMask = 1, kRecompute = 2 };
+
+inline Gate KindOf(const ReluGate& gate) {
+  if (gate.mask != nullptr) return Gate::kMask;
+  return gate.forward.mean != nullptr ? Gate::kRecompute : Gate::kNone;
+}
+
+// The bits of the mask for the elements from `first` on, a multiple of the vector's width (which divides 8).
+SYNCBN_HOST_DEVICE inline uint32_t MaskBits(const uint8_t* mask, int64_t first) {
+  return static_cast<uint32_t>(mask[first >> 3]) >> (first & 7);
+}
+
+}  // namespace syncbn::kernels::cuda
+
+#endif  // SYNCBN_KERNELS_CUDA_COEFFICIENTS_CUH_

@@ -1,0 +1,53 @@
+#include "kernels/cuda/batch_norm.h"
+#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/elemt.cuh"
+#include "kernels/cuda/launch.cuh"
+
+namespace syncbn::kernels::cuda {
+namespace {
+
+template <Mapping kMapping, Addition kAddition, typename T>
+__global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping)) ElemtKernel(const ElemtArguments arguments) {
+  extern __shared__ double shared[];
+  DeviceBlock<ElementState<ElemtOp<kAddition, T>, Unroll(kMapping, ElemtOp<kAddition, T>::kBytes)>> block(shared);
+  ElemtOfBlock<kMapping, kAddition, T>(block, arguments);
+}
+
+template <Addition kAddition>
+Error LaunchWithAddition(const Context& context, DataType type, const ElemtArguments& arguments) {
+  const ElementPlan& plan = arguments.plan;
+  return DispatchType(plan.mapping, type, [&](auto mapping, auto tag) {
+    using T = typename decltype(tag)::Type;
+    const size_t shared_bytes = plan.max_planes * sizeof(typename ElemtOp<kAddition, T>::Lane);
+    return Launch(ElemtKernel<decltype(mapping)::value, kAddition, T>, plan.block_count, plan.block_threads,
+                  shared_bytes, context.stream, arguments);
+  });
+}
+
+}  // namespace
+
+Error BatchNormElemt(const Context& context, const TensorShape& shape, const void* x,
+                     const ForwardCoefficients& coefficients, const Epilogue& epilogue, void* y) {
+  if (shape.size() == 0) return kSuccess;
+  const Addition addition = KindOf(epilogue);
+  ElemtArguments arguments;
+  const int width = ElemtWidth(addition, SizeOf(shape.type));
+  arguments.plan = PlanElement(shape, width, ElemtBytes(addition, SizeOf(shape.type)));
+  arguments.x = x;
+  arguments.coefficients = coefficients;
+  arguments.epilogue = epilogue;
+  arguments.y = y;
+  arguments.aligned = IsAligned(x) && IsAligned(y) && IsAligned(epilogue.residual);
+  if (arguments.plan.block_count > kMaxBlocks) return kInvalidValue;
+  switch (addition) {
+    case Addition::kNone:
+      return LaunchWithAddition<Addition::kNone>(context, shape.type, arguments);
+    case Addition::kResidual:
+      return LaunchWithAddition<Addition::kResidual>(context, shape.type, arguments);
+    case Addition::kResidualAndMask:
+      return LaunchWithAddition<Addition::kResidualAndMask>(context, shape.type, arguments);
+  }
+  return kInvalidValue;
+}
+
+}  // namespace syncbn::kernels::cuda

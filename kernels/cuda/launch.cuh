@@ -1,0 +1,76 @@
+// What the launches have in common: the element type and mapping at run time become template arguments.
+
+#ifndef SYNCBN_KERNELS_CUDA_LAUNCH_CUH_
+#define SYNCBN_KERNELS_CUDA_LAUNCH_CUH_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/cuda/batch_norm.h"
+#include "kernels/cuda/element.cuh"
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/reduce.cuh"
+
+namespace syncbn::kernels::cuda {
+
+// Blocks of an SM that the compiler leaves registers for. From Blackwell on the compiler needs a few more than 64 in
+// planes; this is the one thing that differs between models, and it changes no result.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int ResidentBlocks(Mapping mapping) { return mapping == Mapping::kRows ? 2 : 3; }
+#else
+constexpr int ResidentBlocks(Mapping mapping) { return BlocksPerSm(mapping); }
+#endif
+
+// The grid's first extent; plans stay below it except for tensors that no GPU can hold.
+inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
+inline bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <typename T>
+struct TypeTag {
+  using Type = T;
+};
+
+// Calls f(mapping, type), both as types.
+template <typename Function>
+Error DispatchType(Mapping mapping, DataType type, Function f) {
+  const auto with_mapping = [&](auto tag) -> Error {
+    if (mapping == Mapping::kRows) return f(std::integral_constant<Mapping, Mapping::kRows>(), tag);
+    return f(std::integral_constant<Mapping, Mapping::kPlanes>(), tag);
+  };
+  switch (type) {
+    case DataType::kFloat32:
+      return with_mapping(TypeTag<float>());
+    case DataType::kFloat64:
+      return with_mapping(TypeTag<double>());
+    case DataType::kFloat16:
+      return with_mapping(TypeTag<Float16>());
+    case DataType::kBFloat16:
+      return with_mapping(TypeTag<BFloat16>());
+  }
+  return kInvalidValue;
+}
+
+// The workspace as a reduction sees it; false if it is too small.
+inline bool MapWorkspace(const Context& context, const ReducePlan& plan, ReduceWorkspace* workspace) {
+  if (context.workspace == nullptr || context.workspace_bytes < WorkspaceBytes(plan)) return false;
+  if (plan.blocks() > kMaxBlocks) return false;
+  workspace->counters = static_cast<uint32_t*>(context.workspace);
+  workspace->partials = reinterpret_cast<double*>(static_cast<char*>(context.workspace) + kCounterBytes);
+  workspace->flag = context.signal.flag;
+  workspace->flag_value = context.signal.value;
+  return true;
+}
+
+template <typename Kernel, typename Arguments>
+Error Launch(Kernel kernel, int64_t blocks, int threads, size_t shared_bytes, CUstream_st* stream,
+             const Arguments& arguments) {
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream>>>(arguments);
+  return static_cast<Error>(cudaGetLastError());
+}
+
+}  // namespace syncbn::kernels::cuda
+
+#endif  // SYNCBN_KERNELS_CUDA_LAUNCH_CUH_

@@ -1,0 +1,119 @@
+// How an operation is cut into thread blocks: a pure function of the tensor's shape, computed on the host.
+//
+// Nothing here asks which GPU will run it. The order in which numbers are added follows from the plan alone, so a plan
+// that does not know the GPU gives the same bits on every model, and can be tested where there is none.
+
+#ifndef SYNCBN_KERNELS_CUDA_PLAN_H_
+#define SYNCBN_KERNELS_CUDA_PLAN_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/batch_norm.h"
+#include "kernels/cuda/fast_divide.h"
+
+namespace syncbn::kernels::cuda {
+
+// The two ways to find the channel of an element.
+enum class Mapping : uint8_t {
+  // Channels last, or no spatial extent. The tensor is a stream of vectors whose channels repeat after `columns`
+  // vectors
+  // (the least common multiple of C and the vector's width): a matrix of `rows` x `columns` vectors, in which a thread
+  // stays in its column and so keeps its channels. Less than one row may be left over, `tail` elements.
+  kRows = 0,
+  // Channels first. Runs ("planes") of `spatial` elements have one channel. A vector at either end of a plane may
+  // reach into the next, so its elements are masked.
+  kPlanes = 1,
+};
+
+// Threads of a block, at most. A block may use a few less (3 channels: 85 * 3 = 255).
+inline constexpr int kMaxThreads = 256;
+// Elements that one thread moves with one instruction: 16 bytes of them.
+constexpr int VectorWidth(DataType type) { return static_cast<int>(16 / SizeOf(type)); }
+// Blocks of an SM that the compiler leaves registers for. In rows a thread keeps the sums or coefficients of up to
+// eight channels and may use 128 registers, in planes 64.
+SYNCBN_HOST_DEVICE constexpr int BlocksPerSm(Mapping mapping) { return mapping == Mapping::kRows ? 2 : 4; }
+// Vectors of each tensor that a thread asks for before it uses the first, if it reads `bytes` of all tensors for one:
+// whatever the operation, an SM has 64 KB under way.
+SYNCBN_HOST_DEVICE constexpr int Unroll(Mapping mapping, int bytes) {
+  const int unroll = 256 / (BlocksPerSm(mapping) * bytes);
+  return unroll < 1 ? 1 : unroll;
+}
+// Planes whose coefficients a block of an element-wise operation holds in shared memory, at most.
+inline constexpr int kMaxPlanes = 512;
+
+// The plan of a reduction over each channel. Blocks form a matrix of `tiles` (of channels) x `splits` (of values); in
+// one, threads form a matrix of `members` x `tile_columns`, and a member's values are added in the order of memory.
+// Block b has tile b % tiles and split b / tiles, which works on batches split, split + splits, ... of
+// members * unroll vectors.
+struct ReducePlan {
+  Mapping mapping = Mapping::kRows;
+  int64_t size = 0;
+  int64_t channels = 0;
+  // kRows: vectors in a row, whole rows, elements after them, and how often a channel occurs in a row.
+  int64_t columns = 0;
+  int64_t rows = 0;
+  int64_t tail = 0;
+  int replicas = 1;
+  // kPlanes: elements in a plane, and vectors that a plane can touch; `units` = batch * vectors of one channel.
+  int64_t spatial = 0;
+  int64_t units = 0;
+  FastDivide vectors_per_plane;
+  bool whole = false;  // Planes are whole vectors, and units < 2^31: nearly all tensors but those with 7 x 7 planes.
+  // Common.
+  int vector_width = 1;
+  int unroll = 1;
+  int tile_columns = 1;  // kRows: vectors; kPlanes: channels.
+  int tile_values = 1;   // Accumulators of a tile: tile_columns * vector_width, or tile_columns.
+  int members = 1;
+  int64_t batches = 0;
+  int64_t tiles = 1;
+  int splits = 1;
+  // The partial results of the splits of a tile are merged by groups of `group`, then the groups (groups == 1: at
+  // once).
+  int group = 1;
+  int groups = 1;
+
+  SYNCBN_HOST_DEVICE int threads() const { return members * tile_columns; }
+  int64_t blocks() const { return tiles * splits; }
+};
+
+// `tensors`: how many are read, 1 (statistics) or 2 (backward).
+ReducePlan PlanReduce(const TensorShape& shape, int tensors);
+
+// Bytes of workspace that a reduction with this plan uses, and the part of it, at the front, that holds counters.
+inline constexpr size_t kCounterBytes = 8192;
+size_t WorkspaceBytes(const ReducePlan& plan);
+
+// The plan of an element-wise operation.
+struct ElementPlan {
+  Mapping mapping = Mapping::kRows;
+  int64_t size = 0;
+  int64_t channels = 0;
+  int vector_width = 1;
+  int unroll = 1;
+  // kRows, as above. Block b has tile b % tiles and split b / tiles.
+  int64_t columns = 0;
+  int64_t rows = 0;
+  int64_t tail = 0;
+  int tile_columns = 1;
+  int members = 1;
+  int64_t batches = 0;
+  int64_t tiles = 1;
+  int splits = 1;
+  // kPlanes: block b takes `tile_elements` consecutive elements, which touch at most `max_planes` planes.
+  int64_t spatial = 0;
+  FastDivide divide_spatial;
+  int tile_elements = 0;
+  int max_planes = 0;
+  int block_threads = 0;
+  int64_t block_count = 0;
+};
+
+// `vector_width` is VectorWidth(type), or 8 for a forward pass that writes a ReLU mask: a thread then owns whole bytes
+// of it. `bytes`: what is read for a vector, of all tensors.
+ElementPlan PlanElement(const TensorShape& shape, int vector_width, int bytes);
+
+}  // namespace syncbn::kernels::cuda
+
+#endif  // SYNCBN_KERNELS_CUDA_PLAN_H_

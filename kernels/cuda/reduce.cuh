@@ -1,0 +1,274 @@
+// The second half of a reduction over channels: from one partial result for each thread to one for each channel, in the
+// launch that made them.
+//
+//   1. The members of a block, which hold partial results of the same channels, merge in a binary tree in shared
+//   memory.
+//   2. Each block writes its tile's partial results to the workspace and counts itself in. Whichever block of the tile
+//      is last merges them, by index and not by arrival: which block that is makes no difference to a bit of the
+//      result. With many splits the merging is done in two levels, so that one block does not read for long.
+//   3. If a channel occurs in several columns (C not a multiple of the vector), the last of all blocks merges these.
+//
+// The only atomic operations count blocks, on integers. Counters return to 0 by themselves.
+
+#ifndef SYNCBN_KERNELS_CUDA_REDUCE_CUH_
+#define SYNCBN_KERNELS_CUDA_REDUCE_CUH_
+
+#include <cstdint>
+
+#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/plan.h"
+#include "kernels/moments.h"
+
+namespace syncbn::kernels::cuda {
+
+// Threads that write in one step of the tree, at most: half a block.
+inline constexpr int kTreeSlots = kMaxThreads / 2;
+
+// Where a reduction leaves what its blocks tell each other, and what it tells the host.
+struct ReduceWorkspace {
+  uint32_t* counters = nullptr;  // [0] tiles, [1] tiles again for the signal, then one a tile, then one a group.
+  double* partials = nullptr;
+  volatile uint32_t* flag = nullptr;  // Receives flag_value once the results are written. Null: no signal.
+  uint32_t flag_value = 0;
+};
+
+// A thread's partial results: kValues channels of Partial, which has kWords doubles and Combine(a, b).
+template <typename Partial, int kValues>
+struct ReduceState {
+  Partial partial[kValues];
+};
+
+template <typename Partial>
+SYNCBN_HOST_DEVICE inline void StoreSlot(const Partial& partial, int64_t slot, int values, int value, double* base) {
+#pragma unroll
+  for (int w = 0; w < Partial::kWords; ++w) base[(slot * Partial::kWords + w) * values + value] = partial.word[w];
+}
+
+template <typename Partial>
+SYNCBN_HOST_DEVICE inline Partial LoadSlot(const double* base, int64_t slot, int values, int value) {
+  Partial partial;
+#pragma unroll
+  for (int w = 0; w < Partial::kWords; ++w) {
+    partial.word[w] = LoadCoherent(base + (slot * Partial::kWords + w) * values + value);
+  }
+  return partial;
+}
+
+// Which member and column of its block's matrix a thread is. Neighbours in memory are neighbours in thread number:
+// columns of a row, or members of a plane.
+struct Place {
+  int member;
+  int column;
+};
+
+SYNCBN_HOST_DEVICE inline Place PlaceOf(const ReducePlan& plan, int thread) {
+  if (plan.mapping == Mapping::kRows) return {thread / plan.tile_columns, thread % plan.tile_columns};
+  return {thread % plan.members, thread / plan.members};
+}
+
+// Merges partial[0 .. kValues) over the members; the result is in member 0. Member m takes from m + s, for
+// s = ..., 4, 2, 1. `place` tells a thread's place; threads whose member is not below `members` take no part.
+template <int kValues, typename Partial, typename Block, typename PlaceFunction>
+SYNCBN_HOST_DEVICE inline void MergeMembers(Block& block, int members, int columns, PlaceFunction place) {
+  using State = typename Block::StateType;
+  int stride = 1;
+  while (stride * 2 < members) stride *= 2;
+  for (; members > 1 && stride >= 1; stride /= 2) {
+    block.Each([&](int thread, State& state) {
+      const Place at = place(thread);
+      if (at.member < stride || at.member >= members || at.member >= 2 * stride) return;
+      const int slot = (at.member - stride) * columns + at.column;
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) {
+#pragma unroll
+        for (int w = 0; w < Partial::kWords; ++w) {
+          block.shared()[(v * Partial::kWords + w) * kTreeSlots + slot] = state.partial[v].word[w];
+        }
+      }
+    });
+    block.Each([&](int thread, State& state) {
+      const Place at = place(thread);
+      if (at.member >= stride || at.member + stride >= members) return;
+      const int slot = at.member * columns + at.column;
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) {
+        Partial other;
+#pragma unroll
+        for (int w = 0; w < Partial::kWords; ++w) {
+          other.word[w] = block.shared()[(v * Partial::kWords + w) * kTreeSlots + slot];
+        }
+        state.partial[v] = Partial::Combine(state.partial[v], other);
+      }
+    });
+  }
+}
+
+// Merges `count` slots of the workspace from `first` on. The total of accumulator e is then in partial[0] of thread e.
+template <typename Partial, typename Block>
+SYNCBN_HOST_DEVICE inline void MergeSlots(Block& block, const ReducePlan& plan, const double* partials, int64_t first,
+                                          int count) {
+  using State = typename Block::StateType;
+  const int values = plan.tile_values;
+  const int available = plan.threads() / values;
+  const int helpers = available < 16 ? available : 16;
+  const auto place = [values](int thread) { return Place{thread / values, thread % values}; };
+  block.Each([&](int thread, State& state) {
+    const Place at = place(thread);
+    Partial total = Partial::Empty();
+    if (at.member < helpers) {
+#pragma unroll 2
+      for (int i = at.member; i < count; i += helpers) {
+        total = Partial::Combine(total, LoadSlot<Partial>(partials, first + i, values, at.column));
+      }
+    }
+    state.partial[0] = total;
+  });
+  MergeMembers<1, Partial>(block, helpers, values, place);
+}
+
+// From member 0's partial[0 .. kValues) to partial[0] of thread e.
+template <int kValues, typename Partial, typename Block>
+SYNCBN_HOST_DEVICE inline void SpreadValues(Block& block, const ReducePlan& plan) {
+  using State = typename Block::StateType;
+  block.Each([&](int thread, State& state) {
+    const Place at = PlaceOf(plan, thread);
+    if (at.member != 0) return;
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) {
+#pragma unroll
+      for (int w = 0; w < Partial::kWords; ++w) {
+        block.shared()[w * kMaxThreads + at.column * kValues + v] = state.partial[v].word[w];
+      }
+    }
+  });
+  block.Each([&](int thread, State& state) {
+    if (thread >= plan.tile_values) return;
+#pragma unroll
+    for (int w = 0; w < Partial::kWords; ++w) {
+      state.partial[0].word[w] = block.shared()[w * kMaxThreads + thread];
+    }
+  });
+}
+
+// Doubles of shared memory that the functions above need.
+template <typename Partial, int kValues>
+inline constexpr int kReduceSharedDoubles = Partial::kWords*(kValues > 2 ? kValues * kTreeSlots : kMaxThreads);
+
+// Merges the splits of the block's tile, if this block is the last of them. True: the totals are in partial[0] of
+// thread e. False: another block goes on.
+template <int kValues, typename Partial, typename Block>
+SYNCBN_HOST_DEVICE inline bool MergeSplits(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace) {
+  using State = typename Block::StateType;
+  const int64_t tile = block.index() % plan.tiles;
+  const int split = static_cast<int>(block.index() / plan.tiles);
+  if (plan.splits == 1) {
+    SpreadValues<kValues, Partial>(block, plan);
+    return true;
+  }
+  block.Each([&](int thread, State& state) {
+    const Place at = PlaceOf(plan, thread);
+    if (at.member != 0) return;
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) {
+      StoreSlot(state.partial[v], tile * plan.splits + split, plan.tile_values, at.column * kValues + v,
+                workspace.partials);
+    }
+  });
+  uint32_t* const tile_counter = workspace.counters + 2 + tile;
+  if (plan.groups == 1) {
+    if (!block.Arrive(tile_counter, plan.splits, false)) return false;
+    MergeSlots<Partial>(block, plan, workspace.partials, tile * plan.splits, plan.splits);
+    return true;
+  }
+  const int group = split / plan.group;
+  const int first = group * plan.group;
+  const int in_group = plan.splits - first < plan.group ? plan.splits - first : plan.group;
+  uint32_t* const group_counter = workspace.counters + 2 + plan.tiles + tile * plan.groups + group;
+  if (!block.Arrive(group_counter, in_group, false)) return false;
+  MergeSlots<Partial>(block, plan, workspace.partials, tile * plan.splits + first, in_group);
+  const int64_t group_slots = plan.tiles * plan.splits + tile * plan.groups;
+  block.Each([&](int thread, State& state) {
+    if (thread >= plan.tile_values) return;
+    StoreSlot(state.partial[0], group_slots + group, plan.tile_values, thread, workspace.partials);
+  });
+  if (!block.Arrive(tile_counter, plan.groups, false)) return false;
+  MergeSlots<Partial>(block, plan, workspace.partials, group_slots, plan.groups);
+  return true;
+}
+
+// Everything after the threads' own partial results. output(channel, total) is called once for each channel.
+template <int kValues, typename Partial, typename Block, typename Output>
+SYNCBN_HOST_DEVICE inline void FinishReduction(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace,
+                                               Output output) {
+  using State = typename Block::StateType;
+  MergeMembers<kValues, Partial>(block, plan.members, plan.tile_columns,
+                                 [&plan](int thread) { return PlaceOf(plan, thread); });
+  if (!MergeSplits<kValues, Partial>(block, plan, workspace)) return;
+  const int64_t tile = block.index() % plan.tiles;
+  const bool signals = workspace.flag != nullptr;
+  if (plan.replicas == 1) {
+    block.Each([&](int thread, State& state) {
+      const int64_t channel = tile * plan.tile_values + thread;
+      if (thread < plan.tile_values && channel < plan.channels) output(channel, state.partial[0]);
+    });
+    if (!signals || !block.Arrive(workspace.counters + 1, plan.tiles, true)) return;
+  } else {
+    const int64_t tile_slots = plan.tiles * (plan.splits + plan.groups);
+    block.Each([&](int thread, State& state) {
+      if (thread < plan.tile_values) {
+        StoreSlot(state.partial[0], tile_slots + tile, plan.tile_values, thread, workspace.partials);
+      }
+    });
+    if (!block.Arrive(workspace.counters, plan.tiles, false)) return;
+    block.Each([&](int thread, State&) {
+      for (int64_t channel = thread; channel < plan.channels; channel += plan.threads()) {
+        Partial total = Partial::Empty();
+        for (int r = 0; r < plan.replicas; ++r) {
+          const int64_t value = channel + r * plan.channels;
+          total =
+              Partial::Combine(total, LoadSlot<Partial>(workspace.partials, tile_slots + value / plan.tile_values,
+                                                        plan.tile_values, static_cast<int>(value % plan.tile_values)));
+        }
+        output(channel, total);
+      }
+    });
+    if (!signals) return;
+  }
+  block.Raise(workspace.flag, workspace.flag_value);
+}
+
+// The part of a plane that a vector of the tensor holds.
+struct PlaneVector {
+  int64_t first = 0;   // Its first element in the tensor.
+  uint32_t valid = 0;  // Bit i: element first + i belongs to the plane. 0: nothing to read.
+};
+
+// Vector `unit` of `channel`, counted over all its planes.
+SYNCBN_HOST_DEVICE inline PlaneVector FindPlaneVector(const ReducePlan& plan, int64_t channel, int64_t unit,
+                                                      int width) {
+  PlaneVector vector;
+  if (unit >= plan.units) return vector;
+  const int64_t sample = plan.vectors_per_plane(unit);
+  const int64_t begin = (sample * plan.channels + channel) * plan.spatial;
+  const int64_t end = begin + plan.spatial;
+  vector.first = (begin / width + unit - sample * plan.vectors_per_plane.divisor) * width;
+  const int64_t left = end - vector.first;
+  if (left <= 0) return vector;
+  const uint32_t below_end = left >= width ? (1u << width) - 1 : (1u << left) - 1;
+  const int64_t skip = begin - vector.first;
+  vector.valid = skip > 0 ? below_end & ~((1u << skip) - 1) : below_end;
+  return vector;
+}
+
+// The same vector's first element, where plan.whole and unit < plan.units.
+SYNCBN_HOST_DEVICE inline int64_t FindWholePlaneVector(const ReducePlan& plan, int64_t channel, int64_t unit,
+                                                       int width) {
+  const uint32_t vectors = static_cast<uint32_t>(plan.vectors_per_plane.divisor);
+  const uint32_t sample = plan.vectors_per_plane.Small(static_cast<uint32_t>(unit));
+  const uint32_t within = static_cast<uint32_t>(unit) - sample * vectors;
+  return ((sample * plan.channels + channel) * vectors + within) * width;
+}
+
+}  // namespace syncbn::kernels::cuda
+
+#endif  // SYNCBN_KERNELS_CUDA_REDUCE_CUH_

@@ -1,0 +1,328 @@
+/* The C interface from C, through the shared library: a master, workers on threads, rounds, passes, errors. */
+
+#include "client/c/syncbn.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHECK(condition)                                              \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      exit(1);                                                        \
+    }                                                                 \
+  } while (0)
+
+/* OK, or the error's message on stderr and out. */
+#define CHECK_OK(call)                                                       \
+  do {                                                                       \
+    syncbn_error* error = NULL;                                              \
+    const syncbn_code code = (call);                                         \
+    if (code != 0) {                                                         \
+      fprintf(stderr, "%s:%d: code %d: %s\n", __FILE__, __LINE__, (int)code, \
+              error == NULL ? "" : syncbn_error_message(error));             \
+      exit(1);                                                               \
+    }                                                                        \
+  } while (0)
+
+enum { kInvalidArgument = 3, kDeadlineExceeded = 4, kFailedPrecondition = 9, kCancelled = 1 };
+
+static const char* g_target;
+
+static syncbn_worker* Join(const char* group, uint32_t rank, uint32_t world_size, int64_t round_timeout_ns) {
+  syncbn_worker_options options = SYNCBN_WORKER_OPTIONS_INIT;
+  options.target = g_target;
+  options.group = group;
+  options.rank = rank;
+  options.world_size = world_size;
+  options.round_timeout_ns = round_timeout_ns;
+  syncbn_worker* worker = NULL;
+  CHECK_OK(syncbn_worker_join(&options, &worker, &error));
+  return worker;
+}
+
+static void Declare(syncbn_worker* worker, const char* name, uint32_t channels) {
+  syncbn_layer_options layer = SYNCBN_LAYER_OPTIONS_INIT;
+  layer.name = name;
+  layer.channels = channels;
+  layer.eps = 1e-5;
+  CHECK_OK(syncbn_worker_declare_layer(worker, &layer, &error));
+}
+
+/* ---- Three workers with 3, 0 and 1 rows of two channels normalize over the four rows together. ------------------- */
+
+static const double kX[4][2] = {{1, 10}, {2, 30}, {3, -20}, {6, 40}};
+static const double kDy[4][2] = {{0.5, -1}, {1.5, 2}, {-1, 0.25}, {2, 1}};
+static const int kBegin[4] = {0, 3, 3, 4};
+
+struct Rows {
+  uint32_t rank;
+  double y[4][2];
+  double dx[4][2];
+  double running_mean[2];
+  double running_var[2];
+  double d_weight[2];
+  double d_bias[2];
+};
+
+static void* NormalizeRows(void* argument) {
+  struct Rows* const rows = argument;
+  const int begin = kBegin[rows->rank];
+  syncbn_worker* const worker = Join("rows", rows->rank, 3, 0);
+  Declare(worker, "bn", 2);
+  CHECK_OK(syncbn_worker_wait_for_members(worker, -1, &error));
+  CHECK(syncbn_worker_rank(worker) == rows->rank && syncbn_worker_world_size(worker) == 3);
+  CHECK(syncbn_worker_incarnation(worker) == 1 && syncbn_worker_run_id(worker) != 0);
+
+  syncbn_tensor x = {0};
+  x.data = (void*)kX[begin];
+  x.batch = kBegin[rows->rank + 1] - begin;
+  x.channels = 2;
+  x.spatial = 1;
+  x.type = SYNCBN_FLOAT64;
+  syncbn_forward* forward = NULL;
+  CHECK_OK(syncbn_forward_start(worker, "bn", &x, NULL, &forward, &error));
+  CHECK_OK(syncbn_forward_wait(forward, -1, &error));
+  CHECK(syncbn_forward_count(forward) == 4 && syncbn_forward_sequence(forward) == 0);
+  CHECK(syncbn_forward_backward_required(forward) == 1);
+  CHECK(fabs(syncbn_forward_mean(forward)[1] - 15.0) < 1e-12);
+
+  double weight[2] = {2.0, 0.5};
+  double bias[2] = {0.25, -1.0};
+  syncbn_forward_outputs outputs = SYNCBN_FORWARD_OUTPUTS_INIT;
+  outputs.weight = (syncbn_vector){weight, SYNCBN_FLOAT64};
+  outputs.bias = (syncbn_vector){bias, SYNCBN_FLOAT64};
+  outputs.running_mean = (syncbn_vector){rows->running_mean, SYNCBN_FLOAT64};
+  outputs.running_var = (syncbn_vector){rows->running_var, SYNCBN_FLOAT64};
+  outputs.momentum = 0.1;
+  outputs.y = x;
+  outputs.y.data = rows->y[begin];
+  CHECK_OK(syncbn_forward_finish(forward, &x, &outputs, &error));
+
+  syncbn_backward_inputs inputs = SYNCBN_BACKWARD_INPUTS_INIT;
+  inputs.dy = x;
+  inputs.dy.data = (void*)kDy[begin];
+  inputs.x = x.data;
+  inputs.weight = outputs.weight;
+  syncbn_backward* backward = NULL;
+  CHECK_OK(syncbn_backward_start(forward, &inputs, NULL, &backward, &error));
+  syncbn_forward_destroy(forward);
+  CHECK_OK(syncbn_backward_wait(backward, -1, &error));
+  syncbn_backward_outputs gradients = SYNCBN_BACKWARD_OUTPUTS_INIT;
+  gradients.dx = rows->dx[begin];
+  gradients.d_weight = (syncbn_vector){rows->d_weight, SYNCBN_FLOAT64};
+  gradients.d_bias = (syncbn_vector){rows->d_bias, SYNCBN_FLOAT64};
+  CHECK_OK(syncbn_backward_finish(backward, &inputs, &gradients, &error));
+  syncbn_backward_destroy(backward);
+  CHECK_OK(syncbn_worker_leave(worker, "finished", &error));
+  syncbn_worker_destroy(worker);
+  return NULL;
+}
+
+static void TestPasses(void) {
+  struct Rows rows[3];
+  pthread_t threads[3];
+  memset(rows, 0, sizeof(rows));
+  for (uint32_t rank = 0; rank < 3; ++rank) {
+    rows[rank].rank = rank;
+    rows[rank].running_var[0] = rows[rank].running_var[1] = 1.0;
+    CHECK(pthread_create(&threads[rank], NULL, NormalizeRows, &rows[rank]) == 0);
+  }
+  for (int i = 0; i < 3; ++i) pthread_join(threads[i], NULL);
+  const double weight[2] = {2.0, 0.5};
+  const double bias[2] = {0.25, -1.0};
+  for (int c = 0; c < 2; ++c) {
+    double mean = 0, var = 0, sum_dy = 0, sum_dy_xmu = 0;
+    for (int n = 0; n < 4; ++n) mean += kX[n][c] / 4;
+    for (int n = 0; n < 4; ++n) var += (kX[n][c] - mean) * (kX[n][c] - mean) / 4;
+    for (int n = 0; n < 4; ++n) sum_dy += kDy[n][c];
+    for (int n = 0; n < 4; ++n) sum_dy_xmu += kDy[n][c] * (kX[n][c] - mean);
+    const double invstd = 1 / sqrt(var + 1e-5);
+    double d_bias = 0, d_weight = 0;
+    for (int rank = 0; rank < 3; ++rank) {
+      CHECK(fabs(rows[rank].running_mean[c] - 0.1 * mean) < 1e-12);
+      CHECK(fabs(rows[rank].running_var[c] - (0.9 + 0.1 * var * 4 / 3)) < 1e-10);
+      d_bias += rows[rank].d_bias[c];
+      d_weight += rows[rank].d_weight[c];
+      for (int n = kBegin[rank]; n < kBegin[rank + 1]; ++n) {
+        const double xmu = kX[n][c] - mean;
+        CHECK(fabs(rows[rank].y[n][c] - (xmu * invstd * weight[c] + bias[c])) < 1e-12);
+        const double dx = weight[c] * invstd * (kDy[n][c] - sum_dy / 4 - xmu * invstd * invstd * sum_dy_xmu / 4);
+        CHECK(fabs(rows[rank].dx[n][c] - dx) < 1e-12);
+      }
+    }
+    CHECK(fabs(d_bias - sum_dy) < 1e-12 && fabs(d_weight - sum_dy_xmu * invstd) < 1e-12);
+  }
+}
+
+/* ---- Rounds over plain vectors ----------------------------------------------------------------------------------- */
+
+static void TestRounds(void) {
+  syncbn_worker* const worker = Join("rounds", 0, 1, 0);
+  const double value[3] = {1, 2, 3};
+  syncbn_round* first = NULL;
+  syncbn_round* second = NULL;
+  CHECK_OK(syncbn_round_start_sum(worker, "a", SYNCBN_NEXT_SEQUENCE, value, 3, &first, &error));
+  CHECK_OK(syncbn_round_start_sum(worker, "b", 7, value, 2, &second, &error));
+  CHECK_OK(syncbn_worker_flush(worker, &error));
+  CHECK_OK(syncbn_round_wait(second, -1, &error));
+  CHECK_OK(syncbn_round_wait(first, -1, &error));
+  CHECK(syncbn_round_sequence(first) == 0 && syncbn_round_sequence(second) == 7);
+  CHECK(syncbn_round_length(first) == 3 && syncbn_round_first(first)[2] == 3 && syncbn_round_second(first) == NULL);
+  CHECK(syncbn_round_length(second) == 2 && syncbn_round_missing_ranks(second, NULL) == 0);
+  syncbn_round_destroy(first);
+  syncbn_round_destroy(second);
+
+  Declare(worker, "bn", 2);
+  const double mean[2] = {1, 2};
+  const double m2[2] = {8, 2};
+  syncbn_round* round = NULL;
+  CHECK_OK(syncbn_round_start_forward(worker, "bn", SYNCBN_NEXT_SEQUENCE, 4, mean, m2, 2, 0, &round, &error));
+  CHECK_OK(syncbn_round_wait(round, -1, &error));
+  CHECK(syncbn_round_count(round) == 4 && syncbn_round_second(round)[0] == 2);
+  CHECK(syncbn_round_backward_required(round) == 1);
+  syncbn_round* backward = NULL;
+  CHECK_OK(syncbn_round_start_backward(worker, "bn", 0, mean, m2, 2, &backward, &error));
+  CHECK_OK(syncbn_round_wait(backward, -1, &error));
+  CHECK(syncbn_round_first(backward)[1] == 2 && syncbn_round_second(backward)[0] == 8);
+  syncbn_round_destroy(round);
+  syncbn_round_destroy(backward);
+  CHECK_OK(syncbn_worker_resume_at(worker, 100, &error));
+  CHECK_OK(syncbn_round_start_sum(worker, "a", SYNCBN_NEXT_SEQUENCE, value, 3, &first, &error));
+  CHECK(syncbn_round_sequence(first) == 100);
+  syncbn_round_destroy(first); /* Pending still. */
+  syncbn_worker_destroy(worker);
+}
+
+/* ---- Errors ------------------------------------------------------------------------------------------------------ */
+
+static void TestRoundError(void) {
+  syncbn_worker* const worker = Join("alone", 1, 2, 50 * 1000 * 1000);
+  const double value[1] = {1};
+  syncbn_round* round = NULL;
+  CHECK_OK(syncbn_round_start_sum(worker, "loss", SYNCBN_NEXT_SEQUENCE, value, 1, &round, &error));
+  CHECK(syncbn_round_wait(round, 0, NULL) == SYNCBN_PENDING);
+  syncbn_error* error = NULL;
+  CHECK(syncbn_round_wait(round, -1, &error) == kDeadlineExceeded);
+  CHECK(syncbn_error_code(error) == kDeadlineExceeded);
+  CHECK(strcmp(syncbn_error_reason(error), "ROUND_TIMEOUT") == 0);
+  CHECK(strcmp(syncbn_error_layer(error), "loss") == 0);
+  CHECK(strstr(syncbn_error_message(error), "rank 0 did not contribute") != NULL);
+  const uint32_t* ranks = NULL;
+  CHECK(syncbn_error_ranks(error, &ranks) == 1 && ranks[0] == 0);
+  syncbn_error_destroy(error);
+  CHECK(syncbn_round_wait(round, -1, NULL) == kDeadlineExceeded); /* The outcome stays. */
+  syncbn_round_destroy(round);
+  syncbn_worker_destroy(worker);
+}
+
+static syncbn_code StartForward(syncbn_worker* worker, const char* layer, syncbn_tensor* x, syncbn_error** error) {
+  syncbn_forward* forward = NULL;
+  return syncbn_forward_start(worker, layer, x, NULL, &forward, error);
+}
+
+static void ExpectError(syncbn_code code, syncbn_code expected, syncbn_error** out, const char* text) {
+  syncbn_error* const error = *out;
+  if (code != expected || error == NULL || strstr(syncbn_error_message(error), text) == NULL) {
+    fprintf(stderr, "code %d instead of %d, \"%s\" instead of \"%s\"\n", (int)code, (int)expected,
+            error == NULL ? "" : syncbn_error_message(error), text);
+    exit(1);
+  }
+  syncbn_error_destroy(error);
+  *out = NULL;
+}
+
+static void TestBadInput(void) {
+  syncbn_error* error = NULL;
+  syncbn_worker* none = NULL;
+  syncbn_worker_options options = SYNCBN_WORKER_OPTIONS_INIT;
+  ExpectError(syncbn_worker_join(&options, &none, &error), kInvalidArgument, &error, "target");
+  options.target = g_target;
+  options.rank = 3;
+  options.world_size = 2;
+  ExpectError(syncbn_worker_join(&options, &none, &error), kInvalidArgument, &error, "rank 3");
+  options.struct_size = 2;
+  ExpectError(syncbn_worker_join(&options, &none, &error), kInvalidArgument, &error, "struct_size is 2");
+
+  syncbn_worker* const worker = Join("bad", 0, 1, 0);
+  double data[4] = {0};
+  syncbn_tensor x = {data, 2, 2, 1, SYNCBN_FLOAT64, SYNCBN_CHANNELS_FIRST, SYNCBN_DEVICE_CPU, 0};
+  ExpectError(StartForward(worker, "bn", &x, &error), kFailedPrecondition, &error, "\"bn\" has not been declared");
+  Declare(worker, "bn", 3);
+  ExpectError(StartForward(worker, "bn", &x, &error), kInvalidArgument, &error, "has 3 channels, and the tensor has 2");
+  x.type = 9;
+  ExpectError(StartForward(worker, "bn", &x, &error), kInvalidArgument, &error, "type is 9");
+  x.type = SYNCBN_FLOAT64;
+  x.data = NULL;
+  ExpectError(StartForward(worker, "bn", &x, &error), kInvalidArgument, &error, "x has 4 elements and no data");
+  x.device = SYNCBN_DEVICE_CUDA;
+  CHECK(StartForward(worker, "bn", &x, NULL) != 0);
+  CHECK_OK(syncbn_worker_leave(worker, "done", &error));
+  syncbn_round* round = NULL;
+  ExpectError(syncbn_round_start_sum(worker, "a", 0, data, 1, &round, &error), kFailedPrecondition, &error, "left");
+  syncbn_worker_destroy(worker);
+  syncbn_worker_destroy(NULL);
+}
+
+static void TestPassThatOutlivesItsWorker(void) {
+  syncbn_worker* const worker = Join("outlives", 0, 1, 0);
+  Declare(worker, "bn", 2);
+  double data[4] = {1, 2, 3, 4};
+  syncbn_tensor x = {data, 2, 2, 1, SYNCBN_FLOAT64, SYNCBN_CHANNELS_FIRST, SYNCBN_DEVICE_CPU, 0};
+  syncbn_forward* forward = NULL;
+  CHECK_OK(syncbn_forward_start(worker, "bn", &x, NULL, &forward, &error));
+  CHECK_OK(syncbn_forward_wait(forward, -1, &error));
+  syncbn_worker_destroy(worker);
+  syncbn_backward_inputs inputs = SYNCBN_BACKWARD_INPUTS_INIT;
+  inputs.dy = x;
+  inputs.x = data;
+  syncbn_backward* backward = NULL;
+  CHECK(syncbn_backward_start(forward, &inputs, NULL, &backward, NULL) == kCancelled);
+  syncbn_forward_destroy(forward);
+}
+
+static void TestEvaluation(void) {
+  float data[3] = {1, 2, 4};
+  float y[3];
+  float dx[3];
+  float mean[1] = {2};
+  float var[1] = {4};
+  double d_weight[1];
+  syncbn_tensor x = {data, 3, 1, 1, SYNCBN_FLOAT32, SYNCBN_CHANNELS_LAST, SYNCBN_DEVICE_CPU, 0};
+  syncbn_evaluate_options options = SYNCBN_EVALUATE_OPTIONS_INIT;
+  options.mean = (syncbn_vector){mean, SYNCBN_FLOAT32};
+  options.var = (syncbn_vector){var, SYNCBN_FLOAT32};
+  options.relu = 1;
+  CHECK_OK(syncbn_evaluate(&x, &options, y, &error));
+  CHECK(y[0] == 0 && y[1] == 0 && y[2] == 1);
+  syncbn_backward_inputs inputs = SYNCBN_BACKWARD_INPUTS_INIT;
+  inputs.dy = x;
+  inputs.x = data;
+  inputs.relu = 1;
+  syncbn_backward_outputs outputs = SYNCBN_BACKWARD_OUTPUTS_INIT;
+  outputs.dx = dx;
+  outputs.d_weight = (syncbn_vector){d_weight, SYNCBN_FLOAT64};
+  CHECK_OK(syncbn_evaluate_backward(&inputs, &options, &outputs, &error));
+  CHECK(dx[0] == 0 && dx[1] == 0 && dx[2] == 2 && d_weight[0] == 4);
+}
+
+int main(void) {
+  CHECK(syncbn_api_version() == ((SYNCBN_API_VERSION_MAJOR << 16) | SYNCBN_API_VERSION_MINOR));
+  CHECK(strcmp(syncbn_version(), "0.1.0") == 0 && strstr(syncbn_build_info(), "cpu=") != NULL);
+  syncbn_master* master = NULL;
+  CHECK_OK(syncbn_master_start(NULL, &master, &error));
+  g_target = syncbn_master_target(master);
+  TestPasses();
+  TestRounds();
+  TestRoundError();
+  TestBadInput();
+  TestPassThatOutlivesItsWorker();
+  TestEvaluation();
+  syncbn_master_shutdown(master, 1000000000);
+  syncbn_master_destroy(master);
+  puts("6 passed, 0 failed");
+  return 0;
+}

@@ -1,0 +1,229 @@
+// The four operations of kernels/cuda/batch_norm.h as the host executor computes them, with the launches' own plans.
+
+#ifndef SYNCBN_TESTS_KERNELS_CUDA_HOST_KERNELS_H_
+#define SYNCBN_TESTS_KERNELS_CUDA_HOST_KERNELS_H_
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "kernels/batch_norm.h"
+#include "kernels/cuda/backward_elemt.cuh"
+#include "kernels/cuda/backward_reduce.cuh"
+#include "kernels/cuda/elemt.cuh"
+#include "kernels/cuda/plan.h"
+#include "kernels/cuda/stats.cuh"
+#include "tests/kernels/cuda/host_executor.h"
+
+namespace syncbn::testing {
+
+namespace cuda = kernels::cuda;
+
+template <typename T>
+struct TypeTag {
+  using Type = T;
+};
+
+// Calls f(mapping, type), both as types.
+template <typename Function>
+void Dispatch(cuda::Mapping mapping, kernels::DataType type, Function f) {
+  const auto with_mapping = [&](auto tag) {
+    if (mapping == cuda::Mapping::kRows) {
+      f(std::integral_constant<cuda::Mapping, cuda::Mapping::kRows>(), tag);
+    } else {
+      f(std::integral_constant<cuda::Mapping, cuda::Mapping::kPlanes>(), tag);
+    }
+  };
+  switch (type) {
+    case kernels::DataType::kFloat32:
+      return with_mapping(TypeTag<float>());
+    case kernels::DataType::kFloat64:
+      return with_mapping(TypeTag<double>());
+    case kernels::DataType::kFloat16:
+      return with_mapping(TypeTag<cuda::Float16>());
+    case kernels::DataType::kBFloat16:
+      return with_mapping(TypeTag<cuda::BFloat16>());
+  }
+}
+
+// How the host runs them: `seed` as RunGrid has it; `aligned` picks the vector loads or the scalar ones.
+struct HostRun {
+  uint64_t seed = 0;
+  bool aligned = true;
+  // A caller that keeps these over several launches checks that the counters return to zero.
+  std::vector<uint32_t>* counters = nullptr;
+  uint32_t* flag = nullptr;
+  uint32_t flag_value = 0;
+};
+
+// Memory for one launch, filled with NaN where a launch must not read before it writes.
+struct HostWorkspace {
+  HostWorkspace(const HostRun& run, const cuda::ReducePlan& plan)
+      : own_counters(cuda::kCounterBytes / sizeof(uint32_t), 0u),
+        partials((cuda::WorkspaceBytes(plan) - cuda::kCounterBytes) / sizeof(double), __builtin_nan("")) {
+    view.counters = run.counters != nullptr ? run.counters->data() : own_counters.data();
+    view.partials = partials.data();
+    view.flag = run.flag;
+    view.flag_value = run.flag_value;
+  }
+  std::vector<uint32_t> own_counters;
+  std::vector<double> partials;
+  cuda::ReduceWorkspace view;
+};
+
+inline void HostStats(const HostRun& run, const kernels::TensorShape& shape, const void* x, double* mean, double* m2) {
+  cuda::StatsArguments arguments;
+  arguments.plan = cuda::PlanReduce(shape, 1);
+  HostWorkspace workspace(run, arguments.plan);
+  arguments.x = x;
+  arguments.aligned = run.aligned;
+  arguments.mean = mean;
+  arguments.m2 = m2;
+  arguments.workspace = workspace.view;
+  Dispatch(arguments.plan.mapping, shape.type, [&](auto mapping, auto tag) {
+    using T = typename decltype(tag)::Type;
+    constexpr cuda::Mapping kMapping = decltype(mapping)::value;
+    constexpr int kValues = kMapping == cuda::Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
+    using Partial = cuda::MomentsPartial;
+    RunGrid<cuda::ReduceState<Partial, kValues>>(
+        arguments.plan.blocks(), arguments.plan.threads(), cuda::kReduceSharedDoubles<Partial, kValues>, run.seed,
+        [&](auto& block) { cuda::StatsOfBlock<kMapping, T>(block, arguments); });
+  });
+}
+
+template <cuda::Gate kGate>
+void HostBackwardReduceWithGate(const HostRun& run, kernels::DataType type,
+                                const cuda::BackwardReduceArguments& arguments) {
+  Dispatch(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
+    using T = typename decltype(tag)::Type;
+    constexpr cuda::Mapping kMapping = decltype(mapping)::value;
+    constexpr int kValues = kMapping == cuda::Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
+    using Partial = cuda::SumsPartial;
+    RunGrid<cuda::ReduceState<Partial, kValues>>(
+        arguments.plan.blocks(), arguments.plan.threads(), cuda::kReduceSharedDoubles<Partial, kValues>, run.seed,
+        [&](auto& block) { cuda::BackwardReduceOfBlock<kMapping, kGate, T>(block, arguments); });
+  });
+}
+
+inline void HostBackwardReduce(const HostRun& run, const kernels::TensorShape& shape, const void* dy, const void* x,
+                               const double* mean, const kernels::ReluGate& gate, double* sum_dy, double* sum_dy_xmu) {
+  cuda::BackwardReduceArguments arguments;
+  arguments.plan = cuda::PlanReduce(shape, 2);
+  HostWorkspace workspace(run, arguments.plan);
+  arguments.dy = dy;
+  arguments.x = x;
+  arguments.aligned = run.aligned;
+  arguments.mean = mean;
+  arguments.gate = gate;
+  arguments.sum_dy = sum_dy;
+  arguments.sum_dy_xmu = sum_dy_xmu;
+  arguments.workspace = workspace.view;
+  switch (cuda::KindOf(gate)) {
+    case cuda::Gate::kNone:
+      return HostBackwardReduceWithGate<cuda::Gate::kNone>(run, shape.type, arguments);
+    case cuda::Gate::kMask:
+      return HostBackwardReduceWithGate<cuda::Gate::kMask>(run, shape.type, arguments);
+    case cuda::Gate::kRecompute:
+      return HostBackwardReduceWithGate<cuda::Gate::kRecompute>(run, shape.type, arguments);
+  }
+}
+
+template <typename Op>
+size_t LaneDoubles(const cuda::ElementPlan& plan) {
+  return (plan.max_planes * sizeof(typename Op::Lane) + sizeof(double) - 1) / sizeof(double);
+}
+
+template <cuda::Addition kAddition>
+void HostElemtWithAddition(const HostRun& run, kernels::DataType type, const cuda::ElemtArguments& arguments) {
+  Dispatch(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
+    constexpr cuda::Mapping kMapping = decltype(mapping)::value;
+    using T = typename decltype(tag)::Type;
+    using Op = cuda::ElemtOp<kAddition, T>;
+    RunGrid<cuda::ElementState<Op, cuda::Unroll(kMapping, Op::kBytes)>>(
+        arguments.plan.block_count, arguments.plan.block_threads, LaneDoubles<Op>(arguments.plan), run.seed,
+        [&](auto& block) { cuda::ElemtOfBlock<kMapping, kAddition, T>(block, arguments); });
+  });
+}
+
+inline void HostElemt(const HostRun& run, const kernels::TensorShape& shape, const void* x,
+                      const kernels::ForwardCoefficients& coefficients, const kernels::Epilogue& epilogue, void* y) {
+  const cuda::Addition addition = cuda::KindOf(epilogue);
+  const size_t element_bytes = kernels::SizeOf(shape.type);
+  cuda::ElemtArguments arguments;
+  arguments.plan =
+      cuda::PlanElement(shape, cuda::ElemtWidth(addition, element_bytes), cuda::ElemtBytes(addition, element_bytes));
+  arguments.x = x;
+  arguments.coefficients = coefficients;
+  arguments.epilogue = epilogue;
+  arguments.y = y;
+  arguments.aligned = run.aligned;
+  switch (addition) {
+    case cuda::Addition::kNone:
+      return HostElemtWithAddition<cuda::Addition::kNone>(run, shape.type, arguments);
+    case cuda::Addition::kResidual:
+      return HostElemtWithAddition<cuda::Addition::kResidual>(run, shape.type, arguments);
+    case cuda::Addition::kResidualAndMask:
+      return HostElemtWithAddition<cuda::Addition::kResidualAndMask>(run, shape.type, arguments);
+  }
+}
+
+template <cuda::Gate kGate>
+void HostBackwardElemtWithGate(const HostRun& run, kernels::DataType type,
+                               const cuda::BackwardElemtArguments& arguments) {
+  Dispatch(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
+    constexpr cuda::Mapping kMapping = decltype(mapping)::value;
+    using T = typename decltype(tag)::Type;
+    using Op = cuda::BackwardElemtOp<kGate, T>;
+    RunGrid<cuda::ElementState<Op, cuda::Unroll(kMapping, Op::kBytes)>>(
+        arguments.plan.block_count, arguments.plan.block_threads, LaneDoubles<Op>(arguments.plan), run.seed,
+        [&](auto& block) { cuda::BackwardElemtOfBlock<kMapping, kGate, T>(block, arguments); });
+  });
+}
+
+inline void HostBackwardElemt(const HostRun& run, const kernels::TensorShape& shape, const void* dy, const void* x,
+                              const kernels::BackwardCoefficients& coefficients, const kernels::ReluGate& gate,
+                              void* dx, void* d_residual) {
+  cuda::BackwardElemtArguments arguments;
+  arguments.plan = cuda::PlanElement(shape, cuda::VectorWidth(shape.type),
+                                     cuda::BackwardElemtBytes(cuda::KindOf(gate), kernels::SizeOf(shape.type)));
+  arguments.dy = dy;
+  arguments.x = x;
+  arguments.coefficients = coefficients;
+  arguments.gate = gate;
+  arguments.dx = dx;
+  arguments.d_residual = d_residual;
+  arguments.aligned = run.aligned;
+  switch (cuda::KindOf(gate)) {
+    case cuda::Gate::kNone:
+      return HostBackwardElemtWithGate<cuda::Gate::kNone>(run, shape.type, arguments);
+    case cuda::Gate::kMask:
+      return HostBackwardElemtWithGate<cuda::Gate::kMask>(run, shape.type, arguments);
+    case cuda::Gate::kRecompute:
+      return HostBackwardElemtWithGate<cuda::Gate::kRecompute>(run, shape.type, arguments);
+  }
+}
+
+// The four as a Backend of checksums.h.
+struct HostBackend {
+  HostRun run;
+  template <typename... Arguments>
+  void Stats(Arguments... arguments) {
+    HostStats(run, arguments...);
+  }
+  template <typename... Arguments>
+  void Elemt(Arguments... arguments) {
+    HostElemt(run, arguments...);
+  }
+  template <typename... Arguments>
+  void BackwardReduce(Arguments... arguments) {
+    HostBackwardReduce(run, arguments...);
+  }
+  template <typename... Arguments>
+  void BackwardElemt(Arguments... arguments) {
+    HostBackwardElemt(run, arguments...);
+  }
+};
+
+}  // namespace syncbn::testing
+
+#endif  // SYNCBN_TESTS_KERNELS_CUDA_HOST_KERNELS_H_

@@ -1,0 +1,93 @@
+"""cuda_library: C++ for host and device, by nvcc, as a cc_library.
+
+nvcc compiles each source into an object for every architecture of ARCHITECTURES, and PTX of the newest for GPUs to come.
+Where there is no toolkit (HAVE_CUDA is false), the library has the sources of `otherwise` in their place, so that
+whatever depends on it builds all the same.
+"""
+
+load("@cuda//:config.bzl", "CUDA_ROOT", "HAVE_CUDA")
+
+# 75 Turing, 80 and 86 Ampere, 89 Ada, 90 Hopper, 100 and 120 Blackwell. CUDA 13 knows them all.
+ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
+
+# -fmad=false: a multiplication and an addition are fused only where the source says fma, as on the host, so that a CPU
+# computes the same bits. -Xptxas -v: the resources of each kernel, for a test to read.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
+    "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas,-ffp-contract=off",
+] + [
+    "-gencode=arch=compute_%s,code=sm_%s" % (arch, arch)
+    for arch in ARCHITECTURES
+] + [
+    "-gencode=arch=compute_%s,code=compute_%s" % (ARCHITECTURES[-1], ARCHITECTURES[-1]),
+]
+
+def _cc_headers_impl(ctx):
+    return [DefaultInfo(files = depset(transitive = [
+        dep[CcInfo].compilation_context.headers
+        for dep in ctx.attr.deps
+    ]))]
+
+# The headers of cc_libraries and of what they depend on, as files for a genrule.
+cc_headers = rule(
+    implementation = _cc_headers_impl,
+    attrs = {"deps": attr.label_list(providers = [CcInfo])},
+)
+
+def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, testonly = False):
+    """A cc_library of CUDA sources.
+
+    Args:
+      name: of the library. <name>_resources is a file group of the compiler's reports, empty without CUDA.
+      srcs: .cu files.
+      headers: labels of what they include.
+      otherwise: the .cc files of the library without CUDA.
+      deps: cc_libraries that both kinds need.
+      visibility: as ever.
+      testonly: as ever.
+    """
+    if not HAVE_CUDA:
+        native.cc_library(name = name, srcs = otherwise, deps = deps, visibility = visibility, testonly = testonly)
+        native.filegroup(name = name + "_resources", srcs = [], visibility = visibility, testonly = testonly)
+        return
+    objects = []
+    reports = []
+    for src in srcs:
+        stem = src[:-len(".cu")]
+        native.genrule(
+            name = "%s_%s_object" % (name, stem),
+            srcs = [src] + headers,
+            outs = [stem + ".cu.o", stem + ".resources.txt"],
+            # A failure shows what the compiler said.
+            cmd = ("{nvcc} {flags} -I. -c $(location {src}) -o $(location {stem}.cu.o)" +
+                   " > $(location {stem}.resources.txt) 2>&1" +
+                   " || (cat $(location {stem}.resources.txt) >&2; false)").format(
+                nvcc = CUDA_ROOT + "/bin/nvcc",
+                flags = " ".join(NVCC_FLAGS),
+                src = src,
+                stem = stem,
+            ),
+            message = "Compiling CUDA",
+            testonly = testonly,
+        )
+        objects.append(stem + ".cu.o")
+        reports.append(stem + ".resources.txt")
+    native.cc_library(
+        name = name,
+        srcs = objects,
+        deps = deps,
+        linkopts = [
+            "-L" + CUDA_ROOT + "/lib",
+            "-L" + CUDA_ROOT + "/lib64",
+            "-lcudart_static",
+            "-ldl",
+            "-lrt",
+            "-lpthread",
+        ],
+        visibility = visibility,
+        testonly = testonly,
+    )
+    native.filegroup(name = name + "_resources", srcs = reports, visibility = visibility, testonly = testonly)
