@@ -1,5 +1,10 @@
 #include "server/stats_server.h"
 
+#include <arpa/inet.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
 #include <fstream>
 #include <sstream>
 #include <utility>
@@ -7,6 +12,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "grpcpp/ext/channelz_service_plugin.h"
@@ -36,7 +42,23 @@ absl::string_view HostOf(absl::string_view address) {
 bool IsLoopback(absl::string_view address) {
   if (IsUnix(address)) return true;
   const absl::string_view host = HostOf(address);
-  return host == "localhost" || host == "::1" || absl::StartsWith(host, "127.");
+  if (host == "localhost" || host == "::1") return true;
+  in_addr parsed;  // A name may begin with "127." too.
+  return inet_pton(AF_INET, std::string(host).c_str(), &parsed) == 1 && absl::StartsWith(host, "127.");
+}
+
+// Whether someone answers on the socket. gRPC would take a path over from a master that serves on it.
+bool IsServed(absl::string_view unix_address) {
+  sockaddr_un socket_address = {};
+  socket_address.sun_family = AF_UNIX;
+  const absl::string_view path = absl::StripPrefix(absl::StripPrefix(unix_address, "unix:"), "//");
+  if (!absl::StartsWith(unix_address, "unix:") || path.size() >= sizeof(socket_address.sun_path)) return false;
+  path.copy(socket_address.sun_path, path.size());
+  const int descriptor = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (descriptor < 0) return false;
+  const int result = connect(descriptor, reinterpret_cast<const sockaddr*>(&socket_address), sizeof(socket_address));
+  close(descriptor);
+  return result == 0;
 }
 
 absl::Status CheckAddresses(const MasterServer::Options& options) {
@@ -55,11 +77,15 @@ absl::Status CheckAddresses(const MasterServer::Options& options) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::string> ReadFile(const std::string& path, absl::string_view what) {
+// The text of a PEM file that has a block of the given kind.
+absl::StatusOr<std::string> ReadPem(const std::string& path, absl::string_view what, absl::string_view block) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
   text << file.rdbuf();
   if (!file) return absl::InvalidArgumentError(absl::StrCat("cannot read the ", what, " \"", path, "\""));
+  if (!absl::StrContains(text.str(), absl::StrCat(block, "-----"))) {
+    return absl::InvalidArgumentError(absl::StrCat("the ", what, " \"", path, "\" has no PEM block of a ", block));
+  }
   return text.str();
 }
 
@@ -74,13 +100,13 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const M
   grpc::SslServerCredentialsOptions options(tls.client_cert_auth
                                                 ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
                                                 : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE);
-  const auto certificate = ReadFile(tls.cert_file, "certificate");
+  const auto certificate = ReadPem(tls.cert_file, "certificate", "CERTIFICATE");
   if (!certificate.ok()) return certificate.status();
-  const auto key = ReadFile(tls.key_file, "key");
+  const auto key = ReadPem(tls.key_file, "key", "PRIVATE KEY");
   if (!key.ok()) return key.status();
   options.pem_key_cert_pairs.push_back({*key, *certificate});
   if (!tls.trusted_ca_file.empty()) {
-    const auto ca = ReadFile(tls.trusted_ca_file, "trusted CA");
+    const auto ca = ReadPem(tls.trusted_ca_file, "trusted CA", "CERTIFICATE");
     if (!ca.ok()) return ca.status();
     options.pem_root_certs = *ca;
   }
@@ -125,14 +151,18 @@ class MasterServer::Impl {
     Tune(&builder, options.max_frame_bytes);
     ports_.resize(options.addresses.size());
     for (size_t i = 0; i < options.addresses.size(); ++i) {
+      if (IsServed(options.addresses[i])) {
+        return absl::UnavailableError(absl::StrCat("\"", options.addresses[i], "\" is in use"));
+      }
       builder.AddListeningPort(options.addresses[i], credentials, &ports_[i]);
     }
     loop_.Register(&builder);
     server_ = builder.BuildAndStart();
     for (size_t i = 0; i < options.addresses.size(); ++i) {
-      if (server_ != nullptr && ports_[i] != 0) continue;
+      if (ports_[i] != 0) continue;
       return absl::UnavailableError(absl::StrCat("cannot listen on \"", options.addresses[i], "\""));
     }
+    if (server_ == nullptr) return absl::UnavailableError("the server cannot be started");
     addresses_ = options.addresses;
     loop_.Start();
     serving_ = true;

@@ -8,6 +8,7 @@ Watcher::Watcher(Handler* handler)
     : handler_(handler),
       writer_(&context_),
       start_tag_(this, &Watcher::OnStart),
+      greet_tag_(this, &Watcher::OnGreeted),
       write_tag_(this, &Watcher::OnWrite),
       finish_tag_(this, &Watcher::OnFinish),
       done_tag_(this, &Watcher::OnDone) {}
@@ -27,6 +28,22 @@ void Watcher::OnStart(bool ok) {
   }
   group_ = ToGroupId(request_.job(), request_.group());
   handler_->OnWatch(this);
+  Greet();
+}
+
+// An early header tells the watcher that it misses nothing from here on.
+void Watcher::Greet() {
+  if (finishing_) return;
+  writing_ = true;
+  ++outstanding_;
+  writer_.SendInitialMetadata(&greet_tag_);
+}
+
+void Watcher::OnGreeted(bool ok) {
+  --outstanding_;
+  writing_ = false;
+  if (ok) WriteNext();
+  Settle();
 }
 
 void Watcher::Send(const v1::WatchRoundsResponse& event) {

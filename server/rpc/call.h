@@ -92,6 +92,8 @@ class Watcher {
 
  private:
   void OnStart(bool ok);
+  void Greet();
+  void OnGreeted(bool ok);
   void OnWrite(bool ok);
   void OnFinish(bool ok);
   void OnDone(bool ok);
@@ -102,7 +104,7 @@ class Watcher {
   grpc::ServerContext context_;
   v1::WatchRoundsRequest request_;
   grpc::ServerAsyncWriter<v1::WatchRoundsResponse> writer_;
-  MethodTag<Watcher> start_tag_, write_tag_, finish_tag_, done_tag_;
+  MethodTag<Watcher> start_tag_, greet_tag_, write_tag_, finish_tag_, done_tag_;
   core::GroupId group_;
   std::deque<v1::WatchRoundsResponse> events_;
   uint64_t dropped_ = 0;

@@ -1,12 +1,16 @@
 #include "server/rpc/master_loop.h"
 
 #include <algorithm>
+#include <string>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/hash/hash.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "google/protobuf/arena.h"
@@ -31,6 +35,10 @@ grpc::ByteBuffer Serialize(const v1::MasterFrame& frame) {
   const std::string bytes = frame.SerializeAsString();
   const grpc::Slice slice(bytes);
   return grpc::ByteBuffer(&slice, 1);
+}
+
+size_t Fingerprint(const core::RoundKey& key) {
+  return absl::Hash<std::tuple<const std::string&, uint64_t, core::Phase>>()({key.layer, key.sequence, key.phase});
 }
 
 }  // namespace
@@ -90,7 +98,9 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     }
     Session& session = sessions_[stream->id()];
     session.joined = session.joined || event.join.has_value();
-    session.unanswered += event.contributions.size();
+    for (const core::Contribution& contribution : event.contributions) {
+      session.unanswered.insert(Fingerprint(contribution.key));
+    }
     const bool silent = !event.blocked_on.empty();
     session.answered_since_read = false;
     Deliver(event);
@@ -111,7 +121,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     if (!session.joined) {
       CloseStream(stream, ToGrpc(core::MakeError(absl::StatusCode::kInvalidArgument, core::kJoinRequired,
                                                  "the stream ended before its first frame")));
-    } else if (session.unanswered == 0) {
+    } else if (session.unanswered.empty()) {
       Retire(stream);
     }
   }
@@ -137,7 +147,9 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
 
   struct Session {
     std::unique_ptr<WorkerStream> stream;
-    size_t unanswered = 0;  // Contributions without an outcome.
+    // Fingerprints of the rounds that it has contributed to and that have no outcome yet. A set, not a count: what is
+    // contributed twice is answered once.
+    absl::flat_hash_set<size_t> unanswered;
     bool joined = false;
     bool silent = false;  // Its next read waits for an answer.
     bool answered_since_read = false;
@@ -203,26 +215,30 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   void Apply(const core::SendJoined& joined) {
     v1::MasterFrame frame;
     ToProto(joined, options_.description, frame.mutable_joined());
-    Send({joined.stream}, frame, 0);
+    Send({joined.stream}, frame);
   }
 
   void Apply(const core::SendResults& results) {
     google::protobuf::Arena arena;
     auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
-    for (const auto& outcome : results.outcomes) ToProto(*outcome, frame->add_results());
-    Send(results.streams, *frame, results.outcomes.size());
+    std::vector<size_t> answered;
+    for (const auto& outcome : results.outcomes) {
+      ToProto(*outcome, frame->add_results());
+      answered.push_back(Fingerprint(outcome->key));
+    }
+    Send(results.streams, *frame, answered);
   }
 
   void Apply(const core::SendLayerError& error) {
     v1::MasterFrame frame;
     ToProto(error, frame.add_layer_errors());
-    Send(error.streams, frame, 0);
+    Send(error.streams, frame);
   }
 
   void Apply(const core::SendMembership& change) {
     v1::MasterFrame frame;
     ToProto(change.membership, frame.mutable_membership());
-    Send(change.streams, frame, 0);
+    Send(change.streams, frame);
   }
 
   void Apply(const core::CloseStream& close) {
@@ -247,18 +263,20 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     }
   }
 
-  void Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame, size_t outcomes) {
+  // `answered`: fingerprints of the rounds whose outcomes are in the frame.
+  void Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame,
+            const std::vector<size_t>& answered = {}) {
     const grpc::ByteBuffer bytes = Serialize(frame);
     for (const core::StreamId id : streams) {
       const auto it = sessions_.find(id);
       if (it == sessions_.end()) continue;
       Session& session = it->second;
       session.stream->Send(bytes);
-      if (outcomes == 0) continue;
+      if (answered.empty()) continue;
       session.answered_since_read = true;
-      session.unanswered -= std::min(session.unanswered, outcomes);
+      for (const size_t fingerprint : answered) session.unanswered.erase(fingerprint);
       if (std::exchange(session.silent, false)) session.stream->ReadNext();
-      if (session.half_closed && session.unanswered == 0) retiring_.push_back(id);
+      if (session.half_closed && session.unanswered.empty()) retiring_.push_back(id);
     }
   }
 

@@ -1,0 +1,315 @@
+// What the gRPC layer adds to the round engine: frames that are not frames, streams that end, readers that do not read.
+
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "server/stats_server.h"
+#include "syncbn/v1/inspection.grpc.pb.h"
+#include "tests/server/rpc/raw_stream.h"
+
+namespace syncbn::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::unique_ptr<MasterServer> StartServer(MasterServer::Options options = {}) {
+  options.addresses = {"127.0.0.1:0"};
+  auto started = MasterServer::Start(std::move(options));
+  EXPECT_TRUE(started.ok()) << started.status();
+  return started.ok() ? *std::move(started) : nullptr;
+}
+
+v1::WorkerFrame SumFrame(const std::string& name, uint64_t sequence, const std::vector<double>& value) {
+  v1::WorkerFrame frame;
+  *frame.mutable_contributions()->Add()->mutable_key() = Key(name, sequence, v1::PHASE_SUM);
+  frame.mutable_contributions(0)->mutable_vector()->mutable_value()->Add(value.begin(), value.end());
+  return frame;
+}
+
+// The status of a call whose worker has said nothing but this.
+grpc::Status StatusAfter(MasterServer& server, const v1::WorkerFrame& frame) {
+  RawStream stream(Connect(server.target()));
+  stream.Write(frame);
+  return stream.Finish();
+}
+
+void ExpectError(const grpc::Status& status, grpc::StatusCode code, const std::string& reason,
+                 const std::string& message) {
+  EXPECT_EQ(status.error_code(), code) << status.error_message();
+  const google::rpc::ErrorInfo info = InfoOf(status);
+  EXPECT_EQ(info.reason(), reason);
+  EXPECT_EQ(info.domain(), "syncbn");
+  EXPECT_THAT(status.error_message(), HasSubstr(message));
+}
+
+// ---- Bad frames -----------------------------------------------------------------------------------------------------
+
+TEST(WorkerStreamTest, BytesThatAreNoFrameEndTheCall) {
+  const auto server = StartServer();
+  RawStream stream(Connect(server->target()));
+  ASSERT_TRUE(stream.WriteBytes("\xff\xff\xff"));
+  ExpectError(stream.Finish(), grpc::StatusCode::INVALID_ARGUMENT, "MALFORMED_FRAME", "not a syncbn.v1.WorkerFrame");
+}
+
+TEST(WorkerStreamTest, AMalformedFrameOfAMemberLosesItToTheOthers) {
+  const auto server = StartServer();
+  RawStream good(Connect(server->target())), bad(Connect(server->target()));
+  v1::WorkerFrame join = JoinFrame("g", 0, 2);
+  *join.add_layers() = SumLayer("v", 1);
+  *join.add_contributions() = SumFrame("v", 0, {1.0}).contributions(0);
+  ASSERT_TRUE(good.Write(join));
+  ASSERT_TRUE(bad.Write(JoinFrame("g", 1, 2)));
+  ASSERT_TRUE(bad.Read().has_value());
+  ASSERT_TRUE(bad.WriteBytes("\xff"));
+  ExpectError(bad.Finish(), grpc::StatusCode::INVALID_ARGUMENT, "MALFORMED_FRAME", "");
+  const auto frame = good.ReadResults();
+  ASSERT_TRUE(frame.has_value());
+  const google::rpc::ErrorInfo info = InfoOf(frame->results(0).error());
+  EXPECT_EQ(info.reason(), "WORKER_LOST");
+  EXPECT_EQ(info.metadata().at("ranks"), "1");
+  EXPECT_EQ(info.metadata().at("layer"), "v");
+  EXPECT_EQ(info.metadata().at("sequence"), "0");
+  EXPECT_EQ(info.metadata().at("phase"), "SUM");
+}
+
+TEST(WorkerStreamTest, RulesOfTheFrameAreNamed) {
+  const auto server = StartServer();
+  const auto expect_malformed = [&](const v1::WorkerFrame& frame, const std::string& message) {
+    ExpectError(StatusAfter(*server, frame), grpc::StatusCode::INVALID_ARGUMENT, "MALFORMED_FRAME", message);
+  };
+  v1::WorkerFrame frame = JoinFrame("g", 0, 1);
+  *frame.add_contributions()->mutable_key() = Key("v", 3, v1::PHASE_UNSPECIFIED);
+  expect_malformed(frame, "the key of layer \"v\", sequence 3, has phase 0");
+
+  frame = JoinFrame("g", 0, 1);  // The wrong phase for its payload.
+  *frame.mutable_contributions()->Add() = SumFrame("v", 0, {1.0}).contributions(0);
+  frame.mutable_contributions(0)->mutable_key()->set_phase(v1::PHASE_FORWARD);
+  expect_malformed(frame, "carries no moments");
+  frame.mutable_contributions(0)->mutable_key()->set_phase(v1::PHASE_BACKWARD);
+  expect_malformed(frame, "carries no gradient_sums");
+
+  frame = JoinFrame("g", 0, 1);
+  *frame.add_layers() = SumLayer("v", 1);
+  frame.mutable_layers(0)->set_kind(v1::LAYER_KIND_UNSPECIFIED);
+  expect_malformed(frame, "layer \"v\" has kind 0");
+  frame.mutable_layers(0)->set_kind(v1::LAYER_KIND_SUM);
+  frame.mutable_layers(0)->set_eps_mode(static_cast<v1::EpsMode>(9));
+  expect_malformed(frame, "eps_mode = 9 is not known");
+
+  expect_malformed(JoinFrame("g", 2, 2), "rank 2 is not below the world size of 2");
+  expect_malformed(JoinFrame("g", 0, 0), "world_size is 0");
+}
+
+TEST(WorkerStreamTest, AContributionOfTheWrongKindIsRefusedAndTheStreamGoesOn) {
+  const auto server = StartServer();
+  RawStream stream(Connect(server->target()));
+  v1::WorkerFrame frame = JoinFrame("g", 0, 1);
+  *frame.add_layers() = BatchNormLayer("bn", 1);
+  *frame.add_contributions() = SumFrame("bn", 0, {1.0}).contributions(0);
+  ASSERT_TRUE(stream.Write(frame));
+  auto answer = stream.ReadResults();
+  ASSERT_TRUE(answer.has_value());
+  EXPECT_EQ(InfoOf(answer->results(0).error()).reason(), "INVALID_CONTRIBUTION");
+  v1::WorkerFrame forward;
+  *forward.add_contributions()->mutable_key() = Key("bn", 0, v1::PHASE_FORWARD);
+  forward.mutable_contributions(0)->mutable_moments()->set_count(0);
+  ASSERT_TRUE(stream.Write(forward));
+  answer = stream.ReadResults();
+  ASSERT_TRUE(answer.has_value());
+  EXPECT_EQ(answer->results(0).moments().count(), 0);
+  EXPECT_EQ(answer->results(0).moments().mean_size(), 1);
+}
+
+TEST(WorkerStreamTest, TheFirstFrameAndOnlyItCarriesTheJoin) {
+  const auto server = StartServer();
+  ExpectError(StatusAfter(*server, SumFrame("v", 0, {1.0})), grpc::StatusCode::INVALID_ARGUMENT, "JOIN_REQUIRED",
+              "first frame");
+  RawStream twice(Connect(server->target()));
+  ASSERT_TRUE(twice.Write(JoinFrame("g", 0, 1)));
+  ASSERT_TRUE(twice.Write(JoinFrame("g", 0, 1)));
+  ExpectError(twice.Finish(), grpc::StatusCode::INVALID_ARGUMENT, "JOIN_REQUIRED", "only a stream's first frame");
+  RawStream silent(Connect(server->target()));
+  ASSERT_TRUE(silent.WritesDone());
+  ExpectError(silent.Finish(), grpc::StatusCode::INVALID_ARGUMENT, "JOIN_REQUIRED", "before its first frame");
+}
+
+TEST(WorkerStreamTest, VersionsAreNegotiated) {
+  const auto server = StartServer();
+  v1::WorkerFrame frame = JoinFrame("g", 0, 1);
+  frame.mutable_join()->set_max_protocol_version(7);
+  RawStream stream(Connect(server->target()));
+  ASSERT_TRUE(stream.Write(frame));
+  const auto joined = stream.Read();
+  ASSERT_TRUE(joined.has_value());
+  EXPECT_EQ(joined->joined().protocol_version(), 1u);
+  EXPECT_EQ(joined->joined().incarnation(), 1u);
+  EXPECT_NE(joined->joined().run_id(), 0u);
+  EXPECT_EQ(joined->joined().config().round_timeout().seconds(), 30);
+  EXPECT_EQ(joined->joined().config().rejoin_grace().nanos(), 50000000);
+  frame = JoinFrame("other", 0, 1);
+  frame.mutable_join()->set_min_protocol_version(2);
+  frame.mutable_join()->set_max_protocol_version(3);
+  ExpectError(StatusAfter(*server, frame), grpc::StatusCode::FAILED_PRECONDITION, "VERSION_UNSUPPORTED",
+              "speaks protocol versions 2 to 3");
+}
+
+TEST(WorkerStreamTest, LimitsAreNamed) {
+  MasterServer::Options options;
+  options.limits.max_channels = 8;
+  options.limits.max_workers = 3;
+  options.limits.max_groups = 1;
+  const auto server = StartServer(options);
+  const auto expect_limit = [&](const v1::WorkerFrame& frame, const std::string& message) {
+    ExpectError(StatusAfter(*server, frame), grpc::StatusCode::RESOURCE_EXHAUSTED, "LIMIT_EXCEEDED", message);
+  };
+  v1::WorkerFrame frame = JoinFrame("g", 0, 1);
+  *frame.add_layers() = BatchNormLayer("bn", 9);
+  expect_limit(frame, "max_channels = 8");
+  expect_limit(JoinFrame("g", 0, 4), "max_workers = 3");
+  expect_limit(JoinFrame(std::string(256, 'g'), 0, 1), "max_name_bytes = 255");
+  RawStream holder(Connect(server->target()));
+  ASSERT_TRUE(holder.Write(JoinFrame("g", 0, 1)));
+  ASSERT_TRUE(holder.Read().has_value());
+  expect_limit(JoinFrame("another", 0, 1), "max_groups = 1");
+}
+
+TEST(WorkerStreamTest, AFrameThatIsTooLongEndsTheCall) {
+  MasterServer::Options options;
+  options.max_frame_bytes = 4096;
+  const auto server = StartServer(options);
+  RawStream stream(Connect(server->target()));
+  ASSERT_TRUE(stream.Write(JoinFrame("g", 0, 1)));
+  ASSERT_TRUE(stream.Read().has_value());
+  ASSERT_TRUE(stream.Write(SumFrame("v", 0, std::vector<double>(1024))));
+  EXPECT_EQ(stream.Finish().error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+}
+
+TEST(WorkerStreamTest, ASecondIncarnationFencesTheFirst) {
+  const auto server = StartServer();
+  RawStream first(Connect(server->target())), second(Connect(server->target()));
+  ASSERT_TRUE(first.Write(JoinFrame("g", 0, 1)));
+  ASSERT_TRUE(first.Read().has_value());
+  ASSERT_TRUE(second.Write(JoinFrame("g", 0, 1)));
+  const auto joined = second.Read();
+  ASSERT_TRUE(joined.has_value());
+  EXPECT_EQ(joined->joined().incarnation(), 2u);
+  ExpectError(first.Finish(), grpc::StatusCode::ABORTED, "FENCED", "incarnation 2 of rank 0 has joined in its place");
+}
+
+// ---- Streams that end -----------------------------------------------------------------------------------------------
+
+TEST(WorkerStreamTest, AHalfClosedStreamStillGetsItsAnswer) {
+  const auto server = StartServer();
+  RawStream early(Connect(server->target())), late(Connect(server->target()));
+  v1::WorkerFrame frame = SumFrame("v", 0, {1.0, 2.0});
+  *frame.mutable_join() = JoinFrame("g", 0, 2).join();
+  *frame.add_layers() = SumLayer("v", 2);
+  ASSERT_TRUE(early.Write(frame));
+  ASSERT_TRUE(early.WritesDone());
+  *frame.mutable_join() = JoinFrame("g", 1, 2).join();
+  ASSERT_TRUE(late.Write(frame));
+  for (RawStream* stream : {&early, &late}) {
+    const auto answer = stream->ReadResults();
+    ASSERT_TRUE(answer.has_value());
+    EXPECT_THAT(answer->results(0).vector().value(), ::testing::ElementsAre(2.0, 4.0));
+  }
+  EXPECT_TRUE(early.Finish().ok());
+}
+
+TEST(WorkerStreamTest, AHalfClosedStreamThatRepeatedItselfEndsToo) {
+  const auto server = StartServer();
+  RawStream early(Connect(server->target())), late(Connect(server->target()));
+  v1::WorkerFrame frame = SumFrame("v", 0, {1.0});
+  *frame.add_contributions() = frame.contributions(0);
+  *frame.mutable_join() = JoinFrame("g", 0, 2).join();
+  *frame.add_layers() = SumLayer("v", 1);
+  ASSERT_TRUE(early.Write(frame));
+  ASSERT_TRUE(early.WritesDone());
+  *frame.mutable_join() = JoinFrame("g", 1, 2).join();
+  ASSERT_TRUE(late.Write(frame));
+  EXPECT_TRUE(early.ReadResults().has_value());
+  EXPECT_TRUE(early.Finish().ok());
+}
+
+TEST(WorkerStreamTest, LeaveEndsTheCall) {
+  const auto server = StartServer();
+  RawStream stream(Connect(server->target()));
+  v1::WorkerFrame frame = JoinFrame("g", 0, 1);
+  frame.mutable_leave()->set_reason("finished");
+  ASSERT_TRUE(stream.Write(frame));
+  EXPECT_TRUE(stream.Finish().ok());
+}
+
+TEST(WorkerStreamTest, AStreamThatNeverJoinsIsClosed) {
+  MasterServer::Options options;
+  options.join_timeout = absl::Milliseconds(20);
+  const auto server = StartServer(options);
+  RawStream stream(Connect(server->target()));
+  ExpectError(stream.Finish(), grpc::StatusCode::INVALID_ARGUMENT, "JOIN_REQUIRED", "no join arrived within 20ms");
+}
+
+TEST(WorkerStreamTest, ShuttingDownIsToldToEveryWorker) {
+  const auto server = StartServer();
+  RawStream waiting(Connect(server->target())), idle(Connect(server->target()));
+  v1::WorkerFrame frame = SumFrame("v", 0, {1.0});
+  *frame.mutable_join() = JoinFrame("g", 0, 2).join();
+  *frame.add_layers() = SumLayer("v", 1);
+  ASSERT_TRUE(waiting.Write(frame));
+  ASSERT_TRUE(waiting.Read().has_value());
+  ASSERT_TRUE(idle.Write(JoinFrame("g", 1, 2)));
+  ASSERT_TRUE(idle.Read().has_value());
+  std::thread shutdown([&] { server->Shutdown(absl::Seconds(20)); });
+  ExpectError(waiting.Finish(), grpc::StatusCode::UNAVAILABLE, "SHUTTING_DOWN", "");
+  ExpectError(idle.Finish(), grpc::StatusCode::UNAVAILABLE, "SHUTTING_DOWN", "");
+  shutdown.join();
+  EXPECT_EQ(StatusAfter(*server, JoinFrame("g", 0, 2)).error_code(), grpc::StatusCode::UNAVAILABLE);
+}
+
+TEST(WorkerStreamTest, DestructionEndsOpenCalls) {
+  auto server = StartServer();
+  RawStream stream(Connect(server->target()));
+  ASSERT_TRUE(stream.Write(JoinFrame("g", 0, 1)));
+  ASSERT_TRUE(stream.Read().has_value());
+  server.reset();
+  EXPECT_FALSE(stream.Finish().ok());
+}
+
+// ---- A reader that does not read ------------------------------------------------------------------------------------
+
+TEST(WorkerStreamTest, ASlowReaderIsCutOffAndTheOthersLearnOfIt) {
+  constexpr size_t kElements = 1 << 16;  // 512 KiB.
+  constexpr int kMostRounds = 100;       // 50 MiB: beyond what any transport buffers.
+  MasterServer::Options options;
+  options.max_unread_bytes = 4 << 20;
+  const auto server = StartServer(options);
+  RawStream slow(Connect(server->target())), quick(Connect(server->target()));
+  const std::vector<double> vector(kElements, 1.0);
+  v1::WorkerFrame join = JoinFrame("g", 0, 2);
+  *join.add_layers() = SumLayer("v", kElements);
+  ASSERT_TRUE(quick.Write(join));
+  *join.mutable_join() = JoinFrame("g", 1, 2).join();
+  ASSERT_TRUE(slow.Write(join));
+  bool cut = false;
+  int rounds = 0;
+  for (; rounds < kMostRounds && !cut; ++rounds) {
+    slow.Write(SumFrame("v", rounds, vector));  // Fails once it is cut off.
+    ASSERT_TRUE(quick.Write(SumFrame("v", rounds, vector)));
+    const auto answer = quick.ReadResults();
+    ASSERT_TRUE(answer.has_value());
+    if (!answer->results(0).has_error()) continue;
+    const google::rpc::ErrorInfo info = InfoOf(answer->results(0).error());
+    EXPECT_EQ(info.reason(), "WORKER_LOST");
+    EXPECT_EQ(info.metadata().at("ranks"), "1");
+    cut = true;
+  }
+  EXPECT_TRUE(cut) << rounds << " rounds";
+  // What got into the transport's buffers is still read; then the call is over.
+  EXPECT_FALSE(slow.Finish().ok());
+}
+
+}  // namespace
+}  // namespace syncbn::testing
