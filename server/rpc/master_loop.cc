@@ -20,6 +20,7 @@
 #include "server/core/error.h"
 #include "server/rpc/call.h"
 #include "server/rpc/convert.h"
+#include "server/rpc/health.h"
 #include "server/rpc/status.h"
 #include "server/rpc/worker_stream.h"
 
@@ -51,6 +52,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   void Register(grpc::ServerBuilder* builder) {
     builder->RegisterService(&statistics_);
     builder->RegisterService(&inspection_);
+    health_.Register(builder);
     queue_ = builder->AddCompletionQueue();
   }
 
@@ -58,6 +60,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     AcceptStream();
     AcceptWatcher();
     ServeInspection();
+    health_.Serve(queue_.get());
     void* tag = nullptr;
     bool ok = false;
     while (true) {
@@ -108,7 +111,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     // waits for an answer waits for it too.
     if (silent && !session.answered_since_read) {
       session.silent = true;
-      timers_.insert({now_ + kLongestSilence, TimerKind::kSilence, stream->id()});
+      session.silent_until = now_ + kLongestSilence;
+      SetSilenceTimer(stream->id(), session);
     } else {
       stream->ReadNext();
     }
@@ -151,7 +155,9 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     // contributed twice is answered once.
     absl::flat_hash_set<size_t> unanswered;
     bool joined = false;
-    bool silent = false;  // Its next read waits for an answer.
+    bool silent = false;  // Its next read waits for an answer, or until:
+    absl::Time silent_until;
+    bool silence_timer_set = false;
     bool answered_since_read = false;
     bool half_closed = false;
   };
@@ -173,26 +179,26 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
 
   void ServeInspection() {
     using Service = InspectionAsyncService;
-    UnaryCall<v1::ListGroupsRequest, v1::ListGroupsResponse>::Serve(
+    UnaryCall<Service, v1::ListGroupsRequest, v1::ListGroupsResponse>::Serve(
         &inspection_, &Service::RequestListGroups, queue_.get(), [this](const auto&, auto* response) {
           for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, response->add_groups());
           return grpc::Status::OK;
         });
-    UnaryCall<v1::GetGroupRequest, v1::GetGroupResponse>::Serve(
+    UnaryCall<Service, v1::GetGroupRequest, v1::GetGroupResponse>::Serve(
         &inspection_, &Service::RequestGetGroup, queue_.get(), [this](const auto& request, auto* response) {
           const auto view = coordinator_.GetGroup(ToGroupId(request.job(), request.group()), now_);
           if (!view.ok()) return ToGrpc(view.status(), core::kGroupUnknown);
           ToProto(*view, response);
           return grpc::Status::OK;
         });
-    UnaryCall<v1::ListLayersRequest, v1::ListLayersResponse>::Serve(
+    UnaryCall<Service, v1::ListLayersRequest, v1::ListLayersResponse>::Serve(
         &inspection_, &Service::RequestListLayers, queue_.get(), [this](const auto& request, auto* response) {
           const auto layers = coordinator_.ListLayers(ToGroupId(request.job(), request.group()));
           if (!layers.ok()) return ToGrpc(layers.status(), core::kGroupUnknown);
           for (const core::LayerSummary& layer : *layers) ToProto(layer, response->add_layers());
           return grpc::Status::OK;
         });
-    UnaryCall<v1::GetLayerRequest, v1::GetLayerResponse>::Serve(
+    UnaryCall<Service, v1::GetLayerRequest, v1::GetLayerResponse>::Serve(
         &inspection_, &Service::RequestGetLayer, queue_.get(), [this](const auto& request, auto* response) {
           const core::GroupId id = ToGroupId(request.job(), request.group());
           const auto layer = coordinator_.GetLayer(id, request.layer());
@@ -315,6 +321,13 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     }
   }
 
+  // At most one for each stream. A timer for each frame would wake the loop for every one of them, though hardly any
+  // silence lasts as long.
+  void SetSilenceTimer(uint64_t id, Session& session) {
+    if (std::exchange(session.silence_timer_set, true)) return;
+    timers_.insert({session.silent_until, TimerKind::kSilence, id});
+  }
+
   void RunTimer(TimerKind kind, Session& session) {
     switch (kind) {
       case TimerKind::kJoin:
@@ -325,7 +338,12 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
                         absl::StrCat("no join arrived within ", absl::FormatDuration(options_.join_timeout)))));
         return;
       case TimerKind::kSilence:
-        if (std::exchange(session.silent, false)) session.stream->ReadNext();
+        session.silence_timer_set = false;
+        if (session.silent && now_ < session.silent_until) {
+          SetSilenceTimer(session.stream->id(), session);
+        } else if (std::exchange(session.silent, false)) {
+          session.stream->ReadNext();
+        }
         return;
       case TimerKind::kClose:
         session.stream->Cancel();
@@ -335,12 +353,14 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
 
   void OnShutdown(bool) {
     shutting_down_ = true;
+    health_.EndServing();
     Deliver(core::Shutdown{});
   }
 
   const LoopOptions options_;
   StatisticsAsyncService statistics_;
   InspectionAsyncService inspection_;
+  HealthService health_{{v1::StatisticsService::service_full_name(), v1::InspectionService::service_full_name()}};
   std::unique_ptr<grpc::ServerCompletionQueue> queue_;
   core::Coordinator coordinator_;
   absl::Time now_ = absl::Now();  // Never goes back, whatever the clock does.
