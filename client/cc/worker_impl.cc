@@ -157,7 +157,7 @@ void WorkerImpl::OnEvent(void* tag, bool ok) {
   }
 }
 
-void WorkerImpl::OnStreamEnded(const grpc::Status& status) {
+void WorkerImpl::OnStreamEnded(grpc::Status status) {
   if (connection_->outstanding() == 0) {
     connection_.reset();
   } else {

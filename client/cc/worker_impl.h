@@ -81,7 +81,8 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void SendJoin() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnEvent(void* tag, bool ok) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void OnStreamEnded(const grpc::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // By value: the connection that owns it goes here.
+  void OnStreamEnded(grpc::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnResult(v1::RoundResult* result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnLayerError(const v1::LayerError& error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Every pending round and every later call fails with `why`.
