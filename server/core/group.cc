@@ -67,11 +67,13 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const
 
 bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, uint32_t protocol_version,
                    absl::Time now, Effects& effects) {
-  if (auto error = CheckJoin(join, filled)) {
+  auto error = CheckJoin(join, filled);
+  if (!error.has_value()) error = CheckLayers(join.layers);
+  if (error.has_value()) {
     effects.push_back(CloseStream{stream, std::move(error)});
     return false;
   }
-  if (auto error = CheckLayerSet(join)) {
+  if (error = CheckLayerSet(join); error.has_value()) {
     // Those who know these layers otherwise learn of it now, not when their rounds time out.
     for (const LayerSpec& spec : join.layers) {
       const auto it = layers_.find(spec.name);
@@ -86,14 +88,9 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
     return false;
   }
   TakeSeat(stream, join, now, effects);
-  MemberRecord& member = members_[join.rank];
-  effects.push_back(SendJoined{stream, protocol_version, member.incarnation, run_id_, config_, CurrentMembership()});
-  if (auto error = DeclareLayers(join.rank, join.layers, now, effects)) {
-    Vacate(join.rank);
-    member.state = MemberState::kAbsent;
-    effects.push_back(CloseStream{stream, std::move(error)});
-    return false;
-  }
+  const uint64_t incarnation = members_[join.rank].incarnation;
+  effects.push_back(SendJoined{stream, protocol_version, incarnation, run_id_, config_, CurrentMembership()});
+  DeclareLayers(join.rank, join.layers, now, effects);
   if (!join.layers.empty() && !set_declared_by_.has_value()) {
     set_declared_by_ = join.rank;
     for (const LayerSpec& spec : join.layers) set_.insert(spec.name);
@@ -226,11 +223,12 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
   if (it == ranks_.end()) return;
   const Rank rank = it->second;
   Unblock(rank);
-  if (auto error = DeclareLayers(rank, frame.layers, now, effects)) {
+  if (auto error = CheckLayers(frame.layers)) {
     effects.push_back(CloseStream{stream, std::move(error)});
     OnStreamClosed(stream, now, effects);
     return;
   }
+  DeclareLayers(rank, frame.layers, now, effects);
   for (const Contribution& contribution : frame.contributions) OnContribution(rank, contribution, now, effects);
   Block(rank, frame.blocked_on);
   if (frame.leave.has_value()) {
@@ -299,22 +297,26 @@ absl::Time Group::NextDeadline() const {
 
 // ---- Layers ---------------------------------------------------------------------------------------------------------
 
-std::optional<Error> Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now,
-                                          Effects& effects) {
+std::optional<Error> Group::CheckLayers(const std::vector<LayerSpec>& specs) const {
+  absl::btree_set<absl::string_view> added;
   for (const LayerSpec& spec : specs) {
     if (auto error = CheckSpec(spec, limits_)) return error;
+    if (!layers_.contains(spec.name)) added.insert(spec.name);
+  }
+  if (layers_.size() + added.size() <= limits_.max_layers) return std::nullopt;
+  return LimitError(layers_.size() + added.size(), "layers", "max_layers", limits_.max_layers);
+}
+
+void Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects) {
+  for (const LayerSpec& spec : specs) {
     auto it = layers_.find(spec.name);
     if (it == layers_.end()) {
-      if (layers_.size() >= limits_.max_layers) {
-        return LimitError(layers_.size() + 1, "layers", "max_layers", limits_.max_layers);
-      }
       it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_.retained_rounds, &budget_)).first;
     }
     Layer& layer = *it->second;
     layer.Declare(rank, spec);
     if (layer.conflict().has_value()) AnnounceConflict(layer, now, effects);
   }
-  return std::nullopt;
 }
 
 void Group::AnnounceConflict(const Layer& layer, absl::Time now, Effects& effects) {

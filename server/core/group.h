@@ -103,7 +103,9 @@ class Group {
   // Clears what ties the member to its stream and to a loss before.
   void Vacate(Rank rank);
   void Leave(Rank rank, absl::Time now, Effects& effects);
-  std::optional<Error> DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
+  // Why these layers cannot be declared; nothing if they can.
+  std::optional<Error> CheckLayers(const std::vector<LayerSpec>& specs) const;
+  void DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
   void AnnounceConflict(const Layer& layer, absl::Time now, Effects& effects);
   void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
   Membership CurrentMembership() const;
