@@ -78,8 +78,7 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
     for (const LayerSpec& spec : join.layers) {
       const auto it = layers_.find(spec.name);
       if (it == layers_.end() || Difference(spec, it->second->spec()).empty()) continue;
-      it->second->Declare(join.rank, spec);
-      AnnounceConflict(*it->second, now, effects);
+      Declare(join.rank, spec, *it->second, now, effects);
     }
     if (std::vector<StreamId> streams = Streams(); !streams.empty()) {
       effects.push_back(SendLayerError{std::move(streams), "", *error});
@@ -313,14 +312,25 @@ void Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::
     if (it == layers_.end()) {
       it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_.retained_rounds, &budget_)).first;
     }
-    Layer& layer = *it->second;
-    layer.Declare(rank, spec);
-    if (layer.conflict().has_value()) AnnounceConflict(layer, now, effects);
+    Declare(rank, spec, *it->second, now, effects);
   }
 }
 
-void Group::AnnounceConflict(const Layer& layer, absl::Time now, Effects& effects) {
-  const Error conflict = *layer.conflict();
+void Group::Declare(Rank rank, const LayerSpec& spec, Layer& layer, absl::Time now, Effects& effects) {
+  const bool changed = layer.Declare(rank, spec);
+  if (auto conflict = layer.conflict()) {
+    AnnounceConflict(layer, *conflict, effects);
+    FailRounds(layer, *conflict, now, effects);
+  } else if (changed) {
+    // What has been contributed to them is of the old lengths.
+    FailRounds(layer,
+               MakeError(absl::StatusCode::kFailedPrecondition, kLayerSpecMismatch,
+                         absl::StrCat("rank ", rank, " has declared layer \"", layer.spec().name, "\" anew"), {rank}),
+               now, effects);
+  }
+}
+
+void Group::AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const {
   std::vector<StreamId> streams;
   for (Rank rank = 0; rank < world_size_; ++rank) {
     if (members_[rank].state == MemberState::kPresent && layer.known_to().contains(rank)) {
@@ -328,10 +338,13 @@ void Group::AnnounceConflict(const Layer& layer, absl::Time now, Effects& effect
     }
   }
   if (!streams.empty()) effects.push_back(SendLayerError{std::move(streams), layer.spec().name, conflict});
+}
+
+void Group::FailRounds(const Layer& layer, const Error& error, absl::Time now, Effects& effects) {
   const RoundKey first{layer.spec().name, 0, Phase::kForward};
   for (auto round = pending_.lower_bound(first); round != pending_.end() && round->first.layer == first.layer;) {
     const auto next = std::next(round);
-    Fail(round, conflict, now, effects);
+    Fail(round, error, now, effects);
     round = next;
   }
 }

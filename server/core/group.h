@@ -106,7 +106,10 @@ class Group {
   // Why these layers cannot be declared; nothing if they can.
   std::optional<Error> CheckLayers(const std::vector<LayerSpec>& specs) const;
   void DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
-  void AnnounceConflict(const Layer& layer, absl::Time now, Effects& effects);
+  void Declare(Rank rank, const LayerSpec& spec, Layer& layer, absl::Time now, Effects& effects);
+  void AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const;
+  // Every round of the layer that is in flight.
+  void FailRounds(const Layer& layer, const Error& error, absl::Time now, Effects& effects);
   void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
   Membership CurrentMembership() const;
 

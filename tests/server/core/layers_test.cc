@@ -214,6 +214,33 @@ TEST(ConflictTest, AllMayAgreeUponTheOther) {
   EXPECT_EQ(engine.Outcome(a, Forward("a", 5))->first.size(), 2u);
 }
 
+// One that changes its mind before anyone else has spoken is in conflict with nobody, but what it has sent is of the
+// old length.
+TEST(ConflictTest, RoundsOfTheOldSpecificationEndWithIt) {
+  Engine engine;
+  const StreamId a = engine.Join(0, 2, {BatchNormLayer("a", 1)});
+  const StreamId b = engine.Join(1, 2);
+  engine.Contribute(a, Forward("a", 0), kNumbers);
+  engine.Declare(a, {BatchNormLayer("a", 1000)});
+  EXPECT_EQ(ReasonOf(*engine.Outcome(a, Forward("a", 0))), kLayerSpecMismatch);
+  EXPECT_THAT(engine.View().pending, IsEmpty());
+  engine.Declare(b, {BatchNormLayer("a", 1000)});
+  const Numbers wide{4, std::vector<double>(1000, 1.0), std::vector<double>(1000, 0.0)};
+  engine.Contribute(b, Forward("a", 0), wide);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(b, Forward("a", 0))), kLayerSpecMismatch);
+  engine.Contribute(a, Forward("a", 1), wide);
+  engine.Contribute(b, Forward("a", 1), wide);
+  EXPECT_EQ(engine.Outcome(b, Forward("a", 1))->count, 8);
+}
+
+// Nobody else knows the layer, so its word alone makes it another one, and there is no conflict to announce.
+TEST(ConflictTest, ARestartWithOtherLayersIsRefusedOnceAndTakenThen) {
+  Engine engine;
+  engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 1)}));
+  EXPECT_EQ(engine.log(engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 2)}))).close_reason(), kLayerSetMismatch);
+  EXPECT_FALSE(engine.log(engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 2)}))).closed);
+}
+
 // ---- Running statistics ---------------------------------------------------------------------------------------------
 
 class RunningTest : public ::testing::Test {
