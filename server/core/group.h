@@ -119,7 +119,7 @@ class Group {
   bool Replay(Rank rank, const Contribution& contribution, Layer& layer, Effects& effects) const;
   // Why a contribution that the round's outcome does not depend on is refused, to its sender alone.
   std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const;
-  std::optional<Error> CheckRoom(const Contribution& contribution) const;
+  std::optional<Error> CheckRoom(Rank rank, const Contribution& contribution) const;
   PendingRounds::iterator Begin(const RoundKey& key, Layer& layer, absl::Time now);
   // Returns whether the round now holds the contribution; if not, the sender has been told why.
   bool Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);

@@ -125,6 +125,23 @@ TEST(LimitsTest, MaxPendingBytes) {
   EXPECT_EQ(engine.View().summary.rounds_in_flight, 1u) << "the bytes of ended rounds are free again";
 }
 
+// What is held already takes no more room when it is sent again.
+TEST(LimitsTest, MaxPendingBytesDoesNotRefuseReplays) {
+  Limits limits;
+  limits.max_pending_bytes = 64;
+  Engine engine(limits);
+  const StreamId a = engine.Join(0, 2, {SumLayer("s", 8)});
+  const Numbers full{0, std::vector<double>(8, 1.0), {}};
+  engine.Contribute(a, Sum("s", 0), full);
+  const StreamId again = engine.Reconnect(a);
+  engine.Contribute(again, Sum("s", 0), full);
+  EXPECT_THAT(engine.log(again).outcomes, IsEmpty());
+  // Nor does the successor's part, which takes its predecessor's place.
+  const StreamId reborn = engine.Join(0, 2);
+  engine.Contribute(reborn, Sum("s", 0), {0, std::vector<double>(8, 2.0), {}});
+  EXPECT_THAT(engine.log(reborn).outcomes, IsEmpty());
+}
+
 TEST(LimitsTest, NamesAndDescriptions) {
   const std::string longest(255, 'x');
   const std::string longer(256, 'x');
