@@ -56,6 +56,7 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const
     : id_(join.id),
       generation_(join.generation),
       run_id_(run_id),
+      incarnation_floor_(join.run_id == 0 ? 0 : static_cast<uint64_t>(std::max<int64_t>(absl::ToUnixMicros(now), 0))),
       world_size_(join.world_size),
       config_(filled),
       limits_(limits),
@@ -158,7 +159,8 @@ std::optional<Error> Group::CheckLayerSet(const Join& join) const {
 void Group::TakeSeat(StreamId stream, const Join& join, absl::Time now, Effects& effects) {
   MemberRecord& member = members_[join.rank];
   const bool reborn = join.incarnation == 0 || join.incarnation > member.incarnation;
-  const uint64_t incarnation = join.incarnation == 0 ? member.incarnation + 1 : join.incarnation;
+  const uint64_t incarnation =
+      join.incarnation != 0 ? join.incarnation : std::max(member.incarnation, incarnation_floor_) + 1;
   if (member.state == MemberState::kPresent) {
     effects.push_back(CloseStream{member.stream, MakeError(absl::StatusCode::kAborted, kFenced,
                                                            absl::StrCat("incarnation ", incarnation, " of rank ",

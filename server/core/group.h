@@ -146,6 +146,9 @@ class Group {
   const GroupId id_;
   const uint64_t generation_;
   const uint64_t run_id_;
+  // New incarnations are greater than this. An earlier master of the same run may have given out some that this one has
+  // not seen; the time, in microseconds, is beyond all of them.
+  const uint64_t incarnation_floor_;
   const uint32_t world_size_;
   const GroupConfig config_;
   const Limits& limits_;
