@@ -103,8 +103,13 @@ class Group {
   // Clears what ties the member to its stream and to a loss before.
   void Vacate(Rank rank);
   void Leave(Rank rank, absl::Time now, Effects& effects);
-  std::optional<Error> DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
-  void AnnounceConflict(const Layer& layer, absl::Time now, Effects& effects);
+  // Why these layers cannot be declared; nothing if they can.
+  std::optional<Error> CheckLayers(const std::vector<LayerSpec>& specs) const;
+  void DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
+  void Declare(Rank rank, const LayerSpec& spec, Layer& layer, absl::Time now, Effects& effects);
+  void AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const;
+  // Every round of the layer that is in flight.
+  void FailRounds(const Layer& layer, const Error& error, absl::Time now, Effects& effects);
   void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
   Membership CurrentMembership() const;
 
@@ -114,7 +119,7 @@ class Group {
   bool Replay(Rank rank, const Contribution& contribution, Layer& layer, Effects& effects) const;
   // Why a contribution that the round's outcome does not depend on is refused, to its sender alone.
   std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const;
-  std::optional<Error> CheckRoom(const Contribution& contribution) const;
+  std::optional<Error> CheckRoom(Rank rank, const Contribution& contribution) const;
   PendingRounds::iterator Begin(const RoundKey& key, Layer& layer, absl::Time now);
   // Returns whether the round now holds the contribution; if not, the sender has been told why.
   bool Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
@@ -141,6 +146,9 @@ class Group {
   const GroupId id_;
   const uint64_t generation_;
   const uint64_t run_id_;
+  // New incarnations are greater than this. An earlier master of the same run may have given out some that this one has
+  // not seen; the time, in microseconds, is beyond all of them.
+  const uint64_t incarnation_floor_;
   const uint32_t world_size_;
   const GroupConfig config_;
   const Limits& limits_;

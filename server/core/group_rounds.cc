@@ -35,7 +35,7 @@ void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Ti
   } else if (key.phase == Phase::kBackward) {
     refusal = CheckBackward(rank, key, layer);
   }
-  if (!refusal.has_value()) refusal = CheckRoom(contribution);
+  if (!refusal.has_value()) refusal = CheckRoom(rank, contribution);
   if (refusal.has_value()) {
     Refuse(rank, key, std::move(*refusal), effects);
     return;
@@ -102,13 +102,19 @@ std::optional<Error> Group::CheckBackward(Rank rank, const RoundKey& key, Layer&
                    {rank});
 }
 
-std::optional<Error> Group::CheckRoom(const Contribution& contribution) const {
-  if (pending_.size() >= limits_.max_rounds_in_flight && pending_.find(contribution.key) == pending_.end()) {
+std::optional<Error> Group::CheckRoom(Rank rank, const Contribution& contribution) const {
+  const auto round = pending_.find(contribution.key);
+  if (round == pending_.end() && pending_.size() >= limits_.max_rounds_in_flight) {
     return LimitError(pending_.size() + 1, "rounds in flight", "max_rounds_in_flight", limits_.max_rounds_in_flight);
   }
-  const size_t bytes = (contribution.first.size() + contribution.second.size()) * sizeof(double);
-  if (pending_bytes_ + bytes > limits_.max_pending_bytes) {
-    return LimitError(pending_bytes_ + bytes, "bytes of contributions to rounds in flight", "max_pending_bytes",
+  size_t bytes = pending_bytes_ + (contribution.first.size() + contribution.second.size()) * sizeof(double);
+  if (round != pending_.end()) {
+    // What this rank has sent before is sent again, or gives way.
+    const auto before = round->second.payloads.find(rank);
+    if (before != round->second.payloads.end()) bytes -= before->second.bytes();
+  }
+  if (bytes > limits_.max_pending_bytes) {
+    return LimitError(bytes, "bytes of contributions to rounds in flight", "max_pending_bytes",
                       limits_.max_pending_bytes);
   }
   return std::nullopt;

@@ -494,5 +494,25 @@ TEST(ShutdownTest, ClosesEveryStreamAndEveryOneThatJoinsAfterwards) {
   EXPECT_EQ(engine.log(engine.Join(MakeJoin(0, 2))).close_reason(), kShuttingDown);
 }
 
+// The master that comes next has not seen the incarnations that the one before gave out.
+TEST(RunTest, ARestartedMasterStillFencesThoseOfBefore) {
+  Engine before;
+  const StreamId other = before.Join(MakeJoin(0, 2));
+  before.Join(MakeJoin(1, 2));
+  const StreamId zombie = before.Join(MakeJoin(1, 2));  // Incarnation 2.
+  Engine after;
+  after.Advance(absl::Seconds(1));
+  Join join = MakeJoin(0, 2);
+  join.run_id = before.log(other).joined->run_id;
+  join.incarnation = before.log(other).joined->incarnation;
+  after.Join(join);
+  const StreamId fresh = after.Join(MakeJoin(1, 2));
+  EXPECT_GT(after.log(fresh).joined->incarnation, before.log(zombie).joined->incarnation);
+  join.rank = 1;
+  join.incarnation = before.log(zombie).joined->incarnation;
+  EXPECT_EQ(after.log(after.Join(join)).close_reason(), kFenced);
+  EXPECT_FALSE(after.log(fresh).closed);
+}
+
 }  // namespace
 }  // namespace syncbn::core
