@@ -104,6 +104,6 @@ def await_arrival(target: str, layer: str, ranks: List[int]) -> None:
         for group in inspect(target, "ListGroups").get("groups", []):
             view = inspect(target, "GetGroup", job=group["job"], group=group["group"])
             for pending in view.get("pending", []):
-                if pending["key"]["layer"] == layer and set(ranks) <= set(pending["arrivedRanks"]):
+                if pending["key"]["layer"] == layer and set(ranks) <= set(pending["arrived_ranks"]):
                     return
     raise AssertionError(f"ranks {ranks} have not contributed to {layer}")

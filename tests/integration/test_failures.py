@@ -45,7 +45,6 @@ def test_killed_worker_is_named_before_the_deadline(
         record_property(f"rank {rank} told after, in ms", round(1000 * took, 1))
         print(f"rank {rank} was told {1000 * took:.1f} ms after the kill")
         assert 0 < took < deadline / 2
-    # A new life of the same rank, and the group goes on.
 
 
 def test_a_killed_worker_may_be_replaced(

@@ -61,9 +61,9 @@ def test_a_round_by_hand_as_the_protocol_shows(master: Master) -> None:
             at += len(output[at:]) - len(output[at:].lstrip())
         results = [result for answer in answers for result in answer.get("results", [])]
         assert results[0]["key"]["layer"] == "bn1"
-        assert results[0]["moments"] == {"count": "4", "mean": [2.5], "var": [1.25]}
+        assert results[0]["moments"] == {"count": "4", "mean": [2.5], "var": [1.25], "backward_required": True}
     layer = inspect(master.target, "GetLayer", layer="bn1")
     assert layer["batch"]["mean"] == [2.5]
-    assert layer["summary"]["roundsCompleted"] == "1"
+    assert layer["summary"]["rounds_completed"] == "1"
     groups = inspect(master.target, "ListGroups")["groups"]
-    assert [(g["job"], g["group"], g["worldSize"]) for g in groups] == [("default", "default", 2)]
+    assert [(g["job"], g["group"], g["world_size"]) for g in groups] == [("default", "default", 2)]
