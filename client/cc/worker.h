@@ -57,7 +57,8 @@ class Round {
   // again. Any other status is the round's outcome, and stays; CANCELLED with reason INTERRUPTED excepted.
   //
   // A thread that waits for 20 ms or more promises that this worker does nothing else until then, if no other thread
-  // has used the worker: that is how the master finds deadlocks at once.
+  // has used the worker: that is how the master finds deadlocks at once. (The promise takes 200 ms before a worker's
+  // first round has completed, so that threads may start one after the other.)
   absl::Status Wait(absl::Duration timeout = absl::InfiniteDuration());
   // Of a round that was waited for successfully.
   const RoundResult& result() const;
@@ -149,7 +150,8 @@ class Worker {
   // names are NAME#0, NAME#1 and so on. Declares itself.
   absl::StatusOr<Round> StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
 
-  // Sends what is ready, without waiting.
+  // Sends what is ready, without waiting: one frame of it, if it is more than a frame should hold, the rest with the next
+  // wait or flush.
   absl::Status Flush();
 
  private:

@@ -23,6 +23,11 @@ constexpr uint32_t kProtocolVersion = 1;
 // Elements of a summed vector in one contribution: what masters accept by default.
 constexpr size_t kPieceElements = size_t{1} << 20;
 constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
+// The same before this worker's first round has completed: until then nothing tells a worker of one thread from one
+// whose other threads have yet to start.
+constexpr absl::Duration kSayBlockedAtFirstAfter = absl::Milliseconds(200);
+// Contributions beyond this many bytes go into another frame; masters take frames of 64 MiB by default.
+constexpr size_t kFullFrameBytes = size_t{16} << 20;
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(10);
 constexpr absl::Duration kLongestBackoff = absl::Seconds(1);
 // What a leave may take to be acknowledged.
@@ -147,7 +152,7 @@ void WorkerImpl::OnEvent(void* tag, bool ok) {
     return;
   }
   if (operation->kind == Connection::Kind::kFinish) {
-    OnStreamEnded(connection->status());
+    OnStreamEnded();
   } else if (!ok) {
     if (!connection->finishing()) connection->Finish();
   } else if (operation->kind == Connection::Kind::kStart) {
@@ -157,7 +162,8 @@ void WorkerImpl::OnEvent(void* tag, bool ok) {
   }
 }
 
-void WorkerImpl::OnStreamEnded(grpc::Status status) {
+void WorkerImpl::OnStreamEnded() {
+  const grpc::Status status = connection_->status();  // Outlives the connection.
   if (connection_->outstanding() == 0) {
     connection_.reset();
   } else {
@@ -281,24 +287,28 @@ void WorkerImpl::WriteFrame() {
     }
     slices.push_back(Encode(head));
   }
-  for (const std::shared_ptr<Piece>& piece : unsent_) {
-    if (piece->done) continue;
-    slices.push_back(piece->encoded);
-    piece->sent = true;
+  size_t taken = 0;
+  for (size_t bytes = 0; taken < unsent_.size() && bytes < kFullFrameBytes; ++taken) {
+    Piece& piece = *unsent_[taken];
+    if (piece.done) continue;
+    slices.push_back(piece.encoded);
+    bytes += piece.encoded.size();
+    piece.sent = true;
   }
-  unsent_.clear();
+  unsent_.erase(unsent_.begin(), unsent_.begin() + static_cast<ptrdiff_t>(taken));
   v1::WorkerFrame tail;
-  const bool blocked = blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent && !blocked_on_->done &&
-                       (!slices.empty() || absl::Now() >= say_blocked_at_);
+  const bool blocked = unsent_.empty() && blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent &&
+                       !blocked_on_->done && ((alone_ && !slices.empty()) || absl::Now() >= say_blocked_at_);
   if (blocked) {
     *tail.add_blocked_on() = blocked_on_->key;
     blocked_said_ = true;
   }
-  if (leaving_.has_value() && !leave_sent_) {
+  if (leaving_.has_value() && !leave_sent_ && unsent_.empty()) {
     tail.mutable_leave()->set_reason(*leaving_);
     leave_sent_ = true;
   }
-  if (blocked || tail.has_leave()) slices.push_back(Encode(tail));
+  const bool retract = std::exchange(retract_, false) && slices.empty();  // Any frame ends the promise before it.
+  if (blocked || tail.has_leave() || retract) slices.push_back(Encode(tail));
   if (!slices.empty()) connection_->Write(grpc::ByteBuffer(slices.data(), slices.size()));
 }
 
@@ -313,6 +323,7 @@ absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time dea
     }
     if (absl::Now() >= deadline) return PendingStatus();
     if (driving_) {
+      Pump();  // The thread that drives may wait for long.
       changed_.WaitWithDeadline(&mutex_, deadline);
     } else {
       DriveOnce(deadline);
@@ -320,7 +331,7 @@ absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time dea
   }
 }
 
-void WorkerImpl::DriveOnce(absl::Time deadline) {
+bool WorkerImpl::DriveOnce(absl::Time deadline) {
   RunTimers(absl::Now());
   Pump();
   const absl::Time until = std::min(deadline, NextTimer());
@@ -333,6 +344,7 @@ void WorkerImpl::DriveOnce(absl::Time deadline) {
   driving_ = false;
   if (event == grpc::CompletionQueue::GOT_EVENT) OnEvent(tag, ok);
   changed_.SignalAll();
+  return event == grpc::CompletionQueue::GOT_EVENT;
 }
 
 absl::Time WorkerImpl::NextTimer() const {
@@ -365,7 +377,10 @@ absl::Status WorkerImpl::Enter() {
   if (state_ == State::kEnded) return end_;
   const std::thread::id self = std::this_thread::get_id();
   if (!user_.has_value()) user_ = self;
-  if (*user_ != self) several_users_ = true;
+  if (*user_ != self && !std::exchange(several_users_, true)) {
+    retract_ = blocked_on_ != nullptr && blocked_said_ && !blocked_on_->done;
+    blocked_on_ = nullptr;
+  }
   return absl::OkStatus();
 }
 
@@ -532,6 +547,9 @@ absl::Status WorkerImpl::Flush() {
   if (forked()) return ForkedError();
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = Enter(); !status.ok()) return status;
+  // That the last write has ended may lie in the queue, where nobody has seen it since the last wait.
+  while (!driving_ && DriveOnce(absl::UnixEpoch())) {
+  }
   Pump();
   return absl::OkStatus();
 }
@@ -548,6 +566,7 @@ absl::Status WorkerImpl::WaitFor(const std::vector<std::shared_ptr<Piece>>& piec
       if (absl::Status status = Await(done, now + timeout); !status.ok()) return status;
     }
     if (!piece->status.ok()) return piece->status;
+    alone_ = !several_users_;
   }
   return absl::OkStatus();
 }
@@ -558,7 +577,7 @@ void WorkerImpl::PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time 
   } else if (blocked_on_ != piece) {
     blocked_on_ = piece;
     blocked_said_ = false;
-    say_blocked_at_ = now + kSayBlockedAfter;
+    say_blocked_at_ = now + (alone_ ? kSayBlockedAfter : kSayBlockedAtFirstAfter);
   }
 }
 

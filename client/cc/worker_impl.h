@@ -81,8 +81,7 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void SendJoin() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnEvent(void* tag, bool ok) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // By value: the connection that owns it goes here.
-  void OnStreamEnded(grpc::Status status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void OnStreamEnded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnResult(v1::RoundResult* result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnLayerError(const v1::LayerError& error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Every pending round and every later call fails with `why`.
@@ -97,7 +96,8 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   // Notes that the caller will wait for this piece for long, if that means that the worker does nothing else.
   void PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time now, absl::Duration timeout)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void DriveOnce(absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Returns whether something has happened by then.
+  bool DriveOnce(absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void RunTimers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Time NextTimer() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -150,6 +150,8 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   // worth a frame of its own.
   std::optional<std::thread::id> user_ ABSL_GUARDED_BY(mutex_);
   bool several_users_ ABSL_GUARDED_BY(mutex_) = false;
+  bool alone_ ABSL_GUARDED_BY(mutex_) = false;    // One thread has used this worker, and brought a round to its end.
+  bool retract_ ABSL_GUARDED_BY(mutex_) = false;  // The promise given no longer holds.
   std::shared_ptr<Piece> blocked_on_ ABSL_GUARDED_BY(mutex_);
   bool blocked_said_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Time say_blocked_at_ ABSL_GUARDED_BY(mutex_);

@@ -56,11 +56,15 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     queue_ = builder->AddCompletionQueue();
   }
 
-  void Run() {
+  // Before Run, and before anyone may shut the queue down: what is asked of a queue afterwards aborts the process.
+  void AwaitCalls() {
     AcceptStream();
     AcceptWatcher();
     ServeInspection();
     health_.Serve(queue_.get());
+  }
+
+  void Run() {
     void* tag = nullptr;
     bool ok = false;
     while (true) {
@@ -379,6 +383,7 @@ MasterLoop::~MasterLoop() = default;
 
 void MasterLoop::Register(grpc::ServerBuilder* builder) { impl_->Register(builder); }
 void MasterLoop::Start() {
+  impl_->AwaitCalls();
   thread_ = std::thread([this] { impl_->Run(); });
 }
 void MasterLoop::BeginShutdown() { impl_->BeginShutdown(); }

@@ -67,6 +67,13 @@ TEST(ListeningTest, SeveralAddressesServeOneGroup) {
   }
 }
 
+TEST(ListeningTest, MayEndAsSoonAsItHasBegun) {
+  for (int i = 0; i < 50; ++i) {
+    const auto server = Start({"127.0.0.1:0"});
+    ASSERT_TRUE(server.ok()) << server.status();
+  }
+}
+
 TEST(ListeningTest, UnixSocketsAloneHaveNoPort) {
   const auto server = Start({absl::StrCat("unix:", SocketFolder(), "/alone.sock")});
   ASSERT_TRUE(server.ok()) << server.status();

@@ -1,0 +1,125 @@
+"""Workers and masters that die or stall, as processes: the others are told, and nobody hangs."""
+
+import os
+import signal
+import time
+from typing import Any, Callable, List
+
+import pytest
+from conftest import Master, WorkerProcess, await_arrival
+
+WORLD = 3
+
+
+@pytest.fixture
+def group(start: Callable[..., Any], master: Master) -> Callable[..., List[WorkerProcess]]:
+    def make(**options: Any) -> List[WorkerProcess]:
+        workers = [start(WorkerProcess, master.target, rank, WORLD, **options) for rank in range(WORLD)]
+        for rank, worker in enumerate(workers):
+            assert worker.answer()["joined"] == rank
+        for worker in workers:
+            worker.ask(sum="warm", value=[1.0])
+        for worker in workers:
+            assert worker.answer()["result"] == [WORLD]
+        return workers
+
+    return make
+
+
+def test_killed_worker_is_named_before_the_deadline(
+    master: Master, group: Callable[..., List[WorkerProcess]], record_property: Callable[[str, object], None]
+) -> None:
+    deadline = 120.0  # Longer than the test may take: what ends the round is the closed stream.
+    workers = group(timeout=deadline)
+    for rank in (0, 2):
+        workers[rank].ask(sum="loss", value=[1.0])
+    await_arrival(master.target, "loss", [0, 2])
+    killed_at = time.monotonic()
+    os.kill(workers[1].pid, signal.SIGKILL)
+    for rank in (0, 2):
+        answer = workers[rank].answer()
+        assert (answer["error"], answer["code"]) == ("WORKER_LOST", "UNAVAILABLE")
+        assert (answer["layer"], answer["ranks"]) == ("loss", [1])
+        assert "rank 1" in answer["message"] and "loss" in answer["message"]
+        took = answer["at"] - killed_at
+        record_property(f"rank {rank} told after, in ms", round(1000 * took, 1))
+        print(f"rank {rank} was told {1000 * took:.1f} ms after the kill")
+        assert 0 < took < deadline / 2
+
+
+def test_a_killed_worker_may_be_replaced(
+    master: Master, start: Callable[..., Any], group: Callable[..., List[WorkerProcess]]
+) -> None:
+    workers = group()
+    workers[1].process.kill()
+    workers[1].process.wait()
+    workers[1] = start(WorkerProcess, master.target, 1, WORLD)
+    assert workers[1].answer()["incarnation"] == 2
+    for worker in workers:
+        worker.ask(sum="after", value=[2.0])
+    for worker in workers:
+        assert worker.answer()["result"] == [2.0 * WORLD]
+
+
+def test_a_stopped_worker_is_named_at_the_deadline(
+    master: Master, group: Callable[..., List[WorkerProcess]]
+) -> None:
+    workers = group(timeout=1.0)
+    os.kill(workers[1].pid, signal.SIGSTOP)
+    try:
+        for rank in (0, 2):
+            workers[rank].ask(sum="loss", value=[1.0])
+        for rank in (0, 2):
+            answer = workers[rank].answer()
+            assert (answer["error"], answer["code"]) == ("ROUND_TIMEOUT", "DEADLINE_EXCEEDED")
+            assert (answer["layer"], answer["ranks"]) == ("loss", [1])
+    finally:
+        os.kill(workers[1].pid, signal.SIGCONT)
+    for worker in workers:
+        worker.ask(sum="awake", value=[1.0])
+    for worker in workers:
+        assert worker.answer()["result"] == [WORLD]
+
+
+def test_workers_that_disagree_learn_at_once(master: Master, start: Callable[..., Any]) -> None:
+    workers = [start(WorkerProcess, master.target, rank, 2, timeout=120.0) for rank in range(2)]
+    for worker in workers:
+        worker.answer()
+    began = time.monotonic()
+    for worker, channels in zip(workers, (8, 16)):
+        worker.ask(forward="bn1", channels=channels)
+    for worker in workers:
+        answer = worker.answer()
+        assert (answer["error"], answer["layer"]) == ("LAYER_SPEC_MISMATCH", "bn1")
+        assert "8" in answer["message"] and "16" in answer["message"]
+        assert answer["at"] - began < 60.0  # Not the deadline's doing.
+
+
+def test_workers_go_on_after_the_master_was_killed(start: Callable[..., Any]) -> None:
+    master = start(Master)
+    workers = [start(WorkerProcess, master.target, rank, 2, timeout=60.0) for rank in range(2)]
+    run_ids = {worker.answer()["run_id"] for worker in workers}
+    assert len(run_ids) == 1
+    for restart in range(3):
+        workers[0].ask(sum="v", value=[1.0])
+        await_arrival(master.target, "v", [0])
+        master.kill()
+        master = start(Master, address=master.target)
+        workers[1].ask(sum="v", value=[10.0 + restart])
+        for worker in workers:
+            assert worker.answer()["result"] == [11.0 + restart]
+
+
+def test_sigterm_under_load_ends_cleanly(start: Callable[..., Any]) -> None:
+    master = start(Master)
+    workers = [start(WorkerProcess, master.target, rank, 4) for rank in range(4)]
+    for worker in workers:
+        worker.answer()
+        worker.ask(sum_for_ever="v")
+    for worker in workers:
+        assert worker.answer()["began"]
+    assert master.terminate() == 0
+    assert master.process.stdout.read() == "syncbn-master stopped\n"
+    # Their rounds form again at the master that comes next.
+    again = start(Master, address=master.target)
+    assert again.terminate() == 0

@@ -1,0 +1,41 @@
+"""A worker that is told what to do by lines of JSON, and answers with lines of JSON that carry a monotonic stamp."""
+
+import json
+import sys
+import time
+
+import syncbn
+
+
+def say(**answer: object) -> None:
+    print(json.dumps({**answer, "at": time.monotonic()}), flush=True)
+
+
+def main() -> None:
+    with syncbn.Worker(**json.loads(sys.argv[1])) as worker:
+        say(joined=worker.rank, run_id=worker.run_id, incarnation=worker.incarnation)
+        for line in sys.stdin:
+            command = json.loads(line)
+            try:
+                if "sum" in command:
+                    say(result=list(worker.all_reduce(command["sum"], command["value"])))
+                elif "forward" in command:
+                    zeros = [0.0] * command["channels"]
+                    say(result=worker.synchronize(command["forward"], 1, zeros, zeros).count)
+                elif "sum_for_ever" in command:
+                    say(began=True)
+                    while True:
+                        worker.all_reduce(command["sum_for_ever"], [1.0])
+                else:
+                    break
+            except syncbn.Error as error:
+                say(
+                    error=error.reason,
+                    code=error.code.name,
+                    layer=error.layer,
+                    ranks=list(error.ranks),
+                    message=error.message,
+                )
+
+
+main()
