@@ -532,7 +532,16 @@ absl::Status WorkerImpl::Flush() {
   if (forked()) return ForkedError();
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = Enter(); !status.ok()) return status;
+  // An answer may have been read before the end of the write that it answers. Until that is read too, nothing can be
+  // written, and the caller need not come back to wait: it may drive another worker first, which waits for this one.
+  void* tag = nullptr;
+  bool ok = false;
+  while (!driving_ && connection_ != nullptr && connection_->writing() &&
+         queue_.AsyncNext(&tag, &ok, absl::ToChronoTime(absl::UnixEpoch())) == grpc::CompletionQueue::GOT_EVENT) {
+    OnEvent(tag, ok);
+  }
   Pump();
+  changed_.SignalAll();
   return absl::OkStatus();
 }
 
