@@ -63,11 +63,12 @@ def main() -> None:
             return [os.environ["SYNCBN_MEMORY_WORKERS"], target, name, str(first), str(count), str(world_size), *shape]
 
         python = [sys.executable, str(_HERE / "python_worker.py"), target]
+        # First: an ended group's memory is kept for its workers' return.
+        share = options.workers // 4
+        _, large = group([workers("large", i * share, share, 4 * share) for i in range(4)], master.pid)
         small, _ = group([workers("small", rank, 1, 2) for rank in range(2)], master.pid)
         ranks = [] if options.without_python else range(2)
         pythons, _ = group([[*python, str(rank), "2", *shape] for rank in ranks], master.pid)
-        share = options.workers // 4
-        _, large = group([workers("large", i * share, share, 4 * share) for i in range(4)], master.pid)
     finally:
         master.terminate()
         master.wait()
