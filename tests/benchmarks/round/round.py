@@ -129,17 +129,24 @@ def teams(binaries: Binaries, world_size: int, names: List[str]) -> Iterator[Dic
 Runs = Dict[Tuple[str, Size], List[Block]]
 
 
-def measure(members: Dict[str, Team], sizes: List[Size], options: argparse.Namespace) -> Runs:
-    runs: Runs = {(name, size): [] for name in members for size in sizes}
-    for _ in range(options.repeats):
-        turns = list(runs)
-        random.shuffle(turns)
-        for name, size in turns:
-            rounds = options.rounds // 10 if name == GLOO else options.rounds
-            if size.mode == "apart":
-                rounds //= 4
-            runs[name, size].append(members[name].run(size, max(rounds, 3)))
+def measure(
+    binaries: Binaries, world_size: int, names: List[str], sizes: List[Size], options: argparse.Namespace
+) -> Runs:
+    """Starts all processes anew several times: where the scheduler places them changes a team's speed for its life."""
+    runs: Runs = {(name, size): [] for name in names for size in sizes}
+    for _ in range(options.teams):
+        with teams(binaries, world_size, names) as members:
+            for _ in range(options.repeats):
+                take_turns(members, runs, options.rounds)
     return runs
+
+
+def take_turns(members: Dict[str, Team], runs: Runs, rounds: int) -> None:
+    turns = list(runs)
+    random.shuffle(turns)
+    for name, size in turns:
+        share = (10 if name == GLOO else 1) * (4 if size.mode == "apart" else 1)
+        runs[name, size].append(members[name].run(size, max(rounds // share, 3)))
 
 
 def ratio(runs: Runs, over: Tuple[str, Size], under: Tuple[str, Size]) -> str:
@@ -161,9 +168,8 @@ def single_rounds(options: argparse.Namespace, binaries: Binaries, names: List[s
     latencies, cpus = [], []
     for world_size in options.workers:
         print(f"round: {world_size} workers", file=sys.stderr)
-        with teams(binaries, world_size, names) as members:
-            sizes = [Size(channels) for channels in options.channels]
-            runs = measure(members, sizes, options)
+        sizes = [Size(channels) for channels in options.channels]
+        runs = measure(binaries, world_size, names, sizes, options)
         for size in sizes:
             ratios = [ratio(runs, (a, size), (b, size)) for a, b in ((TCP, RAW_TCP), (UNIX, RAW_UNIX), (TCP, GLOO))]
             head = [str(world_size), str(size.channels)]
@@ -184,9 +190,8 @@ def several_layers(options: argparse.Namespace, binaries: Binaries) -> List[str]
     world_size, channels = max(w for w in options.workers if w <= 4), 256
     print(f"round: several layers, {world_size} workers", file=sys.stderr)
     rows = []
-    with teams(binaries, world_size, [TCP, UNIX, RAW_TCP]) as members:
-        sizes = [Size(channels, layers, mode) for layers in options.layers for mode in ("together", "apart")]
-        runs = measure(members, sizes, options)
+    sizes = [Size(channels, layers, mode) for layers in options.layers for mode in ("together", "apart")]
+    runs = measure(binaries, world_size, [TCP, UNIX, RAW_TCP], sizes, options)
     for together, apart in zip(sizes[::2], sizes[1::2]):
         row = [str(together.layers)]
         for name in (TCP, UNIX):
@@ -211,7 +216,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=numbers, default=[1, 2, 4, 8], help="1,2,4,8")
     parser.add_argument("--channels", type=numbers, default=[64, 256, 2048], help="64,256,2048")
     parser.add_argument("--layers", type=numbers, default=[16, 53], help="16,53")
-    parser.add_argument("--repeats", type=int, default=15, help="blocks of each variant and size")
+    parser.add_argument("--teams", type=int, default=5, help="how often all processes are started anew")
+    parser.add_argument("--repeats", type=int, default=4, help="blocks of each variant and size for each start")
     parser.add_argument("--rounds", type=int, default=200, help="rounds in a block; gloo runs a tenth")
     parser.add_argument("--without-gloo", action="store_true", help="where torch is not installed")
     parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
