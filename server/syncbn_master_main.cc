@@ -1,5 +1,6 @@
 // syncbn-master: a MasterServer as a process. Its flags, and nothing else.
 
+#include <malloc.h>
 #include <signal.h>
 #include <time.h>
 
@@ -87,6 +88,9 @@ int main(int argc, char** argv) {
   // Reads into buffers that hold many frames. With those of 8 KB, which gRPC would choose, every other frame of 256
   // channels arrives in two reads, and the first of them sends a window update. There is no other way to say so.
   setenv("GRPC_EXPERIMENTS", "-tcp_read_chunks", /*overwrite=*/0);
+  // A frame of many layers is half a megabyte, and comes from every worker at once. From the heap they would leave
+  // holes that outlive them; mapped, they go back. Setting the threshold keeps it from growing by itself.
+  mallopt(M_MMAP_THRESHOLD, 64 << 10);
 
   // Before any thread exists, so that none of them takes the signals.
   sigset_t signals;

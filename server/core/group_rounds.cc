@@ -57,7 +57,7 @@ bool Group::Replay(Rank rank, const Contribution& contribution, Layer& layer, Ef
   if (ended == nullptr) return false;
   const Contributor* const before = ended->Find(rank);
   if (before != nullptr && before->digest != Digest(contribution)) {
-    const bool reborn = before->incarnation != members_[rank].incarnation;
+    const bool reborn = before->incarnation != Contributor::LowBits(members_[rank].incarnation);
     Refuse(rank, key,
            MakeError(absl::StatusCode::kAlreadyExists, kPayloadChanged,
                      absl::StrCat("the ", Describe(key), " has ended, and rank ", rank,
@@ -308,7 +308,8 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
   ended.count = outcome->count;
   std::vector<StreamId> streams;
   for (const auto& [rank, payload] : pending.payloads) {
-    ended.contributors.push_back({rank, payload.backward_role, payload.incarnation, Digest(payload)});
+    const auto incarnation = static_cast<uint32_t>(Contributor::LowBits(payload.incarnation));
+    ended.contributors.push_back({rank, payload.backward_role, incarnation, Digest(payload)});
     if (members_[rank].state != MemberState::kPresent) continue;
     streams.push_back(members_[rank].stream);
     const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;

@@ -28,12 +28,16 @@ std::string Difference(const LayerSpec& worker, const LayerSpec& reference);
 std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits);
 
 // Who contributed to an ended round, and with what.
+// Kept small: a group keeps one for each worker of each of its retained rounds.
 struct Contributor {
   Rank rank = 0;
-  BackwardRole role = BackwardRole::kRequired;
-  uint64_t incarnation = 0;
+  BackwardRole role : 2;
+  uint32_t incarnation : 30;  // Its lowest bits, which tell it from the one before and after.
   uint64_t digest = 0;
+
+  static constexpr uint64_t LowBits(uint64_t incarnation) { return incarnation & ((uint64_t{1} << 30) - 1); }
 };
+static_assert(sizeof(Contributor) == 16);
 
 // A round that has ended. `outcome` is null once its vectors are forgotten.
 struct EndedRound {
