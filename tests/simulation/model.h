@@ -49,8 +49,8 @@ class Model {
   void BeforeShutdown();
   void After(const core::Effects& effects, const core::Coordinator& coordinator, absl::Time now);
 
-  // When nothing more will come: nothing is in flight, and the running statistics are those of the completed rounds.
-  void CheckBooks(const core::Coordinator& coordinator);
+  // The running statistics are those of the rounds that completed.
+  void CheckStatistics(const core::Coordinator& coordinator);
   // Nobody is connected, and nobody has been for long.
   void CheckEmpty(const core::Coordinator& coordinator);
 
