@@ -45,6 +45,7 @@ void Model::Begin() {
   sender_ = Sender();
   frame_ = nullptr;
   added_.clear();
+  outcomes_.clear();
   to_tell_.clear();
   told_.clear();
   must_answer_.clear();
@@ -137,6 +138,7 @@ void Model::After(const core::Effects& effects, const core::Coordinator& coordin
   for (const core::Effect& effect : effects) {
     std::visit([&](const auto& e) { Check(e, now); }, effect);
   }
+  CheckOutcomes();
   CheckTold();
   CheckWaiting(now);
   size_t in_flight = 0;
@@ -241,15 +243,23 @@ void Model::Check(const core::SendResults& results, absl::Time) {
     }
   }
   for (const auto& outcome : results.outcomes) {
-    const auto ended = ended_.find(outcome->key);
-    if (ended != ended_.end() && testing::SameOutcome(*ended->second.outcome, *outcome)) {
-      if (ended_now_.count(outcome->key) == 0) ++tally_.replayed;
-      for (const StreamId stream : results.streams) told_.insert({stream, outcome->key});
-    } else if (outcome->error.has_value() && IsRefusal(outcome->error->reason) && results.streams.size() == 1) {
+    if (outcome->error.has_value() && IsRefusal(outcome->error->reason) && results.streams.size() == 1) {
       CheckRefusal(results.streams[0], *outcome);
     } else {
-      Violate(absl::StrCat("an outcome of ", Name(outcome->key), " that is not the one it ended with"));
+      outcomes_.push_back({&results, outcome.get()});
     }
+  }
+}
+
+// Results that go to the same streams share a frame, so one may come before the news that its round has ended.
+void Model::CheckOutcomes() {
+  for (const auto& [results, outcome] : outcomes_) {
+    const auto ended = ended_.find(outcome->key);
+    if (ended == ended_.end() || !testing::SameOutcome(*ended->second.outcome, *outcome)) {
+      return Violate(absl::StrCat("an outcome of ", Name(outcome->key), " that is not the one it ended with"));
+    }
+    if (ended_now_.count(outcome->key) == 0) ++tally_.replayed;
+    for (const StreamId stream : results->streams) told_.insert({stream, outcome->key});
   }
 }
 

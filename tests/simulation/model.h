@@ -115,6 +115,7 @@ class Model {
   void CheckRunning(const std::string& layer, const core::LayerView& view);
   bool RefusalIsDue(core::Rank rank, const Part& part, const std::string& reason) const;
   void CheckRefusedJoin(const core::CloseStream& close);
+  void CheckOutcomes();
   void CheckTold();
   void CheckWaiting(absl::Time now);
 
@@ -159,6 +160,7 @@ class Model {
   Sender sender_;
   const Frame* frame_ = nullptr;
   std::set<core::RoundKey> added_;  // Parts that were taken from the frame.
+  std::vector<std::pair<const core::SendResults*, const core::RoundOutcome*>> outcomes_;
   std::vector<std::pair<core::StreamId, core::RoundKey>> to_tell_;
   std::set<std::pair<core::StreamId, core::RoundKey>> told_;
   std::vector<core::RoundKey> must_answer_;

@@ -38,8 +38,9 @@ void Worker::OnOutcome(const core::RoundOutcome& outcome) {
   if (unanswered_.erase(outcome.key) == 0 || outcome.key.phase != Phase::kForward) return;
   const auto& missing = outcome.missing_ranks;
   const bool counted = !std::count(missing.begin(), missing.end(), rank_);
-  if (!outcome.error.has_value() && outcome.backward_required && counted &&
-      sent_.at(outcome.key)->role != BackwardRole::kNone) {
+  const bool can = sent_.at(outcome.key)->role != BackwardRole::kNone;
+  // Now and then one contributes though it has said that it would not.
+  if (!outcome.error.has_value() && outcome.backward_required && counted && (can || random_.Chance(0.1))) {
     backward_.push_back({outcome.key.layer, outcome.key.sequence, Phase::kBackward});
   }
 }
