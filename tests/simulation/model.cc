@@ -1,0 +1,606 @@
+#include "tests/simulation/model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <variant>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "tests/testing/moments_oracle.h"
+
+namespace syncbn::simulation {
+namespace {
+
+using core::Rank;
+using core::RoundKey;
+using core::StreamId;
+
+std::string Name(const RoundKey& key) {
+  return absl::StrCat(key.layer, "/", key.sequence, "/", static_cast<int>(key.phase));
+}
+
+bool SameBits(const std::vector<double>& a, const std::vector<double>& b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](double x, double y) {
+           return (x == y && std::signbit(x) == std::signbit(y)) || (std::isnan(x) && std::isnan(y));
+         });
+}
+
+bool SameNumbers(const testing::Numbers& a, const testing::Numbers& b) {
+  return a.count == b.count && a.role == b.role && SameBits(a.first, b.first) && SameBits(a.second, b.second);
+}
+
+// Reasons that are told to the sender alone.
+bool IsRefusal(const std::string& reason) {
+  return reason == "ROUND_EXPIRED" || reason == "FORWARD_ROUND_UNKNOWN" || reason == "NOT_A_CONTRIBUTOR" ||
+         reason == "PAYLOAD_CHANGED" || reason == "LIMIT_EXCEEDED";
+}
+
+bool Near(double actual, long double expected, long double scale) {
+  return std::fabs(actual - expected) <= 1e-10L * scale + 1e-18L;  // False for a NaN.
+}
+
+}  // namespace
+
+void Model::Begin() {
+  sender_ = Sender();
+  frame_ = nullptr;
+  added_.clear();
+  outcomes_.clear();
+  to_tell_.clear();
+  told_.clear();
+  must_answer_.clear();
+  ended_now_.clear();
+  deadlock_now_ = false;
+}
+
+void Model::Violate(const std::string& what) {
+  if (!violation_.has_value()) violation_ = what;
+}
+
+// ---- What the coordinator is told -----------------------------------------------------------------------------------
+
+void Model::BeforeFrame(StreamId stream, const Frame& frame, absl::Time now) {
+  Begin();
+  sender_.stream = stream;
+  frame_ = &frame;
+  if (frame.join.has_value()) {
+    joining_[stream] = *frame.join;  // What else it says counts once it is seated.
+  } else if (const auto rank = SeatOf(stream)) {
+    TakeFrame(*rank, now);
+  }
+}
+
+void Model::BeforeClose(StreamId stream, absl::Time now) {
+  Begin();
+  const auto rank = SeatOf(stream);
+  closed_.insert(stream);
+  if (!rank.has_value()) return;
+  Member& member = members_[*rank];
+  member.stream = 0;
+  member.lost_at = now;
+  member.blocked_on.clear();
+}
+
+void Model::BeforeShutdown() {
+  Begin();
+  shutting_down_ = true;
+}
+
+void Model::TakeFrame(Rank rank, absl::Time now) {
+  sender_.rank = rank;
+  sender_.seated = true;
+  sender_.leaves = frame_->leave;
+  for (const Part& part : frame_->parts) Take(rank, part, now);
+  members_[rank].blocked_on = frame_->blocked_on;
+}
+
+void Model::Take(Rank rank, const Part& part, absl::Time now) {
+  if (ended_.count(part.key) != 0) {
+    must_answer_.push_back(part.key);
+    return;
+  }
+  const uint64_t incarnation = members_[rank].incarnation;
+  auto round = pending_.find(part.key);
+  if (round == pending_.end()) {
+    Pending fresh;
+    fresh.begun = now;
+    if (part.key.phase == core::Phase::kBackward) {
+      const auto forward = ended_.find({part.key.layer, part.key.sequence, core::Phase::kForward});
+      if (forward != ended_.end() && !forward->second.outcome->error.has_value()) {
+        fresh.forward_count = forward->second.outcome->count;
+        for (const auto& [contributor, held] : forward->second.parts) {
+          if (held.numbers->role != core::BackwardRole::kNone) fresh.expected.push_back(contributor);
+        }
+      }
+    } else {
+      for (Rank r = 0; r < settings_.world_size; ++r) fresh.expected.push_back(r);
+    }
+    round = pending_.emplace(part.key, std::move(fresh)).first;
+  }
+  const auto before = round->second.parts.find(rank);
+  if (before != round->second.parts.end()) {
+    if (SameNumbers(*before->second.numbers, *part.numbers)) {
+      before->second.incarnation = incarnation;
+      return;
+    }
+    if (before->second.incarnation == incarnation) {
+      must_answer_.push_back(part.key);
+      return;
+    }
+  }
+  round->second.parts[rank] = Held{incarnation, part.numbers};
+  added_.insert(part.key);
+}
+
+// ---- What it answers ------------------------------------------------------------------------------------------------
+
+void Model::After(const core::Effects& effects, const core::Coordinator& coordinator, absl::Time now) {
+  for (const core::Effect& effect : effects) {
+    std::visit([&](const auto& e) { Check(e, now); }, effect);
+  }
+  CheckOutcomes();
+  CheckTold();
+  CheckWaiting(now);
+  size_t in_flight = 0;
+  for (const core::GroupSummary& group : coordinator.ListGroups()) in_flight += group.rounds_in_flight;
+  if (in_flight != pending_.size()) {
+    Violate(absl::StrCat(in_flight, " rounds are in flight, and ", pending_.size(), " should be"));
+  }
+}
+
+void Model::Check(const core::SendJoined& joined, absl::Time now) {
+  if (joined.stream != sender_.stream || frame_ == nullptr || !frame_->join.has_value() || !Open(joined.stream)) {
+    return Violate(absl::StrCat("stream ", joined.stream, " is told joined, and has not asked"));
+  }
+  const core::Join& join = joining_.at(joined.stream);
+  if (run_id_ == 0) run_id_ = joined.run_id;
+  if (joined.run_id != run_id_ || (join.run_id != 0 && join.run_id != run_id_)) Violate("a join into another run");
+  Member& member = members_[join.rank];
+  if (member.stream != 0) Violate(absl::StrCat("rank ", join.rank, " holds two seats"));
+  uint64_t& greatest = incarnations_[{run_id_, join.rank}];
+  if (join.incarnation == 0 ? joined.incarnation <= greatest
+                            : joined.incarnation != join.incarnation || joined.incarnation < member.incarnation) {
+    Violate(absl::StrCat("incarnation ", joined.incarnation, " of rank ", join.rank, " is seated; it asked for ",
+                         join.incarnation, ", and ", std::max(greatest, member.incarnation), " has been there"));
+  }
+  greatest = std::max(greatest, joined.incarnation);
+  member = Member();
+  member.stream = joined.stream;
+  member.incarnation = joined.incarnation;
+  TakeFrame(join.rank, now);
+}
+
+void Model::Check(const core::SendMembership& change, absl::Time) {
+  std::vector<Rank> present;
+  std::vector<Rank> left;
+  for (Rank rank = 0; rank < settings_.world_size; ++rank) {
+    if (Present(rank)) present.push_back(rank);
+    if (Left(rank)) left.push_back(rank);
+  }
+  if (change.membership.present_ranks != present || change.membership.left_ranks != left) {
+    Violate("the membership that is announced is not the present one");
+  }
+  for (const StreamId stream : change.streams) {
+    if (!Open(stream)) Violate(absl::StrCat("closed stream ", stream, " is told the membership"));
+  }
+}
+
+void Model::Check(const core::CloseStream& close, absl::Time now) {
+  const auto rank = SeatOf(close.stream);
+  if (!closed_.insert(close.stream).second) return;
+  if (!rank.has_value()) return CheckRefusedJoin(close);
+  const std::string reason = close.error.has_value() ? close.error->reason : "";
+  Member& member = members_[*rank];
+  member.stream = 0;
+  member.blocked_on.clear();
+  if (reason.empty()) {
+    if (close.stream != sender_.stream || !sender_.leaves) Violate("a stream is closed without a reason or a leave");
+    member.left = true;
+  } else if (reason == "FENCED") {
+    const auto join = joining_.find(sender_.stream);
+    if (join == joining_.end() || frame_ == nullptr || !frame_->join.has_value() || join->second.rank != *rank) {
+      Violate("a stream is fenced, and nobody took its place");
+    }
+    member.lost_at = now;
+    ++tally_.fenced;
+  } else if (reason != "SHUTTING_DOWN" || !shutting_down_) {
+    Violate(absl::StrCat("the stream of rank ", *rank, " is closed with ", reason));
+  }
+}
+
+void Model::CheckRefusedJoin(const core::CloseStream& close) {
+  const auto join = joining_.find(close.stream);
+  const std::string reason = close.error.has_value() ? close.error->reason : "";
+  if (join == joining_.end() || close.stream != sender_.stream) return Violate("an unknown stream is closed");
+  const auto member = members_.find(join->second.rank);
+  const bool fenced = member != members_.end() && join->second.incarnation < member->second.incarnation;
+  const bool other_run = join->second.run_id != 0 && join->second.run_id != run_id_;
+  if (reason == "FENCED" && fenced && join->second.incarnation != 0) {
+    ++tally_.fenced;
+  } else if (!(reason == "RUN_SUPERSEDED" && other_run) && !(reason == "SHUTTING_DOWN" && shutting_down_)) {
+    Violate(absl::StrCat("the join of rank ", join->second.rank, " is refused with ", reason));
+  }
+}
+
+void Model::Check(const core::GroupEnded&, absl::Time) {
+  if (!shutting_down_) {
+    for (const auto& [rank, member] : members_) {
+      if (member.stream != 0) Violate("a group ends while someone is present");
+    }
+    if (!pending_.empty()) Violate("a group ends before its rounds");
+  }
+  run_id_ = 0;
+  members_.clear();
+  pending_.clear();
+  ended_.clear();
+  running_.clear();
+}
+
+void Model::Check(const core::SendResults& results, absl::Time) {
+  for (const StreamId stream : results.streams) {
+    if (!Open(stream) || !SeatOf(stream).has_value()) {
+      return Violate(absl::StrCat("results go to stream ", stream, ", which is closed"));
+    }
+  }
+  for (const auto& outcome : results.outcomes) {
+    if (outcome->error.has_value() && IsRefusal(outcome->error->reason) && results.streams.size() == 1) {
+      CheckRefusal(results.streams[0], *outcome);
+    } else {
+      outcomes_.push_back({&results, outcome.get()});
+    }
+  }
+}
+
+// Results that go to the same streams share a frame, so one may come before the news that its round has ended.
+void Model::CheckOutcomes() {
+  for (const auto& [results, outcome] : outcomes_) {
+    const auto ended = ended_.find(outcome->key);
+    if (ended == ended_.end() || !testing::SameOutcome(*ended->second.outcome, *outcome)) {
+      return Violate(absl::StrCat("an outcome of ", Name(outcome->key), " that is not the one it ended with"));
+    }
+    if (ended_now_.count(outcome->key) == 0) ++tally_.replayed;
+    for (const StreamId stream : results->streams) told_.insert({stream, outcome->key});
+  }
+}
+
+void Model::CheckRefusal(StreamId stream, const core::RoundOutcome& outcome) {
+  const std::string reason = outcome.error->reason;
+  ++tally_.refused[reason];
+  const Part* sent = nullptr;
+  if (frame_ != nullptr && stream == sender_.stream) {
+    for (const Part& part : frame_->parts) {
+      if (part.key == outcome.key) sent = &part;
+    }
+  }
+  if (sent == nullptr) return Violate(absl::StrCat(reason, " of ", Name(outcome.key), " for one who has not sent it"));
+  if (added_.count(outcome.key) != 0) {
+    const auto round = pending_.find(outcome.key);
+    round->second.parts.erase(sender_.rank);
+    if (round->second.parts.empty()) pending_.erase(round);
+    added_.erase(outcome.key);
+  }
+  told_.insert({stream, outcome.key});
+  if (!RefusalIsDue(sender_.rank, *sent, reason)) {
+    Violate(absl::StrCat(reason, " of ", Name(outcome.key), " for rank ", sender_.rank, " is not due"));
+  }
+}
+
+bool Model::RefusalIsDue(Rank rank, const Part& part, const std::string& reason) const {
+  const auto ended = ended_.find(part.key);
+  const auto forward = ended_.find({part.key.layer, part.key.sequence, core::Phase::kForward});
+  const bool forward_completed = forward != ended_.end() && !forward->second.outcome->error.has_value();
+  if (reason == "PAYLOAD_CHANGED") {
+    const auto round = pending_.find(part.key);
+    if (ended == ended_.end() && round == pending_.end()) return false;
+    const HeldParts& parts = ended != ended_.end() ? ended->second.parts : round->second.parts;
+    const auto before = parts.find(rank);
+    return before != parts.end() && !SameNumbers(*before->second.numbers, *part.numbers);
+  }
+  if (part.key.phase != core::Phase::kBackward) return false;
+  if (reason == "FORWARD_ROUND_UNKNOWN") return !forward_completed;
+  if (reason != "NOT_A_CONTRIBUTOR" || !forward_completed) return false;
+  const auto before = forward->second.parts.find(rank);
+  return before == forward->second.parts.end() || before->second.numbers->role == core::BackwardRole::kNone ||
+         !forward->second.outcome->backward_required;
+}
+
+// ---- How rounds end -------------------------------------------------------------------------------------------------
+
+void Model::Check(const core::RoundEnded& ended, absl::Time now) {
+  const core::RoundOutcome& outcome = *ended.outcome;
+  const auto found = pending_.find(outcome.key);
+  if (found == pending_.end()) {
+    return Violate(absl::StrCat(Name(outcome.key), ended_.count(outcome.key) != 0 ? " ends twice" : " has not begun"));
+  }
+  const Pending& round = found->second;
+  if (ended.contributors != round.parts.size()) Violate(absl::StrCat(Name(outcome.key), " miscounts contributors"));
+  if (ended.duration != now - round.begun || ended.duration > *settings_.config.round_timeout) {
+    Violate(absl::StrCat(Name(outcome.key), " lasted ", absl::FormatDuration(now - round.begun)));
+  }
+  if (outcome.error.has_value()) {
+    ++tally_.failed[outcome.error->reason];
+    CheckFailure(outcome, round, now);
+  } else {
+    ++tally_.completed;
+    CheckCompletion(outcome, round, now);
+  }
+  for (const auto& [rank, held] : round.parts) {
+    if (Present(rank)) to_tell_.push_back({members_[rank].stream, outcome.key});
+  }
+  ended_now_.insert(outcome.key);
+  ended_[outcome.key] = Ended{ended.outcome, round.parts};
+  pending_.erase(found);
+}
+
+void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round, absl::Time now) {
+  const core::Error& error = *outcome.error;
+  const std::string reason = error.reason;
+  const std::vector<Rank> missing = Missing(round);
+  std::vector<Rank> awaited;
+  std::vector<Rank> lost;
+  for (const Rank rank : missing) {
+    if (Left(rank)) continue;
+    awaited.push_back(rank);
+    if (GivenUp(rank, now)) lost.push_back(rank);
+  }
+  const bool late = now >= round.begun + *settings_.config.round_timeout;
+  bool due = false;
+  if (reason == "ROUND_TIMEOUT") {
+    due = !proceeds() && late && error.ranks == awaited;
+  } else if (reason == "TOO_FEW_WORKERS") {
+    const size_t possible = round.parts.size() + (late ? 0 : awaited.size() - lost.size());
+    due = proceeds() && possible < Least(round);
+  } else if (reason == "WORKER_LOST") {
+    const bool restart = frame_ != nullptr && frame_->join.has_value();
+    const std::vector<Rank> reborn = {restart ? frame_->join->rank : settings_.world_size};
+    due = !proceeds() && !error.ranks.empty() &&
+          (error.ranks == lost || (error.ranks == reborn && std::count(missing.begin(), missing.end(), reborn[0])));
+  } else if (reason == "DEADLOCK") {
+    deadlock_now_ = deadlock_now_ || Deadlocked();
+    due = deadlock_now_ && error.ranks == missing;
+  } else if (reason == "NOT_FINITE" || reason == "INVALID_CONTRIBUTION") {
+    const auto part = error.ranks.size() == 1 ? round.parts.find(error.ranks[0]) : round.parts.end();
+    due = part != round.parts.end() && Bad({outcome.key, part->second.numbers}, Layer(outcome.key.layer));
+  } else if (reason == "GROUP_ENDED") {
+    due = std::none_of(members_.begin(), members_.end(), [](const auto& entry) { return entry.second.stream != 0; });
+  }
+  if (!due) {
+    Violate(absl::StrCat(Name(outcome.key), " fails with ", reason, " (ranks ", absl::StrJoin(error.ranks, ","),
+                         "), which is not due"));
+  }
+}
+
+void Model::CheckCompletion(const core::RoundOutcome& outcome, const Pending& round, absl::Time now) {
+  const std::vector<Rank> missing = Missing(round);
+  if (outcome.missing_ranks != missing) Violate(absl::StrCat(Name(outcome.key), " names the wrong missing ranks"));
+  const bool late = now >= round.begun + *settings_.config.round_timeout;
+  for (const Rank rank : missing) {
+    if (Left(rank) || (proceeds() && (late || GivenUp(rank, now)))) continue;
+    Violate(absl::StrCat(Name(outcome.key), " completes without rank ", rank));
+  }
+  if (proceeds() && round.parts.size() < Least(round)) Violate(absl::StrCat(Name(outcome.key), " has too few workers"));
+  if (!missing.empty()) ++tally_.partial;
+  bool required = false;
+  for (const auto& [rank, held] : round.parts) {
+    if (Bad({outcome.key, held.numbers}, Layer(outcome.key.layer))) {
+      return Violate(absl::StrCat(Name(outcome.key), " completes with bad numbers"));
+    }
+    required = required || held.numbers->role == core::BackwardRole::kRequired;
+  }
+  if (outcome.key.phase == core::Phase::kForward && outcome.backward_required != required) {
+    Violate(absl::StrCat(Name(outcome.key), " is wrong about its backward round"));
+  }
+  const Merged merged = Merge(outcome.key, round.parts, round.forward_count);
+  CheckNumbers(outcome, merged);
+  if (outcome.key.phase == core::Phase::kForward) UpdateRunning(outcome.key, merged);
+}
+
+void Model::CheckNumbers(const core::RoundOutcome& outcome, const Merged& merged) {
+  bool right = outcome.count == merged.count && outcome.first.size() == merged.first.size() &&
+               outcome.second.size() == merged.second.size();
+  for (size_t c = 0; right && c < merged.first.size(); ++c) {
+    right = Near(outcome.first[c], merged.first[c], merged.first_scale[c]);
+  }
+  for (size_t c = 0; right && c < merged.second.size(); ++c) {
+    right = Near(outcome.second[c], merged.second[c], merged.second_scale[c]);
+  }
+  if (!right) Violate(absl::StrCat(Name(outcome.key), " is merged wrongly"));
+}
+
+Model::Merged Model::Merge(const RoundKey& key, const HeldParts& parts, int64_t forward_count) const {
+  const uint32_t channels = Layer(key.layer).channels;
+  Merged merged;
+  merged.count = key.phase == core::Phase::kBackward ? forward_count : 0;
+  for (uint32_t c = 0; c < channels; ++c) {
+    if (key.phase == core::Phase::kForward) {
+      std::vector<testing::ExactMoments> moments;
+      long double scale = 0.0L;
+      for (const auto& [rank, held] : parts) {
+        const testing::Numbers& numbers = *held.numbers;
+        if (numbers.count == 0) continue;
+        moments.push_back({numbers.count, numbers.first[c], numbers.second[c]});
+        scale = std::max(scale, std::fabs(static_cast<long double>(numbers.first[c])));
+      }
+      const testing::ExactMoments pooled = testing::Pool(moments);
+      const long double var = pooled.count == 0 ? 0.0L : pooled.m2 / pooled.count;
+      merged.count = pooled.count;
+      merged.first.push_back(pooled.mean);
+      merged.second.push_back(var);
+      merged.first_scale.push_back(scale);
+      merged.second_scale.push_back(var);
+      continue;
+    }
+    long double sums[2] = {0.0L, 0.0L};
+    long double scales[2] = {0.0L, 0.0L};
+    for (const auto& [rank, held] : parts) {
+      const std::vector<double>* vectors[2] = {&held.numbers->first, &held.numbers->second};
+      for (int i = 0; i < 2; ++i) {
+        if (vectors[i]->empty()) continue;
+        sums[i] += (*vectors[i])[c];
+        scales[i] += std::fabs(static_cast<long double>((*vectors[i])[c]));
+      }
+    }
+    merged.first.push_back(sums[0]);
+    merged.first_scale.push_back(scales[0]);
+    if (key.phase == core::Phase::kSum) continue;
+    merged.second.push_back(sums[1]);
+    merged.second_scale.push_back(scales[1]);
+  }
+  return merged;
+}
+
+void Model::UpdateRunning(const RoundKey& key, const Merged& merged) {
+  if (merged.count == 0) return;
+  const core::LayerSpec& spec = Layer(key.layer);
+  Running& running = running_[key.layer];
+  running.mean.resize(spec.channels, 0.0L);
+  running.var.resize(spec.channels, 1.0L);
+  ++running.updates;
+  const long double weight = spec.momentum.has_value() ? *spec.momentum : 1.0L / running.updates;
+  for (uint32_t c = 0; c < spec.channels; ++c) {
+    running.mean[c] += weight * (merged.first[c] - running.mean[c]);
+    if (merged.count == 1 && !spec.biased_running_variance) continue;
+    const long double n = merged.count;
+    const long double var = spec.biased_running_variance ? merged.second[c] : merged.second[c] * n / (n - 1);
+    running.var[c] += weight * (var - running.var[c]);
+  }
+}
+
+// ---- After an event -------------------------------------------------------------------------------------------------
+
+void Model::CheckTold() {
+  for (const auto& [stream, key] : to_tell_) {
+    if (told_.count({stream, key}) == 0) Violate(absl::StrCat("stream ", stream, " is not told of ", Name(key)));
+  }
+  for (const RoundKey& key : must_answer_) {
+    if (told_.count({sender_.stream, key}) == 0) Violate(absl::StrCat("a replay of ", Name(key), " is not answered"));
+  }
+}
+
+void Model::CheckWaiting(absl::Time now) {
+  for (const auto& [key, round] : pending_) {
+    size_t awaited = 0;
+    size_t lost = 0;
+    for (const Rank rank : Missing(round)) {
+      if (Left(rank)) continue;
+      // On the stroke of the grace or the deadline, its alarm may be the next event.
+      (GivenUp(rank, now - absl::Nanoseconds(1)) ? lost : awaited) += 1;
+    }
+    if (awaited == 0 || (lost != 0 && !proceeds()) || (proceeds() && round.parts.size() + awaited < Least(round))) {
+      Violate(absl::StrCat(Name(key), " waits for nobody who could come"));
+    }
+    if (now > round.begun + *settings_.config.round_timeout) Violate(absl::StrCat(Name(key), " outlives its deadline"));
+    for (const auto& [rank, held] : round.parts) {
+      if (Bad({key, held.numbers}, Layer(key.layer))) Violate(absl::StrCat(Name(key), " waits with bad numbers"));
+      if (!std::count(round.expected.begin(), round.expected.end(), rank)) {
+        Violate(absl::StrCat(Name(key), " takes numbers of rank ", rank, ", which is no contributor"));
+      }
+    }
+  }
+  if (Deadlocked()) Violate("everyone is blocked, and nobody is told");
+}
+
+void Model::CheckStatistics(const core::Coordinator& coordinator) {
+  for (const core::GroupSummary& group : coordinator.ListGroups()) {
+    for (const core::LayerSpec& spec : settings_.layers) {
+      if (const auto view = coordinator.GetLayer(group.id, spec.name); view.ok()) CheckRunning(spec.name, *view);
+    }
+  }
+}
+
+void Model::CheckRunning(const std::string& layer, const core::LayerView& view) {
+  const Running& running = running_[layer];
+  bool right = view.running.updates == running.updates;
+  for (size_t c = 0; right && c < running.mean.size(); ++c) {
+    right = Near(view.running.mean[c], running.mean[c], 1.0L + std::fabs(running.mean[c])) &&
+            Near(view.running.var[c], running.var[c], 1.0L + std::fabs(running.var[c]));
+  }
+  if (!right) Violate(absl::StrCat("the running statistics of ", layer, " are not those of its rounds"));
+}
+
+void Model::CheckEmpty(const core::Coordinator& coordinator) {
+  if (!coordinator.ListGroups().empty()) Violate("an abandoned group is kept");
+  if (coordinator.NextDeadline() != absl::InfiniteFuture()) Violate("an empty coordinator waits for something");
+}
+
+// ---- The books ------------------------------------------------------------------------------------------------------
+
+const core::LayerSpec& Model::Layer(const std::string& name) const {
+  return *std::find_if(settings_.layers.begin(), settings_.layers.end(),
+                       [&](const core::LayerSpec& spec) { return spec.name == name; });
+}
+
+std::optional<Rank> Model::SeatOf(StreamId stream) const {
+  for (const auto& [rank, member] : members_) {
+    if (member.stream == stream) return rank;
+  }
+  return std::nullopt;
+}
+
+bool Model::Present(Rank rank) const {
+  const auto member = members_.find(rank);
+  if (member == members_.end() || member->second.stream == 0) return false;
+  return !(sender_.leaves && member->second.stream == sender_.stream);
+}
+
+bool Model::Left(Rank rank) const {
+  const auto member = members_.find(rank);
+  if (member == members_.end()) return false;
+  return member->second.left || (sender_.leaves && member->second.stream == sender_.stream);
+}
+
+bool Model::GivenUp(Rank rank, absl::Time now) const {
+  const auto member = members_.find(rank);
+  if (member == members_.end() || member->second.stream != 0 || member->second.left) return false;
+  return member->second.lost_at.has_value() && now >= *member->second.lost_at + *settings_.config.rejoin_grace;
+}
+
+bool Model::Blocked(Rank rank) const {
+  const std::vector<RoundKey>& keys = members_.at(rank).blocked_on;
+  return !keys.empty() && std::all_of(keys.begin(), keys.end(), [&](const RoundKey& key) {
+    const auto round = pending_.find(key);
+    return round != pending_.end() && round->second.parts.count(rank) != 0;
+  });
+}
+
+bool Model::Deadlocked() const {
+  size_t blocked = 0;
+  for (Rank rank = 0; rank < settings_.world_size; ++rank) {
+    if (Left(rank)) continue;
+    if (!Present(rank) || !Blocked(rank)) return false;
+    ++blocked;
+  }
+  return blocked != 0;
+}
+
+size_t Model::Least(const Pending& round) const {
+  return proceeds() ? std::min<size_t>(settings_.config.min_workers, round.expected.size()) : 0;
+}
+
+std::vector<Rank> Model::Missing(const Pending& round) const {
+  std::vector<Rank> missing;
+  for (const Rank rank : round.expected) {
+    if (round.parts.count(rank) == 0) missing.push_back(rank);
+  }
+  return missing;
+}
+
+bool Model::Bad(const Part& part, const core::LayerSpec& spec) {
+  const testing::Numbers& numbers = *part.numbers;
+  const bool may_be_empty =
+      part.key.phase == core::Phase::kBackward || (part.key.phase == core::Phase::kForward && numbers.count == 0);
+  const size_t second = part.key.phase == core::Phase::kSum ? 0 : spec.channels;
+  const auto fits = [&](const std::vector<double>& vector, size_t length) {
+    return vector.size() == length || (vector.empty() && may_be_empty);
+  };
+  if (!fits(numbers.first, spec.channels) || !fits(numbers.second, second) || numbers.count < 0) return true;
+  for (const double value : numbers.first) {
+    if (!std::isfinite(value)) return true;
+  }
+  for (const double value : numbers.second) {
+    if (!std::isfinite(value) || (part.key.phase == core::Phase::kForward && value < 0.0)) return true;
+  }
+  return false;
+}
+
+}  // namespace syncbn::simulation

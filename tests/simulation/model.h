@@ -1,0 +1,173 @@
+// What the protocol promises, as checks on what one coordinator is told and what it answers. Shares no code with it: it
+// keeps its own books of seats, contributions and outcomes, and merges in long double.
+
+#ifndef SYNCBN_TESTS_SIMULATION_MODEL_H_
+#define SYNCBN_TESTS_SIMULATION_MODEL_H_
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "server/core/coordinator.h"
+#include "tests/simulation/frame.h"
+
+namespace syncbn::simulation {
+
+// What is fixed for a schedule.
+struct Settings {
+  uint32_t world_size = 2;
+  core::GroupConfig config;  // Complete.
+  std::vector<core::LayerSpec> layers;
+};
+
+// The incarnations that were ever given out, by run and rank; they outlive masters.
+using Incarnations = std::map<std::pair<uint64_t, core::Rank>, uint64_t>;
+
+struct Tally {
+  uint64_t completed = 0;
+  uint64_t partial = 0;  // Of those, without all that were expected.
+  uint64_t replayed = 0;
+  uint64_t fenced = 0;
+  std::map<std::string, uint64_t> failed;   // By reason.
+  std::map<std::string, uint64_t> refused;  // To the sender alone.
+};
+
+// One life of a master. Before each event goes to the coordinator, Before...; afterwards After, with its effects.
+class Model {
+ public:
+  Model(const Settings& settings, Incarnations* incarnations, Tally* tally)
+      : settings_(settings), incarnations_(*incarnations), tally_(*tally) {}
+
+  void BeforeFrame(core::StreamId stream, const Frame& frame, absl::Time now);
+  void BeforeClose(core::StreamId stream, absl::Time now);
+  void BeforeTime() { Begin(); }
+  void BeforeShutdown();
+  void After(const core::Effects& effects, const core::Coordinator& coordinator, absl::Time now);
+
+  // The running statistics are those of the rounds that completed.
+  void CheckStatistics(const core::Coordinator& coordinator);
+  // Nobody is connected, and nobody has been for long.
+  void CheckEmpty(const core::Coordinator& coordinator);
+
+  // The first promise that was broken.
+  const std::optional<std::string>& violation() const { return violation_; }
+  size_t pending() const { return pending_.size(); }
+
+ private:
+  struct Held {
+    uint64_t incarnation = 0;
+    NumbersPtr numbers;
+  };
+  using HeldParts = std::map<core::Rank, Held>;
+  struct Pending {
+    absl::Time begun;
+    HeldParts parts;
+    std::vector<core::Rank> expected;
+    int64_t forward_count = 0;
+  };
+  struct Ended {
+    std::shared_ptr<const core::RoundOutcome> outcome;
+    HeldParts parts;
+  };
+  struct Member {
+    core::StreamId stream = 0;  // 0 if it has none.
+    uint64_t incarnation = 0;
+    bool left = false;
+    std::optional<absl::Time> lost_at;
+    std::vector<core::RoundKey> blocked_on;
+  };
+  struct Running {
+    std::vector<long double> mean;
+    std::vector<long double> var;
+    uint64_t updates = 0;
+  };
+  // What one channel's merge should be.
+  struct Merged {
+    int64_t count = 0;
+    std::vector<long double> first;
+    std::vector<long double> second;
+    std::vector<long double> first_scale;  // The magnitudes against which rounding is judged.
+    std::vector<long double> second_scale;
+  };
+
+  void Begin();
+  void Violate(const std::string& what);
+  void TakeFrame(core::Rank rank, absl::Time now);
+  void Take(core::Rank rank, const Part& part, absl::Time now);
+
+  void Check(const core::SendJoined& joined, absl::Time now);
+  void Check(const core::SendResults& results, absl::Time now);
+  void Check(const core::SendLayerError&, absl::Time) { Violate("a layer error, though all layers agree"); }
+  void Check(const core::SendMembership& change, absl::Time now);
+  void Check(const core::CloseStream& close, absl::Time now);
+  void Check(const core::RoundEnded& ended, absl::Time now);
+  void Check(const core::GroupEnded& ended, absl::Time now);
+
+  void CheckFailure(const core::RoundOutcome& outcome, const Pending& round, absl::Time now);
+  void CheckCompletion(const core::RoundOutcome& outcome, const Pending& round, absl::Time now);
+  void CheckRefusal(core::StreamId stream, const core::RoundOutcome& outcome);
+  void CheckNumbers(const core::RoundOutcome& outcome, const Merged& merged);
+  void CheckRunning(const std::string& layer, const core::LayerView& view);
+  bool RefusalIsDue(core::Rank rank, const Part& part, const std::string& reason) const;
+  void CheckRefusedJoin(const core::CloseStream& close);
+  void CheckOutcomes();
+  void CheckTold();
+  void CheckWaiting(absl::Time now);
+
+  Merged Merge(const core::RoundKey& key, const HeldParts& parts, int64_t forward_count) const;
+  void UpdateRunning(const core::RoundKey& key, const Merged& merged);
+
+  const core::LayerSpec& Layer(const std::string& name) const;
+  std::optional<core::Rank> SeatOf(core::StreamId stream) const;
+  // Of the ranks that have a stream, or have left; the sender of a last frame has left already.
+  bool Present(core::Rank rank) const;
+  bool Left(core::Rank rank) const;
+  bool Open(core::StreamId stream) const { return closed_.count(stream) == 0; }
+  bool GivenUp(core::Rank rank, absl::Time now) const;
+  bool Blocked(core::Rank rank) const;
+  bool Deadlocked() const;
+  bool proceeds() const { return settings_.config.missing_policy == core::MissingPolicy::kProceed; }
+  size_t Least(const Pending& round) const;
+  std::vector<core::Rank> Missing(const Pending& round) const;
+  static bool Bad(const Part& part, const core::LayerSpec& spec);
+
+  const Settings& settings_;
+  Incarnations& incarnations_;
+  Tally& tally_;
+  std::optional<std::string> violation_;
+
+  std::map<core::StreamId, core::Join> joining_;
+  std::set<core::StreamId> closed_;
+  std::map<core::Rank, Member> members_;
+  std::map<core::RoundKey, Pending> pending_;
+  std::map<core::RoundKey, Ended> ended_;
+  std::map<std::string, Running> running_;
+  uint64_t run_id_ = 0;  // 0 while there is no group.
+  bool shutting_down_ = false;
+
+  // Of the event that is being handled.
+  struct Sender {
+    core::StreamId stream = 0;
+    core::Rank rank = 0;
+    bool seated = false;
+    bool leaves = false;
+  };
+  Sender sender_;
+  const Frame* frame_ = nullptr;
+  std::set<core::RoundKey> added_;  // Parts that were taken from the frame.
+  std::vector<std::pair<const core::SendResults*, const core::RoundOutcome*>> outcomes_;
+  std::vector<std::pair<core::StreamId, core::RoundKey>> to_tell_;
+  std::set<std::pair<core::StreamId, core::RoundKey>> told_;
+  std::vector<core::RoundKey> must_answer_;
+  std::set<core::RoundKey> ended_now_;
+  bool deadlock_now_ = false;
+};
+
+}  // namespace syncbn::simulation
+
+#endif  // SYNCBN_TESTS_SIMULATION_MODEL_H_

@@ -1,0 +1,99 @@
+#include "tests/simulation/mutant.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <variant>
+
+namespace syncbn::simulation {
+
+using core::RoundOutcome;
+using core::StreamId;
+
+core::Effects Mutant::OnFrame(StreamId stream, const Frame& frame, absl::Time now) {
+  core::FrameReceived event = ToEvent(stream, frame);
+  if (bug_ != Bug::kNone) DistortFrame(stream, event);
+  return Distort(coordinator_.On(event, now));
+}
+
+core::Effects Mutant::OnClosed(StreamId stream, absl::Time now) {
+  if (bug_ == Bug::kEarlyLeave) {
+    core::FrameReceived leave;
+    leave.stream = stream;
+    leave.leave = "broken";
+    const auto rank = rank_of_.find(stream);
+    if (rank != rank_of_.end() && seats_[rank->second] == stream) return Distort(coordinator_.On(leave, now));
+  }
+  return Distort(coordinator_.On(core::StreamClosed{stream}, now));
+}
+
+absl::Time Mutant::NextDeadline() const {
+  return bug_ == Bug::kIgnoredDeadline ? absl::InfiniteFuture() : coordinator_.NextDeadline();
+}
+
+void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
+  asked_ = 0;
+  if (event.join.has_value()) {
+    rank_of_[stream] = event.join->rank;
+    const uint64_t present = incarnations_[event.join->rank];
+    if (bug_ == Bug::kNoFencing && event.join->incarnation != 0 && event.join->incarnation < present) {
+      asked_ = std::exchange(event.join->incarnation, present);
+    }
+    return;
+  }
+  const auto rank = rank_of_.find(stream);
+  if (rank == rank_of_.end()) return;
+  if (bug_ == Bug::kStaleStream && closed_.count(stream) != 0 && closed_.count(seats_[rank->second]) == 0) {
+    event.stream = seats_[rank->second];
+  }
+  for (core::Contribution& contribution : event.contributions) {
+    if (bug_ == Bug::kDoubleCount && rank->second == 0) {
+      const StreamId first = first_stream_.emplace(contribution.key, stream).first->second;
+      if (first != stream && contribution.key.phase == core::Phase::kForward) contribution.count *= 2;
+    }
+    if (bug_ != Bug::kAcceptedNan) continue;
+    for (absl::Span<const double>* vector : {&contribution.first, &contribution.second}) {
+      if (std::none_of(vector->begin(), vector->end(), [](double value) { return std::isnan(value); })) continue;
+      kept_.push_back(std::make_unique<std::vector<double>>(vector->size(), 1.0));
+      *vector = *kept_.back();
+    }
+  }
+}
+
+core::Effects Mutant::Distort(core::Effects effects) {
+  if (bug_ == Bug::kNone) return effects;
+  for (core::Effect& effect : effects) {
+    if (auto* joined = std::get_if<core::SendJoined>(&effect)) {
+      const core::Rank rank = rank_of_[joined->stream];
+      seats_[rank] = joined->stream;
+      incarnations_[rank] = joined->incarnation;
+      if (asked_ != 0) joined->incarnation = asked_;
+    } else if (auto* close = std::get_if<core::CloseStream>(&effect)) {
+      closed_.insert(close->stream);
+    } else if (auto* results = std::get_if<core::SendResults>(&effect)) {
+      Distort(*results);
+    } else if (auto* ended = std::get_if<core::RoundEnded>(&effect)) {
+      if (bug_ != Bug::kWrongVariance || ended->outcome->key.phase != core::Phase::kForward) continue;
+      auto wrong = std::make_shared<RoundOutcome>(*ended->outcome);
+      for (double& var : wrong->second) var *= 1.0 + 1e-9;
+      ended->outcome = std::move(wrong);
+    }
+  }
+  return effects;
+}
+
+void Mutant::Distort(core::SendResults& results) {
+  if (bug_ == Bug::kSendAfterClose && !closed_.empty()) results.streams.push_back(*closed_.begin());
+  if (bug_ == Bug::kLostOutcome && results.streams.size() > 1) results.streams.pop_back();
+  for (auto& outcome : results.outcomes) {
+    const bool replay = !told_.insert(outcome->key).second;
+    const bool split = bug_ == Bug::kSplitOutcome && results.streams.size() > 1;
+    if (outcome->first.empty() || !(split || (bug_ == Bug::kChangedReplay && replay))) continue;
+    auto changed = std::make_shared<RoundOutcome>(*outcome);
+    changed->first[0] = std::nextafter(changed->first[0], std::numeric_limits<double>::infinity());
+    outcome = std::move(changed);
+  }
+}
+
+}  // namespace syncbn::simulation

@@ -1,0 +1,63 @@
+// A coordinator with a bug planted around it, to show that the model's checks have teeth.
+
+#ifndef SYNCBN_TESTS_SIMULATION_MUTANT_H_
+#define SYNCBN_TESTS_SIMULATION_MUTANT_H_
+
+#include <map>
+#include <memory>
+#include <set>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "server/core/coordinator.h"
+#include "tests/simulation/frame.h"
+#include "tests/testing/engine.h"
+
+namespace syncbn::simulation {
+
+enum class Bug {
+  kNone,
+  kNoFencing,        // A join of an older incarnation is let in, as though it were the present one.
+  kStaleStream,      // What a fenced stream still sends is taken for its successor's.
+  kChangedReplay,    // A replayed result differs from the first in its last bit.
+  kDoubleCount,      // A contribution that is sent on a second stream counts twice.
+  kLostOutcome,      // The last of a round's members is not told of its end.
+  kSendAfterClose,   // Results go to a stream that was closed, too.
+  kIgnoredDeadline,  // Time passes without the coordinator's knowing.
+  kEarlyLeave,       // A broken stream is taken for a leave.
+  kWrongVariance,    // A billionth too much of it.
+  kSplitOutcome,     // Members are told a result that differs in its last bit from the one that is on record.
+  kAcceptedNan,      // Bad numbers are made good on their way in.
+};
+
+class Mutant {
+ public:
+  explicit Mutant(Bug bug) : bug_(bug) {}
+
+  core::Effects OnFrame(core::StreamId stream, const Frame& frame, absl::Time now);
+  core::Effects OnClosed(core::StreamId stream, absl::Time now);
+  core::Effects On(const core::Event& event, absl::Time now) { return Distort(coordinator_.On(event, now)); }
+
+  absl::Time NextDeadline() const;
+  const core::Coordinator& coordinator() const { return coordinator_; }
+
+ private:
+  core::Effects Distort(core::Effects effects);
+  void Distort(core::SendResults& results);
+  void DistortFrame(core::StreamId stream, core::FrameReceived& event);
+
+  const Bug bug_;
+  core::Coordinator coordinator_;
+  std::map<core::StreamId, core::Rank> rank_of_;
+  std::map<core::Rank, core::StreamId> seats_;
+  std::map<core::Rank, uint64_t> incarnations_;
+  std::set<core::StreamId> closed_;
+  std::set<core::RoundKey> told_;
+  std::map<core::RoundKey, core::StreamId> first_stream_;   // Of rank 0's contributions.
+  std::vector<std::unique_ptr<std::vector<double>>> kept_;  // Numbers that were made good.
+  uint64_t asked_ = 0;                                      // The incarnation that a join was robbed of.
+};
+
+}  // namespace syncbn::simulation
+
+#endif  // SYNCBN_TESTS_SIMULATION_MUTANT_H_
