@@ -81,8 +81,8 @@ TEST(ListeningTest, UnixSocketsAloneHaveNoPort) {
 }
 
 TEST(ListeningTest, RefusesToListenBeyondLoopback) {
-  for (const char* address : {"0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.com:0", "127.0.0.1.example.com:0",
-                              "127.example.com:0", "0:0"}) {
+  for (const char* address :
+       {"0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.com:0", "127.0.0.1.example.com:0", "127.example.com:0", "0:0"}) {
     const auto server = Start({"127.0.0.1:0", address});
     EXPECT_EQ(server.status().code(), absl::StatusCode::kInvalidArgument) << address;
     EXPECT_THAT(std::string(server.status().message()), HasSubstr(absl::StrCat("\"", address, "\" is reachable")));
