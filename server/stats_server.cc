@@ -17,7 +17,6 @@
 #include "absl/time/clock.h"
 #include "grpcpp/ext/channelz_service_plugin.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
-#include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
@@ -141,7 +140,6 @@ class MasterServer::Impl {
   absl::Status Start(const Options& options, const std::shared_ptr<grpc::ServerCredentials>& credentials) {
     static const bool plugins = [] {
       absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
-      grpc::EnableDefaultHealthCheckService(true);
       grpc::reflection::InitProtoReflectionServerBuilderPlugin();
       grpc::channelz::experimental::InitChannelzService();
       return true;

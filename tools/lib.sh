@@ -16,11 +16,11 @@ die() {
   exit 1
 }
 
-# Bazel with a server that fits a small machine. Its messages go to stderr, and only what matters of them.
+# Bazel, building or running. Its messages go to stderr, and only what matters of them.
 bazel_quietly() {
   local command=$1
   shift
-  bazel --host_jvm_args=-Xmx1g "$command" --noshow_progress --ui_event_filters=-info,-debug,-stdout "$@" >&2
+  bazel "$command" --noshow_progress --ui_event_filters=-info,-debug,-stdout "$@" >&2
 }
 
 ensure_deps() {

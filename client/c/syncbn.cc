@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "client/cc/batch_norm_pass.h"
+#include "client/cc/device_runtime.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
 #include "kernels/batch_norm.h"
@@ -46,6 +47,7 @@ struct syncbn_forward {
 };
 
 struct syncbn_backward {
+  std::shared_ptr<syncbn::Worker> worker;
   syncbn::BackwardPass pass;
 };
 
@@ -146,6 +148,7 @@ absl::Status ReadPassOptions(const syncbn_pass_options* given, syncbn::PassOptio
   syncbn_pass_options options;
   if (absl::Status status = ReadOptions(given, &options); !status.ok()) return status;
   if (options.num_threads != 0) pass->num_threads = options.num_threads;
+  pass->stream = options.stream;
   if (options.sequence_plus_one != 0) pass->sequence = options.sequence_plus_one - 1;
   return ReadRole(options.backward_role, &pass->backward_role);
 }
@@ -191,6 +194,7 @@ absl::Status ReadEvaluateOptions(const syncbn_evaluate_options* given, syncbn::E
   syncbn_evaluate_options known;
   if (absl::Status status = ReadOptions(given, &known); !status.ok()) return status;
   if (known.num_threads != 0) options->num_threads = known.num_threads;
+  options->stream = known.stream;
   options->eps = known.eps;
   options->residual = known.residual;
   options->relu = known.relu != 0;
@@ -225,8 +229,11 @@ uint32_t syncbn_api_version(void) { return (SYNCBN_API_VERSION_MAJOR << 16) | SY
 const char* syncbn_version(void) { return "0.1.0"; }
 
 const char* syncbn_build_info(void) {
-  static const std::string* const info =
-      new std::string(absl::StrCat("cpu=", syncbn::kernels::cpu::InstructionSet(), " cuda=no"));
+  static const std::string* const info = [] {
+    const syncbn::DeviceRuntime* const cuda = syncbn::CudaRuntime();
+    return new std::string(absl::StrCat("cpu=", syncbn::kernels::cpu::InstructionSet(),
+                                        " cuda=", cuda == nullptr ? "no" : cuda->Version()));
+  }();
   return info->c_str();
 }
 
@@ -444,7 +451,7 @@ syncbn_code syncbn_backward_start(const syncbn_forward* forward, const syncbn_ba
   }
   auto pass = syncbn::BackwardPass::Start(*forward->worker, forward->pass.statistics(), inputs, options);
   if (!pass.ok()) return Report(pass.status(), error);
-  *out = new syncbn_backward{*std::move(pass)};
+  *out = new syncbn_backward{forward->worker, *std::move(pass)};
   return 0;
 }
 

@@ -46,7 +46,8 @@ extern "C" {
 SYNCBN_API uint32_t syncbn_api_version(void);
 /* "0.1.0". Static. */
 SYNCBN_API const char* syncbn_version(void);
-/* What this build runs on: "cpu=AVX2 cuda=no". Static. */
+/* What this build runs on: "cpu=AVX2 cuda=no", or "cpu=AVX2 cuda=13.0" with the version of CUDA that it was built with. The
+ * library needs no driver of NVIDIA's until the first pass over a CUDA tensor. Static. */
 SYNCBN_API const char* syncbn_build_info(void);
 
 typedef int32_t syncbn_code; /* As grpc::StatusCode: 0 OK, 1 CANCELLED, 3 INVALID_ARGUMENT, 4 DEADLINE_EXCEEDED, ... */
@@ -202,6 +203,14 @@ SYNCBN_API size_t syncbn_round_missing_ranks(const syncbn_round* round, const ui
 SYNCBN_API void syncbn_round_destroy(syncbn_round* round);
 
 /* ---- Batch normalization of tensors ----------------------------------------------------------------------------- */
+
+/* CUDA tensors: every vector of parameters is in device memory too, and all work is enqueued in the caller's stream. Only the
+ * waiting functions wait for it, without synchronizing the stream; start and finish return once their kernels are enqueued. A
+ * round begins within a wait or a flush that finds its reduction complete, in the order of the starts. A pass is of one device
+ * and one stream, from the forward pass's start to the backward pass's finish. Errors: FAILED_PRECONDITION for a device that
+ * cannot be used and for a stream that is being captured into a graph; INTERNAL for CUDA's own; UNIMPLEMENTED in a build
+ * without CUDA. Whatever fails, nothing in the stream waits for a round: the host drives them all, and there is no
+ * stream-ordered mode in which the calling thread would run ahead of one. */
 
 enum { SYNCBN_FLOAT32 = 0, SYNCBN_FLOAT64 = 1, SYNCBN_FLOAT16 = 2, SYNCBN_BFLOAT16 = 3 };
 enum { SYNCBN_CHANNELS_FIRST = 0, SYNCBN_CHANNELS_LAST = 1 };

@@ -62,6 +62,9 @@ void BatchNorm::ClearGradients() {
 absl::Status BatchNorm::Forward(const TensorView& x, const TensorView& y) {
   has_forward_ = false;
   statistics_ = nullptr;
+  if (x.device != Device::kCpu) {
+    return absl::UnimplementedError("BatchNorm has its parameters in host memory; for CUDA tensors use ForwardPass");
+  }
   absl::Status status;
   if (uses_batch_statistics()) {
     status = ForwardOverBatch(x, y);

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/cc/device_pass.h"
 #include "kernels/coefficients.h"
 
 namespace syncbn {
@@ -101,6 +102,13 @@ absl::Status NotWaitedFor() {
   return absl::FailedPreconditionError("the pass has not been waited for, or its round failed");
 }
 
+// That a pass goes on where it began.
+absl::Status CheckSameKind(const TensorView& tensor, bool on_device, const char* name) {
+  if ((tensor.device == Device::kCuda) == on_device) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, on_device ? " is in host memory, and the pass began on a GPU"
+                                                                 : " is on a GPU, and the pass began on the CPU"));
+}
+
 // Weight and bias gradients from the local sums.
 void WriteParameterGradients(const std::vector<double>& sum_dy, const std::vector<double>& sum_dy_xmu,
                              const std::vector<double>& invstd, const BackwardOutputs& outputs) {
@@ -133,35 +141,49 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
     return absl::FailedPreconditionError(absl::StrCat("layer \"", layer, "\" has not been declared"));
   }
   if (absl::Status status = CheckChannels(x, declared->channels, layer); !status.ok()) return status;
+  ForwardPass pass;
+  pass.layer_ = *declared;
+  pass.options_ = options;
+  pass.rank_ = worker.rank();
+  if (x.device == Device::kCuda) {
+    absl::StatusOr<DevicePass> started = StartDeviceForward(worker, layer, x, options);
+    if (!started.ok()) return started.status();
+    pass.device_ = std::move(started->lease);
+    pass.device_round_ = std::move(started->round);
+    return pass;
+  }
   std::vector<double> mean(x.shape.channels);
   std::vector<double> m2(x.shape.channels);
   cpu::BatchNormStats({options.num_threads}, x.shape, x.data, mean.data(), m2.data());
   absl::StatusOr<Round> round =
       worker.StartForward(layer, options.sequence, x.shape.values_per_channel(), mean, m2, options.backward_role);
   if (!round.ok()) return round.status();
-  ForwardPass pass;
   pass.round_ = *std::move(round);
-  pass.layer_ = *declared;
-  pass.options_ = options;
-  pass.rank_ = worker.rank();
   return pass;
+}
+
+uint64_t ForwardPass::sequence() const {
+  return device_round_ != nullptr ? device_round_->sequence() : round_.sequence();
 }
 
 absl::Status ForwardPass::Wait(absl::Duration timeout) {
   if (statistics_ != nullptr) return absl::OkStatus();
-  if (absl::Status status = round_.Wait(timeout); !status.ok()) return status;
-  const RoundResult& result = round_.result();
+  const absl::Status status = device_round_ != nullptr ? device_round_->Wait(timeout) : round_.Wait(timeout);
+  if (!status.ok()) return status;
+  const RoundResult& result = device_round_ != nullptr ? device_round_->result() : round_.result();
   auto statistics = std::make_shared<BatchStatistics>();
   statistics->layer = layer_.name;
   statistics->eps = layer_.eps;
   statistics->clamp_eps = layer_.clamp_eps;
   statistics->role = options_.backward_role;
-  statistics->sequence = round_.sequence();
+  statistics->sequence = sequence();
   statistics->count = result.count;
   statistics->mean = result.first;
   statistics->var = result.second;
   statistics->backward_required = result.backward_required;
   statistics->counted = !std::binary_search(result.missing_ranks.begin(), result.missing_ranks.end(), rank_);
+  if (device_ != nullptr) WriteMerged(*device_, *statistics);
+  statistics->device = device_;
   statistics_ = std::move(statistics);
   return absl::OkStatus();
 }
@@ -171,6 +193,8 @@ absl::Status ForwardPass::Finish(const TensorView& x, const ForwardOutputs& outp
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
   if (absl::Status status = CheckAlike(outputs.y, x, "y"); !status.ok()) return status;
   if (absl::Status status = CheckChannels(x, statistics_->mean.size(), layer_.name); !status.ok()) return status;
+  if (absl::Status status = CheckSameKind(x, device_ != nullptr, "x"); !status.ok()) return status;
+  if (device_ != nullptr) return FinishDeviceForward(*statistics_, layer_.biased_running_variance, x, outputs);
   UpdateRunningStatistics(*statistics_, layer_.biased_running_variance, outputs);
   if (x.shape.size() == 0) return absl::OkStatus();
   const Affine affine = AffineOf(*statistics_, outputs.weight, outputs.bias);
@@ -186,14 +210,23 @@ absl::StatusOr<BackwardPass> BackwardPass::Start(Worker& worker, std::shared_ptr
   if (absl::Status status = CheckThreads(options.num_threads); !status.ok()) return status;
   const size_t channels = statistics->mean.size();
   if (absl::Status status = CheckChannels(inputs.dy, channels, statistics->layer); !status.ok()) return status;
+  if (absl::Status status = CheckSameKind(inputs.dy, statistics->device != nullptr, "dy"); !status.ok()) return status;
   BackwardPass pass;
   pass.options_ = options;
+  pass.has_round_ = statistics->backward_required && statistics->counted && statistics->role != BackwardRole::kNone;
+  if (statistics->device != nullptr) {
+    absl::StatusOr<DevicePass> started = StartDeviceBackward(worker, *statistics, inputs, options, pass.has_round_);
+    if (!started.ok()) return started.status();
+    pass.device_ = std::move(started->lease);
+    pass.device_round_ = std::move(started->round);
+    pass.statistics_ = std::move(statistics);
+    return pass;
+  }
   pass.sum_dy_.resize(channels);
   pass.sum_dy_xmu_.resize(channels);
   const Affine affine = AffineOf(*statistics, inputs.weight, inputs.bias);
   cpu::BatchNormBackwardReduce({options.num_threads}, inputs.dy.shape, inputs.dy.data, inputs.x, affine.mean.data(),
                                GateOf(inputs, affine), pass.sum_dy_.data(), pass.sum_dy_xmu_.data());
-  pass.has_round_ = statistics->backward_required && statistics->counted && statistics->role != BackwardRole::kNone;
   if (pass.has_round_) {
     absl::StatusOr<Round> round =
         worker.StartBackward(statistics->layer, statistics->sequence, pass.sum_dy_, pass.sum_dy_xmu_);
@@ -206,7 +239,9 @@ absl::StatusOr<BackwardPass> BackwardPass::Start(Worker& worker, std::shared_ptr
 
 absl::Status BackwardPass::Wait(absl::Duration timeout) {
   if (has_round_ && !finished_waiting_) {
-    if (absl::Status status = round_.Wait(timeout); !status.ok()) return status;
+    const absl::Status status = device_round_ != nullptr ? device_round_->Wait(timeout) : round_.Wait(timeout);
+    if (!status.ok()) return status;
+    if (device_round_ != nullptr) WriteMerged(*device_, device_round_->result());
   }
   finished_waiting_ = true;
   return absl::OkStatus();
@@ -216,6 +251,11 @@ absl::Status BackwardPass::Finish(const BackwardInputs& inputs, const BackwardOu
   if (!finished_waiting_) return NotWaitedFor();
   if (absl::Status status = CheckBackward(inputs); !status.ok()) return status;
   if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
+  if (absl::Status status = CheckSameKind(inputs.dy, device_ != nullptr, "dy"); !status.ok()) return status;
+  if (absl::Status status = CheckChannels(inputs.dy, statistics_->mean.size(), statistics_->layer); !status.ok()) {
+    return status;
+  }
+  if (device_ != nullptr) return FinishDeviceBackward({device_, device_round_}, *statistics_, inputs, outputs);
   const Affine affine = AffineOf(*statistics_, inputs.weight, inputs.bias);
   WriteParameterGradients(sum_dy_, sum_dy_xmu_, affine.invstd, outputs);
   const size_t channels = statistics_->mean.size();
@@ -241,6 +281,7 @@ absl::Status Evaluate(const TensorView& x, const EvaluateOptions& options, void*
   }
   if (x.shape.size() == 0) return absl::OkStatus();
   if (y == nullptr) return absl::InvalidArgumentError("y has no data");
+  if (x.device == Device::kCuda) return EvaluateOnDevice(x, options, y);
   const Affine affine = AffineOf(options, x.shape.channels, options.weight, options.bias);
   cpu::BatchNormElemt({options.num_threads}, x.shape, x.data, affine.forward(),
                       {options.residual, options.relu, options.relu_mask}, y);
@@ -255,6 +296,7 @@ absl::Status EvaluateBackward(const BackwardInputs& inputs, const EvaluateOption
     return absl::InvalidArgumentError("evaluation needs a mean and a variance");
   }
   if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
+  if (inputs.dy.device == Device::kCuda) return EvaluateBackwardOnDevice(inputs, options, outputs);
   const int64_t channels = inputs.dy.shape.channels;
   const Affine affine = AffineOf(options, channels, inputs.weight, inputs.bias);
   if (outputs.d_weight.present() || outputs.d_bias.present()) {

@@ -18,8 +18,17 @@
 
 namespace syncbn {
 
+class DeviceRound;
+class SlotLease;
+
+// CUDA tensors: all work is enqueued in the caller's stream, and only Wait waits for it. The round begins within the
+// first Wait (of this pass, or of one that was started later) that finds the reduction complete, so a sequence is known
+// after a Wait. Finish returns as soon as its kernels are enqueued; Finish and the backward pass are of the same device
+// and stream as Start. A stream that is being captured into a graph is refused (FAILED_PRECONDITION); errors of CUDA
+// are INTERNAL. A round that fails leaves nothing enqueued that would wait for it.
 struct PassOptions {
   int num_threads = 1;
+  void* stream = nullptr;                                // For CUDA tensors: a cudaStream_t. Null: the default stream.
   BackwardRole backward_role = BackwardRole::kRequired;  // Forward passes.
   uint64_t sequence = Worker::kNextSequence;             // Forward passes; a backward pass has its forward pass's.
 };
@@ -35,7 +44,8 @@ struct BatchStatistics {
   std::vector<double> mean;  // Merged.
   std::vector<double> var;   // Merged, biased.
   bool backward_required = false;
-  bool counted = true;  // This worker's contribution is in the result.
+  bool counted = true;                // This worker's contribution is in the result.
+  std::shared_ptr<SlotLease> device;  // The same for the GPU, of a pass over CUDA tensors.
 };
 
 // Absent vectors and null pointers: not wanted, or the neutral value. Tensor memory is of x's shape, type and layout.
@@ -61,7 +71,8 @@ class ForwardPass {
   // Normalizes x. FAILED_PRECONDITION before a successful Wait.
   absl::Status Finish(const TensorView& x, const ForwardOutputs& outputs) const;
 
-  uint64_t sequence() const { return round_.sequence(); }
+  // Of a pass over CUDA tensors: after a successful Wait.
+  uint64_t sequence() const;
   // Null before a successful Wait.
   const std::shared_ptr<const BatchStatistics>& statistics() const { return statistics_; }
 
@@ -71,6 +82,9 @@ class ForwardPass {
   PassOptions options_;
   uint32_t rank_ = 0;
   std::shared_ptr<const BatchStatistics> statistics_;
+  // Of CUDA tensors; the round is then device_round_.
+  std::shared_ptr<SlotLease> device_;
+  std::shared_ptr<DeviceRound> device_round_;
 };
 
 struct BackwardInputs {
@@ -106,12 +120,16 @@ class BackwardPass {
   Round round_;
   std::vector<double> sum_dy_;  // This worker's.
   std::vector<double> sum_dy_xmu_;
+  // Of CUDA tensors; the round and the sums are then these.
+  std::shared_ptr<SlotLease> device_;
+  std::shared_ptr<DeviceRound> device_round_;
 };
 
 // Evaluation: given statistics, no worker, no round. invstd = 1/sqrt(var + eps) in both epsilon modes, as the original
 // has it.
 struct EvaluateOptions {
   int num_threads = 1;
+  void* stream = nullptr;  // As in PassOptions.
   VectorView mean;
   VectorView var;
   VectorView weight;

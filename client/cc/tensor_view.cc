@@ -1,6 +1,7 @@
 #include "client/cc/tensor_view.h"
 
 #include "absl/strings/str_cat.h"
+#include "client/cc/device_runtime.h"
 #include "kernels/half.h"
 
 namespace syncbn {
@@ -10,7 +11,7 @@ absl::Status Check(const TensorView& tensor, const char* name) {
     return absl::InvalidArgumentError(absl::StrCat(name, ": ", wrong, " (batch ", tensor.shape.batch, ", channels ",
                                                    tensor.shape.channels, ", spatial ", tensor.shape.spatial, ")"));
   }
-  if (tensor.device != Device::kCpu) {
+  if (tensor.device != Device::kCpu && DeviceRuntime::Get() == nullptr) {
     return absl::UnimplementedError(
         absl::StrCat(name, " is on a CUDA device, and this build computes on the CPU only"));
   }
@@ -26,9 +27,13 @@ absl::Status CheckAlike(const TensorView& tensor, const TensorView& reference, c
   const kernels::TensorShape& b = reference.shape;
   if (a.batch == b.batch && a.channels == b.channels && a.spatial == b.spatial && a.type == b.type &&
       a.layout == b.layout && tensor.device == reference.device) {
-    return absl::OkStatus();
+    if (a.size() == 0 || tensor.device == Device::kCpu || tensor.device_index == reference.device_index) {
+      return absl::OkStatus();
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, " is on CUDA device ", tensor.device_index, " instead of ", reference.device_index));
   }
-  return absl::InvalidArgumentError(absl::StrCat(name, " differs in shape, type or layout: [", a.batch, ", ",
+  return absl::InvalidArgumentError(absl::StrCat(name, " differs in shape, type, layout or device: [", a.batch, ", ",
                                                  a.channels, ", ", a.spatial, "] instead of [", b.batch, ", ",
                                                  b.channels, ", ", b.spatial, "]"));
 }

@@ -20,7 +20,7 @@ struct TensorView {
   void* data = nullptr;
   kernels::TensorShape shape;
   Device device = Device::kCpu;
-  int device_index = 0;
+  int device_index = 0;  // Of a CUDA device.
 };
 
 // OK if the view can be read: a valid shape, data where there are elements, a device that this build can use.
@@ -30,13 +30,13 @@ absl::Status Check(const TensorView& tensor, const char* name);
 // OK if `tensor` can stand for what belongs to `reference` element by element.
 absl::Status CheckAlike(const TensorView& tensor, const TensorView& reference, const char* name);
 
-// One parameter for each channel. Absent: `data` is null.
+// One parameter for each channel, in the memory of the device that the tensors are on. Absent: `data` is null.
 struct VectorView {
   void* data = nullptr;
   kernels::DataType type = kernels::DataType::kFloat32;
 
   bool present() const { return data != nullptr; }
-  // The element as float64.
+  // The element as float64. Of host memory, as is the next.
   double Get(int64_t channel) const;
   // Rounded to the vector's type once.
   void Set(int64_t channel, double value) const;

@@ -110,7 +110,9 @@ Worker::~Worker() {
 }
 
 void Worker::Close() {
-  if (!impl_->forked()) impl_->Close();
+  if (impl_->forked()) return;
+  if (const auto attached = attachment()) attached->OnClose();
+  impl_->Close();
 }
 
 absl::Status Worker::Leave(absl::string_view reason) { return impl_->Leave(reason); }
@@ -120,10 +122,32 @@ uint64_t Worker::incarnation() const { return impl_->incarnation(); }
 uint64_t Worker::run_id() const { return impl_->run_id(); }
 absl::Status Worker::WaitForMembers(absl::Duration timeout) { return impl_->WaitForMembers(timeout); }
 absl::Status Worker::ResumeAt(uint64_t sequence) { return impl_->ResumeAt(sequence); }
-void Worker::Interrupt() { impl_->Interrupt(); }
+
+void Worker::Interrupt() {
+  if (impl_->forked()) return;
+  if (const auto attached = attachment()) attached->OnInterrupt();
+  impl_->Interrupt();
+}
+
 absl::Status Worker::DeclareLayer(const LayerOptions& layer) { return impl_->DeclareLayer(layer); }
 std::optional<LayerOptions> Worker::FindLayer(absl::string_view name) const { return impl_->FindLayer(name); }
-absl::Status Worker::Flush() { return impl_->Flush(); }
+
+absl::Status Worker::Flush() {
+  if (impl_->forked()) return impl_->Flush();
+  if (const auto attached = attachment()) attached->OnFlush();
+  return impl_->Flush();
+}
+
+std::shared_ptr<WorkerAttachment> Worker::Attach(const std::function<std::shared_ptr<WorkerAttachment>()>& make) {
+  absl::MutexLock lock(&attachment_mutex_);
+  if (attachment_ == nullptr) attachment_ = make();
+  return attachment_;
+}
+
+std::shared_ptr<WorkerAttachment> Worker::attachment() const {
+  absl::MutexLock lock(&attachment_mutex_);
+  return attachment_;
+}
 
 absl::StatusOr<Round> Worker::StartForward(absl::string_view layer, uint64_t sequence, int64_t count,
                                            absl::Span<const double> mean, absl::Span<const double> m2,

@@ -4,14 +4,17 @@
 #define SYNCBN_CLIENT_CC_WORKER_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 
@@ -69,6 +72,16 @@ class Round {
 
 // Whether a Wait ended because its time was up, the round still going on.
 bool IsPending(const absl::Status& status);
+
+// What another part of the client keeps with a worker; see Worker::Attach.
+class WorkerAttachment {
+ public:
+  virtual ~WorkerAttachment() = default;
+  virtual void OnFlush() = 0;
+  virtual void OnInterrupt() = 0;
+  // The worker is closing: it must not be used from here on. May be called more than once.
+  virtual void OnClose() = 0;
+};
 
 // Thread safety: any thread may call any method. Waiting threads drive the connection; a worker has no thread of its
 // own.
@@ -154,9 +167,17 @@ class Worker {
   // with the next wait or flush.
   absl::Status Flush();
 
+  // The worker's one attachment, made by `make` at the first call. It is told of flushes, interrupts and the close.
+  std::shared_ptr<WorkerAttachment> Attach(const std::function<std::shared_ptr<WorkerAttachment>()>& make);
+
  private:
+  // Null if there is none.
+  std::shared_ptr<WorkerAttachment> attachment() const;
+
   explicit Worker(std::shared_ptr<WorkerImpl> impl);
   std::shared_ptr<WorkerImpl> impl_;
+  mutable absl::Mutex attachment_mutex_;
+  std::shared_ptr<WorkerAttachment> attachment_ ABSL_GUARDED_BY(attachment_mutex_);
 };
 
 }  // namespace syncbn

@@ -4,8 +4,8 @@
 // Mapping, and why it is deterministic: elementwise.cuh.
 // Bytes moved: dy, x and dx once; d_residual once if it is wanted; the mask, if there is one, an eighth of a byte an
 //   element.
-// Registers: 4 for each channel of a thread, and 3 more if the gate recomputes; 16 (planes) or 32 (rows) for the vectors
-//   under way.
+// Registers: 4 for each channel of a thread, and 3 more if the gate recomputes; 16 (planes) or 32 (rows) for the
+//   vectors under way.
 
 #ifndef SYNCBN_KERNELS_CUDA_BACKWARD_ELEMT_CUH_
 #define SYNCBN_KERNELS_CUDA_BACKWARD_ELEMT_CUH_

@@ -104,6 +104,22 @@ struct FinalizeForwardArguments {
 // running variance as it is.
 Error FinalizeForward(const Context& context, const FinalizeForwardArguments& arguments);
 
+// From given statistics to the coefficients of a forward pass in evaluation: invstd = 1/sqrt(var + eps).
+struct FinalizeEvaluationArguments {
+  int64_t channels = 0;
+  ConstVector mean;  // Both required.
+  ConstVector var;   // Biased or not: it is taken as it is.
+  ConstVector weight;
+  ConstVector bias;
+  double eps = 1e-5;
+  double* out_mean = nullptr;  // The three of ForwardCoefficients, and the variance: with count = 1, what
+  double* out_var = nullptr;   // FinalizeBackward takes for m2.
+  double* out_scale = nullptr;
+  double* out_shift = nullptr;
+};
+
+Error FinalizeEvaluation(const Context& context, const FinalizeEvaluationArguments& arguments);
+
 // From summed gradients to the coefficients of the backward pass, with the gradients of weight and bias from the
 // worker's own sums.
 struct FinalizeBackwardArguments {
@@ -111,7 +127,7 @@ struct FinalizeBackwardArguments {
   int64_t count = 0;  // The forward round's.
   const double* mean = nullptr;
   const double* m2 = nullptr;
-  const double* sum_dy = nullptr;  // Summed over all workers.
+  const double* sum_dy = nullptr;  // Summed over all workers. Both null: the statistics are constants.
   const double* sum_dy_xmu = nullptr;
   ConstVector weight;  // None: 1.
   double eps = 1e-5;

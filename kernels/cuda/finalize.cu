@@ -12,6 +12,12 @@ __global__ void __launch_bounds__(kFinalizeThreads) FinalizeForwardKernel(const 
   if (channel < arguments.channels) FinalizeForwardChannel(arguments, channel);
 }
 
+__global__ void __launch_bounds__(kFinalizeThreads)
+    FinalizeEvaluationKernel(const FinalizeEvaluationArguments arguments) {
+  const int64_t channel = int64_t{blockIdx.x} * kFinalizeThreads + threadIdx.x;
+  if (channel < arguments.channels) FinalizeEvaluationChannel(arguments, channel);
+}
+
 __global__ void __launch_bounds__(kFinalizeThreads) FinalizeBackwardKernel(const FinalizeBackwardArguments arguments) {
   const int64_t channel = int64_t{blockIdx.x} * kFinalizeThreads + threadIdx.x;
   if (channel < arguments.channels) FinalizeBackwardChannel(arguments, channel);
@@ -23,6 +29,10 @@ int64_t Blocks(int64_t channels) { return (channels + kFinalizeThreads - 1) / kF
 
 Error FinalizeForward(const Context& context, const FinalizeForwardArguments& arguments) {
   return Launch(FinalizeForwardKernel, Blocks(arguments.channels), kFinalizeThreads, 0, context.stream, arguments);
+}
+
+Error FinalizeEvaluation(const Context& context, const FinalizeEvaluationArguments& arguments) {
+  return Launch(FinalizeEvaluationKernel, Blocks(arguments.channels), kFinalizeThreads, 0, context.stream, arguments);
 }
 
 Error FinalizeBackward(const Context& context, const FinalizeBackwardArguments& arguments) {

@@ -29,6 +29,8 @@ Error BatchNormBackwardElemt(const Context&, const TensorShape&, const void*, co
 
 Error FinalizeForward(const Context&, const FinalizeForwardArguments&) { return kNoCuda; }
 
+Error FinalizeEvaluation(const Context&, const FinalizeEvaluationArguments&) { return kNoCuda; }
+
 Error FinalizeBackward(const Context&, const FinalizeBackwardArguments&) { return kNoCuda; }
 
 }  // namespace syncbn::kernels::cuda

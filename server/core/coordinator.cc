@@ -9,6 +9,7 @@
 #include "absl/strings/str_join.h"
 #include "server/core/error.h"
 #include "server/core/group.h"
+#include "server/core/layer.h"
 
 namespace syncbn::core {
 namespace {
@@ -49,6 +50,12 @@ std::optional<Error> CheckAlone(const Join& join, const Limits& limits) {
   }
   if (join.rank >= join.world_size) {
     return Malformed(absl::StrCat("rank ", join.rank, " is not below the world size of ", join.world_size));
+  }
+  if (join.layers.size() > limits.max_layers) {
+    return LimitError(join.layers.size(), "layers", "max_layers", limits.max_layers);
+  }
+  for (const LayerSpec& spec : join.layers) {
+    if (auto error = CheckSpec(spec, limits)) return error;
   }
   return std::nullopt;
 }

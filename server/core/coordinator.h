@@ -39,8 +39,8 @@ struct StreamClosed {
 // The time that NextDeadline() named has come. Harmless when early.
 struct TimePassed {};
 
-// The master is going away: every round in flight ends, every stream is closed with SHUTTING_DOWN, and so is every one
-// that joins afterwards.
+// The master is going away: every stream is closed with SHUTTING_DOWN, and so is every one that joins afterwards. Rounds
+// in flight get no outcome: their workers resend them to the master that comes next.
 struct Shutdown {};
 
 using Event = std::variant<FrameReceived, StreamClosed, TimePassed, Shutdown>;

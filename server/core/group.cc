@@ -56,6 +56,7 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const
     : id_(join.id),
       generation_(join.generation),
       run_id_(run_id),
+      incarnation_floor_(join.run_id == 0 ? 0 : static_cast<uint64_t>(std::max<int64_t>(absl::ToUnixMicros(now), 0))),
       world_size_(join.world_size),
       config_(filled),
       limits_(limits),
@@ -67,17 +68,18 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const
 
 bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, uint32_t protocol_version,
                    absl::Time now, Effects& effects) {
-  if (auto error = CheckJoin(join, filled)) {
+  auto error = CheckJoin(join, filled);
+  if (!error.has_value()) error = CheckLayers(join.layers);
+  if (error.has_value()) {
     effects.push_back(CloseStream{stream, std::move(error)});
     return false;
   }
-  if (auto error = CheckLayerSet(join)) {
+  if (error = CheckLayerSet(join); error.has_value()) {
     // Those who know these layers otherwise learn of it now, not when their rounds time out.
     for (const LayerSpec& spec : join.layers) {
       const auto it = layers_.find(spec.name);
       if (it == layers_.end() || Difference(spec, it->second->spec()).empty()) continue;
-      it->second->Declare(join.rank, spec);
-      AnnounceConflict(*it->second, now, effects);
+      Declare(join.rank, spec, *it->second, now, effects);
     }
     if (std::vector<StreamId> streams = Streams(); !streams.empty()) {
       effects.push_back(SendLayerError{std::move(streams), "", *error});
@@ -86,14 +88,9 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
     return false;
   }
   TakeSeat(stream, join, now, effects);
-  MemberRecord& member = members_[join.rank];
-  effects.push_back(SendJoined{stream, protocol_version, member.incarnation, run_id_, config_, CurrentMembership()});
-  if (auto error = DeclareLayers(join.rank, join.layers, now, effects)) {
-    Vacate(join.rank);
-    member.state = MemberState::kAbsent;
-    effects.push_back(CloseStream{stream, std::move(error)});
-    return false;
-  }
+  const uint64_t incarnation = members_[join.rank].incarnation;
+  effects.push_back(SendJoined{stream, protocol_version, incarnation, run_id_, config_, CurrentMembership()});
+  DeclareLayers(join.rank, join.layers, now, effects);
   if (!join.layers.empty() && !set_declared_by_.has_value()) {
     set_declared_by_ = join.rank;
     for (const LayerSpec& spec : join.layers) set_.insert(spec.name);
@@ -162,7 +159,8 @@ std::optional<Error> Group::CheckLayerSet(const Join& join) const {
 void Group::TakeSeat(StreamId stream, const Join& join, absl::Time now, Effects& effects) {
   MemberRecord& member = members_[join.rank];
   const bool reborn = join.incarnation == 0 || join.incarnation > member.incarnation;
-  const uint64_t incarnation = join.incarnation == 0 ? member.incarnation + 1 : join.incarnation;
+  const uint64_t incarnation =
+      join.incarnation != 0 ? join.incarnation : std::max(member.incarnation, incarnation_floor_) + 1;
   if (member.state == MemberState::kPresent) {
     effects.push_back(CloseStream{member.stream, MakeError(absl::StatusCode::kAborted, kFenced,
                                                            absl::StrCat("incarnation ", incarnation, " of rank ",
@@ -226,11 +224,12 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
   if (it == ranks_.end()) return;
   const Rank rank = it->second;
   Unblock(rank);
-  if (auto error = DeclareLayers(rank, frame.layers, now, effects)) {
+  if (auto error = CheckLayers(frame.layers)) {
     effects.push_back(CloseStream{stream, std::move(error)});
     OnStreamClosed(stream, now, effects);
     return;
   }
+  DeclareLayers(rank, frame.layers, now, effects);
   for (const Contribution& contribution : frame.contributions) OnContribution(rank, contribution, now, effects);
   Block(rank, frame.blocked_on);
   if (frame.leave.has_value()) {
@@ -299,26 +298,41 @@ absl::Time Group::NextDeadline() const {
 
 // ---- Layers ---------------------------------------------------------------------------------------------------------
 
-std::optional<Error> Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now,
-                                          Effects& effects) {
+std::optional<Error> Group::CheckLayers(const std::vector<LayerSpec>& specs) const {
+  absl::btree_set<absl::string_view> added;
   for (const LayerSpec& spec : specs) {
     if (auto error = CheckSpec(spec, limits_)) return error;
-    auto it = layers_.find(spec.name);
-    if (it == layers_.end()) {
-      if (layers_.size() >= limits_.max_layers) {
-        return LimitError(layers_.size() + 1, "layers", "max_layers", limits_.max_layers);
-      }
-      it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_.retained_rounds, &budget_)).first;
-    }
-    Layer& layer = *it->second;
-    layer.Declare(rank, spec);
-    if (layer.conflict().has_value()) AnnounceConflict(layer, now, effects);
+    if (!layers_.contains(spec.name)) added.insert(spec.name);
   }
-  return std::nullopt;
+  if (layers_.size() + added.size() <= limits_.max_layers) return std::nullopt;
+  return LimitError(layers_.size() + added.size(), "layers", "max_layers", limits_.max_layers);
 }
 
-void Group::AnnounceConflict(const Layer& layer, absl::Time now, Effects& effects) {
-  const Error conflict = *layer.conflict();
+void Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects) {
+  for (const LayerSpec& spec : specs) {
+    auto it = layers_.find(spec.name);
+    if (it == layers_.end()) {
+      it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_.retained_rounds, &budget_)).first;
+    }
+    Declare(rank, spec, *it->second, now, effects);
+  }
+}
+
+void Group::Declare(Rank rank, const LayerSpec& spec, Layer& layer, absl::Time now, Effects& effects) {
+  const bool changed = layer.Declare(rank, spec);
+  if (auto conflict = layer.conflict()) {
+    AnnounceConflict(layer, *conflict, effects);
+    FailRounds(layer, *conflict, now, effects);
+  } else if (changed) {
+    // What has been contributed to them is of the old lengths.
+    FailRounds(layer,
+               MakeError(absl::StatusCode::kFailedPrecondition, kLayerSpecMismatch,
+                         absl::StrCat("rank ", rank, " has declared layer \"", layer.spec().name, "\" anew"), {rank}),
+               now, effects);
+  }
+}
+
+void Group::AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const {
   std::vector<StreamId> streams;
   for (Rank rank = 0; rank < world_size_; ++rank) {
     if (members_[rank].state == MemberState::kPresent && layer.known_to().contains(rank)) {
@@ -326,10 +340,13 @@ void Group::AnnounceConflict(const Layer& layer, absl::Time now, Effects& effect
     }
   }
   if (!streams.empty()) effects.push_back(SendLayerError{std::move(streams), layer.spec().name, conflict});
+}
+
+void Group::FailRounds(const Layer& layer, const Error& error, absl::Time now, Effects& effects) {
   const RoundKey first{layer.spec().name, 0, Phase::kForward};
   for (auto round = pending_.lower_bound(first); round != pending_.end() && round->first.layer == first.layer;) {
     const auto next = std::next(round);
-    Fail(round, conflict, now, effects);
+    Fail(round, error, now, effects);
     round = next;
   }
 }

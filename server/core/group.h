@@ -85,6 +85,10 @@ class Group {
     absl::Time deadline;
     size_t bytes = 0;
     size_t needed = 0;  // Contributions, if nobody leaves.
+    // Of a backward round: who is to contribute, ascending, and the count of its forward round, which may be forgotten
+    // before this one ends.
+    std::vector<Rank> expected;
+    int64_t count = 0;
     Payloads payloads;
     Rank last_rank = 0;
   };
@@ -99,8 +103,13 @@ class Group {
   // Clears what ties the member to its stream and to a loss before.
   void Vacate(Rank rank);
   void Leave(Rank rank, absl::Time now, Effects& effects);
-  std::optional<Error> DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
-  void AnnounceConflict(const Layer& layer, absl::Time now, Effects& effects);
+  // Why these layers cannot be declared; nothing if they can.
+  std::optional<Error> CheckLayers(const std::vector<LayerSpec>& specs) const;
+  void DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
+  void Declare(Rank rank, const LayerSpec& spec, Layer& layer, absl::Time now, Effects& effects);
+  void AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const;
+  // Every round of the layer that is in flight.
+  void FailRounds(const Layer& layer, const Error& error, absl::Time now, Effects& effects);
   void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
   Membership CurrentMembership() const;
 
@@ -110,9 +119,10 @@ class Group {
   bool Replay(Rank rank, const Contribution& contribution, Layer& layer, Effects& effects) const;
   // Why a contribution that the round's outcome does not depend on is refused, to its sender alone.
   std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const;
-  std::optional<Error> CheckRoom(const Contribution& contribution) const;
+  std::optional<Error> CheckRoom(Rank rank, const Contribution& contribution) const;
   PendingRounds::iterator Begin(const RoundKey& key, Layer& layer, absl::Time now);
-  void Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
+  // Returns whether the round now holds the contribution; if not, the sender has been told why.
+  bool Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
   // Ends the round if what is known of its members says how.
   void Settle(PendingRounds::iterator round, absl::Time now, Effects& effects);
   void SettleAll(absl::Time now, Effects& effects);
@@ -120,6 +130,8 @@ class Group {
   void Expire(PendingRounds::iterator round, absl::Time now, Effects& effects);
   // Those that have not contributed, of all that the round is for.
   std::vector<Rank> MissingRanks(const RoundKey& key, const PendingRound& round) const;
+  // With fewer contributions than this, the round may not proceed.
+  size_t LeastWorkers(const PendingRound& round) const;
   void Complete(PendingRounds::iterator round, absl::Time now, Effects& effects);
   void Fail(PendingRounds::iterator round, Error error, absl::Time now, Effects& effects);
   void Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now,
@@ -134,6 +146,9 @@ class Group {
   const GroupId id_;
   const uint64_t generation_;
   const uint64_t run_id_;
+  // New incarnations are greater than this. An earlier master of the same run may have given out some that this one has
+  // not seen; the time, in microseconds, is beyond all of them.
+  const uint64_t incarnation_floor_;
   const uint32_t world_size_;
   const GroupConfig config_;
   const Limits& limits_;

@@ -35,13 +35,13 @@ void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Ti
   } else if (key.phase == Phase::kBackward) {
     refusal = CheckBackward(rank, key, layer);
   }
-  if (!refusal.has_value()) refusal = CheckRoom(contribution);
+  if (!refusal.has_value()) refusal = CheckRoom(rank, contribution);
   if (refusal.has_value()) {
     Refuse(rank, key, std::move(*refusal), effects);
     return;
   }
   if (round == pending_.end()) round = Begin(key, layer, now);
-  Take(rank, contribution, round, effects);
+  if (!Take(rank, contribution, round, effects)) return;
   if (auto conflict = layer.conflict()) {
     Fail(round, std::move(*conflict), now, effects);
   } else if (auto error = CheckNumbers(contribution, layer.spec(), rank, limits_)) {
@@ -80,6 +80,10 @@ bool Group::Replay(Rank rank, const Contribution& contribution, Layer& layer, Ef
 }
 
 std::optional<Error> Group::CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const {
+  if (const auto round = pending_.find(key); round != pending_.end()) {
+    const std::vector<Rank>& expected = round->second.expected;
+    if (std::binary_search(expected.begin(), expected.end(), rank)) return std::nullopt;
+  }
   const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
   if (forward == nullptr || forward->failed) {
     return MakeError(absl::StatusCode::kFailedPrecondition, kForwardRoundUnknown,
@@ -98,13 +102,19 @@ std::optional<Error> Group::CheckBackward(Rank rank, const RoundKey& key, Layer&
                    {rank});
 }
 
-std::optional<Error> Group::CheckRoom(const Contribution& contribution) const {
-  if (pending_.size() >= limits_.max_rounds_in_flight && pending_.find(contribution.key) == pending_.end()) {
+std::optional<Error> Group::CheckRoom(Rank rank, const Contribution& contribution) const {
+  const auto round = pending_.find(contribution.key);
+  if (round == pending_.end() && pending_.size() >= limits_.max_rounds_in_flight) {
     return LimitError(pending_.size() + 1, "rounds in flight", "max_rounds_in_flight", limits_.max_rounds_in_flight);
   }
-  const size_t bytes = (contribution.first.size() + contribution.second.size()) * sizeof(double);
-  if (pending_bytes_ + bytes > limits_.max_pending_bytes) {
-    return LimitError(pending_bytes_ + bytes, "bytes of contributions to rounds in flight", "max_pending_bytes",
+  size_t bytes = pending_bytes_ + (contribution.first.size() + contribution.second.size()) * sizeof(double);
+  if (round != pending_.end()) {
+    // What this rank has sent before is sent again, or gives way.
+    const auto before = round->second.payloads.find(rank);
+    if (before != round->second.payloads.end()) bytes -= before->second.bytes();
+  }
+  if (bytes > limits_.max_pending_bytes) {
+    return LimitError(bytes, "bytes of contributions to rounds in flight", "max_pending_bytes",
                       limits_.max_pending_bytes);
   }
   return std::nullopt;
@@ -116,21 +126,25 @@ Group::PendingRounds::iterator Group::Begin(const RoundKey& key, Layer& layer, a
   round.deadline = now + *config_.round_timeout;
   round.needed = world_size_;
   if (key.phase == Phase::kBackward) {
-    const std::vector<Contributor>& contributors = layer.Find(Phase::kForward, key.sequence)->contributors;
-    round.needed = std::count_if(contributors.begin(), contributors.end(),
-                                 [](const Contributor& c) { return c.role != BackwardRole::kNone; });
+    const EndedRound& forward = *layer.Find(Phase::kForward, key.sequence);
+    for (const Contributor& contributor : forward.contributors) {
+      if (contributor.role != BackwardRole::kNone) round.expected.push_back(contributor.rank);
+    }
+    round.needed = round.expected.size();
+    round.count = forward.count;
   }
   deadlines_.insert({round.deadline, key});
   return pending_.emplace(key, std::move(round)).first;
 }
 
-void Group::Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects) {
+bool Group::Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects) {
   MemberRecord& member = members_[rank];
   const auto before = round->second.payloads.find(rank);
   if (before != round->second.payloads.end()) {
     if (SameNumbers(before->second, contribution)) {
       before->second.incarnation = member.incarnation;
-      return;
+      member.has_contributed = true;
+      return true;
     }
     if (before->second.incarnation == member.incarnation) {
       Refuse(rank, round->first,
@@ -139,7 +153,7 @@ void Group::Take(Rank rank, const Contribution& contribution, PendingRounds::ite
                                     Describe(round->first), "; the first ones stand"),
                        {rank}),
              effects);
-      return;
+      return false;
     }
     round->second.bytes -= before->second.bytes();
     pending_bytes_ -= before->second.bytes();
@@ -157,6 +171,7 @@ void Group::Take(Rank rank, const Contribution& contribution, PendingRounds::ite
   round->second.last_rank = rank;
   member.has_contributed = true;
   ++member.contributions;
+  return true;
 }
 
 void Group::Refuse(Rank rank, const RoundKey& key, Error error, Effects& effects) const {
@@ -171,12 +186,8 @@ void Group::Refuse(Rank rank, const RoundKey& key, Error error, Effects& effects
 std::vector<Rank> Group::MissingRanks(const RoundKey& key, const PendingRound& round) const {
   std::vector<Rank> missing;
   if (key.phase == Phase::kBackward) {
-    const EndedRound* const forward = layers_.at(key.layer)->Find(Phase::kForward, key.sequence);
-    if (forward == nullptr) return missing;  // Forgotten by now: nobody else can contribute.
-    for (const Contributor& contributor : forward->contributors) {
-      if (contributor.role != BackwardRole::kNone && !round.payloads.contains(contributor.rank)) {
-        missing.push_back(contributor.rank);
-      }
+    for (const Rank rank : round.expected) {
+      if (!round.payloads.contains(rank)) missing.push_back(rank);
     }
     return missing;
   }
@@ -186,10 +197,18 @@ std::vector<Rank> Group::MissingRanks(const RoundKey& key, const PendingRound& r
   return missing;
 }
 
+size_t Group::LeastWorkers(const PendingRound& round) const {
+  if (config_.missing_policy != MissingPolicy::kProceed) return 0;
+  // Who announced BACKWARD_ROLE_NONE is not missing from a backward round.
+  return std::min<size_t>(config_.min_workers, round.needed);
+}
+
 void Group::Settle(PendingRounds::iterator round, absl::Time now, Effects& effects) {
   const size_t contributed = round->second.payloads.size();
-  if (contributed + left_ < round->second.needed && given_up_ == 0) return;  // Someone may still come.
   const bool proceed = config_.missing_policy == MissingPolicy::kProceed;
+  const size_t least = LeastWorkers(round->second);
+  // Someone may still come, and enough of them.
+  if (contributed + left_ < round->second.needed && given_up_ == 0 && least + left_ <= round->second.needed) return;
   std::vector<Rank> lost;
   size_t awaited = 0;
   for (const Rank rank : MissingRanks(round->first, round->second)) {
@@ -209,12 +228,13 @@ void Group::Settle(PendingRounds::iterator round, absl::Time now, Effects& effec
          now, effects);
     return;
   }
-  if (proceed && contributed + awaited < config_.min_workers) {
+  if (proceed && contributed + awaited < least) {
     Fail(round,
-         MakeError(absl::StatusCode::kFailedPrecondition, kTooFewWorkers,
-                   absl::StrCat("at most ", contributed + awaited, " workers can contribute to the ",
-                                Describe(round->first), ", and min_workers is ", config_.min_workers),
-                   lost),
+         MakeError(
+             absl::StatusCode::kFailedPrecondition, kTooFewWorkers,
+             absl::StrCat("at most ", contributed + awaited, " workers can contribute to the ", Describe(round->first),
+                          ", and at least ", least, " must (min_workers is ", config_.min_workers, ")"),
+             lost),
          now, effects);
     return;
   }
@@ -241,7 +261,7 @@ void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effec
                                     " within ", wait, " of its first contribution");
     Fail(round, MakeError(absl::StatusCode::kDeadlineExceeded, kRoundTimeout, std::move(text), std::move(missing)), now,
          effects);
-  } else if (contributed < config_.min_workers) {
+  } else if (contributed < LeastWorkers(round->second)) {
     std::string text = absl::StrCat("only ", contributed, " workers contributed to the ", Describe(round->first),
                                     " within ", wait, ", and min_workers is ", config_.min_workers);
     Fail(round, MakeError(absl::StatusCode::kFailedPrecondition, kTooFewWorkers, std::move(text), std::move(missing)),
@@ -266,10 +286,7 @@ void Group::Complete(PendingRounds::iterator round, absl::Time now, Effects& eff
     Fail(round, std::move(*error), now, effects);
     return;
   }
-  if (key.phase == Phase::kBackward) {
-    const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
-    outcome->count = forward == nullptr ? 0 : forward->count;
-  }
+  if (key.phase == Phase::kBackward) outcome->count = round->second.count;
   Finish(round, std::move(outcome), now, effects);
 }
 

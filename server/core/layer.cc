@@ -88,7 +88,7 @@ void OutcomeBudget::Release(Handle handle) {
   remembered_.erase(handle);
 }
 
-void Layer::Declare(Rank rank, const LayerSpec& spec) {
+bool Layer::Declare(Rank rank, const LayerSpec& spec) {
   if (!known_to_.contains(rank)) {
     known_to_.insert(rank);
     knowing_.push_back(rank);
@@ -96,22 +96,23 @@ void Layer::Declare(Rank rank, const LayerSpec& spec) {
   if (Difference(spec, spec_).empty()) {
     deviating_.erase(rank);
     spec_.momentum = spec.momentum;
-    return;
+    return false;
   }
   deviating_[rank] = spec;
-  MaybeAdopt();
+  return MaybeAdopt();
 }
 
-void Layer::MaybeAdopt() {
-  if (deviating_.size() != knowing_.size()) return;
+bool Layer::MaybeAdopt() {
+  if (deviating_.size() != knowing_.size()) return false;
   const LayerSpec& candidate = deviating_.begin()->second;
   for (const auto& [rank, spec] : deviating_) {
-    if (!Difference(spec, candidate).empty()) return;
+    if (!Difference(spec, candidate).empty()) return false;
   }
   spec_ = LayerSpec(candidate);
   deviating_.clear();
   running_ = RunningStatistics();
   newest_forward_.reset();
+  return true;
 }
 
 std::optional<Error> Layer::conflict() const {

@@ -79,8 +79,9 @@ class Layer {
   const RankSet& known_to() const { return known_to_; }
 
   // A rank says what the layer is. The first one's word stands; who deviates brings the layer into conflict until the
-  // last one that deviates agrees, or all that know the layer have come to deviate alike.
-  void Declare(Rank rank, const LayerSpec& spec);
+  // last one that deviates agrees, or all that know the layer have come to deviate alike. Returns whether that has just
+  // made it another layer; rounds in flight are then of the old one.
+  bool Declare(Rank rank, const LayerSpec& spec);
   // The conflict, if there is one, naming the deviating ranks and the differences.
   std::optional<Error> conflict() const;
 
@@ -109,7 +110,7 @@ class Layer {
 
   const History& history(Phase phase) const { return histories_[static_cast<size_t>(phase) - 1]; }
   History& history(Phase phase) { return histories_[static_cast<size_t>(phase) - 1]; }
-  void MaybeAdopt();
+  bool MaybeAdopt();
 
   LayerSpec spec_;
   const uint64_t retained_rounds_;

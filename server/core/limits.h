@@ -46,6 +46,9 @@ struct Limits {
 
   // What a mean, an M2 or a sum may measure before merging it could overflow: 2^500, and its square for M2.
   double max_magnitude = 3.2733906078961419e150;
+  // What a count may be before the counts of max_workers workers could no longer be added, or told apart in float64.
+  // Beyond it a contribution is INVALID_CONTRIBUTION, by every numeric policy.
+  int64_t max_count = int64_t{1} << 40;
 };
 
 }  // namespace syncbn::core

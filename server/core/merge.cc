@@ -64,11 +64,11 @@ std::optional<Error> CheckMagnitude(const Contribution& contribution, absl::Span
   return std::nullopt;
 }
 
-std::optional<Error> CheckMoments(const Contribution& contribution, Rank rank) {
-  if (contribution.count < 0) {
+std::optional<Error> CheckMoments(const Contribution& contribution, Rank rank, int64_t max_count) {
+  if (contribution.count < 0 || contribution.count > max_count) {
     return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
                      absl::StrCat("rank ", rank, " sent count = ", contribution.count, " to the ",
-                                  Describe(contribution.key), "; a count is not negative"),
+                                  Describe(contribution.key), "; a count is within 0 and ", max_count),
                      {rank});
   }
   for (size_t channel = 0; channel < contribution.second.size(); ++channel) {
@@ -105,7 +105,7 @@ std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerS
     if (auto error = CheckLength(contribution, contribution.second, names.second, spec, rank)) return error;
   }
   if (forward) {
-    if (auto error = CheckMoments(contribution, rank)) return error;
+    if (auto error = CheckMoments(contribution, rank, limits.max_count)) return error;
   }
   const double bound = limits.max_magnitude;
   if (auto error = CheckMagnitude(contribution, contribution.first, names.first, spec, rank, bound)) return error;

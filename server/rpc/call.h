@@ -1,4 +1,4 @@
-// InspectionService's calls on the completion queue: one answer, or a stream of events.
+// Calls on the completion queue: one answer, or InspectionService's stream of events.
 
 #ifndef SYNCBN_SERVER_RPC_CALL_H_
 #define SYNCBN_SERVER_RPC_CALL_H_
@@ -24,17 +24,15 @@ using InspectionAsyncService = v1::InspectionService::AsyncService;
 
 // Serves one method for as long as the queue lives: each call is answered at once by `answer`, on the queue's thread.
 // Deletes itself.
-template <typename Request, typename Response>
+template <typename Service, typename Request, typename Response>
 class UnaryCall final : public Tag {
  public:
-  using Method = void (InspectionAsyncService::*)(grpc::ServerContext*, Request*,
-                                                  grpc::ServerAsyncResponseWriter<Response>*, grpc::CompletionQueue*,
-                                                  grpc::ServerCompletionQueue*, void*);
+  using Method = void (Service::*)(grpc::ServerContext*, Request*, grpc::ServerAsyncResponseWriter<Response>*,
+                                   grpc::CompletionQueue*, grpc::ServerCompletionQueue*, void*);
   using Answer = std::function<grpc::Status(const Request&, Response*)>;
 
   // `live` counts the calls that exist.
-  static void Serve(InspectionAsyncService* service, Method method, grpc::ServerCompletionQueue* queue, int* live,
-                    Answer answer) {
+  static void Serve(Service* service, Method method, grpc::ServerCompletionQueue* queue, int* live, Answer answer) {
     auto* const call = new UnaryCall(service, method, queue, live, std::move(answer));
     (service->*method)(&call->context_, &call->request_, &call->writer_, queue, queue, call);
   }
@@ -56,14 +54,13 @@ class UnaryCall final : public Tag {
   }
 
  private:
-  UnaryCall(InspectionAsyncService* service, Method method, grpc::ServerCompletionQueue* queue, int* live,
-            Answer answer)
+  UnaryCall(Service* service, Method method, grpc::ServerCompletionQueue* queue, int* live, Answer answer)
       : service_(service), method_(method), queue_(queue), live_(live), answer_(std::move(answer)), writer_(&context_) {
     ++*live_;
   }
   ~UnaryCall() override { --*live_; }
 
-  InspectionAsyncService* const service_;
+  Service* const service_;
   const Method method_;
   grpc::ServerCompletionQueue* const queue_;
   int* const live_;

@@ -20,6 +20,7 @@
 #include "server/core/error.h"
 #include "server/rpc/call.h"
 #include "server/rpc/convert.h"
+#include "server/rpc/health.h"
 #include "server/rpc/status.h"
 #include "server/rpc/worker_stream.h"
 
@@ -54,6 +55,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   void Register(grpc::ServerBuilder* builder) {
     builder->RegisterService(&statistics_);
     builder->RegisterService(&inspection_);
+    health_.Register(builder);
     queue_ = builder->AddCompletionQueue();
   }
 
@@ -62,6 +64,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     AcceptStream();
     AcceptWatcher();
     ServeInspection();
+    health_.Serve(queue_.get(), &unary_calls_);
   }
 
   void Run() {
@@ -116,7 +119,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     // waits for an answer waits for it too.
     if (silent && !session.answered_since_read) {
       session.silent = true;
-      timers_.insert({now_ + kLongestSilence, TimerKind::kSilence, stream->id()});
+      session.silent_until = now_ + kLongestSilence;
+      SetSilenceTimer(stream->id(), session);
     } else {
       stream->ReadNext();
     }
@@ -159,7 +163,9 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     // contributed twice is answered once.
     absl::flat_hash_set<size_t> unanswered;
     bool joined = false;
-    bool silent = false;  // Its next read waits for an answer.
+    bool silent = false;  // Its next read waits for an answer, or until:
+    absl::Time silent_until;
+    bool silence_timer_set = false;
     bool answered_since_read = false;
     bool half_closed = false;
   };
@@ -181,12 +187,12 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
 
   void ServeInspection() {
     using Service = InspectionAsyncService;
-    UnaryCall<v1::ListGroupsRequest, v1::ListGroupsResponse>::Serve(
+    UnaryCall<Service, v1::ListGroupsRequest, v1::ListGroupsResponse>::Serve(
         &inspection_, &Service::RequestListGroups, queue_.get(), &unary_calls_, [this](const auto&, auto* response) {
           for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, response->add_groups());
           return grpc::Status::OK;
         });
-    UnaryCall<v1::GetGroupRequest, v1::GetGroupResponse>::Serve(
+    UnaryCall<Service, v1::GetGroupRequest, v1::GetGroupResponse>::Serve(
         &inspection_, &Service::RequestGetGroup, queue_.get(), &unary_calls_,
         [this](const auto& request, auto* response) {
           const auto view = coordinator_.GetGroup(ToGroupId(request.job(), request.group()), now_);
@@ -194,7 +200,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
           ToProto(*view, response);
           return grpc::Status::OK;
         });
-    UnaryCall<v1::ListLayersRequest, v1::ListLayersResponse>::Serve(
+    UnaryCall<Service, v1::ListLayersRequest, v1::ListLayersResponse>::Serve(
         &inspection_, &Service::RequestListLayers, queue_.get(), &unary_calls_,
         [this](const auto& request, auto* response) {
           const auto layers = coordinator_.ListLayers(ToGroupId(request.job(), request.group()));
@@ -202,7 +208,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
           for (const core::LayerSummary& layer : *layers) ToProto(layer, response->add_layers());
           return grpc::Status::OK;
         });
-    UnaryCall<v1::GetLayerRequest, v1::GetLayerResponse>::Serve(
+    UnaryCall<Service, v1::GetLayerRequest, v1::GetLayerResponse>::Serve(
         &inspection_, &Service::RequestGetLayer, queue_.get(), &unary_calls_,
         [this](const auto& request, auto* response) {
           const core::GroupId id = ToGroupId(request.job(), request.group());
@@ -326,6 +332,13 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     }
   }
 
+  // At most one for each stream. A timer for each frame would wake the loop for every one of them, though hardly any
+  // silence lasts as long.
+  void SetSilenceTimer(uint64_t id, Session& session) {
+    if (std::exchange(session.silence_timer_set, true)) return;
+    timers_.insert({session.silent_until, TimerKind::kSilence, id});
+  }
+
   void RunTimer(TimerKind kind, Session& session) {
     switch (kind) {
       case TimerKind::kJoin:
@@ -336,7 +349,12 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
                         absl::StrCat("no join arrived within ", absl::FormatDuration(options_.join_timeout)))));
         return;
       case TimerKind::kSilence:
-        if (std::exchange(session.silent, false)) session.stream->ReadNext();
+        session.silence_timer_set = false;
+        if (session.silent && now_ < session.silent_until) {
+          SetSilenceTimer(session.stream->id(), session);
+        } else if (std::exchange(session.silent, false)) {
+          session.stream->ReadNext();
+        }
         return;
       case TimerKind::kClose:
         session.stream->Cancel();
@@ -346,6 +364,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
 
   void OnShutdown(bool) {
     shutting_down_ = true;
+    health_.EndServing();
     Deliver(core::Shutdown{});
   }
 
@@ -354,7 +373,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   // The server's Shutdown does not wait for calls whose connection has gone: they are still here, and whoever begins an
   // operation on a queue that has been shut down is aborted. So it is shut down here, after the last of them.
   void EndIfIdle() {
-    if (!stopping_ || !sessions_.empty() || !watchers_.empty() || unary_calls_ != 0) return;
+    if (!stopping_ || !sessions_.empty() || !watchers_.empty() || !health_.idle() || unary_calls_ != 0) return;
     stopping_ = false;
     queue_->Shutdown();
   }
@@ -362,6 +381,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   const LoopOptions options_;
   StatisticsAsyncService statistics_;
   InspectionAsyncService inspection_;
+  HealthService health_{{v1::StatisticsService::service_full_name(), v1::InspectionService::service_full_name()}};
   std::unique_ptr<grpc::ServerCompletionQueue> queue_;
   core::Coordinator coordinator_;
   absl::Time now_ = absl::Now();  // Never goes back, whatever the clock does.

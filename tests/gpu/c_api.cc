@@ -1,5 +1,5 @@
-// The kernels behind C functions, for tests/gpu/bench.py to call through ctypes. Pointers are to device memory, `stream`
-// is a cudaStream_t; the results are error codes.
+// The kernels behind C functions, for tests/gpu/bench.py to call through ctypes. Pointers are to device memory,
+// `stream` is a cudaStream_t; the results are error codes.
 
 #include <cstddef>
 #include <cstdint>

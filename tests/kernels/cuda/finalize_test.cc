@@ -17,6 +17,8 @@ namespace {
 using kernels::EpsMode;
 using kernels::cuda::FinalizeBackwardArguments;
 using kernels::cuda::FinalizeBackwardChannel;
+using kernels::cuda::FinalizeEvaluationArguments;
+using kernels::cuda::FinalizeEvaluationChannel;
 using kernels::cuda::FinalizeForwardArguments;
 using kernels::cuda::FinalizeForwardChannel;
 using Doubles = std::vector<double>;
@@ -140,6 +142,60 @@ TEST(Finalize, Backward) {
         EXPECT_NEAR(weight_gradient.Get(c), local_xmu[c] * invstd, 1e-13);
         EXPECT_EQ(bias_gradient.Get(c), local_dy[c]);
       }
+    }
+  }
+}
+
+TEST(Finalize, BackwardThroughConstantStatistics) {
+  const Statistics input;
+  const Doubles local_dy = RandomVector(kChannels, 9, 0.5, 2.0), local_xmu = RandomVector(kChannels, 10, 0.5, 2.0);
+  Tensor weight_gradient(DataType::kFloat32, kChannels);
+  Doubles scale(kChannels), mean_dy(kChannels, 5), projection(kChannels, 5);
+  FinalizeBackwardArguments arguments;
+  arguments.channels = kChannels;
+  arguments.count = 10;
+  arguments.mean = input.mean.data();
+  arguments.m2 = input.m2.data();
+  arguments.eps = kEps;
+  arguments.out_scale = scale.data();
+  arguments.out_mean_dy = mean_dy.data();
+  arguments.out_projection = projection.data();
+  arguments.local_sum_dy = local_dy.data();
+  arguments.local_sum_dy_xmu = local_xmu.data();
+  arguments.weight_gradient = {weight_gradient.data(), DataType::kFloat32};
+  for (int64_t c = 0; c < kChannels; ++c) {
+    FinalizeBackwardChannel(arguments, c);
+    const long double invstd = ExpectedInvstd(static_cast<long double>(input.m2[c]) / 10, EpsMode::kAdd);
+    EXPECT_NEAR(scale[c], invstd, 1e-14);
+    EXPECT_EQ(mean_dy[c], 0.0);
+    EXPECT_EQ(projection[c], 0.0);
+    EXPECT_NEAR(weight_gradient.Get(c), local_xmu[c] * invstd, 1e-6);
+  }
+}
+
+TEST(Finalize, Evaluation) {
+  const Statistics input;
+  for (const DataType type : kTypes) {
+    const Tensor given_mean = input.Parameter(type, 11), given_var = input.Parameter(type, 12);
+    const Tensor weight = input.Parameter(type, 3), bias = input.Parameter(type, 4);
+    Doubles mean(kChannels), var(kChannels), scale(kChannels), shift(kChannels);
+    FinalizeEvaluationArguments arguments;
+    arguments.channels = kChannels;
+    arguments.mean = {given_mean.data(), type};
+    arguments.var = {given_var.data(), type};
+    arguments.weight = {weight.data(), type};
+    arguments.bias = {bias.data(), type};
+    arguments.eps = kEps;
+    arguments.out_mean = mean.data();
+    arguments.out_var = var.data();
+    arguments.out_scale = scale.data();
+    arguments.out_shift = shift.data();
+    for (int64_t c = 0; c < kChannels; ++c) {
+      FinalizeEvaluationChannel(arguments, c);
+      EXPECT_EQ(mean[c], given_mean.Get(c));
+      EXPECT_EQ(var[c], given_var.Get(c));
+      EXPECT_NEAR(scale[c], weight.Get(c) * ExpectedInvstd(given_var.Get(c), EpsMode::kAdd), 1e-14);
+      EXPECT_EQ(shift[c], bias.Get(c));
     }
   }
 }

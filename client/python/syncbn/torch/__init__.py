@@ -1,6 +1,6 @@
 """Synchronized batch normalization for PyTorch, in place of torch.nn.SyncBatchNorm.
 
-    with syncbn.Worker() as worker:
+    with syncbn.torch.join() as worker:
         model = syncbn.torch.convert_sync_batchnorm(model, worker)
         cross_entropy(model(x), y, reduction="sum").backward()
         syncbn.torch.all_reduce_gradients(model, worker, weight=len(x))
@@ -8,6 +8,7 @@
 """
 
 from syncbn.torch.gradients import all_reduce_gradients
+from syncbn.torch.launch import join
 from syncbn.torch.modules import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
-__all__ = ["SyncBatchNorm", "all_reduce_gradients", "convert_sync_batchnorm", "revert_sync_batchnorm"]
+__all__ = ["SyncBatchNorm", "all_reduce_gradients", "convert_sync_batchnorm", "join", "revert_sync_batchnorm"]

@@ -21,7 +21,7 @@ import torch
 
 _MODULE = "torch.utils.checkpoint"
 _ATTRIBUTE = "_syncbn_segment"
-_graph_task_id = getattr(torch._C, "_current_graph_task_id", lambda: None)
+_graph_task_id = getattr(getattr(torch, "_C"), "_current_graph_task_id", lambda: None)
 
 
 class _Segment:

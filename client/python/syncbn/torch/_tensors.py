@@ -75,6 +75,10 @@ def vector(tensor: Optional[torch.Tensor]) -> Vector:
 def execution(x: torch.Tensor) -> Tuple[ContextManager[Any], int, Optional[int]]:
     """Where a pass over x runs: the device to make current, the number of threads, the CUDA stream."""
     if x.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "SyncBatchNorm cannot be captured into a CUDA graph: a replay would not synchronize with the other workers"
+            )
         return torch.cuda.device(x.device), 1, torch.cuda.current_stream(x.device).cuda_stream
     threads = max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD))
     return contextlib.nullcontext(), threads, None

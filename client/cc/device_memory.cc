@@ -1,0 +1,213 @@
+#include "client/cc/device_memory.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "absl/strings/str_cat.h"
+
+namespace syncbn {
+namespace {
+
+constexpr size_t kLeastCapacity = 64;
+constexpr size_t kFlagBytes = 128;  // A line of its own, for the GPU's writes and the host's polling.
+constexpr size_t kPinnedVectors = 4;
+constexpr size_t kDeviceVectors = 6;
+
+size_t CapacityFor(int64_t channels) {
+  size_t capacity = kLeastCapacity;
+  while (capacity < static_cast<size_t>(channels)) capacity *= 2;
+  return capacity;
+}
+
+// The streams that the process has memory for.
+class StreamTable {
+ public:
+  // Never destroyed: at exit, CUDA may be gone before us.
+  static StreamTable& Get() {
+    static StreamTable* const table = new StreamTable;
+    return *table;
+  }
+
+  std::shared_ptr<StreamMemory> Find(DeviceRuntime* runtime, int device, Stream stream, uint64_t stream_id) {
+    absl::MutexLock lock(&mutex_);
+    Entry& entry = entries_[{runtime, device, stream_id}];
+    entry.last_use = ++uses_;
+    if (entry.memory == nullptr) {
+      entry.memory = std::make_shared<StreamMemory>(runtime, device, stream);
+      if (entries_.size() > kMaxDeviceStreams) EvictIdlest();
+    }
+    return entry.memory;
+  }
+
+ private:
+  struct Entry {
+    std::shared_ptr<StreamMemory> memory;
+    uint64_t last_use = 0;
+  };
+
+  // Passes that are alive keep their stream's memory; a later pass on that stream begins with new memory.
+  void EvictIdlest() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto idlest = std::min_element(entries_.begin(), entries_.end(), [](const auto& a, const auto& b) {
+      return a.second.last_use < b.second.last_use;
+    });
+    entries_.erase(idlest);
+  }
+
+  absl::Mutex mutex_;
+  uint64_t uses_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::map<std::tuple<DeviceRuntime*, int, uint64_t>, Entry> entries_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace
+
+absl::Status DeviceStatus(DeviceRuntime* runtime, DeviceRuntime::Error error, const char* what) {
+  if (error == DeviceRuntime::kSuccess) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat(what, ": ", runtime->ErrorString(error), " (CUDA error ", error, ")"));
+}
+
+DeviceScope::DeviceScope(DeviceRuntime* runtime, int device) : runtime_(runtime) {
+  DeviceRuntime::Error error = runtime->CurrentDevice(&before_);
+  if (error == DeviceRuntime::kSuccess && before_ == device) return;
+  if (error == DeviceRuntime::kSuccess) {
+    error = runtime->SetDevice(device);
+    restore_ = error == DeviceRuntime::kSuccess;
+  }
+  if (error != DeviceRuntime::kSuccess) {
+    status_ = absl::FailedPreconditionError(absl::StrCat(
+        "CUDA device ", device, " cannot be used: ", runtime->ErrorString(error), " (CUDA error ", error, ")"));
+  }
+}
+
+DeviceScope::~DeviceScope() {
+  if (restore_) runtime_->SetDevice(before_);
+}
+
+StreamMemory::~StreamMemory() {
+  const DeviceScope scope(runtime_, device_);
+  if (workspace_ != nullptr) runtime_->FreeDevice(workspace_);
+  for (const std::unique_ptr<DeviceSlot>& slot : slots_) {
+    runtime_->FreeDevice(slot->mean);
+    runtime_->FreePinned(slot->flag);
+  }
+}
+
+absl::StatusOr<DeviceSlot*> StreamMemory::Take(int64_t channels) {
+  const size_t capacity = CapacityFor(channels);
+  absl::MutexLock lock(&mutex_);
+  std::vector<DeviceSlot*>& free = free_[capacity];
+  if (free.empty()) {
+    absl::StatusOr<DeviceSlot*> slot = Allocate(capacity);
+    if (!slot.ok()) return slot.status();
+    free.push_back(*slot);
+  }
+  DeviceSlot* const slot = free.back();
+  free.pop_back();
+  ++slot->epoch;
+  return slot;
+}
+
+void StreamMemory::Return(DeviceSlot* slot) {
+  absl::MutexLock lock(&mutex_);
+  free_[slot->capacity].push_back(slot);
+}
+
+absl::StatusOr<DeviceSlot*> StreamMemory::Allocate(size_t capacity) {
+  const size_t vector = capacity * sizeof(double);
+  const size_t pinned_bytes = kFlagBytes + kPinnedVectors * vector;
+  const size_t device_bytes = kDeviceVectors * vector;
+  if (slot_bytes_ + pinned_bytes + device_bytes > kMaxSlotBytesPerStream) {
+    return absl::ResourceExhaustedError(absl::StrCat("the passes that are alive on one CUDA stream need more than ",
+                                                     kMaxSlotBytesPerStream, " bytes of statistics"));
+  }
+  void* pinned = nullptr;
+  absl::Status status = DeviceStatus(runtime_, runtime_->AllocatePinned(pinned_bytes, &pinned), "pinned memory");
+  if (!status.ok()) return status;
+  void* device = nullptr;
+  status = DeviceStatus(runtime_, runtime_->AllocateDevice(device_bytes, &device), "device memory");
+  if (!status.ok()) {
+    runtime_->FreePinned(pinned);
+    return status;
+  }
+  auto slot = std::make_unique<DeviceSlot>();
+  slot->capacity = capacity;
+  slot->flag = static_cast<uint32_t*>(pinned);
+  double* const host = reinterpret_cast<double*>(static_cast<char*>(pinned) + kFlagBytes);
+  double* const vectors = static_cast<double*>(device);
+  slot->local[0] = host;
+  slot->local[1] = host + capacity;
+  slot->merged[0] = host + 2 * capacity;
+  slot->merged[1] = host + 3 * capacity;
+  slot->mean = vectors;
+  slot->var = vectors + capacity;
+  slot->scale = vectors + 2 * capacity;
+  slot->shift = vectors + 3 * capacity;
+  slot->mean_dy = vectors + 4 * capacity;
+  slot->projection = vectors + 5 * capacity;
+  slot_bytes_ += pinned_bytes + device_bytes;
+  slots_.push_back(std::move(slot));
+  return slots_.back().get();
+}
+
+absl::Status StreamMemory::GrowWorkspace(size_t bytes) {
+  if (workspace_ != nullptr) runtime_->FreeDevice(workspace_);
+  workspace_ = nullptr;
+  workspace_bytes_ = 0;
+  // Half as much again, so that tensors that grow by and by do not allocate each time.
+  bytes += bytes / 2;
+  void* memory = nullptr;
+  absl::Status status = DeviceStatus(runtime_, runtime_->AllocateDevice(bytes, &memory), "workspace");
+  if (!status.ok()) return status;
+  status = DeviceStatus(runtime_, runtime_->ZeroDevice(stream_, memory, bytes), "workspace");
+  if (!status.ok()) {
+    runtime_->FreeDevice(memory);
+    return status;
+  }
+  workspace_ = memory;
+  workspace_bytes_ = bytes;
+  return absl::OkStatus();
+}
+
+absl::Status StreamMemory::Reduce(const kernels::TensorShape& shape,
+                                  const std::function<DeviceRuntime::Error(kernels::cuda::Context*)>& launch,
+                                  const char* what) {
+  absl::MutexLock lock(&mutex_);
+  const size_t bytes = runtime_->WorkspaceBytes(shape);
+  if (bytes > workspace_bytes_) {
+    if (absl::Status status = GrowWorkspace(bytes); !status.ok()) return status;
+  }
+  kernels::cuda::Context context;
+  context.stream = stream_;
+  context.workspace = workspace_;
+  context.workspace_bytes = workspace_bytes_;
+  return DeviceStatus(runtime_, launch(&context), what);
+}
+
+kernels::cuda::Context SlotLease::context() const {
+  kernels::cuda::Context context;
+  context.stream = memory_->stream();
+  return context;
+}
+
+absl::StatusOr<std::shared_ptr<SlotLease>> LeaseSlot(DeviceRuntime* runtime, int device, Stream stream,
+                                                     int64_t channels) {
+  bool capturing = false;
+  absl::Status status = DeviceStatus(runtime, runtime->StreamIsCapturing(stream, &capturing), "stream");
+  if (!status.ok()) return status;
+  if (capturing) {
+    return absl::FailedPreconditionError(
+        "the CUDA stream is being captured into a graph, which cannot hold what synchronizes with other workers");
+  }
+  uint64_t id = 0;
+  status = DeviceStatus(runtime, runtime->StreamId(stream, &id), "stream");
+  if (!status.ok()) return status;
+  std::shared_ptr<StreamMemory> memory = StreamTable::Get().Find(runtime, device, stream, id);
+  absl::StatusOr<DeviceSlot*> slot = memory->Take(channels);
+  if (!slot.ok()) return slot.status();
+  return std::make_shared<SlotLease>(std::move(memory), *slot);
+}
+
+bool IsOfStream(const SlotLease& lease, int device, Stream stream) {
+  return lease.memory().device() == device && lease.memory().stream() == stream;
+}
+
+}  // namespace syncbn

@@ -1,0 +1,53 @@
+"""How benchmarks report: Markdown tables that say where they come from, kept between markers in a file."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from typing import List, Optional, Sequence
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *rows)]
+
+
+def _processor() -> str:
+    models = re.findall(r"^model name\s*:\s*(.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return models[0] if models else os.uname().machine
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
+
+    # The report itself is not part of what was measured.
+    changed = git("status", "--porcelain", "--", ".", ":(exclude)tests/benchmarks/README.md")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
+
+
+def provenance(command: str) -> str:
+    """The command with this process's arguments, the commit and the machine, in one paragraph."""
+    arguments = shlex.join(sys.argv[1:])
+    arguments = re.sub(r" ?--output \S+", "", arguments).strip()
+    shown = f"{command} {arguments}".strip()
+    load = os.getloadavg()[0]
+    return (
+        f"`{shown}` at commit {_commit()}; {_processor()}, {os.cpu_count()} cores; "
+        f"load average at the start {load:.1f}."
+    )
+
+
+def publish(name: str, lines: List[str], output: Optional[pathlib.Path]) -> None:
+    """Prints the lines; puts them between `<!-- begin NAME -->` and `<!-- end NAME -->` of `output`, if given."""
+    text = "\n".join(lines)
+    print(text)
+    if output is None:
+        return
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, found_begin, rest = output.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise SystemExit(f"{output} has no part between {begin} and {end}")
+    output.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -1,0 +1,239 @@
+"""Measures one synchronous round beside its floor and its peer; `tools/benchmark round` runs it.
+
+Every worker is a process, and so is every server. All variants of a size are alive together and take turns in short
+blocks, in random order, since the machine's speed drifts by more than the variants differ: a ratio is the median, over
+the repeats, of the ratio of two blocks' medians. Only ratios should be compared between runs.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Dict, Iterator, List, NamedTuple, Tuple
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import report  # noqa: E402
+
+_HERE = pathlib.Path(__file__).resolve().parent
+_WARM_UP = 10  # Rounds of each block that are not counted: the workers start one after the other.
+
+TCP, UNIX, RAW_TCP, RAW_UNIX, GLOO = "TCP", "unix", "raw TCP", "raw unix", "gloo"
+
+
+class Binaries(NamedTuple):
+    master: str
+    worker: str
+    raw_server: str
+
+
+class Size(NamedTuple):
+    channels: int
+    layers: int = 1
+    mode: str = "together"
+
+
+class Block(NamedTuple):
+    """What one block of rounds took: microseconds of each worker's rounds, and CPU microseconds a worker-round."""
+
+    latencies: List[float]
+    cpu: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.latencies)
+
+
+def cpu_time(pid: int) -> float:
+    """Microseconds that all threads of a process have run."""
+    total = 0
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # A thread that ends meanwhile.
+            total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e3
+
+
+def start(command: List[str], stack: contextlib.ExitStack) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def stop() -> None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.terminate()
+        process.wait()
+
+    stack.callback(stop)
+    return process
+
+
+def read_line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"{process.args} ended with code {process.wait()}")
+    return line
+
+
+class Team:
+    """The workers of one variant, and their server, if it has one."""
+
+    def __init__(self, workers: "List[subprocess.Popen[str]]", servers: "List[subprocess.Popen[str]]") -> None:
+        self._workers = workers
+        self._pids = [process.pid for process in [*workers, *servers]]
+
+    def await_ready(self) -> None:
+        for worker in self._workers:
+            read_line(worker)
+
+    def run(self, size: Size, rounds: int) -> Block:
+        before = sum(map(cpu_time, self._pids))
+        for worker in self._workers:
+            assert worker.stdin is not None
+            worker.stdin.write(f"run {size.channels} {size.layers} {size.mode} {_WARM_UP} {rounds}\n")
+            worker.stdin.flush()
+        latencies = [float(text) for worker in self._workers for text in read_line(worker).split()]
+        cpu = sum(map(cpu_time, self._pids)) - before
+        return Block(latencies, cpu / (len(self._workers) * (rounds + _WARM_UP)))
+
+
+@contextlib.contextmanager
+def teams(binaries: Binaries, world_size: int, names: List[str]) -> Iterator[Dict[str, Team]]:
+    """Starts every variant's processes. One master serves TCP and unix sockets alike."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        master = start([binaries.master, "--address", "127.0.0.1:0", "--address", f"unix:{folder}/master"], stack)
+        targets = dict(zip((TCP, UNIX), read_line(master).split()[-2:]))
+        result = {}
+        for name in names:
+            commands, servers = [], []
+            if name in targets:
+                commands, servers = [[binaries.worker, "syncbn", targets[name], name]] * world_size, [master]
+            elif name == GLOO:
+                commands = [[sys.executable, str(_HERE / "gloo_worker.py"), f"{folder}/store"]] * world_size
+            else:
+                address = "127.0.0.1:0" if name == RAW_TCP else f"unix:{folder}/raw"
+                servers = [start([binaries.raw_server, address, str(world_size)], stack)]
+                commands = [[binaries.worker, "raw", read_line(servers[0]).split()[-1], "-"]] * world_size
+            workers = [start([*command, str(rank), str(world_size)], stack) for rank, command in enumerate(commands)]
+            result[name] = Team(workers, servers)
+        for team in result.values():
+            team.await_ready()
+        yield result
+
+
+Runs = Dict[Tuple[str, Size], List[Block]]
+
+
+def measure(
+    binaries: Binaries, world_size: int, names: List[str], sizes: List[Size], options: argparse.Namespace
+) -> Runs:
+    """Starts all processes anew several times: where the scheduler places them changes a team's speed for its life."""
+    runs: Runs = {(name, size): [] for name in names for size in sizes}
+    for _ in range(options.teams):
+        with teams(binaries, world_size, names) as members:
+            for _ in range(options.repeats):
+                take_turns(members, runs, options.rounds)
+    return runs
+
+
+def take_turns(members: Dict[str, Team], runs: Runs, rounds: int) -> None:
+    turns = list(runs)
+    random.shuffle(turns)
+    for name, size in turns:
+        share = (10 if name == GLOO else 1) * (4 if size.mode == "apart" else 1)
+        runs[name, size].append(members[name].run(size, max(rounds // share, 3)))
+
+
+def ratio(runs: Runs, over: Tuple[str, Size], under: Tuple[str, Size]) -> str:
+    if over not in runs or under not in runs:
+        return "–"
+    return f"{statistics.median(a.median / b.median for a, b in zip(runs[over], runs[under])):.2f}"
+
+
+def latency(blocks: List[Block]) -> str:
+    values = sorted(value for block in blocks for value in block.latencies)
+    return f"{statistics.median(values):.0f} / {values[int(0.99 * (len(values) - 1))]:.0f}"
+
+
+def cpu(blocks: List[Block]) -> str:
+    return f"{statistics.median(block.cpu for block in blocks):.0f}"
+
+
+def single_rounds(options: argparse.Namespace, binaries: Binaries, names: List[str]) -> List[str]:
+    latencies, cpus = [], []
+    for world_size in options.workers:
+        print(f"round: {world_size} workers", file=sys.stderr)
+        sizes = [Size(channels) for channels in options.channels]
+        runs = measure(binaries, world_size, names, sizes, options)
+        for size in sizes:
+            ratios = [ratio(runs, (a, size), (b, size)) for a, b in ((TCP, RAW_TCP), (UNIX, RAW_UNIX), (TCP, GLOO))]
+            head = [str(world_size), str(size.channels)]
+            latencies.append([*head, *(latency(runs[name, size]) for name in names), *ratios])
+            cpus.append([*head, *(cpu(runs[name, size]) for name in names)])
+    return [
+        "Microseconds of one round, p50 / p99, and ratios of p50:",
+        "",
+        *report.table(["W", "C", *names, "TCP / raw TCP", "unix / raw unix", "TCP / gloo"], latencies),
+        "",
+        "CPU microseconds of all processes, a worker and round:",
+        "",
+        *report.table(["W", "C", *names], cpus),
+    ]
+
+
+def several_layers(options: argparse.Namespace, binaries: Binaries) -> List[str]:
+    world_size, channels = max(w for w in options.workers if w <= 4), 256
+    print(f"round: several layers, {world_size} workers", file=sys.stderr)
+    rows = []
+    sizes = [Size(channels, layers, mode) for layers in options.layers for mode in ("together", "apart")]
+    runs = measure(binaries, world_size, [TCP, UNIX, RAW_TCP], sizes, options)
+    for together, apart in zip(sizes[::2], sizes[1::2]):
+        row = [str(together.layers)]
+        for name in (TCP, UNIX):
+            row += [latency(runs[name, together]), latency(runs[name, apart])]
+            row.append(ratio(runs, (name, apart), (name, together)))
+        row.append(ratio(runs, (TCP, together), (RAW_TCP, together)))
+        rows.append(row)
+    head = ["layers", "TCP, one frame", "TCP, one by one", "gain", "unix, one frame", "unix, one by one", "gain"]
+    return [
+        f"Microseconds of several layers of {channels} channels, {world_size} workers: all in one frame, and one round"
+        " after the other (p50 / p99):",
+        "",
+        *report.table([*head, "one frame: TCP / raw TCP"], rows),
+    ]
+
+
+def parse() -> argparse.Namespace:
+    def numbers(text: str) -> List[int]:
+        return [int(part) for part in text.split(",")]
+
+    parser = argparse.ArgumentParser(prog="tools/benchmark round", description=__doc__)
+    parser.add_argument("--workers", type=numbers, default=[1, 2, 4, 8], help="1,2,4,8")
+    parser.add_argument("--channels", type=numbers, default=[64, 256, 2048], help="64,256,2048")
+    parser.add_argument("--layers", type=numbers, default=[16, 53], help="16,53")
+    parser.add_argument("--teams", type=int, default=5, help="how often all processes are started anew")
+    parser.add_argument("--repeats", type=int, default=4, help="blocks of each variant and size for each start")
+    parser.add_argument("--rounds", type=int, default=200, help="rounds in a block; gloo runs a tenth")
+    parser.add_argument("--without-gloo", action="store_true", help="where torch is not installed")
+    parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    binaries = Binaries(
+        os.environ["SYNCBN_MASTER"], os.environ["SYNCBN_ROUND_WORKER"], os.environ["SYNCBN_RAW_SERVER"]
+    )
+    names = [TCP, UNIX, RAW_TCP, RAW_UNIX] + ([] if options.without_gloo else [GLOO])
+    provenance = report.provenance("tools/benchmark round")
+    lines = [provenance, "", *single_rounds(options, binaries, names), "", *several_layers(options, binaries)]
+    report.publish("round", lines, options.output)
+
+
+if __name__ == "__main__":
+    main()

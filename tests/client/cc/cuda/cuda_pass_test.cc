@@ -1,0 +1,341 @@
+// Passes over CUDA tensors, on a GPU that the host plays: results, order, reuse of memory, errors.
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "client/cc/batch_norm_pass.h"
+#include "client/cc/device_runtime.h"
+#include "client/cc/errors.h"
+#include "client/cc/worker.h"
+#include "server/stats_server.h"
+#include "tests/client/cc/cuda/fake_device_runtime.h"
+
+namespace syncbn::testing {
+namespace {
+
+constexpr int64_t kChannels = 3;
+constexpr double kEps = 0.25;
+using Doubles = std::vector<double>;
+
+// Never destroyed: what the library keeps for its streams outlives a test.
+FakeDeviceRuntime& Gpu() {
+  static FakeDeviceRuntime* const gpu = new FakeDeviceRuntime;
+  return *gpu;
+}
+
+class CudaPassTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    DeviceRuntime::SetForTesting(&Gpu());
+    Gpu().Defer(false);
+    Gpu().Fail(DeviceRuntime::kSuccess, false);
+    MasterServer::Options options;
+    options.addresses = {"127.0.0.1:0"};
+    auto master = MasterServer::Start(options);
+    ASSERT_TRUE(master.ok()) << master.status();
+    master_ = *std::move(master);
+  }
+  void TearDown() override { DeviceRuntime::SetForTesting(nullptr); }
+
+  std::unique_ptr<Worker> Join(uint32_t rank, uint32_t world_size) {
+    Worker::Options options;
+    options.target = master_->target();
+    options.rank = rank;
+    options.world_size = world_size;
+    options.round_timeout = absl::Seconds(20);
+    auto worker = Worker::Join(options);
+    EXPECT_TRUE(worker.ok()) << worker.status();
+    return *std::move(worker);
+  }
+  static void Declare(Worker& worker, const std::string& name) {
+    LayerOptions layer;
+    layer.name = name;
+    layer.channels = kChannels;
+    layer.eps = kEps;
+    ASSERT_TRUE(worker.DeclareLayer(layer).ok());
+  }
+
+  std::unique_ptr<MasterServer> master_;
+};
+
+// Rows of kChannels values.
+Doubles Values(int64_t rows, int seed) {
+  Doubles values;
+  for (int64_t i = 0; i < rows * kChannels; ++i) values.push_back(std::sin(1.0 + i * 1.7 + seed) * (2 + i % 3) + i % 5);
+  return values;
+}
+
+TensorView View(Doubles& values, Device device, int index = 0) {
+  TensorView view;
+  view.data = values.data();
+  view.shape = {static_cast<int64_t>(values.size()) / kChannels, kChannels, 1, kernels::DataType::kFloat64,
+                kernels::Layout::kChannelsFirst};
+  view.device = device;
+  view.device_index = index;
+  return view;
+}
+
+VectorView Vector(Doubles& values) { return {values.data(), kernels::DataType::kFloat64}; }
+
+// One worker's step through a layer, on either device, and what it leaves.
+struct Step {
+  Doubles x, dy, y, dx, weight = {0.5, 2.0, -1.0}, bias = {0.1, -0.2, 0.3};
+  Doubles running_mean = Doubles(kChannels, 0.0), running_var = Doubles(kChannels, 1.0);
+  Doubles d_weight = Doubles(kChannels), d_bias = Doubles(kChannels);
+  Device device = Device::kCpu;
+  int index = 0;
+  Stream stream = nullptr;
+  bool relu = true;
+
+  Step(int64_t rows, int seed, Device where)
+      : x(Values(rows, seed)), dy(Values(rows, seed + 50)), y(x.size()), dx(x.size()), device(where) {}
+
+  PassOptions Options() const {
+    PassOptions options;
+    options.stream = stream;
+    return options;
+  }
+  ForwardOutputs Outputs() {
+    ForwardOutputs outputs;
+    outputs.weight = Vector(weight);
+    outputs.bias = Vector(bias);
+    outputs.running_mean = Vector(running_mean);
+    outputs.running_var = Vector(running_var);
+    outputs.relu = relu;
+    outputs.y = View(y, device, index);
+    return outputs;
+  }
+  BackwardInputs Inputs() {
+    BackwardInputs inputs;
+    inputs.dy = View(dy, device, index);
+    inputs.x = x.data();
+    inputs.weight = Vector(weight);
+    inputs.bias = Vector(bias);
+    inputs.relu = relu;
+    return inputs;
+  }
+  absl::Status Run(Worker& worker, const std::string& layer) {
+    auto forward = ForwardPass::Start(worker, layer, View(x, device, index), Options());
+    if (!forward.ok()) return forward.status();
+    if (absl::Status status = forward->Wait(); !status.ok()) return status;
+    if (absl::Status status = forward->Finish(View(x, device, index), Outputs()); !status.ok()) return status;
+    auto backward = BackwardPass::Start(worker, forward->statistics(), Inputs(), Options());
+    if (!backward.ok()) return backward.status();
+    if (absl::Status status = backward->Wait(); !status.ok()) return status;
+    BackwardOutputs outputs;
+    outputs.dx = dx.data();
+    outputs.d_weight = Vector(d_weight);
+    outputs.d_bias = Vector(d_bias);
+    return backward->Finish(Inputs(), outputs);
+  }
+};
+
+void ExpectNear(const Doubles& a, const Doubles& b, const char* what) {
+  ASSERT_EQ(a.size(), b.size());
+  for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-11 * (1 + std::fabs(b[i]))) << what << " " << i;
+}
+
+// The same two batches, once with both workers on the CPU and once with one or both on GPUs.
+TEST_F(CudaPassTest, MixedGroupAgreesWithCpuWorkers) {
+  const auto run = [this](Device first, Device second, const std::string& layer) {
+    std::vector<Step> steps = {Step(5, 1, first), Step(2, 2, second)};
+    auto a = Join(0, 2), b = Join(1, 2);
+    Declare(*a, layer);
+    Declare(*b, layer);
+    steps[1].index = second == Device::kCuda ? 1 : 0;
+    for (Step& step : steps) step.stream = Gpu().MakeStream(step.index);
+    std::thread other([&] { EXPECT_TRUE(steps[1].Run(*b, layer).ok()); });
+    const absl::Status status = steps[0].Run(*a, layer);
+    EXPECT_TRUE(status.ok()) << status;
+    other.join();
+    EXPECT_TRUE(a->Leave("done").ok());
+    EXPECT_TRUE(b->Leave("done").ok());
+    return steps;
+  };
+  const std::vector<Step> cpu = run(Device::kCpu, Device::kCpu, "cpu");
+  for (const Device second : {Device::kCpu, Device::kCuda}) {
+    const std::vector<Step> gpu = run(Device::kCuda, second, second == Device::kCpu ? "mixed" : "gpus");
+    for (int i = 0; i < 2; ++i) {
+      ExpectNear(gpu[i].y, cpu[i].y, "y");
+      ExpectNear(gpu[i].dx, cpu[i].dx, "dx");
+      ExpectNear(gpu[i].d_weight, cpu[i].d_weight, "d_weight");
+      ExpectNear(gpu[i].d_bias, cpu[i].d_bias, "d_bias");
+      ExpectNear(gpu[i].running_mean, cpu[i].running_mean, "running_mean");
+      ExpectNear(gpu[i].running_var, cpu[i].running_var, "running_var");
+    }
+  }
+}
+
+TEST_F(CudaPassTest, SteadyStateAllocatesNothing) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step step(4, 1, Device::kCuda);
+  step.stream = Gpu().MakeStream(0);
+  ASSERT_TRUE(step.Run(*worker, "bn").ok());
+  const int before = Gpu().allocations();
+  for (int i = 0; i < 20; ++i) ASSERT_TRUE(step.Run(*worker, "bn").ok());
+  EXPECT_EQ(Gpu().allocations(), before);
+}
+
+TEST_F(CudaPassTest, WaitIsPendingUntilTheStreamGetsThere) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step step(4, 1, Device::kCuda);
+  step.stream = Gpu().MakeStream(0);
+  Gpu().Defer(true);
+  auto pass = ForwardPass::Start(*worker, "bn", View(step.x, Device::kCuda), step.Options());
+  ASSERT_TRUE(pass.ok());
+  EXPECT_TRUE(IsPending(pass->Wait(absl::ZeroDuration())));
+  EXPECT_EQ(pass->statistics(), nullptr);
+  Gpu().Run(step.stream);
+  EXPECT_TRUE(pass->Wait().ok());
+  ASSERT_TRUE(pass->Finish(View(step.x, Device::kCuda), step.Outputs()).ok());
+  EXPECT_EQ(Gpu().queued(step.stream), 2u);  // Finish has waited for nothing.
+  Gpu().Run(step.stream);
+}
+
+// Two layers started in one order and waited for in the other: both rounds begin in the order of their starts.
+TEST_F(CudaPassTest, RoundsBeginInTheOrderOfTheirStarts) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step first(4, 1, Device::kCuda), second(3, 2, Device::kCuda);
+  first.stream = second.stream = Gpu().MakeStream(0);
+  auto a = ForwardPass::Start(*worker, "bn", View(first.x, Device::kCuda), first.Options());
+  auto b = ForwardPass::Start(*worker, "bn", View(second.x, Device::kCuda), second.Options());
+  ASSERT_TRUE(a.ok() && b.ok());
+  EXPECT_TRUE(b->Wait().ok());
+  EXPECT_TRUE(a->Wait().ok());
+  EXPECT_EQ(a->sequence(), 0u);
+  EXPECT_EQ(b->sequence(), 1u);
+  EXPECT_EQ(a->statistics()->count, 4);
+  EXPECT_EQ(b->statistics()->count, 3);
+}
+
+// A pass that is dropped still counts for the others, and its slot is used again.
+TEST_F(CudaPassTest, AbandonedPassIsSentAndItsSlotReused) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step step(4, 1, Device::kCuda);
+  step.stream = Gpu().MakeStream(0);
+  { ASSERT_TRUE(ForwardPass::Start(*worker, "bn", View(step.x, Device::kCuda), step.Options()).ok()); }
+  ASSERT_TRUE(step.Run(*worker, "bn").ok());
+  const int before = Gpu().allocations();
+  auto pass = ForwardPass::Start(*worker, "bn", View(step.x, Device::kCuda), step.Options());
+  ASSERT_TRUE(pass.ok());
+  ASSERT_TRUE(pass->Wait().ok());
+  EXPECT_EQ(pass->sequence(), 2u);
+  EXPECT_EQ(Gpu().allocations(), before);
+}
+
+TEST_F(CudaPassTest, ErrorsOfTheGpuSurface) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step step(4, 1, Device::kCuda);
+  step.stream = Gpu().MakeStream(0);
+  const TensorView x = View(step.x, Device::kCuda);
+
+  Gpu().Capture(step.stream, true);
+  EXPECT_EQ(ForwardPass::Start(*worker, "bn", x, step.Options()).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  Gpu().Capture(step.stream, false);
+
+  TensorView elsewhere = x;
+  elsewhere.device_index = 7;
+  EXPECT_EQ(ForwardPass::Start(*worker, "bn", elsewhere, step.Options()).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+
+  Gpu().Defer(true);
+  auto lost = ForwardPass::Start(*worker, "bn", x, step.Options());
+  ASSERT_TRUE(lost.ok());
+  Gpu().Run(step.stream, false);
+  EXPECT_EQ(lost->Wait().code(), absl::StatusCode::kInternal);
+
+  auto failed = ForwardPass::Start(*worker, "bn", x, step.Options());
+  ASSERT_TRUE(failed.ok());
+  Gpu().Fail(FakeDeviceRuntime::kLaunchFailure, true);
+  const absl::Status status = failed->Wait();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_NE(status.message().find("719"), std::string::npos) << status;
+  EXPECT_EQ(ForwardPass::Start(*worker, "bn", x, step.Options()).status().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(failed->Finish(x, step.Outputs()).code(), absl::StatusCode::kFailedPrecondition);
+  Gpu().Fail(DeviceRuntime::kSuccess, false);
+  Gpu().Run(step.stream);
+}
+
+// Close and Interrupt reach a thread that watches for a GPU that does not come.
+TEST_F(CudaPassTest, CloseAndInterruptEndTheWait) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step step(4, 1, Device::kCuda);
+  step.stream = Gpu().MakeStream(0);
+  Gpu().Defer(true);
+  auto pass = ForwardPass::Start(*worker, "bn", View(step.x, Device::kCuda), step.Options());
+  ASSERT_TRUE(pass.ok());
+  std::atomic<bool> done{false};
+  std::thread interrupter([&] {
+    while (!done) worker->Interrupt();
+  });
+  const absl::Status interrupted = pass->Wait();
+  done = true;
+  interrupter.join();
+  EXPECT_EQ(DetailsOf(interrupted).reason, "INTERRUPTED") << interrupted;
+  std::thread closer([&] { worker->Close(); });
+  const absl::Status closed = pass->Wait();
+  closer.join();
+  EXPECT_EQ(DetailsOf(closed).reason, "CLOSED") << closed;
+  Gpu().Run(step.stream);
+}
+
+TEST_F(CudaPassTest, BackwardBelongsToTheForwardStream) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step step(4, 1, Device::kCuda);
+  step.stream = Gpu().MakeStream(0);
+  auto pass = ForwardPass::Start(*worker, "bn", View(step.x, Device::kCuda), step.Options());
+  ASSERT_TRUE(pass.ok());
+  ASSERT_TRUE(pass->Wait().ok());
+  PassOptions other = step.Options();
+  other.stream = Gpu().MakeStream(0);
+  EXPECT_EQ(BackwardPass::Start(*worker, pass->statistics(), step.Inputs(), other).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  BackwardInputs on_cpu = step.Inputs();
+  on_cpu.dy.device = Device::kCpu;
+  EXPECT_EQ(BackwardPass::Start(*worker, pass->statistics(), on_cpu, step.Options()).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(CudaPassTest, EvaluationAgreesWithTheCpu) {
+  Doubles mean = {1.0, -0.5, 2.0}, var = {0.5, 2.0, 0.0};
+  std::vector<Step> steps = {Step(6, 3, Device::kCpu), Step(6, 3, Device::kCuda)};
+  for (Step& step : steps) {
+    step.stream = Gpu().MakeStream(0);
+    EvaluateOptions options;
+    options.stream = step.stream;
+    options.mean = Vector(mean);
+    options.var = Vector(var);
+    options.weight = Vector(step.weight);
+    options.bias = Vector(step.bias);
+    options.eps = kEps;
+    options.relu = true;
+    ASSERT_TRUE(Evaluate(View(step.x, step.device), options, step.y.data()).ok());
+    BackwardOutputs outputs;
+    outputs.dx = step.dx.data();
+    outputs.d_weight = Vector(step.d_weight);
+    outputs.d_bias = Vector(step.d_bias);
+    ASSERT_TRUE(EvaluateBackward(step.Inputs(), options, outputs).ok());
+  }
+  ExpectNear(steps[1].y, steps[0].y, "y");
+  ExpectNear(steps[1].dx, steps[0].dx, "dx");
+  ExpectNear(steps[1].d_weight, steps[0].d_weight, "d_weight");
+  ExpectNear(steps[1].d_bias, steps[0].d_bias, "d_bias");
+}
+
+}  // namespace
+}  // namespace syncbn::testing

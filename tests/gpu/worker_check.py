@@ -1,0 +1,300 @@
+#!/usr/bin/env python3
+"""Checks and times the GPU worker on this machine's GPU, through the Python package (SYNCBN_LIBRARY names the library).
+
+    worker_check.py check            errors, types and layouts, a mixed group, training; exits with 1 on a failure
+    worker_check.py bench RESULTS    a layer's step with 2 and 4 processes against torch's SyncBatchNorm over gloo
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import sys
+import time
+import traceback
+
+import torch
+import torch.multiprocessing
+
+import syncbn
+import syncbn.torch
+
+SEED = 20240607
+
+
+def split(size, parts):
+    """Bounds of an uneven split: the first part is the largest."""
+    weights = [parts - p + 1 for p in range(parts)]
+    bounds, total = [0], sum(weights)
+    for p in range(parts):
+        bounds.append(bounds[-1] + (size * weights[p] // total if p < parts - 1 else size - bounds[-1]))
+    return bounds
+
+
+def make_model(norm):
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, padding=1, bias=False), norm(8), torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 16, 3, padding=1, stride=2, bias=False), norm(16), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(16 * 16, 10),
+    )
+
+
+def make_data():
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.randn(60, 1, 8, 8, generator=generator, dtype=torch.float64) * 3 + 1
+    return images, torch.randint(0, 10, (60,), generator=generator)
+
+
+def train(model, images, labels, total, reduce, steps=20):
+    """Full-batch gradient descent; the loss is the mean over `total` images, gradients are summed by `reduce`."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images), labels, reduction="sum") / total
+        loss.backward()
+        for index, parameter in enumerate(model.parameters()):
+            parameter.grad = reduce(f"grad{index}", parameter.grad)
+        optimizer.step()
+    return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+
+def train_worker(rank, target, devices, queue):
+    """One member of the group that trains together; its device is its own."""
+    try:
+        device = devices[rank]
+        images, labels = make_data()
+        bounds = split(len(images), len(devices))
+        mine = slice(bounds[rank], bounds[rank + 1])
+        torch.manual_seed(SEED)
+        with syncbn.Worker(target=target, group="train", rank=rank, world_size=len(devices), timeout=60.0) as worker:
+            model = make_model(torch.nn.BatchNorm2d).double()
+            model = syncbn.torch.convert_sync_batchnorm(model, worker).to(device)
+
+            def reduce(name, gradient):
+                total = worker.all_reduce(name, gradient.double().cpu().numpy().ravel())
+                return torch.from_numpy(total).view_as(gradient).to(gradient)
+
+            state = train(model, images[mine].to(device), labels[mine].to(device), len(images), reduce)
+            queue.put((rank, {name: value.numpy() for name, value in state.items()}))
+    except BaseException:
+        queue.put((rank, traceback.format_exc()))
+        raise
+
+
+def run_processes(function, arguments, world):
+    """Runs function(rank, *arguments, queue) in `world` processes; returns what they put, by rank."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=function, args=(rank, *arguments, queue)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        results = dict(queue.get(timeout=240) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=30)
+            if process.is_alive():
+                process.kill()
+    for rank, result in results.items():
+        if isinstance(result, str):
+            raise AssertionError(f"rank {rank}:\n{result}")
+    return results
+
+
+def check_training():
+    """Two GPU processes and a CPU worker in one group end where one CPU process with the whole batch ends."""
+    torch.manual_seed(SEED)
+    images, labels = make_data()
+    model = make_model(torch.nn.BatchNorm2d).double()
+    expected = train(model, images, labels, len(images), lambda name, gradient: gradient)
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        results = run_processes(train_worker, (master.target, ["cuda:0", "cuda:0", "cpu"]), 3)
+    for rank, state in results.items():
+        for name, value in expected.items():
+            torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-7, atol=1e-9,
+                                       msg=lambda text: f"rank {rank}, {name}: {text}")
+
+
+def compare_with_torch(worker, x, dtype, tolerance):
+    """One worker is the whole group, so torch's own batch normalization is the reference."""
+    ours = syncbn.torch.SyncBatchNorm(x.size(1), worker=worker, layer=f"{tuple(x.shape)}{dtype}{x.stride()}").cuda()
+    theirs = torch.nn.BatchNorm1d if x.dim() <= 3 else torch.nn.BatchNorm2d
+    theirs = theirs(x.size(1)).cuda().double()
+    a = x.to(dtype).cuda().requires_grad_()
+    b = a.detach().double().requires_grad_()
+    y, reference = ours(a), theirs(b)
+    assert y.dtype == dtype and y.stride() == a.stride(), (y.dtype, y.stride(), a.stride())
+    dy = torch.randn_like(a)
+    y.backward(dy)
+    reference.backward(dy.double())
+    for what, got, want in [
+        ("y", y, reference), ("dx", a.grad, b.grad), ("weight", ours.weight.grad, theirs.weight.grad),
+        ("bias", ours.bias.grad, theirs.bias.grad), ("mean", ours.running_mean, theirs.running_mean),
+        ("var", ours.running_var, theirs.running_var),
+    ]:
+        scale = max(1.0, want.abs().max().item())
+        torch.testing.assert_close(got.double() / scale, want / scale, rtol=tolerance, atol=tolerance,
+                                   msg=lambda text: f"{what} of {tuple(x.shape)} {dtype}: {text}")
+
+
+def check_types_and_layouts(worker):
+    torch.manual_seed(SEED)
+    for size in [(16, 8), (4, 3, 7, 7), (8, 64, 14, 14), (2, 5, 33)]:
+        x = torch.randn(size) * 2 + 3
+        for dtype, tolerance in [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.float16, 4e-3),
+                                 (torch.bfloat16, 3e-2)]:
+            compare_with_torch(worker, x, dtype, tolerance)
+            if x.dim() == 4:
+                compare_with_torch(worker, x.contiguous(memory_format=torch.channels_last), dtype, tolerance)
+
+
+def check_streams(worker):
+    """A side stream, busy with other work, orders the pass."""
+    layer = syncbn.torch.SyncBatchNorm(64, worker=worker, layer="streams").cuda()
+    x = torch.zeros(32, 64, 56, 56, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        x.normal_(5.0, 2.0)
+        y = layer(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True), rtol=1e-4, atol=1e-4)
+
+
+def check_autocast(worker):
+    layer = syncbn.torch.SyncBatchNorm(16, worker=worker, layer="autocast").cuda()
+    convolution = torch.nn.Conv2d(3, 16, 3).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = layer(convolution(torch.randn(4, 3, 8, 8, device="cuda")))
+    assert y.dtype == torch.bfloat16, y.dtype
+    y.float().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32 and convolution.weight.grad is not None
+
+
+def check_capture(worker):
+    """A graph is refused with words, and the layer works afterwards."""
+    layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="capture").cuda()
+    x = torch.randn(8, 4, device="cuda")
+    layer(x)
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            layer(x)
+    except RuntimeError as error:
+        assert "CUDA graph" in str(error), error
+    else:
+        raise AssertionError("a capture was not refused")
+    layer(x)
+
+
+def check_missing_worker(_):
+    """A round that fails raises in time, and leaves a stream that goes on."""
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        with syncbn.Worker(target=master.target, rank=0, world_size=2, timeout=1.0) as worker:
+            layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="lonely").cuda()
+            x = torch.randn(8, 4, device="cuda")
+            begin = time.monotonic()
+            try:
+                layer(x)
+            except syncbn.Error as error:
+                assert "lonely" in str(error) or error.layer == "lonely", error
+            else:
+                raise AssertionError("a round without its other worker succeeded")
+            assert time.monotonic() - begin < 30
+            assert torch.isfinite((x * 2).sum()).item()
+
+
+def check():
+    failures = 0
+    print(syncbn._library.lib.syncbn_build_info().decode(), torch.cuda.get_device_name(0))
+    checks = [check_types_and_layouts, check_streams, check_autocast, check_capture, check_missing_worker]
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        with syncbn.Worker(target=master.target, rank=0, world_size=1, timeout=60.0) as worker:
+            for one in checks:
+                failures += not attempt(one, worker)
+    failures += not attempt(check_training)
+    print(f"worker: {len(checks) + 1} checks, {failures} failed")
+    return failures != 0
+
+
+def attempt(function, *arguments):
+    try:
+        function(*arguments)
+        torch.cuda.synchronize()
+    except Exception:
+        print(f"FAILED {function.__name__}\n{traceback.format_exc()}")
+        return False
+    print(f"passed {function.__name__}", flush=True)
+    return True
+
+
+def time_steps(layer, x, dy, steps):
+    """Median milliseconds of a forward and a backward pass."""
+    times = []
+    for step in range(steps + 5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        layer(x).backward(dy)
+        torch.cuda.synchronize()
+        if step >= 5:
+            times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times)
+
+
+def bench_worker(rank, world, target, port, size, queue):
+    try:
+        torch.manual_seed(rank)
+        x = torch.randn(size, device="cuda").requires_grad_()
+        dy = torch.randn(size, device="cuda")
+        with syncbn.Worker(target=target, group=f"bench{world}{size}", rank=rank, world_size=world) as worker:
+            ours = time_steps(syncbn.torch.SyncBatchNorm(size[1], worker=worker, layer="bn").cuda(), x, dy, 50)
+        theirs = None
+        if world > 1:
+            torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+            try:
+                theirs = time_steps(torch.nn.SyncBatchNorm(size[1]).cuda(), x, dy, 50)
+            except (RuntimeError, ValueError) as error:
+                print(f"torch's SyncBatchNorm over gloo: {error}", file=sys.stderr)
+            torch.distributed.destroy_process_group()
+        queue.put((rank, (ours, theirs)))
+    except BaseException:
+        queue.put((rank, traceback.format_exc()))
+        raise
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def bench(results):
+    lines = ["| processes | shape | syncbn ms | torch over gloo ms |", "|---|---|---|---|"]
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        for world in (1, 2, 4):
+            for size in [(8, 64, 7, 7), (8, 256, 56, 56)]:
+                arguments = (world, master.target, free_port(), size)
+                ours, theirs = run_processes(bench_worker, arguments, world)[0]
+                text = "" if theirs is None else f"{theirs:.3f}"
+                lines.append(f"| {world} | {'x'.join(map(str, size))} | {ours:.3f} | {text} |")
+    text = "\n".join([f"GPU: {torch.cuda.get_device_name(0)}; torch {torch.__version__}; float32", "", *lines]) + "\n"
+    with open(results, "w", encoding="utf-8") as file:
+        file.write(text)
+    print(text, end="")
+    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["check", "bench"])
+    parser.add_argument("results", nargs="?", default=os.devnull)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("skipped: torch has no NVIDIA GPU")
+        return 0
+    return check() if options.what == "check" else bench(options.results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+// Each limit of limits.h: what reaches it is taken, what goes past it is LIMIT_EXCEEDED and names it.
+
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "server/core/coordinator.h"
+#include "server/core/error.h"
+#include "tests/testing/engine.h"
+
+namespace syncbn::core {
+namespace {
+
+using testing::BatchNormLayer;
+using testing::Engine;
+using testing::Forward;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using testing::MakeJoin;
+using testing::Numbers;
+using testing::ReasonOf;
+using testing::Sum;
+using testing::SumLayer;
+
+const Numbers kNumbers{4, {1.0}, {0.5}};
+
+void ExpectLimit(const std::optional<Error>& error, const std::string& limit) {
+  ASSERT_TRUE(error.has_value());
+  EXPECT_STREQ(error->reason, kLimitExceeded);
+  EXPECT_EQ(error->code, absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(error->message, HasSubstr(limit));
+}
+
+TEST(LimitsTest, MaxWorkers) {
+  Limits limits;
+  limits.max_workers = 4;
+  Engine engine(limits);
+  EXPECT_FALSE(engine.log(engine.Join(MakeJoin(0, 4))).closed);
+  ExpectLimit(engine.log(engine.Join(MakeJoin(0, 5))).closed_with, "max_workers = 4");
+}
+
+TEST(LimitsTest, MaxGroups) {
+  Limits limits;
+  limits.max_groups = 2;
+  Engine engine(limits);
+  Join join = MakeJoin(0, 1);
+  join.id.group = "first";
+  const StreamId first = engine.Join(join);
+  join.id.group = "second";
+  engine.Join(join);
+  join.id.group = "third";
+  ExpectLimit(engine.log(engine.Join(join)).closed_with, "max_groups = 2");
+  // A group that nobody is connected to makes room.
+  engine.Close(first);
+  EXPECT_FALSE(engine.log(engine.Join(join)).closed);
+  EXPECT_EQ(engine.groups_ended(), 1u);
+  EXPECT_EQ(engine.coordinator().ListGroups().size(), 2u);
+}
+
+TEST(LimitsTest, MaxLayersAsTheyCome) {
+  Limits limits;
+  limits.max_layers = 2;
+  Engine engine(limits);
+  const StreamId worker = engine.Join(0, 1, {BatchNormLayer("a", 1), SumLayer("b", 1)});
+  engine.Declare(worker, {BatchNormLayer("a", 1)});
+  EXPECT_FALSE(engine.log(worker).closed);
+  engine.Declare(worker, {BatchNormLayer("c", 1)});
+  ExpectLimit(engine.log(worker).closed_with, "max_layers = 2");
+}
+
+TEST(LimitsTest, MaxLayersAtJoin) {
+  Limits limits;
+  limits.max_layers = 2;
+  Engine engine(limits);
+  const StreamId seated = engine.Join(0, 2, {BatchNormLayer("a", 1)});
+  Join join = MakeJoin(1, 2);
+  join.layers = {BatchNormLayer("b", 1), BatchNormLayer("c", 1)};
+  const StreamId refused = engine.Join(join);
+  ExpectLimit(engine.log(refused).closed_with, "max_layers = 2");
+  EXPECT_FALSE(engine.log(refused).joined.has_value());
+  EXPECT_FALSE(engine.log(seated).closed);
+  EXPECT_EQ(engine.View().summary.layers, 1u);
+}
+
+TEST(LimitsTest, MaxChannelsAndVectorElements) {
+  Limits limits;
+  limits.max_channels = 8;
+  limits.max_vector_elements = 16;
+  Engine engine(limits);
+  EXPECT_FALSE(engine.log(engine.Join(0, 3, {BatchNormLayer("a", 8), SumLayer("b", 16)})).closed);
+  ExpectLimit(engine.log(engine.Join(1, 3, {BatchNormLayer("c", 9)})).closed_with, "max_channels = 8");
+  ExpectLimit(engine.log(engine.Join(2, 3, {SumLayer("d", 17)})).closed_with, "max_vector_elements = 16");
+}
+
+TEST(LimitsTest, MaxRoundsInFlight) {
+  Limits limits;
+  limits.max_rounds_in_flight = 2;
+  Engine engine(limits);
+  const StreamId a = engine.Join(0, 2, {BatchNormLayer("a", 1)});
+  const StreamId b = engine.Join(1, 2);
+  engine.Contribute(a, Forward("a", 0), kNumbers);
+  engine.Contribute(a, Forward("a", 1), kNumbers);
+  engine.Contribute(a, Forward("a", 2), kNumbers);
+  ExpectLimit(engine.Outcome(a, Forward("a", 2))->error, "max_rounds_in_flight = 2");
+  engine.Contribute(b, Forward("a", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(b, Forward("a", 0))), "") << "those in flight go on";
+  engine.Contribute(b, Forward("a", 2), kNumbers);
+  EXPECT_EQ(engine.View().summary.rounds_in_flight, 2u) << "there is room again";
+}
+
+TEST(LimitsTest, MaxPendingBytes) {
+  Limits limits;
+  limits.max_pending_bytes = 64;
+  Engine engine(limits);
+  const StreamId a = engine.Join(0, 2, {SumLayer("s", 8)});
+  const StreamId b = engine.Join(1, 2);
+  const Numbers full{0, std::vector<double>(8, 1.0), {}};
+  engine.Contribute(a, Sum("s", 0), full);
+  EXPECT_THAT(engine.log(a).outcomes, IsEmpty());
+  engine.Contribute(a, Sum("s", 1), full);
+  ExpectLimit(engine.Outcome(a, Sum("s", 1))->error, "max_pending_bytes = 64");
+  engine.Advance(absl::Seconds(30));
+  engine.Contribute(b, Sum("s", 2), full);
+  EXPECT_EQ(engine.View().summary.rounds_in_flight, 1u) << "the bytes of ended rounds are free again";
+}
+
+// What is held already takes no more room when it is sent again.
+TEST(LimitsTest, MaxPendingBytesDoesNotRefuseReplays) {
+  Limits limits;
+  limits.max_pending_bytes = 64;
+  Engine engine(limits);
+  const StreamId a = engine.Join(0, 2, {SumLayer("s", 8)});
+  const Numbers full{0, std::vector<double>(8, 1.0), {}};
+  engine.Contribute(a, Sum("s", 0), full);
+  const StreamId again = engine.Reconnect(a);
+  engine.Contribute(again, Sum("s", 0), full);
+  EXPECT_THAT(engine.log(again).outcomes, IsEmpty());
+  // Nor does the successor's part, which takes its predecessor's place.
+  const StreamId reborn = engine.Join(0, 2);
+  engine.Contribute(reborn, Sum("s", 0), {0, std::vector<double>(8, 2.0), {}});
+  EXPECT_THAT(engine.log(reborn).outcomes, IsEmpty());
+}
+
+TEST(LimitsTest, NamesAndDescriptions) {
+  const std::string longest(255, 'x');
+  const std::string longer(256, 'x');
+  Engine engine;
+  Join join = MakeJoin(0, 1);
+  join.id = {longest, longest};
+  join.description = std::string(1024, 'd');
+  EXPECT_FALSE(engine.log(engine.Join(join)).closed);
+  join.id = {longer, "g"};
+  ExpectLimit(engine.log(engine.Join(join)).closed_with, "max_name_bytes = 255");
+  join.id = {"j", longer};
+  ExpectLimit(engine.log(engine.Join(join)).closed_with, "max_name_bytes = 255");
+  join.id = {"j", "g"};
+  join.description += "d";
+  ExpectLimit(engine.log(engine.Join(join)).closed_with, "max_description_bytes = 1024");
+  EXPECT_FALSE(engine.log(engine.Join(0, 2, {BatchNormLayer(longest, 1)})).closed);
+  ExpectLimit(engine.log(engine.Join(1, 2, {BatchNormLayer(longer, 1)})).closed_with, "max_name_bytes = 255");
+}
+
+TEST(LimitsTest, WhatAGroupMayDeclareIsBounded) {
+  Engine engine;
+  Join join = MakeJoin(0, 1);
+  for (const absl::Duration timeout : {absl::Milliseconds(9), absl::Hours(25), -absl::Seconds(1)}) {
+    join.config.round_timeout = timeout;
+    EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kMalformedFrame);
+  }
+  join.config.round_timeout = absl::Milliseconds(10);
+  for (const absl::Duration grace : {absl::Minutes(11), -absl::Nanoseconds(1)}) {
+    join.config.rejoin_grace = grace;
+    EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kMalformedFrame);
+  }
+  join.config.rejoin_grace = absl::Minutes(10);
+  EXPECT_FALSE(engine.log(engine.Join(join)).closed);
+}
+
+}  // namespace
+}  // namespace syncbn::core

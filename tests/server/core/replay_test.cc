@@ -1,0 +1,238 @@
+// Contributions that come again: the same numbers, others, too late.
+
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "server/core/coordinator.h"
+#include "server/core/error.h"
+#include "tests/testing/engine.h"
+
+namespace syncbn::core {
+namespace {
+
+using testing::Backward;
+using testing::BatchNormLayer;
+using ::testing::ElementsAre;
+using testing::Engine;
+using testing::Forward;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using testing::Numbers;
+using testing::ReasonOf;
+
+const Numbers kNumbers{4, {1.0, 2.0}, {0.5, 0.25}};
+const Numbers kOthers{4, {1.0, 2.5}, {0.5, 0.25}};
+
+class ReplayTest : public ::testing::Test {
+ protected:
+  explicit ReplayTest(Limits limits = Limits()) : engine_(limits) {}
+
+  void JoinAll(uint32_t world_size) {
+    for (Rank rank = 0; rank < world_size; ++rank) {
+      workers_.push_back(engine_.Join(rank, world_size, {BatchNormLayer("bn", 2)}));
+    }
+  }
+  void CompleteForward(uint64_t sequence) {
+    for (const StreamId worker : workers_) engine_.Contribute(worker, Forward("bn", sequence), kNumbers);
+  }
+  // A new process of this rank joins.
+  StreamId Restart(Rank rank) {
+    return engine_.Join(rank, static_cast<uint32_t>(workers_.size()), {BatchNormLayer("bn", 2)});
+  }
+
+  Engine engine_;
+  std::vector<StreamId> workers_;
+};
+
+TEST_F(ReplayTest, SameNumbersGetTheSameOutcome) {
+  JoinAll(2);
+  CompleteForward(0);
+  const auto outcome = engine_.Outcome(workers_[0], Forward("bn", 0));
+  const StreamId again = engine_.Reconnect(workers_[0]);
+  engine_.Contribute(again, Forward("bn", 0), kNumbers);
+  EXPECT_EQ(engine_.Outcome(again, Forward("bn", 0)), outcome) << "the very object";
+  EXPECT_EQ(engine_.ended().size(), 1u);
+  EXPECT_EQ(engine_.Layer("bn").running.updates, 1u);
+}
+
+TEST_F(ReplayTest, FailuresAreReplayedToo) {
+  JoinAll(2);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  engine_.Advance(absl::Seconds(30));
+  const auto outcome = engine_.Outcome(workers_[0], Forward("bn", 0));
+  EXPECT_EQ(ReasonOf(*outcome), kRoundTimeout);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  EXPECT_THAT(engine_.Outcomes(workers_[0], Forward("bn", 0)), ElementsAre(outcome, outcome));
+}
+
+TEST_F(ReplayTest, OtherNumbersAreAnErrorAndTheFirstStand) {
+  JoinAll(2);
+  CompleteForward(0);
+  const auto outcome = engine_.Outcome(workers_[1], Forward("bn", 0));
+  engine_.Contribute(workers_[0], Forward("bn", 0), kOthers);
+  const auto refusal = engine_.log(workers_[0]).outcomes.back();
+  EXPECT_EQ(refusal->error->code, absl::StatusCode::kAlreadyExists);
+  EXPECT_EQ(ReasonOf(*refusal), kPayloadChanged);
+  EXPECT_EQ(engine_.log(workers_[1]).outcomes.size(), 1u) << "told to the sender alone";
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  EXPECT_EQ(engine_.log(workers_[0]).outcomes.back(), outcome);
+}
+
+TEST_F(ReplayTest, AChangedRoleIsAChangedPayload) {
+  JoinAll(1);
+  CompleteForward(0);
+  Numbers numbers = kNumbers;
+  numbers.role = BackwardRole::kNone;
+  engine_.Contribute(workers_[0], Forward("bn", 0), numbers);
+  EXPECT_EQ(ReasonOf(*engine_.log(workers_[0]).outcomes.back()), kPayloadChanged);
+}
+
+TEST_F(ReplayTest, AfterARestartTheMessageSaysWhatToDo) {
+  JoinAll(2);
+  CompleteForward(0);
+  const StreamId reborn = Restart(0);
+  engine_.Contribute(reborn, Forward("bn", 0), kOthers);
+  const auto refusal = engine_.Outcome(reborn, Forward("bn", 0));
+  EXPECT_EQ(ReasonOf(*refusal), kPayloadChanged);
+  EXPECT_THAT(refusal->error->message, HasSubstr("must resume at a sequence that is greater than any used before"));
+}
+
+TEST_F(ReplayTest, InFlightTheSameNumbersCountOnce) {
+  JoinAll(2);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  const StreamId again = engine_.Reconnect(workers_[0]);
+  EXPECT_THAT(engine_.Contribute(again, Forward("bn", 0), kNumbers), IsEmpty());
+  engine_.Contribute(workers_[1], Forward("bn", 0), kNumbers);
+  EXPECT_EQ(engine_.Outcome(again, Forward("bn", 0))->count, 8);
+  EXPECT_EQ(engine_.ended()[0].contributors, 2u);
+}
+
+TEST_F(ReplayTest, InFlightOtherNumbersAreRefused) {
+  JoinAll(2);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kOthers);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[0], Forward("bn", 0))), kPayloadChanged);
+  engine_.Contribute(workers_[1], Forward("bn", 0), kNumbers);
+  EXPECT_EQ(engine_.Outcome(workers_[1], Forward("bn", 0))->first, kNumbers.first);
+}
+
+TEST_F(ReplayTest, InFlightARestartedWorkerReplacesItsPredecessor) {
+  JoinAll(2);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  const StreamId reborn = Restart(0);
+  engine_.Contribute(reborn, Forward("bn", 0), kOthers);
+  EXPECT_THAT(engine_.log(reborn).outcomes, IsEmpty());
+  engine_.Contribute(workers_[1], Forward("bn", 0), kOthers);
+  const auto outcome = engine_.Outcome(workers_[1], Forward("bn", 0));
+  EXPECT_EQ(outcome->first, kOthers.first);
+  EXPECT_EQ(outcome->count, 8);
+  EXPECT_EQ(engine_.ended()[0].contributors, 2u);
+}
+
+TEST_F(ReplayTest, WhatAPredecessorSentStandsUntilItIsReplaced) {
+  JoinAll(2);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  const StreamId reborn = Restart(0);
+  engine_.Contribute(workers_[1], Forward("bn", 0), kNumbers);
+  EXPECT_EQ(engine_.Outcome(reborn, Forward("bn", 0))->count, 8);
+}
+
+// ---- What has been forgotten ----------------------------------------------------------------------------------------
+
+class ShortMemoryTest : public ReplayTest {
+ protected:
+  static Limits FewRounds() {
+    Limits limits;
+    limits.retained_rounds = 3;
+    return limits;
+  }
+  ShortMemoryTest() : ReplayTest(FewRounds()) {}
+};
+
+TEST_F(ShortMemoryTest, RoundsFarBehindTheNewestAreExpired) {
+  JoinAll(2);
+  for (uint64_t sequence = 0; sequence < 6; ++sequence) CompleteForward(sequence);
+  const StreamId again = engine_.Reconnect(workers_[0]);
+  for (uint64_t sequence = 0; sequence < 6; ++sequence) engine_.Contribute(again, Forward("bn", sequence), kNumbers);
+  for (uint64_t sequence = 0; sequence < 6; ++sequence) {
+    const auto outcome = engine_.Outcome(again, Forward("bn", sequence));
+    EXPECT_EQ(ReasonOf(*outcome), sequence <= 2 ? kRoundExpired : "") << sequence;
+  }
+  EXPECT_EQ(engine_.ended().size(), 6u) << "an expired key begins no round";
+  EXPECT_THAT(engine_.View().pending, IsEmpty());
+}
+
+TEST_F(ShortMemoryTest, ARoundInFlightIsNotExpiredByNewerOnes) {
+  JoinAll(2);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  CompleteForward(50);
+  engine_.Contribute(workers_[1], Forward("bn", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", 0))), "");
+}
+
+class SmallMemoryTest : public ReplayTest {
+ protected:
+  // The vectors of a round of two channels are 32 bytes, and what is kept of its two contributors some more.
+  static Limits FewBytes() {
+    Limits limits;
+    limits.max_retained_bytes = 250;
+    return limits;
+  }
+  SmallMemoryTest() : ReplayTest(FewBytes()) {}
+};
+
+TEST_F(SmallMemoryTest, ResultsAreForgottenOldestFirstButNotWhoContributed) {
+  JoinAll(2);
+  for (uint64_t sequence = 0; sequence < 10; ++sequence) CompleteForward(sequence);
+  const StreamId again = engine_.Reconnect(workers_[0]);
+  engine_.Contribute(again, Forward("bn", 0), kNumbers);
+  const auto expired = engine_.Outcome(again, Forward("bn", 0));
+  EXPECT_EQ(ReasonOf(*expired), kRoundExpired);
+  EXPECT_THAT(expired->error->message, HasSubstr("max_retained_bytes = 250"));
+  engine_.Contribute(again, Forward("bn", 9), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(again, Forward("bn", 9))), "");
+  // Its forward round's contributors and count are still known, so a backward round goes on.
+  engine_.Contribute(again, Backward("bn", 0), {0, {1.0, 1.0}, {1.0, 1.0}});
+  engine_.Contribute(workers_[1], Backward("bn", 0), {0, {1.0, 1.0}, {1.0, 1.0}});
+  EXPECT_EQ(engine_.Outcome(again, Backward("bn", 0))->count, 8);
+  // And changed numbers are told from the same ones.
+  engine_.Contribute(workers_[1], Forward("bn", 0), kOthers);
+  EXPECT_EQ(ReasonOf(*engine_.log(workers_[1]).outcomes.back()), kPayloadChanged);
+}
+
+TEST_F(SmallMemoryTest, TheNewestIsKeptWhateverItsSize) {
+  workers_.push_back(engine_.Join(0, 1, {BatchNormLayer("wide", 100)}));
+  const Numbers wide{1, std::vector<double>(100, 1.0), std::vector<double>(100, 0.0)};
+  engine_.Contribute(workers_[0], Forward("wide", 0), wide);
+  engine_.Contribute(workers_[0], Forward("wide", 0), wide);
+  EXPECT_EQ(engine_.Outcomes(workers_[0], Forward("wide", 0)).size(), 2u);
+  EXPECT_EQ(ReasonOf(*engine_.log(workers_[0]).outcomes.back()), "");
+}
+
+TEST_F(ReplayTest, InFlightOtherNumbersAreRefusedBeforeTheyAreChecked) {
+  JoinAll(2);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  engine_.Contribute(workers_[0], Forward("bn", 0), {4, {NAN, 1.0}, {1.0, 1.0}});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[0], Forward("bn", 0))), kPayloadChanged);
+  engine_.Contribute(workers_[1], Forward("bn", 0), kNumbers);
+  EXPECT_EQ(engine_.Outcome(workers_[1], Forward("bn", 0))->first, kNumbers.first);
+}
+
+// Its second life has contributed too, though with the numbers of the first; who waits for it must learn that it is
+// gone.
+TEST_F(ReplayTest, ARestartedWorkerThatResendsHasContributed) {
+  JoinAll(2);
+  engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);
+  const StreamId second = Restart(0);
+  engine_.Contribute(second, Forward("bn", 0), kNumbers);
+  engine_.Contribute(workers_[1], Forward("bn", 1), kNumbers);
+  Restart(0);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", 1))), kWorkerLost);
+}
+
+}  // namespace
+}  // namespace syncbn::core
