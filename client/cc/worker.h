@@ -163,8 +163,8 @@ class Worker {
   // names are NAME#0, NAME#1 and so on. Declares itself.
   absl::StatusOr<Round> StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
 
-  // Sends what is ready, without waiting: one frame of it, if it is more than a frame should hold, the rest with the next
-  // wait or flush.
+  // Sends what is ready, without waiting for answers: one frame of it, if it is more than a frame should hold, the rest
+  // with the next wait or flush.
   absl::Status Flush();
 
   // The worker's one attachment, made by `make` at the first call. It is told of flushes, interrupts and the close.

@@ -30,6 +30,8 @@ constexpr absl::Duration kSayBlockedAtFirstAfter = absl::Milliseconds(200);
 constexpr size_t kFullFrameBytes = size_t{16} << 20;
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(10);
 constexpr absl::Duration kLongestBackoff = absl::Seconds(1);
+// What the write before a flush may take to end, should the master not read.
+constexpr absl::Duration kFlushTimeout = absl::Milliseconds(100);
 // What a leave may take to be acknowledged.
 constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
 
@@ -331,7 +333,7 @@ absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time dea
   }
 }
 
-bool WorkerImpl::DriveOnce(absl::Time deadline) {
+void WorkerImpl::DriveOnce(absl::Time deadline) {
   RunTimers(absl::Now());
   Pump();
   const absl::Time until = std::min(deadline, NextTimer());
@@ -344,7 +346,6 @@ bool WorkerImpl::DriveOnce(absl::Time deadline) {
   driving_ = false;
   if (event == grpc::CompletionQueue::GOT_EVENT) OnEvent(tag, ok);
   changed_.SignalAll();
-  return event == grpc::CompletionQueue::GOT_EVENT;
 }
 
 absl::Time WorkerImpl::NextTimer() const {
@@ -547,9 +548,11 @@ absl::Status WorkerImpl::Flush() {
   if (forked()) return ForkedError();
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = Enter(); !status.ok()) return status;
-  // That the last write has ended may lie in the queue, where nobody has seen it since the last wait.
-  while (!driving_ && DriveOnce(absl::UnixEpoch())) {
-  }
+  // The write before this one has ended, or is about to: nobody has looked since the last wait.
+  const auto idle = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return connection_ == nullptr || !connection_->writing();
+  };
+  Await(idle, absl::Now() + kFlushTimeout).IgnoreError();
   Pump();
   return absl::OkStatus();
 }

@@ -96,8 +96,7 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   // Notes that the caller will wait for this piece for long, if that means that the worker does nothing else.
   void PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time now, absl::Duration timeout)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Returns whether something has happened by then.
-  bool DriveOnce(absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void DriveOnce(absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void RunTimers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Time NextTimer() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

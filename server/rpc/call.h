@@ -31,8 +31,9 @@ class UnaryCall final : public Tag {
                                    grpc::CompletionQueue*, grpc::ServerCompletionQueue*, void*);
   using Answer = std::function<grpc::Status(const Request&, Response*)>;
 
-  static void Serve(Service* service, Method method, grpc::ServerCompletionQueue* queue, Answer answer) {
-    auto* const call = new UnaryCall(service, method, queue, std::move(answer));
+  // `live` counts the calls that exist.
+  static void Serve(Service* service, Method method, grpc::ServerCompletionQueue* queue, int* live, Answer answer) {
+    auto* const call = new UnaryCall(service, method, queue, live, std::move(answer));
     (service->*method)(&call->context_, &call->request_, &call->writer_, queue, queue, call);
   }
 
@@ -41,7 +42,7 @@ class UnaryCall final : public Tag {
       delete this;
       return;
     }
-    Serve(service_, method_, queue_, answer_);
+    Serve(service_, method_, queue_, live_, answer_);
     answered_ = true;
     Response response;
     const grpc::Status status = answer_(request_, &response);
@@ -53,12 +54,16 @@ class UnaryCall final : public Tag {
   }
 
  private:
-  UnaryCall(Service* service, Method method, grpc::ServerCompletionQueue* queue, Answer answer)
-      : service_(service), method_(method), queue_(queue), answer_(std::move(answer)), writer_(&context_) {}
+  UnaryCall(Service* service, Method method, grpc::ServerCompletionQueue* queue, int* live, Answer answer)
+      : service_(service), method_(method), queue_(queue), live_(live), answer_(std::move(answer)), writer_(&context_) {
+    ++*live_;
+  }
+  ~UnaryCall() override { --*live_; }
 
   Service* const service_;
   const Method method_;
   grpc::ServerCompletionQueue* const queue_;
+  int* const live_;
   const Answer answer_;
   grpc::ServerContext context_;
   Request request_;

@@ -97,11 +97,11 @@ HealthService::~HealthService() = default;
 
 void HealthService::Register(grpc::ServerBuilder* builder) { builder->RegisterService(&service_); }
 
-void HealthService::Serve(grpc::ServerCompletionQueue* queue) {
+void HealthService::Serve(grpc::ServerCompletionQueue* queue, int* live_calls) {
   queue_ = queue;
   using Service = grpc::health::v1::Health::AsyncService;
   UnaryCall<Service, HealthCheckRequest, HealthCheckResponse>::Serve(
-      &service_, &Service::RequestCheck, queue_, [this](const auto& request, auto* response) {
+      &service_, &Service::RequestCheck, queue_, live_calls, [this](const auto& request, auto* response) {
         response->set_status(StatusOf(request.service()));
         if (response->status() != HealthCheckResponse::SERVICE_UNKNOWN) return grpc::Status::OK;
         return grpc::Status(grpc::StatusCode::NOT_FOUND, absl::StrCat("no service \"", request.service(), "\""));

@@ -24,7 +24,10 @@ class HealthService {
   ~HealthService();
 
   void Register(grpc::ServerBuilder* builder);
-  void Serve(grpc::ServerCompletionQueue* queue);
+  // `live_calls` counts the calls that exist, those of Watch excepted.
+  void Serve(grpc::ServerCompletionQueue* queue, int* live_calls);
+  // No Watch call is being served or waited for.
+  bool idle() const { return watches_.empty(); }
   // Everything is NOT_SERVING from now on; those who watch are told, and their calls end.
   void EndServing();
 

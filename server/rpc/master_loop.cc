@@ -47,7 +47,10 @@ size_t Fingerprint(const core::RoundKey& key) {
 class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Handler {
  public:
   explicit Impl(LoopOptions options)
-      : options_(std::move(options)), coordinator_(options_.limits), shutdown_tag_(this, &Impl::OnShutdown) {}
+      : options_(std::move(options)),
+        coordinator_(options_.limits),
+        shutdown_tag_(this, &Impl::OnShutdown),
+        stop_tag_(this, &Impl::OnStop) {}
 
   void Register(grpc::ServerBuilder* builder) {
     builder->RegisterService(&statistics_);
@@ -61,7 +64,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     AcceptStream();
     AcceptWatcher();
     ServeInspection();
-    health_.Serve(queue_.get());
+    health_.Serve(queue_.get(), &unary_calls_);
   }
 
   void Run() {
@@ -73,11 +76,12 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
       now_ = std::max(now_, absl::Now());
       if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
       RunTimers();
+      EndIfIdle();
     }
   }
 
   void BeginShutdown() { shutdown_alarm_.Set(queue_.get(), absl::ToChronoTime(absl::UnixEpoch()), &shutdown_tag_); }
-  void ShutDownQueue() { queue_->Shutdown(); }
+  void BeginStop() { stop_alarm_.Set(queue_.get(), absl::ToChronoTime(absl::UnixEpoch()), &stop_tag_); }
 
   // ---- Streams
   void OnAccepted(WorkerStream* stream) override {
@@ -184,26 +188,29 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   void ServeInspection() {
     using Service = InspectionAsyncService;
     UnaryCall<Service, v1::ListGroupsRequest, v1::ListGroupsResponse>::Serve(
-        &inspection_, &Service::RequestListGroups, queue_.get(), [this](const auto&, auto* response) {
+        &inspection_, &Service::RequestListGroups, queue_.get(), &unary_calls_, [this](const auto&, auto* response) {
           for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, response->add_groups());
           return grpc::Status::OK;
         });
     UnaryCall<Service, v1::GetGroupRequest, v1::GetGroupResponse>::Serve(
-        &inspection_, &Service::RequestGetGroup, queue_.get(), [this](const auto& request, auto* response) {
+        &inspection_, &Service::RequestGetGroup, queue_.get(), &unary_calls_,
+        [this](const auto& request, auto* response) {
           const auto view = coordinator_.GetGroup(ToGroupId(request.job(), request.group()), now_);
           if (!view.ok()) return ToGrpc(view.status(), core::kGroupUnknown);
           ToProto(*view, response);
           return grpc::Status::OK;
         });
     UnaryCall<Service, v1::ListLayersRequest, v1::ListLayersResponse>::Serve(
-        &inspection_, &Service::RequestListLayers, queue_.get(), [this](const auto& request, auto* response) {
+        &inspection_, &Service::RequestListLayers, queue_.get(), &unary_calls_,
+        [this](const auto& request, auto* response) {
           const auto layers = coordinator_.ListLayers(ToGroupId(request.job(), request.group()));
           if (!layers.ok()) return ToGrpc(layers.status(), core::kGroupUnknown);
           for (const core::LayerSummary& layer : *layers) ToProto(layer, response->add_layers());
           return grpc::Status::OK;
         });
     UnaryCall<Service, v1::GetLayerRequest, v1::GetLayerResponse>::Serve(
-        &inspection_, &Service::RequestGetLayer, queue_.get(), [this](const auto& request, auto* response) {
+        &inspection_, &Service::RequestGetLayer, queue_.get(), &unary_calls_,
+        [this](const auto& request, auto* response) {
           const core::GroupId id = ToGroupId(request.job(), request.group());
           const auto layer = coordinator_.GetLayer(id, request.layer());
           if (!layer.ok()) {
@@ -361,6 +368,16 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     Deliver(core::Shutdown{});
   }
 
+  void OnStop(bool) { stopping_ = true; }
+
+  // The server's Shutdown does not wait for calls whose connection has gone: they are still here, and whoever begins an
+  // operation on a queue that has been shut down is aborted. So it is shut down here, after the last of them.
+  void EndIfIdle() {
+    if (!stopping_ || !sessions_.empty() || !watchers_.empty() || !health_.idle() || unary_calls_ != 0) return;
+    stopping_ = false;
+    queue_->Shutdown();
+  }
+
   const LoopOptions options_;
   StatisticsAsyncService statistics_;
   InspectionAsyncService inspection_;
@@ -373,9 +390,11 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;
   absl::btree_set<std::tuple<absl::Time, TimerKind, uint64_t>> timers_;
   std::vector<core::StreamId> retiring_;
-  MethodTag<Impl> shutdown_tag_;
-  grpc::Alarm shutdown_alarm_;
+  int unary_calls_ = 0;  // That are being served or waited for.
+  MethodTag<Impl> shutdown_tag_, stop_tag_;
+  grpc::Alarm shutdown_alarm_, stop_alarm_;
   bool shutting_down_ = false;
+  bool stopping_ = false;
 };
 
 MasterLoop::MasterLoop(LoopOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
@@ -388,7 +407,7 @@ void MasterLoop::Start() {
 }
 void MasterLoop::BeginShutdown() { impl_->BeginShutdown(); }
 void MasterLoop::Stop() {
-  impl_->ShutDownQueue();
+  impl_->BeginStop();
   thread_.join();
 }
 

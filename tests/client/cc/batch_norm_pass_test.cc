@@ -174,9 +174,9 @@ struct Expected {
     const OracleSums sums = BackwardReduce(shape, dy, x, mean, open);
     for (size_t channel = 0; channel < c.channels; ++channel) {
       mean_dy.push_back(n == 0 ? 0 : static_cast<double>(sums.sum_dy[channel] / n));
-      projection.push_back(n == 0 || frozen[channel] ? 0
-                                                     : static_cast<double>(invstd[channel] * invstd[channel] *
-                                                                           sums.sum_dy_xmu[channel] / n));
+      projection.push_back(n == 0 || frozen[channel]
+                               ? 0
+                               : static_cast<double>(invstd[channel] * invstd[channel] * sums.sum_dy_xmu[channel] / n));
     }
     dx = Backward(shape, dy, x, mean, scale, mean_dy, projection, open);
   }
@@ -227,9 +227,10 @@ TEST_P(BatchNormPassTest, EqualsTheWholeBatch) {
       const bool updated = expected.n > 0;
       const double mean = updated ? 0.9 * 0.25 + 0.1 * expected.mean[channel] : 0.25;
       EXPECT_NEAR(outcome.running_mean[channel], mean, 1e-14 * (1 + std::abs(mean)));
-      const double var = expected.n > 1 ? static_cast<double>(0.9L * 2.0L + 0.1L * expected.var[channel] * expected.n /
-                                                                                (expected.n - 1))
-                                        : 2.0;
+      const double var =
+          expected.n > 1
+              ? static_cast<double>(0.9L * 2.0L + 0.1L * expected.var[channel] * expected.n / (expected.n - 1))
+              : 2.0;
       EXPECT_NEAR(outcome.running_var[channel], var, 1e-12 * var * (1 + std::abs(c.offset)));
       EXPECT_EQ(outcome.running_mean[channel], outcomes[0].running_mean[channel]);  // Bit for bit on every worker.
       EXPECT_EQ(outcome.running_var[channel], outcomes[0].running_var[channel]);

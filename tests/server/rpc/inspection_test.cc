@@ -238,7 +238,7 @@ TEST_F(InspectionTest, WatchersAreLimitedAndEndWithTheirGroup) {
 }
 
 TEST_F(InspectionTest, AWatcherThatDoesNotReadLosesEventsAndIsToldHowMany) {
-  constexpr uint64_t kRounds = 20000;  // More than the transport and the watcher's queue hold.
+  constexpr uint64_t kRounds = 5000;  // More than the transport and the watcher's queue hold.
   const auto worker = Join("g", 0, 1);
   grpc::ClientContext context;
   v1::WatchRoundsRequest request;
@@ -258,7 +258,7 @@ TEST_F(InspectionTest, AWatcherThatDoesNotReadLosesEventsAndIsToldHowMany) {
     ASSERT_TRUE(watcher->Read(&event));
     dropped += event.dropped();
     ASSERT_EQ(event.key().sequence() + 1, seen + dropped);
-    ASSERT_TRUE(worker->Write(ForwardFrame(kRounds + seen, 1.0)));
+    ASSERT_TRUE(worker->Write(ForwardFrame(kRounds + seen - 1, 1.0)));
     ASSERT_TRUE(worker->ReadResults().has_value());
   }
   EXPECT_GT(dropped, 0u);
