@@ -76,7 +76,8 @@ def train_beside_whole(
         memory = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         part = part.contiguous(memory_format=memory)
     target = 0.5
-    for trained, batch, scale in ((parallel, part, len(sizes) / sum(sizes)), (whole, x.to(dtype).double(), 1 / sum(sizes))):
+    runs = ((parallel, part, len(sizes) / sum(sizes)), (whole, x.to(dtype).double(), 1 / sum(sizes)))
+    for trained, batch, scale in runs:
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.5) if list(trained.parameters()) else None
         for _ in range(3):
             y = trained(batch)
@@ -86,10 +87,10 @@ def train_beside_whole(
                 optimizer.zero_grad()
                 ((y - target).double().square().sum() * scale).backward()
                 optimizer.step()
+    bounds = {"rtol": tolerance, "atol": tolerance}
     for name, wanted in whole.state_dict().items():
-        torch.testing.assert_close(
-            mine.state_dict()[name].double(), wanted.double(), rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
-        )
+        actual = mine.state_dict()[name].double()
+        torch.testing.assert_close(actual, wanted.double(), **bounds, msg=lambda text: f"{name}: {text}")
     return mine
 
 
