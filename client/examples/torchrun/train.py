@@ -2,6 +2,9 @@
 
     torchrun --nproc_per_node 4 client/examples/torchrun/train.py
 
+In a checkout, `tools/python -m torch.distributed.run` stands for torchrun (torch 1.13 under Python 3.11 also needs
+`--redirects 1 --tee 1`).
+
 Every worker has its own batch, of its own size. Rank 0 trains a copy on the whole batch beside it, and prints how far
 the two are apart.
 """
@@ -65,8 +68,11 @@ def main() -> None:
         whole = plain.state_dict()
         difference = max(float((value - whole[name]).abs().max()) for name, value in model.state_dict().items())
         master = "SYNCBN_TARGET" if os.environ.get("SYNCBN_TARGET") else "rank 0"
-        print(f"{world_size} workers, batches {sizes}, master of {master}: {arguments.steps} steps end {difference:.1e} "
-              "from one process on the whole batch", flush=True)
+        print(
+            f"{world_size} workers, batches {sizes}, master of {master}: "
+            f"{arguments.steps} steps end {difference:.1e} from one process on the whole batch",
+            flush=True,
+        )
     torch.distributed.destroy_process_group()
 
 

@@ -18,6 +18,11 @@ from syncbn._library import call, create, lib, text
 _NS = 1_000_000_000
 # How long a wait stays inside the library before the interpreter may look at signals (Ctrl-C).
 _SLICE_NS = 100_000_000
+_BACKWARD_ROLES = {
+    True: _library.BACKWARD_REQUIRED,
+    None: _library.BACKWARD_IF_REQUIRED,
+    False: _library.BACKWARD_NONE,
+}
 
 
 def _nanoseconds(seconds: float) -> int:
@@ -423,7 +428,7 @@ class Worker:
         m2: Optional[Any] = None,
         sequence: Optional[int] = None,
         *,
-        backward: bool = False,
+        backward: Optional[bool] = False,
     ) -> Round:
         """As `synchronize`, without waiting: several rounds begun this way travel in one frame."""
         if (mean is None) != (m2 is None):
@@ -449,7 +454,7 @@ class Worker:
                     _pointer(means),
                     _pointer(m2s),
                     channels,
-                    _library.BACKWARD_REQUIRED if backward else _library.BACKWARD_NONE,
+                    _BACKWARD_ROLES[backward],
                 ),
                 "forward",
             )
@@ -462,7 +467,7 @@ class Worker:
         m2: Optional[Any] = None,
         sequence: Optional[int] = None,
         *,
-        backward: bool = False,
+        backward: Optional[bool] = False,
     ) -> Moments:
         """Merges this worker's moments of a layer with those of all other workers.
 
@@ -472,7 +477,8 @@ class Worker:
           mean: [channels].
           m2: [channels], the sum of squared deviations from `mean`.
           sequence: which time this is; counted by the worker if None.
-          backward: a call of `synchronize_backward` with the result's sequence follows.
+          backward: a call of `synchronize_backward` with the result's sequence follows. None: it does if the result's
+            `backward_required` says that another worker's does.
         Returns:
           The merged count, mean and biased variance, in float64, the same bits at every worker.
         """

@@ -1,4 +1,4 @@
-"""How far SyncBatchNorm is from torch.nn.BatchNorm* on the whole batch in float64, for every combination of what it takes.
+"""How far SyncBatchNorm is from torch.nn.BatchNorm* on the whole batch in float64, for all that it takes.
 
     tools/python client/python/tests/parity.py            print the table
     tools/python client/python/tests/parity.py --write    put it into client/python/README.md
@@ -186,7 +186,9 @@ def work(worker: syncbn.Worker, case: Case, given: Problem) -> Results:
     return step(layer, *parts)
 
 
-def units(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, size: Optional[torch.Tensor] = None) -> float:
+def units(
+    actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, size: Optional[torch.Tensor] = None
+) -> float:
     """The largest error of [N, C, ...] or [C], in roundoffs of each channel's largest value (or of `size` [C])."""
     by_channel = lambda v: v.transpose(0, 1).flatten(1) if v.dim() > 1 else v[:, None]  # noqa: E731
     wanted = by_channel(expected.double())

@@ -1,5 +1,6 @@
 """Masters, workers and rounds over NumPy vectors."""
 
+import concurrent.futures
 import os
 import pickle
 import signal
@@ -319,6 +320,19 @@ def test_what_a_program_leaves_open_is_closed_at_its_end():
         "import syncbn; m = syncbn.Master(); w = syncbn.Worker(m.target, rank=0, world_size=1); w.all_reduce('a', [1])"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_threads_share_a_worker(group):
+    """Each thread has a layer of its own; the threads of the workers run as they like."""
+
+    def run(worker):
+        def layer(index):
+            return [worker.all_reduce(f"layer {index}", [float(step + worker.rank)])[0] for step in range(20)]
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            return list(pool.map(layer, range(4)))
+
+    assert group(2, run) == [[[2.0 * step + 1 for step in range(20)]] * 4] * 2
 
 
 _INTERRUPTED = """

@@ -86,6 +86,10 @@ class Context:
             frame = frame.f_back
 
     @property
+    def active(self) -> bool:
+        return bool(self._sites)
+
+    @property
     def gradient_follows(self) -> bool:
         """Whether gradients are off now, but a second half with gradients will follow."""
         return any(site.reentrant and not site.second_half for site in self._sites)

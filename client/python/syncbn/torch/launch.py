@@ -25,7 +25,8 @@ class _Board:
         if missing:
             raise ValueError(f"join needs SYNCBN_TARGET, or torchrun's variables: {' and '.join(missing)} are not set")
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store: Any = getattr(torch.distributed, "TCPStore")(host, port, None, False, timeout, wait_for_workers=False)
+        store: Any = getattr(torch.distributed, "TCPStore")  # Which torch's hints do not know.
+        self._store = store(host, port, None, False, timeout, wait_for_workers=False)
         self._topic = topic
 
     def post(self, name: str, text: str = "") -> None:

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from syncbn import _library, _passes
 from syncbn.core import Worker, default_worker
-from syncbn.torch import _checkpointing, _functions, _tensors
+from syncbn.torch import _checkpointing, _functions, _replicas, _tensors
 
 # torch.compile breaks its graph here: a round is no operation that it could trace.
 _outside_of_graphs: Any = getattr(getattr(torch, "compiler", None), "disable", lambda function: function)
@@ -106,6 +106,9 @@ class SyncBatchNorm(_BatchNorm):
     def _normalize_with_others(self, input: torch.Tensor) -> torch.Tensor:
         x = _tensors.dense(input, _tensors.is_channels_last(input))
         checkpoint = _checkpointing.Context()
+        place = _replicas.current()
+        if place is not None:
+            return self._normalize_with_replicas(x, place, checkpoint)
         forward_pass = checkpoint.replay(self)
         first_time = forward_pass is None
         if forward_pass is None:
@@ -132,16 +135,12 @@ class SyncBatchNorm(_BatchNorm):
     def _run_round(self, x: torch.Tensor, gradient_follows: bool) -> _passes.ForwardPass:
         """Merges x's moments with those of the other workers."""
         worker = self.worker or default_worker()
-        if self.layer is None:
-            self.layer = worker.name_unnamed_layer()
-        worker.declare_layer(
-            self.layer, self.num_features, eps=self.eps, eps_mode=self.eps_mode, momentum=self.momentum
-        )
+        layer = self._declare(worker)
         device, threads, stream = _tensors.execution(x)
         with device:
             forward_pass = _passes.ForwardPass(
                 worker,
-                self.layer,
+                layer,
                 _tensors.describe(x, _tensors.is_channels_last(x)),
                 role=self._role(x, gradient_follows),
                 num_threads=threads,
@@ -151,6 +150,25 @@ class SyncBatchNorm(_BatchNorm):
             )
             forward_pass.wait()
         return forward_pass
+
+    def _declare(self, worker: Worker) -> str:
+        """Makes the layer known to the master; returns its name."""
+        if self.layer is None:
+            self.layer = worker.name_unnamed_layer()
+        worker.declare_layer(
+            self.layer, self.num_features, eps=self.eps, eps_mode=self.eps_mode, momentum=self.momentum
+        )
+        return self.layer
+
+    def _normalize_with_replicas(
+        self, x: torch.Tensor, place: _replicas.Place, checkpoint: _checkpointing.Context
+    ) -> torch.Tensor:
+        """As one of several threads of this worker."""
+        if checkpoint.active:
+            raise RuntimeError("activation checkpointing does not go with replicas on threads: run a process for each")
+        worker = self.worker or place.group.default_worker or default_worker()
+        self._declare(worker)
+        return _replicas.normalize(self, x, place, worker)
 
     @staticmethod
     def _role(x: torch.Tensor, gradient_follows: bool) -> int:

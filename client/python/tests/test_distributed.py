@@ -1,0 +1,111 @@
+"""Under torch.distributed.run: torch's own cases for SyncBatchNorm, and a script without any configuration."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import syncbn
+import syncbn.torch as sync
+
+import ddp_cases
+
+TESTS = pathlib.Path(__file__).resolve().parent
+EXAMPLE = TESTS.parents[1] / "examples/torchrun/train.py"
+WORLD = 4
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+
+
+def torchrun(processes, script, *arguments, **environment):
+    """Its output and code. What it leaves running after a failure is ended."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    # The default of these is broken in torch 1.13 under Python 3.11.
+    command += ["--redirects", "1", "--tee", "1", str(script), *map(str, arguments)]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_TARGET")}
+    package = str(pathlib.Path(syncbn.__file__).parents[1])
+    variables["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [variables.get("PYTHONPATH")])])
+    variables.update(environment, OMP_NUM_THREADS="1")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=180)
+        return output, process.returncode
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By rank: what each case came to."""
+    folder = tmp_path_factory.mktemp("ddp")
+    output, code = torchrun(WORLD, TESTS / "ddp_cases.py", folder)
+    assert code == 0, output
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", list(ddp_cases.CASES))
+def test_torchs_distributed_case(outcomes, name):
+    failures = [f"rank {rank}:\n{outcome[name]}" for rank, outcome in enumerate(outcomes) if outcome[name]]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not here")
+@pytest.mark.parametrize("who", ["rank 0", "SYNCBN_TARGET"])
+def test_a_script_under_torchrun(master, who):
+    output, code = torchrun(4, EXAMPLE, "--steps", 5, **({"SYNCBN_TARGET": master.target} if who != "rank 0" else {}))
+    assert code == 0, output
+    found = re.search(r"master of (.*): 5 steps end (\S+) from", output)
+    assert found and found[1] == who and float(found[2]) < 1e-12, output
+
+
+_FAILS = """
+import sys, torch.distributed, syncbn.torch
+torch.distributed.init_process_group("gloo")
+with syncbn.torch.join(timeout=600.0) as worker:
+    worker.wait_for_members()
+    if worker.rank == 1:
+        raise SystemExit("rank 1 gives up")
+    worker.all_reduce("sum", [1.0])
+"""
+
+
+def test_a_worker_that_fails_under_torchrun_holds_nobody_up(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(_FAILS)
+    output, code = torchrun(2, script)
+    assert code != 0 and "rank 1 gives up" in output
+
+
+def test_join_without_a_launcher_says_what_it_needs(monkeypatch):
+    for name in ("SYNCBN_TARGET", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="RANK"):
+        sync.join().__enter__()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="SYNCBN_TARGET.*MASTER_ADDR and MASTER_PORT"):
+        sync.join().__enter__()
+
+
+def test_join_over_several_hosts_asks_for_a_master(monkeypatch):
+    monkeypatch.delenv("SYNCBN_TARGET", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="several hosts"):
+        sync.join().__enter__()
+
+
+def test_join_with_a_target_is_a_worker(master):
+    with sync.join("joined", master.target, rank=0, world_size=1) as worker:
+        assert worker.all_reduce("sum", [2.0])[0] == 2.0
