@@ -308,8 +308,11 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
   ended.count = outcome->count;
   std::vector<StreamId> streams;
   for (const auto& [rank, payload] : pending.payloads) {
-    const auto incarnation = static_cast<uint32_t>(Contributor::LowBits(payload.incarnation));
-    ended.contributors.push_back({rank, payload.backward_role, incarnation, Digest(payload)});
+    Contributor& contributor = ended.contributors.emplace_back();
+    contributor.rank = rank;
+    contributor.role = payload.backward_role;
+    contributor.incarnation = Contributor::LowBits(payload.incarnation);
+    contributor.digest = Digest(payload);
     if (members_[rank].state != MemberState::kPresent) continue;
     streams.push_back(members_[rank].stream);
     const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;

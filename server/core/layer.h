@@ -31,11 +31,11 @@ std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits);
 // Kept small: a group keeps one for each worker of each of its retained rounds.
 struct Contributor {
   Rank rank = 0;
-  BackwardRole role : 2;
-  uint32_t incarnation : 30;  // Its lowest bits, which tell it from the one before and after.
+  BackwardRole role = BackwardRole::kRequired;
+  uint16_t incarnation = 0;  // Its lowest bits, which tell it from those before and after.
   uint64_t digest = 0;
 
-  static constexpr uint64_t LowBits(uint64_t incarnation) { return incarnation & ((uint64_t{1} << 30) - 1); }
+  static uint16_t LowBits(uint64_t incarnation) { return static_cast<uint16_t>(incarnation); }
 };
 static_assert(sizeof(Contributor) == 16);
 
