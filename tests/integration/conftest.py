@@ -1,73 +1,14 @@
-"""A master, workers and grpcurl as processes. Run with `tools/python -m pytest tests/integration`."""
+"""Run with `tools/python -m pytest tests/integration`."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-import time
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List
 
 import pytest
-
-MASTER = os.environ["SYNCBN_MASTER"]
-GRPCURL = os.environ["SYNCBN_GRPCURL"]
-# Bounds whatever a test waits for. Nothing takes this long unless it hangs.
-PATIENCE = 60.0
-
-
-class Master:
-    """syncbn-master, ready when made."""
-
-    def __init__(self, *flags: str, address: str = "127.0.0.1:0", env: Optional[Dict[str, str]] = None) -> None:
-        command = [MASTER, "--max-lifetime", "300", *(["--address", address] if address else []), *flags]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("syncbn-master ready on "), line
-        self.targets = line.split()[3:]
-        self.target = self.targets[0]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(PATIENCE)
-
-    def terminate(self) -> int:
-        self.process.terminate()
-        return self.process.wait(PATIENCE)
-
-
-class WorkerProcess:
-    """worker_process.py: says and does one thing at a time."""
-
-    def __init__(self, target: str, rank: int, world_size: int, **options: Any) -> None:
-        arguments = json.dumps({"target": target, "rank": rank, "world_size": world_size, **options})
-        script = pathlib.Path(__file__).with_name("worker_process.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def ask(self, **command: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> Dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the worker ended with {self.process.wait(PATIENCE)}"
-        return json.loads(line)
+from processes import PATIENCE, Master
 
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Any]]:
-    """start(Class, ...) makes one of the above and ends it with the test."""
+    """start(Class, ...) makes one of the classes of processes.py and ends it with the test."""
     started: List[Any] = []
 
     def make(kind: Any, *arguments: Any, **options: Any) -> Any:
@@ -83,27 +24,3 @@ def start() -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def master(start: Callable[..., Any]) -> Master:
     return start(Master)
-
-
-def grpcurl(target: str, *arguments: str, data: Any = None) -> str:
-    """What grpcurl prints. Fails the test if grpcurl does."""
-    command = [GRPCURL, "-plaintext", *(["-d", json.dumps(data)] if data is not None else []), target, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def inspect(target: str, method: str, **request: Any) -> Dict[str, Any]:
-    return json.loads(grpcurl(target, f"syncbn.v1.InspectionService/{method}", data=request))
-
-
-def await_arrival(target: str, layer: str, ranks: List[int]) -> None:
-    """Until the master holds the contributions of these ranks to a round of the layer that waits."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        for group in inspect(target, "ListGroups").get("groups", []):
-            view = inspect(target, "GetGroup", job=group["job"], group=group["group"])
-            for pending in view.get("pending", []):
-                if pending["key"]["layer"] == layer and set(ranks) <= set(pending["arrived_ranks"]):
-                    return
-    raise AssertionError(f"ranks {ranks} have not contributed to {layer}")

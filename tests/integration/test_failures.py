@@ -6,7 +6,7 @@ import time
 from typing import Any, Callable, List
 
 import pytest
-from conftest import Master, WorkerProcess, await_arrival
+from processes import Master, WorkerProcess, await_arrival
 
 WORLD = 3
 

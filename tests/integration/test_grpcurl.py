@@ -6,7 +6,7 @@ import re
 import subprocess
 from typing import List
 
-from conftest import GRPCURL, PATIENCE, Master, await_arrival, grpcurl, inspect
+from processes import GRPCURL, PATIENCE, Master, await_arrival, grpcurl, inspect
 
 PROTOCOL = pathlib.Path(__file__).parents[2] / "proto" / "PROTOCOL.md"
 

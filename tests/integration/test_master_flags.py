@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 from typing import Any, Callable
 
-from conftest import MASTER, PATIENCE, Master, grpcurl
+from processes import MASTER, PATIENCE, Master, grpcurl
 
 
 def run(*flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
