@@ -334,7 +334,12 @@ absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time dea
 }
 
 void WorkerImpl::DriveOnce(absl::Time deadline) {
+  const bool had_ended = state_ == State::kEnded;
   RunTimers(absl::Now());
+  if (state_ == State::kEnded && !had_ended) {
+    changed_.SignalAll();
+    return;  // Perhaps without a connection, and then no event would tell the caller, who looks again now.
+  }
   Pump();
   const absl::Time until = std::min(deadline, NextTimer());
   driving_ = true;

@@ -390,13 +390,14 @@ TEST_F(WorkerTest, BadNumbersAreNamed) {
   });
 }
 
-TEST(WorkerWithoutMasterTest, SaysThatNobodyAnswers) {
+TEST(WorkerWithoutMasterTest, SaysThatNobodyAnswersAndWhy) {
   const std::string target = StartMaster()->target();  // Free again.
   Worker::Options options = WorkerOptions(target, 0, 1);
   options.join_timeout = absl::Milliseconds(50);
   const absl::Status status = Worker::Join(options).status();
   ExpectError(status, absl::StatusCode::kUnavailable, "UNREACHABLE");
   EXPECT_THAT(std::string(status.message()), HasSubstr(target));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("Connection refused"));
 }
 
 }  // namespace
