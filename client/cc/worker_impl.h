@@ -32,7 +32,9 @@ namespace syncbn {
 struct Piece {
   v1::RoundKey key;
   grpc::Slice encoded;  // A WorkerFrame with this contribution alone; frames are such encodings one after the other.
+  size_t length = 0;    // Of the result's vectors.
   bool sent = false;
+  absl::Time first_sent_at, sent_at;
   bool done = false;
   absl::Status status;
   RoundResult result;
@@ -83,7 +85,6 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void OnFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnStreamEnded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnResult(v1::RoundResult* result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void OnLayerError(const v1::LayerError& error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Every pending round and every later call fails with `why`.
   void End(absl::Status why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Sends what there is to send, then asks for what there is to read.
@@ -100,12 +101,26 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void RunTimers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Time NextTimer() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  // ---- A master that has stopped without closing its connections
+  // Notes that something was sent which the master must answer.
+  void ExpectAnswer(Piece& piece, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // When the master must have answered: past the deadline that it has itself, by a margin.
+  absl::Time AnswerDue(const Piece& piece) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // When to look next whether it has; InfiniteFuture if nothing is unanswered.
+  absl::Time NextCheck() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Ends the worker if the master has not answered in time.
+  void CheckMaster(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Someone should have looked at the stream at `planned`. If that is long ago, answers may wait to be read.
+  void NoteAbsence(absl::Time planned) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
   // ---- Calls
   // OK, or why the worker cannot be used; notes which thread calls.
   absl::Status Enter() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   uint64_t ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(v1::Contribution contribution) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // `length`: of the result's vectors.
+  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(v1::Contribution contribution, size_t length)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Declare(const LayerOptions& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const Worker::Options options_;
@@ -128,6 +143,14 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   absl::Time give_up_at_ ABSL_GUARDED_BY(mutex_);
   absl::Duration backoff_ ABSL_GUARDED_BY(mutex_);
   absl::Status last_break_ ABSL_GUARDED_BY(mutex_);
+  absl::Time joined_at_ ABSL_GUARDED_BY(mutex_);
+  bool answered_ ABSL_GUARDED_BY(mutex_) = false;  // This stream has brought an outcome.
+
+  absl::Duration round_timeout_ ABSL_GUARDED_BY(mutex_);  // The group's.
+  absl::Time heard_at_ ABSL_GUARDED_BY(mutex_);           // When the newest frame came.
+  absl::Time last_look_ ABSL_GUARDED_BY(mutex_);          // When a thread last drove the queue,
+  absl::Time attended_since_ ABSL_GUARDED_BY(mutex_);     // and since when without a long pause.
+  absl::Time check_master_at_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
 
   uint64_t incarnation_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t run_id_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -11,8 +11,8 @@
 
 namespace syncbn::rpc {
 
-// The wall clock's time when it is made, and from then on what the monotonic clock has counted: a deadline comes when it
-// is due, though someone sets the wall clock meanwhile.
+// The wall clock's time when it is made, and from then on what the monotonic clock has counted: a deadline comes when
+// it is due, though someone sets the wall clock meanwhile.
 class Clock {
  public:
   absl::Time Now() const { return wall_ + absl::FromChrono(std::chrono::steady_clock::now() - steady_); }
