@@ -11,8 +11,8 @@
 
 namespace syncbn {
 
-// The wall clock's time when it was first asked for, and from then on what the monotonic clock has counted: a wait takes
-// as long as it should, though someone sets the wall clock meanwhile.
+// The wall clock's time when it was first asked for, and from then on what the monotonic clock has counted: a wait
+// takes as long as it should, though someone sets the wall clock meanwhile.
 inline absl::Time Now() {
   static const absl::Time wall = absl::Now();
   static const std::chrono::steady_clock::time_point steady = std::chrono::steady_clock::now();

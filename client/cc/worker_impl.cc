@@ -22,6 +22,8 @@ namespace {
 constexpr uint32_t kProtocolVersion = 1;
 // Elements of a summed vector in one contribution: what masters accept by default.
 constexpr size_t kPieceElements = size_t{1} << 20;
+// How many of them may be unanswered at a time: 32 MiB. Masters keep 64 MiB for a worker to read by default.
+constexpr size_t kPiecesUnderWay = 4;
 constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
 // The same before this worker's first round has completed: until then nothing tells a worker of one thread from one
 // whose other threads have yet to start.
@@ -224,7 +226,12 @@ void WorkerImpl::OnFrame() {
     present_ = frame->joined().membership().present_ranks_size();
     // What was on the way when the last stream broke may or may not have arrived: the master knows.
     unsent_.clear();
-    for (auto& [key, piece] : pending_) unsent_.push_back(piece);
+    for (auto& [key, piece] : pending_) {
+      unsent_.push_back(piece);
+      SetUnderWay(*piece, false);
+    }
+    // The pieces of a long vector go in the same order everywhere: else workers could wait for each other's.
+    std::sort(unsent_.begin(), unsent_.end(), [](const auto& a, const auto& b) { return a->order < b->order; });
     blocked_said_ = false;
   }
   if (frame->has_membership()) present_ = frame->membership().present_ranks_size();
@@ -268,6 +275,7 @@ void WorkerImpl::OnResult(v1::RoundResult* message) {
                                                     piece.key.layer(), "\", which has ", piece.length));
   }
   answered_ = true;
+  SetUnderWay(piece, false);
   piece.done = true;
   pending_.erase(it);
 }
@@ -302,15 +310,22 @@ void WorkerImpl::WriteFrame() {
     slices.push_back(Encode(head));
   }
   size_t taken = 0;
+  std::vector<std::shared_ptr<Piece>> waiting;
   const absl::Time now = Now();
   for (size_t bytes = 0; taken < unsent_.size() && bytes < kFullFrameBytes && taken < kFullFrameRounds; ++taken) {
     Piece& piece = *unsent_[taken];
     if (piece.done) continue;
+    if (MustWait(piece)) {
+      waiting.push_back(std::move(unsent_[taken]));
+      continue;
+    }
+    SetUnderWay(piece, true);
     slices.push_back(piece.encoded);
     bytes += piece.encoded.size();
     ExpectAnswer(piece, now);
   }
   unsent_.erase(unsent_.begin(), unsent_.begin() + static_cast<ptrdiff_t>(taken));
+  unsent_.insert(unsent_.begin(), std::make_move_iterator(waiting.begin()), std::make_move_iterator(waiting.end()));
   v1::WorkerFrame tail;
   const bool blocked = unsent_.empty() && blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent &&
                        !blocked_on_->done && ((alone_ && !slices.empty()) || now >= say_blocked_at_);
@@ -325,6 +340,23 @@ void WorkerImpl::WriteFrame() {
   const bool retract = std::exchange(retract_, false) && slices.empty();  // Any frame ends the promise before it.
   if (blocked || tail.has_leave() || retract) slices.push_back(Encode(tail));
   if (!slices.empty()) connection_->Write(grpc::ByteBuffer(slices.data(), slices.size()));
+}
+
+bool WorkerImpl::MustWait(const Piece& piece) const {
+  return piece.siblings_under_way != nullptr && *piece.siblings_under_way > 0 && under_way_ >= kPiecesUnderWay &&
+         !leaving_.has_value();
+}
+
+void WorkerImpl::SetUnderWay(Piece& piece, bool under_way) {
+  if (piece.siblings_under_way == nullptr || piece.under_way == under_way) return;
+  piece.under_way = under_way;
+  if (under_way) {
+    ++*piece.siblings_under_way;
+    ++under_way_;
+  } else {
+    --*piece.siblings_under_way;
+    --under_way_;
+  }
 }
 
 // ---- Waiting --------------------------------------------------------------------------------------------------------
@@ -550,6 +582,7 @@ uint64_t WorkerImpl::ResolveSequence(const std::string& layer, v1::Phase phase, 
 
 absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(v1::Contribution contribution, size_t length) {
   auto piece = std::make_shared<Piece>();
+  piece->order = ++begun_;
   piece->length = length;
   piece->key = contribution.key();
   if (pending_.contains(TupleOf(piece->key))) {
@@ -589,6 +622,7 @@ absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequ
   const std::string whole(name);
   sequence = ResolveSequence(whole, v1::PHASE_SUM, sequence);
   std::vector<std::shared_ptr<Piece>> pieces;
+  const auto siblings = value.size() > kPieceElements ? std::make_shared<size_t>(0) : nullptr;
   for (size_t begin = 0; begin < value.size(); begin += kPieceElements) {
     const absl::Span<const double> part = value.subspan(begin, kPieceElements);
     LayerOptions layer;
@@ -604,6 +638,7 @@ absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequ
     contribution.mutable_vector()->mutable_value()->Add(part.begin(), part.end());
     auto piece = AddPiece(std::move(contribution), part.size());
     if (!piece.ok()) return piece.status();
+    (*piece)->siblings_under_way = siblings;
     pieces.push_back(*std::move(piece));
   }
   return MakeRound(shared_from_this(), std::move(pieces));

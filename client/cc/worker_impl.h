@@ -32,9 +32,13 @@ namespace syncbn {
 struct Piece {
   v1::RoundKey key;
   grpc::Slice encoded;  // A WorkerFrame with this contribution alone; frames are such encodings one after the other.
+  uint64_t order = 0;   // Of all that this worker has begun.
   size_t length = 0;    // Of the result's vectors.
   bool sent = false;
   absl::Time first_sent_at, sent_at;
+  // Of a piece of a long vector: how many of its pieces are on their way, this one among them.
+  std::shared_ptr<size_t> siblings_under_way;
+  bool under_way = false;
   bool done = false;
   absl::Status status;
   RoundResult result;
@@ -90,6 +94,11 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   // Sends what there is to send, then asks for what there is to read.
   void Pump() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void WriteFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Whether a piece of a long vector waits until others have been answered. Without that, results would come faster
+  // than they are read, and the master would cut this worker off. One of each vector may always go, since other workers
+  // may send vectors in another order.
+  bool MustWait(const Piece& piece) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void SetUnderWay(Piece& piece, bool under_way) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // ---- Waiting
   // Drives the queue, or sleeps while another thread does, until `done` or `deadline`, or an interrupt (CANCELLED).
@@ -165,6 +174,8 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
 
   absl::flat_hash_map<KeyTuple, std::shared_ptr<Piece>> pending_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Piece>> unsent_ ABSL_GUARDED_BY(mutex_);
+  uint64_t begun_ ABSL_GUARDED_BY(mutex_) = 0;
+  size_t under_way_ ABSL_GUARDED_BY(mutex_) = 0;  // Pieces of long vectors that were sent and have no answer.
   absl::flat_hash_map<std::pair<std::string, int>, uint64_t> next_sequence_ ABSL_GUARDED_BY(mutex_);
   uint64_t first_sequence_ ABSL_GUARDED_BY(mutex_) = 0;
 

@@ -141,6 +141,28 @@ TEST(ReconnectTest, ABrokenStreamComesBackWithWhatIsUnanswered) {
   EXPECT_EQ(first->run_id(), run_id);
 }
 
+TEST(ReconnectTest, ALongVectorGoesOnAfterABreak) {
+  constexpr size_t kElements = size_t{12} << 20;
+  const auto master = StartMaster();
+  Relay relay(master->port());
+  Worker::Options options = WorkerOptions(absl::StrCat("127.0.0.1:", relay.port()), 0, 2);
+  Patient(options);
+  const auto first = JoinOrDie(options);
+  options = WorkerOptions(master->target(), 1, 2);
+  Patient(options);
+  const auto second = JoinOrDie(options);
+  std::thread waiting([&] {
+    const auto sum = Sum(*first, "v", std::vector<double>(kElements, 1.0));
+    ASSERT_TRUE(sum.ok()) << sum.status();
+    EXPECT_EQ(sum->back(), 3.0);
+  });
+  AwaitArrival(*master, "v#3", 0);
+  relay.Break();
+  const auto sum = Sum(*second, "v", std::vector<double>(kElements, 2.0));
+  EXPECT_TRUE(sum.ok()) << sum.status();
+  waiting.join();
+}
+
 TEST(ReconnectTest, ABreakBetweenRoundsGoesUnnoticed) {
   const auto master = StartMaster();
   Relay relay(master->port());

@@ -303,6 +303,43 @@ TEST_F(WorkerTest, AChildProcessIsToldToJoinForItself) {
   EXPECT_TRUE(round->Wait().ok());  // The parent's connection is as it was.
 }
 
+TEST(WorkerOfLongVectorsTest, DoesNotSendFasterThanItReads) {
+  constexpr size_t kElements = size_t{16} << 20;  // 16 pieces.
+  MasterServer::Options options;
+  options.addresses = {"127.0.0.1:0"};
+  options.max_unread_bytes = size_t{40} << 20;
+  const auto master = MasterServer::Start(std::move(options));
+  ASSERT_TRUE(master.ok());
+  const auto workers = JoinAll((*master)->target(), 2);
+  OnEachRank(2, [&](uint32_t rank) {
+    // The first has sent all that it may by the time that the second begins.
+    if (rank == 1) AwaitArrival(**master, "v#3", 0);
+    const auto sum = Sum(*workers[rank], "v", std::vector<double>(kElements, 1.0 + rank));
+    ASSERT_TRUE(sum.ok()) << sum.status();
+    EXPECT_EQ(sum->size(), kElements);
+    EXPECT_EQ(sum->back(), 3.0);
+  });
+}
+
+TEST_F(WorkerTest, LongVectorsBegunInDifferentOrders) {
+  constexpr size_t kElements = size_t{5} << 20;
+  const auto workers = JoinAll(target(), 2);
+  OnEachRank(2, [&](uint32_t rank) {
+    const std::vector<double> value(kElements, 1.0);
+    std::vector<Round> rounds;
+    for (const char* name : {rank == 0 ? "x" : "y", rank == 0 ? "y" : "x"}) {
+      auto round = workers[rank]->StartSum(name, 0, value);
+      ASSERT_TRUE(round.ok());
+      rounds.push_back(*std::move(round));
+    }
+    for (Round& round : rounds) {
+      const absl::Status status = round.Wait();
+      ASSERT_TRUE(status.ok()) << status;
+      EXPECT_EQ(round.result().first.size(), kElements);
+    }
+  });
+}
+
 // ---- Errors ---------------------------------------------------------------------------------------------------------
 
 TEST_F(WorkerTest, ADeadlineNamesTheMissing) {
