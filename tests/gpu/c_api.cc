@@ -75,4 +75,21 @@ int bench_backward_elemt(const BenchShape* shape, void* stream, const void* dy, 
                                       {mean, scale, mean_dy, projection}, {}, dx, nullptr);
 }
 
+// float32 weight and bias; running statistics are not kept.
+int bench_finalize_forward(const BenchShape* shape, void* stream, size_t count, const double* mean, const double* m2,
+                           const float* weight, const float* bias, double* out_mean, double* out_scale,
+                           double* out_shift) {
+  cuda::FinalizeForwardArguments arguments;
+  arguments.channels = shape->channels;
+  arguments.count = static_cast<int64_t>(count);
+  arguments.mean = mean;
+  arguments.m2 = m2;
+  arguments.weight = {weight, DataType::kFloat32};
+  arguments.bias = {bias, DataType::kFloat32};
+  arguments.out_mean = out_mean;
+  arguments.out_scale = out_scale;
+  arguments.out_shift = out_shift;
+  return cuda::FinalizeForward(MakeContext(stream, nullptr, 0), arguments);
+}
+
 }  // extern "C"

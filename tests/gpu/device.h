@@ -21,6 +21,29 @@ inline void Require(int error, const char* what) {
   std::exit(1);
 }
 
+#if defined(__CUDACC__)
+
+template <typename... Parameters, typename... Arguments>
+void Launch(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream, Arguments... arguments) {
+  kernel<<<blocks, threads, 0, stream>>>(arguments...);
+  Require(cudaGetLastError(), "launch");
+}
+
+#else  // With host/cuda_runtime.h.
+
+template <typename... Parameters, typename... Arguments>
+void Launch(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream, Arguments... arguments) {
+  host_cuda::Enqueue(stream, [=] {
+    gridDim.x = blocks;
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
+    }
+  });
+}
+
+#endif
+
 // Device memory, `skip` bytes past a 256-byte boundary, filled with 0xff (NaN in every type) unless it is copied to.
 class DeviceBuffer {
  public:
