@@ -2,7 +2,9 @@
 // same bits a hundred times beside kernels that compete for the machine; results and signal in host memory; more than
 // 2^32 elements.
 //
-//   kernels_check CHECKSUMS [--quick]      --quick: what compute-sanitizer has time for.
+//   kernels_check CHECKSUMS [--quick | --probe]
+//
+// --quick: what compute-sanitizer has time for. --probe: one small kernel, to see whether anything runs at all.
 
 #include <cuda_runtime.h>
 
@@ -283,7 +285,7 @@ void CheckHuge(Layout layout) {
   cudaFree(x);
 }
 
-int Run(const char* checksums, bool quick) {
+int Run(const char* checksums, bool quick, bool probe) {
   if (!kernels::cuda::Available()) {
     std::printf("skipped: no NVIDIA GPU\n");
     return 0;
@@ -293,6 +295,7 @@ int Run(const char* checksums, bool quick) {
   std::printf("GPU: %s, compute capability %d.%d, %d multiprocessors\n", properties.name, properties.major,
               properties.minor, properties.multiProcessorCount);
   CheckFinalize();
+  if (probe) return g_failed == 0 ? 0 : 1;
   for (const DataType type : kTypes) {
     for (const TensorShape& shape : SmallShapes(type)) {
       if (shape.size() == 0 || (quick && shape.size() > 20000)) continue;
@@ -327,8 +330,9 @@ int Run(const char* checksums, bool quick) {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: kernels_check CHECKSUMS [--quick]\n");
+    std::fprintf(stderr, "usage: kernels_check CHECKSUMS [--quick | --probe]\n");
     return 2;
   }
-  return syncbn::testing::Run(argv[1], argc > 2 && std::strcmp(argv[2], "--quick") == 0);
+  const std::string option = argc > 2 ? argv[2] : "";
+  return syncbn::testing::Run(argv[1], option == "--quick", option == "--probe");
 }

@@ -33,6 +33,9 @@ class Target(NamedTuple):
     def meets(self, value: float) -> bool:
         return value <= self.bound if self.unit == "us" else value >= self.bound
 
+    def worst(self, values: List[float]) -> float:
+        return max(values) if self.unit == "us" else min(values)
+
     def show(self, value: float) -> str:
         return {"%": f"{value:.1%}", "us": f"{value:.2f} us"}.get(self.unit, f"{value:.2f}x")
 
@@ -142,15 +145,11 @@ def target_table(cells: List[Cell]) -> str:
     lines = []
     for target, values, worst in cells:
         cell = Cell(target, values, worst)
-        numbers = [target.show(worst_of(target, values)), target.show(statistics.median(values))] if values else ["", ""]
+        numbers = [target.show(f(values)) if values else "" for f in (target.worst, statistics.median)]
         sign = "<=" if target.unit == "us" else ">="
         lines.append([target.operation, target.name, f"{sign} {target.show(target.bound)}", *numbers, cell.verdict,
                       describe(worst)])
     return table(["operation", "against", "target", "worst", "median", "", "worst for"], lines)
-
-
-def worst_of(target: Target, values: List[float]) -> float:
-    return max(values) if target.unit == "us" else min(values)
 
 
 def kernel_table(rows: List[Row]) -> str:
