@@ -62,7 +62,7 @@ def of_copy(row: Row) -> float:
 
 def _copy_target(operation: str, bound: float, least: float, below: float, name: str) -> Target:
     def value(row: Row) -> Optional[float]:
-        return of_copy(row) if least <= row["bytes"] < below else None
+        return of_copy(row) if least <= row["bytes"] < below and row["cache"] == "cold" else None
 
     return Target(operation, f"{name} of copy bandwidth", bound, value, "%")
 
@@ -77,7 +77,7 @@ def _versus(operation: str, rival: str, bound: float, **fields: Any) -> Target:
                     return None
             elif row[key] != wanted:
                 return None
-        theirs = row["rivals"].get(rival)
+        theirs = row["rivals"].get(rival) if row["cache"] == "cold" else None
         return theirs / row["us"] if theirs and row["bytes"] >= MEDIUM else None
 
     words = [str(fields[k]) for k in ("layout", "type") if k in fields]
@@ -158,9 +158,9 @@ def kernel_table(rows: List[Row]) -> str:
     for row in rows:
         floor = FLOOR.get(row["operation"])
         rate = f"{floor * row['bytes'] / row['us'] * 1e-3:.0f}" if floor else ""
-        share = f"{of_copy(row):.0%}" if floor and row.get("copy_us") else ""
+        share = f"{of_copy(row):.0%}" if floor and row["cache"] == "cold" else ""
         ratios = [f"{row['rivals'][r] / row['us']:.2f}" if row["rivals"].get(r) else "" for r in rivals]
-        lines.append([row["shape"], row["layout"], row["type"], row["operation"], row.get("cache", "cold"),
+        lines.append([row["shape"], row["layout"], row["type"], row["operation"], row["cache"],
                       f"{row['us']:.2f}", rate, share, *ratios])
     head = ["shape", "layout", "type", "operation", "cache", "us", "GB/s", "of copy", *(f"x {r}" for r in rivals)]
     return table(head, lines)

@@ -78,4 +78,10 @@ Error FinalizeForward(const Context& context, const FinalizeForwardArguments& ar
   });
 }
 
+Error FinalizeBackward(const Context& context, const FinalizeBackwardArguments& arguments) {
+  return Enqueue(context.stream, [=] {
+    for (int64_t c = 0; c < arguments.channels; ++c) FinalizeBackwardChannel(arguments, c);
+  });
+}
+
 }  // namespace syncbn::kernels::cuda
