@@ -242,7 +242,7 @@ class Bench:
         self.give_up = time.monotonic() + seconds
         self.rows, self.notes, self.failures = [], [], 0
         self.machine = (f"GPU: {torch.cuda.get_device_name(0)}; torch {torch.__version__}; CUDA {torch.version.cuda}; "
-                        f"cuDNN {torch.backends.cudnn.version()}")
+                        f"cuDNN {cudnn_version()}")
 
     def note(self, text):
         if text not in self.notes:
@@ -328,6 +328,10 @@ class Bench:
         self.rows.append({"shape": "8x64x7x7", "channels": 64, "layout": "NCHW", "type": "fp32", "bytes": x.numel() * 4,
                           "operation": "stats with flag", "cache": "hot", "us": us,
                           "rivals": {"torch": theirs} if theirs else {}})
+
+
+def cudnn_version():
+    return torch.backends.cudnn.version() if DEVICE == "cuda" else None
 
 
 def pinned(tensor):

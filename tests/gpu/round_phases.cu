@@ -25,6 +25,7 @@ namespace {
 
 constexpr int kSamples = 200;      // Of the clocks.
 constexpr int64_t kDelay = 30000;  // Nanoseconds that a kernel takes, so that the host has enqueued all that follows.
+constexpr int64_t kPatience = 10'000'000;  // Nanoseconds that a host without a processor of its own is waited for.
 constexpr size_t kCopied = 4096;
 
 // In mapped pinned memory; what one side writes and the other polls has a cache line of its own.
@@ -74,11 +75,18 @@ __global__ void BeginKernel(Mapped* mapped, uint32_t epoch) {
   Raise(&mapped->begun, epoch);
 }
 
+// A sample is of a time that the host has just written: the read before gave another.
 __global__ void SampleKernel(Mapped* mapped, uint32_t epoch) {
+  int64_t last = 0;
   for (int i = 0; i < kSamples; ++i) {
-    const int64_t before = DeviceClock();
-    const int64_t host = ReadHost(&mapped->host_clock);
-    const int64_t after = DeviceClock();
+    int64_t before, host, after;
+    const int64_t start = DeviceClock();
+    do {
+      before = DeviceClock();
+      host = ReadHost(&mapped->host_clock);
+      after = DeviceClock();
+    } while (host == last && after - start < kPatience);
+    last = host;
     mapped->samples[i][0] = before;
     mapped->samples[i][1] = host;
     mapped->samples[i][2] = after;
@@ -164,6 +172,8 @@ class Measurement {
   void Write(const char* path) const {
     std::FILE* const file = std::fopen(path, "w");
     if (file == nullptr) Require(cudaErrorNotReady, path);
+    std::vector<int64_t> uncertainties = uncertainties_;
+    std::sort(uncertainties.begin(), uncertainties.end());
     std::fprintf(file, "{\"rows\": [");
     const char* separator = "\n";
     for (const Phase& phase : phases_) {
@@ -171,7 +181,9 @@ class Measurement {
       std::sort(us.begin(), us.end());
       std::fprintf(file, "%s {\"phase\": \"%s\", \"how\": \"%s\", \"median_us\": %.3f, \"p90_us\": %.3f", separator,
                    phase.phase.c_str(), phase.how.c_str(), us[us.size() / 2], us[us.size() * 9 / 10]);
-      if (phase.compares_clocks) std::fprintf(file, ", \"uncertainty_us\": %.3f", worst_uncertainty_ * 1e-3);
+      if (phase.compares_clocks) {
+        std::fprintf(file, ", \"uncertainty_us\": %.3f", uncertainties[uncertainties.size() / 2] * 1e-3);
+      }
       std::fprintf(file, "}");
       separator = ",\n";
     }
@@ -212,9 +224,10 @@ class Measurement {
 
   // The GPU reads the host's clock from memory, where the host keeps writing it. What it reads was the time before the
   // answer reached it, so host - after <= offset, and of many samples the largest is nearest. It is too small by no
-  // more than that read took, and by how old the value was: a store, 0.2 microseconds at most.
+  // more than that read took, and by how old the value was: a store, some 0.2 microseconds. The first sample may be of
+  // a time written long ago, but then it is far from the largest.
   Offset SetClocks() {
-    __atomic_store_n(&mapped_->host_clock, HostClock(), __ATOMIC_RELEASE);
+    __atomic_store_n(&mapped_->host_clock, 0, __ATOMIC_RELEASE);
     Launch(SampleKernel, 1, 1, stream_, mapped_, ++epoch_);
     WaitFor(&mapped_->ended, epoch_, "the clocks' kernel",
             [&] { __atomic_store_n(&mapped_->host_clock, HostClock(), __ATOMIC_RELEASE); });
@@ -233,7 +246,7 @@ class Measurement {
     Phase gap{"gap between the kernels", how_known + "; " + how_released, false, {}};
     for (int batch = 0; batch < batches_; ++batch) {
       const Offset clocks = SetClocks();
-      worst_uncertainty_ = std::max(worst_uncertainty_, clocks.uncertainty);
+      uncertainties_.push_back(clocks.uncertainty);
       for (int cycle = 0; cycle < 50; ++cycle) {
         const Seen seen = begin(++epoch_);
         const int64_t released = HostClock();
@@ -283,7 +296,7 @@ class Measurement {
   cudaStream_t stream_ = nullptr;
   Mapped* mapped_ = nullptr;
   uint32_t epoch_ = 0;
-  int64_t worst_uncertainty_ = 0;
+  std::vector<int64_t> uncertainties_;  // One of each batch.
   std::vector<Phase> phases_;
   std::vector<std::string> notes_;
 };

@@ -153,6 +153,8 @@ def check_training():
 def compare_with_torch(worker, x, dtype, tolerance):
     """One worker is the whole group, so torch's own batch normalization is the reference."""
     ours = syncbn.torch.SyncBatchNorm(x.size(1), worker=worker, layer=f"{tuple(x.shape)}{dtype}{x.stride()}").to(DEVICE)
+    if dtype == torch.float64:
+        ours.double()  # Else its gradients would be of float32.
     theirs = torch.nn.BatchNorm1d if x.dim() <= 3 else torch.nn.BatchNorm2d
     theirs = theirs(x.size(1)).to(DEVICE).double()
     a = x.detach().to(DEVICE, dtype, copy=True).requires_grad_()
