@@ -164,6 +164,36 @@ def shared_layer(worker: syncbn.Worker) -> None:
 
 
 @case
+def inference(worker: syncbn.Worker) -> None:
+    """Evaluation is one rank's own affair, also without running statistics."""
+    layer = sync.SyncBatchNorm(2, track_running_stats=False, worker=worker, layer="inference")
+    parallel, x = torch.nn.parallel.DistributedDataParallel(layer), normal(5, 2, 4, 4, dtype=torch.float32)
+    if RANK == 0:
+        parallel.eval()
+        for _ in range(3):
+            torch.testing.assert_close(parallel(x), torch.nn.BatchNorm2d(2, track_running_stats=False).eval()(x))
+    dist.barrier()
+
+
+@case
+def uneven_inputs_stop(worker: syncbn.Worker) -> None:
+    """DDP's join: where rank 0 runs out of batches first, all stop with an error, and none hangs in a round."""
+    model = sync.convert_sync_batchnorm(seeded(Net).double(), worker)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    steps = 0
+    try:
+        with parallel.join(throw_on_early_termination=True):
+            for _ in range(2 if RANK == 0 else 4):
+                parallel(normal(3, 2)).sum().backward()
+                steps += 1
+    except RuntimeError as error:
+        assert "exhausted" in str(error), error
+        assert steps == 2
+    else:
+        raise AssertionError("the join ended without an error")
+
+
+@case
 def different_input_sizes_gradient(worker: syncbn.Worker) -> None:
     """Gradients of the parameters, one backward pass, batches of 1, 2, 3 ... times 2."""
     sizes = [2 * (rank + 1) for rank in range(WORLD)]
