@@ -30,6 +30,7 @@ TYPES = {torch.float32: (0, 4, "fp32"), torch.float16: (2, 2, "fp16"), torch.bfl
 OPERATIONS = ("stats", "elemt", "backward_reduce", "backward_elemt", "forward", "backward")
 EPS = 1e-5
 ROTATED = 120e6  # Bytes.
+CUDNN_BACKWARD = torch.ops.aten.cudnn_batch_norm_backward
 DEVICE = "cuda"  # In a rehearsal "cpu", and host/fake_cuda.py plays the rest.
 
 
@@ -131,7 +132,7 @@ class Layer:
         self.kernels = kernels
         self.shape = Shape(batch, channels, spatial, TYPES[dtype][0], 1 if last else 0)
         self.bytes = batch * channels * spatial * TYPES[dtype][1]
-        together = max(ROTATED, 3 * torch.cuda.get_device_properties(0).L2_cache_size)
+        together = max(ROTATED, 3 * cache_bytes())
         count = max(4, int(-(-together // (2 * self.bytes))))
         self.sets = [Set(batch, channels, extents, dtype, last) for _ in range(count)]
         self.workspace = kernels.prepare(self.shape)
@@ -201,8 +202,8 @@ class Layer:
             return torch.cudnn_batch_norm(s.x, self.weight, self.bias, *self.running, True, 0.1, EPS)
         if not hasattr(s, "reserve"):
             s.reserve = torch.cudnn_batch_norm(s.x, self.weight, self.bias, *self.running, True, 0.1, EPS)[1:]
-        backward, (mean, invstd, reserve) = torch.ops.aten.cudnn_batch_norm_backward, s.reserve
-        return backward(s.x, s.dy, self.weight, *self.running, mean, invstd, EPS, reserve)
+        mean, invstd, reserve = s.reserve
+        return CUDNN_BACKWARD(s.x, s.dy, self.weight, *self.running, mean, invstd, EPS, reserve)
 
     def compiles(self, operation, s):
         if operation not in self.compiled:
@@ -287,6 +288,8 @@ class Bench:
 
     def compiled(self, batch, channels, extents, dtype, last):
         """Adds torch.compile's times to the rows of a layer that was timed."""
+        if hasattr(torch, "compiler"):
+            torch.compiler.reset()  # It keeps no more than a few variants of a function.
         name = "x".join(map(str, (batch, channels, *extents)))
         rows = [row for row in self.rows
                 if (row["shape"], row["layout"], row["type"]) == (name, "NHWC" if last else "NCHW", TYPES[dtype][2])
@@ -328,6 +331,11 @@ class Bench:
         self.rows.append({"shape": "8x64x7x7", "channels": 64, "layout": "NCHW", "type": "fp32", "bytes": x.numel() * 4,
                           "operation": "stats with flag", "cache": "hot", "us": us,
                           "rivals": {"torch": theirs} if theirs else {}})
+
+
+def cache_bytes():
+    """Of the second level; older torches do not know."""
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
 
 
 def cudnn_version():

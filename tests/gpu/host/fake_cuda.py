@@ -130,8 +130,7 @@ def install(bench):
                         cudnn_batch_norm):
         assert hasattr(torch, replacement.__name__), replacement
         setattr(torch, replacement.__name__, _operation(replacement))
-    backward = _operation(cudnn_batch_norm_backward)
-    torch.ops.aten.cudnn_batch_norm_backward = backward
+    bench.CUDNN_BACKWARD = _operation(cudnn_batch_norm_backward)
     bench.DEVICE = "cpu"
     bench.SHAPES, bench.ROTATED = _small_shapes, 1000
     bench.COMPILED = [(_small_shapes[0], torch.float32)]
