@@ -354,14 +354,14 @@ def main():
     parser.add_argument("--seconds", type=float, default=600.0, help="what does not fit is left out, with a note")
     parser.add_argument("--on-host", action="store_true", help="a rehearsal, with the library for it")
     options = parser.parse_args()
+    if not options.on_host and not torch.cuda.is_available():
+        print("skipped: torch has no NVIDIA GPU")
+        return 0
     if options.on_host:
         sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "host"))
         import fake_cuda
 
         fake_cuda.install(sys.modules[__name__])
-    if not torch.cuda.is_available():
-        print("skipped: torch has no NVIDIA GPU")
-        return 0
     torch.manual_seed(1)
     bench = Bench(Kernels(options.library), options.results, options.seconds)
     bench.each("small statistics", bench.small, [()], 0)

@@ -118,7 +118,6 @@ def install(bench):
         "graph": graph,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": Stream,
-        "is_available": lambda: True,
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "get_device_name": lambda index: "none, the host plays one",
