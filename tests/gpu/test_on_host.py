@@ -54,9 +54,10 @@ def test_without_a_gpu_the_scripts_say_so(built, tmp_path):
 def test_the_worker_checks_on_the_cpu():
     done = run(sys.executable, ROOT / "tests/gpu/worker_check.py", "check", "--device", "cpu")
     assert done.returncode == 0, done.stdout
-    for name in ("check_types_and_layouts", "check_missing_worker", "check_training"):
-        assert f"passed {name}" in done.stdout
-    assert "skipped check_streams: it needs a GPU" in done.stdout
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("skipped ")]
+    assert skipped and all(line.endswith(": it needs a GPU") for line in skipped), done.stdout
+    assert done.stdout.count("passed check_") + len(skipped) >= 11
+    assert "passed check_training" in done.stdout
 
 
 def test_the_worker_is_timed_beside_gloo(tmp_path):
