@@ -123,3 +123,10 @@ def test_the_report_has_every_part(tmp_path):
 def test_a_report_of_nothing(tmp_path):
     assert "26 not measured" in "\n".join(report.write(tmp_path))
     assert (tmp_path / "report.md").exists()
+
+
+def test_a_rehearsal_judges_nothing(tmp_path):
+    write_parts(tmp_path)
+    short = "\n".join(report.write(tmp_path, rehearsal=True))
+    assert "no time means anything" in short and "targets met" not in short and "92.6%" not in short
+    assert json.loads((tmp_path / "results.json").read_text())["targets"] == []
