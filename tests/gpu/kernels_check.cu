@@ -288,7 +288,7 @@ void CheckHuge(Layout layout) {
 
 int Run(const char* checksums, bool quick, bool probe) {
   if (!kernels::cuda::Available()) {
-    std::printf("skipped: no NVIDIA GPU\n");
+    PrintWhyNoGpu();
     return 0;
   }
   cudaDeviceProp properties;

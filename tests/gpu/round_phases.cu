@@ -310,7 +310,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   if (!syncbn::kernels::cuda::Available()) {
-    std::printf("skipped: no NVIDIA GPU\n");
+    syncbn::testing::PrintWhyNoGpu();
     return 0;
   }
   syncbn::testing::Measurement measurement(argc > 2 && std::strcmp(argv[2], "--quick") == 0 ? 2 : 20);
