@@ -140,7 +140,8 @@ class Measurement {
   }
 
   void Run() {
-    // Each way of knowing, each way of going on.
+    // Each way of knowing, each way of going on. Waiting in the stream comes second: CUDA loads a kernel with its first
+    // launch, and may want the stream to be empty then.
     Cycles("flag in host memory", "launch", [&](uint32_t epoch) {
       Launch(EndKernel, 1, 1, stream_, mapped_, epoch);
       return Seen{AwaitEnd(epoch), [this, epoch] { Launch(BeginKernel, 1, 1, stream_, mapped_, epoch); }};

@@ -228,25 +228,8 @@ def check_capture(worker):
     layer(x)
 
 
-def check_missing_worker(_):
-    """A round that fails raises in time, and leaves a stream that goes on."""
-    with syncbn.Master(address="127.0.0.1:0") as master:
-        with syncbn.Worker(target=master.target, rank=0, world_size=2, timeout=1.0) as worker:
-            layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="lonely").to(DEVICE)
-            x = torch.randn(8, 4, device=DEVICE)
-            begin = time.monotonic()
-            try:
-                layer(x)
-            except syncbn.Error as error:
-                assert "lonely" in str(error) or error.layer == "lonely", error
-            else:
-                raise AssertionError("a round without its other worker succeeded")
-            assert time.monotonic() - begin < 30
-            assert torch.isfinite((x * 2).sum()).item()
-
-
 def check_master_gone(_):
-    """So does one whose master has ended."""
+    """A round whose master has ended raises in time, and leaves a stream that goes on."""
     with syncbn.Master(address="127.0.0.1:0") as master:
         worker = syncbn.Worker(target=master.target, rank=0, world_size=1, timeout=2.0, join_timeout=2.0)
         layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="orphan").to(DEVICE)
@@ -323,6 +306,23 @@ def check_backward_twice(worker):
     y.backward(dy)
     for total, first in zip([x.grad, layer.weight.grad, layer.bias.grad], once):
         torch.testing.assert_close(total, 2 * first, rtol=1e-4, atol=1e-5)
+
+
+def check_missing_worker(_):
+    """A round that fails raises in time, and leaves a stream that goes on."""
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        with syncbn.Worker(target=master.target, rank=0, world_size=2, timeout=1.0) as worker:
+            layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="lonely").to(DEVICE)
+            x = torch.randn(8, 4, device=DEVICE)
+            begin = time.monotonic()
+            try:
+                layer(x)
+            except syncbn.Error as error:
+                assert "lonely" in str(error) or error.layer == "lonely", error
+            else:
+                raise AssertionError("a round without its other worker succeeded")
+            assert time.monotonic() - begin < 30
+            assert torch.isfinite((x * 2).sum()).item()
 
 
 def check():
