@@ -30,6 +30,7 @@ TYPES = {torch.float32: (0, 4, "fp32"), torch.float16: (2, 2, "fp16"), torch.bfl
 OPERATIONS = ("stats", "elemt", "backward_reduce", "backward_elemt", "forward", "backward")
 EPS = 1e-5
 ROTATED = 120e6  # Bytes.
+CUDNN_BACKWARD = torch.ops.aten.cudnn_batch_norm_backward
 DEVICE = "cuda"  # In a rehearsal "cpu", and host/fake_cuda.py plays the rest.
 
 
@@ -85,7 +86,7 @@ class Set:
         self.y, self.dx = torch.empty_like(self.x), torch.empty_like(self.x)
 
 
-def time_calls(calls, seconds=0.05):
+def time_calls(calls, seconds=0.03):
     """Median microseconds of one call, over replays of a graph of them all; results are kept for one round of calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -131,7 +132,7 @@ class Layer:
         self.kernels = kernels
         self.shape = Shape(batch, channels, spatial, TYPES[dtype][0], 1 if last else 0)
         self.bytes = batch * channels * spatial * TYPES[dtype][1]
-        together = max(ROTATED, 3 * torch.cuda.get_device_properties(0).L2_cache_size)
+        together = max(ROTATED, 3 * cache_bytes())
         count = max(4, int(-(-together // (2 * self.bytes))))
         self.sets = [Set(batch, channels, extents, dtype, last) for _ in range(count)]
         self.workspace = kernels.prepare(self.shape)
@@ -201,8 +202,8 @@ class Layer:
             return torch.cudnn_batch_norm(s.x, self.weight, self.bias, *self.running, True, 0.1, EPS)
         if not hasattr(s, "reserve"):
             s.reserve = torch.cudnn_batch_norm(s.x, self.weight, self.bias, *self.running, True, 0.1, EPS)[1:]
-        backward, (mean, invstd, reserve) = torch.ops.aten.cudnn_batch_norm_backward, s.reserve
-        return backward(s.x, s.dy, self.weight, *self.running, mean, invstd, EPS, reserve)
+        mean, invstd, reserve = s.reserve
+        return CUDNN_BACKWARD(s.x, s.dy, self.weight, *self.running, mean, invstd, EPS, reserve)
 
     def compiles(self, operation, s):
         if operation not in self.compiled:
@@ -287,6 +288,8 @@ class Bench:
 
     def compiled(self, batch, channels, extents, dtype, last):
         """Adds torch.compile's times to the rows of a layer that was timed."""
+        if hasattr(torch, "compiler"):
+            torch.compiler.reset()  # It keeps no more than a few variants of a function.
         name = "x".join(map(str, (batch, channels, *extents)))
         rows = [row for row in self.rows
                 if (row["shape"], row["layout"], row["type"]) == (name, "NHWC" if last else "NCHW", TYPES[dtype][2])
@@ -330,6 +333,11 @@ class Bench:
                           "rivals": {"torch": theirs} if theirs else {}})
 
 
+def cache_bytes():
+    """Of the second level; older torches do not know."""
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
+
+
 def cudnn_version():
     return torch.backends.cudnn.version() if DEVICE == "cuda" else None
 
@@ -346,14 +354,14 @@ def main():
     parser.add_argument("--seconds", type=float, default=600.0, help="what does not fit is left out, with a note")
     parser.add_argument("--on-host", action="store_true", help="a rehearsal, with the library for it")
     options = parser.parse_args()
+    if not options.on_host and not torch.cuda.is_available():
+        print("skipped: torch has no NVIDIA GPU")
+        return 0
     if options.on_host:
         sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "host"))
         import fake_cuda
 
         fake_cuda.install(sys.modules[__name__])
-    if not torch.cuda.is_available():
-        print("skipped: torch has no NVIDIA GPU")
-        return 0
     torch.manual_seed(1)
     bench = Bench(Kernels(options.library), options.results, options.seconds)
     bench.each("small statistics", bench.small, [()], 0)

@@ -21,6 +21,13 @@ inline void Require(int error, const char* what) {
   std::exit(1);
 }
 
+// Says, where kernels::cuda::Available() says no, that nothing runs, and what CUDA says to that.
+inline void PrintWhyNoGpu() {
+  int count = 0;
+  const int error = cudaGetDeviceCount(&count);
+  std::printf("skipped: CUDA finds no GPU (%s)\n", kernels::cuda::ErrorString(error));
+}
+
 #if defined(__CUDACC__)
 
 template <typename... Parameters, typename... Arguments>

@@ -162,6 +162,7 @@ void CheckDeterminism(const TensorShape& shape, int runs) {
   const size_t workspace_bytes = kernels::cuda::WorkspaceBytes(shape);
   const DeviceBuffer workspace(workspace_bytes);
   Require(cudaMemset(workspace.data(), 0, workspace_bytes), "cudaMemset");
+  Require(cudaMemset(noise.data(), 0, size_t{4} << 20), "cudaMemset");
   cudaStream_t stream, other;
   Require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   Require(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking), "stream");
@@ -287,7 +288,7 @@ void CheckHuge(Layout layout) {
 
 int Run(const char* checksums, bool quick, bool probe) {
   if (!kernels::cuda::Available()) {
-    std::printf("skipped: no NVIDIA GPU\n");
+    PrintWhyNoGpu();
     return 0;
   }
   cudaDeviceProp properties;

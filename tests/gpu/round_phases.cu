@@ -140,7 +140,8 @@ class Measurement {
   }
 
   void Run() {
-    // Each way of knowing, each way of going on.
+    // Each way of knowing, each way of going on. Waiting in the stream comes second: CUDA loads a kernel with its first
+    // launch, and may want the stream to be empty then.
     Cycles("flag in host memory", "launch", [&](uint32_t epoch) {
       Launch(EndKernel, 1, 1, stream_, mapped_, epoch);
       return Seen{AwaitEnd(epoch), [this, epoch] { Launch(BeginKernel, 1, 1, stream_, mapped_, epoch); }};
@@ -310,7 +311,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   if (!syncbn::kernels::cuda::Available()) {
-    std::printf("skipped: no NVIDIA GPU\n");
+    syncbn::testing::PrintWhyNoGpu();
     return 0;
   }
   syncbn::testing::Measurement measurement(argc > 2 && std::strcmp(argv[2], "--quick") == 0 ? 2 : 20);

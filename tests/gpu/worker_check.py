@@ -228,6 +228,86 @@ def check_capture(worker):
     layer(x)
 
 
+def check_master_gone(_):
+    """A round whose master has ended raises in time, and leaves a stream that goes on."""
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        worker = syncbn.Worker(target=master.target, rank=0, world_size=1, timeout=2.0, join_timeout=2.0)
+        layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="orphan").to(DEVICE)
+        x = torch.randn(8, 4, device=DEVICE)
+        layer(x)
+    try:
+        begin = time.monotonic()
+        try:
+            layer(x)
+        except syncbn.Error:
+            assert time.monotonic() - begin < 30
+            assert torch.isfinite((x * 2).sum()).item()
+        else:
+            raise AssertionError("a round without a master succeeded")
+    finally:
+        worker.close()
+
+
+def check_strides(worker):
+    """What is not dense gives what its dense copy gives, forward and backward, whatever the strides of y's gradient."""
+    torch.manual_seed(SEED)
+    x = torch.randn(6, 10, 8, 4, device=DEVICE)
+    views = [x[:, ::2], x.transpose(2, 3), x[:, :, 1:7], x[1].unsqueeze(0).expand(3, -1, -1, -1)]
+    for index, view in enumerate(views):
+        results = []
+        for kind, given in enumerate([view, view.contiguous()]):
+            layer = syncbn.torch.SyncBatchNorm(view.size(1), worker=worker, layer=f"strides{index}.{kind}").to(DEVICE)
+            a = given.detach().requires_grad_()
+            y = layer(a)
+            weights = torch.arange(float(y.size(2)), device=DEVICE).view(1, 1, -1, 1)
+            y.backward(weights.expand(y.shape))
+            results.append((y, a.grad))
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def check_empty_batch(worker):
+    layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="empty").to(DEVICE)
+    x = torch.empty(0, 4, 3, 3, device=DEVICE, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape and x.grad.shape == x.shape
+    assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight))
+    assert torch.equal(layer.running_var, torch.ones_like(layer.running_var))
+
+
+def check_evaluation(worker):
+    """With the running statistics; in 16 bits, too, where parameters stay in 32."""
+    torch.manual_seed(SEED)
+    for dtype, tolerance in [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)]:
+        layer = syncbn.torch.SyncBatchNorm(5, worker=worker, layer=f"evaluation{dtype}").to(DEVICE)
+        with torch.no_grad():
+            layer(torch.randn(64, 5, 3, 3, device=DEVICE) * 2 + 1)
+        layer.eval()
+        a = (torch.randn(8, 5, 3, 3, device=DEVICE) * 2 + 1).to(dtype).requires_grad_()
+        b = a.detach().float().requires_grad_()
+        y = layer(a)
+        reference = torch.nn.functional.batch_norm(b, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        dy = torch.randn_like(a)
+        y.backward(dy)
+        reference.backward(dy.float())
+        assert y.dtype == dtype
+        for got, want in [(y, reference), (a.grad, b.grad)]:
+            torch.testing.assert_close(got.float(), want, rtol=tolerance, atol=tolerance)
+
+
+def check_backward_twice(worker):
+    """A retained graph: the second backward pass adds the same again."""
+    layer = syncbn.torch.SyncBatchNorm(6, worker=worker, layer="twice").to(DEVICE)
+    x = torch.randn(16, 6, 4, device=DEVICE, requires_grad=True)
+    y, dy = layer(x), torch.randn(16, 6, 4, device=DEVICE)
+    y.backward(dy, retain_graph=True)
+    once = [x.grad.clone(), layer.weight.grad.clone(), layer.bias.grad.clone()]
+    y.backward(dy)
+    for total, first in zip([x.grad, layer.weight.grad, layer.bias.grad], once):
+        torch.testing.assert_close(total, 2 * first, rtol=1e-4, atol=1e-5)
+
+
 def check_missing_worker(_):
     """A round that fails raises in time, and leaves a stream that goes on."""
     with syncbn.Master(address="127.0.0.1:0") as master:
@@ -249,6 +329,7 @@ def check():
     failures = 0
     print(f"{syncbn._library.lib.syncbn_build_info().decode()}; torch {torch.__version__}; GPU: {device_name()}")
     checks = [check_types_and_layouts, check_streams, check_autocast, check_capture, check_missing_worker]
+    checks += [check_master_gone, check_strides, check_empty_batch, check_evaluation, check_backward_twice]
     with syncbn.Master(address="127.0.0.1:0") as master:
         with syncbn.Worker(target=master.target, rank=0, world_size=1, timeout=60.0) as worker:
             for one in checks:
@@ -323,7 +404,7 @@ def bench_worker(rank, world, target, port, device, queue):
         with syncbn.Worker(target=target, group=f"bench{world}", rank=rank, world_size=world) as worker:
             # Nobody starts timing before the last has loaded its libraries.
             worker.wait_for_members(60.0)
-            for size in BENCH_SIZES:
+            for size in BENCH_SIZES if DEVICE == "cuda" else BENCH_SIZES[:1]:
                 torch.manual_seed(rank)
                 x = torch.randn(size, device=DEVICE).requires_grad_()
                 dy = torch.randn(size, device=DEVICE)

@@ -118,7 +118,6 @@ def install(bench):
         "graph": graph,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": Stream,
-        "is_available": lambda: True,
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "get_device_name": lambda index: "none, the host plays one",
@@ -130,8 +129,7 @@ def install(bench):
                         cudnn_batch_norm):
         assert hasattr(torch, replacement.__name__), replacement
         setattr(torch, replacement.__name__, _operation(replacement))
-    backward = _operation(cudnn_batch_norm_backward)
-    torch.ops.aten.cudnn_batch_norm_backward = backward
+    bench.CUDNN_BACKWARD = _operation(cudnn_batch_norm_backward)
     bench.DEVICE = "cpu"
     bench.SHAPES, bench.ROTATED = _small_shapes, 1000
     bench.COMPILED = [(_small_shapes[0], torch.float32)]
