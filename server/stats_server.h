@@ -43,7 +43,8 @@ class MasterServer {
     core::Limits limits;
     // Longest frame from a worker, in bytes.
     int max_frame_bytes = 64 << 20;
-    // Bytes that may wait to be read by one worker before its stream is closed as too slow.
+    // Bytes that may wait to be read by one worker before its stream is closed as too slow. With half of them waiting,
+    // the worker is not read from. More than twice the longest frame that workers send.
     size_t max_unread_bytes = size_t{64} << 20;
     // A stream that has not joined by then is closed.
     absl::Duration join_timeout = absl::Seconds(5);

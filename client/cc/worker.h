@@ -58,7 +58,7 @@ class Round {
   uint64_t sequence() const;
   // Waits for the outcome, for at most `timeout`. OK: result() is there. A status that IsPending recognizes: ask
   // again. Any other status is the round's outcome, and stays; CANCELLED with reason INTERRUPTED excepted. A wait ends
-  // even if the master has stopped: with UNAVAILABLE (UNREACHABLE), naming the layer, 1 to 5 seconds after the group's
+  // even if the master has stopped: with UNAVAILABLE (UNREACHABLE), naming the layer, 2 to 5 seconds after the group's
   // round_timeout. That ends the worker.
   //
   // A thread that waits for 20 ms or more promises that this worker does nothing else until then, if no other thread

@@ -35,7 +35,7 @@ constexpr size_t kFullFrameRounds = 16384;
 // A pause in driving the queue after which what the master has sent may still wait to be read.
 constexpr absl::Duration kLongPause = absl::Seconds(1);
 // What an answer may take beyond the round's timeout.
-constexpr absl::Duration kLeastMargin = absl::Seconds(1);
+constexpr absl::Duration kLeastMargin = absl::Seconds(2);
 constexpr absl::Duration kMostMargin = absl::Seconds(5);
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(10);
 constexpr absl::Duration kLongestBackoff = absl::Seconds(1);

@@ -29,6 +29,8 @@ namespace {
 
 // A worker that has promised silence is read from again after this long, should its promise not hold.
 constexpr absl::Duration kLongestSilence = absl::Milliseconds(20);
+// What a worker that must read before it is read from may take to read anything.
+constexpr absl::Duration kCongestionTimeout = absl::Seconds(5);
 // What a closed stream's last frames and status may take to be read.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
 
@@ -122,7 +124,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
       session.silent_until = now_ + kLongestSilence;
       SetSilenceTimer(stream->id(), session);
     } else {
-      stream->ReadNext();
+      ReadNext(session);
     }
   }
 
@@ -155,7 +157,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   void OnGone(Watcher* watcher) override { watchers_.erase(watcher); }
 
  private:
-  enum class TimerKind { kJoin, kSilence, kClose };
+  enum class TimerKind { kJoin, kSilence, kCongestion, kClose };
 
   struct Session {
     std::unique_ptr<WorkerStream> stream;
@@ -168,6 +170,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     bool silence_timer_set = false;
     bool answered_since_read = false;
     bool half_closed = false;
+    bool congestion_timer_set = false;
+    uint64_t written_then = 0;  // When the timer was set.
   };
 
   // ---- Waiting for calls
@@ -292,7 +296,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
       if (answered.empty()) continue;
       session.answered_since_read = true;
       for (const size_t fingerprint : answered) session.unanswered.erase(fingerprint);
-      if (std::exchange(session.silent, false)) session.stream->ReadNext();
+      if (std::exchange(session.silent, false)) ReadNext(session);
       if (session.half_closed && session.unanswered.empty()) retiring_.push_back(id);
     }
   }
@@ -332,6 +336,17 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     }
   }
 
+  void ReadNext(Session& session) {
+    session.stream->ReadNext();
+    if (session.stream->congested()) SetCongestionTimer(session);
+  }
+
+  void SetCongestionTimer(Session& session) {
+    if (std::exchange(session.congestion_timer_set, true)) return;
+    session.written_then = session.stream->written();
+    timers_.insert({now_ + kCongestionTimeout, TimerKind::kCongestion, session.stream->id()});
+  }
+
   // At most one for each stream. A timer for each frame would wake the loop for every one of them, though hardly any
   // silence lasts as long.
   void SetSilenceTimer(uint64_t id, Session& session) {
@@ -353,8 +368,14 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
         if (session.silent && now_ < session.silent_until) {
           SetSilenceTimer(session.stream->id(), session);
         } else if (std::exchange(session.silent, false)) {
-          session.stream->ReadNext();
+          ReadNext(session);
         }
+        return;
+      case TimerKind::kCongestion:
+        session.congestion_timer_set = false;
+        if (!session.stream->congested()) return;
+        if (session.stream->written() == session.written_then) return session.stream->Cancel();
+        SetCongestionTimer(session);
         return;
       case TimerKind::kClose:
         session.stream->Cancel();

@@ -34,6 +34,8 @@ void WorkerStream::OnStart(bool ok) {
 
 void WorkerStream::ReadNext() {
   if (reading_ || broken_ || done_ || closing_.has_value()) return;
+  congested_ = unread_bytes_ > max_unread_bytes_ / 2;
+  if (congested_) return;
   reading_ = true;
   ++outstanding_;
   call_.Read(&incoming_, &read_tag_);
@@ -80,8 +82,10 @@ void WorkerStream::OnWrite(bool ok) {
   writing_ = false;
   unread_bytes_ -= outgoing_.front().Length();
   outgoing_.pop_front();
+  ++written_;
   if (ok) {
     WriteNext();
+    if (congested_) ReadNext();
   } else {
     broken_ = true;
   }

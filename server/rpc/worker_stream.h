@@ -45,8 +45,13 @@ class WorkerStream {
 
   uint64_t id() const { return id_; }
 
-  // Asks for the next frame, once for each frame. No-op on a stream that is closed.
+  // Asks for the next frame, once for each frame. No-op on a stream that is closed. Waits while more than half of
+  // max_unread_bytes is unread: who sends faster than it reads would else be cut off, though it reads all the time.
   void ReadNext();
+  // Whether that is being waited for.
+  bool congested() const { return congested_; }
+  // Frames that have been written.
+  uint64_t written() const { return written_; }
   // Queues a frame. A worker that leaves more than max_unread_bytes unread is cut off.
   void Send(const grpc::ByteBuffer& frame);
   // Ends the call once everything queued has been written. Nothing is read any more.
@@ -76,9 +81,11 @@ class WorkerStream {
   grpc::ByteBuffer incoming_;
   std::deque<grpc::ByteBuffer> outgoing_;
   size_t unread_bytes_ = 0;
+  uint64_t written_ = 0;
   std::optional<grpc::Status> closing_;
   int outstanding_ = 0;  // Operations, done_tag_ excepted.
   bool reading_ = false;
+  bool congested_ = false;
   bool writing_ = false;
   bool finishing_ = false;
   bool broken_ = false;

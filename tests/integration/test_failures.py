@@ -12,6 +12,12 @@ from processes import Master, WorkerProcess, await_arrival
 WORLD = 3
 
 
+def stop(child: int) -> None:
+    """Returns once all of its threads have stopped, which takes a while on a busy machine."""
+    os.kill(child, signal.SIGSTOP)
+    os.waitid(os.P_PID, child, os.WSTOPPED)
+
+
 @pytest.fixture
 def group(start: Callable[..., Any], master: Master) -> Callable[..., List[WorkerProcess]]:
     def make(**options: Any) -> List[WorkerProcess]:
@@ -96,7 +102,7 @@ def test_a_stopped_worker_is_named_at_the_deadline(
     master: Master, group: Callable[..., List[WorkerProcess]]
 ) -> None:
     workers = group(timeout=1.0)
-    os.kill(workers[1].pid, signal.SIGSTOP)
+    stop(workers[1].pid)
     try:
         for rank in (0, 2):
             workers[rank].ask(sum="loss", value=[1.0])
@@ -119,7 +125,7 @@ def test_a_stopped_master_ends_every_wait(master: Master, start: Callable[..., A
         worker.ask(sum="v", value=[1.0])
     for worker in workers:
         assert worker.answer()["result"] == [2.0]
-    os.kill(master.process.pid, signal.SIGSTOP)
+    stop(master.process.pid)
     try:
         for worker in workers:
             worker.ask(sum="loss", value=[1.0])

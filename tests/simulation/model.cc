@@ -65,6 +65,10 @@ void Model::BeforeFrame(StreamId stream, const Frame& frame, absl::Time now) {
   frame_ = &frame;
   if (frame.join.has_value()) {
     joining_[stream] = *frame.join;  // What else it says counts once it is seated.
+    const Rank rank = frame.join->rank;
+    if (Intrudes(*frame.join) && WhyRefused(*frame.join).empty() && members_[rank].stream == 0 && !Left(rank)) {
+      refused_.insert(rank);
+    }
   } else if (const auto rank = SeatOf(stream)) {
     TakeFrame(*rank, now);
   }
@@ -155,6 +159,8 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
   const core::Join& join = joining_.at(joined.stream);
   if (run_id_ == 0) run_id_ = joined.run_id;
   if (joined.run_id != run_id_ || (join.run_id != 0 && join.run_id != run_id_)) Violate("a join into another run");
+  if (Intrudes(join)) Violate(absl::StrCat("rank ", join.rank, " is seated with other layers"));
+  refused_.erase(join.rank);
   Member& member = members_[join.rank];
   if (member.stream != 0) Violate(absl::StrCat("rank ", join.rank, " holds two seats"));
   uint64_t& greatest = incarnations_[{run_id_, join.rank}];
@@ -212,13 +218,26 @@ void Model::CheckRefusedJoin(const core::CloseStream& close) {
   const auto join = joining_.find(close.stream);
   const std::string reason = close.error.has_value() ? close.error->reason : "";
   if (join == joining_.end() || close.stream != sender_.stream) return Violate("an unknown stream is closed");
-  const auto member = members_.find(join->second.rank);
-  const bool fenced = member != members_.end() && join->second.incarnation < member->second.incarnation;
-  const bool other_run = join->second.run_id != 0 && join->second.run_id != run_id_;
-  if (reason == "FENCED" && fenced && join->second.incarnation != 0) {
-    ++tally_.fenced;
-  } else if (!(reason == "RUN_SUPERSEDED" && other_run) && !(reason == "SHUTTING_DOWN" && shutting_down_)) {
+  const std::string due = WhyRefused(join->second);
+  if (reason == "FENCED") ++tally_.fenced;
+  if (reason != (due.empty() && Intrudes(join->second) ? "LAYER_SET_MISMATCH" : due) || reason.empty()) {
     Violate(absl::StrCat("the join of rank ", join->second.rank, " is refused with ", reason));
+  }
+}
+
+std::string Model::WhyRefused(const core::Join& join) const {
+  const auto member = members_.find(join.rank);
+  if (shutting_down_) return "SHUTTING_DOWN";
+  if (join.run_id != 0 && join.run_id != run_id_) return "RUN_SUPERSEDED";
+  const bool fenced = member != members_.end() && join.incarnation < member->second.incarnation;
+  return fenced && join.incarnation != 0 ? "FENCED" : "";
+}
+
+void Model::Check(const core::SendLayerError& error, absl::Time) {
+  const bool intruded = frame_ != nullptr && frame_->join.has_value() && Intrudes(*frame_->join);
+  if (!intruded || !error.layer.empty()) Violate("a layer error, though all layers agree");
+  for (const StreamId stream : error.streams) {
+    if (!Open(stream) || !SeatOf(stream).has_value()) Violate("a layer error goes to a stream that is closed");
   }
 }
 
@@ -230,6 +249,7 @@ void Model::Check(const core::GroupEnded&, absl::Time) {
     if (!pending_.empty()) Violate("a group ends before its rounds");
   }
   run_id_ = 0;
+  refused_.clear();
   members_.clear();
   pending_.clear();
   ended_.clear();
@@ -355,6 +375,9 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
     const std::vector<Rank> reborn = {restart ? frame_->join->rank : settings_.world_size};
     due = !proceeds() && !error.ranks.empty() &&
           (error.ranks == lost || (error.ranks == reborn && std::count(missing.begin(), missing.end(), reborn[0])));
+  } else if (reason == "LAYER_SET_MISMATCH") {
+    const bool refused = error.ranks.size() == 1 && refused_.count(error.ranks[0]) != 0;
+    due = !proceeds() && refused && std::count(awaited.begin(), awaited.end(), error.ranks[0]) != 0;
   } else if (reason == "DEADLOCK") {
     deadlock_now_ = deadlock_now_ || Deadlocked();
     due = deadlock_now_ && error.ranks == missing;
@@ -483,6 +506,7 @@ void Model::CheckWaiting(absl::Time now) {
     size_t lost = 0;
     for (const Rank rank : Missing(round)) {
       if (Left(rank)) continue;
+      if (refused_.count(rank) != 0 && !proceeds()) Violate(absl::StrCat(Name(key), " waits for one that was refused"));
       // On the stroke of the grace or the deadline, its alarm may be the next event.
       (GivenUp(rank, now - absl::Nanoseconds(1)) ? lost : awaited) += 1;
     }

@@ -102,7 +102,7 @@ class Model {
 
   void Check(const core::SendJoined& joined, absl::Time now);
   void Check(const core::SendResults& results, absl::Time now);
-  void Check(const core::SendLayerError&, absl::Time) { Violate("a layer error, though all layers agree"); }
+  void Check(const core::SendLayerError& error, absl::Time now);
   void Check(const core::SendMembership& change, absl::Time now);
   void Check(const core::CloseStream& close, absl::Time now);
   void Check(const core::RoundEnded& ended, absl::Time now);
@@ -114,6 +114,10 @@ class Model {
   void CheckNumbers(const core::RoundOutcome& outcome, const Merged& merged);
   void CheckRunning(const std::string& layer, const core::LayerView& view);
   bool RefusalIsDue(core::Rank rank, const Part& part, const std::string& reason) const;
+  // Whether the join has other layers than the workers have.
+  bool Intrudes(const core::Join& join) const { return join.layers.size() != settings_.layers.size(); }
+  // Why it is refused, whatever its layers are; empty if it is not.
+  std::string WhyRefused(const core::Join& join) const;
   void CheckRefusedJoin(const core::CloseStream& close);
   void CheckOutcomes();
   void CheckTold();
@@ -147,7 +151,8 @@ class Model {
   std::map<core::RoundKey, Pending> pending_;
   std::map<core::RoundKey, Ended> ended_;
   std::map<std::string, Running> running_;
-  uint64_t run_id_ = 0;  // 0 while there is no group.
+  std::set<core::Rank> refused_;  // Vacant, and last claimed by someone with other layers.
+  uint64_t run_id_ = 0;           // 0 while there is no group.
   bool shutting_down_ = false;
 
   // Of the event that is being handled.

@@ -36,6 +36,8 @@ void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
   asked_ = 0;
   if (event.join.has_value()) {
     rank_of_[stream] = event.join->rank;
+    std::vector<core::LayerSpec>& layers = event.join->layers;
+    if (bug_ == Bug::kAnyLayers && !layers.empty() && layers.back().name == "z") layers.pop_back();
     const uint64_t present = incarnations_[event.join->rank];
     if (bug_ == Bug::kNoFencing && event.join->incarnation != 0 && event.join->incarnation < present) {
       asked_ = std::exchange(event.join->incarnation, present);

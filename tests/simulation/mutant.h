@@ -28,6 +28,7 @@ enum class Bug {
   kWrongVariance,    // A billionth too much of it.
   kSplitOutcome,     // Members are told a result that differs in its last bit from the one that is on record.
   kAcceptedNan,      // Bad numbers are made good on their way in.
+  kAnyLayers,        // A join with a layer too many is let in.
 };
 
 class Mutant {

@@ -112,6 +112,7 @@ class World {
   void ToWorker(const Item& item);
   void WorkerSeesClose(const Item& item);
   void Fault();
+  void Intrude(size_t life);
 
   Random random_;
   const Bug bug_;
@@ -479,8 +480,9 @@ void World::Fault() {
   if (lives_.empty()) return;
   const size_t index = random_.Below(lives_.size());
   Life& life = lives_[index];
-  const uint64_t kind = random_.Below(10);
+  const uint64_t kind = random_.Below(11);
   if (kind == 0) return RestartMaster();
+  if (kind == 10) return Intrude(index);
   if (!life.alive) return;
   const Rank rank = life.worker.rank();
   if (kind <= 4) {
@@ -498,6 +500,21 @@ void World::Fault() {
     life.stalled_until = now_ + random_.Between(1'000, 400'000);
     Log("rank ", rank, " stalls until ", life.stalled_until);
   }
+}
+
+// Someone claims the seat of this life, and has another network.
+void World::Intrude(size_t index) {
+  auto frame = std::make_shared<Frame>(*lives_[index].worker.JoinFrame());
+  // Where there is no group, or no run that it could belong to, its layers would be those that count.
+  const bool group = std::any_of(lives_.begin(), lives_.end(), [this](const Life& life) {
+    return life.joined && life.stream != 0 && StreamOf(life.stream).master == masters_;
+  });
+  if (master_ == nullptr || !group || frame->join->incarnation == 0) return;
+  frame->join->layers.push_back(testing::BatchNormLayer("z", 1));
+  streams_.push_back(Stream{index, masters_});
+  Log("stream ", streams_.size(), " claims rank ", lives_[index].worker.rank(), " with other layers");
+  Push(now_ + Delay(), Kind::kToMaster, streams_.size()).frame = std::move(frame);
+  Flush();
 }
 
 }  // namespace

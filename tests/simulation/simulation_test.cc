@@ -75,8 +75,8 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.tally.partial, 0u);
   EXPECT_GT(sum.tally.replayed, 0u);
   EXPECT_GT(sum.tally.fenced, 0u);
-  for (const char* reason :
-       {"ROUND_TIMEOUT", "WORKER_LOST", "DEADLOCK", "TOO_FEW_WORKERS", "INVALID_CONTRIBUTION", "NOT_FINITE"}) {
+  for (const char* reason : {"ROUND_TIMEOUT", "WORKER_LOST", "DEADLOCK", "TOO_FEW_WORKERS", "INVALID_CONTRIBUTION",
+                             "NOT_FINITE", "LAYER_SET_MISMATCH"}) {
     EXPECT_GT(sum.tally.failed[reason], 0u) << reason;
   }
   for (const char* reason : {"PAYLOAD_CHANGED", "FORWARD_ROUND_UNKNOWN", "NOT_A_CONTRIBUTOR"}) {
@@ -115,7 +115,7 @@ INSTANTIATE_TEST_SUITE_P(
                       PlantedBug{"LostOutcome", Bug::kLostOutcome}, PlantedBug{"SendAfterClose", Bug::kSendAfterClose},
                       PlantedBug{"IgnoredDeadline", Bug::kIgnoredDeadline}, PlantedBug{"EarlyLeave", Bug::kEarlyLeave},
                       PlantedBug{"WrongVariance", Bug::kWrongVariance}, PlantedBug{"SplitOutcome", Bug::kSplitOutcome},
-                      PlantedBug{"AcceptedNan", Bug::kAcceptedNan}),
+                      PlantedBug{"AcceptedNan", Bug::kAcceptedNan}, PlantedBug{"AnyLayers", Bug::kAnyLayers}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

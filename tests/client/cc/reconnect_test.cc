@@ -239,7 +239,7 @@ TEST(ReconnectTest, AWaitThatComesLateFindsTheAnswer) {
   const auto worker = JoinOrDie(options);
   auto round = worker->StartSum("v", 0, std::vector<double>{1.0});
   ASSERT_TRUE(round.ok() && worker->Flush().ok());
-  absl::SleepFor(absl::Milliseconds(1100));  // Nobody looks at the stream for longer than a master may take.
+  absl::SleepFor(absl::Milliseconds(2100));  // Nobody looks at the stream for longer than a master may take.
   const absl::Status status = round->Wait();
   EXPECT_TRUE(status.ok()) << status;
 }

@@ -304,7 +304,7 @@ TEST_F(WorkerTest, AChildProcessIsToldToJoinForItself) {
 }
 
 TEST(WorkerOfLongVectorsTest, DoesNotSendFasterThanItReads) {
-  constexpr size_t kElements = size_t{16} << 20;  // 16 pieces.
+  constexpr size_t kElements = size_t{10} << 20;  // 10 pieces.
   MasterServer::Options options;
   options.addresses = {"127.0.0.1:0"};
   options.max_unread_bytes = size_t{40} << 20;
@@ -318,6 +318,32 @@ TEST(WorkerOfLongVectorsTest, DoesNotSendFasterThanItReads) {
     ASSERT_TRUE(sum.ok()) << sum.status();
     EXPECT_EQ(sum->size(), kElements);
     EXPECT_EQ(sum->back(), 3.0);
+  });
+}
+
+TEST(WorkerOfLongVectorsTest, DoesNotSendManyFasterThanItReads) {
+  constexpr size_t kElements = size_t{1} << 20;
+  constexpr int kVectors = 12;
+  MasterServer::Options options;
+  options.addresses = {"127.0.0.1:0"};
+  options.max_unread_bytes = size_t{48} << 20;
+  const auto master = MasterServer::Start(std::move(options));
+  ASSERT_TRUE(master.ok());
+  const auto workers = JoinAll((*master)->target(), 2);
+  OnEachRank(2, [&](uint32_t rank) {
+    if (rank == 1) AwaitArrival(**master, absl::StrCat("v", kVectors - 1), 0);
+    const std::vector<double> value(kElements, 1.0 + rank);
+    std::vector<Round> rounds;
+    for (int i = 0; i < kVectors; ++i) {
+      auto round = workers[rank]->StartSum(absl::StrCat("v", i), 0, value);
+      ASSERT_TRUE(round.ok());
+      rounds.push_back(*std::move(round));
+    }
+    for (Round& round : rounds) {
+      const absl::Status status = round.Wait();
+      ASSERT_TRUE(status.ok()) << status;
+      EXPECT_EQ(round.result().first.back(), 3.0);
+    }
   });
 }
 

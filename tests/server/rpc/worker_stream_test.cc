@@ -1,9 +1,13 @@
 // What the gRPC layer adds to the round engine: frames that are not frames, streams that end, readers that do not read.
 
+#include <atomic>
+#include <cstdio>
 #include <memory>
+#include <random>
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -276,6 +280,55 @@ TEST(WorkerStreamTest, DestructionEndsOpenCalls) {
   ASSERT_TRUE(stream.Read().has_value());
   server.reset();
   EXPECT_FALSE(stream.Finish().ok());
+}
+
+TEST(WorkerStreamTest, StreamsThatEndAtAnyMomentHarmNothing) {
+  constexpr int kThreads = 4;
+  constexpr int kStreams = 60;  // Of each thread; the master is shut down in the midst of them.
+  const uint32_t seed = std::random_device()();
+  std::printf("seed %u\n", seed);
+  MasterServer::Options options;
+  options.join_timeout = absl::Milliseconds(20);
+  options.limits.group_linger = absl::Milliseconds(5);
+  options.max_unread_bytes = 1000;
+  const auto server = StartServer(options);
+  std::atomic<int> ended{0};
+  std::vector<std::thread> threads;
+  for (uint32_t rank = 0; rank < kThreads; ++rank) {
+    threads.emplace_back([&, rank] {
+      std::mt19937 random(seed + rank);
+      const auto channel = Connect(server->target());
+      for (int i = 0; i < kStreams; ++i, ++ended) {
+        RawStream stream(channel);  // Its destructor cancels.
+        const uint32_t stage = random() % 9;
+        if (stage == 0) continue;
+        if (stage == 1) stream.Finish();  // By the master, since it does not join.
+        if (stage == 2) stream.WriteBytes("\x0a\xff");
+        if (stage == 3) stream.WritesDone();
+        if (stage <= 3) continue;
+        v1::WorkerFrame frame = JoinFrame("g", rank, kThreads);
+        frame.mutable_join()->set_generation(random() % 16 == 0 ? i : 0);
+        frame.mutable_join()->mutable_config()->mutable_round_timeout()->set_nanos(20'000'000);
+        *frame.add_layers() = SumLayer("v", 1);
+        stream.Write(frame);
+        const uint32_t frames = random() % 40;
+        for (uint32_t sent = 0; sent < frames; ++sent) {  // Without reading what they bring.
+          frame = SumFrame("v", random() % 4, {1.0 * (random() % 2)});
+          if (random() % 2 == 0) *frame.add_blocked_on() = frame.contributions(0).key();
+          stream.Write(frame);
+        }
+        if (stage == 4) continue;
+        if (stage == 5) frame.mutable_leave();
+        if (stage == 6) *frame.mutable_join() = JoinFrame("g", rank, kThreads).join();
+        stream.Write(frame);
+        if (stage == 7) stream.WritesDone();
+        if (stage != 8) stream.Finish();
+      }
+    });
+  }
+  while (ended < kThreads * kStreams / 2) std::this_thread::yield();
+  server->Shutdown(absl::ZeroDuration());
+  for (std::thread& thread : threads) thread.join();
 }
 
 // ---- Errors that are long -------------------------------------------------------------------------------------------
