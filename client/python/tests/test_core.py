@@ -3,6 +3,7 @@
 import concurrent.futures
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -333,6 +334,29 @@ def test_threads_share_a_worker(group):
             return list(pool.map(layer, range(4)))
 
     assert group(2, run) == [[[2.0 * step + 1 for step in range(20)]] * 4] * 2
+
+
+_BESIDE_OTHERS = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+import syncbn
+with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=1) as worker:
+    print(worker.all_reduce("sum", [2.0]))
+"""
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="what is preloaded comes first")
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+def test_libraries_of_the_same_names_do_not_meet(tmp_path):
+    """As TensorFlow, which shows its own gRPC, protobuf and Abseil to the whole process."""
+    source, library = tmp_path / "other.c", tmp_path / "libother.so"
+    names = ["grpc_init", "grpc_completion_queue_next"]
+    source.write_text("#include <stdlib.h>\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in names))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _BESIDE_OTHERS, library], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "[2.]\n"), done.stderr
 
 
 _INTERRUPTED = """
