@@ -220,8 +220,7 @@ int main(void) {
   double difference = 0.0;
   for (int i = 0; i < 2; ++i) {
     for (int k = 0; k < kParameters; ++k) {
-      difference =
-          fmax(difference, fabs(((double*)&parts[i].parameters)[k] - ((double*)&parts[2].parameters)[k]));
+      difference = fmax(difference, fabs(((double*)&parts[i].parameters)[k] - ((double*)&parts[2].parameters)[k]));
     }
     for (int h = 0; h < kHidden; ++h) {
       difference = fmax(difference, fabs(parts[i].running_mean[h] - parts[2].running_mean[h]));

@@ -603,18 +603,31 @@ def _find_worker(job: str, group: str, rank: int) -> Optional[Worker]:
     return None
 
 
+_environment_lock = threading.Lock()
+_environment_worker: Optional[Worker] = None  # Kept open until the process ends.
+
+
 def default_worker() -> Worker:
-    """The worker that layers without one use: this thread's newest open one, else the only open one of the process."""
-    workers = _all_open()
-    own = [worker for worker in workers if worker._thread == threading.get_ident()]
-    if own:
-        return own[-1]
-    if len(workers) == 1:
-        return workers[0]
-    raise errors.make_error(
-        f"{len(workers)} workers are open, none of them by this thread: pass worker="
-        if workers
-        else "no worker is open: make a syncbn.Worker first, or pass worker=",
-        9,
-        "NO_WORKER",
-    )
+    """The worker that layers without one use: this thread's newest open one, else the only open one of the process.
+
+    Where none is open, one is made if SYNCBN_TARGET, RANK and WORLD_SIZE are set, and stays open until the process ends.
+    """
+    global _environment_worker
+    with _environment_lock:  # Of threads that come at the same time, one makes it.
+        workers = _all_open()
+        own = [worker for worker in workers if worker._thread == threading.get_ident()]
+        if own:
+            return own[-1]
+        if len(workers) == 1:
+            return workers[0]
+        if workers:
+            text = f"{len(workers)} workers are open, none of them by this thread: pass worker="
+        elif all(os.environ.get(name) for name in ("SYNCBN_TARGET", "RANK", "WORLD_SIZE")):
+            _environment_worker = Worker()
+            return _environment_worker
+        else:
+            text = (
+                "no worker is open: make a syncbn.Worker first, pass worker=, or set SYNCBN_TARGET, RANK and WORLD_SIZE "
+                "in the environment"
+            )
+    raise errors.make_error(text, 9, "NO_WORKER")

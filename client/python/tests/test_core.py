@@ -269,6 +269,21 @@ def test_default_worker(master):
     assert pickle.loads(pickle.dumps(one)) is None
 
 
+def test_the_default_worker_may_be_made_from_the_environment(master, monkeypatch):
+    for name, value in {"SYNCBN_TARGET": master.target, "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "default worker")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: syncbn.default_worker(), range(8)))
+    worker = syncbn.default_worker()
+    assert all(other is worker for other in found)
+    assert (worker.rank, worker.world_size, worker.job) == (1, 2, "default worker")
+    worker.close()
+    monkeypatch.delenv("RANK")
+    with pytest.raises(syncbn.FailedPrecondition, match="no worker is open.*RANK"):
+        syncbn.default_worker()
+
+
 def test_errors_survive_pickling():
     error = syncbn.WorkerLost("text", 14, "WORKER_LOST", "layer", (1, 2))
     copy = pickle.loads(pickle.dumps(error))
