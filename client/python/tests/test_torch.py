@@ -586,6 +586,8 @@ def test_shared_modules_are_converted_once():
 
 def test_conversion_of_other_kinds():
     assert isinstance(sync.convert_sync_batchnorm(torch.nn.SyncBatchNorm(3)), sync.SyncBatchNorm)
+    with pytest.raises(ValueError, match="process group"):
+        sync.convert_sync_batchnorm(torch.nn.SyncBatchNorm(3, process_group=object()))
     plain = sync.convert_sync_batchnorm(torch.nn.BatchNorm1d(3, affine=False, track_running_stats=False))
     assert plain.weight is None and plain.running_mean is None and plain.layer == "batch_norm"
     assert isinstance(sync.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm3d(3)), sync.SyncBatchNorm)

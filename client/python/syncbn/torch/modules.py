@@ -341,7 +341,8 @@ def convert_sync_batchnorm(
     their path in the model; a shared module is converted once, and keeps the first path.
 
     Args:
-      worker: default `syncbn.default_worker()`, at the time of the call of a layer.
+      worker: default `syncbn.default_worker()`, at the time of the call of a layer. Needed for a torch.nn.SyncBatchNorm
+        with a process group: it says which workers take the group's place.
       prefix: put before the names, to tell two models of one worker apart.
     Returns:
       The module, changed in place; or a new one if it is a batch normalization itself.
@@ -350,6 +351,8 @@ def convert_sync_batchnorm(
     def convert(candidate: torch.nn.Module, path: str) -> torch.nn.Module:
         if isinstance(candidate, SyncBatchNorm) or not isinstance(candidate, _BatchNorm):
             return candidate
+        if worker is None and getattr(candidate, "process_group", None) is not None:
+            raise ValueError(f"{path or 'the module'} has a process group: give the worker of the group that stands for it")
         return _to_synchronized(candidate, worker, eps_mode, prefix + (path or "batch_norm"))
 
     return _rewrite(module, "", convert, {})
