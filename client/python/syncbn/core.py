@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import numpy as np
 
-from syncbn import _library, errors
+from syncbn import _library, _signals, errors
 from syncbn._library import call, create, lib, text
 
 _NS = 1_000_000_000
@@ -32,8 +32,10 @@ def _nanoseconds(seconds: float) -> int:
 def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
     """Waits in slices: whether it was done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
 
-    The interpreter's lock is free during a slice, and a signal's handler runs at its end.
+    The interpreter's lock is free during a slice, and a signal's handler runs at its end; on other threads than the main
+    one see `_signals`.
     """
+    watch = None if threading.current_thread() is threading.main_thread() else _signals.Watch()
     deadline = None if timeout is None else time.monotonic_ns() + _nanoseconds(timeout)
     while True:
         slice_ns = _SLICE_NS if deadline is None else max(0, min(_SLICE_NS, deadline - time.monotonic_ns()))
@@ -41,6 +43,8 @@ def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
             return True
         if deadline is not None and time.monotonic_ns() >= deadline:
             return False
+        if watch is not None:
+            watch.check()
 
 
 class Master:
@@ -273,6 +277,7 @@ class Worker:
         self.world_size = int(lib.syncbn_worker_world_size(self._handle))
         self.incarnation = int(lib.syncbn_worker_incarnation(self._handle))
         self._thread = threading.get_ident()
+        _signals.listen()
         with _open_lock:
             _open_workers.append(weakref.ref(self))
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import pathlib
 import pickle
 import shutil
 import signal
@@ -400,6 +401,74 @@ def test_ctrl_c_ends_a_wait_on_the_main_thread():
     finally:
         process.kill()
         process.wait()
+
+
+_INTERRUPTED_ELSEWHERE = """
+import ctypes, signal, threading, syncbn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Under nohup and the like it is ignored.
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+with syncbn.Master() as master:
+    worker = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
+    seen = []
+    def wait():
+        try:
+            worker.all_reduce("sum", [1.0])
+        except BaseException as error:
+            seen.append(type(error).__name__)
+        libc.pthread_mutex_unlock(mutex)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        print(hex(ctypes.addressof(mutex)), flush=True)
+        libc.pthread_mutex_lock(mutex)  # As autograd's engine or JAX's runtime: no signal ends this.
+        print("not interrupted", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    thread.join()
+    print(seen, flush=True)
+    worker.close()
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/syscall", os.R_OK), reason="/proc does not tell system calls")
+def test_ctrl_c_ends_a_wait_on_another_thread():
+    process = subprocess.Popen([sys.executable, "-c", _INTERRUPTED_ELSEWHERE], stdout=subprocess.PIPE, text=True)
+    try:
+        address = process.stdout.readline().strip()
+        # Until its main thread waits for the mutex: a futex call, whose first argument is the address.
+        while address not in pathlib.Path(f"/proc/{process.pid}/syscall").read_text().split():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "interrupted\n['KeyboardInterrupt']\n"
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_forked_child_does_not_note_its_signals_for_the_parent(master):
+    with syncbn.Worker(master.target, "signals", 0, 1):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if signal.set_wakeup_fd(-1) == -1 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        listening = signal.set_wakeup_fd(-1)
+        assert listening != -1
+        signal.set_wakeup_fd(listening)
+
+
+def test_a_wakeup_descriptor_of_someone_else_is_left_alone(master):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        with syncbn.Worker(master.target, "wakeup", 0, 1):
+            assert signal.set_wakeup_fd(writer) == writer
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_missing_library_says_what_to_do():
