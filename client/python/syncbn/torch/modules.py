@@ -276,6 +276,11 @@ def _move(source: _BatchNorm, target: _BatchNorm) -> _BatchNorm:
 def _to_synchronized(
     source: _BatchNorm, worker: Optional[Worker], eps_mode: str, layer: str, kind: Any = SyncBatchNorm
 ) -> SyncBatchNorm:
+    if type(source).forward not in (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward):
+        raise ValueError(
+            f"layer {layer!r} is a {type(source).__module__}.{type(source).__qualname__}, which does more than batch "
+            "normalization: a SyncBatchNorm would leave that out. Replace it by a SyncBatchNorm and what it adds"
+        )
     # Without affine and tracking first: the parameters and buffers are the source's, none is allocated for nothing.
     if isinstance(source, _LazyNormBase):
         target: SyncBatchNorm = LazySyncBatchNorm(source.eps, source.momentum, False, False, worker=worker, layer=layer)
@@ -346,6 +351,8 @@ def convert_sync_batchnorm(
       prefix: put before the names, to tell two models of one worker apart.
     Returns:
       The module, changed in place; or a new one if it is a batch normalization itself.
+    Raises:
+      ValueError: for a subclass with a forward of its own, such as a batch normalization with an activation in it.
     """
 
     def convert(candidate: torch.nn.Module, path: str) -> torch.nn.Module:
