@@ -44,20 +44,20 @@ NOTE = (
 )
 
 
-def where() -> str:
-    """Machine and commit, for people."""
+def where(load: float) -> str:
+    """Machine, its load before, and commit, for people."""
     cpu = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     describe = ["git", "-C", str(_HERE), "rev-parse", "--short=12", "HEAD"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
-    return f"{cpu}, {os.cpu_count()} cores; torch {torch.__version__}; commit {commit}"
+    return f"{cpu}, {os.cpu_count()} cores, load {load:.1f} before; torch {torch.__version__}; commit {commit}"
 
 
-def markdown(title: str, rows: List[Row]) -> str:
+def markdown(title: str, load: float, rows: List[Row]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, *rows)]
-    return "\n".join([f"{title}. {where()}.", "", lines[0], "|---|--:|--:|--:|--:|", *lines[1:], "", NOTE])
+    return "\n".join([f"{title}. {where(load)}.", "", lines[0], "|---|--:|--:|--:|--:|", *lines[1:], "", NOTE])
 
 
 def run(mode: str, workers: int, options: List[str], target: str) -> List[Dict[str, List[float]]]:
@@ -94,6 +94,7 @@ def main() -> int:
     if any(arguments.batch % workers for workers in arguments.workers):
         parser.error("the batch has to divide by each number of workers")
     options = ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
+    load = os.getloadavg()[0]
     title = f"ResNet-18, 32 x 32, global batch {arguments.batch}, one thread a worker"
     table, done = Table(title=f"{title}, {os.cpu_count()} cores"), []
     for column in HEADER:
@@ -124,7 +125,7 @@ def main() -> int:
     console.print(NOTE)
     if arguments.write:
         before, rest = README.read_text().split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{markdown(title, done)}\n{END}{rest.split(END)[1]}")
+        README.write_text(f"{before}{BEGIN}\n{markdown(title, load, done)}\n{END}{rest.split(END)[1]}")
     return 0
 
 
