@@ -87,15 +87,16 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--double", action="store_true", help="in float64, where rounding hides nothing")
     parser.add_argument("--master", metavar="TARGET", help="use a running master")
     parser.add_argument("--write", action="store_true", help="put the table into client/examples/README.md")
     arguments = parser.parse_args()
     console = Console()
     if any(arguments.batch % workers for workers in arguments.workers):
         parser.error("the batch has to divide by each number of workers")
-    options = ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
+    options = ["--batch", str(arguments.batch), "--steps", str(arguments.steps), *["--double"] * arguments.double]
     load = os.getloadavg()[0]
-    title = f"ResNet-18, 32 x 32, global batch {arguments.batch}, one thread a worker"
+    title = f"ResNet-18, 32 x 32, global batch {arguments.batch}, {'float64, ' * arguments.double}one thread a worker"
     table, done = Table(title=f"{title}, {os.cpu_count()} cores"), []
     for column in HEADER:
         table.add_column(column)
