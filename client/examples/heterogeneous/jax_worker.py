@@ -38,8 +38,9 @@ def make(worker: Any) -> Tuple[common.Gradient, Callable[[], np.ndarray]]:
     step = jax.jit(jax.grad(loss, has_aux=True))
 
     def gradient(parameters: np.ndarray, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        result, statistics[:] = step(parameters, images, labels, list(statistics))
-        return np.asarray(result)
+        with syncbn.jax.typed_errors():
+            result, statistics[:] = step(parameters, images, labels, list(statistics))
+            return np.asarray(result)
 
     return gradient, lambda: np.concatenate([np.asarray(v) for layer in statistics for v in layer])
 

@@ -238,10 +238,20 @@ def library_path() -> pathlib.Path:
     return pathlib.Path(os.environ.get("SYNCBN_LIBRARY") or pathlib.Path(__file__).with_name("libsyncbn.so"))
 
 
+def _load_mode() -> int:
+    """How to bind the library's symbols: to its own gRPC, protobuf and Abseil, whatever else the process has.
+
+    TensorFlow loads its own copies of them for everyone (RTLD_GLOBAL), of other versions under the same names. But what
+    is preloaded wants to be bound first: an allocator that replaces malloc, or a sanitizer.
+    """
+    own_first = 0 if os.environ.get("LD_PRELOAD") else getattr(os, "RTLD_DEEPBIND", 0)
+    return os.RTLD_NOW | os.RTLD_LOCAL | own_first
+
+
 def _load() -> ctypes.CDLL:
     path = library_path()
     try:
-        loaded = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path), mode=_load_mode())
     except OSError as error:
         raise ImportError(
             f"syncbn cannot load its library {path}: {error}. "

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import numpy as np
 
-from syncbn import _library, errors
+from syncbn import _library, _signals, errors
 from syncbn._library import call, create, lib, text
 
 _NS = 1_000_000_000
@@ -32,8 +32,10 @@ def _nanoseconds(seconds: float) -> int:
 def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
     """Waits in slices: whether it was done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
 
-    The interpreter's lock is free during a slice, and a signal's handler runs at its end.
+    The interpreter's lock is free during a slice, and a signal's handler runs at its end; on other threads than the main
+    one see `_signals`.
     """
+    watch = None if threading.current_thread() is threading.main_thread() else _signals.Watch()
     deadline = None if timeout is None else time.monotonic_ns() + _nanoseconds(timeout)
     while True:
         slice_ns = _SLICE_NS if deadline is None else max(0, min(_SLICE_NS, deadline - time.monotonic_ns()))
@@ -41,6 +43,8 @@ def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
             return True
         if deadline is not None and time.monotonic_ns() >= deadline:
             return False
+        if watch is not None:
+            watch.check()
 
 
 class Master:
@@ -273,6 +277,7 @@ class Worker:
         self.world_size = int(lib.syncbn_worker_world_size(self._handle))
         self.incarnation = int(lib.syncbn_worker_incarnation(self._handle))
         self._thread = threading.get_ident()
+        _signals.listen()
         with _open_lock:
             _open_workers.append(weakref.ref(self))
 
@@ -603,18 +608,31 @@ def _find_worker(job: str, group: str, rank: int) -> Optional[Worker]:
     return None
 
 
+_environment_lock = threading.Lock()
+_environment_worker: Optional[Worker] = None  # Kept open until the process ends.
+
+
 def default_worker() -> Worker:
-    """The worker that layers without one use: this thread's newest open one, else the only open one of the process."""
-    workers = _all_open()
-    own = [worker for worker in workers if worker._thread == threading.get_ident()]
-    if own:
-        return own[-1]
-    if len(workers) == 1:
-        return workers[0]
-    raise errors.make_error(
-        f"{len(workers)} workers are open, none of them by this thread: pass worker="
-        if workers
-        else "no worker is open: make a syncbn.Worker first, or pass worker=",
-        9,
-        "NO_WORKER",
-    )
+    """The worker that layers without one use: this thread's newest open one, else the only open one of the process.
+
+    Where none is open, one is made if SYNCBN_TARGET, RANK and WORLD_SIZE are set, and stays open until the process ends.
+    """
+    global _environment_worker
+    with _environment_lock:  # Of threads that come at the same time, one makes it.
+        workers = _all_open()
+        own = [worker for worker in workers if worker._thread == threading.get_ident()]
+        if own:
+            return own[-1]
+        if len(workers) == 1:
+            return workers[0]
+        if workers:
+            text = f"{len(workers)} workers are open, none of them by this thread: pass worker="
+        elif all(os.environ.get(name) for name in ("SYNCBN_TARGET", "RANK", "WORLD_SIZE")):
+            _environment_worker = Worker()
+            return _environment_worker
+        else:
+            text = (
+                "no worker is open: make a syncbn.Worker first, pass worker=, or set SYNCBN_TARGET, RANK and WORLD_SIZE "
+                "in the environment"
+            )
+    raise errors.make_error(text, 9, "NO_WORKER")

@@ -45,6 +45,8 @@ def typed_errors() -> Iterator[None]:
     except RuntimeError as error:
         # The first is the root: what fails after it may only follow from it.
         found = next((f for f in list(_failures) if type(f).__name__ in str(error)), None)
+        if found is None and "KeyboardInterrupt" in str(error):  # It came before the callback's first line.
+            found = KeyboardInterrupt()
         if found is None or type(error) is type(found):
             raise
         _failures.clear()

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 import syncbn
 import syncbn.torch as sync
@@ -161,6 +162,47 @@ def shared_layer(worker: syncbn.Worker) -> None:
     train_beside_whole(
         worker, seeded(lambda: model.append(model[1])).double(), normal(3 * WORLD, 2), [3] * WORLD
     )
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The first input needs a gradient, or the reentrant kind would go without.
+        return torch.utils.checkpoint.checkpoint(self.model, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+def compiled(worker: syncbn.Worker, reentrant: Optional[bool]) -> None:
+    """torch.compile around and within DDP, maybe with a checkpointed segment; the backend needs no C++ compiler."""
+    sizes = [2 + rank for rank in range(WORLD)]
+    x = normal(sum(sizes), 2)
+    for outside in (True, False):
+        torch._dynamo.reset()
+        whole = seeded(Net).double()
+        mine = sync.convert_sync_batchnorm(copy.deepcopy(whole), worker, prefix=f"{outside} ")
+        model: Any = mine if reentrant is None else Checkpointed(mine, reentrant)
+        parallel = torch.nn.parallel.DistributedDataParallel
+        run = (
+            torch.compile(parallel(model), backend="aot_eager")
+            if outside
+            else parallel(torch.compile(model, backend="aot_eager"))
+        )
+        for trained, batch, scale in ((run, x.split(sizes)[RANK].clone(), WORLD / len(x)), (whole, x, 1 / len(x))):
+            optimizer = torch.optim.SGD(trained.parameters(), lr=0.5)
+            for _ in range(3):
+                optimizer.zero_grad()
+                (trained(batch).square().sum() * scale).backward()
+                optimizer.step()
+        for name, wanted in whole.state_dict().items():
+            torch.testing.assert_close(mine.state_dict()[name], wanted, rtol=1e-10, atol=1e-10, msg=name)
+
+
+if hasattr(torch, "compile"):
+    CASES["compiled"] = lambda worker: compiled(worker, None)
+    CASES["compiled and checkpointed"] = lambda worker: compiled(worker, False)
+    CASES["compiled and checkpointed, reentrant"] = lambda worker: compiled(worker, True)
 
 
 @case

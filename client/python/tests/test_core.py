@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import os
+import pathlib
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +270,21 @@ def test_default_worker(master):
     assert pickle.loads(pickle.dumps(one)) is None
 
 
+def test_the_default_worker_may_be_made_from_the_environment(master, monkeypatch):
+    for name, value in {"SYNCBN_TARGET": master.target, "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "default worker")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: syncbn.default_worker(), range(8)))
+    worker = syncbn.default_worker()
+    assert all(other is worker for other in found)
+    assert (worker.rank, worker.world_size, worker.job) == (1, 2, "default worker")
+    worker.close()
+    monkeypatch.delenv("RANK")
+    with pytest.raises(syncbn.FailedPrecondition, match="no worker is open.*RANK"):
+        syncbn.default_worker()
+
+
 def test_errors_survive_pickling():
     error = syncbn.WorkerLost("text", 14, "WORKER_LOST", "layer", (1, 2))
     copy = pickle.loads(pickle.dumps(error))
@@ -335,6 +352,29 @@ def test_threads_share_a_worker(group):
     assert group(2, run) == [[[2.0 * step + 1 for step in range(20)]] * 4] * 2
 
 
+_BESIDE_OTHERS = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+import syncbn
+with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=1) as worker:
+    print(worker.all_reduce("sum", [2.0]))
+"""
+
+
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="what is preloaded comes first")
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+def test_libraries_of_the_same_names_do_not_meet(tmp_path):
+    """As TensorFlow, which shows its own gRPC, protobuf and Abseil to the whole process."""
+    source, library = tmp_path / "other.c", tmp_path / "libother.so"
+    names = ["grpc_init", "grpc_completion_queue_next"]
+    source.write_text("#include <stdlib.h>\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in names))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _BESIDE_OTHERS, library], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "[2.]\n"), done.stderr
+
+
 _INTERRUPTED = """
 import signal, sys, syncbn
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Under nohup and the like it is ignored.
@@ -361,6 +401,74 @@ def test_ctrl_c_ends_a_wait_on_the_main_thread():
     finally:
         process.kill()
         process.wait()
+
+
+_INTERRUPTED_ELSEWHERE = """
+import ctypes, signal, threading, syncbn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Under nohup and the like it is ignored.
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+with syncbn.Master() as master:
+    worker = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
+    seen = []
+    def wait():
+        try:
+            worker.all_reduce("sum", [1.0])
+        except BaseException as error:
+            seen.append(type(error).__name__)
+        libc.pthread_mutex_unlock(mutex)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        print(hex(ctypes.addressof(mutex)), flush=True)
+        libc.pthread_mutex_lock(mutex)  # As autograd's engine or JAX's runtime: no signal ends this.
+        print("not interrupted", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    thread.join()
+    print(seen, flush=True)
+    worker.close()
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/syscall", os.R_OK), reason="/proc does not tell system calls")
+def test_ctrl_c_ends_a_wait_on_another_thread():
+    process = subprocess.Popen([sys.executable, "-c", _INTERRUPTED_ELSEWHERE], stdout=subprocess.PIPE, text=True)
+    try:
+        address = process.stdout.readline().strip()
+        # Until its main thread waits for the mutex: a futex call, whose first argument is the address.
+        while address not in pathlib.Path(f"/proc/{process.pid}/syscall").read_text().split():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "interrupted\n['KeyboardInterrupt']\n"
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_forked_child_does_not_note_its_signals_for_the_parent(master):
+    with syncbn.Worker(master.target, "signals", 0, 1):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if signal.set_wakeup_fd(-1) == -1 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        listening = signal.set_wakeup_fd(-1)
+        assert listening != -1
+        signal.set_wakeup_fd(listening)
+
+
+def test_a_wakeup_descriptor_of_someone_else_is_left_alone(master):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        with syncbn.Worker(master.target, "wakeup", 0, 1):
+            assert signal.set_wakeup_fd(writer) == writer
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_missing_library_says_what_to_do():

@@ -69,6 +69,31 @@ def test_a_script_under_torchrun(master, who):
     assert found and found[1] == who and float(found[2]) < 1e-12, output
 
 
+_PLAIN = """
+import os, sys, torch, syncbn, syncbn.torch
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if rank == 0 and sys.argv[1] == "rank 0":
+    master = syncbn.Master(os.environ["SYNCBN_TARGET"])
+x = torch.arange(2.0 * world, dtype=torch.float64).reshape(world, 2).exp()
+model = syncbn.torch.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(2, dtype=torch.float64)))
+y = model(x[rank : rank + 1])
+torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True)[rank : rank + 1])
+syncbn.default_worker().leave()
+if rank == 0 and sys.argv[1] == "rank 0":
+    master.shutdown(grace=10.0)
+"""
+
+
+@pytest.mark.parametrize("who", ["rank 0", "another process"])
+def test_a_converted_model_and_one_variable_are_enough(master, tmp_path, who):
+    """No worker is made, and torch.distributed is not used."""
+    script = tmp_path / "plain.py"
+    script.write_text(_PLAIN)
+    target = f"unix:{tmp_path}/master" if who == "rank 0" else master.target
+    output, code = torchrun(4, script, who, SYNCBN_TARGET=target)
+    assert code == 0, output
+
+
 _FAILS = """
 import sys, torch.distributed, syncbn.torch
 torch.distributed.init_process_group("gloo")

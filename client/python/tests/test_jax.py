@@ -116,22 +116,26 @@ with syncbn.Worker(sys.argv[1], "jax devices", 0, 1) as worker:
 """
 
 _INTERRUPTED = """
-import signal
+import os, signal
 import jax
 jax.config.update("jax_platforms", "cpu")
 import jax.numpy as jnp, syncbn, syncbn.jax as sync
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Under nohup and the like it is ignored.
 with syncbn.Master() as master:
     worker = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
-    step = jax.jit(lambda v: sync.sync_batch_norm(v, layer="bn", worker=worker)[0])
-    compiled = step.lower(jnp.ones((4, 2))).compile()
+    # Large enough to be dispatched to another thread, by some versions.
+    x = jnp.ones((600, 600))
+    step = jax.jit(lambda v: sync.sync_batch_norm(v @ v, layer="bn", worker=worker)[0])
+    compiled = step.lower(x).compile()
     try:
         with sync.typed_errors():
             print("waiting", flush=True)
-            jax.block_until_ready(compiled(jnp.ones((4, 2))))
+            jax.block_until_ready(compiled(x))
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     worker.close()
+    # JAX 0.4 may still be in the callback's last lines, and an interpreter that ends meanwhile aborts.
+    os._exit(0)
 """
 
 

@@ -584,8 +584,17 @@ def test_shared_modules_are_converted_once():
     assert model["a"][0] is model["b"][0] and type(model["a"][0]) is torch.nn.BatchNorm1d
 
 
+class WithActivation(torch.nn.BatchNorm1d):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
 def test_conversion_of_other_kinds():
     assert isinstance(sync.convert_sync_batchnorm(torch.nn.SyncBatchNorm(3)), sync.SyncBatchNorm)
+    with pytest.raises(ValueError, match="process group"):
+        sync.convert_sync_batchnorm(torch.nn.SyncBatchNorm(3, process_group=object()))
+    with pytest.raises(ValueError, match="layer '1' is a .*WithActivation.* does more"):
+        sync.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.Linear(2, 3), WithActivation(3)))
     plain = sync.convert_sync_batchnorm(torch.nn.BatchNorm1d(3, affine=False, track_running_stats=False))
     assert plain.weight is None and plain.running_mean is None and plain.layer == "batch_norm"
     assert isinstance(sync.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm3d(3)), sync.SyncBatchNorm)

@@ -276,6 +276,11 @@ def _move(source: _BatchNorm, target: _BatchNorm) -> _BatchNorm:
 def _to_synchronized(
     source: _BatchNorm, worker: Optional[Worker], eps_mode: str, layer: str, kind: Any = SyncBatchNorm
 ) -> SyncBatchNorm:
+    if type(source).forward not in (_BatchNorm.forward, torch.nn.SyncBatchNorm.forward):
+        raise ValueError(
+            f"layer {layer!r} is a {type(source).__module__}.{type(source).__qualname__}, which does more than batch "
+            "normalization: a SyncBatchNorm would leave that out. Replace it by a SyncBatchNorm and what it adds"
+        )
     # Without affine and tracking first: the parameters and buffers are the source's, none is allocated for nothing.
     if isinstance(source, _LazyNormBase):
         target: SyncBatchNorm = LazySyncBatchNorm(source.eps, source.momentum, False, False, worker=worker, layer=layer)
@@ -341,15 +346,20 @@ def convert_sync_batchnorm(
     their path in the model; a shared module is converted once, and keeps the first path.
 
     Args:
-      worker: default `syncbn.default_worker()`, at the time of the call of a layer.
+      worker: default `syncbn.default_worker()`, at the time of the call of a layer. Needed for a torch.nn.SyncBatchNorm
+        with a process group: it says which workers take the group's place.
       prefix: put before the names, to tell two models of one worker apart.
     Returns:
       The module, changed in place; or a new one if it is a batch normalization itself.
+    Raises:
+      ValueError: for a subclass with a forward of its own, such as a batch normalization with an activation in it.
     """
 
     def convert(candidate: torch.nn.Module, path: str) -> torch.nn.Module:
         if isinstance(candidate, SyncBatchNorm) or not isinstance(candidate, _BatchNorm):
             return candidate
+        if worker is None and getattr(candidate, "process_group", None) is not None:
+            raise ValueError(f"{path or 'the module'} has a process group: give the worker of the group that stands for it")
         return _to_synchronized(candidate, worker, eps_mode, prefix + (path or "batch_norm"))
 
     return _rewrite(module, "", convert, {})
