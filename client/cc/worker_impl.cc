@@ -9,6 +9,7 @@
 #include "absl/time/clock.h"
 #include "client/cc/errors.h"
 #include "google/protobuf/arena.h"
+#include "grpc/slice.h"
 #include "grpcpp/impl/codegen/proto_utils.h"
 
 namespace syncbn {
@@ -35,7 +36,11 @@ constexpr absl::Duration kFlushTimeout = absl::Milliseconds(100);
 // What a leave may take to be acknowledged.
 constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
 
-grpc::Slice Encode(const v1::WorkerFrame& frame) { return grpc::Slice(frame.SerializeAsString()); }
+grpc::Slice Encode(const v1::WorkerFrame& frame) {
+  const grpc::Slice slice(grpc_slice_malloc(frame.ByteSizeLong()), grpc::Slice::STEAL_REF);
+  frame.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
+  return slice;
+}
 
 void ToProto(const LayerOptions& layer, v1::LayerSpec* spec) {
   spec->set_name(layer.name);

@@ -54,18 +54,26 @@ std::optional<Error> CheckLength(const Contribution& contribution, absl::Span<co
 // Loops over channels have no way out of their middle, so that the compiler makes vectors of them; what is wrong, and
 // where, is looked for only once something is.
 
-// NaN is not.
-bool AllWithin(absl::Span<const double> vector, double bound) {
-  int64_t beyond = 0;
-  for (const double value : vector) beyond += !(std::fabs(value) <= bound);
-  return beyond == 0;
+int64_t BitsOf(double value) {
+  int64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
 
-// NaN is not.
-bool AnyNegative(absl::Span<const double> vector) {
-  int64_t negative = 0;
-  for (const double value : vector) negative += value < 0.0;
-  return negative != 0;
+// Whether |value| <= bound throughout; NaN is not. As integers, without their signs, doubles have the order of their
+// magnitudes, and NaN is the greatest.
+bool AllWithin(absl::Span<const double> vector, double bound) {
+  const int64_t greatest = BitsOf(bound);
+  int64_t signs = 0;
+  for (const double value : vector) signs |= greatest - (BitsOf(value) & std::numeric_limits<int64_t>::max());
+  return signs >= 0;
+}
+
+// Whether all signs are positive. What is not negative may have the other sign too: -0 and NaN.
+bool AllPositive(absl::Span<const double> vector) {
+  int64_t signs = 0;
+  for (const double value : vector) signs |= BitsOf(value);
+  return signs >= 0;
 }
 
 void Add(absl::Span<const double> values, std::vector<double>& sums) {
@@ -105,7 +113,7 @@ std::optional<Error> CheckMoments(const Contribution& contribution, Rank rank, i
                                   Describe(contribution.key), "; a count is within 0 and ", max_count),
                      {rank});
   }
-  if (!AnyNegative(contribution.second)) return std::nullopt;
+  if (AllPositive(contribution.second)) return std::nullopt;
   for (size_t channel = 0; channel < contribution.second.size(); ++channel) {
     if (!(contribution.second[channel] < 0.0)) continue;
     return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
