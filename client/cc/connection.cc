@@ -68,8 +68,8 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& ta
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 30000);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000);
-  arguments.SetInt("grpc.experimental.tcp_read_chunk_size", 65536);
-  arguments.SetInt("grpc.experimental.tcp_min_read_chunk_size", 65536);
+  arguments.SetInt("grpc.experimental.tcp_read_chunk_size", 131072);
+  arguments.SetInt("grpc.experimental.tcp_min_read_chunk_size", 131072);
   return grpc::CreateCustomChannel(target, *credentials, arguments);
 }
 

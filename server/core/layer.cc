@@ -60,9 +60,9 @@ std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
 }
 
 const Contributor* EndedRound::Find(Rank rank) const {
-  const auto it = std::lower_bound(contributors.begin(), contributors.end(), rank,
+  const auto it = std::lower_bound(roster->begin(), roster->end(), rank,
                                    [](const Contributor& contributor, Rank r) { return contributor.rank < r; });
-  return it != contributors.end() && it->rank == rank ? &*it : nullptr;
+  return it != roster->end() && it->rank == rank ? &*it : nullptr;
 }
 
 OutcomeBudget::Handle OutcomeBudget::Retain(EndedRound* round, size_t bytes) {
@@ -155,7 +155,7 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
     }
   }
   const size_t bytes =
-      (outcome.first.size() + outcome.second.size()) * sizeof(double) + round.contributors.size() * sizeof(Contributor);
+      (outcome.first.size() + outcome.second.size()) * sizeof(double) + round.digests.size() * sizeof(uint64_t);
   auto record = std::make_unique<EndedRound>(std::move(round));
   EndedRound* const address = record.get();
   h.rounds[key.sequence] = Retained{std::move(record), budget_->Retain(address, bytes)};
