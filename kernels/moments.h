@@ -21,20 +21,40 @@ struct Moments {
   double m2 = 0.0;
 };
 
+// How much the second of two sets moves the mean of their union, and how much their distance adds to its m2. Of the
+// counts alone, so whoever merges many channels of the same two sets divides once.
+struct MergeWeights {
+  double mean = 0.0;
+  double m2 = 0.0;
+};
+
+// Neither count may be 0.
+SYNCBN_HOST_DEVICE inline MergeWeights WeightsOf(int64_t count_a, int64_t count_b) {
+  const double na = static_cast<double>(count_a);
+  const double nb = static_cast<double>(count_b);
+  MergeWeights weights;
+  weights.mean = nb / (na + nb);
+  weights.m2 = na * weights.mean;
+  return weights;
+}
+
+// Merges a second set into the first, whose mean and m2 are written over.
+SYNCBN_HOST_DEVICE inline void MergeInto(const MergeWeights& weights, double mean_b, double m2_b, double& mean,
+                                         double& m2) {
+  const double delta = mean_b - mean;
+  mean = mean + delta * weights.mean;
+  m2 = m2 + m2_b + delta * delta * weights.m2;
+}
+
 // The moments of the union of two disjoint sets (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm
 // for computing sample variances", 1979). The empty set is the identity, bit for bit. Not associative in the last bit,
 // so whoever wants equal results merges in a fixed order.
 SYNCBN_HOST_DEVICE inline Moments Merge(const Moments& a, const Moments& b) {
   if (a.count == 0) return b;
   if (b.count == 0) return a;
-  const double na = static_cast<double>(a.count);
-  const double nb = static_cast<double>(b.count);
-  const double n = na + nb;
-  const double delta = b.mean - a.mean;
-  Moments merged;
+  Moments merged = a;
   merged.count = a.count + b.count;
-  merged.mean = a.mean + delta * (nb / n);
-  merged.m2 = a.m2 + b.m2 + delta * delta * (na * (nb / n));
+  MergeInto(WeightsOf(a.count, b.count), b.mean, b.m2, merged.mean, merged.m2);
   return merged;
 }
 

@@ -122,8 +122,8 @@ void Tune(grpc::ServerBuilder* builder, int max_frame_bytes) {
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
   // Larger reads, fewer of them.
-  builder->AddChannelArgument("grpc.experimental.tcp_read_chunk_size", 65536);
-  builder->AddChannelArgument("grpc.experimental.tcp_min_read_chunk_size", 65536);
+  builder->AddChannelArgument("grpc.experimental.tcp_read_chunk_size", 131072);
+  builder->AddChannelArgument("grpc.experimental.tcp_min_read_chunk_size", 131072);
   // Reflection is gRPC's own synchronous service: one thread waits for it.
   builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::NUM_CQS, 1);
   builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MIN_POLLERS, 1);

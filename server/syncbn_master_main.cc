@@ -94,11 +94,14 @@ void AwaitEnd(const sigset_t& signals, double lifetime_s) {
 
 int main(int argc, char** argv) {
   // Reads into buffers that hold many frames. With those of 8 KB, which gRPC would choose, every other frame of 256
-  // channels arrives in two reads, and the first of them sends a window update. There is no other way to say so.
+  // channels arrives in two buffers, and then the first of them sends a window update. There is no other way to say so.
   setenv("GRPC_EXPERIMENTS", "-tcp_read_chunks", /*overwrite=*/0);
   // A frame of many layers is half a megabyte, and comes from every worker at once. From the heap they would leave
-  // holes that outlive them; mapped, they go back. Setting the threshold keeps it from growing by itself.
-  mallopt(M_MMAP_THRESHOLD, 64 << 10);
+  // holes that outlive them; mapped, they go back. Setting the threshold keeps it from growing by itself. The buffers
+  // that are read into stay below it, and a few of them at the heap's end stay there: a page that is given back costs
+  // more to get again than what is in it costs to merge.
+  mallopt(M_MMAP_THRESHOLD, 256 << 10);
+  mallopt(M_TRIM_THRESHOLD, 4 << 20);
 
   // Before any thread exists, so that none of them takes the signals.
   sigset_t signals;

@@ -16,7 +16,7 @@
 namespace syncbn {
 
 // A channel to the master, tuned for short frames and quick reconnection. INVALID_ARGUMENT for files that cannot be
-// read.
+// read. The first call tunes the process too: see Worker::Join.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& target, const Worker::TlsOptions& tls);
 
 // Must stay until outstanding() is 0: each of the operations below ends as an event of the queue, whose tag is an

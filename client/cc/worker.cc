@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/cc/contribution.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker_impl.h"
 
@@ -29,10 +30,6 @@ v1::RoundKey MakeKey(absl::string_view layer, v1::Phase phase, uint64_t sequence
   key.set_phase(phase);
   key.set_sequence(sequence);
   return key;
-}
-
-void Assign(absl::Span<const double> values, google::protobuf::RepeatedField<double>* field) {
-  field->Add(values.begin(), values.end());
 }
 
 absl::Status DifferentLengths(absl::string_view layer, const char* first, size_t a, const char* second, size_t b) {
@@ -153,15 +150,14 @@ absl::StatusOr<Round> Worker::StartForward(absl::string_view layer, uint64_t seq
                                            absl::Span<const double> mean, absl::Span<const double> m2,
                                            BackwardRole role) {
   if (mean.size() != m2.size()) return DifferentLengths(layer, "mean", mean.size(), "m2", m2.size());
-  v1::Contribution contribution;
-  *contribution.mutable_key() = MakeKey(layer, v1::PHASE_FORWARD, sequence);
-  v1::Moments* const moments = contribution.mutable_moments();
-  moments->set_count(count);
+  OutgoingContribution contribution;
+  contribution.key = MakeKey(layer, v1::PHASE_FORWARD, sequence);
+  contribution.count = count;
+  contribution.backward_role = static_cast<v1::BackwardRole>(role);
   if (count != 0) {
-    Assign(mean, moments->mutable_mean());
-    Assign(m2, moments->mutable_m2());
+    contribution.first = mean;
+    contribution.second = m2;
   }
-  moments->set_backward_role(static_cast<v1::BackwardRole>(role));
   return impl_->Begin(std::move(contribution));
 }
 
@@ -170,10 +166,10 @@ absl::StatusOr<Round> Worker::StartBackward(absl::string_view layer, uint64_t se
   if (sum_dy.size() != sum_dy_xmu.size()) {
     return DifferentLengths(layer, "sum_dy", sum_dy.size(), "sum_dy_xmu", sum_dy_xmu.size());
   }
-  v1::Contribution contribution;
-  *contribution.mutable_key() = MakeKey(layer, v1::PHASE_BACKWARD, sequence);
-  Assign(sum_dy, contribution.mutable_gradient_sums()->mutable_sum_dy());
-  Assign(sum_dy_xmu, contribution.mutable_gradient_sums()->mutable_sum_dy_xmu());
+  OutgoingContribution contribution;
+  contribution.key = MakeKey(layer, v1::PHASE_BACKWARD, sequence);
+  contribution.first = sum_dy;
+  contribution.second = sum_dy_xmu;
   return impl_->Begin(std::move(contribution));
 }
 

@@ -120,6 +120,10 @@ class Worker {
 
   // Connects and joins. Errors: those of Synchronize in statistics.proto; UNAVAILABLE (UNREACHABLE) if the master did
   // not answer in time; INVALID_ARGUMENT for options that cannot be used.
+  //
+  // The first join of a process turns off Abseil's search for locks that are taken in different orders
+  // (absl::SetMutexDeadlockDetectionMode), and, if the process has no second thread yet, asks gRPC for larger read
+  // buffers through the environment variable GRPC_EXPERIMENTS, unless it is set. Each saves CPU time in every round.
   static absl::StatusOr<std::unique_ptr<Worker>> Join(Options options);
 
   // Closes, if that has not been done.

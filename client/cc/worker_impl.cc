@@ -9,6 +9,7 @@
 #include "client/cc/clock.h"
 #include "client/cc/errors.h"
 #include "google/protobuf/arena.h"
+#include "grpc/slice.h"
 #include "grpcpp/impl/codegen/proto_utils.h"
 
 namespace syncbn {
@@ -44,7 +45,11 @@ constexpr absl::Duration kFlushTimeout = absl::Milliseconds(100);
 // What a leave may take to be acknowledged.
 constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
 
-grpc::Slice Encode(const v1::WorkerFrame& frame) { return grpc::Slice(frame.SerializeAsString()); }
+grpc::Slice Encode(const v1::WorkerFrame& frame) {
+  const grpc::Slice slice(grpc_slice_malloc(frame.ByteSizeLong()), grpc::Slice::STEAL_REF);
+  frame.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
+  return slice;
+}
 
 void ToProto(const LayerOptions& layer, v1::LayerSpec* spec) {
   spec->set_name(layer.name);
@@ -585,33 +590,32 @@ uint64_t WorkerImpl::ResolveSequence(const std::string& layer, v1::Phase phase, 
   return sequence;
 }
 
-absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(v1::Contribution contribution, size_t length) {
+absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(OutgoingContribution contribution, size_t length) {
+  std::shared_ptr<Piece>& slot = pending_[TupleOf(contribution.key)];
+  if (slot != nullptr) {
+    return absl::AlreadyExistsError(absl::StrCat("a round of layer \"", contribution.key.layer(), "\" with sequence ",
+                                                 contribution.key.sequence(), " is pending already"));
+  }
   auto piece = std::make_shared<Piece>();
   piece->order = ++begun_;
   piece->length = length;
-  piece->key = contribution.key();
-  if (pending_.contains(TupleOf(piece->key))) {
-    return absl::AlreadyExistsError(absl::StrCat("a round of layer \"", piece->key.layer(), "\" with sequence ",
-                                                 piece->key.sequence(), " is pending already"));
-  }
-  v1::WorkerFrame frame;
-  *frame.add_contributions() = std::move(contribution);
-  piece->encoded = Encode(frame);
-  pending_[TupleOf(piece->key)] = piece;
+  piece->encoded = Encode(contribution);
+  piece->key = std::move(contribution.key);
+  slot = piece;
   unsent_.push_back(piece);
   return piece;
 }
 
-absl::StatusOr<Round> WorkerImpl::Begin(v1::Contribution contribution) {
+absl::StatusOr<Round> WorkerImpl::Begin(OutgoingContribution contribution) {
   if (forked()) return ForkedError();
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = Enter(); !status.ok()) return status;
-  v1::RoundKey* const key = contribution.mutable_key();
-  const auto layer = layers_.find(key->layer());
+  v1::RoundKey& key = contribution.key;
+  const auto layer = layers_.find(key.layer());
   if (layer == layers_.end()) {
-    return absl::FailedPreconditionError(absl::StrCat("layer \"", key->layer(), "\" has not been declared"));
+    return absl::FailedPreconditionError(absl::StrCat("layer \"", key.layer(), "\" has not been declared"));
   }
-  key->set_sequence(ResolveSequence(key->layer(), key->phase(), key->sequence()));
+  key.set_sequence(ResolveSequence(key.layer(), key.phase(), key.sequence()));
   auto piece = AddPiece(std::move(contribution), layer->second.options.channels);
   if (!piece.ok()) return piece.status();
   return MakeRound(shared_from_this(), {*std::move(piece)});
@@ -636,11 +640,11 @@ absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequ
     layer.kind = LayerKind::kSum;
     const auto known = layers_.find(layer.name);
     if (known == layers_.end() || known->second.options.channels != layer.channels) Declare(layer);
-    v1::Contribution contribution;
-    contribution.mutable_key()->set_layer(layer.name);
-    contribution.mutable_key()->set_phase(v1::PHASE_SUM);
-    contribution.mutable_key()->set_sequence(sequence);
-    contribution.mutable_vector()->mutable_value()->Add(part.begin(), part.end());
+    OutgoingContribution contribution;
+    contribution.key.set_layer(layer.name);
+    contribution.key.set_phase(v1::PHASE_SUM);
+    contribution.key.set_sequence(sequence);
+    contribution.first = part;
     auto piece = AddPiece(std::move(contribution), part.size());
     if (!piece.ok()) return piece.status();
     (*piece)->siblings_under_way = siblings;

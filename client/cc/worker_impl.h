@@ -21,6 +21,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "client/cc/connection.h"
+#include "client/cc/contribution.h"
 #include "client/cc/worker.h"
 #include "grpcpp/alarm.h"
 #include "grpcpp/support/slice.h"
@@ -60,7 +61,7 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void Interrupt();
   absl::Status DeclareLayer(const LayerOptions& layer);
   std::optional<LayerOptions> FindLayer(absl::string_view name) const;
-  absl::StatusOr<Round> Begin(v1::Contribution contribution);
+  absl::StatusOr<Round> Begin(OutgoingContribution contribution);
   absl::StatusOr<Round> BeginSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
   absl::Status Flush();
   absl::Status WaitFor(const std::vector<std::shared_ptr<Piece>>& pieces, absl::Duration timeout);
@@ -128,7 +129,7 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   uint64_t ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // `length`: of the result's vectors.
-  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(v1::Contribution contribution, size_t length)
+  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(OutgoingContribution contribution, size_t length)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Declare(const LayerOptions& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

@@ -3,6 +3,7 @@
 #ifndef SYNCBN_SERVER_CORE_GROUP_H_
 #define SYNCBN_SERVER_CORE_GROUP_H_
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -140,6 +141,8 @@ class Group {
   void Fail(PendingRounds::iterator round, Error error, absl::Time now, Effects& effects);
   void Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now,
               Effects& effects);
+  // Who contributed: the roster of the newest round of the phase, if they are the same.
+  std::shared_ptr<const Roster> RosterOf(Phase phase, const Payloads& payloads);
   // A member says that it sends nothing until one of these rounds ends. Not believed if one of them has ended.
   void Block(Rank rank, const std::vector<RoundKey>& keys);
   void Unblock(Rank rank);
@@ -170,6 +173,7 @@ class Group {
   absl::btree_map<Rank, Error> refused_;
 
   OutcomeBudget budget_;
+  std::array<std::shared_ptr<const Roster>, 3> newest_rosters_;  // By phase.
   absl::btree_map<std::string, std::unique_ptr<Layer>> layers_;
   // The complete set of layers, by the first member that declared one.
   std::optional<Rank> set_declared_by_;

@@ -56,7 +56,7 @@ bool Group::Replay(Rank rank, const Contribution& contribution, Layer& layer, Ef
   const EndedRound* const ended = layer.Find(key.phase, key.sequence);
   if (ended == nullptr) return false;
   const Contributor* const before = ended->Find(rank);
-  if (before != nullptr && before->digest != Digest(contribution)) {
+  if (before != nullptr && ended->DigestOf(before) != Digest(contribution)) {
     const bool reborn = before->incarnation != Contributor::LowBits(members_[rank].incarnation);
     Refuse(rank, key,
            MakeError(absl::StatusCode::kAlreadyExists, kPayloadChanged,
@@ -127,7 +127,7 @@ Group::PendingRounds::iterator Group::Begin(const RoundKey& key, Layer& layer, a
   round.needed = world_size_;
   if (key.phase == Phase::kBackward) {
     const EndedRound& forward = *layer.Find(Phase::kForward, key.sequence);
-    for (const Contributor& contributor : forward.contributors) {
+    for (const Contributor& contributor : *forward.roster) {
       if (contributor.role != BackwardRole::kNone) round.expected.push_back(contributor.rank);
     }
     round.needed = round.expected.size();
@@ -311,13 +311,12 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
   ended.failed = failed;
   ended.backward_required = outcome->backward_required;
   ended.count = outcome->count;
+  ended.roster = RosterOf(round->first.phase, pending.payloads);
+  ended.digests.reserve(pending.payloads.size());
   std::vector<StreamId> streams;
+  streams.reserve(pending.payloads.size());
   for (const auto& [rank, payload] : pending.payloads) {
-    Contributor& contributor = ended.contributors.emplace_back();
-    contributor.rank = rank;
-    contributor.role = payload.backward_role;
-    contributor.incarnation = Contributor::LowBits(payload.incarnation);
-    contributor.digest = Digest(payload);
+    ended.digests.push_back(Digest(payload));
     if (members_[rank].state != MemberState::kPresent) continue;
     streams.push_back(members_[rank].stream);
     const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;
@@ -332,6 +331,17 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
   deadlines_.erase({pending.deadline, round->first});
   pending_.erase(round);
   if (!streams.empty()) effects.push_back(SendResults{std::move(streams), {std::move(outcome)}});
+}
+
+std::shared_ptr<const Roster> Group::RosterOf(Phase phase, const Payloads& payloads) {
+  Roster roster;
+  roster.reserve(payloads.size());
+  for (const auto& [rank, payload] : payloads) {
+    roster.push_back({rank, payload.backward_role, Contributor::LowBits(payload.incarnation)});
+  }
+  std::shared_ptr<const Roster>& newest = newest_rosters_[static_cast<size_t>(phase) - 1];
+  if (newest == nullptr || *newest != roster) newest = std::make_shared<const Roster>(std::move(roster));
+  return newest;
 }
 
 // ---- Deadlock -------------------------------------------------------------------------------------------------------

@@ -60,9 +60,9 @@ std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
 }
 
 const Contributor* EndedRound::Find(Rank rank) const {
-  const auto it = std::lower_bound(contributors.begin(), contributors.end(), rank,
+  const auto it = std::lower_bound(roster->begin(), roster->end(), rank,
                                    [](const Contributor& contributor, Rank r) { return contributor.rank < r; });
-  return it != contributors.end() && it->rank == rank ? &*it : nullptr;
+  return it != roster->end() && it->rank == rank ? &*it : nullptr;
 }
 
 OutcomeBudget::Handle OutcomeBudget::Retain(EndedRound* round, size_t bytes) {
@@ -162,7 +162,7 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
     }
   }
   size_t bytes = (outcome.first.size() + outcome.second.size()) * sizeof(double) +
-                 outcome.missing_ranks.size() * sizeof(Rank) + round.contributors.size() * sizeof(Contributor);
+                 outcome.missing_ranks.size() * sizeof(Rank) + round.digests.size() * sizeof(uint64_t);
   if (round.failed) bytes += outcome.error->message.size() + outcome.error->ranks.size() * sizeof(Rank);
   auto record = std::make_unique<EndedRound>(std::move(round));
   EndedRound* const address = record.get();

@@ -27,27 +27,33 @@ std::string Difference(const LayerSpec& worker, const LayerSpec& reference);
 // INVALID_ARGUMENT (MALFORMED_FRAME) or LIMIT_EXCEEDED, naming field and value; nothing if the spec can be used.
 std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits);
 
-// Who contributed to an ended round, and with what.
-// Kept small: a group keeps one for each worker of each of its retained rounds.
+// Who contributed to an ended round.
 struct Contributor {
   Rank rank = 0;
   BackwardRole role = BackwardRole::kRequired;
   uint16_t incarnation = 0;  // Its lowest bits, which tell it from those before and after.
-  uint64_t digest = 0;
 
   static uint16_t LowBits(uint64_t incarnation) { return static_cast<uint16_t>(incarnation); }
+  friend bool operator==(const Contributor& a, const Contributor& b) {
+    return a.rank == b.rank && a.role == b.role && a.incarnation == b.incarnation;
+  }
 };
-static_assert(sizeof(Contributor) == 16);
 
-// A round that has ended. `outcome` is null once its vectors are forgotten.
+using Roster = std::vector<Contributor>;  // By rank.
+
+// A round that has ended. `outcome` is null once its vectors are forgotten. Kept small: a group has many of them, each
+// with a digest for each worker. A round that the same workers contributed to as to the one before shares its roster.
 struct EndedRound {
   std::shared_ptr<const RoundOutcome> outcome;
   bool failed = false;
   bool backward_required = false;
   int64_t count = 0;
-  std::vector<Contributor> contributors;  // By rank.
+  std::shared_ptr<const Roster> roster;
+  std::vector<uint64_t> digests;  // Of what the contributors of the roster sent, in its order.
 
   const Contributor* Find(Rank rank) const;
+  // `contributor` is one that Find has found.
+  uint64_t DigestOf(const Contributor* contributor) const { return digests[contributor - roster->data()]; }
 };
 
 // Remembers the vectors of a group's ended rounds up to a number of bytes, and forgets the oldest first.

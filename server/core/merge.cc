@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "absl/hash/hash.h"
 #include "absl/strings/str_cat.h"
@@ -50,10 +51,51 @@ std::optional<Error> CheckLength(const Contribution& contribution, absl::Span<co
                    {rank});
 }
 
+// Loops over channels have no way out of their middle, so that the compiler makes vectors of them; what is wrong, and
+// where, is looked for only once something is.
+
+int64_t BitsOf(double value) {
+  int64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// Whether |value| <= bound throughout; NaN is not. As integers, without their signs, doubles have the order of their
+// magnitudes, and NaN is the greatest.
+bool AllWithin(absl::Span<const double> vector, double bound) {
+  const int64_t greatest = BitsOf(bound);
+  int64_t signs = 0;
+  for (const double value : vector) signs |= greatest - (BitsOf(value) & std::numeric_limits<int64_t>::max());
+  return signs >= 0;
+}
+
+// Whether all signs are positive. What is not negative may have the other sign too: -0 and NaN.
+bool AllPositive(absl::Span<const double> vector) {
+  int64_t signs = 0;
+  for (const double value : vector) signs |= BitsOf(value);
+  return signs >= 0;
+}
+
+void Add(absl::Span<const double> values, std::vector<double>& sums) {
+  const double* const from = values.data();
+  double* __restrict const to = sums.data();
+  for (size_t c = 0; c < values.size(); ++c) to[c] += from[c];
+}
+
+// Merges the moments of another set, neither set being empty.
+void MergeChannels(const MergeWeights& weights, const Payload& payload, RoundOutcome& outcome) {
+  const double* const from_mean = payload.first.data();
+  const double* const from_m2 = payload.second.data();
+  double* __restrict const mean = outcome.first.data();
+  double* __restrict const m2 = outcome.second.data();
+  const size_t channels = outcome.first.size();
+  for (size_t c = 0; c < channels; ++c) MergeInto(weights, from_mean[c], from_m2[c], mean[c], m2[c]);
+}
+
 // |value| must stay below `bound`, unless the layer propagates what IEEE 754 makes of it.
 std::optional<Error> CheckMagnitude(const Contribution& contribution, absl::Span<const double> vector, const char* name,
                                     const LayerSpec& spec, Rank rank, double bound) {
-  if (spec.numeric_policy == NumericPolicy::kPropagate) return std::nullopt;
+  if (spec.numeric_policy == NumericPolicy::kPropagate || AllWithin(vector, bound)) return std::nullopt;
   for (size_t channel = 0; channel < vector.size(); ++channel) {
     if (std::fabs(vector[channel]) <= bound) continue;
     return MakeError(absl::StatusCode::kInvalidArgument, kNotFinite,
@@ -71,6 +113,7 @@ std::optional<Error> CheckMoments(const Contribution& contribution, Rank rank, i
                                   Describe(contribution.key), "; a count is within 0 and ", max_count),
                      {rank});
   }
+  if (AllPositive(contribution.second)) return std::nullopt;
   for (size_t channel = 0; channel < contribution.second.size(); ++channel) {
     if (!(contribution.second[channel] < 0.0)) continue;
     return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
@@ -120,22 +163,24 @@ std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerS
 }
 
 void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome) {
-  outcome.first.assign(channels, 0.0);
-  outcome.second.assign(channels, 0.0);
   int64_t count = 0;
   for (const auto& [rank, payload] : payloads) {
     if (payload.backward_role == BackwardRole::kRequired) outcome.backward_required = true;
     if (payload.count == 0) continue;
-    for (uint32_t c = 0; c < channels; ++c) {
-      const syncbn::Moments merged = syncbn::Merge({count, outcome.first[c], outcome.second[c]},
-                                                   {payload.count, payload.first[c], payload.second[c]});
-      outcome.first[c] = merged.mean;
-      outcome.second[c] = merged.m2;
+    if (count == 0) {
+      outcome.first = payload.first;
+      outcome.second = payload.second;
+    } else {
+      MergeChannels(WeightsOf(count, payload.count), payload, outcome);
     }
     count += payload.count;
   }
   outcome.count = count;
-  if (count == 0) return;
+  if (count == 0) {
+    outcome.first.assign(channels, 0.0);
+    outcome.second.assign(channels, 0.0);
+    return;
+  }
   for (double& m2 : outcome.second) m2 /= static_cast<double>(count);
 }
 
@@ -144,8 +189,8 @@ void MergeSums(const Payloads& payloads, uint32_t channels, RoundOutcome& outcom
   outcome.first.assign(channels, 0.0);
   outcome.second.assign(two ? channels : 0, 0.0);
   for (const auto& [rank, payload] : payloads) {
-    for (size_t c = 0; c < payload.first.size(); ++c) outcome.first[c] += payload.first[c];
-    for (size_t c = 0; c < payload.second.size(); ++c) outcome.second[c] += payload.second[c];
+    Add(payload.first, outcome.first);
+    Add(payload.second, outcome.second);
   }
 }
 
@@ -153,6 +198,7 @@ std::optional<Error> CheckMerged(const RoundOutcome& outcome, const LayerSpec& s
   if (spec.numeric_policy == NumericPolicy::kPropagate) return std::nullopt;
   const VectorNames names = NamesOf(outcome.key.phase);
   const auto overflow = [&](const std::vector<double>& vector, const char* name) -> std::optional<Error> {
+    if (AllWithin(vector, std::numeric_limits<double>::max())) return std::nullopt;
     for (size_t channel = 0; channel < vector.size(); ++channel) {
       if (std::isfinite(vector[channel])) continue;
       return MakeError(absl::StatusCode::kInvalidArgument, kNotFinite,

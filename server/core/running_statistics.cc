@@ -13,12 +13,16 @@ void RunningStatistics::Update(const LayerSpec& spec, const RoundOutcome& forwar
   ++updates;
   const double momentum = spec.momentum.value_or(1.0 / static_cast<double>(updates));
   const bool has_variance = forward.count > 1 || spec.biased_running_variance;
-  for (uint32_t c = 0; c < spec.channels; ++c) {
-    mean[c] = kernels::UpdateRunning(mean[c], forward.first[c], momentum);
-    if (!has_variance) continue;
-    const double observed = kernels::RunningVariance(forward.second[c], forward.count, spec.biased_running_variance);
-    var[c] = kernels::UpdateRunning(var[c], observed, momentum);
-  }
+  // One loop for each vector, and no branch within: the compiler makes vectors of them.
+  const auto update = [momentum](const std::vector<double>& from, std::vector<double>& running, auto observe) {
+    const double* const observed = from.data();
+    double* __restrict const to = running.data();
+    for (size_t c = 0; c < running.size(); ++c) to[c] = kernels::UpdateRunning(to[c], observe(observed[c]), momentum);
+  };
+  update(forward.first, mean, [](double observed) { return observed; });
+  if (!has_variance) return;
+  update(forward.second, var,
+         [&](double biased) { return kernels::RunningVariance(biased, forward.count, spec.biased_running_variance); });
 }
 
 }  // namespace syncbn::core

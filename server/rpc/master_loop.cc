@@ -13,6 +13,7 @@
 #include "absl/hash/hash.h"
 #include "absl/strings/str_cat.h"
 #include "google/protobuf/arena.h"
+#include "grpc/slice.h"
 #include "grpcpp/alarm.h"
 #include "grpcpp/impl/codegen/proto_utils.h"
 #include "server/core/coordinator.h"
@@ -35,8 +36,9 @@ constexpr absl::Duration kCongestionTimeout = absl::Seconds(5);
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
 
 grpc::ByteBuffer Serialize(const v1::MasterFrame& frame) {
-  const std::string bytes = frame.SerializeAsString();
-  const grpc::Slice slice(bytes);
+  const size_t bytes = frame.ByteSizeLong();
+  const grpc::Slice slice(grpc_slice_malloc(bytes), grpc::Slice::STEAL_REF);
+  frame.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
   return grpc::ByteBuffer(&slice, 1);
 }
 
@@ -288,12 +290,15 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   void Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame,
             const std::vector<size_t>& answered = {}) {
     const grpc::ByteBuffer bytes = Serialize(frame);
+    // All are written to before the first is read from: the last worker waits for what is done before its write.
+    for (const core::StreamId id : streams) {
+      if (WorkerStream* const stream = Find(id)) stream->Send(bytes);
+    }
+    if (answered.empty()) return;
     for (const core::StreamId id : streams) {
       const auto it = sessions_.find(id);
       if (it == sessions_.end()) continue;
       Session& session = it->second;
-      session.stream->Send(bytes);
-      if (answered.empty()) continue;
       session.answered_since_read = true;
       for (const size_t fingerprint : answered) session.unanswered.erase(fingerprint);
       if (std::exchange(session.silent, false)) ReadNext(session);

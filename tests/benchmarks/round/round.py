@@ -1,8 +1,9 @@
 """Measures one synchronous round beside its floor and its peer; `tools/benchmark round` runs it.
 
 Every worker is a process, and so is every server. All variants of a size are alive together and take turns in short
-blocks, in random order, since the machine's speed drifts by more than the variants differ: a ratio is the median, over
-the repeats, of the ratio of two blocks' medians. Only ratios should be compared between runs.
+blocks, in random order, since the machine's speed drifts by more than the variants differ. A ratio is that of two
+blocks' medians; of each start of the processes its median is taken, and the median, the least and the greatest of all
+starts are told. Only ratios should be compared between runs.
 """
 
 import argparse
@@ -149,10 +150,14 @@ def take_turns(members: Dict[str, Team], runs: Runs, rounds: int) -> None:
         runs[name, size].append(members[name].run(size, max(rounds // share, 3)))
 
 
-def ratio(runs: Runs, over: Tuple[str, Size], under: Tuple[str, Size]) -> str:
+def ratio(runs: Runs, over: Tuple[str, Size], under: Tuple[str, Size], starts: int) -> str:
+    """The median over the starts, and the range, since where the scheduler places processes is drawn at each start."""
     if over not in runs or under not in runs:
         return "–"
-    return f"{statistics.median(a.median / b.median for a, b in zip(runs[over], runs[under])):.2f}"
+    ratios = [a.median / b.median for a, b in zip(runs[over], runs[under])]
+    repeats = len(ratios) // starts
+    each = [statistics.median(ratios[i : i + repeats]) for i in range(0, len(ratios), repeats)]
+    return f"{statistics.median(each):.2f} ({min(each):.2f}–{max(each):.2f})"
 
 
 def latency(blocks: List[Block]) -> str:
@@ -171,12 +176,12 @@ def single_rounds(options: argparse.Namespace, binaries: Binaries, names: List[s
         sizes = [Size(channels) for channels in options.channels]
         runs = measure(binaries, world_size, names, sizes, options)
         for size in sizes:
-            ratios = [ratio(runs, (a, size), (b, size)) for a, b in ((TCP, RAW_TCP), (UNIX, RAW_UNIX), (TCP, GLOO))]
+            ratios = [ratio(runs, (a, size), (b, size), options.teams) for a, b in ((TCP, RAW_TCP), (UNIX, RAW_UNIX), (TCP, GLOO))]
             head = [str(world_size), str(size.channels)]
             latencies.append([*head, *(latency(runs[name, size]) for name in names), *ratios])
             cpus.append([*head, *(cpu(runs[name, size]) for name in names)])
     return [
-        "Microseconds of one round, p50 / p99, and ratios of p50:",
+        "Microseconds of one round, p50 / p99, and ratios of p50: median, least and greatest of the starts.",
         "",
         *report.table(["W", "C", *names, "TCP / raw TCP", "unix / raw unix", "TCP / gloo"], latencies),
         "",
@@ -196,8 +201,8 @@ def several_layers(options: argparse.Namespace, binaries: Binaries) -> List[str]
         row = [str(together.layers)]
         for name in (TCP, UNIX):
             row += [latency(runs[name, together]), latency(runs[name, apart])]
-            row.append(ratio(runs, (name, apart), (name, together)))
-        row.append(ratio(runs, (TCP, together), (RAW_TCP, together)))
+            row.append(ratio(runs, (name, apart), (name, together), options.teams))
+        row.append(ratio(runs, (TCP, together), (RAW_TCP, together), options.teams))
         rows.append(row)
     head = ["layers", "TCP, one frame", "TCP, one by one", "gain", "unix, one frame", "unix, one by one", "gain"]
     return [

@@ -124,6 +124,33 @@ TEST(MergeForwardTest, EmptyBatchIsTheIdentityBitForBit) {
   EXPECT_EQ(alone.second, with_empties.second);
 }
 
+// Several channels may be worked on at a time, and those at the end one by one; no bit may tell.
+TEST(MergeForwardTest, AChannelsBitsDependOnThatChannelAlone) {
+  constexpr unsigned kSeed = 7;
+  SCOPED_TRACE(kSeed);
+  std::mt19937_64 random(kSeed);
+  std::lognormal_distribution<double> value(0.0, 8.0);
+  for (uint32_t channels = 1; channels <= 19; ++channels) {
+    Payloads payloads;
+    for (Rank rank = 0; rank < 5; ++rank) {
+      std::vector<double> mean(channels), m2(channels);
+      for (double& x : mean) x = value(random) - 1.0;
+      for (double& x : m2) x = value(random);
+      payloads.emplace(rank, Moments(1 + 3 * rank, std::move(mean), std::move(m2)));
+    }
+    const RoundOutcome whole = Merged(Phase::kForward, payloads, channels);
+    for (uint32_t c = 0; c < channels; ++c) {
+      Payloads one;
+      for (const auto& [rank, payload] : payloads) {
+        one.emplace(rank, Moments(payload.count, {payload.first[c]}, {payload.second[c]}));
+      }
+      const RoundOutcome alone = Merged(Phase::kForward, one, 1);
+      EXPECT_EQ(whole.first[c], alone.first[0]) << "channel " << c << " of " << channels;
+      EXPECT_EQ(whole.second[c], alone.second[0]) << "channel " << c << " of " << channels;
+    }
+  }
+}
+
 TEST(MergeForwardTest, BackwardIsRequiredIfAnyoneRequiresIt) {
   const auto required = [](BackwardRole a, BackwardRole b) {
     Payloads payloads = {{0, Moments(0, {}, {})}, {1, Moments(0, {}, {})}};
@@ -221,6 +248,32 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{"HugeSum", Phase::kBackward, 0, {1, 2}, {3, 0x1.1p500}, kNotFinite, "sum_dy_xmu[1]"},
         BadCase{"NanVector", Phase::kSum, 0, {kNan, 2}, {}, kNotFinite, "value[0] = nan"}),
     [](const auto& info) { return info.param.name; });
+
+TEST(CheckNumbersPlaceTest, FindsABadNumberWhereverItIs) {
+  for (uint32_t channels = 1; channels <= 19; ++channels) {
+    const std::vector<double> good(channels, 1.0);
+    Contribution contribution;
+    contribution.key = {"bn", 0, Phase::kForward};
+    contribution.count = 2;
+    for (uint32_t c = 0; c < channels; ++c) {
+      std::vector<double> bad = good;
+      bad[c] = -kNan;
+      contribution.first = bad;
+      contribution.second = good;
+      auto error = CheckNumbers(contribution, Spec(channels), 0, Limits());
+      ASSERT_TRUE(error.has_value()) << "channel " << c << " of " << channels;
+      EXPECT_THAT(error->message, HasSubstr("mean[" + std::to_string(c) + "]"));
+      bad[c] = -1e-300;
+      contribution.first = good;
+      contribution.second = bad;
+      error = CheckNumbers(contribution, Spec(channels), 0, Limits());
+      ASSERT_TRUE(error.has_value()) << "channel " << c << " of " << channels;
+      EXPECT_THAT(error->message, HasSubstr("m2[" + std::to_string(c) + "]"));
+      bad[c] = -0.0;
+      EXPECT_FALSE(CheckNumbers(contribution, Spec(channels), 0, Limits()).has_value());
+    }
+  }
+}
 
 TEST(CheckNumbersPolicyTest, PropagatingLayersTakeAnyMagnitudeButNoNegativeSquares) {
   LayerSpec spec = Spec(2);
