@@ -4,6 +4,9 @@
 #include <signal.h>
 #include <time.h>
 
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -78,8 +81,13 @@ void AwaitEnd(const sigset_t& signals, double lifetime_s) {
     sigwait(&signals, &signal);
     return;
   }
-  const timespec lifetime = absl::ToTimespec(absl::Seconds(lifetime_s));
-  sigtimedwait(&signals, nullptr, &lifetime);
+  const auto end = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(absl::Seconds(lifetime_s));
+  while (true) {
+    // A process that is stopped and continued is interrupted in this wait, without any of its signals.
+    const timespec left =
+        absl::ToTimespec(std::max(absl::FromChrono(end - std::chrono::steady_clock::now()), absl::ZeroDuration()));
+    if (sigtimedwait(&signals, nullptr, &left) >= 0 || errno != EINTR) return;
+  }
 }
 
 }  // namespace

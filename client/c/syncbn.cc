@@ -74,6 +74,11 @@ absl::Status ReadOptions(const Options* given, Options* options) {
     return absl::InvalidArgumentError(
         absl::StrCat("struct_size is ", given->struct_size, "; set it to the size of the struct"));
   }
+  constexpr size_t kMostBytes = 4096;  // More is no later version's struct, but a size that was never set.
+  if (given->struct_size > kMostBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("struct_size is ", given->struct_size, "; set it to the size of the struct"));
+  }
   const char* const bytes = reinterpret_cast<const char*>(given);
   for (size_t i = sizeof(*options); i < given->struct_size; ++i) {
     if (bytes[i] != 0)
@@ -216,6 +221,12 @@ absl::Span<const double> View(const double* values, size_t size) {
   return {values, values == nullptr ? size_t{0} : size};
 }
 
+// Zeros before a successful wait.
+const syncbn::BatchStatistics& Known(const syncbn_forward* forward) {
+  static const auto* const unknown = new syncbn::BatchStatistics();
+  return forward->pass.statistics() == nullptr ? *unknown : *forward->pass.statistics();
+}
+
 size_t Ranks(const std::vector<uint32_t>& from, const uint32_t** ranks) {
   if (ranks != nullptr) *ranks = from.data();
   return from.size();
@@ -312,6 +323,7 @@ syncbn_code syncbn_worker_join(const syncbn_worker_options* given, syncbn_worker
 }
 
 syncbn_code syncbn_worker_leave(syncbn_worker* worker, const char* reason, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   return Report(worker->worker->Leave(Text(reason)), error);
 }
 
@@ -322,30 +334,43 @@ uint64_t syncbn_worker_incarnation(const syncbn_worker* worker) { return worker-
 uint64_t syncbn_worker_run_id(const syncbn_worker* worker) { return worker->worker->run_id(); }
 
 syncbn_code syncbn_worker_wait_for_members(syncbn_worker* worker, int64_t timeout_ns, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   return Report(worker->worker->WaitForMembers(Timeout(timeout_ns)), error);
 }
 
 syncbn_code syncbn_worker_resume_at(syncbn_worker* worker, uint64_t sequence, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   return Report(worker->worker->ResumeAt(sequence), error);
 }
 
 void syncbn_worker_interrupt(syncbn_worker* worker) { worker->worker->Interrupt(); }
 
 syncbn_code syncbn_worker_settle(syncbn_worker* worker, int64_t timeout_ns, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   return Report(worker->worker->Settle(Timeout(timeout_ns)), error);
 }
 
 syncbn_code syncbn_worker_declare_layer(syncbn_worker* worker, const syncbn_layer_options* given,
                                         syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   syncbn_layer_options known;
   if (absl::Status status = ReadOptions(given, &known); !status.ok()) return Report(status, error);
   syncbn::LayerOptions layer;
   layer.name = Text(known.name);
   layer.channels = known.channels;
   layer.eps = known.eps;
-  layer.clamp_eps = known.eps_mode == SYNCBN_EPS_CLAMP;
-  layer.numeric_policy = known.numeric_policy == SYNCBN_NUMERIC_PROPAGATE ? syncbn::NumericPolicy::kPropagate
-                                                                          : syncbn::NumericPolicy::kRefuse;
+  int eps_mode = SYNCBN_EPS_ADD;
+  int numeric_policy = SYNCBN_NUMERIC_REFUSE;
+  if (absl::Status status =
+          First({ReadEnum(known.eps_mode, SYNCBN_EPS_ADD, SYNCBN_EPS_CLAMP, eps_mode, "eps_mode", &eps_mode),
+                 ReadEnum(known.numeric_policy, SYNCBN_NUMERIC_REFUSE, SYNCBN_NUMERIC_PROPAGATE, numeric_policy,
+                          "numeric_policy", &numeric_policy)});
+      !status.ok()) {
+    return Report(status, error);
+  }
+  layer.clamp_eps = eps_mode == SYNCBN_EPS_CLAMP;
+  layer.numeric_policy =
+      numeric_policy == SYNCBN_NUMERIC_PROPAGATE ? syncbn::NumericPolicy::kPropagate : syncbn::NumericPolicy::kRefuse;
   if (known.has_momentum != 0) layer.momentum = known.momentum;
   layer.biased_running_variance = known.biased_running_variance != 0;
   if (absl::Status status = ReadEnum(known.kind, SYNCBN_LAYER_BATCH_NORM, SYNCBN_LAYER_SUM,
@@ -361,6 +386,7 @@ syncbn_code syncbn_worker_declare_layer(syncbn_worker* worker, const syncbn_laye
 syncbn_code syncbn_round_start_forward(syncbn_worker* worker, const char* layer, uint64_t sequence, int64_t count,
                                        const double* mean, const double* m2, size_t channels, int32_t backward_role,
                                        syncbn_round** out, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   if (layer == nullptr || out == nullptr) return Report(Missing(layer == nullptr ? "layer" : "out"), error);
   syncbn::BackwardRole role;
   if (absl::Status status = ReadRole(backward_role, &role); !status.ok()) return Report(status, error);
@@ -371,6 +397,7 @@ syncbn_code syncbn_round_start_forward(syncbn_worker* worker, const char* layer,
 syncbn_code syncbn_round_start_backward(syncbn_worker* worker, const char* layer, uint64_t sequence,
                                         const double* sum_dy, const double* sum_dy_xmu, size_t channels,
                                         syncbn_round** out, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   if (layer == nullptr || out == nullptr) return Report(Missing(layer == nullptr ? "layer" : "out"), error);
   return ReturnRound(worker->worker->StartBackward(layer, sequence, View(sum_dy, channels), View(sum_dy_xmu, channels)),
                      out, error);
@@ -378,15 +405,18 @@ syncbn_code syncbn_round_start_backward(syncbn_worker* worker, const char* layer
 
 syncbn_code syncbn_round_start_sum(syncbn_worker* worker, const char* name, uint64_t sequence, const double* value,
                                    size_t length, syncbn_round** out, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   if (name == nullptr || out == nullptr) return Report(Missing(name == nullptr ? "name" : "out"), error);
   return ReturnRound(worker->worker->StartSum(name, sequence, View(value, length)), out, error);
 }
 
 syncbn_code syncbn_worker_flush(syncbn_worker* worker, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   return Report(worker->worker->Flush(), error);
 }
 
 syncbn_code syncbn_round_wait(syncbn_round* round, int64_t timeout_ns, syncbn_error** error) {
+  if (round == nullptr) return Report(Missing("round"), error);
   return Report(round->round.Wait(Timeout(timeout_ns)), error);
 }
 
@@ -414,6 +444,7 @@ syncbn_code syncbn_stream_order_check(int32_t device_index, syncbn_error** error
 
 syncbn_code syncbn_forward_start(syncbn_worker* worker, const char* layer, const syncbn_tensor* given_x,
                                  const syncbn_pass_options* given, syncbn_forward** out, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
   if (layer == nullptr || out == nullptr) return Report(Missing(layer == nullptr ? "layer" : "out"), error);
   TensorView x;
   syncbn::PassOptions options;
@@ -427,11 +458,13 @@ syncbn_code syncbn_forward_start(syncbn_worker* worker, const char* layer, const
 }
 
 syncbn_code syncbn_forward_wait(syncbn_forward* forward, int64_t timeout_ns, syncbn_error** error) {
+  if (forward == nullptr) return Report(Missing("forward"), error);
   return Report(forward->pass.Wait(Timeout(timeout_ns)), error);
 }
 
 syncbn_code syncbn_forward_finish(syncbn_forward* forward, const syncbn_tensor* given_x,
                                   const syncbn_forward_outputs* given, syncbn_error** error) {
+  if (forward == nullptr) return Report(Missing("forward"), error);
   TensorView x;
   syncbn::ForwardOutputs outputs;
   if (absl::Status status = First({ReadTensor(given_x, "x", &x), ReadForwardOutputs(given, &outputs)}); !status.ok()) {
@@ -442,16 +475,17 @@ syncbn_code syncbn_forward_finish(syncbn_forward* forward, const syncbn_tensor* 
 
 int32_t syncbn_forward_stream_ordered(const syncbn_forward* forward) { return forward->pass.stream_ordered() ? 1 : 0; }
 uint64_t syncbn_forward_sequence(const syncbn_forward* forward) { return forward->pass.sequence(); }
-int64_t syncbn_forward_count(const syncbn_forward* forward) { return forward->pass.statistics()->count; }
-const double* syncbn_forward_mean(const syncbn_forward* forward) { return forward->pass.statistics()->mean.data(); }
-const double* syncbn_forward_var(const syncbn_forward* forward) { return forward->pass.statistics()->var.data(); }
+int64_t syncbn_forward_count(const syncbn_forward* forward) { return Known(forward).count; }
+const double* syncbn_forward_mean(const syncbn_forward* forward) { return Known(forward).mean.data(); }
+const double* syncbn_forward_var(const syncbn_forward* forward) { return Known(forward).var.data(); }
 int32_t syncbn_forward_backward_required(const syncbn_forward* forward) {
-  return forward->pass.statistics()->backward_required ? 1 : 0;
+  return Known(forward).backward_required ? 1 : 0;
 }
 void syncbn_forward_destroy(syncbn_forward* forward) { delete forward; }
 
 syncbn_code syncbn_backward_start(const syncbn_forward* forward, const syncbn_backward_inputs* given_inputs,
                                   const syncbn_pass_options* given, syncbn_backward** out, syncbn_error** error) {
+  if (forward == nullptr) return Report(Missing("forward"), error);
   if (out == nullptr) return Report(Missing("out"), error);
   syncbn::BackwardInputs inputs;
   syncbn::PassOptions options;
@@ -466,11 +500,13 @@ syncbn_code syncbn_backward_start(const syncbn_forward* forward, const syncbn_ba
 }
 
 syncbn_code syncbn_backward_wait(syncbn_backward* backward, int64_t timeout_ns, syncbn_error** error) {
+  if (backward == nullptr) return Report(Missing("backward"), error);
   return Report(backward->pass.Wait(Timeout(timeout_ns)), error);
 }
 
 syncbn_code syncbn_backward_finish(syncbn_backward* backward, const syncbn_backward_inputs* given_inputs,
                                    const syncbn_backward_outputs* given_outputs, syncbn_error** error) {
+  if (backward == nullptr) return Report(Missing("backward"), error);
   syncbn::BackwardInputs inputs;
   syncbn::BackwardOutputs outputs;
   if (absl::Status status =

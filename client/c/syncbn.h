@@ -5,7 +5,8 @@
  *     that the handle's type names. Destroying NULL does nothing.
  *  2. Functions that can fail return a syncbn_code, equal to gRPC's codes: 0 is OK. They take a `syncbn_error** error` as
  *     their last argument: where it is not NULL and the call fails, it receives a handle that tells more and that the caller
- *     destroys. Out parameters are untouched by a call that fails.
+ *     destroys. Out parameters are untouched by a call that fails. A handle that is NULL makes such a call fail
+ *     (INVALID_ARGUMENT); the other functions must not be given one.
  *  3. Strings are UTF-8 and end in 0. Strings and arrays that a function returns belong to the handle that they were asked of
  *     and live as long as it, unless said otherwise.
  *  4. Structs of options begin with their size: set `struct_size = sizeof(the struct)` and zero the rest (the *_INIT macros do
@@ -300,7 +301,7 @@ typedef struct syncbn_forward_outputs {
 /* Normalizes x with the round's result. The forward pass must have been waited for, successfully, or be stream-ordered. */
 SYNCBN_API syncbn_code syncbn_forward_finish(syncbn_forward* forward, const syncbn_tensor* x,
                                              const syncbn_forward_outputs* outputs, syncbn_error** error);
-/* The rest is known after a successful wait. */
+/* The rest is known after a successful wait; before it, 0 and NULL. */
 SYNCBN_API uint64_t syncbn_forward_sequence(const syncbn_forward* forward);
 SYNCBN_API int64_t syncbn_forward_count(const syncbn_forward* forward);
 SYNCBN_API const double* syncbn_forward_mean(const syncbn_forward* forward);

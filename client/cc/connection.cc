@@ -50,7 +50,6 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& ta
 }
 
 Connection::Connection(const std::shared_ptr<grpc::Channel>& channel, grpc::CompletionQueue* queue) : stub_(channel) {
-  context_.set_wait_for_ready(true);
   call_ = stub_.PrepareCall(&context_, "/syncbn.v1.StatisticsService/Synchronize", queue);
 }
 

@@ -223,17 +223,18 @@ absl::Status PrepareStreamOrder(DeviceRuntime* runtime, int device) {
   };
   static Table* const table = new Table;
   absl::MutexLock lock(&table->mutex);
-  const auto [it, added] = table->devices.try_emplace({runtime, device});
-  if (!added) return it->second;
+  if (const auto known = table->devices.find({runtime, device}); known != table->devices.end()) return known->second;
   bool can = false;
-  absl::Status status = DeviceStatus(runtime, runtime->CanWaitForValue(&can), "stream order");
+  absl::Status status = DeviceStatus(runtime, runtime->CanWaitForValue(&can), "waiting for the host");
   if (status.ok() && can) status = DeviceStatus(runtime, runtime->Preload(), "loading the kernels");
-  if (!status.ok() || !can) {
-    it->second = absl::FailedPreconditionError(absl::StrCat(
-        "passes on CUDA device ", device, " cannot be stream-ordered: ",
-        status.ok() ? "the device or its driver does not let streams wait for a value in memory" : status.message()));
+  const bool settled = status.ok();  // Else it may be better the next time.
+  if (settled && !can) status = absl::UnavailableError("no stream of this device and its driver waits for the host");
+  if (!status.ok()) {
+    status = absl::FailedPreconditionError(
+        absl::StrCat("passes on CUDA device ", device, " cannot be stream-ordered: ", status.message()));
   }
-  return it->second;
+  if (settled) table->devices[{runtime, device}] = status;
+  return status;
 }
 
 bool IsOfStream(const SlotLease& lease, int device, Stream stream) {

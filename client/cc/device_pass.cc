@@ -161,9 +161,9 @@ absl::StatusOr<DevicePass> StartDeviceForward(Worker& worker, absl::string_view 
   DeviceRuntime* const runtime = DeviceRuntime::Get();
   const DeviceScope scope(runtime, x.device_index);
   if (!scope.status().ok()) return scope.status();
-  const bool stream_ordered = IsStreamOrdered(runtime, worker, x, options);
   auto lease = LeaseSlot(runtime, x.device_index, StreamOf(options.stream), x.shape.channels);
   if (!lease.ok()) return lease.status();
+  const bool stream_ordered = IsStreamOrdered(runtime, worker, x, options);
   const DeviceSlot& slot = (*lease)->slot();
   const absl::Status launched = (*lease)->memory().Reduce(
       x.shape,

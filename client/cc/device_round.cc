@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "client/cc/clock.h"
 #include "client/cc/errors.h"
 
 namespace syncbn {
@@ -138,10 +139,10 @@ absl::StatusOr<std::shared_ptr<DeviceRound>> DeviceRound::StartStreamOrdered(Wor
 }
 
 absl::Status DeviceRound::Wait(absl::Duration timeout) {
-  const absl::Time deadline = absl::Now() + timeout;
+  const absl::Time deadline = Now() + timeout;
   if (stream_ordered()) return rounds_->WaitUntilEnded(*this, deadline);
   if (absl::Status status = rounds_->WaitUntilBegun(*this, deadline); !status.ok()) return status;
-  return round_->Wait(timeout == absl::InfiniteDuration() ? timeout : deadline - absl::Now());
+  return round_->Wait(timeout == absl::InfiniteDuration() ? timeout : deadline - Now());
 }
 
 absl::Status DeviceRound::failure() const {
@@ -205,9 +206,9 @@ absl::Status DeviceRounds::AddStreamOrdered(std::shared_ptr<DeviceRound> round) 
 
 absl::Status DeviceRounds::WaitUntilBegun(const DeviceRound& round, absl::Time deadline) {
   const uint64_t interrupts = interrupts_.load();
-  const absl::Time begin = absl::Now();
+  const absl::Time begin = Now();
   absl::Time next_query = begin + kBetweenQueries;
-  for (absl::Time now = begin;; now = absl::Now()) {
+  for (absl::Time now = begin;; now = Now()) {
     if (now >= next_query) {
       LookForErrors();
       next_query = now + kBetweenQueries;
@@ -233,9 +234,9 @@ absl::Status DeviceRounds::WaitUntilEnded(const DeviceRound& round, absl::Time d
   while (true) {
     {
       absl::MutexLock lock(&mutex_);
-      const absl::Time now = absl::Now();
+      const absl::Time now = Now();
       if (!round.ended_ && now < deadline) {
-        changed_.WaitWithDeadline(&mutex_, std::min(deadline, now + kBetweenQueries));
+        changed_.WaitWithTimeout(&mutex_, std::min(deadline - now, kBetweenQueries));
       }
       if (round.ended_) {
         if (!round.status_.ok()) TakeFailure().IgnoreError();  // The caller learns of it, or of what followed from it.
@@ -252,9 +253,9 @@ absl::Status DeviceRounds::OnSettle(absl::Time deadline) {
   while (true) {
     {
       absl::MutexLock lock(&mutex_);
-      const absl::Time now = absl::Now();
+      const absl::Time now = Now();
       if (failure_.ok() && stream_ordered_ > 0 && now < deadline) {
-        changed_.WaitWithDeadline(&mutex_, std::min(deadline, now + kBetweenQueries));
+        changed_.WaitWithTimeout(&mutex_, std::min(deadline - now, kBetweenQueries));
       }
       if (!failure_.ok() || stream_ordered_ == 0) return TakeFailure();
       if (now >= deadline) return PendingStatus();
@@ -457,7 +458,7 @@ bool DeviceRounds::EndInFlight() {
 }
 
 void DeviceRounds::Run() {
-  absl::Time since = absl::Now();  // When something last happened.
+  absl::Time since = Now();  // When something last happened.
   while (true) {
     const uint64_t changes = changes_.load();
     std::vector<Round> rounds;
@@ -477,7 +478,7 @@ void DeviceRounds::Run() {
           std::any_of(waiting_.begin(), waiting_.end(),
                       [this](const auto& round) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !IsHeldBack(*round); });
     }
-    const absl::Time now = absl::Now();
+    const absl::Time now = Now();
     if (any) since = now;
     if (rounds.empty()) {
       PauseAfter(now - since);

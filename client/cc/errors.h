@@ -14,8 +14,8 @@ namespace syncbn {
 
 // Travels in an absl::Status as its google.rpc.ErrorInfo.
 struct ErrorDetails {
-  // One of those that proto/syncbn/v1/statistics.proto lists, or the client's own: LEFT, FORKED, INTERRUPTED,
-  // UNREACHABLE.
+  // One of those that proto/syncbn/v1/statistics.proto lists, or the client's own: LEFT, CLOSED, FORKED,
+  // INTERRUPTED, UNREACHABLE.
   std::string reason;
   std::string layer;
   std::vector<uint32_t> ranks;  // To blame, ascending.

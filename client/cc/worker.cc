@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "client/cc/clock.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker_impl.h"
 
@@ -133,7 +133,7 @@ absl::Status Worker::Leave(absl::string_view reason) {
 absl::Status Worker::Settle(absl::Duration timeout) {
   if (absl::Status status = impl_->CheckProcess(); !status.ok()) return status;
   const auto attached = attachment();
-  return attached == nullptr ? absl::OkStatus() : attached->OnSettle(absl::Now() + timeout);
+  return attached == nullptr ? absl::OkStatus() : attached->OnSettle(Now() + timeout);
 }
 
 uint32_t Worker::rank() const { return impl_->options().rank; }

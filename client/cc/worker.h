@@ -57,7 +57,9 @@ class Round {
 
   uint64_t sequence() const;
   // Waits for the outcome, for at most `timeout`. OK: result() is there. A status that IsPending recognizes: ask
-  // again. Any other status is the round's outcome, and stays; CANCELLED with reason INTERRUPTED excepted.
+  // again. Any other status is the round's outcome, and stays; CANCELLED with reason INTERRUPTED excepted. A wait ends
+  // even if the master has stopped: with UNAVAILABLE (UNREACHABLE), naming the layer, 1 to 5 seconds after the group's
+  // round_timeout. That ends the worker.
   //
   // A thread that waits for 20 ms or more promises that this worker does nothing else until then, if no other thread
   // has used the worker: that is how the master finds deadlocks at once. (The promise takes 200 ms before a worker's
@@ -86,7 +88,7 @@ class WorkerAttachment {
   virtual void OnClose() = 0;
   // The connection has ended, and nothing waits for it any more: time to end threads. May be called more than once.
   virtual void OnClosed() = 0;
-  // See Worker::Settle.
+  // See Worker::Settle; `deadline` is a time of clock.h.
   virtual absl::Status OnSettle(absl::Time deadline) = 0;
 };
 

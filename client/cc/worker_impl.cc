@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "client/cc/clock.h"
 #include "client/cc/errors.h"
 #include "google/protobuf/arena.h"
 #include "grpcpp/impl/codegen/proto_utils.h"
@@ -22,12 +22,21 @@ namespace {
 constexpr uint32_t kProtocolVersion = 1;
 // Elements of a summed vector in one contribution: what masters accept by default.
 constexpr size_t kPieceElements = size_t{1} << 20;
+// How many of them may be unanswered at a time: 32 MiB. Masters keep 64 MiB for a worker to read by default.
+constexpr size_t kPiecesUnderWay = 4;
 constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
 // The same before this worker's first round has completed: until then nothing tells a worker of one thread from one
 // whose other threads have yet to start.
 constexpr absl::Duration kSayBlockedAtFirstAfter = absl::Milliseconds(200);
 // Contributions beyond this many bytes go into another frame; masters take frames of 64 MiB by default.
 constexpr size_t kFullFrameBytes = size_t{16} << 20;
+// And beyond as many contributions; masters take 65536 by default.
+constexpr size_t kFullFrameRounds = 16384;
+// A pause in driving the queue after which what the master has sent may still wait to be read.
+constexpr absl::Duration kLongPause = absl::Seconds(1);
+// What an answer may take beyond the round's timeout.
+constexpr absl::Duration kLeastMargin = absl::Seconds(1);
+constexpr absl::Duration kMostMargin = absl::Seconds(5);
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(10);
 constexpr absl::Duration kLongestBackoff = absl::Seconds(1);
 // What the write before a flush may take to end, should the master not read.
@@ -67,7 +76,6 @@ void ToProto(const Worker::Options& options, v1::Join* join) {
   if (options.rejoin_grace.has_value()) ToProto(*options.rejoin_grace, config->mutable_rejoin_grace());
   config->set_missing_policy(static_cast<v1::MissingPolicy>(options.missing_policy));
   config->set_min_workers(options.min_workers);
-  for (const LayerOptions& layer : options.layers) ToProto(layer, join->add_layers());
 }
 
 std::vector<double> ToVector(const google::protobuf::RepeatedField<double>& field) {
@@ -126,6 +134,10 @@ void WorkerImpl::Connect() {
 void WorkerImpl::SendJoin() {
   v1::WorkerFrame frame;
   ToProto(options_, frame.mutable_join());
+  // As they have been declared last.
+  for (const LayerOptions& layer : options_.layers) {
+    ToProto(layers_.at(layer.name).options, frame.mutable_join()->add_layers());
+  }
   frame.mutable_join()->set_incarnation(incarnation_);
   frame.mutable_join()->set_run_id(run_id_);
   for (auto& [name, layer] : layers_) {
@@ -183,10 +195,11 @@ void WorkerImpl::OnStreamEnded() {
     End(std::move(why));
     return;
   }
-  const absl::Time now = absl::Now();
+  const absl::Time now = Now();
   if (state_ == State::kJoined) {
     give_up_at_ = now + options_.join_timeout;
-    backoff_ = kFirstBackoff;
+    // A master that takes every join and breaks down over what follows is not to be hurried.
+    if (answered_ || now - joined_at_ > kLongestBackoff) backoff_ = kFirstBackoff;
   }
   last_break_ = std::move(why);
   state_ = State::kWaiting;
@@ -201,19 +214,29 @@ void WorkerImpl::OnFrame() {
     End(absl::InternalError("the master sent a frame that is not a syncbn.v1.MasterFrame"));
     return;
   }
+  heard_at_ = Now();
   if (frame->has_joined()) {
     state_ = State::kJoined;
+    joined_at_ = heard_at_;
+    answered_ = false;
+    const google::protobuf::Duration& timeout = frame->joined().config().round_timeout();
+    round_timeout_ = absl::Seconds(timeout.seconds()) + absl::Nanoseconds(timeout.nanos());
     incarnation_ = frame->joined().incarnation();
     run_id_ = frame->joined().run_id();
     present_ = frame->joined().membership().present_ranks_size();
     // What was on the way when the last stream broke may or may not have arrived: the master knows.
     unsent_.clear();
-    for (auto& [key, piece] : pending_) unsent_.push_back(piece);
+    for (auto& [key, piece] : pending_) {
+      unsent_.push_back(piece);
+      SetUnderWay(*piece, false);
+    }
+    // The pieces of a long vector go in the same order everywhere: else workers could wait for each other's.
+    std::sort(unsent_.begin(), unsent_.end(), [](const auto& a, const auto& b) { return a->order < b->order; });
     blocked_said_ = false;
   }
   if (frame->has_membership()) present_ = frame->membership().present_ranks_size();
+  // Layer errors are for people: the rounds that they concern have their outcomes among the results.
   for (v1::RoundResult& result : *frame->mutable_results()) OnResult(&result);
-  for (const v1::LayerError& error : frame->layer_errors()) OnLayerError(error);
 }
 
 void WorkerImpl::OnResult(v1::RoundResult* message) {
@@ -239,25 +262,22 @@ void WorkerImpl::OnResult(v1::RoundResult* message) {
       break;
     case v1::RoundResult::kError:
       piece.status = FromSerializedStatus(message->error().SerializeAsString());
+      if (piece.status.ok()) piece.status = absl::InternalError("the master sent an error without a code");
       break;
     case v1::RoundResult::OUTCOME_NOT_SET:
       piece.status = absl::InternalError("the master sent a round's result without an outcome");
       break;
   }
+  const size_t second = piece.key.phase() == v1::PHASE_SUM ? 0 : piece.length;
+  if (piece.status.ok() && (result.first.size() != piece.length || result.second.size() != second)) {
+    piece.status = absl::InternalError(absl::StrCat("the master sent ", result.first.size(), " and ",
+                                                    result.second.size(), " elements as the result of layer \"",
+                                                    piece.key.layer(), "\", which has ", piece.length));
+  }
+  answered_ = true;
+  SetUnderWay(piece, false);
   piece.done = true;
   pending_.erase(it);
-}
-
-void WorkerImpl::OnLayerError(const v1::LayerError& error) {
-  const absl::Status status = FromSerializedStatus(error.error().SerializeAsString());
-  for (auto it = pending_.begin(); it != pending_.end();) {
-    const auto current = it++;
-    Piece& piece = *current->second;
-    if (!error.layer().empty() && piece.key.layer() != error.layer()) continue;
-    piece.status = status;
-    piece.done = true;
-    pending_.erase(current);
-  }
 }
 
 void WorkerImpl::End(absl::Status why) {
@@ -290,17 +310,25 @@ void WorkerImpl::WriteFrame() {
     slices.push_back(Encode(head));
   }
   size_t taken = 0;
-  for (size_t bytes = 0; taken < unsent_.size() && bytes < kFullFrameBytes; ++taken) {
+  std::vector<std::shared_ptr<Piece>> waiting;
+  const absl::Time now = Now();
+  for (size_t bytes = 0; taken < unsent_.size() && bytes < kFullFrameBytes && taken < kFullFrameRounds; ++taken) {
     Piece& piece = *unsent_[taken];
     if (piece.done) continue;
+    if (MustWait(piece)) {
+      waiting.push_back(std::move(unsent_[taken]));
+      continue;
+    }
+    SetUnderWay(piece, true);
     slices.push_back(piece.encoded);
     bytes += piece.encoded.size();
-    piece.sent = true;
+    ExpectAnswer(piece, now);
   }
   unsent_.erase(unsent_.begin(), unsent_.begin() + static_cast<ptrdiff_t>(taken));
+  unsent_.insert(unsent_.begin(), std::make_move_iterator(waiting.begin()), std::make_move_iterator(waiting.end()));
   v1::WorkerFrame tail;
   const bool blocked = unsent_.empty() && blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent &&
-                       !blocked_on_->done && ((alone_ && !slices.empty()) || absl::Now() >= say_blocked_at_);
+                       !blocked_on_->done && ((alone_ && !slices.empty()) || now >= say_blocked_at_);
   if (blocked) {
     *tail.add_blocked_on() = blocked_on_->key;
     blocked_said_ = true;
@@ -314,6 +342,23 @@ void WorkerImpl::WriteFrame() {
   if (!slices.empty()) connection_->Write(grpc::ByteBuffer(slices.data(), slices.size()));
 }
 
+bool WorkerImpl::MustWait(const Piece& piece) const {
+  return piece.siblings_under_way != nullptr && *piece.siblings_under_way > 0 && under_way_ >= kPiecesUnderWay &&
+         !leaving_.has_value();
+}
+
+void WorkerImpl::SetUnderWay(Piece& piece, bool under_way) {
+  if (piece.siblings_under_way == nullptr || piece.under_way == under_way) return;
+  piece.under_way = under_way;
+  if (under_way) {
+    ++*piece.siblings_under_way;
+    ++under_way_;
+  } else {
+    --*piece.siblings_under_way;
+    --under_way_;
+  }
+}
+
 // ---- Waiting --------------------------------------------------------------------------------------------------------
 
 absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time deadline) {
@@ -323,10 +368,13 @@ absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time dea
     if (interrupts_ != interrupts) {
       return MakeStatus(absl::StatusCode::kCancelled, "the wait was interrupted", {"INTERRUPTED", "", {}});
     }
-    if (looked && absl::Now() >= deadline) return PendingStatus();
+    if (looked && Now() >= deadline) return PendingStatus();
     if (driving_) {
-      Pump();  // The thread that drives may wait for long.
-      changed_.WaitWithDeadline(&mutex_, deadline);
+      Pump();  // The thread that drives may wait for long, and for something else.
+      const absl::Time until = std::min(deadline, NextCheck());
+      changed_.WaitWithTimeout(&mutex_, until - Now());
+      NoteAbsence(until);
+      CheckMaster(Now());
     } else {
       DriveOnce(deadline);
     }
@@ -334,16 +382,24 @@ absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time dea
 }
 
 void WorkerImpl::DriveOnce(absl::Time deadline) {
-  RunTimers(absl::Now());
+  const bool had_ended = state_ == State::kEnded;
+  NoteAbsence(last_look_);
+  RunTimers(Now());
+  if (state_ == State::kEnded && !had_ended) {
+    changed_.SignalAll();
+    return;  // Perhaps without a connection, and then no event would tell the caller, who looks again now.
+  }
   Pump();
   const absl::Time until = std::min(deadline, NextTimer());
   driving_ = true;
   mutex_.Unlock();
   void* tag = nullptr;
   bool ok = false;
-  const auto event = queue_.AsyncNext(&tag, &ok, absl::ToChronoTime(until));
+  const auto event = queue_.AsyncNext(&tag, &ok, QueueDeadline(until));
   mutex_.Lock();
   driving_ = false;
+  NoteAbsence(until);
+  last_look_ = Now();
   if (event == grpc::CompletionQueue::GOT_EVENT) OnEvent(tag, ok);
   changed_.SignalAll();
 }
@@ -354,7 +410,7 @@ absl::Time WorkerImpl::NextTimer() const {
   if (state_ == State::kConnecting || state_ == State::kWaiting) next = std::min(next, give_up_at_);
   const bool blocked = blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent && !blocked_on_->done;
   if (blocked && state_ == State::kJoined && !connection_->writing()) next = std::min(next, say_blocked_at_);
-  return next;
+  return std::min(next, NextCheck());
 }
 
 void WorkerImpl::RunTimers(absl::Time now) {
@@ -367,7 +423,51 @@ void WorkerImpl::RunTimers(absl::Time now) {
                    {"UNREACHABLE", "", {}}));
   } else if (state_ == State::kWaiting && now >= retry_at_) {
     Connect();
+  } else {
+    CheckMaster(now);
   }
+}
+
+void WorkerImpl::ExpectAnswer(Piece& piece, absl::Time now) {
+  if (!std::exchange(piece.sent, true)) piece.first_sent_at = now;
+  piece.sent_at = now;
+  check_master_at_ = std::min(check_master_at_, AnswerDue(piece));
+}
+
+absl::Time WorkerImpl::AnswerDue(const Piece& piece) const {
+  // Whatever comes shows that the master lives; and after a restart of the master the round begins anew. Neither can go
+  // on for ever.
+  const absl::Time due = std::min(std::max(piece.sent_at, heard_at_) + round_timeout_,
+                                  piece.first_sent_at + 2 * (round_timeout_ + options_.join_timeout));
+  return std::max(due, attended_since_) + std::min(std::max(round_timeout_, kLeastMargin), kMostMargin);
+}
+
+absl::Time WorkerImpl::NextCheck() const {
+  return state_ == State::kJoined ? check_master_at_ : absl::InfiniteFuture();
+}
+
+void WorkerImpl::CheckMaster(absl::Time now) {
+  if (now < NextCheck()) return;
+  check_master_at_ = absl::InfiniteFuture();
+  for (const auto& [key, piece] : pending_) {
+    if (!piece->sent) continue;
+    const absl::Time due = AnswerDue(*piece);
+    check_master_at_ = std::min(check_master_at_, due);
+    if (now < due) continue;
+    const std::string layer = piece->key.layer();
+    End(MakeStatus(absl::StatusCode::kUnavailable,
+                   absl::StrCat("the master at ", options_.target, " has not answered round ", piece->key.sequence(),
+                                " of layer \"", layer, "\" for ", absl::FormatDuration(now - piece->first_sent_at),
+                                ", and round_timeout is ", absl::FormatDuration(round_timeout_),
+                                ": it has stopped, or cannot be reached"),
+                   {"UNREACHABLE", layer, {}}));
+    return;
+  }
+}
+
+void WorkerImpl::NoteAbsence(absl::Time planned) {
+  const absl::Time now = Now();
+  if (now - planned > kLongPause) attended_since_ = now;
 }
 
 // ---- Calls ----------------------------------------------------------------------------------------------------------
@@ -399,7 +499,7 @@ absl::Status WorkerImpl::Enter() {
 absl::Status WorkerImpl::Join() {
   absl::MutexLock lock(&mutex_);
   backoff_ = kFirstBackoff;
-  give_up_at_ = absl::Now() + options_.join_timeout;
+  give_up_at_ = Now() + options_.join_timeout;
   for (const LayerOptions& layer : options_.layers) Declare(layer);
   Connect();
   const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -416,7 +516,7 @@ absl::Status WorkerImpl::Leave(absl::string_view reason) {
   leaving_ = std::string(reason);
   blocked_on_ = nullptr;
   const auto ended = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return state_ != State::kJoined; };
-  const absl::Status status = Await(ended, absl::Now() + kLeaveTimeout);
+  const absl::Status status = Await(ended, Now() + kLeaveTimeout);
   End(MakeStatus(absl::StatusCode::kFailedPrecondition, "this worker has left its group", {"LEFT", "", {}}));
   changed_.SignalAll();
   return absl::OkStatus();
@@ -429,7 +529,7 @@ absl::Status WorkerImpl::WaitForMembers(absl::Duration timeout) {
   const auto complete = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return state_ == State::kEnded || (state_ == State::kJoined && present_ >= options_.world_size);
   };
-  if (absl::Status status = Await(complete, absl::Now() + timeout); !status.ok()) return status;
+  if (absl::Status status = Await(complete, Now() + timeout); !status.ok()) return status;
   return state_ == State::kEnded ? end_ : absl::OkStatus();
 }
 
@@ -496,8 +596,10 @@ uint64_t WorkerImpl::ResolveSequence(const std::string& layer, v1::Phase phase, 
   return sequence;
 }
 
-absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(v1::Contribution contribution) {
+absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(v1::Contribution contribution, size_t length) {
   auto piece = std::make_shared<Piece>();
+  piece->order = ++begun_;
+  piece->length = length;
   piece->key = contribution.key();
   if (pending_.contains(TupleOf(piece->key))) {
     return absl::AlreadyExistsError(absl::StrCat("a round of layer \"", piece->key.layer(), "\" with sequence ",
@@ -516,11 +618,12 @@ absl::StatusOr<Round> WorkerImpl::Begin(v1::Contribution contribution) {
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = Enter(); !status.ok()) return status;
   v1::RoundKey* const key = contribution.mutable_key();
-  if (layers_.find(key->layer()) == layers_.end()) {
+  const auto layer = layers_.find(key->layer());
+  if (layer == layers_.end()) {
     return absl::FailedPreconditionError(absl::StrCat("layer \"", key->layer(), "\" has not been declared"));
   }
   key->set_sequence(ResolveSequence(key->layer(), key->phase(), key->sequence()));
-  auto piece = AddPiece(std::move(contribution));
+  auto piece = AddPiece(std::move(contribution), layer->second.options.channels);
   if (!piece.ok()) return piece.status();
   return MakeRound(shared_from_this(), {*std::move(piece)});
 }
@@ -535,6 +638,7 @@ absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequ
   const std::string whole(name);
   sequence = ResolveSequence(whole, v1::PHASE_SUM, sequence);
   std::vector<std::shared_ptr<Piece>> pieces;
+  const auto siblings = value.size() > kPieceElements ? std::make_shared<size_t>(0) : nullptr;
   for (size_t begin = 0; begin < value.size(); begin += kPieceElements) {
     const absl::Span<const double> part = value.subspan(begin, kPieceElements);
     LayerOptions layer;
@@ -548,8 +652,9 @@ absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequ
     contribution.mutable_key()->set_phase(v1::PHASE_SUM);
     contribution.mutable_key()->set_sequence(sequence);
     contribution.mutable_vector()->mutable_value()->Add(part.begin(), part.end());
-    auto piece = AddPiece(std::move(contribution));
+    auto piece = AddPiece(std::move(contribution), part.size());
     if (!piece.ok()) return piece.status();
+    (*piece)->siblings_under_way = siblings;
     pieces.push_back(*std::move(piece));
   }
   return MakeRound(shared_from_this(), std::move(pieces));
@@ -563,7 +668,7 @@ absl::Status WorkerImpl::Flush() {
   const auto idle = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return connection_ == nullptr || !connection_->writing();
   };
-  Await(idle, absl::Now() + kFlushTimeout).IgnoreError();
+  Await(idle, Now() + kFlushTimeout).IgnoreError();
   Pump();
   return absl::OkStatus();
 }
@@ -571,7 +676,7 @@ absl::Status WorkerImpl::Flush() {
 absl::Status WorkerImpl::WaitFor(const std::vector<std::shared_ptr<Piece>>& pieces, absl::Duration timeout) {
   if (forked()) return ForkedError();
   absl::MutexLock lock(&mutex_);
-  const absl::Time now = absl::Now();
+  const absl::Time now = Now();
   for (const std::shared_ptr<Piece>& piece : pieces) {
     if (!piece->done) {
       if (absl::Status status = Enter(); !status.ok()) return status;
@@ -605,7 +710,7 @@ void WorkerImpl::WaitForAny(const std::vector<const std::vector<std::shared_ptr<
     return woken() || std::any_of(rounds.begin(), rounds.end(), [](const auto* pieces) { return HasEnded(*pieces); });
   };
   if (done() || !Enter().ok()) return;
-  Await(done, absl::Now() + timeout).IgnoreError();
+  Await(done, Now() + timeout).IgnoreError();
 }
 
 void WorkerImpl::PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time now, absl::Duration timeout) {

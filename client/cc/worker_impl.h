@@ -32,7 +32,13 @@ namespace syncbn {
 struct Piece {
   v1::RoundKey key;
   grpc::Slice encoded;  // A WorkerFrame with this contribution alone; frames are such encodings one after the other.
+  uint64_t order = 0;   // Of all that this worker has begun.
+  size_t length = 0;    // Of the result's vectors.
   bool sent = false;
+  absl::Time first_sent_at, sent_at;
+  // Of a piece of a long vector: how many of its pieces are on their way, this one among them.
+  std::shared_ptr<size_t> siblings_under_way;
+  bool under_way = false;
   bool done = false;
   absl::Status status;
   RoundResult result;
@@ -90,12 +96,16 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void OnFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnStreamEnded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnResult(v1::RoundResult* result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void OnLayerError(const v1::LayerError& error) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Every pending round and every later call fails with `why`.
   void End(absl::Status why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Sends what there is to send, then asks for what there is to read.
   void Pump() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void WriteFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Whether a piece of a long vector waits until others have been answered. Without that, results would come faster
+  // than they are read, and the master would cut this worker off. One of each vector may always go, since other workers
+  // may send vectors in another order.
+  bool MustWait(const Piece& piece) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void SetUnderWay(Piece& piece, bool under_way) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // ---- Waiting
   // Drives the queue, or sleeps while another thread does, until `done` or `deadline`, or an interrupt (CANCELLED).
@@ -111,12 +121,26 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void RunTimers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Time NextTimer() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  // ---- A master that has stopped without closing its connections
+  // Notes that something was sent which the master must answer.
+  void ExpectAnswer(Piece& piece, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // When the master must have answered: past the deadline that it has itself, by a margin.
+  absl::Time AnswerDue(const Piece& piece) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // When to look next whether it has; InfiniteFuture if nothing is unanswered.
+  absl::Time NextCheck() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Ends the worker if the master has not answered in time.
+  void CheckMaster(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Someone should have looked at the stream at `planned`. If that is long ago, answers may wait to be read.
+  void NoteAbsence(absl::Time planned) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
   // ---- Calls
   // OK, or why the worker cannot be used; notes which thread calls.
   absl::Status Enter() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   uint64_t ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(v1::Contribution contribution) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // `length`: of the result's vectors.
+  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(v1::Contribution contribution, size_t length)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Declare(const LayerOptions& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const Worker::Options options_;
@@ -139,6 +163,14 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   absl::Time give_up_at_ ABSL_GUARDED_BY(mutex_);
   absl::Duration backoff_ ABSL_GUARDED_BY(mutex_);
   absl::Status last_break_ ABSL_GUARDED_BY(mutex_);
+  absl::Time joined_at_ ABSL_GUARDED_BY(mutex_);
+  bool answered_ ABSL_GUARDED_BY(mutex_) = false;  // This stream has brought an outcome.
+
+  absl::Duration round_timeout_ ABSL_GUARDED_BY(mutex_);  // The group's.
+  absl::Time heard_at_ ABSL_GUARDED_BY(mutex_);           // When the newest frame came.
+  absl::Time last_look_ ABSL_GUARDED_BY(mutex_);          // When a thread last drove the queue,
+  absl::Time attended_since_ ABSL_GUARDED_BY(mutex_);     // and since when without a long pause.
+  absl::Time check_master_at_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
 
   uint64_t incarnation_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t run_id_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -153,6 +185,8 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
 
   absl::flat_hash_map<KeyTuple, std::shared_ptr<Piece>> pending_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Piece>> unsent_ ABSL_GUARDED_BY(mutex_);
+  uint64_t begun_ ABSL_GUARDED_BY(mutex_) = 0;
+  size_t under_way_ ABSL_GUARDED_BY(mutex_) = 0;  // Pieces of long vectors that were sent and have no answer.
   absl::flat_hash_map<std::pair<std::string, int>, uint64_t> next_sequence_ ABSL_GUARDED_BY(mutex_);
   uint64_t first_sequence_ ABSL_GUARDED_BY(mutex_) = 0;
 

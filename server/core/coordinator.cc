@@ -51,6 +51,7 @@ std::optional<Error> CheckAlone(const Join& join, const Limits& limits) {
   if (join.rank >= join.world_size) {
     return Malformed(absl::StrCat("rank ", join.rank, " is not below the world size of ", join.world_size));
   }
+  if (join.incarnation == UINT64_MAX) return Malformed("incarnation 2^64-1 leaves none for a successor");
   if (join.layers.size() > limits.max_layers) {
     return LimitError(join.layers.size(), "layers", "max_layers", limits.max_layers);
   }

@@ -75,15 +75,7 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
     return false;
   }
   if (error = CheckLayerSet(join); error.has_value()) {
-    // Those who know these layers otherwise learn of it now, not when their rounds time out.
-    for (const LayerSpec& spec : join.layers) {
-      const auto it = layers_.find(spec.name);
-      if (it == layers_.end() || Difference(spec, it->second->spec()).empty()) continue;
-      Declare(join.rank, spec, *it->second, now, effects);
-    }
-    if (std::vector<StreamId> streams = Streams(); !streams.empty()) {
-      effects.push_back(SendLayerError{std::move(streams), "", *error});
-    }
+    NoteRefused(join, *error, now, effects);
     effects.push_back(CloseStream{stream, std::move(error)});
     return false;
   }
@@ -97,6 +89,24 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
   }
   if (present_ == world_size_) AnnounceMembership(join.rank, effects);
   return true;
+}
+
+void Group::NoteRefused(const Join& join, const Error& error, absl::Time now, Effects& effects) {
+  const MemberState state = members_[join.rank].state;
+  // Who sits there, or has left, has said what it had to say; a stranger's word is none against it.
+  const bool vacant = state == MemberState::kAbsent || state == MemberState::kLost;
+  // Those who know these layers otherwise learn of it now, not when their rounds time out.
+  for (const LayerSpec& spec : join.layers) {
+    const auto it = layers_.find(spec.name);
+    if (!vacant || it == layers_.end() || Difference(spec, it->second->spec()).empty()) continue;
+    Declare(join.rank, spec, *it->second, now, effects);
+  }
+  if (std::vector<StreamId> streams = Streams(); !streams.empty()) {
+    effects.push_back(SendLayerError{std::move(streams), "", error});
+  }
+  if (!vacant) return;
+  refused_.insert_or_assign(join.rank, error);
+  SettleAll(now, effects);
 }
 
 std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& filled) const {
@@ -139,6 +149,8 @@ std::optional<Error> Group::CheckLayerSet(const Join& join) const {
   std::vector<std::string> added;
   absl::btree_set<std::string> absent = set_;
   std::string text;
+  constexpr size_t kShown = 5;
+  size_t different = 0;
   for (const LayerSpec& spec : join.layers) {
     absent.erase(spec.name);
     if (!set_.contains(spec.name)) {
@@ -146,8 +158,10 @@ std::optional<Error> Group::CheckLayerSet(const Join& join) const {
       continue;
     }
     const std::string difference = Difference(spec, layers_.at(spec.name)->spec());
-    if (!difference.empty()) absl::StrAppend(&text, "; layer \"", spec.name, "\" has ", difference);
+    if (difference.empty() || ++different > kShown) continue;
+    absl::StrAppend(&text, "; layer \"", spec.name, "\" has ", difference);
   }
+  if (different > kShown) absl::StrAppend(&text, "; and ", different - kShown, " more differ");
   if (!added.empty()) absl::StrAppend(&text, "; it alone has ", NameList(added));
   if (!absent.empty()) absl::StrAppend(&text, "; it lacks ", NameList({absent.begin(), absent.end()}));
   if (text.empty()) return std::nullopt;
@@ -177,7 +191,9 @@ void Group::TakeSeat(StreamId stream, const Join& join, absl::Time now, Effects&
   ranks_[stream] = join.rank;
   ++present_;
   linger_until_ = absl::InfiniteFuture();
+  refused_.erase(join.rank);
   if (!reborn) return;
+  for (auto& [name, layer] : layers_) layer->Forget(join.rank);
   member.has_contributed = false;
   if (!had_contributed || config_.missing_policy == MissingPolicy::kProceed) return;
   // Its predecessor is fenced, so whoever waits for it waits in vain.
@@ -224,7 +240,9 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
   if (it == ranks_.end()) return;
   const Rank rank = it->second;
   Unblock(rank);
-  if (auto error = CheckLayers(frame.layers)) {
+  auto error = CheckRounds(frame);
+  if (!error.has_value()) error = CheckLayers(frame.layers);
+  if (error.has_value()) {
     effects.push_back(CloseStream{stream, std::move(error)});
     OnStreamClosed(stream, now, effects);
     return;
@@ -257,6 +275,7 @@ void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
   Vacate(rank);
   members_[rank].state = MemberState::kLeft;
   ++left_;
+  for (auto& [name, layer] : layers_) layer->Forget(rank);
   if (present_ == 0) linger_until_ = now + limits_.group_linger;
   AnnounceMembership(std::nullopt, effects);
   SettleAll(now, effects);
@@ -298,7 +317,14 @@ absl::Time Group::NextDeadline() const {
 
 // ---- Layers ---------------------------------------------------------------------------------------------------------
 
+std::optional<Error> Group::CheckRounds(const FrameReceived& frame) const {
+  const size_t rounds = std::max(frame.contributions.size(), frame.blocked_on.size());
+  if (rounds <= limits_.max_rounds_in_frame) return std::nullopt;
+  return LimitError(rounds, "rounds in one frame", "max_rounds_in_frame", limits_.max_rounds_in_frame);
+}
+
 std::optional<Error> Group::CheckLayers(const std::vector<LayerSpec>& specs) const {
+  if (specs.size() > limits_.max_layers) return LimitError(specs.size(), "layers", "max_layers", limits_.max_layers);
   absl::btree_set<absl::string_view> added;
   for (const LayerSpec& spec : specs) {
     if (auto error = CheckSpec(spec, limits_)) return error;

@@ -103,8 +103,12 @@ class Group {
   // Clears what ties the member to its stream and to a loss before.
   void Vacate(Rank rank);
   void Leave(Rank rank, absl::Time now, Effects& effects);
+  // The join was refused for the set of its layers.
+  void NoteRefused(const Join& join, const Error& error, absl::Time now, Effects& effects);
   // Why these layers cannot be declared; nothing if they can.
   std::optional<Error> CheckLayers(const std::vector<LayerSpec>& specs) const;
+  // The limit that the frame's rounds exceed; nothing if it can be taken.
+  std::optional<Error> CheckRounds(const FrameReceived& frame) const;
   void DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
   void Declare(Rank rank, const LayerSpec& spec, Layer& layer, absl::Time now, Effects& effects);
   void AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const;
@@ -161,6 +165,9 @@ class Group {
   uint32_t blocked_ = 0;  // Members whose blocked_on is not empty.
   absl::Time linger_until_;
   absl::btree_set<std::pair<absl::Time, Rank>> graces_;
+  // Ranks without a stream whose last join was refused for the set of its layers, and why: they will not contribute
+  // before they join with another.
+  absl::btree_map<Rank, Error> refused_;
 
   OutcomeBudget budget_;
   absl::btree_map<std::string, std::unique_ptr<Layer>> layers_;

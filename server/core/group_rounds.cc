@@ -208,11 +208,16 @@ void Group::Settle(PendingRounds::iterator round, absl::Time now, Effects& effec
   const bool proceed = config_.missing_policy == MissingPolicy::kProceed;
   const size_t least = LeastWorkers(round->second);
   // Someone may still come, and enough of them.
-  if (contributed + left_ < round->second.needed && given_up_ == 0 && least + left_ <= round->second.needed) return;
+  const size_t gone = left_ + (proceed ? given_up_ : 0);
+  const bool nobody_is_to_blame = proceed || (given_up_ == 0 && refused_.empty());
+  if (nobody_is_to_blame && contributed + gone < round->second.needed && least + gone <= round->second.needed) return;
   std::vector<Rank> lost;
   size_t awaited = 0;
   for (const Rank rank : MissingRanks(round->first, round->second)) {
     if (members_[rank].state == MemberState::kLeft) continue;
+    if (const auto refused = refused_.find(rank); refused != refused_.end() && !proceed) {
+      return Fail(round, refused->second, now, effects);
+    }
     if (members_[rank].given_up) {
       lost.push_back(rank);
     } else {

@@ -91,7 +91,7 @@ void OutcomeBudget::Release(Handle handle) {
 bool Layer::Declare(Rank rank, const LayerSpec& spec) {
   if (!known_to_.contains(rank)) {
     known_to_.insert(rank);
-    knowing_.push_back(rank);
+    ++knowing_;
   }
   if (Difference(spec, spec_).empty()) {
     deviating_.erase(rank);
@@ -102,8 +102,15 @@ bool Layer::Declare(Rank rank, const LayerSpec& spec) {
   return MaybeAdopt();
 }
 
+void Layer::Forget(Rank rank) {
+  if (!known_to_.contains(rank)) return;
+  known_to_.erase(rank);
+  --knowing_;
+  if (deviating_.erase(rank) != 0 || !deviating_.empty()) MaybeAdopt();
+}
+
 bool Layer::MaybeAdopt() {
-  if (deviating_.size() != knowing_.size()) return false;
+  if (deviating_.empty() || deviating_.size() != knowing_) return false;
   const LayerSpec& candidate = deviating_.begin()->second;
   for (const auto& [rank, spec] : deviating_) {
     if (!Difference(spec, candidate).empty()) return false;
@@ -154,8 +161,9 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
       if (!newest_forward_ || newest_forward_->key.sequence <= key.sequence) newest_forward_ = round.outcome;
     }
   }
-  const size_t bytes =
-      (outcome.first.size() + outcome.second.size()) * sizeof(double) + round.contributors.size() * sizeof(Contributor);
+  size_t bytes = (outcome.first.size() + outcome.second.size()) * sizeof(double) +
+                 outcome.missing_ranks.size() * sizeof(Rank) + round.contributors.size() * sizeof(Contributor);
+  if (round.failed) bytes += outcome.error->message.size() + outcome.error->ranks.size() * sizeof(Rank);
   auto record = std::make_unique<EndedRound>(std::move(round));
   EndedRound* const address = record.get();
   h.rounds[key.sequence] = Retained{std::move(record), budget_->Retain(address, bytes)};

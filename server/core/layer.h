@@ -86,6 +86,8 @@ class Layer {
   // last one that deviates agrees, or all that know the layer have come to deviate alike. Returns whether that has just
   // made it another layer; rounds in flight are then of the old one.
   bool Declare(Rank rank, const LayerSpec& spec);
+  // What the rank has said counts no more: it has left, or its successor speaks for it.
+  void Forget(Rank rank);
   // The conflict, if there is one, naming the deviating ranks and the differences.
   std::optional<Error> conflict() const;
 
@@ -120,7 +122,7 @@ class Layer {
   const uint64_t retained_rounds_;
   OutcomeBudget* const budget_;
   RankSet known_to_;
-  std::vector<Rank> knowing_;                   // The same, as a list.
+  size_t knowing_ = 0;                          // How many they are.
   absl::btree_map<Rank, LayerSpec> deviating_;  // What those who deviate say.
   std::array<History, 3> histories_;
   std::shared_ptr<const RoundOutcome> newest_forward_;

@@ -23,6 +23,8 @@ struct Limits {
   uint32_t max_vector_elements = 1u << 20;
   // Rounds of a group that have begun and not ended.
   size_t max_rounds_in_flight = 8192;
+  // Contributions in one frame, and keys that a worker is blocked on.
+  size_t max_rounds_in_frame = 65536;
   // Contributions held for rounds of a group that have not ended, in bytes.
   size_t max_pending_bytes = size_t{1} << 30;
   // Length of a job, group or layer name, in bytes, and of a description.
@@ -32,7 +34,8 @@ struct Limits {
   // What a master remembers of ended rounds. A backward round finds its forward round, and a replay its outcome, up to
   // this many sequences behind the layer's newest ...
   uint64_t retained_rounds = 128;
-  // ... but the vectors of outcomes are forgotten, oldest first, where those of a group exceed this many bytes.
+  // ... but outcomes (vectors, errors, missing ranks) are forgotten, oldest first, where those of a group exceed this
+  // many bytes.
   size_t max_retained_bytes = size_t{8} << 20;
 
   // Bounds of what a group may declare.

@@ -104,6 +104,13 @@ std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerS
   if (contribution.key.phase != Phase::kSum) {
     if (auto error = CheckLength(contribution, contribution.second, names.second, spec, rank)) return error;
   }
+  if (contribution.key.phase == Phase::kBackward && contribution.first.size() != contribution.second.size()) {
+    return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
+                     absl::StrCat("rank ", rank, " sent ", contribution.first.size(), " elements of ", names.first,
+                                  " and ", contribution.second.size(), " of ", names.second, " to the ",
+                                  Describe(contribution.key), "; both are empty or neither"),
+                     {rank});
+  }
   if (forward) {
     if (auto error = CheckMoments(contribution, rank, limits.max_count)) return error;
   }

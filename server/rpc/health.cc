@@ -7,6 +7,7 @@
 #include "grpcpp/support/async_stream.h"
 #include "server/rpc/call.h"
 #include "server/rpc/event_loop.h"
+#include "server/rpc/status.h"
 
 namespace syncbn::rpc {
 
@@ -104,7 +105,7 @@ void HealthService::Serve(grpc::ServerCompletionQueue* queue, int* live_calls) {
       &service_, &Service::RequestCheck, queue_, live_calls, [this](const auto& request, auto* response) {
         response->set_status(StatusOf(request.service()));
         if (response->status() != HealthCheckResponse::SERVICE_UNKNOWN) return grpc::Status::OK;
-        return grpc::Status(grpc::StatusCode::NOT_FOUND, absl::StrCat("no service \"", request.service(), "\""));
+        return grpc::Status(grpc::StatusCode::NOT_FOUND, Brief(absl::StrCat("no service \"", request.service(), "\"")));
       });
   AcceptWatch();
 }

@@ -12,13 +12,13 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/hash/hash.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "google/protobuf/arena.h"
 #include "grpcpp/alarm.h"
 #include "grpcpp/impl/codegen/proto_utils.h"
 #include "server/core/coordinator.h"
 #include "server/core/error.h"
 #include "server/rpc/call.h"
+#include "server/rpc/clock.h"
 #include "server/rpc/convert.h"
 #include "server/rpc/health.h"
 #include "server/rpc/status.h"
@@ -71,9 +71,9 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     void* tag = nullptr;
     bool ok = false;
     while (true) {
-      const auto event = queue_->AsyncNext(&tag, &ok, absl::ToChronoTime(NextWakeUp()));
+      const auto event = queue_->AsyncNext(&tag, &ok, clock_.Deadline(NextWakeUp()));
       if (event == grpc::CompletionQueue::SHUTDOWN) return;
-      now_ = std::max(now_, absl::Now());
+      now_ = clock_.Now();
       if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
       RunTimers();
       EndIfIdle();
@@ -384,7 +384,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   HealthService health_{{v1::StatisticsService::service_full_name(), v1::InspectionService::service_full_name()}};
   std::unique_ptr<grpc::ServerCompletionQueue> queue_;
   core::Coordinator coordinator_;
-  absl::Time now_ = absl::Now();  // Never goes back, whatever the clock does.
+  const Clock clock_;
+  absl::Time now_ = clock_.Now();
   uint64_t next_stream_ = 1;
   absl::flat_hash_map<uint64_t, Session> sessions_;
   absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;

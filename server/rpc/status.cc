@@ -2,6 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
 #include "google/rpc/error_details.pb.h"
 
 namespace syncbn::rpc {
@@ -35,6 +36,16 @@ void Fill(const core::Error& error, const google::rpc::ErrorInfo& info, google::
 
 }  // namespace
 
+std::string Brief(std::string message) {
+  constexpr size_t kMostBytes = 1024;
+  constexpr absl::string_view kCut = "...";
+  if (message.size() <= kMostBytes) return message;
+  size_t end = kMostBytes - kCut.size();
+  while (end > 0 && (static_cast<unsigned char>(message[end]) & 0xc0) == 0x80) --end;  // Not within a character.
+  message.resize(end);
+  return absl::StrCat(message, kCut);
+}
+
 void ToProto(const core::Error& error, const core::RoundKey* key, google::rpc::Status* status) {
   google::rpc::ErrorInfo info = InfoOf(error);
   if (key != nullptr) {
@@ -54,7 +65,8 @@ void ToProto(const core::Error& error, const std::string& layer, google::rpc::St
 grpc::Status ToGrpc(const core::Error& error) {
   google::rpc::Status status;
   Fill(error, InfoOf(error), &status);
-  return grpc::Status(static_cast<grpc::StatusCode>(error.code), error.message, status.SerializeAsString());
+  status.set_message(Brief(error.message));
+  return grpc::Status(static_cast<grpc::StatusCode>(error.code), status.message(), status.SerializeAsString());
 }
 
 grpc::Status ToGrpc(const absl::Status& status, const char* reason) {

@@ -1,30 +1,36 @@
 #!/usr/bin/env python3
-"""Times each kernel against a copy of the same tensor and against torch's own operation, in one process.
+"""Times each kernel against a copy of the same tensor and against torch, cuDNN and torch.compile, in one process.
 
-Every figure is a median over replays of a CUDA graph. "cold": calls rotate over at least four sets of tensors that
-together are three times the second-level cache and more; "hot": statistics and normalization of one tensor in turn.
-"of copy": the operation's least possible traffic over its time, relative to a device copy's traffic over its time.
+Every figure is a median over replays of a CUDA graph. "cold": calls rotate over four or more sets of tensors that
+together are three times the second-level cache and 120 MB at least; "hot": one set again and again. "forward" is
+statistics, coefficients, normalization; "backward" likewise. report.py holds the rows against the targets.
 
-    bench.py LIBRARY RESULTS.md [--quick]
+    bench.py LIBRARY RESULTS.json [--quick] [--seconds N]
 """
 
 import argparse
 import ctypes
+import json
+import os
 import statistics
 import sys
+import time
+import traceback
 
 import torch
 
 # Batch, channels, spatial extents.
 SHAPES = [
-    (32, 64, (112, 112)), (32, 256, (56, 56)), (32, 512, (28, 28)), (32, 1024, (14, 14)), (32, 2048, (7, 7)),
-    (2, 256, (128, 256)), (128, 4, (224, 224)), (2, 32, (64, 64, 64)), (4096, 1024, ()),
+    (32, 64, (112, 112)), (32, 256, (56, 56)), (128, 4, (224, 224)), (32, 512, (28, 28)), (32, 1024, (14, 14)),
+    (32, 2048, (7, 7)), (2, 256, (128, 256)), (2, 32, (64, 64, 64)), (4096, 1024, ()),
 ]
+# What torch.compile is tried on: compiling takes seconds each time.
+COMPILED = [(shape, dtype) for shape in (SHAPES[1], SHAPES[4]) for dtype in (torch.float32, torch.bfloat16)]
 TYPES = {torch.float32: (0, 4, "fp32"), torch.float16: (2, 2, "fp16"), torch.bfloat16: (3, 2, "bf16")}
-# Tensors that each operation has to read or write.
-FLOOR = {"stats": 1, "elemt": 2, "backward_reduce": 2, "backward_elemt": 3}
-# Least share of the copy's bandwidth: from 50 MB on, and from 13 MB.
-TARGET = {"stats": (0.92, 0.75), "elemt": (0.93, 0.85), "backward_reduce": (0.90, 0.75), "backward_elemt": (0.92, 0.85)}
+OPERATIONS = ("stats", "elemt", "backward_reduce", "backward_elemt", "forward", "backward")
+EPS = 1e-5
+ROTATED = 120e6  # Bytes.
+DEVICE = "cuda"  # In a rehearsal "cpu", and host/fake_cuda.py plays the rest.
 
 
 class Shape(ctypes.Structure):
@@ -42,7 +48,7 @@ class Kernels:
 
     def prepare(self, shape):
         """Scratch memory for reductions over the shape, zeroed."""
-        return torch.zeros(self.library.bench_workspace_bytes(ctypes.byref(shape)), dtype=torch.uint8, device="cuda")
+        return torch.zeros(self.library.bench_workspace_bytes(ctypes.byref(shape)), dtype=torch.uint8, device=DEVICE)
 
     def call(self, name, shape, *arguments):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -57,6 +63,10 @@ def as_c(argument):
     return ctypes.c_void_p(None) if argument is None else ctypes.c_size_t(argument)
 
 
+def doubles(channels):
+    return torch.empty(channels, device=DEVICE, dtype=torch.float64)
+
+
 class Set:
     """One set of a layer's tensors."""
 
@@ -69,35 +79,45 @@ class Set:
             memory = torch.channels_last_3d
 
         def fresh(scale, shift):
-            return (torch.randn(size, device="cuda") * scale + shift).to(dtype).contiguous(memory_format=memory)
+            return (torch.randn(size, device=DEVICE) * scale + shift).to(dtype).contiguous(memory_format=memory)
 
         self.x, self.dy = fresh(1.5, 2.0), fresh(1.0, 0.1)
         self.y, self.dx = torch.empty_like(self.x), torch.empty_like(self.x)
 
 
-def time_calls(calls, replays):
-    """Median microseconds of one call, over replays of a graph of them all."""
+def time_calls(calls, seconds=0.05):
+    """Median microseconds of one call, over replays of a graph of them all; results are kept for one round of calls."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        for call in calls:  # Compiles, loads, tunes.
+            call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
         for call in calls:
             call()
+        torch.cuda.synchronize()
+        each = (time.perf_counter() - begin) / len(calls)
     torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
+    # A graph takes some microseconds to start: it is to be much longer than that, but not longer than a replay's share.
+    rounds = max(1, min(64, round(seconds / 20 / (each * len(calls)))))
     graph = torch.cuda.CUDAGraph()
+    kept = [None] * len(calls)
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(3):
+        for _ in range(rounds):
+            for index, call in enumerate(calls):
+                kept[index] = call()
+    for _ in range(2):
         graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+    torch.cuda.synchronize()
+    times, begin = [], time.perf_counter()
+    while len(times) < 5 or (len(times) < 50 and time.perf_counter() - begin < seconds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+        times.append(start.elapsed_time(end) * 1e3 / (len(calls) * rounds))
     return statistics.median(times)
 
 
@@ -111,25 +131,30 @@ class Layer:
         self.kernels = kernels
         self.shape = Shape(batch, channels, spatial, TYPES[dtype][0], 1 if last else 0)
         self.bytes = batch * channels * spatial * TYPES[dtype][1]
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        count = max(4, -(-3 * cache // (2 * self.bytes)))
+        together = max(ROTATED, 3 * torch.cuda.get_device_properties(0).L2_cache_size)
+        count = max(4, int(-(-together // (2 * self.bytes))))
         self.sets = [Set(batch, channels, extents, dtype, last) for _ in range(count)]
         self.workspace = kernels.prepare(self.shape)
         # Parameters and statistics, as torch's operations take them, and in float64 as ours do.
-        self.weight = torch.rand(channels, device="cuda") + 0.5
-        self.bias = torch.randn(channels, device="cuda")
-        self.mean32, self.invstd32 = torch.batch_norm_stats(self.sets[0].x, 1e-5)
-        self.mean, self.m2 = (torch.empty(channels, device="cuda", dtype=torch.float64) for _ in range(2))
-        self.sum_dy, self.sum_xmu = (torch.empty(channels, device="cuda", dtype=torch.float64) for _ in range(2))
+        self.weight = torch.rand(channels, device=DEVICE) + 0.5
+        self.bias = torch.randn(channels, device=DEVICE)
+        self.running = [torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)]
+        self.mean32, self.invstd32 = torch.batch_norm_stats(self.sets[0].x, EPS)
+        self.mean, self.m2, self.sum_dy, self.sum_xmu = (doubles(channels) for _ in range(4))
+        self.made_mean, self.made_scale, self.made_shift, self.made_mean_dy, self.made_projection = (
+            doubles(channels) for _ in range(5))
+        self.weight_gradient, self.bias_gradient = torch.empty_like(self.weight), torch.empty_like(self.bias)
         self.scale, self.shift = (self.weight * self.invstd32).double(), self.bias.double()
         self.known_mean = self.mean32.double()
         self.count = batch * spatial
-        self.counts = torch.tensor([self.count], dtype=torch.int32, device="cuda")
+        self.known_m2 = (1 / self.invstd32.double() ** 2 - EPS) * self.count
+        self.counts = torch.tensor([self.count], dtype=torch.int32, device=DEVICE)
         sums = torch.batch_norm_backward_reduce(self.sets[0].dy, self.sets[0].x, self.mean32, self.invstd32,
                                                 self.weight, True, True, True)
         self.sum32, self.sum_xmu32 = sums[0], sums[1]
         self.mean_dy = self.sum32.double() / self.count
         self.projection = self.invstd32.double() ** 2 * self.sum_xmu32.double() / self.count
+        self.compiled = {}
 
     def ours(self, operation, s):
         k, shape, ws = self.kernels, self.shape, self.workspace
@@ -139,58 +164,178 @@ class Layer:
             k.call("elemt", shape, s.x, self.known_mean, self.scale, self.shift, None, 0, None, s.y)
         elif operation == "backward_reduce":
             k.call("backward_reduce", shape, ws, ws.numel(), s.dy, s.x, self.known_mean, self.sum_dy, self.sum_xmu)
-        else:
+        elif operation == "backward_elemt":
             k.call("backward_elemt", shape, s.dy, s.x, self.known_mean, self.scale, self.mean_dy, self.projection, s.dx)
+        elif operation == "forward":
+            self.ours("stats", s)
+            made = (self.made_mean, self.made_scale, self.made_shift)
+            k.call("finalize_forward", shape, self.count, self.mean, self.m2, self.weight, self.bias, *made)
+            k.call("elemt", shape, s.x, *made, None, 0, None, s.y)
+        else:
+            self.ours("backward_reduce", s)
+            made = (self.made_scale, self.made_mean_dy, self.made_projection)
+            k.call("finalize_backward", shape, self.count, self.known_mean, self.known_m2, self.sum_dy, self.sum_xmu,
+                   self.weight, *made, self.weight_gradient, self.bias_gradient)
+            k.call("backward_elemt", shape, s.dy, s.x, self.known_mean, *made, s.dx)
 
     def torchs(self, operation, s):
         if operation == "stats":
-            return torch.batch_norm_stats(s.x, 1e-5)
+            return torch.batch_norm_stats(s.x, EPS)
         if operation == "elemt":
-            return torch.batch_norm_elemt(s.x, self.weight, self.bias, self.mean32, self.invstd32, 1e-5)
+            return torch.batch_norm_elemt(s.x, self.weight, self.bias, self.mean32, self.invstd32, EPS)
         if operation == "backward_reduce":
-            return torch.batch_norm_backward_reduce(s.dy, s.x, self.mean32, self.invstd32, self.weight, True, True, True)
-        return torch.batch_norm_backward_elemt(s.dy, s.x, self.mean32, self.invstd32, self.weight, self.sum32,
-                                               self.sum_xmu32, self.counts)
+            return torch.batch_norm_backward_reduce(s.dy, s.x, self.mean32, self.invstd32, self.weight, True, True,
+                                                    True)
+        if operation == "backward_elemt":
+            return torch.batch_norm_backward_elemt(s.dy, s.x, self.mean32, self.invstd32, self.weight, self.sum32,
+                                                   self.sum_xmu32, self.counts)
+        if operation == "forward":
+            mean, invstd = torch.batch_norm_stats(s.x, EPS)
+            return torch.batch_norm_elemt(s.x, self.weight, self.bias, mean, invstd, EPS)
+        sums = self.torchs("backward_reduce", s)
+        return torch.batch_norm_backward_elemt(s.dy, s.x, self.mean32, self.invstd32, self.weight, sums[0], sums[1],
+                                               self.counts)
+
+    def cudnns(self, operation, s):
+        if operation == "forward":
+            return torch.cudnn_batch_norm(s.x, self.weight, self.bias, *self.running, True, 0.1, EPS)
+        if not hasattr(s, "reserve"):
+            s.reserve = torch.cudnn_batch_norm(s.x, self.weight, self.bias, *self.running, True, 0.1, EPS)[1:]
+        backward, (mean, invstd, reserve) = torch.ops.aten.cudnn_batch_norm_backward, s.reserve
+        return backward(s.x, s.dy, self.weight, *self.running, mean, invstd, EPS, reserve)
+
+    def compiles(self, operation, s):
+        if operation not in self.compiled:
+            self.compiled[operation] = torch.compile(FORWARD if operation == "forward" else BACKWARD, dynamic=False)
+        if operation == "forward":
+            return self.compiled[operation](s.x, self.weight, self.bias)
+        return self.compiled[operation](s.dy, s.x, self.weight, self.mean32, self.invstd32)
 
     def check(self):
         """That both compute the same thing, so that their times compare."""
         s = self.sets[0]
-        for operation in FLOOR:
+        loose = {"rtol": 2e-2, "atol": 2e-2}
+        for operation in OPERATIONS:
             self.ours(operation, s)
-        torch.cuda.synchronize()
+            if operation in ("elemt", "forward"):
+                torch.testing.assert_close(s.y, self.torchs(operation, s), **loose)
+            if operation in ("backward_elemt", "backward"):
+                torch.testing.assert_close(s.dx, self.torchs(operation, s), **loose)
         torch.testing.assert_close(self.mean.float(), self.mean32, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(self.sum_dy.float(), self.sum32, rtol=1e-3, atol=1e-2 * self.count ** 0.5)
-        loose = {"rtol": 2e-2, "atol": 2e-2}
-        torch.testing.assert_close(s.y, self.torchs("elemt", s), **loose)
-        torch.testing.assert_close(s.dx, self.torchs("backward_elemt", s), **loose)
 
 
-def bench_layer(layer, replays):
-    """Rows of (operation, cold us, torch us, share of copy, target or None) and the hot pair's time and copy's."""
-    copy = time_calls([lambda s=s: s.y.copy_(s.x) for s in layer.sets], replays)
-    rows = []
-    for operation, tensors in FLOOR.items():
-        ours = time_calls([lambda s=s: layer.ours(operation, s) for s in layer.sets], replays)
-        theirs = time_calls([lambda s=s: layer.torchs(operation, s) for s in layer.sets], replays)
-        share = (tensors / ours) / (2 / copy)
-        large, medium = TARGET[operation]
-        target = large if layer.bytes >= 50e6 else medium if layer.bytes >= 13e6 else None
-        rows.append((operation, ours, theirs, share, target))
-    first = layer.sets[0]
-    hot = time_calls([lambda: (layer.ours("stats", first), layer.ours("elemt", first))] * 4, replays)
-    hot_torch = time_calls([lambda: (layer.torchs("stats", first), layer.torchs("elemt", first))] * 4, replays)
-    return copy, rows, hot, hot_torch
+def FORWARD(x, weight, bias):
+    return torch.nn.functional.batch_norm(x, None, None, weight, bias, True, 0.0, EPS)
 
 
-def small_latency(kernels, replays):
-    """Microseconds of the statistics of a small tensor with the signal to the host."""
-    shape = Shape(8, 64, 49, 0, 0)
-    x = torch.randn(8, 64, 49, device="cuda")
-    mean, m2 = (torch.empty(64, dtype=torch.float64).pin_memory() for _ in range(2))
-    flag = torch.zeros(16, dtype=torch.int32).pin_memory()
-    workspace = kernels.prepare(shape)
-    return time_calls([lambda: kernels.call("stats", shape, workspace, workspace.numel(), x, mean, m2, flag)] * 16,
-                      replays)
+def BACKWARD(dy, x, weight, mean, invstd):
+    backward = torch.ops.aten.native_batch_norm_backward
+    return backward(dy, x, weight, None, None, mean, invstd, True, EPS, [True, True, True])
+
+
+class Bench:
+    """The rows measured so far, written to a file after each layer, and the time that is left."""
+
+    def __init__(self, kernels, path, seconds):
+        self.kernels, self.path = kernels, path
+        self.give_up = time.monotonic() + seconds
+        self.rows, self.notes, self.failures = [], [], 0
+        self.machine = (f"GPU: {torch.cuda.get_device_name(0)}; torch {torch.__version__}; CUDA {torch.version.cuda}; "
+                        f"cuDNN {cudnn_version()}")
+
+    def note(self, text):
+        if text not in self.notes:
+            self.notes.append(text)
+            print(f"note: {text}", flush=True)
+
+    def write(self):
+        with open(self.path + ".part", "w", encoding="utf-8") as file:
+            json.dump({"machine": self.machine, "rows": self.rows, "notes": self.notes}, file)
+        os.replace(self.path + ".part", self.path)
+
+    def rival(self, name, calls):
+        """A rival's time; None, and a note, if it does not run."""
+        try:
+            return time_calls(calls)
+        except Exception as error:  # Whatever another library raises.
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.note(f"{name} does not run: {first[:200]}")
+            return None
+
+    def row(self, layer, fields, operation, copy, sets, cache):
+        rivals = {"torch": self.rival("torch", [lambda s=s: layer.torchs(operation, s) for s in sets])}
+        if operation in ("forward", "backward") and "x" in fields["shape"].partition("x")[2]:
+            rivals["cudnn"] = self.rival("cuDNN", [lambda s=s: layer.cudnns(operation, s) for s in sets])
+        ours = time_calls([lambda s=s: layer.ours(operation, s) for s in sets])
+        self.rows.append({**fields, "operation": operation, "cache": cache, "us": ours, "copy_us": copy,
+                          "rivals": {name: us for name, us in rivals.items() if us}})
+
+    def layer(self, batch, channels, extents, dtype, last):
+        layer = Layer(self.kernels, batch, channels, extents, dtype, last)
+        layer.check()
+        # A copy engine or a kernel, whichever is faster.
+        copy = min(time_calls([lambda s=s: s.y.copy_(s.x) for s in layer.sets]),
+                   time_calls([lambda s=s: torch.neg(s.x, out=s.y) for s in layer.sets]))
+        fields = {"shape": "x".join(map(str, (batch, channels, *extents))), "channels": channels,
+                  "layout": "NHWC" if last else "NCHW", "type": TYPES[dtype][2], "bytes": layer.bytes}
+        self.rows.append({**fields, "operation": "copy", "cache": "cold", "us": copy, "copy_us": copy, "rivals": {}})
+        for operation in OPERATIONS:
+            self.row(layer, fields, operation, copy, layer.sets, "cold")
+        for operation in ("forward", "backward"):
+            self.row(layer, fields, operation, copy, [layer.sets[0]] * 4, "hot")
+
+    def compiled(self, batch, channels, extents, dtype, last):
+        """Adds torch.compile's times to the rows of a layer that was timed."""
+        name = "x".join(map(str, (batch, channels, *extents)))
+        rows = [row for row in self.rows
+                if (row["shape"], row["layout"], row["type"]) == (name, "NHWC" if last else "NCHW", TYPES[dtype][2])
+                and row["operation"] in ("forward", "backward") and row["cache"] == "cold"]
+        layer = Layer(self.kernels, batch, channels, extents, dtype, last) if rows else None
+        for row in rows:
+            calls = [lambda s=s: layer.compiles(row["operation"], s) for s in layer.sets]
+            us = self.rival("torch.compile", calls)
+            if us:
+                row["rivals"]["compile"] = us
+
+    def each(self, what, function, cases, reserve):
+        """Calls function(*case) for all cases, as long as `reserve` seconds are left."""
+        for index, case in enumerate(cases):
+            if time.monotonic() + reserve > self.give_up:
+                self.note(f"{what}: no time for the last {len(cases) - index} of {len(cases)}")
+                return
+            try:
+                function(*case)
+            except torch.cuda.OutOfMemoryError:
+                self.note(f"{what}: not enough memory for {case}")
+            except Exception:
+                self.failures += 1
+                self.note(f"{what}: {case} failed")
+                traceback.print_exc()
+            self.write()
+            torch.cuda.empty_cache()
+
+    def small(self):
+        """The statistics of a small tensor with the signal to the host."""
+        shape = Shape(8, 64, 49, 0, 0)
+        x = torch.randn(8, 64, 7, 7, device=DEVICE)
+        mean, m2 = (pinned(torch.empty(64, dtype=torch.float64)) for _ in range(2))
+        flag = pinned(torch.zeros(16, dtype=torch.int32))
+        workspace = self.kernels.prepare(shape)
+        arguments = (workspace, workspace.numel(), x, mean, m2, flag)
+        us = time_calls([lambda: self.kernels.call("stats", shape, *arguments)] * 16)
+        theirs = self.rival("torch", [lambda: torch.batch_norm_stats(x, EPS)] * 16)
+        self.rows.append({"shape": "8x64x7x7", "channels": 64, "layout": "NCHW", "type": "fp32", "bytes": x.numel() * 4,
+                          "operation": "stats with flag", "cache": "hot", "us": us,
+                          "rivals": {"torch": theirs} if theirs else {}})
+
+
+def cudnn_version():
+    return torch.backends.cudnn.version() if DEVICE == "cuda" else None
+
+
+def pinned(tensor):
+    return tensor.pin_memory() if DEVICE == "cuda" else tensor
 
 
 def main():
@@ -198,51 +343,28 @@ def main():
     parser.add_argument("library")
     parser.add_argument("results")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seconds", type=float, default=600.0, help="what does not fit is left out, with a note")
+    parser.add_argument("--on-host", action="store_true", help="a rehearsal, with the library for it")
     options = parser.parse_args()
+    if options.on_host:
+        sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "host"))
+        import fake_cuda
+
+        fake_cuda.install(sys.modules[__name__])
     if not torch.cuda.is_available():
         print("skipped: torch has no NVIDIA GPU")
         return 0
-    kernels = Kernels(options.library)
     torch.manual_seed(1)
-    replays = 10 if options.quick else 50
+    bench = Bench(Kernels(options.library), options.results, options.seconds)
+    bench.each("small statistics", bench.small, [()], 0)
     shapes = SHAPES[:2] if options.quick else SHAPES
-    lines = [f"GPU: {torch.cuda.get_device_name(0)}; torch {torch.__version__}; CUDA {torch.version.cuda}", "",
-             "| shape | layout | type | operation | us | GB/s | of copy | target | x torch |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    missed, met, worst = 0, 0, {}
-    for batch, channels, extents in shapes:
-        for dtype, (_, _, type_name) in TYPES.items():
-            for last in (False, True) if extents else (False,):
-                layer = Layer(kernels, batch, channels, extents, dtype, last)
-                layer.check()
-                copy, rows, hot, hot_torch = bench_layer(layer, replays)
-                name = "x".join(map(str, (batch, channels, *extents)))
-                prefix = f"| {name} | {'NHWC' if last else 'NCHW'} | {type_name} |"
-                lines.append(f"{prefix} copy | {copy:.1f} | {2e-3 * layer.bytes / copy:.0f} | | | |")
-                for operation, ours, theirs, share, target in rows:
-                    rate = FLOOR[operation] * layer.bytes / ours * 1e-3
-                    goal = "" if target is None else f"{target:.0%}{'' if share >= target else ' missed'}"
-                    lines.append(f"{prefix} {operation} | {ours:.1f} | {rate:.0f} | {share:.0%} | {goal} | "
-                                 f"{theirs / ours:.2f} |")
-                    if target is not None:
-                        met, missed = met + (share >= target), missed + (share < target)
-                        key = (operation, "NHWC" if last else "NCHW")
-                        worst.setdefault(key, []).append((share, theirs / ours, name, type_name))
-                lines.append(f"{prefix} stats, elemt (hot) | {hot:.1f} | | | | {hot_torch / hot:.2f} |")
-                del layer
-                torch.cuda.empty_cache()
-    lines.append(f"\nstatistics of 8x64x49 with the signal to the host: {small_latency(kernels, replays):.1f} us")
-    with open(options.results, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-    print(lines[0])
-    print(f"{'operation':<16} {'layout':<6} {'of copy: least':>15} {'median':>7} {'x torch: least':>15} {'median':>7}")
-    for (operation, layout), cells in worst.items():
-        shares, ratios = [cell[0] for cell in cells], [cell[1] for cell in cells]
-        print(f"{operation:<16} {layout:<6} {min(shares):>15.0%} {statistics.median(shares):>7.0%} "
-              f"{min(ratios):>15.2f} {statistics.median(ratios):>7.2f}")
-    print(lines[-1].strip())
-    print(f"targets: {met} met, {missed} missed; the full table is in {options.results}")
-    return 0
+    cases = [(*shape, dtype, last) for shape in shapes for dtype in TYPES for last in (False, True)
+             if shape[2] or not last]
+    bench.each("kernels", bench.layer, cases, 2)
+    compiled = [(*shape, dtype, last) for shape, dtype in COMPILED if shape in shapes for last in (False, True)]
+    bench.each("torch.compile", bench.compiled, compiled, 20)
+    print(f"kernels timed: {len(bench.rows)} rows, {bench.failures} failed, {len(bench.notes)} notes")
+    return bench.failures > 0
 
 
 if __name__ == "__main__":

@@ -75,4 +75,41 @@ int bench_backward_elemt(const BenchShape* shape, void* stream, const void* dy, 
                                       {mean, scale, mean_dy, projection}, {}, dx, nullptr);
 }
 
+// float32 weight and bias; running statistics are not kept.
+int bench_finalize_forward(const BenchShape* shape, void* stream, size_t count, const double* mean, const double* m2,
+                           const float* weight, const float* bias, double* out_mean, double* out_scale,
+                           double* out_shift) {
+  cuda::FinalizeForwardArguments arguments;
+  arguments.channels = shape->channels;
+  arguments.count = static_cast<int64_t>(count);
+  arguments.mean = mean;
+  arguments.m2 = m2;
+  arguments.weight = {weight, DataType::kFloat32};
+  arguments.bias = {bias, DataType::kFloat32};
+  arguments.out_mean = out_mean;
+  arguments.out_scale = out_scale;
+  arguments.out_shift = out_shift;
+  return cuda::FinalizeForward(MakeContext(stream, nullptr, 0), arguments);
+}
+
+// With the gradients of float32 weight and bias.
+int bench_finalize_backward(const BenchShape* shape, void* stream, size_t count, const double* mean, const double* m2,
+                            const double* sum_dy, const double* sum_dy_xmu, const float* weight, double* out_scale,
+                            double* out_mean_dy, double* out_projection, float* weight_gradient, float* bias_gradient) {
+  cuda::FinalizeBackwardArguments arguments;
+  arguments.channels = shape->channels;
+  arguments.count = static_cast<int64_t>(count);
+  arguments.mean = mean;
+  arguments.m2 = m2;
+  arguments.sum_dy = arguments.local_sum_dy = sum_dy;
+  arguments.sum_dy_xmu = arguments.local_sum_dy_xmu = sum_dy_xmu;
+  arguments.weight = {weight, DataType::kFloat32};
+  arguments.out_scale = out_scale;
+  arguments.out_mean_dy = out_mean_dy;
+  arguments.out_projection = out_projection;
+  arguments.weight_gradient = {weight_gradient, DataType::kFloat32};
+  arguments.bias_gradient = {bias_gradient, DataType::kFloat32};
+  return cuda::FinalizeBackward(MakeContext(stream, nullptr, 0), arguments);
+}
+
 }  // extern "C"

@@ -21,12 +21,36 @@ inline void Require(int error, const char* what) {
   std::exit(1);
 }
 
+#if defined(__CUDACC__)
+
+template <typename... Parameters, typename... Arguments>
+void Launch(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream, Arguments... arguments) {
+  kernel<<<blocks, threads, 0, stream>>>(arguments...);
+  Require(cudaGetLastError(), "launch");
+}
+
+#else  // With host/cuda_runtime.h.
+
+template <typename... Parameters, typename... Arguments>
+void Launch(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream, Arguments... arguments) {
+  host_cuda::Enqueue(stream, [=] {
+    gridDim.x = blocks;
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) kernel(arguments...);
+    }
+  });
+}
+
+#endif
+
 // Device memory, `skip` bytes past a 256-byte boundary, filled with 0xff (NaN in every type) unless it is copied to.
+// With SYNCBN_UNFILLED=1 in the environment it is left as it is, for initcheck to see who reads it.
 class DeviceBuffer {
  public:
   explicit DeviceBuffer(size_t bytes, size_t skip = 0, const void* host = nullptr) : bytes_(bytes), skip_(skip) {
     Require(cudaMalloc(&base_, bytes + skip + 1), "cudaMalloc");
-    Require(cudaMemset(base_, 0xff, bytes + skip), "cudaMemset");
+    if (Fills()) Require(cudaMemset(base_, 0xff, bytes + skip), "cudaMemset");
     if (host != nullptr) Require(cudaMemcpy(data(), host, bytes, cudaMemcpyHostToDevice), "copy to the GPU");
   }
   ~DeviceBuffer() { cudaFree(base_); }
@@ -39,6 +63,11 @@ class DeviceBuffer {
   void CopyTo(void* host) const { Require(cudaMemcpy(host, data(), bytes_, cudaMemcpyDeviceToHost), "copy back"); }
 
  private:
+  static bool Fills() {
+    static const char* const unfilled = std::getenv("SYNCBN_UNFILLED");
+    return unfilled == nullptr || *unfilled != '1';
+  }
+
   void* base_ = nullptr;
   size_t bytes_;
   size_t skip_;

@@ -2,7 +2,9 @@
 // same bits a hundred times beside kernels that compete for the machine; results and signal in host memory; more than
 // 2^32 elements.
 //
-//   kernels_check CHECKSUMS [--quick]      --quick: what compute-sanitizer has time for.
+//   kernels_check CHECKSUMS [--quick | --probe]
+//
+// --quick: what compute-sanitizer has time for. --probe: one small kernel, to see whether anything runs at all.
 
 #include <cuda_runtime.h>
 
@@ -154,6 +156,9 @@ void CheckDeterminism(const TensorShape& shape, int runs) {
   const size_t bytes = shape.channels * sizeof(double);
   const DeviceBuffer dx(x.byte_size(), 0, x.data()), ddy(dy.byte_size(), 0, dy.data());
   const DeviceBuffer mean(bytes), m2(bytes), sum_dy(bytes), sum_xmu(bytes), noise(size_t{4} << 20);
+  const DeviceBuffer out_y(x.byte_size()), out_dx(x.byte_size());
+  const Doubles factors = RandomVector(shape.channels, 53, 0.5, 0.2);
+  const DeviceBuffer d_factors(bytes, 0, factors.data());
   const size_t workspace_bytes = kernels::cuda::WorkspaceBytes(shape);
   const DeviceBuffer workspace(workspace_bytes);
   Require(cudaMemset(workspace.data(), 0, workspace_bytes), "cudaMemset");
@@ -168,18 +173,33 @@ void CheckDeterminism(const TensorShape& shape, int runs) {
   uint64_t first = 0;
   for (int run = 0; run < runs; ++run) {
     // Nothing, little or much of the machine is taken.
-    if (run % 3 != 0)
-      NoiseKernel<<<37 * (run % 29 + 1), 128, 0, other>>>(static_cast<float*>(noise.data()), 1 << 20, 100 * (run % 17));
+    if (run % 3 != 0) {
+      Launch(NoiseKernel, 37 * (run % 29 + 1), 128, other, static_cast<float*>(noise.data()), int64_t{1} << 20,
+             100 * (run % 17));
+    }
     Require(kernels::cuda::BatchNormStats(context, shape, dx.data(), mean.doubles(), m2.doubles()), "stats");
     Require(kernels::cuda::BatchNormBackwardReduce(context, shape, ddy.data(), dx.data(), mean.doubles(),
                                                    kernels::ReluGate(), sum_dy.doubles(), sum_xmu.doubles()),
             "backward reduce");
+    const kernels::ForwardCoefficients forward{mean.doubles(), d_factors.doubles(), d_factors.doubles()};
+    Require(kernels::cuda::BatchNormElemt(context, shape, dx.data(), forward, kernels::Epilogue(), out_y.data()),
+            "elemt");
+    const kernels::BackwardCoefficients backward{mean.doubles(), d_factors.doubles(), d_factors.doubles(),
+                                                 d_factors.doubles()};
+    Require(kernels::cuda::BatchNormBackwardElemt(context, shape, ddy.data(), dx.data(), backward, kernels::ReluGate(),
+                                                  out_dx.data(), nullptr),
+            "backward elemt");
     Require(cudaStreamSynchronize(stream), "synchronize");
     uint64_t sum = 0xcbf29ce484222325u;
     Doubles host(shape.channels);
     for (const DeviceBuffer* buffer : {&mean, &m2, &sum_dy, &sum_xmu}) {
       buffer->CopyTo(host.data());
       sum = Checksum(host.data(), bytes, sum);
+    }
+    std::vector<uint64_t> words((x.byte_size() + 7) / 8, 0);
+    for (const DeviceBuffer* buffer : {&out_y, &out_dx}) {
+      buffer->CopyTo(words.data());
+      for (const uint64_t word : words) sum = (sum ^ word) * 0x100000001b3u;
     }
     if (run == 0) first = sum;
     Check(sum == first, "equal bits, run " + std::to_string(run) + " of " + Describe(shape));
@@ -246,7 +266,7 @@ void CheckHuge(Layout layout) {
   }
   void* x = nullptr;
   Require(cudaMalloc(&x, shape.size() * 2), "cudaMalloc");
-  FillKernel<<<1024, 256>>>(static_cast<uint16_t*>(x), shape.size());
+  Launch(FillKernel, 1024, 256, nullptr, static_cast<uint16_t*>(x), shape.size());
   const size_t bytes = shape.channels * sizeof(double), workspace_bytes = kernels::cuda::WorkspaceBytes(shape);
   const DeviceBuffer mean(bytes), m2(bytes), workspace(workspace_bytes);
   Require(cudaMemset(workspace.data(), 0, workspace_bytes), "cudaMemset");
@@ -265,7 +285,7 @@ void CheckHuge(Layout layout) {
   cudaFree(x);
 }
 
-int Run(const char* checksums, bool quick) {
+int Run(const char* checksums, bool quick, bool probe) {
   if (!kernels::cuda::Available()) {
     std::printf("skipped: no NVIDIA GPU\n");
     return 0;
@@ -275,6 +295,7 @@ int Run(const char* checksums, bool quick) {
   std::printf("GPU: %s, compute capability %d.%d, %d multiprocessors\n", properties.name, properties.major,
               properties.minor, properties.multiProcessorCount);
   CheckFinalize();
+  if (probe) return g_failed == 0 ? 0 : 1;
   for (const DataType type : kTypes) {
     for (const TensorShape& shape : SmallShapes(type)) {
       if (shape.size() == 0 || (quick && shape.size() > 20000)) continue;
@@ -309,8 +330,9 @@ int Run(const char* checksums, bool quick) {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: kernels_check CHECKSUMS [--quick]\n");
+    std::fprintf(stderr, "usage: kernels_check CHECKSUMS [--quick | --probe]\n");
     return 2;
   }
-  return syncbn::testing::Run(argv[1], argc > 2 && std::strcmp(argv[2], "--quick") == 0);
+  const std::string option = argc > 2 ? argv[2] : "";
+  return syncbn::testing::Run(argv[1], option == "--quick", option == "--probe");
 }

@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
 """Checks and times the GPU worker on this machine's GPU, through the Python package (SYNCBN_LIBRARY names the library).
 
-    worker_check.py check            errors, types and layouts, a mixed group, training; exits with 1 on a failure
-    worker_check.py bench RESULTS    a layer's step with 2 and 4 processes against torch's SyncBatchNorm over gloo
+    worker_check.py check                errors, types and layouts, a mixed group, training; exits with 1 on a failure
+    worker_check.py bench RESULTS.json   a layer's step with 2 and 4 processes against torch's SyncBatchNorm over gloo
+
+--device cpu rehearses on the CPU what does not need a GPU.
 """
 
 import argparse
+import datetime
+import json
 import os
 import socket
 import statistics
@@ -13,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from queue import Empty
 
 import torch
 import torch.multiprocessing
@@ -21,6 +26,24 @@ import syncbn
 import syncbn.torch
 
 SEED = 20240607
+# Where tensors live: "cuda", or "cpu" in a rehearsal.
+DEVICE = "cuda"
+# Decorated checks of what only a GPU has.
+GPU_ONLY = set()
+
+
+def gpu_only(function):
+    GPU_ONLY.add(function)
+    return function
+
+
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name():
+    return torch.cuda.get_device_name(0) if DEVICE == "cuda" else "none, on the CPU"
 
 
 def split(size, parts):
@@ -89,11 +112,22 @@ def run_processes(function, arguments, world):
     processes = [context.Process(target=function, args=(rank, *arguments, queue)) for rank in range(world)]
     for process in processes:
         process.start()
+    results = {}
+    give_up = time.monotonic() + 120
     try:
-        results = dict(queue.get(timeout=240) for _ in processes)
+        while len(results) < world:
+            try:
+                rank, result = queue.get(timeout=1)
+                results[rank] = result
+            except Empty:
+                # One that was killed puts nothing.
+                codes = [process.exitcode for process in processes if process.exitcode not in (None, 0)]
+                if codes or time.monotonic() > give_up:
+                    missing = world - len(results)
+                    raise AssertionError(f"no result from {missing} processes; exit codes {codes}") from None
     finally:
         for process in processes:
-            process.join(timeout=30)
+            process.join(timeout=30 if len(results) == world else 1)
             if process.is_alive():
                 process.kill()
     for rank, result in results.items():
@@ -109,7 +143,8 @@ def check_training():
     model = make_model(torch.nn.BatchNorm2d).double()
     expected = train(model, images, labels, len(images), lambda name, gradient: gradient)
     with syncbn.Master(address="127.0.0.1:0") as master:
-        results = run_processes(train_worker, (master.target, ["cuda:0", "cuda:0", "cpu"]), 3)
+        gpu = "cuda:0" if DEVICE == "cuda" else "cpu"
+        results = run_processes(train_worker, (master.target, [gpu, gpu, "cpu"]), 3)
     for rank, state in results.items():
         for name, value in expected.items():
             torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-7, atol=1e-9,
@@ -118,10 +153,12 @@ def check_training():
 
 def compare_with_torch(worker, x, dtype, tolerance):
     """One worker is the whole group, so torch's own batch normalization is the reference."""
-    ours = syncbn.torch.SyncBatchNorm(x.size(1), worker=worker, layer=f"{tuple(x.shape)}{dtype}{x.stride()}").cuda()
+    ours = syncbn.torch.SyncBatchNorm(x.size(1), worker=worker, layer=f"{tuple(x.shape)}{dtype}{x.stride()}").to(DEVICE)
+    if dtype == torch.float64:
+        ours.double()  # Else its gradients would be of float32.
     theirs = torch.nn.BatchNorm1d if x.dim() <= 3 else torch.nn.BatchNorm2d
-    theirs = theirs(x.size(1)).cuda().double()
-    a = x.to(dtype).cuda().requires_grad_()
+    theirs = theirs(x.size(1)).to(DEVICE).double()
+    a = x.detach().to(DEVICE, dtype, copy=True).requires_grad_()
     b = a.detach().double().requires_grad_()
     y, reference = ours(a), theirs(b)
     assert y.dtype == dtype and y.stride() == a.stride(), (y.dtype, y.stride(), a.stride())
@@ -149,6 +186,7 @@ def check_types_and_layouts(worker):
                 compare_with_torch(worker, x.contiguous(memory_format=torch.channels_last), dtype, tolerance)
 
 
+@gpu_only
 def check_streams(worker):
     """A side stream, busy with other work, orders the pass."""
     layer = syncbn.torch.SyncBatchNorm(64, worker=worker, layer="streams").cuda()
@@ -163,6 +201,7 @@ def check_streams(worker):
     torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True), rtol=1e-4, atol=1e-4)
 
 
+@gpu_only
 def check_autocast(worker):
     layer = syncbn.torch.SyncBatchNorm(16, worker=worker, layer="autocast").cuda()
     convolution = torch.nn.Conv2d(3, 16, 3).cuda()
@@ -173,6 +212,7 @@ def check_autocast(worker):
     assert layer.weight.grad.dtype == torch.float32 and convolution.weight.grad is not None
 
 
+@gpu_only
 def check_capture(worker):
     """A graph is refused with words, and the layer works afterwards."""
     layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="capture").cuda()
@@ -193,8 +233,8 @@ def check_missing_worker(_):
     """A round that fails raises in time, and leaves a stream that goes on."""
     with syncbn.Master(address="127.0.0.1:0") as master:
         with syncbn.Worker(target=master.target, rank=0, world_size=2, timeout=1.0) as worker:
-            layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="lonely").cuda()
-            x = torch.randn(8, 4, device="cuda")
+            layer = syncbn.torch.SyncBatchNorm(4, worker=worker, layer="lonely").to(DEVICE)
+            x = torch.randn(8, 4, device=DEVICE)
             begin = time.monotonic()
             try:
                 layer(x)
@@ -362,7 +402,7 @@ def stream_order_checks():
 
 def check():
     failures = 0
-    print(syncbn._library.lib.syncbn_build_info().decode(), torch.cuda.get_device_name(0))
+    print(f"{syncbn._library.lib.syncbn_build_info().decode()}; torch {torch.__version__}; GPU: {device_name()}")
     checks = [check_types_and_layouts, check_streams, check_autocast, check_capture, check_missing_worker]
     checks += stream_order_checks()
     with syncbn.Master(address="127.0.0.1:0") as master:
@@ -370,14 +410,18 @@ def check():
             for one in checks:
                 failures += not attempt(one, worker)
     failures += not attempt(check_training)
-    print(f"worker: {len(checks) + 1} checks, {failures} failed")
+    skipped = 0 if DEVICE == "cuda" else len(GPU_ONLY.intersection(checks))
+    print(f"worker: {len(checks) + 1} checks, {failures} failed, {skipped} need a GPU")
     return failures != 0
 
 
 def attempt(function, *arguments):
+    if DEVICE != "cuda" and function in GPU_ONLY:
+        print(f"skipped {function.__name__}: it needs a GPU")
+        return True
     try:
         function(*arguments)
-        torch.cuda.synchronize()
+        synchronize()
     except Exception:
         print(f"FAILED {function.__name__}\n{traceback.format_exc()}")
         return False
@@ -385,38 +429,82 @@ def attempt(function, *arguments):
     return True
 
 
-def time_steps(layer, x, dy, steps):
+BENCH_SIZES = [(8, 64, 7, 7), (8, 256, 56, 56)]
+
+
+def time_steps(layer, x, dy):
     """Median milliseconds of a forward and a backward pass."""
     times = []
+    steps = 50 if DEVICE == "cuda" else 5
     for step in range(steps + 5):
-        torch.cuda.synchronize()
+        synchronize()
         begin = time.perf_counter()
         layer(x).backward(dy)
-        torch.cuda.synchronize()
+        synchronize()
         if step >= 5:
             times.append((time.perf_counter() - begin) * 1e3)
     return statistics.median(times)
 
 
-def bench_worker(rank, world, target, port, size, queue):
+class OverGloo(torch.autograd.Function):
+    """In a rehearsal, the place of torch's SyncBatchNorm, which refuses CPU tensors: its two exchanges and no more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        mine = torch.cat([x.mean((0, 2, 3)), x.var((0, 2, 3)), torch.ones(1)])
+        torch.distributed.all_gather([torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())], mine)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        torch.distributed.all_reduce(torch.cat([dy.sum((0, 2, 3)), dy.sum((0, 2, 3))]))
+        return dy * 2
+
+
+def time_over_gloo(size, x, dy):
+    """Milliseconds of torch's own layer, or why it does not run. Where a rank fails, all do: they are alike."""
     try:
-        torch.manual_seed(rank)
-        x = torch.randn(size, device="cuda").requires_grad_()
-        dy = torch.randn(size, device="cuda")
-        with syncbn.Worker(target=target, group=f"bench{world}{size}", rank=rank, world_size=world) as worker:
-            ours = time_steps(syncbn.torch.SyncBatchNorm(size[1], worker=worker, layer="bn").cuda(), x, dy, 50)
-        theirs = None
+        layer = torch.nn.SyncBatchNorm(size[1]).to(DEVICE) if DEVICE == "cuda" else OverGloo.apply
+        return time_steps(layer, x, dy)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
+
+
+def bench_worker(rank, world, target, port, device, queue):
+    """Puts, for each size, the milliseconds of our layer's step and of torch's, or the reason why there are none."""
+    global DEVICE
+    DEVICE = device
+    try:
+        results = {}
+        with syncbn.Worker(target=target, group=f"bench{world}", rank=rank, world_size=world) as worker:
+            # Nobody starts timing before the last has loaded its libraries.
+            worker.wait_for_members(60.0)
+            for size in BENCH_SIZES:
+                torch.manual_seed(rank)
+                x = torch.randn(size, device=DEVICE).requires_grad_()
+                dy = torch.randn(size, device=DEVICE)
+                layer = syncbn.torch.SyncBatchNorm(size[1], worker=worker, layer=f"bn{size}").to(DEVICE)
+                results[size] = [time_steps(layer, x, dy), "one process exchanges nothing"]
         if world > 1:
-            torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-            try:
-                theirs = time_steps(torch.nn.SyncBatchNorm(size[1]).cuda(), x, dy, 50)
-            except (RuntimeError, ValueError) as error:
-                print(f"torch's SyncBatchNorm over gloo: {error}", file=sys.stderr)
-            torch.distributed.destroy_process_group()
-        queue.put((rank, (ours, theirs)))
+            compare_over_gloo(rank, world, port, results)
+        queue.put((rank, results))
     except BaseException:
         queue.put((rank, traceback.format_exc()))
         raise
+
+
+def compare_over_gloo(rank, world, port, results):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        for result in results.values():
+            result[1] = "torch is without gloo"
+        return
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
+                                         timeout=datetime.timedelta(seconds=30))
+    for size, result in results.items():
+        torch.manual_seed(rank)
+        x = torch.randn(size, device=DEVICE).requires_grad_()
+        result[1] = time_over_gloo(size, x, torch.randn(size, device=DEVICE))
+    torch.distributed.destroy_process_group()
 
 
 def free_port():
@@ -426,27 +514,37 @@ def free_port():
 
 
 def bench(results):
-    lines = ["| processes | shape | syncbn ms | torch over gloo ms |", "|---|---|---|---|"]
-    with syncbn.Master(address="127.0.0.1:0") as master:
-        for world in (1, 2, 4):
-            for size in [(8, 64, 7, 7), (8, 256, 56, 56)]:
-                arguments = (world, master.target, free_port(), size)
-                ours, theirs = run_processes(bench_worker, arguments, world)[0]
-                text = "" if theirs is None else f"{theirs:.3f}"
-                lines.append(f"| {world} | {'x'.join(map(str, size))} | {ours:.3f} | {text} |")
-    text = "\n".join([f"GPU: {torch.cuda.get_device_name(0)}; torch {torch.__version__}; float32", "", *lines]) + "\n"
-    with open(results, "w", encoding="utf-8") as file:
-        file.write(text)
-    print(text, end="")
-    return 0
+    """Writes the rows of report.py's step table."""
+    rows, notes = [], []
+    for world in (1, 2, 4):
+        with syncbn.Master(address="127.0.0.1:0") as master:
+            try:
+                measured = run_processes(bench_worker, (world, master.target, free_port(), DEVICE), world)[0]
+            except Exception as error:
+                notes.append(f"a layer in {world} processes: {str(error).strip().splitlines()[-1]}")
+                print(f"FAILED {world} processes\n{traceback.format_exc()}")
+                continue
+        for size, (ours, theirs) in measured.items():
+            row = {"processes": world, "shape": "x".join(map(str, size)), "syncbn_ms": ours}
+            row.update({"why": theirs} if isinstance(theirs, str) else {"torch_ms": theirs})
+            rows.append(row)
+            print(row, flush=True)
+        # Each as soon as it is known: whoever stops this keeps it.
+        with open(results, "w", encoding="utf-8") as file:
+            json.dump({"rows": rows, "notes": notes}, file)
+    print(f"a layer's step: {len(rows)} timed, {len(notes)} failed")
+    return len(notes) > 0
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "bench"])
     parser.add_argument("results", nargs="?", default=os.devnull)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    global DEVICE
+    DEVICE = options.device
+    if DEVICE == "cuda" and not torch.cuda.is_available():
         print("skipped: torch has no NVIDIA GPU")
         return 0
     return check() if options.what == "check" else bench(options.results)

@@ -1,6 +1,7 @@
 """Workers and masters that die or stall, as processes: the others are told, and nobody hangs."""
 
 import os
+import random
 import signal
 import time
 from typing import Any, Callable, List
@@ -47,6 +48,36 @@ def test_killed_worker_is_named_before_the_deadline(
         assert 0 < took < deadline / 2
 
 
+def test_kills_in_the_midst_of_rounds_split_no_result(
+    start: Callable[..., Any], group: Callable[..., List[WorkerProcess]], master: Master
+) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    randomly = random.Random(seed)
+    workers = group(timeout=60.0)
+    sequence = 0
+    for _ in range(20):
+        for worker in workers:
+            worker.ask(resume_at=sequence)
+            worker.ask(sums_until_error="v")
+        for worker in workers:
+            assert worker.answer()["resumed"] and worker.answer()["began"]
+        time.sleep(randomly.uniform(0.0, 0.02))  # Anywhere in a round.
+        victim = randomly.randrange(WORLD)
+        workers[victim].process.kill()
+        survivors = [worker for rank, worker in enumerate(workers) if rank != victim]
+        sums = [worker.answer()["sums"] for worker in survivors]
+        assert sums[0] == sums[1]
+        assert sums[0] == [[6.0, 3.0 * i] for i in range(len(sums[0]))]
+        for worker in survivors:
+            answer = worker.answer()
+            assert (answer["error"], answer["ranks"]) == ("WORKER_LOST", [victim]), answer
+        sequence += len(sums[0]) + 1
+        workers[victim].process.wait()
+        workers[victim] = start(WorkerProcess, master.target, victim, WORLD, timeout=60.0)
+        assert workers[victim].answer()["joined"] == victim
+
+
 def test_a_killed_worker_may_be_replaced(
     master: Master, start: Callable[..., Any], group: Callable[..., List[WorkerProcess]]
 ) -> None:
@@ -79,6 +110,29 @@ def test_a_stopped_worker_is_named_at_the_deadline(
         worker.ask(sum="awake", value=[1.0])
     for worker in workers:
         assert worker.answer()["result"] == [WORLD]
+
+
+def test_a_stopped_master_ends_every_wait(master: Master, start: Callable[..., Any]) -> None:
+    workers = [start(WorkerProcess, master.target, rank, 2, timeout=0.5) for rank in range(2)]
+    for worker in workers:
+        worker.answer()
+        worker.ask(sum="v", value=[1.0])
+    for worker in workers:
+        assert worker.answer()["result"] == [2.0]
+    os.kill(master.process.pid, signal.SIGSTOP)
+    try:
+        for worker in workers:
+            worker.ask(sum="loss", value=[1.0])
+        for worker in workers:
+            answer = worker.answer()
+            assert (answer["error"], answer["code"], answer["layer"]) == ("UNREACHABLE", "UNAVAILABLE", "loss")
+    finally:
+        os.kill(master.process.pid, signal.SIGCONT)
+    # Stopped and continued, it serves on.
+    again = start(WorkerProcess, master.target, 0, 1, group="again")
+    again.answer()
+    again.ask(sum="v", value=[1.0])
+    assert again.answer()["result"] == [1.0]
 
 
 def test_workers_that_disagree_learn_at_once(master: Master, start: Callable[..., Any]) -> None:

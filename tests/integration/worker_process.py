@@ -22,6 +22,18 @@ def main() -> None:
                 elif "forward" in command:
                     zeros = [0.0] * command["channels"]
                     say(result=worker.synchronize(command["forward"], 1, zeros, zeros).count)
+                elif "resume_at" in command:
+                    worker.resume_at(command["resume_at"])
+                    say(resumed=True)
+                elif "sums_until_error" in command:
+                    say(began=True)
+                    sums = []
+                    try:
+                        while True:
+                            value = [1.0 + worker.rank, float(len(sums))]
+                            sums.append(list(worker.all_reduce(command["sums_until_error"], value)))
+                    finally:
+                        say(sums=sums)
                 elif "sum_for_ever" in command:
                     say(began=True)
                     while True:

@@ -19,16 +19,11 @@ import threading
 import time
 from typing import Any, Dict, Iterator, List, Optional
 
-import matplotlib
+import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-import training  # noqa: E402
+import syncbn
+import training
+from output import console, progress, show_table
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _TIME_LIMIT = 110.0  # Seconds; the master ends itself after 120.
@@ -37,7 +32,6 @@ _READY = "syncbn-master ready on "
 _TOLERANCE = 1e-9
 
 Records = Dict[str, np.ndarray]
-console = Console()
 
 
 class Failure(Exception):
@@ -57,10 +51,15 @@ def stop(process: "subprocess.Popen[str]") -> None:
 
 @contextlib.contextmanager
 def running_master(lifetime: int = 120) -> Iterator[str]:
-    """Starts a master on a free port of loopback, for `lifetime` seconds at most; gives its target."""
+    """Starts a master on a free port of loopback, for `lifetime` seconds at most; gives its target.
+
+    Without the binary (a machine that has the wheel alone), the master is in this process.
+    """
     binary = os.environ.get("SYNCBN_MASTER") or shutil.which("syncbn-master")
     if not binary:
-        raise Failure("no master: set SYNCBN_MASTER to the binary //server:syncbn-master, or give --master TARGET")
+        with syncbn.Master(address="127.0.0.1:0") as master:
+            yield master.target
+        return
     process = subprocess.Popen(
         [binary, "--address", "127.0.0.1:0", "--max-lifetime", str(lifetime)], stdout=subprocess.PIPE, text=True
     )
@@ -135,12 +134,10 @@ def watch(trainers: List[Trainer], total: int, target: str, group: str) -> List[
     """Shows progress until all trainers have ended; asks the master on the way, while the workers train."""
     answers: Optional[List[Dict[str, str]]] = None
     started = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training steps", total=total)
+    with progress("training steps", total) as update:
         while any(trainer.process.poll() is None for trainer in trainers):
             done = sum(trainer.steps for trainer in trainers)
-            progress.update(task, completed=done)
+            update(done)
             if answers is None and done > total // 3:
                 answers = inspect(target, group)
             for trainer in trainers:
@@ -149,7 +146,7 @@ def watch(trainers: List[Trainer], total: int, target: str, group: str) -> List[
             if time.monotonic() - started > _TIME_LIMIT:
                 raise Failure(f"training took more than {_TIME_LIMIT:.0f} s")
             time.sleep(0.05)
-        progress.update(task, completed=total)
+        update(total)
     for trainer in trainers:
         if trainer.process.returncode != 0:
             raise Failure(f"{trainer.name} ended with code {trainer.process.returncode}; its message is above")
@@ -198,37 +195,28 @@ def summarize(workers: List[Records], whole: Records, steps: int) -> Dict[str, A
 
 
 def show(summary: Dict[str, Any], dtype: str) -> None:
-    table = Table(title=f"Relative difference from one process on the whole batch ({dtype})")
-    table.add_column("")
+    head = [""]
     for label in ("synchronized", "unsynchronized"):
-        table.add_column(f"{label}\nstep 1", justify="right")
-        table.add_column(f"{label}\nstep {summary['steps']}", justify="right")
-    for quantity, name in (
-        ("outputs", "outputs"),
-        ("gradients", "gradients"),
-        ("statistics", "statistics"),
-        ("parameters", "parameters"),
-    ):
+        head += [f"{label}\nstep 1", f"{label}\nstep {summary['steps']}"]
+    rows = []
+    for quantity in ("outputs", "gradients", "statistics", "parameters"):
         values = [
             summary["differences"][k][w][quantity]
             for k in ("synchronized", "unsynchronized")
             for w in ("first", "last")
         ]
-        table.add_row(name, *(f"{value:.1e}" for value in values))
-    console.print(table)
+        rows.append([quantity, *(f"{value:.1e}" for value in values)])
+    show_table(f"Relative difference from one process on the whole batch ({dtype})", head, rows)
 
-    table = Table(title="Test accuracy on 360 digits")
-    table.add_column("run")
-    table.add_column("mean", justify="right")
-    table.add_column("worst worker", justify="right")
+    rows = []
     for key, name in (
         ("whole", "one process, batch of 16"),
         ("synchronized", "four workers, synchronized"),
         ("unsynchronized", "four workers, unsynchronized"),
     ):
         values = summary["accuracy"][key]
-        table.add_row(name, f"{np.mean(values):.1%}", f"{min(values):.1%}")
-    console.print(table)
+        rows.append([name, f"{np.mean(values):.1%}", f"{min(values):.1%}"])
+    show_table("Test accuracy on 360 digits", ["run", "mean", "worst worker"], rows)
     single = summary["float32_first_step"]
     console.print(
         f"In float32, one step differs by {single['outputs']:.1e} (outputs) and {single['gradients']:.1e} (gradients); "
@@ -238,7 +226,15 @@ def show(summary: Dict[str, Any], dtype: str) -> None:
     console.print(f"Round latency, four workers: p50 {latency['p50']:.2f} ms, p99 {latency['p99']:.2f} ms.")
 
 
-def plot(summary: Dict[str, Any], path: pathlib.Path) -> None:
+def plot(summary: Dict[str, Any], path: pathlib.Path) -> bool:
+    """Draws the loss curves; without matplotlib it does not, and returns False."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7, 4))
     styles = {
@@ -254,6 +250,13 @@ def plot(summary: Dict[str, Any], path: pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    return True
+
+
+def devices_of(text: str) -> List[str]:
+    """One device for each worker, from one for all or a list."""
+    devices = text.split(",")
+    return devices * len(training.SIZES) if len(devices) == 1 else devices
 
 
 def run(arguments: argparse.Namespace, target: str) -> Dict[str, Any]:
@@ -268,14 +271,15 @@ def run(arguments: argparse.Namespace, target: str) -> Dict[str, Any]:
             return trainer
 
         workers = [
-            start(f"worker {rank}", ["--target", target, "--group", group, "--rank", str(rank)])
-            for rank in range(len(training.SIZES))
+            start(f"worker {rank}", ["--target", target, "--group", group, "--rank", str(rank), "--device", device])
+            for rank, device in enumerate(devices_of(arguments.devices))
         ]
         whole = start("reference", [])
         total = (arguments.steps * 2 + 1) * len(workers) + arguments.steps + 1
         answers = watch([*workers, whole], total, target, group)
         summary = summarize([worker.records() for worker in workers], whole.records(), arguments.steps)
     summary["inspection"] = answers
+    summary["devices"] = arguments.devices
     return summary
 
 
@@ -283,10 +287,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    parser.add_argument(
+        "--devices",
+        default="cpu",
+        help='of the workers: "cuda", or one for each, "cuda:0,cuda:1,cpu,cpu"; the reference runs on the CPU',
+    )
     parser.add_argument("--master", metavar="TARGET", help="use a running master")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the numbers to a file as well")
     parser.add_argument("--plot", metavar="FILE", type=pathlib.Path, default=pathlib.Path("build/quickstart.png"))
     arguments = parser.parse_args()
+    if len(devices_of(arguments.devices)) != len(training.SIZES):
+        parser.error(f"--devices takes one device, or one for each of the {len(training.SIZES)} workers")
     started = time.monotonic()
     # An end from outside runs the same clean-up as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -308,12 +319,11 @@ def main() -> int:
         console.print(answer["answer"], highlight=False, markup=False)
     if not summary["inspection"]:
         console.print("grpcurl was not found (set SYNCBN_GRPCURL): the live master was not asked.")
-    plot(summary, arguments.plot)
+    drawn = plot(summary, arguments.plot)
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=2))
-    console.print(
-        f"\nLoss curves: {arguments.plot}. Done in {time.monotonic() - started:.0f} s, and everything is stopped."
-    )
+    curves = f"Loss curves: {arguments.plot}." if drawn else "No loss curves: matplotlib is not installed."
+    console.print(f"\n{curves} Done in {time.monotonic() - started:.0f} s, and everything is stopped.")
     console.print(
         "Next: client/python/README.md (your own model), client/examples/heterogeneous (PyTorch, JAX, NumPy and C++ in "
         "one group), client/examples/resnet18 (step times)."

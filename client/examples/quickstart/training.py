@@ -28,7 +28,7 @@ LATENCY_CHANNELS = 32
 Record = Dict[str, Any]
 
 
-def make_model(dtype: torch.dtype) -> torch.nn.Module:
+def make_model(dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """Three convolutions, a batch normalization after each; the same initial values in every process."""
     torch.manual_seed(7)
     return torch.nn.Sequential(
@@ -44,7 +44,7 @@ def make_model(dtype: torch.dtype) -> torch.nn.Module:
         torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(),
         torch.nn.Linear(32, 10),
-    ).to(dtype)
+    ).to(device, dtype)  # Initialized on the CPU, so that the device does not matter.
 
 
 def longest_sums() -> int:
@@ -65,10 +65,10 @@ def snapshot(model: torch.nn.Module, outputs: torch.Tensor) -> Record:
     """What is compared between runs; gradients are those of the mean over the global batch."""
 
     def join(tensors: Any) -> np.ndarray:
-        return np.concatenate([t.detach().double().reshape(-1).numpy() for t in tensors]).copy()
+        return np.concatenate([t.detach().cpu().double().reshape(-1).numpy() for t in tensors]).copy()
 
     return {
-        "outputs": outputs.detach().double().numpy().copy(),
+        "outputs": outputs.detach().cpu().double().numpy().copy(),
         "gradients": join(p.grad for p in model.parameters()),
         "statistics": join(b for name, b in model.named_buffers() if "running" in name),
         "parameters": join(model.parameters()),
@@ -79,13 +79,14 @@ def train(
     model: torch.nn.Module, data: digits.Digits, steps: int, rank: Optional[int], worker: Optional[syncbn.Worker]
 ) -> Record:
     """Trains on the rows of `rank` (None: all) of each batch; a worker's gradients are averaged with the others'."""
-    dtype = next(model.parameters()).dtype
-    images, labels = images_of(data.images, dtype), torch.from_numpy(data.labels)
+    parameter = next(model.parameters())
+    dtype, device = parameter.dtype, parameter.device
+    images, labels = images_of(data.images, dtype).to(device), torch.from_numpy(data.labels).to(device)
     begin, end = (0, GLOBAL_BATCH) if rank is None else (sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     record: Record = {"losses": np.zeros(steps)}
     for step, batch in enumerate(digits.batches(len(images), GLOBAL_BATCH, steps)):
-        rows = torch.from_numpy(batch[begin:end])
+        rows = torch.from_numpy(batch[begin:end]).to(device)
         optimizer.zero_grad()
         outputs = model(images[rows])
         # Summed, not averaged: each example then weighs the same, whichever worker has it.
@@ -103,7 +104,7 @@ def train(
     record.update({f"last/{name}": value for name, value in snapshot(model, outputs).items()})
     model.eval()
     with torch.no_grad():
-        predicted = model(images_of(data.test_images, dtype)).argmax(1).numpy()
+        predicted = model(images_of(data.test_images, dtype).to(device)).argmax(1).cpu().numpy()
     record["accuracy"] = float((predicted == data.test_labels).mean())
     return record
 
@@ -119,26 +120,26 @@ def measure_latency(worker: syncbn.Worker) -> np.ndarray:
     return seconds
 
 
-def run_whole(steps: int, dtype: torch.dtype) -> Dict[str, Record]:
+def run_whole(steps: int, dtype: torch.dtype, device: torch.device) -> Dict[str, Record]:
     data = digits.load()
     return {
-        "main": train(make_model(dtype), data, steps, None, None),
-        "float32": train(make_model(torch.float32), data, 1, None, None),
+        "main": train(make_model(dtype, device), data, steps, None, None),
+        "float32": train(make_model(torch.float32, device), data, 1, None, None),
     }
 
 
-def run_worker(worker: syncbn.Worker, steps: int, dtype: torch.dtype) -> Dict[str, Record]:
+def run_worker(worker: syncbn.Worker, steps: int, dtype: torch.dtype, device: torch.device) -> Dict[str, Record]:
     """With synchronization, in float32 for one step, and without."""
     data = digits.load()
     worker.wait_for_members(60.0)
 
     def synchronized(kind: torch.dtype, prefix: str) -> torch.nn.Module:
-        return syncbn.torch.convert_sync_batchnorm(make_model(kind), worker, prefix=prefix)
+        return syncbn.torch.convert_sync_batchnorm(make_model(kind, device), worker, prefix=prefix)
 
     records = {
         "main": train(synchronized(dtype, "bn"), data, steps, worker.rank, worker),
         "float32": train(synchronized(torch.float32, "single.bn"), data, 1, worker.rank, worker),
-        "unsynchronized": train(make_model(dtype), data, steps, worker.rank, worker),
+        "unsynchronized": train(make_model(dtype, device), data, steps, worker.rank, worker),
     }
     records["main"]["latency"] = measure_latency(worker)
     return records
@@ -151,15 +152,19 @@ def main() -> None:
     parser.add_argument("--group", default=GROUP)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1")
     parser.add_argument("--output", required=True, help="the .npz file to write")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.device.type == "cuda":
+        # By default a GPU's convolutions of float32 numbers keep 11 of their 24 bits.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     dtype = getattr(torch, arguments.dtype)
     if arguments.target is None:
-        records = run_whole(arguments.steps, dtype)
+        records = run_whole(arguments.steps, dtype, arguments.device)
     else:
         with syncbn.Worker(arguments.target, arguments.group, arguments.rank, len(SIZES), timeout=60.0) as worker:
-            records = run_worker(worker, arguments.steps, dtype)
+            records = run_worker(worker, arguments.steps, dtype, arguments.device)
     np.savez(arguments.output, **{f"{run}/{name}": v for run, record in records.items() for name, v in record.items()})
 
 

@@ -6,11 +6,21 @@ Moments and gradient sums are reduced on the device. Only those vectors go to th
 `jax.experimental.io_callback`, ordered: so the steps of one program meet the other workers' in the program's order.
 float64 gets through without jax_enable_x64, as pairs of float32.
 
-An ordered callback works on one device for each process; that is one worker.
+One process is one worker, on one device. An array that jit spreads over several devices of the process is one batch.
+vmap, pmap, shard_map over more than one device, jax.checkpoint and a second differentiation are refused, by JAX or here:
+there, rounds would have no order, or no partner at the other workers.
+
+JAX reports what goes wrong in a callback as an error of its own, maybe not before the result is waited for. In
+`typed_errors` it is what it was:
+
+    with syncbn.jax.typed_errors():
+        loss, gradients = jax.block_until_ready(step(parameters, batch))
 """
 
+import collections
+import contextlib
 import functools
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Deque, Iterable, Iterator, NamedTuple, Optional, Tuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +28,64 @@ import numpy as np
 from jax.experimental import io_callback
 
 from syncbn.core import Worker, default_worker
+
+# What callbacks raised, oldest first, until `typed_errors` takes it.
+_failures: Deque[BaseException] = collections.deque(maxlen=64)
+
+
+@contextlib.contextmanager
+def typed_errors() -> Iterator[None]:
+    """In this block, a round that fails raises its own error: a syncbn.Error with code, reason, layer and ranks.
+
+    Without, it is a JaxRuntimeError (XlaRuntimeError before JAX 0.5) whose text has the error's. A KeyboardInterrupt
+    that ended a round comes through likewise. JAX dispatches asynchronously: wait for results within the block.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # The first is the root: what fails after it may only follow from it.
+        found = next((f for f in list(_failures) if type(f).__name__ in str(error)), None)
+        if found is None or type(error) is type(found):
+            raise
+        _failures.clear()
+        raise found from error
+
+
+def _on_host(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A callback's body, whose error `typed_errors` can find."""
+    try:
+        return function(*arguments)
+    except BaseException as error:
+        _failures.append(error)
+        raise
+
+
+_MAPPED = (
+    "sync_batch_norm cannot run under vmap, pmap or shard_map: each element would begin a round of its own. Run a process "
+    "for each device, or let jit spread the batch over them"
+)
+
+
+def _mapped_axes() -> Iterable[Any]:
+    """The names of the axes that pmap or shard_map runs this trace over."""
+    mesh = getattr(jax.sharding, "get_abstract_mesh", None)
+    if mesh is not None:
+        return tuple(mesh().manual_axes)
+    # Before JAX 0.5.
+    return tuple(getattr(jax.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)())
+
+
+@contextlib.contextmanager
+def _not_mapped() -> Iterator[None]:
+    """Refuses to be traced for several devices or batch elements at once."""
+    if any(jax.lax.psum(1, name) != 1 for name in _mapped_axes()):
+        raise ValueError(_MAPPED)
+    try:
+        yield
+    except ValueError as error:
+        if "vmap" in str(error):  # JAX's own refusal, where the axis has no name.
+            raise ValueError(_MAPPED) from error
+        raise
 
 
 class RunningStatistics(NamedTuple):
@@ -100,7 +168,7 @@ def _forward(layer: _Layer, x: Any, scale: Any, bias: Any, wanted: bool) -> Tupl
     vector = jax.ShapeDtypeStruct((channels,), wide)
     shapes = (vector, vector, vector, vector, jax.ShapeDtypeStruct((4,), jnp.int32))
     mean_high, mean_low, var, var_low, words = io_callback(
-        functools.partial(_exchange_moments, layer, count=count, wanted=wanted),
+        functools.partial(_on_host, functools.partial(_exchange_moments, layer, count=count, wanted=wanted)),
         shapes,
         mean,
         deviations.sum(axes),
@@ -134,7 +202,12 @@ def _normalize_backward(layer: _Layer, residuals: Any, cotangents: Any) -> Tuple
     sum_dy, sum_dy_xmu = dy.sum(axes), (dy * xmu).sum(axes)
     vector = jax.ShapeDtypeStruct(sum_dy.shape, wide)
     mean_dy, mean_dy_xmu = io_callback(
-        functools.partial(_exchange_sums, layer), (vector, vector), words, sum_dy, sum_dy_xmu, ordered=True
+        functools.partial(_on_host, functools.partial(_exchange_sums, layer)),
+        (vector, vector),
+        words,
+        sum_dy,
+        sum_dy_xmu,
+        ordered=True,
     )
     slope = invstd * invstd * mean_dy_xmu
     if layer.clamp:
@@ -175,8 +248,16 @@ def sync_batch_norm(
     Returns:
       y of x's type, and the new running statistics (the variance unbiased).
 
+    The gradient, the sums over all workers' batches, N the number of values in each channel there:
+    dx = scale * invstd * (dy - sum(dy)/N - (x - mean) * invstd**2 * sum(dy * (x - mean))/N). Gradients of scale and bias
+    are this worker's own.
+
     Under grad, every worker of the group has to differentiate, since each forward round then has a backward round.
-    Gradients of scale and bias are this worker's own.
+
+    Raises:
+      ValueError: under pmap, shard_map and vmap; for shapes that do not fit; where the global batch has a single value
+        for each channel.
+      syncbn.Error: what a round fails with, in `typed_errors`; a RuntimeError of JAX's outside.
     """
     if x.ndim < 2:
         raise ValueError(f"expected [batch, ..., channels], got {list(x.shape)}")
@@ -193,7 +274,8 @@ def sync_batch_norm(
         return y.astype(x.dtype), statistics
     worker = worker or default_worker()
     worker.declare_layer(layer, channels, eps=eps, eps_mode=eps_mode, momentum=momentum)
-    y, (mean, var, words) = _normalize(_Layer(worker, layer, eps, eps_mode == "clamp", axis), x, scale, bias)
+    with _not_mapped():
+        y, (mean, var, words) = _normalize(_Layer(worker, layer, eps, eps_mode == "clamp", axis), x, scale, bias)
     if statistics is None:
         return y, None
     mean, var, words = jax.lax.stop_gradient((mean, var, words))

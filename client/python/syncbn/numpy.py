@@ -3,16 +3,17 @@
     y, state = syncbn.numpy.forward(worker, "layer", x, weight, bias, running_mean=mean, running_var=var)
     dx, d_weight, d_bias, _ = state.backward(dy)
 
-Arrays are [N, C, ...] (`channels_last=False`) or [N, ..., C], float16, float32 or float64, or anything with
-`__dlpack__` on the CPU. What is not contiguous is copied; running statistics are updated in place, so they have to be
-contiguous NumPy arrays.
+Arrays are [N, C, ...] (`channels_last=False`) or [N, ..., C], float16, bfloat16 (ml_dtypes'), float32 or float64; or
+anything with `__dlpack__` in the host's memory, such as tensors of torch and arrays of JAX. Results are NumPy arrays.
+Nothing is copied that is dense, with the channels innermost in memory or between the batch and the rest; other arrays
+are. Running statistics are updated in place, so they have to be contiguous NumPy arrays.
 """
 
 from typing import Any, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from syncbn import _library, _passes
+from syncbn import _dlpack, _library, _passes
 from syncbn._library import BackwardInputs, BackwardOutputs, EvaluateOptions, ForwardOutputs, Tensor, Vector
 from syncbn.core import Worker
 
@@ -34,17 +35,65 @@ class Gradients(NamedTuple):
 
 
 def _array(value: Any) -> np.ndarray:
-    """A contiguous array, without a copy where it is one; other frameworks' tensors come through DLPack."""
-    if not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__") and hasattr(np, "from_dlpack"):
-        value = np.from_dlpack(value)
-    array = np.asarray(value)
-    if array.dtype not in _TYPES:
-        raise TypeError(f"syncbn.numpy takes float16, float32 and float64, not {array.dtype}")
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    """An array of a type that the library has, over the same memory."""
+    array = _dlpack.to_numpy(value)
+    _type_of(array)
+    return array
 
 
-def _optional(value: Any) -> Optional[np.ndarray]:
-    return None if value is None else _array(value)
+def _type_of(array: np.ndarray) -> int:
+    found = _TYPES.get(array.dtype)
+    if found is None and array.dtype.name == "bfloat16":  # ml_dtypes', which need not be there.
+        found = _library.BFLOAT16
+    if found is None:
+        raise TypeError(f"syncbn.numpy takes float16, bfloat16, float32 and float64, not {array.dtype}")
+    return found
+
+
+def _parameter(value: Any) -> Optional[np.ndarray]:
+    return None if value is None else np.ascontiguousarray(_array(value))
+
+
+# Tensors are [N, C, ...] from here on, whatever their order in memory: views of the caller's where that differs.
+
+
+def _channels_second(array: np.ndarray, channels_last: bool) -> np.ndarray:
+    return np.moveaxis(array, -1, 1) if channels_last and array.ndim > 1 else array
+
+
+def _as_given(array: np.ndarray, channels_last: bool) -> np.ndarray:
+    """The opposite of `_channels_second`."""
+    return np.moveaxis(array, 1, -1) if channels_last else array
+
+
+def _innermost(x: np.ndarray) -> bool:
+    """Whether x is dense with its channels innermost, and not also with them in second place."""
+    return x.ndim > 2 and not x.flags.c_contiguous and np.moveaxis(x, 1, -1).flags.c_contiguous
+
+
+def _tensor(value: Any, channels_last: bool) -> np.ndarray:
+    """[N, C, ...], dense; without a copy where it is."""
+    array = _array(value)
+    x = _channels_second(array, channels_last)
+    if x.flags.c_contiguous or _innermost(x):
+        return x
+    return _channels_second(np.ascontiguousarray(array), channels_last)
+
+
+def _tensor_like(value: Any, x: np.ndarray, channels_last: bool, name: str) -> np.ndarray:
+    """As `_tensor`, of x's shape and order in memory."""
+    array = _channels_second(_array(value), channels_last)
+    if array.shape != x.shape:
+        raise ValueError(f"{name} is {_shape(array, channels_last)}, and x is {_shape(x, channels_last)}")
+    if np.moveaxis(array, 1, -1).flags.c_contiguous if _innermost(x) else array.flags.c_contiguous:
+        return array
+    copy = np.empty_like(x, dtype=array.dtype)
+    copy[...] = array
+    return copy
+
+
+def _shape(array: np.ndarray, channels_last: bool) -> str:
+    return f"{array.dtype}{list(_as_given(array, channels_last).shape)}"
 
 
 def _address(array: Optional[np.ndarray]) -> Optional[int]:
@@ -56,7 +105,7 @@ def _vector(array: Optional[np.ndarray], channels: int, name: str) -> Vector:
         return _passes.NO_VECTOR
     if array.shape != (channels,):
         raise ValueError(f"{name} has shape {array.shape}, and the layer {channels} channels")
-    return Vector(array.ctypes.data, _TYPES[array.dtype])
+    return Vector(array.ctypes.data, _type_of(array))
 
 
 def _running(value: Optional[np.ndarray], channels: int, name: str) -> Vector:
@@ -65,25 +114,27 @@ def _running(value: Optional[np.ndarray], channels: int, name: str) -> Vector:
     return _vector(value, channels, name)
 
 
-def _like(value: Optional[np.ndarray], x: np.ndarray, name: str) -> Optional[np.ndarray]:
-    if value is not None and (value.shape != x.shape or value.dtype != x.dtype):
-        raise ValueError(f"{name} is {value.dtype}{list(value.shape)}, and x is {x.dtype}{list(x.shape)}")
-    return value
+def _residual(value: Any, x: np.ndarray, channels_last: bool) -> Optional[np.ndarray]:
+    if value is None:
+        return None
+    residual = _tensor_like(value, x, channels_last, "residual")
+    if residual.dtype != x.dtype:
+        raise ValueError(f"residual is {residual.dtype}, and x is {x.dtype}")
+    return residual
 
 
-def _describe(x: np.ndarray, channels_last: bool) -> Tensor:
+def _describe(x: np.ndarray) -> Tensor:
     if x.ndim < 2:
         raise ValueError(f"expected [batch, channels, ...] or [batch, ..., channels], got {list(x.shape)}")
-    channels = x.shape[-1 if channels_last else 1]
-    if channels == 0:
+    if x.shape[1] == 0:
         raise ValueError("there are no channels")
     return Tensor(
         _address(x),
         x.shape[0],
-        channels,
-        int(np.prod(x.shape[1:-1] if channels_last else x.shape[2:], dtype=np.int64)),
-        _TYPES[x.dtype],
-        _library.CHANNELS_LAST if channels_last else _library.CHANNELS_FIRST,
+        x.shape[1],
+        int(np.prod(x.shape[2:], dtype=np.int64)),
+        _type_of(x),
+        _library.CHANNELS_LAST if _innermost(x) else _library.CHANNELS_FIRST,
         _library.DEVICE_CPU,
         0,
     )
@@ -107,7 +158,7 @@ class Forward:
         self._pass, self._x, self._channels_last = passed, x, channels_last
         self._weight, self._bias, self._has_residual = weight, bias, has_residual
         self._relu, self._relu_mask, self._num_threads = relu, relu_mask, num_threads
-        self._channels = x.shape[-1 if channels_last else 1]
+        self._channels = x.shape[1]
 
     @property
     def count(self) -> int:
@@ -136,16 +187,15 @@ class Forward:
         gated by the ReLU if there is one.
         """
         x = self._x
-        gradient = _array(dy)
+        gradient = _tensor_like(dy, x, self._channels_last, "dy")
         if gradient.dtype != x.dtype:
             gradient = gradient.astype(x.dtype)
-        _like(gradient, x, "dy")
         dx = np.empty_like(x)
         d_residual = np.empty_like(x) if self._has_residual else None
         d_weight = None if self._weight is None else np.empty_like(self._weight)
         d_bias = None if self._bias is None else np.empty_like(self._bias)
         inputs = BackwardInputs(
-            dy=_describe(gradient, self._channels_last),
+            dy=_describe(gradient),
             x=_address(x),
             weight=_vector(self._weight, self._channels, "weight"),
             bias=_vector(self._bias, self._channels, "bias"),
@@ -159,7 +209,10 @@ class Forward:
             d_bias=_vector(d_bias, self._channels, "bias"),
         )
         self._pass.backward(inputs, outputs, num_threads=self._num_threads)
-        return Gradients(dx, d_weight, d_bias, d_residual)
+        last = self._channels_last
+        return Gradients(
+            _as_given(dx, last), d_weight, d_bias, None if d_residual is None else _as_given(d_residual, last)
+        )
 
 
 def forward(
@@ -195,10 +248,10 @@ def forward(
     Returns:
       y of x's shape and type, and the state for the backward pass.
     """
-    values = _array(x)
-    tensor = _describe(values, channels_last)
+    values = _tensor(x, channels_last)
+    tensor = _describe(values)
     channels = tensor.channels
-    weights, biases, residuals = _optional(weight), _optional(bias), _like(_optional(residual), values, "residual")
+    weights, biases, residuals = _parameter(weight), _parameter(bias), _residual(residual, values, channels_last)
     relu_mask = np.empty((values.size + 7) // 8, np.uint8) if relu and residuals is not None else None
     y = np.empty_like(values)
     outputs = ForwardOutputs(
@@ -210,7 +263,7 @@ def forward(
         residual=_address(residuals),
         relu=relu,
         relu_mask=_address(relu_mask),
-        y=_describe(y, channels_last),
+        y=_describe(y),
     )
     worker.declare_layer(layer, channels, eps=eps, eps_mode=eps_mode, momentum=momentum)
     passed = _passes.ForwardPass(
@@ -226,7 +279,7 @@ def forward(
     passed.wait()
     passed.finish(tensor, outputs)
     has_residual = residuals is not None
-    return y, Forward(passed, values, channels_last, weights, biases, has_residual, relu, relu_mask, num_threads)
+    return _as_given(y, channels_last), Forward(passed, values, channels_last, weights, biases, has_residual, relu, relu_mask, num_threads)
 
 
 def evaluate(
@@ -243,10 +296,10 @@ def evaluate(
     num_threads: int = 1,
 ) -> np.ndarray:
     """y = weight * (x - running_mean) / sqrt(running_var + eps) + bias: no worker, no round."""
-    values = _array(x)
-    tensor = _describe(values, channels_last)
-    mean, var, weights, biases = _array(running_mean), _array(running_var), _optional(weight), _optional(bias)
-    residuals = _like(_optional(residual), values, "residual")
+    values = _tensor(x, channels_last)
+    tensor = _describe(values)
+    mean, var, weights, biases = (_parameter(v) for v in (running_mean, running_var, weight, bias))
+    residuals = _residual(residual, values, channels_last)
     y = np.empty_like(values)
     options = EvaluateOptions(
         num_threads=num_threads,
@@ -259,4 +312,4 @@ def evaluate(
         relu=relu,
     )
     _passes.evaluate(tensor, options, _address(y))
-    return y
+    return _as_given(y, channels_last)

@@ -4,6 +4,7 @@ To be run by torch.distributed.run: `ddp_cases.py FOLDER`. Each rank writes FOLD
 what went wrong. test_ddp_cases.py runs it.
 """
 
+import contextlib
 import copy
 import json
 import pathlib
@@ -137,6 +138,59 @@ def half_module(worker: syncbn.Worker) -> None:
     """float16 parameters too."""
     model = torch.nn.BatchNorm1d(3).half()
     train_beside_whole(worker, model, normal(4 * WORLD, 3), [4] * WORLD, torch.float16, 5e-3)
+
+
+@case
+def gradient_accumulation(worker: syncbn.Worker) -> None:
+    """Two batches, the first under no_sync: DDP reduces once, and each batch still has its rounds."""
+    whole = seeded(Net).double()
+    mine = torch.nn.parallel.DistributedDataParallel(sync.convert_sync_batchnorm(copy.deepcopy(whole), worker))
+    for step in range(2):
+        x = normal(3 * WORLD, 2) * (step + 1)
+        whole(x).square().sum().backward()
+        with mine.no_sync() if step == 0 else contextlib.nullcontext():
+            (mine(x.chunk(WORLD)[RANK]).square().sum() * WORLD).backward()
+    for (name, parameter), wanted in zip(mine.module.named_parameters(), whole.parameters()):
+        torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name}: {m}")
+
+
+@case
+def shared_layer(worker: syncbn.Worker) -> None:
+    """One layer at two places of the model."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Tanh(), torch.nn.Linear(3, 3))
+    train_beside_whole(
+        worker, seeded(lambda: model.append(model[1])).double(), normal(3 * WORLD, 2), [3] * WORLD
+    )
+
+
+@case
+def inference(worker: syncbn.Worker) -> None:
+    """Evaluation is one rank's own affair, also without running statistics."""
+    layer = sync.SyncBatchNorm(2, track_running_stats=False, worker=worker, layer="inference")
+    parallel, x = torch.nn.parallel.DistributedDataParallel(layer), normal(5, 2, 4, 4, dtype=torch.float32)
+    if RANK == 0:
+        parallel.eval()
+        for _ in range(3):
+            torch.testing.assert_close(parallel(x), torch.nn.BatchNorm2d(2, track_running_stats=False).eval()(x))
+    dist.barrier()
+
+
+@case
+def uneven_inputs_stop(worker: syncbn.Worker) -> None:
+    """DDP's join: where rank 0 runs out of batches first, all stop with an error, and none hangs in a round."""
+    model = sync.convert_sync_batchnorm(seeded(Net).double(), worker)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    steps = 0
+    try:
+        with parallel.join(throw_on_early_termination=True):
+            for _ in range(2 if RANK == 0 else 4):
+                parallel(normal(3, 2)).sum().backward()
+                steps += 1
+    except RuntimeError as error:
+        assert "exhausted" in str(error), error
+        assert steps == 2
+    else:
+        raise AssertionError("the join ended without an error")
 
 
 @case

@@ -5,7 +5,12 @@
 
 Each case is one training step of one to four workers: outputs, the input's gradient, the parameters' gradients (summed
 over the workers) and the running statistics. Errors count in unit roundoffs of the type that holds the result, relative
-to the channel's largest absolute value: 1 is what rounding the exact result alone can cost.
+to the channel's largest absolute value (for the input's gradient to its largest term, for the other sums to the sum of
+their terms' absolute values, since they may cancel): 1 is what rounding the exact result alone can cost.
+
+The oracle of the first four columns is torch in float64, whose own rounding counts as an error of ours in float64. So
+the last two compare both, ours and torch's, to the same formulas in extended precision (NumPy's longdouble, 64 bits of
+mantissa at least).
 """
 
 import argparse
@@ -16,6 +21,7 @@ import sys
 import threading
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+import numpy as np
 import torch
 
 import syncbn
@@ -25,6 +31,7 @@ README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 SEED = 4021
 CHANNELS = 5
+MOMENTUM = 0.3
 STEPS_BEFORE = 3  # num_batches_tracked at the start, for the cumulative average.
 
 # Half the distance from 1 to the next number of the type.
@@ -40,8 +47,10 @@ BATCHES = {
     "some empty": (0, 4, 0, 1),
 }
 QUANTITIES = ("output", "input's gradient", "parameters' gradients", "running statistics")
-# No cell may exceed these. In float64 the oracle rounds as much as what it judges.
-BOUNDS = {torch.float64: 128.0, torch.float32: 1.5, torch.float16: 1.05, torch.bfloat16: 1.05}
+# No cell may exceed these. In float64 the mean is rounded too, by one unit of |mean|, which is large where |x - mean| is
+# small.
+EXACT, TORCHS_OWN = "float64 against extended precision", "torch's float64 against it"
+BOUNDS = {"float64": 64.0, "float32": 1.5, "float16": 1.05, "bfloat16": 1.05, EXACT: 16.0, TORCHS_OWN: 64.0}
 
 
 class Options(NamedTuple):
@@ -108,17 +117,17 @@ def problem(case: Case) -> Problem:
 def arguments(options: Options) -> Dict[str, Any]:
     return {
         "eps": options.eps,
-        "momentum": None if options.tracking == "cumulative" else 0.3,
+        "momentum": None if options.tracking == "cumulative" else MOMENTUM,
         "affine": options.affine,
         "track_running_stats": options.tracking != "off",
     }
 
 
 class Results(NamedTuple):
-    y: torch.Tensor
-    dx: torch.Tensor
-    parameters: List[torch.Tensor]
-    running: List[torch.Tensor]
+    y: np.ndarray
+    dx: np.ndarray
+    parameters: List[np.ndarray]
+    running: List[np.ndarray]
 
 
 class Clamped(torch.nn.modules.batchnorm._BatchNorm):
@@ -141,11 +150,12 @@ def step(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> Results:
     x.requires_grad_()
     y = layer(x)
     y.backward(dy)
+    exact = lambda v: v.detach().double().contiguous().numpy()  # noqa: E731
     return Results(
-        y.detach(),
-        x.grad,
-        [parameter.grad for parameter in layer.parameters()],
-        [buffer for name, buffer in layer.named_buffers() if name != "num_batches_tracked"],
+        exact(y),
+        exact(x.grad),
+        [exact(parameter.grad) for parameter in layer.parameters()],
+        [exact(buffer).copy() for name, buffer in layer.named_buffers() if name != "num_batches_tracked"],
     )
 
 
@@ -154,6 +164,43 @@ def oracle(case: Case, given: Problem) -> Results:
     layer = kind(CHANNELS, **arguments(case.options)).double()
     layer.load_state_dict(given.state)
     return step(layer, given.x.clone(), given.dy)
+
+
+class Extended(NamedTuple):
+    results: Results
+    sizes: Results
+    """[C] each: what errors are relative to."""
+
+
+def extended(case: Case, given: Problem) -> Extended:
+    """The case in extended precision."""
+    options, wide = case.options, lambda v: v.numpy().astype(np.longdouble)
+    x, dy = wide(given.x), wide(given.dy)
+    state = {name: wide(vector) for name, vector in given.state.items()}
+    dims = tuple(d for d in range(x.ndim) if d != 1)
+    spread = lambda v: v.reshape([1, -1] + [1] * (x.ndim - 2))  # noqa: E731
+    n, eps = np.longdouble(x.size // CHANNELS), np.longdouble(options.eps)
+    mean = x.sum(dims) / n
+    xmu = x - spread(mean)
+    var = np.square(xmu).sum(dims) / n
+    invstd = 1 / np.sqrt(var + eps if options.mode == "add" else np.maximum(var, eps))
+    depends = np.ones_like(var) if options.mode == "add" else (var >= eps).astype(np.longdouble)
+    hat = xmu * spread(invstd)
+    scale = invstd * state.get("weight", np.ones_like(var))
+    y = hat * spread(state.get("weight", np.ones_like(var))) + spread(state.get("bias", np.zeros_like(var)))
+    centred = dy - spread(dy.sum(dims) / n) - hat * spread(depends * (dy * hat).sum(dims) / n)
+    largest = lambda v: np.abs(v).max(dims)  # noqa: E731
+    results, sizes = Results(y, spread(scale) * centred, [], []), Results(largest(y), largest(dy) * scale, [], [])
+    if options.affine:
+        results.parameters.extend([(dy * hat).sum(dims), dy.sum(dims)])
+        sizes.parameters.extend([np.abs(dy * hat).sum(dims), np.abs(dy).sum(dims)])
+    if options.tracking != "off":
+        rate = np.longdouble(1) / (STEPS_BEFORE + 1) if options.tracking == "cumulative" else np.longdouble(MOMENTUM)
+        for name, new in (("running_mean", mean), ("running_var", var * n / (n - 1))):
+            old = state[name]
+            results.running.append((1 - rate) * old + rate * new)
+            sizes.running.append(np.abs((1 - rate) * old) + np.abs(rate * new))
+    return Extended(results, sizes)
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -186,55 +233,49 @@ def work(worker: syncbn.Worker, case: Case, given: Problem) -> Results:
     return step(layer, *parts)
 
 
-def units(
-    actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, size: Optional[torch.Tensor] = None
-) -> float:
-    """The largest error of [N, C, ...] or [C], in roundoffs of each channel's largest value (or of `size` [C])."""
-    by_channel = lambda v: v.transpose(0, 1).flatten(1) if v.dim() > 1 else v[:, None]  # noqa: E731
-    wanted = by_channel(expected.double())
-    error = (by_channel(actual.double()) - wanted).abs().amax(1)
-    scale = wanted.abs().amax(1) if size is None else size
-    return float((error / (scale * ROUNDOFF[dtype])).max())
+def units(actual: np.ndarray, expected: np.ndarray, size: np.ndarray, roundoff: float) -> float:
+    """The largest error of [N, C, ...] or [C], in roundoffs of `size` [C]."""
+    error = np.abs(actual.astype(np.longdouble) - expected)
+    by_channel = np.moveaxis(error, 1, 0).reshape(CHANNELS, -1) if error.ndim > 1 else error[:, None]
+    return float((by_channel.max(1) / (size * np.longdouble(roundoff))).max())
 
 
-def errors(case: Case, given: Problem, expected: Results, results: List[Results]) -> Dict[str, float]:
-    """By quantity; quantities that the case lacks are absent."""
+def errors(dtype: torch.dtype, actual: List[Results], expected: Results, sizes: Results) -> Dict[str, float]:
+    """By quantity, of the workers' results; quantities that the case lacks are absent."""
+    tensors, vectors = ROUNDOFF[dtype], ROUNDOFF[parameter_type(dtype)]
+    whole = lambda parts: np.concatenate([part for part in parts if part.size])  # noqa: E731
     found = {
-        "output": units(torch.cat([r.y for r in results]), expected.y, case.dtype),
-        "input's gradient": units(torch.cat([r.dx for r in results]), expected.dx, case.dtype, _dx_size(case, given)),
+        "output": units(whole([r.y for r in actual]), expected.y, sizes.y, tensors),
+        "input's gradient": units(whole([r.dx for r in actual]), expected.dx, sizes.dx, tensors),
     }
-    narrow = parameter_type(case.dtype)
     if expected.parameters:
-        # The sum over the batch may cancel; its terms do not.
-        dims = [d for d in range(given.x.dim()) if d != 1]
-        hat = (expected.y - expand(given.state["bias"], given.x)) / expand(given.state["weight"], given.x)
-        sizes = [(given.dy * hat).abs().sum(dims), given.dy.abs().sum(dims)]
-        totals = [torch.stack(parts).double().sum(0) for parts in zip(*(r.parameters for r in results))]
+        totals = [np.sum(parts, 0, np.longdouble) for parts in zip(*(r.parameters for r in actual))]
         found["parameters' gradients"] = max(
-            units(total, wanted, narrow, size) for total, wanted, size in zip(totals, expected.parameters, sizes)
+            units(*values, vectors) for values in zip(totals, expected.parameters, sizes.parameters)
         )
     if expected.running:
         found["running statistics"] = max(
-            units(value, wanted, narrow) for r in results for value, wanted in zip(r.running, expected.running)
+            units(*values, vectors) for r in actual for values in zip(r.running, expected.running, sizes.running)
         )
     return found
 
 
-def expand(vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return vector.view([1, -1] + [1] * (x.dim() - 2))
+def compare(case: Case, given: Problem, actual: List[Results]) -> Dict[str, Dict[str, float]]:
+    """By column and quantity."""
+    exact, torchs = extended(case, given), oracle(case, given)
+    found = {name(case.dtype): errors(case.dtype, actual, torchs, exact.sizes)}
+    if case.dtype == torch.float64:
+        found[EXACT] = errors(case.dtype, actual, *exact)
+        found[TORCHS_OWN] = errors(case.dtype, [torchs], *exact)
+    return found
 
 
-def _dx_size(case: Case, given: Problem) -> torch.Tensor:
-    """[C]: the largest term of dx = weight * invstd * (dy - ...), whose sum may cancel."""
-    dims = [d for d in range(given.x.dim()) if d != 1]
-    var, eps = given.x.var(dims, unbiased=False), case.options.eps
-    invstd = (var + eps if case.options.mode == "add" else var.clamp(min=eps)).rsqrt()
-    return given.dy.abs().amax(dims) * invstd * given.state.get("weight", torch.ones(()))
+Found = Dict[Case, Dict[str, Dict[str, float]]]  # As `compare` returns it.
 
 
-def measure(target: str, chosen: List[Case]) -> Dict[Case, Dict[str, float]]:
+def measure(target: str, chosen: List[Case]) -> Found:
     """Runs the cases, those of one row of workers together."""
-    found: Dict[Case, Dict[str, float]] = {}
+    found: Found = {}
     for batches, sizes in BATCHES.items():
         mine = [case for case in chosen if case.batches == batches]
         if not mine:
@@ -253,14 +294,14 @@ def measure(target: str, chosen: List[Case]) -> Dict[Case, Dict[str, float]]:
         for thread in threads:
             thread.join()
         for index, (case, start) in enumerate(zip(mine, given)):
-            found[case] = errors(case, start, oracle(case, start), [own[index] for own in results])
+            found[case] = compare(case, start, [own[index] for own in results])
     return found
 
 
 class Row(NamedTuple):
     label: str
     cases: int
-    cells: Tuple[Optional[float], ...]  # By TYPES.
+    cells: Tuple[Optional[float], ...]  # By BOUNDS.
 
 
 def name(dtype: torch.dtype) -> str:
@@ -269,7 +310,7 @@ def name(dtype: torch.dtype) -> str:
 
 def labels(case: Case) -> List[str]:
     """The rows that a case counts in, one of each section."""
-    tracking = {"momentum": "momentum=0.3", "cumulative": "momentum=None", "off": "track_running_stats=False"}
+    tracking = {"momentum": f"momentum={MOMENTUM}", "cumulative": "momentum=None", "off": "track_running_stats=False"}
     epsilon = {"add": "eps_mode=add", "clamp": "eps_mode=clamp"}[case.options.mode]
     return [
         f"{case.rank}-D, {CLASSES[case.rank].__name__}",
@@ -286,23 +327,26 @@ def sections() -> List[List[str]]:
     return [list(QUANTITIES), *(list(dict.fromkeys(section)) for section in zip(*map(labels, cases())))]
 
 
-def rows(found: Dict[Case, Dict[str, float]]) -> List[Row]:
-    """Each cell is the largest error of the row's cases in one type."""
+def rows(found: Found) -> List[Row]:
+    """Each cell is the largest error of the row's cases in one column."""
     table = []
     for section in sections():
         for label in section:
-            counts, largest = 0, {}  # type: int, Dict[torch.dtype, float]
-            for case, of_case in found.items():
-                values = [of_case[label]] if label in of_case else of_case.values() if label in labels(case) else ()
-                counts += bool(values)
-                for value in values:
-                    largest[case.dtype] = max(value, largest.get(case.dtype, 0.0))
-            table.append(Row(label, counts, tuple(largest.get(dtype) for dtype in ROUNDOFF)))
+            counts = 0
+            largest: Dict[str, float] = {}
+            for case, columns in found.items():
+                counted = False
+                for column, of_case in columns.items():
+                    values = [of_case[label]] if label in of_case else of_case.values() if label in labels(case) else ()
+                    for value in values:
+                        largest[column], counted = max(value, largest.get(column, 0.0)), True
+                counts += counted
+            table.append(Row(label, counts, tuple(largest.get(column) for column in BOUNDS)))
     return table
 
 
 def render(table: List[Row]) -> str:
-    lines = ["| | cases | " + " | ".join(map(name, ROUNDOFF)) + " |", "|---|--:|" + "--:|" * len(ROUNDOFF)]
+    lines = ["| | cases | " + " | ".join(BOUNDS) + " |", "|---|--:|" + "--:|" * len(BOUNDS)]
     for row in table:
         cells = ["" if cell is None else f"{cell:.1f}" for cell in row.cells]
         lines.append(" | ".join([f"| {row.label}", f"{row.cases:,}", *cells]) + " |")
@@ -321,9 +365,9 @@ def committed() -> List[Row]:
 
 def beyond_bounds(table: List[Row]) -> List[str]:
     return [
-        f"{row.label}, {name(dtype)}: {cell:.1f} roundoffs, not {bound:g}"
+        f"{row.label}, {column}: {cell:.1f} roundoffs, not {bound:g}"
         for row in table
-        for (dtype, bound), cell in zip(BOUNDS.items(), row.cells)
+        for (column, bound), cell in zip(BOUNDS.items(), row.cells)
         if cell is not None and not cell <= bound
     ]
 

@@ -37,6 +37,14 @@ def test_each_kind_takes_its_ranks(group, kind, rank):
     assert group(1, run) == [rank]
 
 
+def test_lazy_layers_are_converted_too(group):
+    def run(worker):
+        model = compat.convert_model(torch.nn.Sequential(torch.nn.LazyBatchNorm1d(eps=4.0)), worker)
+        return model(torch.tensor([[-1.0], [1.0]])).tolist(), model[0].eps_mode
+
+    assert group(1, run) == [([[-0.5], [0.5]], "clamp")]
+
+
 def test_state_dicts_are_torchs():
     plain = torch.nn.BatchNorm1d(3)
     assert list(compat.SynchronizedBatchNorm1d(3).state_dict()) == list(plain.state_dict())

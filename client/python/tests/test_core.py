@@ -336,7 +336,8 @@ def test_threads_share_a_worker(group):
 
 
 _INTERRUPTED = """
-import sys, syncbn
+import signal, sys, syncbn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Under nohup and the like it is ignored.
 with syncbn.Master() as master:
     worker = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
     started = worker.start_all_reduce("sum", [1.0])

@@ -1,9 +1,13 @@
 """The NumPy front against formulas in float64 over the whole batch."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
 import syncbn.numpy as sync
+from syncbn import _dlpack
 
 SEED = 4711
 SIZES = (2, 0, 3)
@@ -11,20 +15,20 @@ C = 4
 EPS = 0.01
 
 
-def oracle(x, weight, bias, dy, residual, relu, mode):
+def oracle(x, weight, bias, dy, residual, relu, mode, eps=EPS):
     """Everything by central formulas over [N, C, ...] in float64."""
     axes = tuple(a for a in range(x.ndim) if a != 1)
     wide = lambda v: v.reshape([1, -1] + [1] * (x.ndim - 2))
     n = x.size // x.shape[1]
     mean, var = x.mean(axes), x.var(axes)
-    floor = np.maximum(var, EPS) if mode == "clamp" else var + EPS
+    floor = np.maximum(var, eps) if mode == "clamp" else var + eps
     invstd = 1 / np.sqrt(floor)
     hat = (x - wide(mean)) * wide(invstd)
     y = hat * wide(weight) + wide(bias) + residual
     if relu:
         dy = dy * (y > 0)
         y = np.maximum(y, 0)
-    free = np.ones(C) if mode == "add" else (var >= EPS).astype(float)
+    free = np.ones_like(var) if mode == "add" else (var >= eps).astype(float)
     dx = wide(weight * invstd) * (dy - wide(dy.mean(axes)) - hat * wide(free * (dy * hat).mean(axes)))
     return y, dx, (dy * hat).sum(axes), dy.sum(axes), dy, mean, var * n / (n - 1)
 
@@ -99,11 +103,159 @@ def test_what_is_not_contiguous_is_copied(group):
     np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), atol=1e-14)
 
 
-def test_tensors_come_through_dlpack(group):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dense_memory_is_taken_as_it_lies(group, channels_last):
+    """In either order of the channels, for either meaning of the axes: no copy, and results in the same order."""
+    rng = np.random.default_rng(SEED)
+    x, dy = rng.normal(size=(3, 5, 2, C)), rng.normal(size=(3, 5, 2, C))
+    for order in ("channels innermost", "channels second"):
+        lay = (lambda v: v) if order == "channels innermost" else lambda v: np.moveaxis(np.moveaxis(v, -1, 1).copy(), 1, -1)
+        give = lambda v: v if channels_last else np.moveaxis(v, -1, 1)
+        given, gradient, extra = give(lay(x)), give(lay(dy)), give(x.copy())
+
+        def run(worker):
+            y, state = sync.forward(worker, "layer", given, channels_last=channels_last, residual=extra, relu=True)
+            assert np.shares_memory(state._x, given)
+            return y, state.backward(gradient)
+
+        y, gradients = group(1, run)[0]
+        want_y, want_dx, _, _, want_dr, _, _ = oracle(
+            *(np.moveaxis(v, -1, 1) for v in (x,)), np.ones(C), np.zeros(C), np.moveaxis(dy, -1, 1),
+            np.moveaxis(x, -1, 1), True, "add", eps=1e-5
+        )
+        for actual, wanted in ((y, want_y), (gradients.dx, want_dx), (gradients.d_residual, want_dr)):
+            assert actual.shape == given.shape and actual.strides == given.strides
+            np.testing.assert_allclose(np.moveaxis(actual, -1, 1) if channels_last else actual, wanted, atol=1e-13)
+
+
+def same_as(x, **options):
+    """Forward and backward of x as given, through `forward`; checked against the oracle, and whether it was copied."""
+
+    def check(worker):
+        wide = np.asarray(options.get("wide", x), np.float64)
+        y, state = sync.forward(worker, "layer", x)
+        dx = state.backward(x).dx
+        wanted = oracle(wide, np.ones(wide.shape[1]), np.zeros(wide.shape[1]), wide, 0.0, False, "add", eps=1e-5)
+        tolerance = options.get("tolerance", 1e-13)
+        np.testing.assert_allclose(y.astype(np.float64), wanted[0], atol=tolerance * 4)
+        np.testing.assert_allclose(dx.astype(np.float64), wanted[1], atol=tolerance * np.abs(wide).max() * 4)
+        evaluated = sync.evaluate(x, wide.mean(0), wide.var(0))
+        np.testing.assert_allclose(evaluated.astype(np.float64), wanted[0], atol=tolerance * 4)
+        return state._x
+
+    return check
+
+
+MATRIX = np.arange(12.0).reshape(4, 3) ** 1.5
+
+
+def test_read_only_arrays(group):
+    x = MATRIX.copy()
+    x.flags.writeable = False
+    assert np.shares_memory(group(1, same_as(x))[0], x)
+
+
+def test_bfloat16_arrays(group):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = MATRIX.astype(ml_dtypes.bfloat16)
+    taken = group(1, same_as(x, tolerance=2.0**-8))[0]
+    assert taken.dtype == ml_dtypes.bfloat16 and np.shares_memory(taken, x)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_tensors_of_torch(group, dtype):
     torch = pytest.importorskip("torch")
-    x = torch.arange(12, dtype=torch.float64).reshape(4, 3)
+    x = torch.from_numpy(MATRIX).to(getattr(torch, dtype))
+    if dtype == "bfloat16" and _dlpack.bfloat16() is None:
+        with pytest.raises(TypeError, match="ml_dtypes"):
+            sync.evaluate(x, np.zeros(3), np.ones(3))
+        return
+    tolerance = {"float64": 1e-13, "float32": 1e-6, "float16": 2e-3, "bfloat16": 2.0**-8}[dtype]
+    taken = group(1, same_as(x, wide=x.double(), tolerance=tolerance))[0]
+    assert taken.dtype.name == dtype and taken.ctypes.data == x.data_ptr()
+
+
+def test_tensors_of_torch_in_other_orders(group):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(np.random.default_rng(SEED).normal(size=(2, C, 3, 5)))
     y = group(1, lambda worker: sync.forward(worker, "layer", x, backward=False)[0])[0]
-    np.testing.assert_allclose(y.mean(0), np.zeros(3), atol=1e-14)
+    for other in (x.contiguous(memory_format=torch.channels_last), torch.cat([x, x], -1)[..., :5], x.transpose(2, 3)):
+        z = group(1, lambda worker: sync.forward(worker, "layer", other, backward=False)[0])[0]
+        np.testing.assert_allclose(z if z.shape == y.shape else z.swapaxes(2, 3), y, atol=1e-14)
+    empty = group(1, lambda worker: sync.forward(worker, "layer", x[:0], backward=False)[0])[0]
+    assert empty.shape == (0, C, 3, 5)
+
+
+def test_a_tensor_that_records_gradients_is_refused(group):
+    torch = pytest.importorskip("torch")
+
+    def run(worker):
+        with pytest.raises(TypeError, match="torch.Tensor through DLPack.*grad"):
+            sync.forward(worker, "layer", torch.ones(2, 3, requires_grad=True))
+
+    group(1, run)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_arrays_of_jax(group, dtype):
+    jnp = pytest.importorskip("jax.numpy")
+    x = jnp.asarray(MATRIX, dtype)
+    tolerance = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2.0**-8}[dtype]
+    taken = group(1, same_as(x, tolerance=tolerance))[0]
+    assert taken.dtype.name == dtype and taken.ctypes.data == x.unsafe_buffer_pointer()
+
+
+class Elsewhere:
+    """An array in a GPU's memory, as far as its protocols tell."""
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+    def __dlpack__(self, **options):
+        raise AssertionError("memory of a GPU was asked for")
+
+
+class OldElsewhere:
+    __cuda_array_interface__ = {"shape": (2, 3), "typestr": "<f4", "data": (4096, False), "version": 2}
+
+
+@pytest.mark.parametrize("x", [Elsewhere(), OldElsewhere()])
+def test_memory_of_a_gpu_is_refused(x):
+    with pytest.raises(TypeError, match="Elsewhere .*GPU"):
+        sync.evaluate(x, np.zeros(3), np.ones(3))
+
+
+def test_old_and_new_capsules_and_their_owners():
+    """With and without a version; the memory lives as long as the array, and is let go after it."""
+
+    class Exporter:
+        def __init__(self, array, version):
+            self.array, self.version = array, version
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+        def __dlpack__(self, **options):
+            if self.version is None and options:
+                raise TypeError("unexpected keyword")
+            return self.array.__dlpack__(**({} if self.version is None else options))
+
+    versions = [None] + [(1, 0)] * (np.lib.NumpyVersion(np.__version__) >= "2.1.0")
+    for version in versions:
+        array = MATRIX.copy()
+        watch = weakref.ref(array)
+        taken = _dlpack.to_numpy(Exporter(array[:, ::2], version))
+        del array
+        gc.collect()
+        assert watch() is not None
+        np.testing.assert_array_equal(taken, MATRIX[:, ::2])
+        del taken
+        gc.collect()
+        assert watch() is None
+    if len(versions) > 1:
+        fixed = MATRIX.copy()
+        fixed.flags.writeable = False
+        assert not _dlpack.to_numpy(Exporter(fixed, (1, 0))).flags.writeable
 
 
 @pytest.mark.parametrize(

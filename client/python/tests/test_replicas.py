@@ -220,8 +220,9 @@ def test_checkpointing_is_refused(group, reentrant):
 
 
 _INTERRUPTED = """
-import torch, syncbn, syncbn.torch
+import signal, torch, syncbn, syncbn.torch
 from syncbn.torch import compat
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Under nohup and the like it is ignored.
 with syncbn.Master() as master:
     worker = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
     model = compat.DataParallelWithCallback(syncbn.torch.SyncBatchNorm(2, worker=worker), replicas=2)

@@ -1,9 +1,13 @@
 """SyncBatchNorm of several workers against torch's own BatchNorm, in float64, on the whole batch."""
 
+import concurrent.futures
+import contextlib
 import copy
 import io
 import itertools
+import os
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -585,9 +589,182 @@ def test_conversion_of_other_kinds():
     plain = sync.convert_sync_batchnorm(torch.nn.BatchNorm1d(3, affine=False, track_running_stats=False))
     assert plain.weight is None and plain.running_mean is None and plain.layer == "batch_norm"
     assert isinstance(sync.SyncBatchNorm.convert_sync_batchnorm(torch.nn.BatchNorm3d(3)), sync.SyncBatchNorm)
-    with pytest.raises(ValueError, match="lazy"):
-        sync.convert_sync_batchnorm(torch.nn.LazyBatchNorm1d())
     assert sync.revert_sync_batchnorm(sync.SyncBatchNorm(3))(torch.zeros(2, 3, 1, 1, 1)).shape == (2, 3, 1, 1, 1)
+
+
+@pytest.mark.parametrize("affine,tracked", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("kind,rank", [("1d", 2), ("2d", 4), ("3d", 5)])
+def test_lazy_layers_are_converted_before_their_first_input(group, kind, rank, affine, tracked):
+    generator = torch.Generator().manual_seed(SEED)
+    x = random((5, CHANNELS) + SPATIAL[rank], generator)
+    options = dict(momentum=0.3, affine=affine, track_running_stats=tracked, dtype=torch.float64)
+    whole = getattr(torch.nn, f"BatchNorm{kind}")(CHANNELS, **options)
+    expected = whole(x)
+
+    def run(worker):
+        make = lambda: torch.nn.Sequential(getattr(torch.nn, f"LazyBatchNorm{kind}")(**options))
+        again = sync.revert_sync_batchnorm(sync.convert_sync_batchnorm(make(), worker))
+        assert type(again[0]) is type(make()[0])
+        assert again(x).shape == x.shape and type(again[0]) is type(whole)
+        model = sync.convert_sync_batchnorm(make(), worker)
+        assert type(model[0]) is sync.LazySyncBatchNorm and model[0].layer == "0"
+        y = model(split(x, (2, 3))[worker.rank])
+        assert type(model[0]) is sync.SyncBatchNorm and model[0].num_features == CHANNELS
+        assert model[0].affine is affine and model[0].track_running_stats is tracked
+        return y, model.state_dict(), sync.revert_sync_batchnorm(model)[0]
+
+    results = group(2, run)
+    close(torch.cat([y for y, _, _ in results]), expected)
+    for _, state, reverted in results:
+        assert type(reverted) is type(whole) and reverted.num_features == CHANNELS
+        for name, wanted in whole.state_dict().items():
+            close(state[f"0.{name}"], wanted)
+
+
+def test_a_lazy_layer_takes_a_state_dict(group):
+    full = sync.SyncBatchNorm(3)
+    initialise(full, torch.Generator().manual_seed(SEED))
+
+    def run(worker):
+        lazy = sync.LazySyncBatchNorm(worker=worker, eps_mode="clamp", layer="bn")
+        lazy.load_state_dict(full.state_dict())
+        y = lazy(torch.ones(2, 3))
+        assert type(lazy) is sync.SyncBatchNorm and (lazy.eps_mode, lazy.layer, lazy.worker) == ("clamp", "bn", worker)
+        close(y, full.bias.expand(2, 3), torch.float32)
+        return type(sync.revert_sync_batchnorm(sync.LazySyncBatchNorm())(torch.zeros(2, 3, 1, 1, 1))) is torch.Tensor
+
+    assert group(1, run) == [True]
+    loaded = sync.LazySyncBatchNorm()
+    loaded.load_state_dict(full.state_dict())
+    with pytest.raises(ValueError, match="expected 3 channels"):
+        loaded(torch.ones(2, 4))
+    with pytest.raises(ValueError, match="eps_mode"):
+        sync.LazySyncBatchNorm(eps_mode="max")
+    with pytest.raises(ValueError, match="at least 2D"):
+        sync.LazySyncBatchNorm()(torch.zeros(3))
+
+
+def test_a_weight_without_a_bias(group):
+    generator = torch.Generator().manual_seed(SEED)
+    x, dy = random((5, CHANNELS), generator), random((5, CHANNELS), generator)
+    whole, whole_x = Whole(CHANNELS).double(), x.clone().requires_grad_()
+    with torch.no_grad():
+        whole.weight.copy_(torch.arange(1.0, CHANNELS + 1))
+    y = whole(whole_x)
+    y.backward(dy)
+
+    def run(worker):
+        layer = sync.SyncBatchNorm(CHANNELS, bias=False, worker=worker, layer="bn", dtype=torch.float64)
+        assert layer.bias is None and list(dict(layer.named_parameters())) == ["weight"]
+        with torch.no_grad():
+            layer.weight.copy_(whole.weight)
+        part = split(x, (2, 3))[worker.rank].requires_grad_()
+        out = layer(part)
+        out.backward(split(dy, (2, 3))[worker.rank])
+        evaluated = layer.eval()(part.bfloat16()).dtype
+        layer.reset_parameters()
+        return out, part.grad, layer.weight.tolist(), evaluated, sync.revert_sync_batchnorm(layer).bias
+
+    results = group(2, run)
+    close(torch.cat([r[0] for r in results]), y)
+    close(torch.cat([r[1] for r in results]), whole_x.grad)
+    assert [r[2:] for r in results] == [([1.0] * CHANNELS, torch.bfloat16, None)] * 2
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch's batch normalization has no bias option")
+def test_conversion_keeps_a_missing_bias():
+    plain = torch.nn.BatchNorm1d(3, bias=False)
+    converted = sync.convert_sync_batchnorm(plain)
+    assert converted.bias is None and converted.weight is plain.weight
+    assert sync.revert_sync_batchnorm(converted).bias is None
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_vectors_of_another_length_are_refused(master, name):
+    with syncbn.Worker(master.target, "lengths", 0, 1) as worker:
+        layer = sync.SyncBatchNorm(3, worker=worker, layer="bn")
+        getattr(layer, name).data = torch.ones(2)
+        with pytest.raises(ValueError, match=f"{name} has 2 elements, and the layer 3 channels"):
+            layer(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (0, 8)])
+def test_gradients_accumulate_over_small_batches(group, sizes):
+    """Two batches, one optimizer step: each batch has its own statistics, and the gradients add up."""
+    x, targets = data()
+    whole = make_model()
+    for first in (0, 8):
+        loss = torch.nn.functional.cross_entropy(whole(x[first : first + 8]), targets[first : first + 8])
+        (loss / 2).backward()
+    models = threading.Lock()
+
+    def run(worker):
+        with models:
+            model = sync.convert_sync_batchnorm(make_model(), worker)
+        for first in (0, 8):
+            part, labels = (split(v[first : first + 8], sizes)[worker.rank] for v in (x, targets))
+            torch.nn.functional.cross_entropy(model(part), labels, reduction="sum").backward()
+        sync.all_reduce_gradients(model, worker, weight=2 * sizes[worker.rank])
+        return model
+
+    for model in group(2, run):
+        compare_models(model, whole)
+        for mine, wanted in zip(model.parameters(), whole.parameters()):
+            close(mine.grad, wanted.grad)
+
+
+def test_a_layer_called_twice_in_a_step(group):
+    """Weight sharing: each call is a round of its own, and the parameters' gradients add up."""
+    generator = torch.Generator().manual_seed(SEED)
+    x = random((6, CHANNELS), generator)
+    whole, whole_x = Whole(CHANNELS).double(), x.clone().requires_grad_()
+    whole(whole(whole_x).sin() * 3).pow(3).sum().backward()
+
+    def run(worker):
+        layer = sync.SyncBatchNorm(CHANNELS, worker=worker, layer="bn", dtype=torch.float64)
+        part = split(x, (2, 4))[worker.rank].requires_grad_()
+        layer(layer(part).sin() * 3).pow(3).sum().backward()
+        return part.grad, layer
+
+    results = group(2, run)
+    close(torch.cat([gradient for gradient, _ in results]), whole_x.grad)
+    close(sum(layer.weight.grad for _, layer in results), whole.weight.grad)
+    for _, layer in results:
+        assert int(layer.num_batches_tracked) == 2
+        close(layer.running_var, whole.running_var)
+
+
+def test_groups_side_by_side_in_one_model(master):
+    """One model whose layers belong to different groups: one over all three workers, one over the last two."""
+    generator = torch.Generator().manual_seed(SEED)
+    x = random((6, CHANNELS), generator)
+    over_all, over_two = Whole(CHANNELS).double(), Whole(CHANNELS).double()
+    y = over_all(x)
+    expected = torch.cat([y[:2], over_two(y[2:])])
+
+    def run(rank):
+        with contextlib.ExitStack() as stack:
+            everyone = stack.enter_context(syncbn.Worker(master.target, "everyone", rank, 3, timeout=20.0))
+            model = torch.nn.Sequential(torch.nn.BatchNorm1d(CHANNELS))
+            model = sync.convert_sync_batchnorm(model.double(), everyone)
+            if rank > 0:
+                two = stack.enter_context(syncbn.Worker(master.target, "two", rank - 1, 2, timeout=20.0))
+                model.append(sync.SyncBatchNorm(CHANNELS, worker=two, layer="second", dtype=torch.float64))
+            return model(split(x, (2, 1, 3))[rank])
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        close(torch.cat(list(pool.map(run, range(3)))), expected)
+
+
+def test_inference_mode_in_training_updates_statistics(group):
+    def run(worker):
+        layer = sync.SyncBatchNorm(2, worker=worker, layer="bn")
+        with torch.inference_mode():
+            layer(torch.full((2, 2), float(worker.rank)))
+        return layer.running_mean.tolist()
+
+    for mean in group(2, run):
+        np.testing.assert_allclose(mean, [0.05, 0.05], rtol=1e-6)
 
 
 def test_state_dicts_go_both_ways():
@@ -637,10 +814,36 @@ def test_layers_without_a_name_are_numbered_by_first_use(group):
 
 
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch has no compiler")
-def test_compiled_models_break_the_graph_here(group):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_models_train_as_on_the_global_batch(group, backend):
+    """What lies between the layers is compiled, forward and backward; evaluation too."""
+    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("there is no C++ compiler")
+    torch._dynamo.reset()
+    x, targets = data()
+    whole = train(make_model(), x, targets)
+    one_at_a_time = threading.Lock()  # The random state, and the compiler's, are the process's.
+
+    def run(worker):
+        with one_at_a_time:
+            model = sync.convert_sync_batchnorm(make_model(), worker)
+            compiled = torch.compile(model, backend=backend)
+        part, labels = split(x, (5, 11))[worker.rank], split(targets, (5, 11))[worker.rank]
+        train(model, part, labels, worker=worker, runner=compiled)
+        return model, compiled.eval()(x)
+
+    for model, evaluated in group(2, run, timeout=300.0):
+        compare_models(model, whole)
+        close(evaluated, whole.eval()(x))
+        whole.train()
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch has no compiler")
+def test_a_graph_without_breaks_is_refused(group):
     def run(worker):
         layer = sync.SyncBatchNorm(2, worker=worker, layer="bn")
-        compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 2), layer), backend="eager")
-        return compiled(torch.ones(2, 2)).shape
+        compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 2), layer), backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="disable"):
+            compiled(torch.ones(2, 2))
 
-    assert group(1, run) == [(2, 2)]
+    group(1, run)

@@ -247,7 +247,19 @@ static void TestBadInput(void) {
   options.struct_size = 2;
   ExpectError(syncbn_worker_join(&options, &none, &error), kInvalidArgument, &error, "struct_size is 2");
 
+  options.struct_size = (size_t)1 << 60; /* Never set. */
+  ExpectError(syncbn_worker_join(&options, &none, &error), kInvalidArgument, &error,
+              "struct_size is 1152921504606846976");
+
   syncbn_worker* const worker = Join("bad", 0, 1, 0);
+  syncbn_layer_options layer = SYNCBN_LAYER_OPTIONS_INIT;
+  layer.name = "odd";
+  layer.channels = 1;
+  layer.eps_mode = 7;
+  ExpectError(syncbn_worker_declare_layer(worker, &layer, &error), kInvalidArgument, &error, "eps_mode is 7");
+  layer.eps_mode = SYNCBN_EPS_CLAMP;
+  layer.numeric_policy = -1;
+  ExpectError(syncbn_worker_declare_layer(worker, &layer, &error), kInvalidArgument, &error, "numeric_policy is -1");
   double data[4] = {0};
   syncbn_tensor x = {data, 2, 2, 1, SYNCBN_FLOAT64, SYNCBN_CHANNELS_FIRST, SYNCBN_DEVICE_CPU, 0};
   ExpectError(StartForward(worker, "bn", &x, &error), kFailedPrecondition, &error, "\"bn\" has not been declared");
@@ -267,6 +279,25 @@ static void TestBadInput(void) {
   syncbn_worker_destroy(NULL);
 }
 
+static void TestNullHandles(void) {
+  syncbn_error* error = NULL;
+  const double value = 1.0;
+  syncbn_round* round = NULL;
+  ExpectError(syncbn_worker_leave(NULL, "", &error), kInvalidArgument, &error, "worker is NULL");
+  ExpectError(syncbn_worker_flush(NULL, &error), kInvalidArgument, &error, "worker is NULL");
+  ExpectError(syncbn_worker_resume_at(NULL, 0, &error), kInvalidArgument, &error, "worker is NULL");
+  ExpectError(syncbn_worker_wait_for_members(NULL, 0, &error), kInvalidArgument, &error, "worker is NULL");
+  ExpectError(syncbn_worker_declare_layer(NULL, NULL, &error), kInvalidArgument, &error, "worker is NULL");
+  ExpectError(syncbn_round_start_sum(NULL, "a", 0, &value, 1, &round, &error), kInvalidArgument, &error, "worker");
+  ExpectError(syncbn_round_wait(NULL, 0, &error), kInvalidArgument, &error, "round is NULL");
+  ExpectError(syncbn_forward_wait(NULL, 0, &error), kInvalidArgument, &error, "forward is NULL");
+  ExpectError(syncbn_worker_settle(NULL, 0, &error), kInvalidArgument, &error, "worker is NULL");
+  ExpectError(syncbn_forward_finish(NULL, NULL, NULL, &error), kInvalidArgument, &error, "forward is NULL");
+  ExpectError(syncbn_backward_start(NULL, NULL, NULL, NULL, &error), kInvalidArgument, &error, "forward is NULL");
+  ExpectError(syncbn_backward_wait(NULL, 0, &error), kInvalidArgument, &error, "backward is NULL");
+  ExpectError(syncbn_backward_finish(NULL, NULL, NULL, &error), kInvalidArgument, &error, "backward is NULL");
+}
+
 static void TestPassThatOutlivesItsWorker(void) {
   syncbn_worker* const worker = Join("outlives", 0, 1, 0);
   Declare(worker, "bn", 2);
@@ -274,6 +305,7 @@ static void TestPassThatOutlivesItsWorker(void) {
   syncbn_tensor x = {data, 2, 2, 1, SYNCBN_FLOAT64, SYNCBN_CHANNELS_FIRST, SYNCBN_DEVICE_CPU, 0};
   syncbn_forward* forward = NULL;
   CHECK_OK(syncbn_forward_start(worker, "bn", &x, NULL, &forward, &error));
+  CHECK(syncbn_forward_count(forward) == 0 && syncbn_forward_mean(forward) == NULL);
   CHECK_OK(syncbn_forward_wait(forward, -1, &error));
   syncbn_worker_destroy(worker);
   syncbn_backward_inputs inputs = SYNCBN_BACKWARD_INPUTS_INIT;
@@ -344,11 +376,12 @@ int main(void) {
   TestRounds();
   TestRoundError();
   TestBadInput();
+  TestNullHandles();
   TestPassThatOutlivesItsWorker();
   TestEvaluation();
   TestStreamOrder();
   syncbn_master_shutdown(master, 1000000000);
   syncbn_master_destroy(master);
-  puts("7 passed, 0 failed");
+  puts("8 passed, 0 failed");
   return 0;
 }

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <atomic>
 #include <limits>
 #include <memory>
 #include <string>
@@ -344,6 +343,43 @@ TEST_F(WorkerTest, WaitForAnyEndsWithAnOutcomeOrAWake) {
   EXPECT_TRUE(lonely->HasOutcome());
 }
 
+TEST(WorkerOfLongVectorsTest, DoesNotSendFasterThanItReads) {
+  constexpr size_t kElements = size_t{16} << 20;  // 16 pieces.
+  MasterServer::Options options;
+  options.addresses = {"127.0.0.1:0"};
+  options.max_unread_bytes = size_t{40} << 20;
+  const auto master = MasterServer::Start(std::move(options));
+  ASSERT_TRUE(master.ok());
+  const auto workers = JoinAll((*master)->target(), 2);
+  OnEachRank(2, [&](uint32_t rank) {
+    // The first has sent all that it may by the time that the second begins.
+    if (rank == 1) AwaitArrival(**master, "v#3", 0);
+    const auto sum = Sum(*workers[rank], "v", std::vector<double>(kElements, 1.0 + rank));
+    ASSERT_TRUE(sum.ok()) << sum.status();
+    EXPECT_EQ(sum->size(), kElements);
+    EXPECT_EQ(sum->back(), 3.0);
+  });
+}
+
+TEST_F(WorkerTest, LongVectorsBegunInDifferentOrders) {
+  constexpr size_t kElements = size_t{5} << 20;
+  const auto workers = JoinAll(target(), 2);
+  OnEachRank(2, [&](uint32_t rank) {
+    const std::vector<double> value(kElements, 1.0);
+    std::vector<Round> rounds;
+    for (const char* name : {rank == 0 ? "x" : "y", rank == 0 ? "y" : "x"}) {
+      auto round = workers[rank]->StartSum(name, 0, value);
+      ASSERT_TRUE(round.ok());
+      rounds.push_back(*std::move(round));
+    }
+    for (Round& round : rounds) {
+      const absl::Status status = round.Wait();
+      ASSERT_TRUE(status.ok()) << status;
+      EXPECT_EQ(round.result().first.size(), kElements);
+    }
+  });
+}
+
 // ---- Errors ---------------------------------------------------------------------------------------------------------
 
 TEST_F(WorkerTest, ADeadlineNamesTheMissing) {
@@ -380,6 +416,37 @@ TEST_F(WorkerTest, ALayerSetThatDiffersIsRefusedAtTheJoin) {
   const absl::Status status = Worker::Join(options).status();
   ExpectError(status, absl::StatusCode::kFailedPrecondition, "LAYER_SET_MISMATCH");
   EXPECT_THAT(std::string(status.message()), HasSubstr("it alone has \"c\"; it lacks \"b\""));
+  // What waits for the refused worker would wait in vain.
+  ExpectError(Sum(*first, "v", {1.0}).status(), absl::StatusCode::kFailedPrecondition, "LAYER_SET_MISMATCH");
+  options.layers = {BatchNormOptions("a", 1), BatchNormOptions("b", 1)};
+  const auto second = JoinOrDie(options);
+  ASSERT_TRUE(second->ResumeAt(1).ok());
+  OnEachRank(2, [&](uint32_t rank) { EXPECT_TRUE(Sum(rank == 0 ? *first : *second, "v", {1.0}).ok()); });
+}
+
+TEST_F(WorkerTest, ADisagreementThatIsOverFailsNoRound) {
+  const auto workers = JoinAll(target(), 2);
+  for (const uint32_t channels : {1, 2}) {  // One after the other they declare it anew; meanwhile they disagree.
+    for (const auto& worker : workers) {
+      ASSERT_TRUE(worker->DeclareLayer(BatchNormOptions("bn", channels)).ok());
+      ASSERT_TRUE(worker->Flush().ok());
+    }
+  }
+  const auto inspection = v1::InspectionService::NewStub(Connect(target()));
+  v1::GetLayerRequest request;
+  request.set_layer("bn");
+  v1::GetLayerResponse layer;
+  while (layer.summary().spec().channels() != 2 || layer.summary().has_conflict()) {
+    grpc::ClientContext context;
+    inspection->GetLayer(&context, request, &layer);
+  }
+  OnEachRank(2, [&](uint32_t rank) {
+    const std::vector<double> zeros = {0.0, 0.0};
+    auto round = workers[rank]->StartForward("bn", 0, 1, zeros, zeros, BackwardRole::kNone);
+    ASSERT_TRUE(round.ok());
+    const absl::Status status = round->Wait();
+    EXPECT_TRUE(status.ok()) << status;
+  });
 }
 
 TEST_F(WorkerTest, AGroupThatDiffersIsRefusedAtTheJoin) {
@@ -431,13 +498,14 @@ TEST_F(WorkerTest, BadNumbersAreNamed) {
   });
 }
 
-TEST(WorkerWithoutMasterTest, SaysThatNobodyAnswers) {
+TEST(WorkerWithoutMasterTest, SaysThatNobodyAnswersAndWhy) {
   const std::string target = StartMaster()->target();  // Free again.
   Worker::Options options = WorkerOptions(target, 0, 1);
   options.join_timeout = absl::Milliseconds(50);
   const absl::Status status = Worker::Join(options).status();
   ExpectError(status, absl::StatusCode::kUnavailable, "UNREACHABLE");
   EXPECT_THAT(std::string(status.message()), HasSubstr(target));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("Connection refused"));
 }
 
 }  // namespace

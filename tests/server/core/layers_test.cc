@@ -77,6 +77,51 @@ TEST(LayerSetTest, WhoComesBackMendedIsTaken) {
   EXPECT_EQ(ReasonOf(*engine.Outcome(first, Forward("a", 0))), "");
 }
 
+TEST(LayerSetTest, RoundsThatWaitForTheRefusedFailAtOnceAndUntilItIsMended) {
+  Engine engine;
+  const StreamId first = engine.Join(JoinWith(0, 3, {BatchNormLayer("a", 1)}));
+  const StreamId second = engine.Join(JoinWith(1, 3, {BatchNormLayer("a", 1)}));
+  engine.Contribute(first, Forward("a", 0), kNumbers);
+  engine.Join(JoinWith(2, 3, {BatchNormLayer("b", 1)}));
+  const auto before = engine.Outcome(first, Forward("a", 0));
+  EXPECT_EQ(ReasonOf(*before), kLayerSetMismatch);
+  EXPECT_THAT(before->error->message, HasSubstr("it alone has \"b\""));
+  EXPECT_THAT(before->error->ranks, ElementsAre(2u));
+  // The others' contributions to it meet the same outcome, and so does a round that begins now.
+  engine.Contribute(second, Forward("a", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(second, Forward("a", 0))), kLayerSetMismatch);
+  engine.Contribute(second, Forward("a", 1), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(second, Forward("a", 1))), kLayerSetMismatch);
+  const StreamId mended = engine.Join(JoinWith(2, 3, {BatchNormLayer("a", 1)}));
+  for (const StreamId stream : {first, second, mended}) engine.Contribute(stream, Forward("a", 2), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(mended, Forward("a", 2))), "");
+}
+
+TEST(LayerSetTest, ARefusedJoinHarmsNobodyWhoIsPresent) {
+  Engine engine;
+  const StreamId first = engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 1)}));
+  const StreamId second = engine.Join(JoinWith(1, 2, {BatchNormLayer("a", 1)}));
+  engine.Contribute(first, Forward("a", 0), kNumbers);
+  EXPECT_EQ(engine.log(engine.Join(JoinWith(1, 2, {BatchNormLayer("a", 2)}))).close_reason(), kLayerSetMismatch);
+  EXPECT_FALSE(engine.Layer("a").summary.conflict.has_value());
+  engine.Contribute(second, Forward("a", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(first, Forward("a", 0))), "");
+}
+
+TEST(LayerSetTest, ManyDifferencesAreNamedInPart) {
+  Engine engine;
+  std::vector<LayerSpec> mine, yours;
+  for (int i = 0; i < 100; ++i) {
+    mine.push_back(BatchNormLayer(std::string(200, 'n') + std::to_string(i), 1));
+    yours.push_back(BatchNormLayer(std::string(200, 'n') + std::to_string(i), 2));
+  }
+  engine.Join(JoinWith(0, 2, mine));
+  const StreamId refused = engine.Join(JoinWith(1, 2, yours));
+  EXPECT_EQ(engine.log(refused).close_reason(), kLayerSetMismatch);
+  EXPECT_THAT(engine.log(refused).closed_with->message, HasSubstr("and 95 more differ"));
+  EXPECT_LT(engine.log(refused).closed_with->message.size(), 2000u);
+}
+
 TEST(LayerSetTest, WhoDeclaresNothingAtJoinMayDeclareLater) {
   Engine engine;
   const StreamId first = engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 1)}));
@@ -236,9 +281,41 @@ TEST(ConflictTest, RoundsOfTheOldSpecificationEndWithIt) {
 // Nobody else knows the layer, so its word alone makes it another one, and there is no conflict to announce.
 TEST(ConflictTest, ARestartWithOtherLayersIsRefusedOnceAndTakenThen) {
   Engine engine;
-  engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 1)}));
+  engine.Join(MakeJoin(1, 2));  // So that the restart begins no new run.
+  engine.Close(engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 1)})));
   EXPECT_EQ(engine.log(engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 2)}))).close_reason(), kLayerSetMismatch);
   EXPECT_FALSE(engine.log(engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 2)}))).closed);
+}
+
+TEST(ConflictTest, WhoHasLeftDisagreesWithNobody) {
+  Engine engine;
+  const StreamId first = engine.Join(0, 2, {BatchNormLayer("a", 1)});
+  const StreamId second = engine.Join(1, 2, {BatchNormLayer("a", 2)});
+  engine.Leave(second);
+  EXPECT_FALSE(engine.Layer("a").summary.conflict.has_value());
+  engine.Contribute(first, Forward("a", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(first, Forward("a", 0))), "");
+}
+
+TEST(ConflictTest, WhatRemainsOfThoseWhoDeviatedIsAdopted) {
+  Engine engine;
+  const StreamId first = engine.Join(0, 2, {BatchNormLayer("a", 2)});
+  const StreamId second = engine.Join(1, 2, {BatchNormLayer("a", 1)});
+  engine.Leave(first);
+  EXPECT_FALSE(engine.Layer("a").summary.conflict.has_value());
+  engine.Contribute(second, Forward("a", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(second, Forward("a", 0))), "");
+}
+
+TEST(ConflictTest, ASuccessorIsNotHeldToWhatItsPredecessorDeclared) {
+  Engine engine;
+  const StreamId first = engine.Join(0, 2, {BatchNormLayer("a", 1)});
+  engine.Join(1, 2, {BatchNormLayer("a", 2)});
+  const StreamId successor = engine.Join(MakeJoin(1, 2));
+  engine.Contribute(first, Forward("a", 0), kNumbers);
+  engine.Declare(successor, {BatchNormLayer("a", 1)});
+  engine.Contribute(successor, Forward("a", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(first, Forward("a", 0))), "");
 }
 
 // ---- Running statistics ---------------------------------------------------------------------------------------------

@@ -69,6 +69,43 @@ TEST(LimitsTest, MaxLayersAsTheyCome) {
   ExpectLimit(engine.log(worker).closed_with, "max_layers = 2");
 }
 
+TEST(LimitsTest, MaxLayersInAFrameThoughTheyRepeat) {
+  Limits limits;
+  limits.max_layers = 2;
+  Engine engine(limits);
+  const StreamId stream = engine.Join(MakeJoin(0, 1));
+  engine.Declare(stream, {BatchNormLayer("a", 1), BatchNormLayer("a", 1)});
+  EXPECT_FALSE(engine.log(stream).closed);
+  engine.Declare(stream, {BatchNormLayer("a", 1), BatchNormLayer("a", 1), BatchNormLayer("a", 1)});
+  ExpectLimit(engine.log(stream).closed_with, "max_layers = 2");
+}
+
+TEST(LimitsTest, MaxRoundsInAFrame) {
+  Limits limits;
+  limits.max_rounds_in_frame = 2;
+  Engine engine(limits);
+  StreamId stream = engine.Join(0, 1, {SumLayer("v", 1)});
+  const double value = 1.0;
+  const auto send = [&](size_t contributions, size_t keys) {
+    FrameReceived frame;
+    frame.stream = stream;
+    for (size_t i = 0; i < contributions; ++i) {
+      Contribution& contribution = frame.contributions.emplace_back();
+      contribution.key = Sum("v", i);
+      contribution.first = {&value, 1};
+    }
+    frame.blocked_on.assign(keys, Sum("v", 0));
+    engine.On(frame);
+  };
+  send(2, 2);
+  EXPECT_FALSE(engine.log(stream).closed);
+  send(3, 0);
+  ExpectLimit(engine.log(stream).closed_with, "max_rounds_in_frame = 2");
+  stream = engine.Join(MakeJoin(0, 1));
+  send(0, 3);
+  ExpectLimit(engine.log(stream).closed_with, "max_rounds_in_frame = 2");
+}
+
 TEST(LimitsTest, MaxLayersAtJoin) {
   Limits limits;
   limits.max_layers = 2;

@@ -315,6 +315,13 @@ TEST(FencingTest, WhatThePredecessorStillSendsIsNotCounted) {
   EXPECT_THAT(engine.View().pending.at(0).missing_ranks, ElementsAre(1));
 }
 
+TEST(FencingTest, AnIncarnationThatNothingCanFollowIsRefused) {
+  Engine engine;
+  Join join = MakeJoin(0, 2);
+  join.incarnation = UINT64_MAX;
+  EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kMalformedFrame);
+}
+
 TEST(FencingTest, TheOldIncarnationMayNotComeBack) {
   Engine engine;
   const auto workers = JoinAll(engine, 2);

@@ -206,6 +206,8 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{"ShortM2", Phase::kForward, 4, {1, 2}, {3}, kInvalidContribution, "1 elements of m2"},
         BadCase{"NoVector", Phase::kSum, 0, {}, {}, kInvalidContribution, "0 elements of value"},
         BadCase{"ShortSum", Phase::kBackward, 0, {1}, {1, 2}, kInvalidContribution, "sum_dy"},
+        BadCase{"HalfASum", Phase::kBackward, 0, {}, {1, 2}, kInvalidContribution, "0 elements of sum_dy and 2"},
+        BadCase{"OtherHalfOfASum", Phase::kBackward, 0, {1, 2}, {}, kInvalidContribution, "sum_dy and 0 of sum_dy_xmu"},
         BadCase{"NegativeCount", Phase::kForward, -1, {1, 2}, {3, 4}, kInvalidContribution, "count = -1"},
         BadCase{"GreatestCount", Phase::kForward, int64_t{1} << 40, {1, 2}, {3, 4}, "", ""},
         BadCase{"HugeCount", Phase::kForward, (int64_t{1} << 40) + 1, {1, 2}, {3, 4}, kInvalidContribution, "count = "},

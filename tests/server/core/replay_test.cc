@@ -204,6 +204,16 @@ TEST_F(SmallMemoryTest, ResultsAreForgottenOldestFirstButNotWhoContributed) {
   EXPECT_EQ(ReasonOf(*engine_.log(workers_[1]).outcomes.back()), kPayloadChanged);
 }
 
+TEST_F(SmallMemoryTest, ErrorsCountTowardsIt) {
+  JoinAll(2);
+  const Numbers bad{4, {std::nan(""), 1.0}, {1.0, 1.0}};
+  for (uint64_t sequence = 0; sequence < 10; ++sequence) engine_.Contribute(workers_[0], Forward("bn", sequence), bad);
+  engine_.Contribute(workers_[1], Forward("bn", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", 0))), kRoundExpired);
+  engine_.Contribute(workers_[1], Forward("bn", 9), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", 9))), kNotFinite);
+}
+
 TEST_F(SmallMemoryTest, TheNewestIsKeptWhateverItsSize) {
   workers_.push_back(engine_.Join(0, 1, {BatchNormLayer("wide", 100)}));
   const Numbers wide{1, std::vector<double>(100, 1.0), std::vector<double>(100, 0.0)};

@@ -53,6 +53,15 @@ class InspectionTest : public ::testing::Test {
     return frame;
   }
 
+  grpc::Status GetLayer(const std::string& layer) {
+    grpc::ClientContext context;
+    v1::GetLayerRequest request;
+    request.set_group("g");
+    request.set_layer(layer);
+    v1::GetLayerResponse response;
+    return inspection_->GetLayer(&context, request, &response);
+  }
+
   v1::GetGroupResponse GetGroup(const std::string& group) {
     grpc::ClientContext context;
     v1::GetGroupRequest request;
@@ -308,6 +317,14 @@ TEST_F(InspectionTest, ChannelzSeesTheServer) {
   const auto answer = servers.ReadBytes();
   ASSERT_TRUE(answer.has_value());
   EXPECT_FALSE(answer->empty());
+}
+
+TEST_F(InspectionTest, ALongNameThatIsUnknownIsToldInPart) {
+  const auto member = Join("g", 0, 1);
+  const grpc::Status status = GetLayer(std::string(100'000, 'x'));
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::NOT_FOUND) << status.error_message();
+  EXPECT_EQ(InfoOf(status).reason(), "LAYER_UNKNOWN");
+  EXPECT_THAT(status.error_message(), HasSubstr("has no layer \"xxx"));
 }
 
 }  // namespace

@@ -278,6 +278,27 @@ TEST(WorkerStreamTest, DestructionEndsOpenCalls) {
   EXPECT_FALSE(stream.Finish().ok());
 }
 
+// ---- Errors that are long -------------------------------------------------------------------------------------------
+
+TEST(WorkerStreamTest, ALongErrorArrivesInPart) {
+  const auto server = StartServer();
+  // 250 bytes of two-byte characters each, which trailers carry escaped.
+  std::string name;
+  for (int i = 0; i < 124; ++i) name += "\u00e9";
+  v1::WorkerFrame first = JoinFrame("g", 0, 2), second = JoinFrame("g", 1, 2);
+  for (int i = 0; i < 100; ++i) {
+    *first.mutable_join()->add_layers() = BatchNormLayer(name + std::to_string(i), 1);
+    *second.mutable_join()->add_layers() = BatchNormLayer(name + std::to_string(i), 2);
+  }
+  RawStream member(Connect(server->target()));
+  ASSERT_TRUE(member.Write(first));
+  ASSERT_TRUE(member.Read().has_value());
+  const grpc::Status status = StatusAfter(*server, second);
+  ExpectError(status, grpc::StatusCode::FAILED_PRECONDITION, "LAYER_SET_MISMATCH", "channels 2 instead of 1");
+  EXPECT_LE(status.error_message().size(), 1024u);
+  EXPECT_THAT(status.error_message(), ::testing::EndsWith("\u00e9..."));
+}
+
 // ---- A reader that does not read ------------------------------------------------------------------------------------
 
 TEST(WorkerStreamTest, ASlowReaderIsCutOffAndTheOthersLearnOfIt) {

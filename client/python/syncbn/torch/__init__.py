@@ -9,6 +9,13 @@
 
 from syncbn.torch.gradients import all_reduce_gradients
 from syncbn.torch.launch import join
-from syncbn.torch.modules import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.torch.modules import LazySyncBatchNorm, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
-__all__ = ["SyncBatchNorm", "all_reduce_gradients", "convert_sync_batchnorm", "join", "revert_sync_batchnorm"]
+__all__ = [
+    "LazySyncBatchNorm",
+    "SyncBatchNorm",
+    "all_reduce_gradients",
+    "convert_sync_batchnorm",
+    "join",
+    "revert_sync_batchnorm",
+]

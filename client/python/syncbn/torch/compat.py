@@ -91,14 +91,15 @@ _KINDS = {
 def convert_model(module: torch.nn.Module, worker: Optional[Worker] = None) -> torch.nn.Module:
     """Replaces torch.nn.BatchNorm*d with SynchronizedBatchNorm*d, and DataParallel with DataParallelWithCallback.
 
-    Parameters and buffers stay the same objects, and layers are named by their path in the model.
+    Parameters and buffers stay the same objects, and layers are named by their path in the model. A LazyBatchNorm*d
+    becomes a syncbn.torch.LazySyncBatchNorm.
     """
     if isinstance(module, torch.nn.DataParallel):
         return DataParallelWithCallback(convert_model(module.module, worker), module.device_ids or None)
 
-    def convert(candidate: torch.nn.Module, path: str) -> torch.nn.Module:
+    def convert(candidate: Any, path: str) -> torch.nn.Module:
         for plain, synchronized in _KINDS.items():
-            if isinstance(candidate, plain):
+            if isinstance(candidate, plain) or getattr(candidate, "cls_to_become", None) is plain:
                 return _to_synchronized(candidate, worker, _eps_mode, path or "batch_norm", synchronized)
         return candidate
 

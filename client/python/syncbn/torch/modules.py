@@ -1,9 +1,10 @@
-"""SyncBatchNorm, and conversion from and to torch's own batch normalization."""
+"""SyncBatchNorm, its lazy variant, and conversion from and to torch's own batch normalization."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.parameter import is_lazy
 
 from syncbn import _library, _passes
 from syncbn.core import Worker, default_worker
@@ -21,8 +22,8 @@ class SyncBatchNorm(_BatchNorm):
 
     Args:
       num_features: C.
-      eps, momentum, affine, track_running_stats, device, dtype: as in torch.nn.SyncBatchNorm. momentum None: the
-        cumulative average.
+      eps, momentum, affine, track_running_stats, device, dtype, bias: as in torch.nn.SyncBatchNorm. momentum None: the
+        cumulative average. bias False: a weight without a bias, in any version of torch.
       process_group: must be None; the group is the worker's.
       worker: default `syncbn.default_worker()`, at the time of the call.
       eps_mode: "add": invstd = 1/sqrt(var + eps). "clamp": 1/sqrt(max(var, eps)) in training; evaluation adds.
@@ -46,6 +47,7 @@ class SyncBatchNorm(_BatchNorm):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         worker: Optional[Worker] = None,
         eps_mode: str = "add",
         layer: Optional[str] = None,
@@ -56,11 +58,21 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f'eps_mode is "add" or "clamp", not {eps_mode!r}')
         average: Any = momentum  # torch's hints do not allow for None.
         super().__init__(num_features, eps, average, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group = None
         self.worker = worker
         self.eps_mode = eps_mode
         self.layer = layer
         self.original_class: Optional[type] = None
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        with torch.no_grad():
+            if self.weight is not None:
+                self.weight.fill_(1.0)
+            if self.bias is not None:
+                self.bias.fill_(0.0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps_mode={self.eps_mode}, layer={self.layer}"
@@ -74,7 +86,11 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected {self.num_features} channels, got input of shape {tuple(input.shape)}")
         for name in ("weight", "bias", "running_mean", "running_var"):
             own = getattr(self, name)
-            if own is not None and own.device != input.device:
+            if own is None:
+                continue
+            if own.numel() != self.num_features:
+                raise ValueError(f"{name} has {own.numel()} elements, and the layer {self.num_features} channels")
+            if own.device != input.device:
                 raise RuntimeError(f"the input is on {input.device}, and {name} on {own.device}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -209,6 +225,48 @@ class SyncBatchNorm(_BatchNorm):
         return convert_sync_batchnorm(module)
 
 
+class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
+    """A SyncBatchNorm that takes num_features from its first input, [N, C] or [N, C, ...], and becomes a SyncBatchNorm.
+
+    The arguments are SyncBatchNorm's without num_features and process_group.
+    """
+
+    cls_to_become: Any = SyncBatchNorm
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        worker: Optional[Worker] = None,
+        eps_mode: str = "add",
+        layer: Optional[str] = None,
+    ) -> None:
+        if eps_mode not in _library.EPS_MODES:
+            raise ValueError(f'eps_mode is "add" or "clamp", not {eps_mode!r}')
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self.worker, self.eps_mode, self.layer = worker, eps_mode, layer
+
+    def initialize_parameters(self, input: torch.Tensor) -> None:
+        """Gives the parameters and buffers their size; those of a loaded state_dict have theirs already."""
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        vectors = [v for v in (self.weight, self.bias, self.running_mean, self.running_var) if v is not None]
+        lazy: List[Any] = [vector for vector in vectors if is_lazy(vector)]
+        self.num_features = input.size(1) if lazy or not vectors else vectors[0].numel()
+        for vector in lazy:
+            vector.materialize((self.num_features,))
+        if lazy:
+            self.reset_parameters()
+
+
 def _move(source: _BatchNorm, target: _BatchNorm) -> _BatchNorm:
     """Gives the target the source's own parameters and buffers."""
     target._parameters.update(source._parameters)
@@ -223,9 +281,10 @@ def _to_synchronized(
     source: _BatchNorm, worker: Optional[Worker], eps_mode: str, layer: str, kind: Any = SyncBatchNorm
 ) -> SyncBatchNorm:
     # Without affine and tracking first: the parameters and buffers are the source's, none is allocated for nothing.
-    target: SyncBatchNorm = kind(
-        source.num_features, source.eps, source.momentum, False, False, worker=worker, layer=layer
-    )
+    if isinstance(source, _LazyNormBase):
+        target: SyncBatchNorm = LazySyncBatchNorm(source.eps, source.momentum, False, False, worker=worker, layer=layer)
+    else:
+        target = kind(source.num_features, source.eps, source.momentum, False, False, worker=worker, layer=layer)
     target.eps_mode = eps_mode
     target.affine, target.track_running_stats = source.affine, source.track_running_stats
     target.original_class = type(source)
@@ -241,9 +300,20 @@ class BatchNorm(_BatchNorm):
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
+class LazyBatchNorm(_LazyNormBase, BatchNorm):
+    """As `BatchNorm`, with num_features from its first input."""
+
+    cls_to_become: Any = BatchNorm
+
+
 def _from_synchronized(source: SyncBatchNorm) -> _BatchNorm:
-    kind: Any = source.original_class or BatchNorm
-    target: _BatchNorm = kind(source.num_features, source.eps, source.momentum, False, False)
+    kind: Any = source.original_class
+    if isinstance(source, _LazyNormBase):
+        target: _BatchNorm = (kind or LazyBatchNorm)(source.eps, source.momentum, False, False)
+    else:
+        if kind is not None and issubclass(kind, _LazyNormBase):  # It was lazy when it was converted.
+            kind = kind.cls_to_become
+        target = (kind or BatchNorm)(source.num_features, source.eps, source.momentum, False, False)
     target.affine, target.track_running_stats = source.affine, source.track_running_stats
     return _move(source, target)
 
@@ -269,6 +339,8 @@ def convert_sync_batchnorm(
 ) -> torch.nn.Module:
     """Replaces every torch.nn.BatchNorm*d and torch.nn.SyncBatchNorm in a model with a SyncBatchNorm.
 
+    A torch.nn.LazyBatchNorm*d becomes a LazySyncBatchNorm.
+
     Parameters and buffers are the same objects afterwards, so an optimizer made before goes on. Layers are named by
     their path in the model; a shared module is converted once, and keeps the first path.
 
@@ -280,8 +352,6 @@ def convert_sync_batchnorm(
     """
 
     def convert(candidate: torch.nn.Module, path: str) -> torch.nn.Module:
-        if isinstance(candidate, _LazyNormBase):
-            raise ValueError(f"{path or 'the module'} is lazy: run the model once before converting it")
         if isinstance(candidate, SyncBatchNorm) or not isinstance(candidate, _BatchNorm):
             return candidate
         return _to_synchronized(candidate, worker, eps_mode, prefix + (path or "batch_norm"))

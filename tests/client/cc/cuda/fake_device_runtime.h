@@ -70,6 +70,11 @@ class FakeDeviceRuntime : public DeviceRuntime {
     const std::lock_guard<std::mutex> lock(mutex_);
     return callers_;
   }
+  // CanWaitForValue gives this error.
+  void FailPreparation(Error error) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    preparation_error_ = error;
+  }
   int preloads(int device) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return preloads_[device];
@@ -163,7 +168,8 @@ class FakeDeviceRuntime : public DeviceRuntime {
   Error CanWaitForValue(bool* can) override {
     const Call call(this);
     *can = can_wait_;
-    return kSuccess;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return preparation_error_;
   }
   Error WaitForValue(Stream stream, const uint32_t* address, uint32_t value) override {
     if (!can_wait_) return kNotSupported;
@@ -340,6 +346,7 @@ class FakeDeviceRuntime : public DeviceRuntime {
   int preloads_[kDevices] = {};
   Error launch_error_ = kSuccess;
   Error state_error_ = kSuccess;
+  Error preparation_error_ = kSuccess;
   std::map<Stream, StreamOfTest> streams_;
 };
 

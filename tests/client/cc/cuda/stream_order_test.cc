@@ -302,6 +302,15 @@ TEST_F(StreamOrderTest, FallsBackToTheHost) {
   EXPECT_NE(StreamOrderStatus(0).message().find("cannot be stream-ordered"), std::string::npos);
   EXPECT_TRUE(there.Run(*worker, "bn0").ok());
   EXPECT_EQ(old->preloads(0), 0);
+
+  // An error is no answer for good.
+  static FakeDeviceRuntime* const busy = new FakeDeviceRuntime;
+  DeviceRuntime::SetForTesting(busy);
+  busy->FailPreparation(FakeDeviceRuntime::kNotSupported);
+  EXPECT_NE(StreamOrderStatus(0).message().find("801"), std::string::npos);
+  busy->FailPreparation(DeviceRuntime::kSuccess);
+  EXPECT_TRUE(StreamOrderStatus(0).ok());
+  EXPECT_EQ(busy->preloads(0), 1);
   DeviceRuntime::SetForTesting(&Gpu());
 }
 

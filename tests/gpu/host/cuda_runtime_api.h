@@ -1,0 +1,3 @@
+// See cuda_runtime.h.
+
+#include "cuda_runtime.h"
