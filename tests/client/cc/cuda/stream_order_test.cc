@@ -605,7 +605,7 @@ TEST_F(StreamOrderFailureTest, ErrorOfALaunch) {
 }
 
 // Memory is freed, which waits for the streams, while one of them waits for a round: by the caller, with whatever locks
-// it holds then, while the round is completed.
+// it holds then, while the round is completed. Another caller asks CUDA for errors meanwhile, and is kept waiting.
 TEST_F(StreamOrderFailureTest, MemoryGrowsWhileTheStreamWaits) {
   auto worker = Join(0, 2), other = Join(1, 2);
   LayerOptions wide = BatchNormOptions("wide", 1000);
@@ -628,6 +628,7 @@ TEST_F(StreamOrderFailureTest, MemoryGrowsWhileTheStreamWaits) {
     EXPECT_TRUE(pass->Wait().ok());
     Gpu().Drain(stream_);
   });
+  std::thread settling([&] { EXPECT_TRUE(worker->Settle().ok()); });
   std::vector<Step> rest = {Step(3, 2, Device::kCpu), Step(3, 3, Device::kCpu)};
   std::vector<ForwardPass> passes;
   for (int i = 0; i < 2; ++i) passes.push_back(*rest[i].Forward(*other, absl::StrCat("bn", i)));
@@ -640,6 +641,7 @@ TEST_F(StreamOrderFailureTest, MemoryGrowsWhileTheStreamWaits) {
   ASSERT_TRUE(pass.ok());
   EXPECT_TRUE(pass->Wait().ok());
   growing.join();
+  settling.join();
   EXPECT_FALSE(AllNan(steps_[0].dx));
 }
 
