@@ -2,6 +2,7 @@
 // and whatever becomes of a round, no stream is left waiting and no caller uninformed.
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -696,6 +697,27 @@ TEST_F(StreamOrderFailureTest, ExitReleasesTheStream) {
         std::exit(0);
       },
       ::testing::ExitedWithCode(5), "");
+}
+
+// A child has neither the thread nor a connection: it is told so, and ends without either. The parent's go on.
+TEST_F(StreamOrderFailureTest, AForkedChildLeavesTheThreadAlone) {
+  auto worker = Join(0, 2), other = Join(1, 2);
+  GetAhead(*worker);
+  Gpu().AwaitBlocked(stream_);
+  const pid_t child = fork();
+  if (child == 0) {
+    const bool told = DetailsOf(worker->Settle(absl::ZeroDuration())).reason == "FORKED" &&
+                      DetailsOf(worker->Leave("child")).reason == "FORKED";
+    worker.reset();
+    _exit(told ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  EXPECT_TRUE(IsPending(worker->Settle(absl::ZeroDuration())));
+  worker->Interrupt();
+  ExpectPoison();
+  EXPECT_EQ(DetailsOf(worker->Settle()).reason, "INTERRUPTED");
 }
 
 // Closes and interrupts on another thread, at any moment.
