@@ -270,7 +270,7 @@ typedef struct syncbn_pass_options {
 #define SYNCBN_PASS_OPTIONS_INIT SYNCBN_SIZED(syncbn_pass_options)
 
 /* 0 if passes on this CUDA device can be stream-ordered; else the error says why they are host-driven: FAILED_PRECONDITION, or
- * UNIMPLEMENTED in a build without CUDA. May take a second when a process first asks for a device. */
+ * UNIMPLEMENTED in a build without CUDA. Loads the kernels when a process first asks for a device. */
 SYNCBN_API syncbn_code syncbn_stream_order_check(int32_t device_index, syncbn_error** error);
 
 /* A forward pass through one layer. It keeps what the backward pass needs (the merged statistics, float64, per channel), never

@@ -56,7 +56,7 @@ struct PassOptions {
 };
 
 // OK if passes on this CUDA device can be stream-ordered; else why not: UNIMPLEMENTED in a build without CUDA,
-// FAILED_PRECONDITION. Costs a second or so when a process first asks for a device, as the first such pass would.
+// FAILED_PRECONDITION. Loads the kernels when a process first asks for a device, as the first such pass would.
 absl::Status StreamOrderStatus(int device_index);
 
 // What a forward round brought, and what the backward pass needs of it. Per channel.
