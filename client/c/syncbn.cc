@@ -155,6 +155,7 @@ absl::Status ReadPassOptions(const syncbn_pass_options* given, syncbn::PassOptio
   if (options.num_threads != 0) pass->num_threads = options.num_threads;
   pass->stream = options.stream;
   if (options.sequence_plus_one != 0) pass->sequence = options.sequence_plus_one - 1;
+  pass->stream_ordered = options.stream_ordered != 0;
   return ReadRole(options.backward_role, &pass->backward_role);
 }
 
@@ -344,6 +345,11 @@ syncbn_code syncbn_worker_resume_at(syncbn_worker* worker, uint64_t sequence, sy
 
 void syncbn_worker_interrupt(syncbn_worker* worker) { worker->worker->Interrupt(); }
 
+syncbn_code syncbn_worker_settle(syncbn_worker* worker, int64_t timeout_ns, syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
+  return Report(worker->worker->Settle(Timeout(timeout_ns)), error);
+}
+
 syncbn_code syncbn_worker_declare_layer(syncbn_worker* worker, const syncbn_layer_options* given,
                                         syncbn_error** error) {
   if (worker == nullptr) return Report(Missing("worker"), error);
@@ -432,6 +438,10 @@ void syncbn_round_destroy(syncbn_round* round) { delete round; }
 
 // ---- Passes ---------------------------------------------------------------------------------------------------------
 
+syncbn_code syncbn_stream_order_check(int32_t device_index, syncbn_error** error) {
+  return Report(syncbn::StreamOrderStatus(device_index), error);
+}
+
 syncbn_code syncbn_forward_start(syncbn_worker* worker, const char* layer, const syncbn_tensor* given_x,
                                  const syncbn_pass_options* given, syncbn_forward** out, syncbn_error** error) {
   if (worker == nullptr) return Report(Missing("worker"), error);
@@ -463,6 +473,7 @@ syncbn_code syncbn_forward_finish(syncbn_forward* forward, const syncbn_tensor* 
   return Report(forward->pass.Finish(x, outputs), error);
 }
 
+int32_t syncbn_forward_stream_ordered(const syncbn_forward* forward) { return forward->pass.stream_ordered() ? 1 : 0; }
 uint64_t syncbn_forward_sequence(const syncbn_forward* forward) { return forward->pass.sequence(); }
 int64_t syncbn_forward_count(const syncbn_forward* forward) { return Known(forward).count; }
 const double* syncbn_forward_mean(const syncbn_forward* forward) { return Known(forward).mean.data(); }

@@ -120,7 +120,8 @@ typedef struct syncbn_worker_options {
 /* Connects and joins; returns when the master has answered. */
 SYNCBN_API syncbn_code syncbn_worker_join(const syncbn_worker_options* options, syncbn_worker** out,
                                           syncbn_error** error);
-/* Says goodbye: the worker is not waited for any more. Afterwards every call fails with FAILED_PRECONDITION (LEFT). */
+/* Says goodbye: the worker is not waited for any more. Afterwards every call fails with FAILED_PRECONDITION (LEFT). Waits for
+ * stream-ordered passes as syncbn_worker_settle does, and returns its error, the worker having left all the same. */
 SYNCBN_API syncbn_code syncbn_worker_leave(syncbn_worker* worker, const char* reason, syncbn_error** error);
 /* Without a leave before it, the others learn at once that this worker is lost. */
 SYNCBN_API void syncbn_worker_destroy(syncbn_worker* worker);
@@ -137,8 +138,13 @@ SYNCBN_API syncbn_code syncbn_worker_wait_for_members(syncbn_worker* worker, int
  * them call it with one value that is greater than any used before. */
 SYNCBN_API syncbn_code syncbn_worker_resume_at(syncbn_worker* worker, uint64_t sequence, syncbn_error** error);
 
-/* Ends whatever any thread waits for with CANCELLED, now: for an interrupt. The worker stays usable. */
+/* Ends whatever any thread or CUDA stream waits for with CANCELLED, now: for an interrupt. The worker stays usable. */
 SYNCBN_API void syncbn_worker_interrupt(syncbn_worker* worker);
+
+/* Waits until every stream-ordered pass that was started (see below) has its outcome, for at most `timeout_ns` (negative: without
+ * a limit): SYNCBN_PENDING. Returns the first failure among them that no call has returned yet, as soon as there is one. Does not
+ * wait for the streams. 0 at once where there is no such pass. */
+SYNCBN_API syncbn_code syncbn_worker_settle(syncbn_worker* worker, int64_t timeout_ns, syncbn_error** error);
 
 enum { SYNCBN_LAYER_BATCH_NORM = 1, SYNCBN_LAYER_SUM = 2 };
 enum { SYNCBN_EPS_ADD = 0, SYNCBN_EPS_CLAMP = 1 };
@@ -205,13 +211,31 @@ SYNCBN_API void syncbn_round_destroy(syncbn_round* round);
 
 /* ---- Batch normalization of tensors ----------------------------------------------------------------------------- */
 
-/* CUDA tensors: every vector of parameters is in device memory too, and all work is enqueued in the caller's stream. Only the
- * waiting functions wait for it, without synchronizing the stream; start and finish return once their kernels are enqueued. A
- * round begins within a wait or a flush that finds its reduction complete, in the order of the starts. A pass is of one device
- * and one stream, from the forward pass's start to the backward pass's finish. Errors: FAILED_PRECONDITION for a device that
- * cannot be used and for a stream that is being captured into a graph; INTERNAL for CUDA's own; UNIMPLEMENTED in a build
- * without CUDA. Whatever fails, nothing in the stream waits for a round: the host drives them all, and there is no
- * stream-ordered mode in which the calling thread would run ahead of one. */
+/* CUDA tensors: every vector of parameters is in device memory too, and all work is enqueued in the caller's stream. Start and
+ * finish return once their kernels are enqueued. A pass is of one device and one stream, from the forward pass's start to the
+ * backward pass's finish. Errors: FAILED_PRECONDITION for a device that cannot be used and for a stream that is being captured
+ * into a graph; INTERNAL for CUDA's own; UNIMPLEMENTED in a build without CUDA.
+ *
+ * Host-driven passes, the default: the waiting functions wait for the GPU's reduction and for the round, without synchronizing
+ * the stream. A round begins within a wait or a flush that finds its reduction complete. Whatever fails, nothing in the stream
+ * waits for a round.
+ *
+ * Stream-ordered passes (syncbn_pass_options.stream_ordered): finish may follow on start at once, without a wait. It enqueues a
+ * wait of the stream's in front of its kernels, and the caller runs ahead. A thread of the worker's, started with its first such
+ * pass and ended with the worker, begins the round when the reduction is complete, and releases the stream when the round has
+ * ended. A backward pass is as its forward pass is.
+ *  - The stream goes on whatever becomes of the round. After a failure, a deadline, syncbn_worker_interrupt or
+ *    syncbn_worker_destroy, y, dx and the gradients of weight and bias are NaN, running statistics are left as they are, and the
+ *    worker's passes whose rounds have not begun fail as well. The error, the one that a wait would return, is returned once, by
+ *    the worker's next syncbn_forward_start or syncbn_backward_start of CUDA tensors, syncbn_round_start_sum,
+ *    syncbn_worker_settle or syncbn_worker_leave. What the program computes until then is NaN, an optimizer's step included: who
+ *    wants to go on after a failure calls syncbn_worker_settle before keeping anything.
+ *  - What functions tell of a pass after a wait, they tell after a wait only, which waits on the host as ever.
+ *  - syncbn_forward_stream_ordered tells which passes are host-driven all the same: those of a batch with fewer than two values
+ *    in each channel (so that a global count of 0 or 1 is known before anything follows from it), of the role IF_REQUIRED, of a
+ *    worker with the policy PROCEED, and of a device for which syncbn_stream_order_check fails.
+ *  - Deadlocks are found by their deadline, not at once. Two workers of one group that share a GPU in one process should not both
+ *    be stream-ordered: the GPU may queue the work of one behind the other's wait, until the deadline. */
 
 enum { SYNCBN_FLOAT32 = 0, SYNCBN_FLOAT64 = 1, SYNCBN_FLOAT16 = 2, SYNCBN_BFLOAT16 = 3 };
 enum { SYNCBN_CHANNELS_FIRST = 0, SYNCBN_CHANNELS_LAST = 1 };
@@ -241,8 +265,13 @@ typedef struct syncbn_pass_options {
   void* stream;          /* For CUDA tensors: a cudaStream_t that the work is ordered in. NULL: the legacy default. */
   int32_t backward_role; /* Forward passes: SYNCBN_BACKWARD_*; default REQUIRED. */
   uint64_t sequence_plus_one; /* 0: the worker counts. Else the sequence is one less. */
+  int32_t stream_ordered;     /* Forward passes over CUDA tensors; see above. */
 } syncbn_pass_options;
 #define SYNCBN_PASS_OPTIONS_INIT SYNCBN_SIZED(syncbn_pass_options)
+
+/* 0 if passes on this CUDA device can be stream-ordered; else the error says why they are host-driven: FAILED_PRECONDITION, or
+ * UNIMPLEMENTED in a build without CUDA. Loads the kernels when a process first asks for a device. */
+SYNCBN_API syncbn_code syncbn_stream_order_check(int32_t device_index, syncbn_error** error);
 
 /* A forward pass through one layer. It keeps what the backward pass needs (the merged statistics, float64, per channel), never
  * a tensor; the caller keeps x alive until it has finished. start -> wait -> finish, then any number of backward passes. */
@@ -269,7 +298,7 @@ typedef struct syncbn_forward_outputs {
 } syncbn_forward_outputs;
 #define SYNCBN_FORWARD_OUTPUTS_INIT SYNCBN_SIZED(syncbn_forward_outputs)
 
-/* Normalizes x with the round's result. The forward pass must have been waited for, successfully. */
+/* Normalizes x with the round's result. The forward pass must have been waited for, successfully, or be stream-ordered. */
 SYNCBN_API syncbn_code syncbn_forward_finish(syncbn_forward* forward, const syncbn_tensor* x,
                                              const syncbn_forward_outputs* outputs, syncbn_error** error);
 /* The rest is known after a successful wait; before it, 0 and NULL. */
@@ -279,6 +308,8 @@ SYNCBN_API const double* syncbn_forward_mean(const syncbn_forward* forward);
 SYNCBN_API const double* syncbn_forward_var(const syncbn_forward* forward);
 /* Whether a backward round follows, in which this worker must then take part (unless its role was NONE). */
 SYNCBN_API int32_t syncbn_forward_backward_required(const syncbn_forward* forward);
+/* Whether it is stream-ordered: known from the start. */
+SYNCBN_API int32_t syncbn_forward_stream_ordered(const syncbn_forward* forward);
 SYNCBN_API void syncbn_forward_destroy(syncbn_forward* forward);
 
 typedef struct syncbn_backward syncbn_backward;

@@ -81,8 +81,8 @@ void UpdateRunningStatistics(const BatchStatistics& statistics, bool biased, con
   }
 }
 
-absl::Status CheckChannels(const TensorView& tensor, size_t channels, absl::string_view layer) {
-  if (tensor.shape.channels == static_cast<int64_t>(channels)) return absl::OkStatus();
+absl::Status CheckChannels(const TensorView& tensor, int64_t channels, absl::string_view layer) {
+  if (tensor.shape.channels == channels) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("layer \"", layer, "\" has ", channels, " channels, and the tensor has ", tensor.shape.channels));
 }
@@ -150,6 +150,11 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
     if (!started.ok()) return started.status();
     pass.device_ = std::move(started->lease);
     pass.device_round_ = std::move(started->round);
+    if (started->stream_ordered) {
+      BatchStatistics statistics = pass.StatisticsToCome();
+      statistics.late = pass.device_round_;
+      pass.statistics_ = std::make_shared<BatchStatistics>(std::move(statistics));
+    }
     return pass;
   }
   std::vector<double> mean(x.shape.channels);
@@ -163,28 +168,42 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
 }
 
 uint64_t ForwardPass::sequence() const {
+  if (stream_ordered()) return statistics_->sequence;
   return device_round_ != nullptr ? device_round_->sequence() : round_.sequence();
 }
 
+BatchStatistics ForwardPass::StatisticsToCome() const {
+  BatchStatistics statistics;
+  statistics.layer = layer_.name;
+  statistics.channels = layer_.channels;
+  statistics.eps = layer_.eps;
+  statistics.clamp_eps = layer_.clamp_eps;
+  statistics.role = options_.backward_role;
+  // Of a stream-ordered pass, whose role tells, and which all workers contribute to.
+  statistics.backward_required = options_.backward_role == BackwardRole::kRequired;
+  statistics.device = device_;
+  return statistics;
+}
+
 absl::Status ForwardPass::Wait(absl::Duration timeout) {
-  if (statistics_ != nullptr) return absl::OkStatus();
+  if (waited_for_) return absl::OkStatus();
   const absl::Status status = device_round_ != nullptr ? device_round_->Wait(timeout) : round_.Wait(timeout);
   if (!status.ok()) return status;
   const RoundResult& result = device_round_ != nullptr ? device_round_->result() : round_.result();
-  auto statistics = std::make_shared<BatchStatistics>();
-  statistics->layer = layer_.name;
-  statistics->eps = layer_.eps;
-  statistics->clamp_eps = layer_.clamp_eps;
-  statistics->role = options_.backward_role;
-  statistics->sequence = sequence();
+  auto statistics = std::make_shared<BatchStatistics>(StatisticsToCome());
+  statistics->sequence = device_round_ != nullptr ? device_round_->sequence() : round_.sequence();
   statistics->count = result.count;
   statistics->mean = result.first;
   statistics->var = result.second;
   statistics->backward_required = result.backward_required;
   statistics->counted = !std::binary_search(result.missing_ranks.begin(), result.missing_ranks.end(), rank_);
-  if (device_ != nullptr) WriteMerged(*device_, *statistics);
-  statistics->device = device_;
+  if (stream_ordered()) {
+    statistics->late = device_round_;
+  } else if (device_ != nullptr) {
+    WriteMerged(device_->slot(), result);
+  }
   statistics_ = std::move(statistics);
+  waited_for_ = true;
   return absl::OkStatus();
 }
 
@@ -192,7 +211,7 @@ absl::Status ForwardPass::Finish(const TensorView& x, const ForwardOutputs& outp
   if (statistics_ == nullptr) return NotWaitedFor();
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
   if (absl::Status status = CheckAlike(outputs.y, x, "y"); !status.ok()) return status;
-  if (absl::Status status = CheckChannels(x, statistics_->mean.size(), layer_.name); !status.ok()) return status;
+  if (absl::Status status = CheckChannels(x, statistics_->channels, layer_.name); !status.ok()) return status;
   if (absl::Status status = CheckSameKind(x, device_ != nullptr, "x"); !status.ok()) return status;
   if (device_ != nullptr) return FinishDeviceForward(*statistics_, layer_.biased_running_variance, x, outputs);
   UpdateRunningStatistics(*statistics_, layer_.biased_running_variance, outputs);
@@ -208,8 +227,9 @@ absl::StatusOr<BackwardPass> BackwardPass::Start(Worker& worker, std::shared_ptr
   if (statistics == nullptr) return NotWaitedFor();
   if (absl::Status status = CheckBackward(inputs); !status.ok()) return status;
   if (absl::Status status = CheckThreads(options.num_threads); !status.ok()) return status;
-  const size_t channels = statistics->mean.size();
-  if (absl::Status status = CheckChannels(inputs.dy, channels, statistics->layer); !status.ok()) return status;
+  const size_t channels = static_cast<size_t>(statistics->channels);
+  if (absl::Status status = CheckChannels(inputs.dy, statistics->channels, statistics->layer); !status.ok())
+    return status;
   if (absl::Status status = CheckSameKind(inputs.dy, statistics->device != nullptr, "dy"); !status.ok()) return status;
   BackwardPass pass;
   pass.options_ = options;
@@ -241,21 +261,23 @@ absl::Status BackwardPass::Wait(absl::Duration timeout) {
   if (has_round_ && !finished_waiting_) {
     const absl::Status status = device_round_ != nullptr ? device_round_->Wait(timeout) : round_.Wait(timeout);
     if (!status.ok()) return status;
-    if (device_round_ != nullptr) WriteMerged(*device_, device_round_->result());
+    if (device_round_ != nullptr && statistics_->late == nullptr) {
+      WriteMergedSums(device_->slot(), device_round_->result());
+    }
   }
   finished_waiting_ = true;
   return absl::OkStatus();
 }
 
 absl::Status BackwardPass::Finish(const BackwardInputs& inputs, const BackwardOutputs& outputs) const {
-  if (!finished_waiting_) return NotWaitedFor();
+  if (!finished_waiting_ && statistics_->late == nullptr) return NotWaitedFor();
   if (absl::Status status = CheckBackward(inputs); !status.ok()) return status;
   if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
   if (absl::Status status = CheckSameKind(inputs.dy, device_ != nullptr, "dy"); !status.ok()) return status;
-  if (absl::Status status = CheckChannels(inputs.dy, statistics_->mean.size(), statistics_->layer); !status.ok()) {
+  if (absl::Status status = CheckChannels(inputs.dy, statistics_->channels, statistics_->layer); !status.ok()) {
     return status;
   }
-  if (device_ != nullptr) return FinishDeviceBackward({device_, device_round_}, *statistics_, inputs, outputs);
+  if (device_ != nullptr) return FinishDeviceBackward(*device_, has_round_, *statistics_, inputs, outputs);
   const Affine affine = AffineOf(*statistics_, inputs.weight, inputs.bias);
   WriteParameterGradients(sum_dy_, sum_dy_xmu_, affine.invstd, outputs);
   const size_t channels = statistics_->mean.size();

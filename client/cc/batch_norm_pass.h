@@ -21,21 +21,48 @@ namespace syncbn {
 class DeviceRound;
 class SlotLease;
 
-// CUDA tensors: all work is enqueued in the caller's stream, and only Wait waits for it. The round begins within the
-// first Wait (of this pass, or of one that was started later) that finds the reduction complete, so a sequence is known
-// after a Wait. Finish returns as soon as its kernels are enqueued; Finish and the backward pass are of the same device
-// and stream as Start. A stream that is being captured into a graph is refused (FAILED_PRECONDITION); errors of CUDA
-// are INTERNAL. A round that fails leaves nothing enqueued that would wait for it.
+// CUDA tensors, host-driven (the default): all work is enqueued in the caller's stream, and only Wait waits for it. The
+// round begins within the first Wait (of this pass, or of one that was started later) that finds the reduction
+// complete, so a sequence is known after a Wait. Finish returns as soon as its kernels are enqueued; Finish and the
+// backward pass are of the same device and stream as Start. A stream that is being captured into a graph is refused
+// (FAILED_PRECONDITION); errors of CUDA are INTERNAL. A round that fails leaves nothing enqueued that would wait for
+// it.
+//
+// CUDA tensors, stream-ordered: Finish may follow on Start at once. It enqueues a wait for the round's end in front of
+// its kernels, and the caller runs ahead; a thread of the worker's, started with its first such pass and ended by its
+// close, begins the round when the reduction is complete and releases the stream when the round has ended. The backward
+// pass of a stream-ordered forward pass is stream-ordered as well, whatever its options.
+//  - Whatever becomes of the round, the stream goes on: a failure, a deadline, an interrupt or a close of the worker
+//    make y and dx, and the gradients of weight and bias, NaN, and leave the running statistics as they are. Other
+//    passes that the worker has not begun then fail with it. The error, of the code and reason that Wait would return,
+//    is returned once, by the worker's next call: a Start of a pass over CUDA tensors, Worker::StartSum, Settle or
+//    Leave. Until then the program computes with NaN, and an optimizer may have stored some: who wants to go on after a
+//    failure calls Settle before what is to be kept.
+//  - Wait is optional, and waits on the host. What statistics() says beyond the layer's properties, and sequence(), are
+//    known after it.
+//  - Host-driven in spite of stream_ordered (ForwardPass::stream_ordered() tells): a batch of fewer than two values in
+//    each channel (a global count of 0 or 1 is thus known before anything follows from it), the role kIfRequired and
+//    the policy kProceed (whether a backward round follows is known only after the forward round), and devices for
+//    which StreamOrderStatus is not OK.
+//  - The worker has two threads to the master's eyes, so deadlocks are found by their deadline, not at once.
+//  - Two workers of one group that share a GPU in one process should not both be stream-ordered: the work of one can
+//    come to stand behind the other's wait in the GPU's queues; the deadline then ends the round.
 struct PassOptions {
   int num_threads = 1;
   void* stream = nullptr;                                // For CUDA tensors: a cudaStream_t. Null: the default stream.
+  bool stream_ordered = false;                           // Forward passes over CUDA tensors.
   BackwardRole backward_role = BackwardRole::kRequired;  // Forward passes.
   uint64_t sequence = Worker::kNextSequence;             // Forward passes; a backward pass has its forward pass's.
 };
 
+// OK if passes on this CUDA device can be stream-ordered; else why not: UNIMPLEMENTED in a build without CUDA,
+// FAILED_PRECONDITION. Loads the kernels when a process first asks for a device, as the first such pass would.
+absl::Status StreamOrderStatus(int device_index);
+
 // What a forward round brought, and what the backward pass needs of it. Per channel.
 struct BatchStatistics {
   std::string layer;
+  int64_t channels = 0;
   double eps = 0.0;
   bool clamp_eps = false;
   BackwardRole role = BackwardRole::kRequired;
@@ -46,6 +73,9 @@ struct BatchStatistics {
   bool backward_required = false;
   bool counted = true;                // This worker's contribution is in the result.
   std::shared_ptr<SlotLease> device;  // The same for the GPU, of a pass over CUDA tensors.
+  // Of a stream-ordered pass: its round, which may go on. Before the pass was waited for, sequence, count, mean and var
+  // are unknown and empty here.
+  std::shared_ptr<DeviceRound> late;
 };
 
 // Absent vectors and null pointers: not wanted, or the neutral value. Tensor memory is of x's shape, type and layout.
@@ -68,19 +98,24 @@ class ForwardPass {
                                            const PassOptions& options);
   // As Round::Wait.
   absl::Status Wait(absl::Duration timeout = absl::InfiniteDuration());
-  // Normalizes x. FAILED_PRECONDITION before a successful Wait.
+  // Normalizes x. FAILED_PRECONDITION before a successful Wait, unless stream-ordered.
   absl::Status Finish(const TensorView& x, const ForwardOutputs& outputs) const;
+  bool stream_ordered() const { return statistics_ != nullptr && statistics_->late != nullptr; }
 
   // Of a pass over CUDA tensors: after a successful Wait.
   uint64_t sequence() const;
-  // Null before a successful Wait.
+  // Null before a successful Wait, unless stream-ordered.
   const std::shared_ptr<const BatchStatistics>& statistics() const { return statistics_; }
 
  private:
+  // What is known of them before the round has ended.
+  BatchStatistics StatisticsToCome() const;
+
   Round round_;
   LayerOptions layer_;
   PassOptions options_;
   uint32_t rank_ = 0;
+  bool waited_for_ = false;
   std::shared_ptr<const BatchStatistics> statistics_;
   // Of CUDA tensors; the round is then device_round_.
   std::shared_ptr<SlotLease> device_;
@@ -110,6 +145,7 @@ class BackwardPass {
   static absl::StatusOr<BackwardPass> Start(Worker& worker, std::shared_ptr<const BatchStatistics> statistics,
                                             const BackwardInputs& inputs, const PassOptions& options);
   absl::Status Wait(absl::Duration timeout = absl::InfiniteDuration());
+  // FAILED_PRECONDITION before a successful Wait, unless stream-ordered.
   absl::Status Finish(const BackwardInputs& inputs, const BackwardOutputs& outputs) const;
 
  private:

@@ -1,6 +1,7 @@
 // DeviceRuntime over CUDA's runtime library, which is linked in and opens the driver with the first call: a process
-// that makes none needs no driver.
+// that makes none needs no driver. The functions that only the driver has are looked up there when they are needed.
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include "client/cc/device_runtime.h"
@@ -20,6 +21,37 @@ static_assert(DeviceRuntime::kNotReady == cudaErrorNotReady, "the interface repe
 cuda::Error Checked(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return static_cast<cuda::Error>(error);
+}
+
+// Asked for by the version that has them in the form in which they are called here: from CUDA 12.0 on, streams wait for
+// values on every Linux driver, without an option of the kernel module.
+constexpr unsigned kDriverVersion = 12000;
+
+// A function of the driver, or null.
+template <typename Function>
+Function* DriverFunction(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  // The legacy stream is what a null handle means to cudart here as well.
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(name, &function, kDriverVersion, cudaEnableLegacyStream, &found);
+  if (Checked(error) != cuda::kSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<Function*>(function);
+}
+
+using WaitValue32 = CUresult(CUstream, CUdeviceptr, cuuint32_t, unsigned);
+using DeviceGetAttribute = CUresult(int*, CUdevice_attribute, CUdevice);
+
+WaitValue32* FindWaitValue32() {
+  static WaitValue32* const function = DriverFunction<WaitValue32>("cuStreamWaitValue32");
+  return function;
+}
+
+// The runtime has the driver's numbers for its errors, as far as it has them.
+cuda::Error Enqueue(WaitValue32* wait, Stream stream, const uint32_t* address, uint32_t value) {
+  // Pinned memory has one address for host and devices.
+  return static_cast<cuda::Error>(
+      wait(stream, reinterpret_cast<CUdeviceptr>(address), value, CU_STREAM_WAIT_VALUE_GEQ));
 }
 
 class Runtime : public DeviceRuntime {
@@ -42,6 +74,36 @@ class Runtime : public DeviceRuntime {
     const Error error = Checked(cudaStreamIsCapturing(stream, &status));
     *capturing = status != cudaStreamCaptureStatusNone;
     return error;
+  }
+
+  // The attribute tells of devices, and a wait that is over already tells of the rest, such as virtual GPUs.
+  Error CanWaitForValue(bool* can) override {
+    *can = false;
+    WaitValue32* const wait = FindWaitValue32();
+    auto* const attribute_of = DriverFunction<DeviceGetAttribute>("cuDeviceGetAttribute");
+    if (wait == nullptr || attribute_of == nullptr) return kSuccess;
+    int device = 0;
+    if (const Error error = CurrentDevice(&device); error != kSuccess) return error;
+    int attribute = 0;
+    if (attribute_of(&attribute, CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS, device) != CUDA_SUCCESS ||
+        attribute == 0) {
+      return kSuccess;
+    }
+    void* word = nullptr;
+    if (const Error error = AllocatePinned(sizeof(uint32_t), &word); error != kSuccess) return error;
+    cudaStream_t stream = nullptr;
+    Error error = Checked(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    if (error == kSuccess) {
+      *can = Enqueue(wait, stream, static_cast<const uint32_t*>(word), 0) == kSuccess;
+      error = Checked(cudaStreamSynchronize(stream));
+      Checked(cudaStreamDestroy(stream));
+    }
+    FreePinned(word);
+    return error;
+  }
+  Error WaitForValue(Stream stream, const uint32_t* address, uint32_t value) override {
+    WaitValue32* const wait = FindWaitValue32();
+    return wait == nullptr ? static_cast<Error>(cudaErrorNotSupported) : Enqueue(wait, stream, address, value);
   }
 
   Error AllocatePinned(size_t bytes, void** memory) override {
@@ -85,6 +147,7 @@ class Runtime : public DeviceRuntime {
   Error FinalizeBackward(const cuda::Context& context, const cuda::FinalizeBackwardArguments& arguments) override {
     return cuda::FinalizeBackward(context, arguments);
   }
+  Error Preload() override { return Checked(static_cast<cudaError_t>(cuda::Preload())); }
 };
 
 }  // namespace

@@ -1,7 +1,9 @@
 #include "client/cc/device_memory.h"
 
 #include <algorithm>
+#include <new>
 #include <tuple>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 
@@ -9,7 +11,9 @@ namespace syncbn {
 namespace {
 
 constexpr size_t kLeastCapacity = 64;
-constexpr size_t kFlagBytes = 128;  // A line of its own, for the GPU's writes and the host's polling.
+// Lines of their own, one for the GPU's writes and the host's polling, one for the other way round.
+constexpr size_t kFlagBytes = 128;
+constexpr size_t kReleaseBytes = 128;
 constexpr size_t kPinnedVectors = 4;
 constexpr size_t kDeviceVectors = 6;
 
@@ -29,12 +33,13 @@ class StreamTable {
   }
 
   std::shared_ptr<StreamMemory> Find(DeviceRuntime* runtime, int device, Stream stream, uint64_t stream_id) {
+    std::shared_ptr<StreamMemory> evicted;  // Its end waits for the device: without the lock.
     absl::MutexLock lock(&mutex_);
     Entry& entry = entries_[{runtime, device, stream_id}];
     entry.last_use = ++uses_;
     if (entry.memory == nullptr) {
       entry.memory = std::make_shared<StreamMemory>(runtime, device, stream);
-      if (entries_.size() > kMaxDeviceStreams) EvictIdlest();
+      if (entries_.size() > kMaxDeviceStreams) evicted = EvictIdlest();
     }
     return entry.memory;
   }
@@ -46,11 +51,13 @@ class StreamTable {
   };
 
   // Passes that are alive keep their stream's memory; a later pass on that stream begins with new memory.
-  void EvictIdlest() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  std::shared_ptr<StreamMemory> EvictIdlest() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     const auto idlest = std::min_element(entries_.begin(), entries_.end(), [](const auto& a, const auto& b) {
       return a.second.last_use < b.second.last_use;
     });
+    std::shared_ptr<StreamMemory> memory = std::move(idlest->second.memory);
     entries_.erase(idlest);
+    return memory;
   }
 
   absl::Mutex mutex_;
@@ -102,7 +109,7 @@ absl::StatusOr<DeviceSlot*> StreamMemory::Take(int64_t channels) {
   }
   DeviceSlot* const slot = free.back();
   free.pop_back();
-  ++slot->epoch;
+  if (++slot->epoch == 0) ++slot->epoch;  // What memory that is new has.
   return slot;
 }
 
@@ -113,7 +120,7 @@ void StreamMemory::Return(DeviceSlot* slot) {
 
 absl::StatusOr<DeviceSlot*> StreamMemory::Allocate(size_t capacity) {
   const size_t vector = capacity * sizeof(double);
-  const size_t pinned_bytes = kFlagBytes + kPinnedVectors * vector;
+  const size_t pinned_bytes = kFlagBytes + kReleaseBytes + kPinnedVectors * vector;
   const size_t device_bytes = kDeviceVectors * vector;
   if (slot_bytes_ + pinned_bytes + device_bytes > kMaxSlotBytesPerStream) {
     return absl::ResourceExhaustedError(absl::StrCat("the passes that are alive on one CUDA stream need more than ",
@@ -131,7 +138,10 @@ absl::StatusOr<DeviceSlot*> StreamMemory::Allocate(size_t capacity) {
   auto slot = std::make_unique<DeviceSlot>();
   slot->capacity = capacity;
   slot->flag = static_cast<uint32_t*>(pinned);
-  double* const host = reinterpret_cast<double*>(static_cast<char*>(pinned) + kFlagBytes);
+  char* const release = static_cast<char*>(pinned) + kFlagBytes;
+  slot->released = reinterpret_cast<uint32_t*>(release);
+  slot->words = new (release + sizeof(double)) kernels::cuda::RoundWords;
+  double* const host = reinterpret_cast<double*>(release + kReleaseBytes);
   double* const vectors = static_cast<double*>(device);
   slot->local[0] = host;
   slot->local[1] = host + capacity;
@@ -204,6 +214,27 @@ absl::StatusOr<std::shared_ptr<SlotLease>> LeaseSlot(DeviceRuntime* runtime, int
   absl::StatusOr<DeviceSlot*> slot = memory->Take(channels);
   if (!slot.ok()) return slot.status();
   return std::make_shared<SlotLease>(std::move(memory), *slot);
+}
+
+absl::Status PrepareStreamOrder(DeviceRuntime* runtime, int device) {
+  struct Table {
+    absl::Mutex mutex;
+    std::map<std::pair<DeviceRuntime*, int>, absl::Status> devices ABSL_GUARDED_BY(mutex);
+  };
+  static Table* const table = new Table;
+  absl::MutexLock lock(&table->mutex);
+  if (const auto known = table->devices.find({runtime, device}); known != table->devices.end()) return known->second;
+  bool can = false;
+  absl::Status status = DeviceStatus(runtime, runtime->CanWaitForValue(&can), "waiting for the host");
+  if (status.ok() && can) status = DeviceStatus(runtime, runtime->Preload(), "loading the kernels");
+  const bool settled = status.ok();  // Else it may be better the next time.
+  if (settled && !can) status = absl::UnavailableError("no stream of this device and its driver waits for the host");
+  if (!status.ok()) {
+    status = absl::FailedPreconditionError(
+        absl::StrCat("passes on CUDA device ", device, " cannot be stream-ordered: ", status.message()));
+  }
+  if (settled) table->devices[{runtime, device}] = status;
+  return status;
 }
 
 bool IsOfStream(const SlotLease& lease, int device, Stream stream) {

@@ -4,6 +4,10 @@
 // Why a slot can be used again without asking CUDA whether the GPU is done with it: a slot belongs to one stream. A
 // pass first enqueues a reduction there, and writes to the slot from the host only once the reduction has raised its
 // flag. Whatever the stream was given before, by the slot's previous user too, is complete then.
+//
+// The one write that may come earlier is the release of a stream that waits for a round that failed. It does no harm:
+// releases are epochs that only grow, so that it can let nothing go on but what waits for this round or an older one;
+// and whoever goes on tells by RoundWords::epoch, which only a round's success writes, that this one failed.
 
 #ifndef SYNCBN_CLIENT_CC_DEVICE_MEMORY_H_
 #define SYNCBN_CLIENT_CC_DEVICE_MEMORY_H_
@@ -28,8 +32,9 @@ namespace syncbn {
 // Streams that a process keeps memory for. One more takes the place of the one that was idle longest.
 inline constexpr size_t kMaxDeviceStreams = 64;
 // Slots of one stream, in bytes, pinned and device memory together. A slot of C channels, C rounded up to a power of
-// two that is 64 or more, takes 128 + 32 * C bytes of pinned and 48 * C bytes of device memory. There are as many as
-// passes were ever alive at once: those of a network's layers between forward and backward.
+// two that is 64 or more, takes 256 + 32 * C bytes of pinned and 48 * C bytes of device memory. There are as many as
+// passes were ever alive at once: those of a network's layers between forward and backward, and of stream-ordered ones
+// those that the host is ahead of the GPU.
 inline constexpr size_t kMaxSlotBytesPerStream = size_t{1} << 30;
 
 // OK, or INTERNAL with CUDA's text.
@@ -59,8 +64,11 @@ struct DeviceSlot {
   uint32_t* flag = nullptr;
   uint32_t epoch = 0;
   double* local[2] = {};
-  // Pinned; written by the host once the flag is up: a round's two results.
+  // Pinned; written by the host once the flag is up: a round's two results, and of a stream-ordered round `words`.
   double* merged[2] = {};
+  kernels::cuda::RoundWords* words = nullptr;
+  // Pinned; a stream-ordered round is over, and the stream goes on, when this has come to `epoch`.
+  uint32_t* released = nullptr;
   // On the device: what finalizing kernels make of these.
   double* mean = nullptr;
   double* var = nullptr;  // Evaluation only.
@@ -70,6 +78,8 @@ struct DeviceSlot {
   double* projection = nullptr;
 
   bool Raised() const { return __atomic_load_n(flag, __ATOMIC_ACQUIRE) == epoch; }
+  void Release() const { __atomic_store_n(released, epoch, __ATOMIC_RELEASE); }
+  kernels::cuda::LateRound late() const { return {words, epoch}; }
 };
 
 // One stream's memory. Thread-safe.
@@ -138,6 +148,10 @@ class SlotLease {
 // that a graph could replay. The device is current.
 absl::StatusOr<std::shared_ptr<SlotLease>> LeaseSlot(DeviceRuntime* runtime, int device, Stream stream,
                                                      int64_t channels);
+
+// OK if streams of this device can wait for the host, and every kernel is there for them to go on with; else why they
+// cannot: FAILED_PRECONDITION. The first call for a device takes long, and may wait for it. The device is current.
+absl::Status PrepareStreamOrder(DeviceRuntime* runtime, int device);
 
 // Whether the lease is of this stream. The device is current.
 bool IsOfStream(const SlotLease& lease, int device, Stream stream);

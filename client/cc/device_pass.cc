@@ -29,19 +29,38 @@ kernels::ReluGate GateOf(const BackwardInputs& inputs, const DeviceSlot& forward
   return gate;
 }
 
+// Whether a forward pass that asks for it is stream-ordered; see PassOptions. The device is current.
+bool IsStreamOrdered(DeviceRuntime* runtime, const Worker& worker, const TensorView& x, const PassOptions& options) {
+  return options.stream_ordered && options.backward_role != BackwardRole::kIfRequired &&
+         worker.missing_policy() == MissingPolicy::kFail && x.shape.values_per_channel() >= 2 &&
+         PrepareStreamOrder(runtime, x.device_index).ok();
+}
+
+// Makes the stream wait for the end of the round of a slot.
+absl::Status EnqueueWait(const SlotLease& lease) {
+  const DeviceSlot& slot = lease.slot();
+  return DeviceStatus(lease.runtime(),
+                      lease.runtime()->WaitForValue(lease.memory().stream(), slot.released, slot.epoch),
+                      "waiting for the round");
+}
+
 absl::Status CheckDevice(const SlotLease& lease, const TensorView& tensor, const char* name) {
   if (tensor.device_index == lease.memory().device()) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(name, " is on CUDA device ", tensor.device_index,
                                                  ", and the pass began on device ", lease.memory().device()));
 }
 
-// From merged statistics to the coefficients in `lease`; the statistics are in `forward`.
+// From merged statistics to the coefficients in `lease`; the statistics are, or will be, in `forward`.
 absl::Status EnqueueForwardCoefficients(const SlotLease& forward, const SlotLease& lease,
                                         const BatchStatistics& statistics, bool biased_running_var,
                                         const ForwardOutputs& outputs) {
   cuda::FinalizeForwardArguments arguments;
-  arguments.channels = static_cast<int64_t>(statistics.mean.size());
+  arguments.channels = statistics.channels;
   arguments.count = statistics.count;
+  if (statistics.late != nullptr) {
+    if (absl::Status status = EnqueueWait(forward); !status.ok()) return status;
+    arguments.late = forward.slot().late();
+  }
   arguments.mean = forward.slot().merged[0];
   arguments.m2 = forward.slot().merged[1];
   arguments.weight = Read(outputs.weight);
@@ -117,25 +136,34 @@ absl::Status EnqueueEvaluationCoefficients(const SlotLease& lease, int64_t chann
 
 }  // namespace
 
-void WriteMerged(const SlotLease& lease, const BatchStatistics& statistics) {
-  const double count = static_cast<double>(statistics.count);
-  std::copy(statistics.mean.begin(), statistics.mean.end(), lease.slot().merged[0]);
-  std::transform(statistics.var.begin(), statistics.var.end(), lease.slot().merged[1],
+void WriteMerged(const DeviceSlot& slot, const RoundResult& moments) {
+  const double count = static_cast<double>(moments.count);
+  std::copy(moments.first.begin(), moments.first.end(), slot.merged[0]);
+  std::transform(moments.second.begin(), moments.second.end(), slot.merged[1],
                  [count](double var) { return var * count; });
 }
 
-void WriteMerged(const SlotLease& lease, const RoundResult& sums) {
-  std::copy(sums.first.begin(), sums.first.end(), lease.slot().merged[0]);
-  std::copy(sums.second.begin(), sums.second.end(), lease.slot().merged[1]);
+void WriteMergedSums(const DeviceSlot& slot, const RoundResult& sums) {
+  std::copy(sums.first.begin(), sums.first.end(), slot.merged[0]);
+  std::copy(sums.second.begin(), sums.second.end(), slot.merged[1]);
+}
+
+absl::Status StreamOrderStatus(int device_index) {
+  DeviceRuntime* const runtime = DeviceRuntime::Get();
+  if (runtime == nullptr) return absl::UnimplementedError("this build of syncbn is without CUDA");
+  const DeviceScope scope(runtime, device_index);
+  return scope.status().ok() ? PrepareStreamOrder(runtime, device_index) : scope.status();
 }
 
 absl::StatusOr<DevicePass> StartDeviceForward(Worker& worker, absl::string_view layer, const TensorView& x,
                                               const PassOptions& options) {
+  if (absl::Status status = DeviceRounds::Of(worker)->Check(); !status.ok()) return status;
   DeviceRuntime* const runtime = DeviceRuntime::Get();
   const DeviceScope scope(runtime, x.device_index);
   if (!scope.status().ok()) return scope.status();
   auto lease = LeaseSlot(runtime, x.device_index, StreamOf(options.stream), x.shape.channels);
   if (!lease.ok()) return lease.status();
+  const bool stream_ordered = IsStreamOrdered(runtime, worker, x, options);
   const DeviceSlot& slot = (*lease)->slot();
   const absl::Status launched = (*lease)->memory().Reduce(
       x.shape,
@@ -151,7 +179,13 @@ absl::StatusOr<DevicePass> StartDeviceForward(Worker& worker, absl::string_view 
     return owner.StartForward(name, options.sequence, shape.values_per_channel(), {mean, channels}, {m2, channels},
                               options.backward_role);
   };
-  return DevicePass{*lease, DeviceRound::Start(worker, *lease, std::move(begin))};
+  std::string key = absl::StrCat(layer, " forward");
+  if (!stream_ordered) {
+    return DevicePass{*lease, DeviceRound::Start(worker, std::move(key), *lease, std::move(begin)), false};
+  }
+  auto round = DeviceRound::StartStreamOrdered(worker, std::move(key), *lease, std::move(begin), WriteMerged);
+  if (!round.ok()) return round.status();
+  return DevicePass{*lease, *std::move(round), true};
 }
 
 absl::Status FinishDeviceForward(const BatchStatistics& statistics, bool biased_running_var, const TensorView& x,
@@ -174,6 +208,13 @@ absl::StatusOr<DevicePass> StartDeviceBackward(Worker& worker, const BatchStatis
                                                const BackwardInputs& inputs, const PassOptions& options,
                                                bool has_round) {
   const SlotLease& forward = *statistics.device;
+  if (absl::Status status = DeviceRounds::Of(worker)->Check(); !status.ok()) return status;
+  if (statistics.late != nullptr) {
+    if (!statistics.late->BelongsTo(worker)) {
+      return absl::InvalidArgumentError("a backward pass belongs to the worker of its forward pass");
+    }
+    if (absl::Status status = statistics.late->failure(); !status.ok()) return status;
+  }
   if (absl::Status status = CheckDevice(forward, inputs.dy, "dy"); !status.ok()) return status;
   // The two passes hand memory to each other in the order of one stream.
   if (!IsOfStream(forward, inputs.dy.device_index, StreamOf(options.stream))) {
@@ -196,17 +237,29 @@ absl::StatusOr<DevicePass> StartDeviceBackward(Worker& worker, const BatchStatis
   if (absl::Status status = EnqueueBackwardReduce(**lease, forward.slot(), inputs, has_round); !status.ok()) {
     return status;
   }
-  if (!has_round) return DevicePass{*std::move(lease), nullptr};
-  auto begin = [name = statistics.layer, sequence = statistics.sequence, size = static_cast<size_t>(channels)](
-                   Worker& owner, const double* sum_dy, const double* sum_dy_xmu) {
-    return owner.StartBackward(name, sequence, {sum_dy, size}, {sum_dy_xmu, size});
+  if (!has_round) return DevicePass{*std::move(lease), nullptr, false};
+  auto begin = [name = statistics.layer, sequence = statistics.sequence, late = statistics.late,
+                size = static_cast<size_t>(channels)](Worker& owner, const double* sum_dy,
+                                                      const double* sum_dy_xmu) -> absl::StatusOr<Round> {
+    uint64_t of_forward = sequence;
+    if (late != nullptr) {
+      const absl::StatusOr<uint64_t> known = late->SequenceAtBegin();
+      if (!known.ok()) return known.status();
+      of_forward = *known;
+    }
+    return owner.StartBackward(name, of_forward, {sum_dy, size}, {sum_dy_xmu, size});
   };
-  return DevicePass{*lease, DeviceRound::Start(worker, *lease, std::move(begin))};
+  std::string key = absl::StrCat(statistics.layer, " backward");
+  if (statistics.late == nullptr) {
+    return DevicePass{*lease, DeviceRound::Start(worker, std::move(key), *lease, std::move(begin)), false};
+  }
+  auto round = DeviceRound::StartStreamOrdered(worker, std::move(key), *lease, std::move(begin), WriteMergedSums);
+  if (!round.ok()) return round.status();
+  return DevicePass{*lease, *std::move(round), true};
 }
 
-absl::Status FinishDeviceBackward(const DevicePass& pass, const BatchStatistics& statistics,
+absl::Status FinishDeviceBackward(const SlotLease& lease, bool has_round, const BatchStatistics& statistics,
                                   const BackwardInputs& inputs, const BackwardOutputs& outputs) {
-  const SlotLease& lease = *pass.lease;
   const DeviceSlot& forward = statistics.device->slot();
   if (absl::Status status = CheckDevice(lease, inputs.dy, "dy"); !status.ok()) return status;
   const DeviceScope scope(lease.runtime(), inputs.dy.device_index);
@@ -217,9 +270,14 @@ absl::Status FinishDeviceBackward(const DevicePass& pass, const BatchStatistics&
   arguments.m2 = forward.merged[1];
   arguments.eps = statistics.eps;
   arguments.eps_mode = ModeOf(statistics);
-  if (pass.round != nullptr) {
+  if (statistics.late != nullptr) arguments.late_forward = forward.late();
+  if (has_round) {
     arguments.sum_dy = lease.slot().merged[0];
     arguments.sum_dy_xmu = lease.slot().merged[1];
+    if (statistics.late != nullptr) {
+      if (absl::Status status = EnqueueWait(lease); !status.ok()) return status;
+      arguments.late_backward = lease.slot().late();
+    }
   }
   return EnqueueGradients(lease, forward, arguments, inputs, outputs);
 }

@@ -1,5 +1,5 @@
 // The passes of batch_norm_pass.h over CUDA tensors. Everything is enqueued in the caller's stream; nothing here waits
-// for it, but for what DeviceRound says.
+// for it, but for what DeviceRound says. Which passes are stream-ordered is decided here.
 
 #ifndef SYNCBN_CLIENT_CC_DEVICE_PASS_H_
 #define SYNCBN_CLIENT_CC_DEVICE_PASS_H_
@@ -18,11 +18,13 @@ namespace syncbn {
 struct DevicePass {
   std::shared_ptr<SlotLease> lease;
   std::shared_ptr<DeviceRound> round;  // Null: there is none.
+  bool stream_ordered = false;         // Of a forward pass.
 };
 
-// Writes a round's result where the finalizing kernels read it. The pass's flag is up.
-void WriteMerged(const SlotLease& lease, const BatchStatistics& statistics);
-void WriteMerged(const SlotLease& lease, const RoundResult& sums);
+// Writes a round's result, merged moments (with the count) or sums, where the finalizing kernels read it. The pass's
+// flag is up.
+void WriteMerged(const DeviceSlot& slot, const RoundResult& moments);
+void WriteMergedSums(const DeviceSlot& slot, const RoundResult& sums);
 
 // The arguments have been checked as for a CPU.
 absl::StatusOr<DevicePass> StartDeviceForward(Worker& worker, absl::string_view layer, const TensorView& x,
@@ -32,7 +34,7 @@ absl::Status FinishDeviceForward(const BatchStatistics& statistics, bool biased_
 absl::StatusOr<DevicePass> StartDeviceBackward(Worker& worker, const BatchStatistics& statistics,
                                                const BackwardInputs& inputs, const PassOptions& options,
                                                bool has_round);
-absl::Status FinishDeviceBackward(const DevicePass& pass, const BatchStatistics& statistics,
+absl::Status FinishDeviceBackward(const SlotLease& lease, bool has_round, const BatchStatistics& statistics,
                                   const BackwardInputs& inputs, const BackwardOutputs& outputs);
 absl::Status EvaluateOnDevice(const TensorView& x, const EvaluateOptions& options, void* y);
 absl::Status EvaluateBackwardOnDevice(const BackwardInputs& inputs, const EvaluateOptions& options,

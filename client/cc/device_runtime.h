@@ -43,6 +43,12 @@ class DeviceRuntime {
   virtual Error StreamState(Stream stream) = 0;
   virtual Error StreamIsCapturing(Stream stream, bool* capturing) = 0;
 
+  // Whether WaitForValue works on the current device. May synchronize with it.
+  virtual Error CanWaitForValue(bool* can) = 0;
+  // What is enqueued in the stream from here on waits until int32(*address - value) >= 0; `address` is in pinned
+  // memory.
+  virtual Error WaitForValue(Stream stream, const uint32_t* address, uint32_t value) = 0;
+
   // Host memory that every device reaches at the same address, zeroed.
   virtual Error AllocatePinned(size_t bytes, void** memory) = 0;
   virtual Error AllocateDevice(size_t bytes, void** memory) = 0;
@@ -70,6 +76,7 @@ class DeviceRuntime {
                                    const kernels::cuda::FinalizeEvaluationArguments& arguments) = 0;
   virtual Error FinalizeBackward(const kernels::cuda::Context& context,
                                  const kernels::cuda::FinalizeBackwardArguments& arguments) = 0;
+  virtual Error Preload() = 0;
 };
 
 // The one that talks to CUDA; null in a build without it.

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/cc/clock.h"
 #include "client/cc/contribution.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker_impl.h"
@@ -53,6 +54,8 @@ class RoundImpl {
   }
 
   const RoundResult& result() const { return pieces_.size() == 1 ? pieces_.front()->result : whole_; }
+  bool HasOutcome() const { return worker_->HasOutcome(pieces_); }
+  const std::vector<std::shared_ptr<Piece>>& pieces() const { return pieces_; }
 
  private:
   void Gather() {
@@ -83,6 +86,7 @@ bool IsPending(const absl::Status& status) {
 uint64_t Round::sequence() const { return impl_->sequence(); }
 absl::Status Round::Wait(absl::Duration timeout) { return impl_->Wait(timeout); }
 const RoundResult& Round::result() const { return impl_->result(); }
+bool Round::HasOutcome() const { return impl_->HasOutcome(); }
 
 absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
@@ -102,19 +106,36 @@ Worker::Worker(std::shared_ptr<WorkerImpl> impl) : impl_(std::move(impl)) {}
 
 Worker::~Worker() {
   // The threads and locks of the parent's connection are not in this process: what remains of it can only be abandoned.
-  if (impl_->forked()) new std::shared_ptr<WorkerImpl>(impl_);
+  if (impl_->forked()) {
+    new std::shared_ptr<WorkerImpl>(impl_);
+    new std::shared_ptr<WorkerAttachment>(std::move(attachment_));
+  }
   Close();
 }
 
 void Worker::Close() {
   if (impl_->forked()) return;
-  if (const auto attached = attachment()) attached->OnClose();
+  const auto attached = attachment();
+  if (attached != nullptr) attached->OnClose();
   impl_->Close();
+  if (attached != nullptr) attached->OnClosed();
 }
 
-absl::Status Worker::Leave(absl::string_view reason) { return impl_->Leave(reason); }
+absl::Status Worker::Leave(absl::string_view reason) {
+  const absl::Status settled = impl_->forked() ? absl::OkStatus() : Settle();
+  const absl::Status left = impl_->Leave(reason);
+  return left.ok() ? settled : left;
+}
+
+absl::Status Worker::Settle(absl::Duration timeout) {
+  if (absl::Status status = impl_->CheckProcess(); !status.ok()) return status;
+  const auto attached = attachment();
+  return attached == nullptr ? absl::OkStatus() : attached->OnSettle(Now() + timeout);
+}
+
 uint32_t Worker::rank() const { return impl_->options().rank; }
 uint32_t Worker::world_size() const { return impl_->options().world_size; }
+MissingPolicy Worker::missing_policy() const { return impl_->options().missing_policy; }
 uint64_t Worker::incarnation() const { return impl_->incarnation(); }
 uint64_t Worker::run_id() const { return impl_->run_id(); }
 absl::Status Worker::WaitForMembers(absl::Duration timeout) { return impl_->WaitForMembers(timeout); }
@@ -174,7 +195,17 @@ absl::StatusOr<Round> Worker::StartBackward(absl::string_view layer, uint64_t se
 }
 
 absl::StatusOr<Round> Worker::StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value) {
+  // A sum of gradients that a failed pass has made NaN would hide why they are.
+  if (absl::Status status = Settle(absl::ZeroDuration()); !status.ok() && !IsPending(status)) return status;
   return impl_->BeginSum(name, sequence, value);
 }
+
+void Worker::WaitForAny(absl::Span<const Round> rounds, const std::function<bool()>& woken, absl::Duration timeout) {
+  std::vector<const std::vector<std::shared_ptr<Piece>>*> pieces;
+  for (const Round& round : rounds) pieces.push_back(&round.impl_->pieces());
+  impl_->WaitForAny(pieces, woken, timeout);
+}
+
+void Worker::Wake() { impl_->Wake(); }
 
 }  // namespace syncbn

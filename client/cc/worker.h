@@ -67,8 +67,11 @@ class Round {
   absl::Status Wait(absl::Duration timeout = absl::InfiniteDuration());
   // Of a round that was waited for successfully.
   const RoundResult& result() const;
+  // Whether a Wait would return the outcome at once.
+  bool HasOutcome() const;
 
  private:
+  friend class Worker;
   std::shared_ptr<RoundImpl> impl_;
 };
 
@@ -83,10 +86,14 @@ class WorkerAttachment {
   virtual void OnInterrupt() = 0;
   // The worker is closing: it must not be used from here on. May be called more than once.
   virtual void OnClose() = 0;
+  // The connection has ended, and nothing waits for it any more: time to end threads. May be called more than once.
+  virtual void OnClosed() = 0;
+  // See Worker::Settle; `deadline` is a time of clock.h.
+  virtual absl::Status OnSettle(absl::Time deadline) = 0;
 };
 
 // Thread safety: any thread may call any method. Waiting threads drive the connection; a worker has no thread of its
-// own.
+// own, but for the one that its first stream-ordered pass starts (batch_norm_pass.h).
 class Worker {
  public:
   struct TlsOptions {
@@ -131,16 +138,18 @@ class Worker {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
-  // Says goodbye: the worker is not waited for any more. Rounds that it has begun are sent before. Afterwards every
-  // call fails with FAILED_PRECONDITION (LEFT). Idempotent.
+  // Says goodbye: the worker is not waited for any more. Rounds that it has begun are sent before, and stream-ordered
+  // passes are waited for; the error of one that no call has returned yet is returned, the worker having left all the
+  // same. Afterwards every call fails with FAILED_PRECONDITION (LEFT). Idempotent.
   absl::Status Leave(absl::string_view reason);
 
   // Breaks the stream off without a leave: the others learn at once that this worker is lost. Afterwards every call,
-  // and whatever is waited for, fails with CANCELLED (CLOSED). Idempotent.
+  // and whatever is waited for, fails with CANCELLED (CLOSED); no CUDA stream waits any longer. Idempotent.
   void Close();
 
   uint32_t rank() const;
   uint32_t world_size() const;
+  MissingPolicy missing_policy() const;
   uint64_t incarnation() const;
   uint64_t run_id() const;
 
@@ -150,8 +159,13 @@ class Worker {
   // Every layer's next automatic sequence, in every phase, becomes `sequence`.
   absl::Status ResumeAt(uint64_t sequence);
 
-  // Ends whatever any thread waits for with CANCELLED (INTERRUPTED), now. The worker stays usable.
+  // Ends whatever any thread or CUDA stream waits for with CANCELLED (INTERRUPTED), now. The worker stays usable.
   void Interrupt();
+
+  // Waits until every stream-ordered pass that was started has its outcome. Returns the first failure among them that
+  // no call has returned yet, as soon as there is one; a pending status (IsPending) if `timeout` passes before; OK if
+  // all completed. Does not wait for the streams. StartSum returns such a failure as well, without waiting.
+  absl::Status Settle(absl::Duration timeout = absl::InfiniteDuration());
 
   // Makes the layer known to the master with the next frame, and again after every reconnect. Declaring anew replaces.
   absl::Status DeclareLayer(const LayerOptions& layer);
@@ -175,6 +189,12 @@ class Worker {
 
   // The worker's one attachment, made by `make` at the first call. It is told of flushes, interrupts and the close.
   std::shared_ptr<WorkerAttachment> Attach(const std::function<std::shared_ptr<WorkerAttachment>()>& make);
+
+  // For a thread of the attachment's: drives the connection, for at most `timeout` (zero: looks at what has arrived),
+  // until one of `rounds` has its outcome, `woken` says so, or an interrupt. `woken` must not call the worker; what
+  // makes it true calls Wake afterwards. The caller finds out which of them it was.
+  void WaitForAny(absl::Span<const Round> rounds, const std::function<bool()>& woken, absl::Duration timeout);
+  void Wake();
 
  private:
   // Null if there is none.

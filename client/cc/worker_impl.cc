@@ -368,12 +368,12 @@ void WorkerImpl::SetUnderWay(Piece& piece, bool under_way) {
 
 absl::Status WorkerImpl::Await(const std::function<bool()>& done, absl::Time deadline) {
   const uint64_t interrupts = interrupts_;
-  while (true) {
+  for (bool looked = false;; looked = true) {
     if (done()) return absl::OkStatus();
     if (interrupts_ != interrupts) {
       return MakeStatus(absl::StatusCode::kCancelled, "the wait was interrupted", {"INTERRUPTED", "", {}});
     }
-    if (Now() >= deadline) return PendingStatus();
+    if (looked && Now() >= deadline) return PendingStatus();
     if (driving_) {
       Pump();  // The thread that drives may wait for long, and for something else.
       const absl::Time until = std::min(deadline, NextCheck());
@@ -477,7 +477,18 @@ void WorkerImpl::NoteAbsence(absl::Time planned) {
 
 // ---- Calls ----------------------------------------------------------------------------------------------------------
 
+namespace {
+
+absl::Status ForkedError() {
+  return MakeStatus(absl::StatusCode::kFailedPrecondition,
+                    "this process was forked from the one that joined; a child must join with a worker of its own",
+                    {"FORKED", "", {}});
+}
+
+}  // namespace
+
 bool WorkerImpl::forked() const { return getpid() != pid_; }
+absl::Status WorkerImpl::CheckProcess() const { return forked() ? ForkedError() : absl::OkStatus(); }
 
 absl::Status WorkerImpl::Enter() {
   if (state_ == State::kEnded) return end_;
@@ -489,16 +500,6 @@ absl::Status WorkerImpl::Enter() {
   }
   return absl::OkStatus();
 }
-
-namespace {
-
-absl::Status ForkedError() {
-  return MakeStatus(absl::StatusCode::kFailedPrecondition,
-                    "this process was forked from the one that joined; a child must join with a worker of its own",
-                    {"FORKED", "", {}});
-}
-
-}  // namespace
 
 absl::Status WorkerImpl::Join() {
   absl::MutexLock lock(&mutex_);
@@ -550,6 +551,16 @@ void WorkerImpl::Interrupt() {
   if (forked()) return;
   absl::MutexLock lock(&mutex_);
   ++interrupts_;
+  WakeAll();
+}
+
+void WorkerImpl::Wake() {
+  if (forked()) return;
+  absl::MutexLock lock(&mutex_);
+  WakeAll();
+}
+
+void WorkerImpl::WakeAll() {
   changed_.SignalAll();
   if (alarm_pending_ || !driving_) return;
   alarm_pending_ = true;
@@ -681,6 +692,29 @@ absl::Status WorkerImpl::WaitFor(const std::vector<std::shared_ptr<Piece>>& piec
     alone_ = !several_users_;
   }
   return absl::OkStatus();
+}
+
+bool WorkerImpl::HasEnded(const std::vector<std::shared_ptr<Piece>>& pieces) {
+  for (const std::shared_ptr<Piece>& piece : pieces) {
+    if (!piece->done) return false;
+    if (!piece->status.ok()) return true;
+  }
+  return true;
+}
+
+bool WorkerImpl::HasOutcome(const std::vector<std::shared_ptr<Piece>>& pieces) const {
+  absl::MutexLock lock(&mutex_);
+  return HasEnded(pieces);
+}
+
+void WorkerImpl::WaitForAny(const std::vector<const std::vector<std::shared_ptr<Piece>>*>& rounds,
+                            const std::function<bool()>& woken, absl::Duration timeout) {
+  absl::MutexLock lock(&mutex_);
+  const auto done = [&] {
+    return woken() || std::any_of(rounds.begin(), rounds.end(), [](const auto* pieces) { return HasEnded(*pieces); });
+  };
+  if (done() || !Enter().ok()) return;
+  Await(done, Now() + timeout).IgnoreError();
 }
 
 void WorkerImpl::PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time now, absl::Duration timeout) {

@@ -65,12 +65,19 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   absl::StatusOr<Round> BeginSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
   absl::Status Flush();
   absl::Status WaitFor(const std::vector<std::shared_ptr<Piece>>& pieces, absl::Duration timeout);
+  bool HasOutcome(const std::vector<std::shared_ptr<Piece>>& pieces) const;
+  // As in worker.h, a round being its pieces.
+  void WaitForAny(const std::vector<const std::vector<std::shared_ptr<Piece>>*>& rounds,
+                  const std::function<bool()>& woken, absl::Duration timeout);
+  void Wake();
 
   const Worker::Options& options() const { return options_; }
   uint64_t incarnation() const;
   uint64_t run_id() const;
   // In a child of the process that joined, nothing of the connection may be touched.
   bool forked() const;
+  // OK, or FAILED_PRECONDITION (FORKED).
+  absl::Status CheckProcess() const;
 
  private:
   enum class State {
@@ -103,11 +110,15 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
 
   // ---- Waiting
   // Drives the queue, or sleeps while another thread does, until `done` or `deadline`, or an interrupt (CANCELLED).
+  // Looks once at what has arrived even if the deadline has passed.
   absl::Status Await(const std::function<bool()>& done, absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Notes that the caller will wait for this piece for long, if that means that the worker does nothing else.
   void PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time now, absl::Duration timeout)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void DriveOnce(absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Makes the thread that drives the queue, and those that sleep, look at what they wait for.
+  void WakeAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  static bool HasEnded(const std::vector<std::shared_ptr<Piece>>& pieces);
   void RunTimers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Time NextTimer() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

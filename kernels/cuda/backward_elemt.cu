@@ -26,6 +26,13 @@ Error LaunchWithGate(const Context& context, DataType type, const BackwardElemtA
   });
 }
 
+template <Gate kGate>
+Error LoadWithGate() {
+  return LoadForEachType([](auto mapping, auto tag) {
+    return Load(BackwardElemtKernel<decltype(mapping)::value, kGate, typename decltype(tag)::Type>);
+  });
+}
+
 }  // namespace
 
 Error BatchNormBackwardElemt(const Context& context, const TensorShape& shape, const void* dy, const void* x,
@@ -51,6 +58,12 @@ Error BatchNormBackwardElemt(const Context& context, const TensorShape& shape, c
       return LaunchWithGate<Gate::kRecompute>(context, shape.type, arguments);
   }
   return kInvalidValue;
+}
+
+Error PreloadBackwardElemt() {
+  if (const Error error = LoadWithGate<Gate::kNone>(); error != kSuccess) return error;
+  if (const Error error = LoadWithGate<Gate::kMask>(); error != kSuccess) return error;
+  return LoadWithGate<Gate::kRecompute>();
 }
 
 }  // namespace syncbn::kernels::cuda

@@ -24,6 +24,13 @@ Error LaunchWithGate(const Context& context, DataType type, const BackwardReduce
   });
 }
 
+template <Gate kGate>
+Error LoadWithGate() {
+  return LoadForEachType([](auto mapping, auto tag) {
+    return Load(BackwardReduceKernel<decltype(mapping)::value, kGate, typename decltype(tag)::Type>);
+  });
+}
+
 }  // namespace
 
 Error BatchNormBackwardReduce(const Context& context, const TensorShape& shape, const void* dy, const void* x,
@@ -47,6 +54,12 @@ Error BatchNormBackwardReduce(const Context& context, const TensorShape& shape, 
       return LaunchWithGate<Gate::kRecompute>(context, shape.type, arguments);
   }
   return kInvalidValue;
+}
+
+Error PreloadBackwardReduce() {
+  if (const Error error = LoadWithGate<Gate::kNone>(); error != kSuccess) return error;
+  if (const Error error = LoadWithGate<Gate::kMask>(); error != kSuccess) return error;
+  return LoadWithGate<Gate::kRecompute>();
 }
 
 }  // namespace syncbn::kernels::cuda

@@ -81,10 +81,23 @@ struct MutableVector {
   DataType type = DataType::kFloat32;
 };
 
+// What became of a round that has yet to end when the kernels that read it are launched. In mapped pinned memory; the
+// host writes it, with the round's vectors, before it lets the stream go on.
+struct RoundWords {
+  int64_t count = 0;   // Of a forward round.
+  uint32_t epoch = 0;  // The newest round of this memory that completed. A round that failed leaves it as it was.
+};
+
+// A round as a kernel looks it up: it has failed unless `words` tell that `epoch` completed.
+struct LateRound {
+  const RoundWords* words = nullptr;  // Null: the round has completed, and the launch's arguments tell of it.
+  uint32_t epoch = 0;
+};
+
 // From merged statistics to the coefficients of the forward pass, with one update of the running statistics.
 struct FinalizeForwardArguments {
   int64_t channels = 0;
-  int64_t count = 0;  // Values per channel, over all workers.
+  int64_t count = 0;  // Values per channel, over all workers. Not read with late.words, which have it.
   const double* mean = nullptr;
   const double* m2 = nullptr;  // A round's, or in evaluation running_var * count with count = 1.
   ConstVector weight;          // None: 1.
@@ -98,10 +111,12 @@ struct FinalizeForwardArguments {
   MutableVector running_var;
   double momentum = 0.1;
   bool biased_running_var = false;
+  LateRound late;
 };
 
 // count == 0 leaves the running statistics as they are and takes the variance for 0; count == 1 leaves an unbiased
-// running variance as it is.
+// running variance as it is. A late round that failed makes all three outputs NaN, and leaves the running statistics as
+// they are.
 Error FinalizeForward(const Context& context, const FinalizeForwardArguments& arguments);
 
 // From given statistics to the coefficients of a forward pass in evaluation: invstd = 1/sqrt(var + eps).
@@ -124,7 +139,7 @@ Error FinalizeEvaluation(const Context& context, const FinalizeEvaluationArgumen
 // worker's own sums.
 struct FinalizeBackwardArguments {
   int64_t channels = 0;
-  int64_t count = 0;  // The forward round's.
+  int64_t count = 0;  // The forward round's. Not read with late_forward.words, which have it.
   const double* mean = nullptr;
   const double* m2 = nullptr;
   const double* sum_dy = nullptr;  // Summed over all workers. Both null: the statistics are constants.
@@ -140,9 +155,17 @@ struct FinalizeBackwardArguments {
   const double* local_sum_dy_xmu = nullptr;
   MutableVector weight_gradient;  // sum_dy_xmu * invstd. None: not computed.
   MutableVector bias_gradient;    // sum_dy.
+  LateRound late_forward;
+  LateRound late_backward;
 };
 
+// If either late round failed, everything that is written is NaN: the gradients too, which would otherwise lack what
+// the backward pass of the next layers has lost.
 Error FinalizeBackward(const Context& context, const FinalizeBackwardArguments& arguments);
+
+// Loads every kernel of this library for the calling thread's current device. CUDA loads kernels with their first
+// launch otherwise, and may wait for the device's streams then: for one that waits for the host, in vain.
+Error Preload();
 
 }  // namespace syncbn::kernels::cuda
 

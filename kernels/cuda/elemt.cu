@@ -24,6 +24,13 @@ Error LaunchWithAddition(const Context& context, DataType type, const ElemtArgum
   });
 }
 
+template <Addition kAddition>
+Error LoadWithAddition() {
+  return LoadForEachType([](auto mapping, auto tag) {
+    return Load(ElemtKernel<decltype(mapping)::value, kAddition, typename decltype(tag)::Type>);
+  });
+}
+
 }  // namespace
 
 Error BatchNormElemt(const Context& context, const TensorShape& shape, const void* x,
@@ -48,6 +55,12 @@ Error BatchNormElemt(const Context& context, const TensorShape& shape, const voi
       return LaunchWithAddition<Addition::kResidualAndMask>(context, shape.type, arguments);
   }
   return kInvalidValue;
+}
+
+Error PreloadElemt() {
+  if (const Error error = LoadWithAddition<Addition::kNone>(); error != kSuccess) return error;
+  if (const Error error = LoadWithAddition<Addition::kResidual>(); error != kSuccess) return error;
+  return LoadWithAddition<Addition::kResidualAndMask>();
 }
 
 }  // namespace syncbn::kernels::cuda

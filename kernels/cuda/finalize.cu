@@ -39,6 +39,15 @@ Error FinalizeBackward(const Context& context, const FinalizeBackwardArguments& 
   return Launch(FinalizeBackwardKernel, Blocks(arguments.channels), kFinalizeThreads, 0, context.stream, arguments);
 }
 
+Error Preload() {
+  for (const auto load : {PreloadStats, PreloadElemt, PreloadBackwardReduce, PreloadBackwardElemt}) {
+    if (const Error error = load(); error != kSuccess) return error;
+  }
+  if (const Error error = Load(FinalizeForwardKernel); error != kSuccess) return error;
+  if (const Error error = Load(FinalizeEvaluationKernel); error != kSuccess) return error;
+  return Load(FinalizeBackwardKernel);
+}
+
 // The host's side that needs CUDA's own functions.
 bool Available() {
   int count = 0;

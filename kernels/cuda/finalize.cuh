@@ -2,7 +2,9 @@
 // kernels/coefficients.h.
 //
 // Mapping: a thread for each channel; nothing is shared and nothing added up, so nothing depends on any order.
-// Bytes moved: some 60 to 80 a channel. The time is that of a launch and of reading merged statistics from host memory.
+// A round that was late, that is, had yet to end when the kernel was launched, tells here whether it completed and, of
+// a forward round, how many values it counted; the host has written both before it let the stream go on. Bytes moved:
+// some 60 to 80 a channel. The time is that of a launch and of reading merged statistics from host memory.
 
 #ifndef SYNCBN_KERNELS_CUDA_FINALIZE_CUH_
 #define SYNCBN_KERNELS_CUDA_FINALIZE_CUH_
@@ -16,6 +18,8 @@
 namespace syncbn::kernels::cuda {
 
 inline constexpr int kFinalizeThreads = 128;
+
+SYNCBN_HOST_DEVICE inline double NotANumber() { return __builtin_nan(""); }
 
 SYNCBN_HOST_DEVICE inline double ReadParameter(const void* data, DataType type, int64_t i) {
   switch (type) {
@@ -55,8 +59,16 @@ SYNCBN_HOST_DEVICE inline void UpdateRunningAt(const MutableVector& running, int
   WriteParameter(UpdateRunning(before, observed, momentum), running.data, running.type, channel);
 }
 
+SYNCBN_HOST_DEVICE inline bool HasFailed(const LateRound& late) {
+  return late.words != nullptr && late.words->epoch != late.epoch;
+}
+
 SYNCBN_HOST_DEVICE inline void FinalizeForwardChannel(const FinalizeForwardArguments& arguments, int64_t c) {
-  const int64_t count = arguments.count;
+  if (HasFailed(arguments.late)) {
+    arguments.out_mean[c] = arguments.out_scale[c] = arguments.out_shift[c] = NotANumber();
+    return;
+  }
+  const int64_t count = arguments.late.words != nullptr ? arguments.late.words->count : arguments.count;
   const double mean = arguments.mean[c];
   const double var = count > 0 ? arguments.m2[c] / static_cast<double>(count) : 0.0;
   const double weight =
@@ -84,7 +96,17 @@ SYNCBN_HOST_DEVICE inline void FinalizeEvaluationChannel(const FinalizeEvaluatio
 }
 
 SYNCBN_HOST_DEVICE inline void FinalizeBackwardChannel(const FinalizeBackwardArguments& arguments, int64_t c) {
-  const int64_t count = arguments.count;
+  if (HasFailed(arguments.late_forward) || HasFailed(arguments.late_backward)) {
+    arguments.out_scale[c] = arguments.out_mean_dy[c] = arguments.out_projection[c] = NotANumber();
+    if (arguments.weight_gradient.data != nullptr) {
+      WriteParameter(NotANumber(), arguments.weight_gradient.data, arguments.weight_gradient.type, c);
+    }
+    if (arguments.bias_gradient.data != nullptr) {
+      WriteParameter(NotANumber(), arguments.bias_gradient.data, arguments.bias_gradient.type, c);
+    }
+    return;
+  }
+  const int64_t count = arguments.late_forward.words != nullptr ? arguments.late_forward.words->count : arguments.count;
   const double n = static_cast<double>(count);
   const double var = count > 0 ? arguments.m2[c] / n : 0.0;
   const double invstd = InverseStd(var, arguments.eps, arguments.eps_mode);

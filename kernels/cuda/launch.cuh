@@ -71,6 +71,30 @@ Error Launch(Kernel kernel, int64_t blocks, int threads, size_t shared_bytes, CU
   return static_cast<Error>(cudaGetLastError());
 }
 
+// Loads a kernel for the current device.
+template <typename Kernel>
+Error Load(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  return static_cast<Error>(cudaFuncGetAttributes(&attributes, kernel));
+}
+
+// Calls load(mapping, type), both as types, for all of them; returns the first error.
+template <typename Function>
+Error LoadForEachType(Function load) {
+  for (const Mapping mapping : {Mapping::kPlanes, Mapping::kRows}) {
+    for (const DataType type : {DataType::kFloat32, DataType::kFloat64, DataType::kFloat16, DataType::kBFloat16}) {
+      if (const Error error = DispatchType(mapping, type, load); error != kSuccess) return error;
+    }
+  }
+  return kSuccess;
+}
+
+// One for each source of kernels: what Preload is made of.
+Error PreloadStats();
+Error PreloadElemt();
+Error PreloadBackwardReduce();
+Error PreloadBackwardElemt();
+
 }  // namespace syncbn::kernels::cuda
 
 #endif  // SYNCBN_KERNELS_CUDA_LAUNCH_CUH_

@@ -31,4 +31,9 @@ Error BatchNormStats(const Context& context, const TensorShape& shape, const voi
   });
 }
 
+Error PreloadStats() {
+  return LoadForEachType(
+      [](auto mapping, auto tag) { return Load(StatsKernel<decltype(mapping)::value, typename decltype(tag)::Type>); });
+}
+
 }  // namespace syncbn::kernels::cuda

@@ -33,4 +33,6 @@ Error FinalizeEvaluation(const Context&, const FinalizeEvaluationArguments&) { r
 
 Error FinalizeBackward(const Context&, const FinalizeBackwardArguments&) { return kNoCuda; }
 
+Error Preload() { return kNoCuda; }
+
 }  // namespace syncbn::kernels::cuda

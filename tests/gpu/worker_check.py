@@ -14,6 +14,7 @@ import os
 import socket
 import statistics
 import sys
+import threading
 import time
 import traceback
 from queue import Empty
@@ -325,11 +326,170 @@ def check_missing_worker(_):
             assert torch.isfinite((x * 2).sum()).item()
 
 
+# ---- Stream-ordered passes ----
+
+
+def ahead_group(target, name, timeout=60.0):
+    """A stream-ordered worker for the GPU, and the other worker of its group, for the CPU."""
+    return (syncbn.Worker(target, name, 0, 2, timeout, stream_ordered=True), syncbn.Worker(target, name, 1, 2, timeout))
+
+
+def ahead_step(layer, x):
+    """Forward and back through a layer; returns y and dx."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    y.pow(3).sum().backward()
+    return y, x.grad
+
+
+def warm_up(target, sizes):
+    """Memory and kernels, ours and torch's, are there before a stream waits."""
+    with syncbn.Worker(target, "warm-up", 0, 1, stream_ordered=True) as worker:
+        for size in sizes:
+            layer = syncbn.torch.SyncBatchNorm(size[1], worker=worker, layer=f"warm-up{size}").cuda().double()
+            ahead_step(layer, torch.randn(size, device="cuda", dtype=torch.float64))
+            torch.cuda.synchronize()
+
+
+@gpu_only
+def check_stream_order_runs_ahead(_):
+    """By one thread: forward and backward return, and the stream waits, before the other worker has begun."""
+    sizes = [(8, 16, 14, 14), (4, 16, 14, 14)]
+    whole = torch.nn.BatchNorm2d(16).double()
+    x = torch.randn(12, 16, 14, 14, dtype=torch.float64) * 2 + 1
+    expected_y, expected_dx = ahead_step(whole, x)
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        warm_up(master.target, sizes)
+        ahead, other = ahead_group(master.target, "ahead")
+        with ahead, other:
+            layer = syncbn.torch.SyncBatchNorm(16, worker=ahead, layer="bn").cuda().double()
+            there = syncbn.torch.SyncBatchNorm(16, worker=other, layer="bn").double()
+            y, dx = ahead_step(layer, x[:8].cuda())
+            assert not ahead.settle(0.0), "the round had ended without its other worker"
+            assert not torch.cuda.current_stream().query(), "the stream does not wait"
+            other_y, other_dx = ahead_step(there, x[8:])
+            assert ahead.settle(30.0)
+            torch.testing.assert_close(torch.cat([y.cpu(), other_y]), expected_y, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(torch.cat([dx.cpu(), other_dx]), expected_dx, rtol=1e-10, atol=1e-9)
+            torch.testing.assert_close(layer.running_var.cpu(), whole.running_var)
+
+
+@gpu_only
+def check_stream_order_failures(_):
+    """A deadline, an interrupt and a close: the stream goes on with NaN, and the error comes once."""
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        warm_up(master.target, [(8, 4)])
+        for name in ["deadline", "interrupt", "close"]:
+            ahead, other = ahead_group(master.target, name, 1.0 if name == "deadline" else 60.0)
+            with other:
+                layer = syncbn.torch.SyncBatchNorm(4, worker=ahead, layer="bn").cuda().double()
+                x = torch.randn(8, 4, device="cuda", dtype=torch.float64)
+                y, dx = ahead_step(layer, x)
+                if name == "interrupt":
+                    ahead.interrupt()
+                elif name == "close":
+                    ahead.close()
+                torch.cuda.synchronize()
+                for value in (y, dx, layer.weight.grad, layer.bias.grad):
+                    assert value.isnan().all(), f"{name}: {value}"
+                assert (layer.running_mean == 0).all() and (layer.running_var == 1).all(), name
+                try:
+                    layer(x)
+                except syncbn.Error as error:
+                    assert isinstance(error, {"deadline": syncbn.DeadlineExceeded, "interrupt": syncbn.Cancelled,
+                                              "close": syncbn.FailedPrecondition}[name]), repr(error)
+                else:
+                    raise AssertionError(f"{name}: the error did not surface")
+                if name != "close":
+                    assert ahead.settle(0.0)
+                    ahead.close()
+
+
+@gpu_only
+def check_stream_order_frees_memory(_):
+    """Memory of CUDA's is freed and got, which waits for streams, while one of them waits for a round."""
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        warm_up(master.target, [(8, 4)])
+        ahead, other = ahead_group(master.target, "memory")
+        with ahead, other:
+            layer = syncbn.torch.SyncBatchNorm(4, worker=ahead, layer="bn").cuda().double()
+            there = syncbn.torch.SyncBatchNorm(4, worker=other, layer="bn").double()
+            wide = syncbn.torch.SyncBatchNorm(4099, worker=ahead, layer="wide").cuda()
+            there_wide = syncbn.torch.SyncBatchNorm(4099, worker=other, layer="wide")
+            x = torch.randn(8, 4, device="cuda", dtype=torch.float64)
+            wide_x, there_x = torch.randn(64, 4099, 5, device="cuda"), torch.randn(2, 4, dtype=torch.float64)
+            # torch has its memory already: what it gets from CUDA with Python's lock held would keep `complete` out.
+            blocks = [torch.empty_like(wide_x) for _ in range(8)]
+            del blocks
+
+            def complete():
+                ahead_step(there, there_x)
+                ahead_step(there_wide, torch.randn(2, 4099, 5))
+
+            ahead_step(layer, x)
+            thread = threading.Thread(target=complete)
+            thread.start()
+            _, dx = ahead_step(wide, wide_x)
+            thread.join()
+            assert ahead.settle(30.0)
+            assert dx.isfinite().all()
+
+
+def train_both_ways_worker(rank, target, devices, queue):
+    """As train_worker, once with stream-ordered passes and once with host-driven ones."""
+    try:
+        device = devices[rank]
+        images, labels = make_data()
+        bounds = split(len(images), len(devices))
+        mine = slice(bounds[rank], bounds[rank + 1])
+        states = []
+        for ordered in (True, False):
+            torch.manual_seed(SEED)
+            with syncbn.Worker(target, f"train-{ordered}", rank, len(devices), 60.0, stream_ordered=ordered) as worker:
+                model = make_model(torch.nn.BatchNorm2d).double()
+                model = syncbn.torch.convert_sync_batchnorm(model, worker).to(device)
+
+                def reduce(name, gradient):
+                    total = worker.all_reduce(name, gradient.double().cpu().numpy().ravel())
+                    return torch.from_numpy(total).view_as(gradient).to(gradient)
+
+                state = train(model, images[mine].to(device), labels[mine].to(device), len(images), reduce)
+                states.append({name: value.numpy() for name, value in state.items()})
+        queue.put((rank, states))
+    except BaseException:
+        queue.put((rank, traceback.format_exc()))
+        raise
+
+
+def check_stream_order_trains(_):
+    """Two GPU processes and a CPU worker: both modes end alike."""
+    gpu = "cuda:0" if DEVICE == "cuda" else "cpu"
+    with syncbn.Master(address="127.0.0.1:0") as master:
+        results = run_processes(train_both_ways_worker, (master.target, [gpu, gpu, "cpu"]), 3)
+    for rank, (ahead, driven) in results.items():
+        for name, value in driven.items():
+            torch.testing.assert_close(torch.from_numpy(ahead[name]), torch.from_numpy(value), rtol=1e-9, atol=1e-11,
+                                       msg=lambda text: f"rank {rank}, {name}: {text}")
+
+
+def stream_order_checks():
+    """Those for this device; none, with a word, if its streams cannot wait."""
+    if DEVICE == "cuda":
+        try:
+            syncbn._library.call(syncbn._library.lib.syncbn_stream_order_check, 0)
+        except syncbn.Error as error:
+            print(f"skipped: stream-ordered passes: {error}")
+            return []
+    return [check_stream_order_runs_ahead, check_stream_order_failures, check_stream_order_frees_memory,
+            check_stream_order_trains]
+
+
 def check():
     failures = 0
     print(f"{syncbn._library.lib.syncbn_build_info().decode()}; torch {torch.__version__}; GPU: {device_name()}")
     checks = [check_types_and_layouts, check_streams, check_autocast, check_capture, check_missing_worker]
     checks += [check_master_gone, check_strides, check_empty_batch, check_evaluation, check_backward_twice]
+    checks += stream_order_checks()
     with syncbn.Master(address="127.0.0.1:0") as master:
         with syncbn.Worker(target=master.target, rank=0, world_size=1, timeout=60.0) as worker:
             for one in checks:

@@ -104,6 +104,7 @@ class PassOptions(_Options):
         ("stream", c_void_p),
         ("backward_role", c_int32),
         ("sequence_plus_one", c_uint64),
+        ("stream_ordered", c_int32),
     ]
 
 
@@ -192,6 +193,7 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_worker_wait_for_members": (c_int32, [_HANDLE, c_int64, _ERROR]),
     "syncbn_worker_resume_at": (c_int32, [_HANDLE, c_uint64, _ERROR]),
     "syncbn_worker_interrupt": (None, [_HANDLE]),
+    "syncbn_worker_settle": (c_int32, [_HANDLE, c_int64, _ERROR]),
     "syncbn_worker_declare_layer": (c_int32, [_HANDLE, POINTER(LayerOptions), _ERROR]),
     "syncbn_round_start_forward": (
         c_int32,
@@ -212,9 +214,11 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_round_backward_required": (c_int32, [_HANDLE]),
     "syncbn_round_missing_ranks": (c_size_t, [_HANDLE, _RANKS_OUT]),
     "syncbn_round_destroy": (None, [_HANDLE]),
+    "syncbn_stream_order_check": (c_int32, [c_int32, _ERROR]),
     "syncbn_forward_start": (c_int32, [_HANDLE, c_char_p, POINTER(Tensor), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_forward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
     "syncbn_forward_finish": (c_int32, [_HANDLE, POINTER(Tensor), POINTER(ForwardOutputs), _ERROR]),
+    "syncbn_forward_stream_ordered": (c_int32, [_HANDLE]),
     "syncbn_forward_sequence": (c_uint64, [_HANDLE]),
     "syncbn_forward_count": (c_int64, [_HANDLE]),
     "syncbn_forward_mean": (_DOUBLES, [_HANDLE]),

@@ -29,7 +29,8 @@ from syncbn.core import Worker, wait
 class ForwardPass:
     """A forward pass, whose round begins here; after `wait` it can be finished, more than once, and gone back through.
 
-    It keeps the merged statistics, never a tensor.
+    A stream-ordered one, as CUDA tensors have it where the worker is so, needs no `wait`; asked for its results, it
+    waits. It keeps the merged statistics, never a tensor.
     """
 
     def __init__(
@@ -52,59 +53,76 @@ class ForwardPass:
         self.layer = layer
         self.eps, self.clamp = eps, clamp
         self.backward_passes = 0
-        self._takes_part = role != _library.BACKWARD_NONE
+        self._role = role
+        self._waited = False
+        on_gpu = x.device == _library.DEVICE_CUDA
         options = PassOptions(
             num_threads=num_threads,
             stream=stream,
             backward_role=role,
             sequence_plus_one=0 if sequence is None else sequence + 1,
+            stream_ordered=worker.stream_ordered and on_gpu,
         )
         with worker.handle() as handle:
             self._handle = create(lib.syncbn_forward_start, handle, text(layer), ctypes.byref(x), ctypes.byref(options))
+        self.stream_ordered = bool(lib.syncbn_forward_stream_ordered(self._handle))
+        if worker.stream_ordered and on_gpu and not self.stream_ordered:
+            worker.explain_host_driven(x.device_index)
 
     def wait(self) -> None:
         """Waits for the merged statistics; raises the round's error."""
         with self.worker.handle():
             wait(lib.syncbn_forward_wait, self._handle)
+        self._waited = True
+
+    def _outcome(self) -> Optional[int]:
+        """The handle, once the results are there."""
+        if self.stream_ordered and not self._waited:
+            self.wait()
+        return self._handle
 
     def finish(self, x: Tensor, outputs: ForwardOutputs) -> None:
         call(lib.syncbn_forward_finish, self._handle, ctypes.byref(x), ctypes.byref(outputs))
 
     @property
     def sequence(self) -> int:
-        return int(lib.syncbn_forward_sequence(self._handle))
+        return int(lib.syncbn_forward_sequence(self._outcome()))
 
     @property
     def count(self) -> int:
         """Values in each channel, over all workers."""
-        return int(lib.syncbn_forward_count(self._handle))
+        return int(lib.syncbn_forward_count(self._outcome()))
 
     @property
     def backward_required(self) -> bool:
+        if self.stream_ordered:  # Its role tells.
+            return self._role == _library.BACKWARD_REQUIRED
         return bool(lib.syncbn_forward_backward_required(self._handle))
 
     @property
     def has_backward_round(self) -> bool:
         """Whether this worker and others exchange sums in a backward pass."""
-        return self._takes_part and self.backward_required and self.count > 0
+        takes_part = self._role != _library.BACKWARD_NONE and self.backward_required
+        return takes_part and (self.stream_ordered or self.count > 0)
 
     def mean(self, channels: int) -> np.ndarray:
-        return np.ctypeslib.as_array(lib.syncbn_forward_mean(self._handle), (channels,)).copy()
+        return np.ctypeslib.as_array(lib.syncbn_forward_mean(self._outcome()), (channels,)).copy()
 
     def var(self, channels: int) -> np.ndarray:
-        return np.ctypeslib.as_array(lib.syncbn_forward_var(self._handle), (channels,)).copy()
+        return np.ctypeslib.as_array(lib.syncbn_forward_var(self._outcome()), (channels,)).copy()
 
     def backward(
         self, inputs: BackwardInputs, outputs: BackwardOutputs, *, num_threads: int = 1, stream: Optional[int] = None
     ) -> None:
-        """One backward pass from its start to its finish, its round between them."""
+        """One backward pass from its start to its finish, its round between them or, stream-ordered, still to come."""
         options = PassOptions(num_threads=num_threads, stream=stream)
         self.backward_passes += 1
         # The worker is held, so that a close on another thread ends the wait instead of pulling it away.
         with self.worker.handle():
             handle = create(lib.syncbn_backward_start, self._handle, ctypes.byref(inputs), ctypes.byref(options))
             try:
-                wait(lib.syncbn_backward_wait, handle)
+                if not self.stream_ordered:
+                    wait(lib.syncbn_backward_wait, handle)
                 call(lib.syncbn_backward_finish, handle, ctypes.byref(inputs), ctypes.byref(outputs))
             finally:
                 lib.syncbn_backward_destroy(handle)

@@ -6,9 +6,10 @@ import ctypes
 import os
 import threading
 import time
+import warnings
 import weakref
 from types import TracebackType
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
 
 import numpy as np
 
@@ -213,6 +214,10 @@ class Worker:
         for all.
       description: for people who inspect the group.
       trusted_ca_file, cert_file, key_file: any of these: TLS.
+      stream_ordered: passes over CUDA tensors do not wait for their rounds; the CUDA stream does, and the calling thread
+        runs ahead. Errors come late: a failed pass computes NaN, and its error is raised once, by this worker's next
+        pass over CUDA tensors, `all_reduce`, `settle` or `leave`. Passes for which that cannot be are host-driven, with
+        a warning if it is for want of support.
 
     In a `with` block, a normal end leaves the group; an exception closes the worker without goodbye, so that the others
     learn at once that it is lost. Any thread may use a worker.
@@ -235,9 +240,12 @@ class Worker:
         trusted_ca_file: Optional[str] = None,
         cert_file: Optional[str] = None,
         key_file: Optional[str] = None,
+        stream_ordered: bool = False,
     ) -> None:
         self._handle: Optional[int] = None
         self._pid = os.getpid()
+        self.stream_ordered = stream_ordered
+        self._explained: Set[int] = set()
         self._users = 0
         self._idle = threading.Condition()
         self._layers: Dict[str, Tuple[Any, ...]] = {}
@@ -326,11 +334,40 @@ class Worker:
         with self.handle() as handle:
             lib.syncbn_worker_interrupt(handle)
 
-    def leave(self, reason: str = "finished") -> None:
-        """Says goodbye: this worker is not waited for any more. Then closes."""
+    def settle(self, timeout: Optional[float] = None) -> bool:
+        """Whether every stream-ordered pass has its outcome within `timeout` seconds (None: until they all have).
+
+        Raises the first failure among them that no call has raised yet. Does not wait for the CUDA streams. Before an
+        optimizer's step, it keeps the NaN of a failed pass out of the parameters, at the price of the run ahead.
+        """
+        with self.handle() as handle:
+            return wait(lib.syncbn_worker_settle, handle, timeout)
+
+    def explain_host_driven(self, device_index: int) -> None:
+        """Warns, once, if passes on this CUDA device cannot be stream-ordered."""
+        if device_index in self._explained:
+            return
+        self._explained.add(device_index)
         try:
+            call(lib.syncbn_stream_order_check, device_index)
+        except errors.Error as error:
+            warnings.warn(f"{error.message}; the host drives them", RuntimeWarning, stacklevel=2)
+
+    def leave(self, reason: str = "finished") -> None:
+        """Says goodbye, after the last stream-ordered pass: this worker is not waited for any more. Then closes.
+
+        Raises, having left, a failure of these passes that no call has raised yet.
+        """
+        try:
+            failure = None
+            try:
+                self.settle()  # In slices, as leaving itself would not be.
+            except errors.Error as error:
+                failure = error
             with self.handle() as handle:
                 call(lib.syncbn_worker_leave, handle, text(reason))
+            if failure is not None:
+                raise failure
         finally:
             self.close()
 

@@ -28,7 +28,7 @@
     }                                                                        \
   } while (0)
 
-enum { kInvalidArgument = 3, kDeadlineExceeded = 4, kFailedPrecondition = 9, kCancelled = 1 };
+enum { kInvalidArgument = 3, kDeadlineExceeded = 4, kFailedPrecondition = 9, kUnimplemented = 12, kCancelled = 1 };
 
 static const char* g_target;
 
@@ -291,6 +291,7 @@ static void TestNullHandles(void) {
   ExpectError(syncbn_round_start_sum(NULL, "a", 0, &value, 1, &round, &error), kInvalidArgument, &error, "worker");
   ExpectError(syncbn_round_wait(NULL, 0, &error), kInvalidArgument, &error, "round is NULL");
   ExpectError(syncbn_forward_wait(NULL, 0, &error), kInvalidArgument, &error, "forward is NULL");
+  ExpectError(syncbn_worker_settle(NULL, 0, &error), kInvalidArgument, &error, "worker is NULL");
   ExpectError(syncbn_forward_finish(NULL, NULL, NULL, &error), kInvalidArgument, &error, "forward is NULL");
   ExpectError(syncbn_backward_start(NULL, NULL, NULL, NULL, &error), kInvalidArgument, &error, "forward is NULL");
   ExpectError(syncbn_backward_wait(NULL, 0, &error), kInvalidArgument, &error, "backward is NULL");
@@ -340,6 +341,31 @@ static void TestEvaluation(void) {
   CHECK(dx[0] == 0 && dx[1] == 0 && dx[2] == 2 && d_weight[0] == 4);
 }
 
+/* Without a GPU there is no stream-ordered pass; what asks for one, or after one, works all the same. */
+static void TestStreamOrder(void) {
+  syncbn_worker* worker = Join("stream_order", 0, 1, 0);
+  Declare(worker, "bn", 1);
+  float data[3] = {1, 2, 6};
+  syncbn_tensor x = {data, 3, 1, 1, SYNCBN_FLOAT32, SYNCBN_CHANNELS_LAST, SYNCBN_DEVICE_CPU, 0};
+  syncbn_pass_options options = SYNCBN_PASS_OPTIONS_INIT;
+  options.stream_ordered = 1;
+  syncbn_forward* forward = NULL;
+  CHECK_OK(syncbn_forward_start(worker, "bn", &x, &options, &forward, &error));
+  CHECK(!syncbn_forward_stream_ordered(forward));
+  CHECK_OK(syncbn_forward_wait(forward, -1, &error));
+  CHECK(syncbn_forward_count(forward) == 3);
+  syncbn_forward_destroy(forward);
+  CHECK_OK(syncbn_worker_settle(worker, -1, &error));
+  CHECK_OK(syncbn_worker_settle(worker, 0, &error));
+  syncbn_error* error = NULL;
+  const syncbn_code code = syncbn_stream_order_check(1000, &error); /* No machine has that many. */
+  CHECK(code == kFailedPrecondition || code == kUnimplemented);
+  CHECK(syncbn_error_message(error)[0] != 0);
+  syncbn_error_destroy(error);
+  CHECK_OK(syncbn_worker_leave(worker, "done", &error));
+  syncbn_worker_destroy(worker);
+}
+
 int main(void) {
   CHECK(syncbn_api_version() == ((SYNCBN_API_VERSION_MAJOR << 16) | SYNCBN_API_VERSION_MINOR));
   CHECK(strcmp(syncbn_version(), "0.1.0") == 0 && strstr(syncbn_build_info(), "cpu=") != NULL);
@@ -353,8 +379,9 @@ int main(void) {
   TestNullHandles();
   TestPassThatOutlivesItsWorker();
   TestEvaluation();
+  TestStreamOrder();
   syncbn_master_shutdown(master, 1000000000);
   syncbn_master_destroy(master);
-  puts("7 passed, 0 failed");
+  puts("8 passed, 0 failed");
   return 0;
 }

@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <string>
@@ -301,6 +302,45 @@ TEST_F(WorkerTest, AChildProcessIsToldToJoinForItself) {
   ASSERT_EQ(waitpid(child, &status, 0), child);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
   EXPECT_TRUE(round->Wait().ok());  // The parent's connection is as it was.
+}
+
+// A caller that polls comes to the result without ever waiting.
+TEST_F(WorkerTest, PollingDrivesTheConnection) {
+  auto worker = JoinOrDie(WorkerOptions(target(), 0, 1));
+  auto round = worker->StartSum("v", 0, std::vector<double>{1.0});
+  ASSERT_TRUE(round.ok());
+  EXPECT_FALSE(round->HasOutcome());
+  absl::Status status = round->Wait(absl::ZeroDuration());
+  while (IsPending(status)) status = round->Wait(absl::ZeroDuration());
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_TRUE(round->HasOutcome());
+}
+
+TEST_F(WorkerTest, WaitForAnyEndsWithAnOutcomeOrAWake) {
+  const auto workers = JoinAll(target(), 2);
+  auto lonely = workers[0]->StartSum("lonely", 0, std::vector<double>{1.0});
+  auto common = workers[0]->StartSum("common", 0, std::vector<double>{1.0});
+  ASSERT_TRUE(lonely.ok() && common.ok());
+  const std::vector<Round> rounds = {*lonely, *common};
+  const auto never = [] { return false; };
+  workers[0]->WaitForAny(rounds, never, absl::ZeroDuration());
+  EXPECT_FALSE(lonely->HasOutcome() || common->HasOutcome());
+  std::thread peer([&] { EXPECT_TRUE(Sum(*workers[1], "common", {2.0}).ok()); });
+  workers[0]->WaitForAny(rounds, never, absl::InfiniteDuration());
+  EXPECT_TRUE(common->HasOutcome());
+  peer.join();
+  std::atomic<bool> woken{false};
+  std::thread waker([&] {
+    woken = true;
+    workers[0]->Wake();
+  });
+  workers[0]->WaitForAny(
+      {*lonely}, [&] { return woken.load(); }, absl::InfiniteDuration());
+  waker.join();
+  EXPECT_FALSE(lonely->HasOutcome());
+  workers[0]->Close();
+  workers[0]->WaitForAny({*lonely}, never, absl::InfiniteDuration());
+  EXPECT_TRUE(lonely->HasOutcome());
 }
 
 TEST(WorkerOfLongVectorsTest, DoesNotSendFasterThanItReads) {

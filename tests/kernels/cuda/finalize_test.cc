@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tests/kernels/cuda/cases.h"
+#include "tests/kernels/cuda/host_kernels.h"
 
 namespace syncbn::testing {
 namespace {
@@ -21,6 +22,7 @@ using kernels::cuda::FinalizeEvaluationArguments;
 using kernels::cuda::FinalizeEvaluationChannel;
 using kernels::cuda::FinalizeForwardArguments;
 using kernels::cuda::FinalizeForwardChannel;
+using kernels::cuda::RoundWords;
 using Doubles = std::vector<double>;
 
 constexpr int64_t kChannels = 9;
@@ -170,6 +172,144 @@ TEST(Finalize, BackwardThroughConstantStatistics) {
     EXPECT_EQ(mean_dy[c], 0.0);
     EXPECT_EQ(projection[c], 0.0);
     EXPECT_NEAR(weight_gradient.Get(c), local_xmu[c] * invstd, 1e-6);
+  }
+}
+
+// The arguments of a forward pass over some statistics, with memory for what it writes.
+struct Forward {
+  Statistics input;
+  Tensor running_mean = input.Parameter(DataType::kFloat32, 5), running_var = input.Parameter(DataType::kFloat32, 6);
+  Doubles mean = Doubles(kChannels), scale = Doubles(kChannels), shift = Doubles(kChannels);
+
+  FinalizeForwardArguments Arguments() {
+    FinalizeForwardArguments arguments;
+    arguments.channels = kChannels;
+    arguments.mean = input.mean.data();
+    arguments.m2 = input.m2.data();
+    arguments.eps = kEps;
+    arguments.out_mean = mean.data();
+    arguments.out_scale = scale.data();
+    arguments.out_shift = shift.data();
+    arguments.running_mean = {running_mean.data(), DataType::kFloat32};
+    arguments.running_var = {running_var.data(), DataType::kFloat32};
+    return arguments;
+  }
+  void Run(const FinalizeForwardArguments& arguments) {
+    for (int64_t c = 0; c < kChannels; ++c) FinalizeForwardChannel(arguments, c);
+  }
+};
+
+// The words of a round that completed late stand for the count, and whatever the argument holds is not read.
+TEST(Finalize, ForwardTakesTheCountOfALateRound) {
+  for (const int64_t count : {0, 1, 100}) {
+    Forward known, late;
+    FinalizeForwardArguments arguments = known.Arguments();
+    arguments.count = count;
+    known.Run(arguments);
+    const RoundWords words = {count, 7};
+    arguments = late.Arguments();
+    arguments.count = -5;
+    arguments.late = {&words, 7};
+    late.Run(arguments);
+    EXPECT_EQ(late.mean, known.mean);
+    EXPECT_EQ(late.scale, known.scale);
+    EXPECT_EQ(late.shift, known.shift);
+    for (int64_t c = 0; c < kChannels; ++c) {
+      EXPECT_EQ(late.running_mean.Get(c), known.running_mean.Get(c));
+      EXPECT_EQ(late.running_var.Get(c), known.running_var.Get(c));
+    }
+  }
+}
+
+// The words of an earlier epoch, and of a later one: this round is not the one that completed.
+TEST(Finalize, ForwardOfALateRoundThatFailed) {
+  for (const uint32_t completed : {0u, 6u, 8u, UINT32_MAX}) {
+    Forward forward;
+    const Tensor mean_before = forward.running_mean, var_before = forward.running_var;
+    const RoundWords words = {100, completed};
+    FinalizeForwardArguments arguments = forward.Arguments();
+    arguments.late = {&words, 7};
+    forward.Run(arguments);
+    for (int64_t c = 0; c < kChannels; ++c) {
+      EXPECT_TRUE(std::isnan(forward.mean[c]) && std::isnan(forward.scale[c]) && std::isnan(forward.shift[c]));
+      EXPECT_EQ(forward.running_mean.Get(c), mean_before.Get(c));
+      EXPECT_EQ(forward.running_var.Get(c), var_before.Get(c));
+    }
+  }
+}
+
+TEST(Finalize, BackwardOfLateRounds) {
+  const Statistics input;
+  const Doubles sum_dy = RandomVector(kChannels, 7, 1.0, 2.0), sum_dy_xmu = RandomVector(kChannels, 8, 1.0, 2.0);
+  const auto run = [&](const kernels::cuda::LateRound& forward, const kernels::cuda::LateRound& backward, DataType type,
+                       bool rounds) {
+    Doubles scale(kChannels, 5), mean_dy(kChannels, 5), projection(kChannels, 5);
+    Tensor weight_gradient(type, kChannels), bias_gradient(type, kChannels);
+    FinalizeBackwardArguments arguments;
+    arguments.channels = kChannels;
+    arguments.count = forward.words == nullptr ? 100 : -5;
+    arguments.mean = input.mean.data();
+    arguments.m2 = input.m2.data();
+    if (rounds) {
+      arguments.sum_dy = sum_dy.data();
+      arguments.sum_dy_xmu = sum_dy_xmu.data();
+    }
+    arguments.eps = kEps;
+    arguments.out_scale = scale.data();
+    arguments.out_mean_dy = mean_dy.data();
+    arguments.out_projection = projection.data();
+    arguments.local_sum_dy = sum_dy.data();
+    arguments.local_sum_dy_xmu = sum_dy_xmu.data();
+    arguments.weight_gradient = {weight_gradient.data(), type};
+    arguments.bias_gradient = {bias_gradient.data(), type};
+    arguments.late_forward = forward;
+    arguments.late_backward = backward;
+    for (int64_t c = 0; c < kChannels; ++c) FinalizeBackwardChannel(arguments, c);
+    Doubles all = scale;
+    all.insert(all.end(), mean_dy.begin(), mean_dy.end());
+    all.insert(all.end(), projection.begin(), projection.end());
+    for (int64_t c = 0; c < kChannels; ++c) {
+      all.push_back(weight_gradient.Get(c));
+      all.push_back(bias_gradient.Get(c));
+    }
+    return all;
+  };
+  const RoundWords forward = {100, 3}, backward = {0, 9};
+  for (const DataType type : kTypes) {
+    for (const bool rounds : {true, false}) {
+      const Doubles known = run({}, {}, type, rounds);
+      EXPECT_EQ(run({&forward, 3}, {&backward, 9}, type, rounds), known);
+      EXPECT_EQ(run({&forward, 3}, {}, type, rounds), known);
+      EXPECT_EQ(run({}, {&backward, 9}, type, rounds), known);
+      for (const Doubles& failed :
+           {run({&forward, 4}, {&backward, 9}, type, rounds), run({&forward, 3}, {&backward, 10}, type, rounds),
+            run({&forward, 4}, {}, type, rounds)}) {
+        for (const double value : failed) EXPECT_TRUE(std::isnan(value)) << value;
+      }
+    }
+  }
+}
+
+// What NaN coefficients do to a tensor: no element of y or dx survives, whatever ReLU and the gate say.
+TEST(Finalize, FailureReachesEveryElement) {
+  const kernels::TensorShape shape = {2, kChannels, 5, DataType::kFloat32, kernels::Layout::kChannelsFirst};
+  const Doubles nan(kChannels, std::nan(""));
+  Tensor x(DataType::kFloat32, shape.size()), dy(DataType::kFloat32, shape.size());
+  for (int64_t i = 0; i < shape.size(); ++i) {
+    x.Set(i, Normal(1, i));
+    dy.Set(i, Normal(2, i));
+  }
+  for (const bool relu : {false, true}) {
+    Tensor y(DataType::kFloat32, shape.size()), dx(DataType::kFloat32, shape.size());
+    kernels::Epilogue epilogue;
+    epilogue.relu = relu;
+    const kernels::ForwardCoefficients forward = {nan.data(), nan.data(), nan.data()};
+    HostElemt(HostRun(), shape, x.data(), forward, epilogue, y.data());
+    kernels::ReluGate gate;
+    if (relu) gate.forward = forward;
+    HostBackwardElemt(HostRun(), shape, dy.data(), x.data(), {nan.data(), nan.data(), nan.data(), nan.data()}, gate,
+                      dx.data(), nullptr);
+    for (int64_t i = 0; i < shape.size(); ++i) EXPECT_TRUE(std::isnan(y.Get(i)) && std::isnan(dx.Get(i))) << i;
   }
 }
 

@@ -29,6 +29,8 @@ class SyncBatchNorm(_BatchNorm):
       eps_mode: "add": invstd = 1/sqrt(var + eps). "clamp": 1/sqrt(max(var, eps)) in training; evaluation adds.
       layer: its name at the master, the same at every worker. Default: numbered in the order of first use.
 
+    On CUDA tensors, a worker made with `stream_ordered=True` lets the calling thread run ahead of the rounds.
+
     Training needs a worker, and every worker of the group has to run the layer: a batch may be empty. Evaluation is
     local. A global batch of a single value for each channel raises ValueError at every worker, as in
     torch.nn.BatchNorm. A global batch without any value changes no state.
@@ -130,13 +132,14 @@ class SyncBatchNorm(_BatchNorm):
         if forward_pass is None:
             forward_pass = self._run_round(x, checkpoint.gradient_follows)
         checkpoint.record(self, forward_pass)
-        count = forward_pass.count
+        # Of a stream-ordered pass it is not known yet, only that it is at least 2: smaller batches are host-driven.
+        count = None if forward_pass.stream_ordered else forward_pass.count
         if count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} "
                 "and nothing from the other workers"
             )
-        update = first_time and self.track_running_stats and self.running_mean is not None and count > 0
+        update = first_time and self.track_running_stats and self.running_mean is not None and count != 0
         return _functions.Normalize.apply(
             x,
             self.weight,
@@ -164,7 +167,8 @@ class SyncBatchNorm(_BatchNorm):
                 eps=self.eps,
                 clamp=self.eps_mode == "clamp",
             )
-            forward_pass.wait()
+            if not forward_pass.stream_ordered:
+                forward_pass.wait()
         return forward_pass
 
     def _declare(self, worker: Worker) -> str:

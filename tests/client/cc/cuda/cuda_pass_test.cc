@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <cmath>
 #include <memory>
 #include <string>
 #include <thread>
@@ -16,13 +15,10 @@
 #include "client/cc/worker.h"
 #include "server/stats_server.h"
 #include "tests/client/cc/cuda/fake_device_runtime.h"
+#include "tests/client/cc/cuda/layer_step.h"
 
 namespace syncbn::testing {
 namespace {
-
-constexpr int64_t kChannels = 3;
-constexpr double kEps = 0.25;
-using Doubles = std::vector<double>;
 
 // Never destroyed: what the library keeps for its streams outlives a test.
 FakeDeviceRuntime& Gpu() {
@@ -64,83 +60,6 @@ class CudaPassTest : public ::testing::Test {
 
   std::unique_ptr<MasterServer> master_;
 };
-
-// Rows of kChannels values.
-Doubles Values(int64_t rows, int seed) {
-  Doubles values;
-  for (int64_t i = 0; i < rows * kChannels; ++i) values.push_back(std::sin(1.0 + i * 1.7 + seed) * (2 + i % 3) + i % 5);
-  return values;
-}
-
-TensorView View(Doubles& values, Device device, int index = 0) {
-  TensorView view;
-  view.data = values.data();
-  view.shape = {static_cast<int64_t>(values.size()) / kChannels, kChannels, 1, kernels::DataType::kFloat64,
-                kernels::Layout::kChannelsFirst};
-  view.device = device;
-  view.device_index = index;
-  return view;
-}
-
-VectorView Vector(Doubles& values) { return {values.data(), kernels::DataType::kFloat64}; }
-
-// One worker's step through a layer, on either device, and what it leaves.
-struct Step {
-  Doubles x, dy, y, dx, weight = {0.5, 2.0, -1.0}, bias = {0.1, -0.2, 0.3};
-  Doubles running_mean = Doubles(kChannels, 0.0), running_var = Doubles(kChannels, 1.0);
-  Doubles d_weight = Doubles(kChannels), d_bias = Doubles(kChannels);
-  Device device = Device::kCpu;
-  int index = 0;
-  Stream stream = nullptr;
-  bool relu = true;
-
-  Step(int64_t rows, int seed, Device where)
-      : x(Values(rows, seed)), dy(Values(rows, seed + 50)), y(x.size()), dx(x.size()), device(where) {}
-
-  PassOptions Options() const {
-    PassOptions options;
-    options.stream = stream;
-    return options;
-  }
-  ForwardOutputs Outputs() {
-    ForwardOutputs outputs;
-    outputs.weight = Vector(weight);
-    outputs.bias = Vector(bias);
-    outputs.running_mean = Vector(running_mean);
-    outputs.running_var = Vector(running_var);
-    outputs.relu = relu;
-    outputs.y = View(y, device, index);
-    return outputs;
-  }
-  BackwardInputs Inputs() {
-    BackwardInputs inputs;
-    inputs.dy = View(dy, device, index);
-    inputs.x = x.data();
-    inputs.weight = Vector(weight);
-    inputs.bias = Vector(bias);
-    inputs.relu = relu;
-    return inputs;
-  }
-  absl::Status Run(Worker& worker, const std::string& layer) {
-    auto forward = ForwardPass::Start(worker, layer, View(x, device, index), Options());
-    if (!forward.ok()) return forward.status();
-    if (absl::Status status = forward->Wait(); !status.ok()) return status;
-    if (absl::Status status = forward->Finish(View(x, device, index), Outputs()); !status.ok()) return status;
-    auto backward = BackwardPass::Start(worker, forward->statistics(), Inputs(), Options());
-    if (!backward.ok()) return backward.status();
-    if (absl::Status status = backward->Wait(); !status.ok()) return status;
-    BackwardOutputs outputs;
-    outputs.dx = dx.data();
-    outputs.d_weight = Vector(d_weight);
-    outputs.d_bias = Vector(d_bias);
-    return backward->Finish(Inputs(), outputs);
-  }
-};
-
-void ExpectNear(const Doubles& a, const Doubles& b, const char* what) {
-  ASSERT_EQ(a.size(), b.size());
-  for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-11 * (1 + std::fabs(b[i]))) << what << " " << i;
-}
 
 // The same two batches, once with both workers on the CPU and once with one or both on GPUs.
 TEST_F(CudaPassTest, MixedGroupAgreesWithCpuWorkers) {
