@@ -63,8 +63,7 @@ uint8_t* WriteVector(int field, absl::Span<const double> vector, uint8_t* to) {
 
 grpc::Slice Encode(const OutgoingContribution& contribution) {
   const PayloadFields fields = FieldsOf(contribution.key.phase());
-  const size_t count_bytes =
-      contribution.count == 0 ? 0 : kTagBytes + WireFormatLite::Int64Size(contribution.count);
+  const size_t count_bytes = contribution.count == 0 ? 0 : kTagBytes + WireFormatLite::Int64Size(contribution.count);
   const size_t role_bytes =
       contribution.backward_role == 0 ? 0 : kTagBytes + WireFormatLite::EnumSize(contribution.backward_role);
   const size_t key_bytes = contribution.key.ByteSizeLong();

@@ -15,7 +15,7 @@ namespace syncbn {
 // the vector, and nothing. They point into the caller's memory.
 struct OutgoingContribution {
   v1::RoundKey key;
-  int64_t count = 0;                                                      // Forward only.
+  int64_t count = 0;                                               // Forward only.
   v1::BackwardRole backward_role = v1::BACKWARD_ROLE_UNSPECIFIED;  // Forward only.
   absl::Span<const double> first;
   absl::Span<const double> second;
