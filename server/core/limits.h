@@ -33,7 +33,7 @@ struct Limits {
   // this many sequences behind the layer's newest ...
   uint64_t retained_rounds = 128;
   // ... but the vectors of outcomes are forgotten, oldest first, where those of a group exceed this many bytes.
-  size_t max_retained_bytes = size_t{8} << 20;
+  size_t max_retained_bytes = size_t{4} << 20;
 
   // Bounds of what a group may declare.
   absl::Duration min_round_timeout = absl::Milliseconds(10);
