@@ -45,6 +45,9 @@ constexpr absl::Duration kFlushTimeout = absl::Milliseconds(100);
 // What a leave may take to be acknowledged.
 constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
 
+// A frame of few channels needs nothing from the heap.
+constexpr size_t kArenaBlockBytes = 4096;
+
 grpc::Slice Encode(const v1::WorkerFrame& frame) {
   const grpc::Slice slice(grpc_slice_malloc(frame.ByteSizeLong()), grpc::Slice::STEAL_REF);
   frame.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
@@ -213,7 +216,8 @@ void WorkerImpl::OnStreamEnded() {
 }
 
 void WorkerImpl::OnFrame() {
-  google::protobuf::Arena arena;
+  alignas(8) char block[kArenaBlockBytes];
+  google::protobuf::Arena arena(block, sizeof(block));
   auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
   if (!grpc::SerializationTraits<v1::MasterFrame>::Deserialize(connection_->incoming(), frame).ok()) {
     End(absl::InternalError("the master sent a frame that is not a syncbn.v1.MasterFrame"));

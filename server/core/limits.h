@@ -36,7 +36,7 @@ struct Limits {
   uint64_t retained_rounds = 128;
   // ... but outcomes (vectors, errors, missing ranks) are forgotten, oldest first, where those of a group exceed this
   // many bytes.
-  size_t max_retained_bytes = size_t{8} << 20;
+  size_t max_retained_bytes = size_t{4} << 20;
 
   // Bounds of what a group may declare.
   absl::Duration min_round_timeout = absl::Milliseconds(10);

@@ -35,6 +35,9 @@ constexpr absl::Duration kCongestionTimeout = absl::Seconds(5);
 // What a closed stream's last frames and status may take to be read.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
 
+// A frame of few channels needs nothing from the heap.
+constexpr size_t kArenaBlockBytes = 4096;
+
 grpc::ByteBuffer Serialize(const v1::MasterFrame& frame) {
   const size_t bytes = frame.ByteSizeLong();
   const grpc::Slice slice(grpc_slice_malloc(bytes), grpc::Slice::STEAL_REF);
@@ -94,7 +97,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   }
 
   void OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) override {
-    google::protobuf::Arena arena;
+    alignas(8) char block[kArenaBlockBytes];
+    google::protobuf::Arena arena(block, sizeof(block));
     auto* const frame = google::protobuf::Arena::CreateMessage<v1::WorkerFrame>(&arena);
     core::FrameReceived event;
     event.stream = stream->id();
@@ -242,7 +246,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   }
 
   void Apply(const core::SendResults& results) {
-    google::protobuf::Arena arena;
+    alignas(8) char block[kArenaBlockBytes];
+    google::protobuf::Arena arena(block, sizeof(block));
     auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
     std::vector<size_t> answered;
     for (const auto& outcome : results.outcomes) {
