@@ -23,7 +23,8 @@ namespace {
 constexpr uint32_t kProtocolVersion = 1;
 // Elements of a summed vector in one contribution: what masters accept by default.
 constexpr size_t kPieceElements = size_t{1} << 20;
-// How many of them may be unanswered at a time: 32 MiB. Masters keep 64 MiB for a worker to read by default.
+// How many of them may be unanswered at a time: 32 MiB. By default masters keep 64 MiB for a worker to read, and the
+// newest 4 results, however large, for one that has to ask again.
 constexpr size_t kPiecesUnderWay = 4;
 constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
 // The same before this worker's first round has completed: until then nothing tells a worker of one thread from one

@@ -62,7 +62,7 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const
       limits_(limits),
       members_(join.world_size),
       linger_until_(now + limits.group_linger),
-      budget_(limits.max_retained_bytes) {}
+      budget_(limits.max_retained_bytes, std::max<size_t>(limits.min_retained_outcomes, 1)) {}
 
 // ---- Joining --------------------------------------------------------------------------------------------------------
 

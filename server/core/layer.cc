@@ -68,8 +68,7 @@ const Contributor* EndedRound::Find(Rank rank) const {
 OutcomeBudget::Handle OutcomeBudget::Retain(EndedRound* round, size_t bytes) {
   remembered_.push_back({round, bytes, false});
   bytes_ += bytes;
-  // The newest is never forgotten at once: whoever is about to be told must find it.
-  while (bytes_ > max_bytes_ && remembered_.size() > 1) {
+  while (bytes_ > max_bytes_ && remembered_.size() > min_outcomes_) {
     Entry& oldest = remembered_.front();
     oldest.round->outcome.reset();
     oldest.forgotten = true;

@@ -66,7 +66,8 @@ class OutcomeBudget {
   };
   using Handle = std::list<Entry>::iterator;
 
-  explicit OutcomeBudget(size_t max_bytes) : max_bytes_(max_bytes) {}
+  // The newest `min_outcomes` are not forgotten, whatever their size.
+  OutcomeBudget(size_t max_bytes, size_t min_outcomes) : max_bytes_(max_bytes), min_outcomes_(min_outcomes) {}
 
   // `round` must stay where it is until it is released.
   Handle Retain(EndedRound* round, size_t bytes);
@@ -74,6 +75,7 @@ class OutcomeBudget {
 
  private:
   const size_t max_bytes_;
+  const size_t min_outcomes_;
   size_t bytes_ = 0;
   std::list<Entry> remembered_;  // Oldest first.
   std::list<Entry> forgotten_;

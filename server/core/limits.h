@@ -37,6 +37,9 @@ struct Limits {
   // ... but outcomes (vectors, errors, missing ranks) are forgotten, oldest first, where those of a group exceed this
   // many bytes.
   size_t max_retained_bytes = size_t{4} << 20;
+  // The newest are kept whatever their size: as many as a client has pieces of a long vector under way, all of which it
+  // may ask for again after a reconnect.
+  size_t min_retained_outcomes = 4;
 
   // Bounds of what a group may declare.
   absl::Duration min_round_timeout = absl::Milliseconds(10);

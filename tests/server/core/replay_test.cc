@@ -214,13 +214,16 @@ TEST_F(SmallMemoryTest, ErrorsCountTowardsIt) {
   EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", 9))), kNotFinite);
 }
 
-TEST_F(SmallMemoryTest, TheNewestIsKeptWhateverItsSize) {
+TEST_F(SmallMemoryTest, TheNewestFourAreKeptWhateverTheirSize) {
   workers_.push_back(engine_.Join(0, 1, {BatchNormLayer("wide", 100)}));
   const Numbers wide{1, std::vector<double>(100, 1.0), std::vector<double>(100, 0.0)};
-  engine_.Contribute(workers_[0], Forward("wide", 0), wide);
-  engine_.Contribute(workers_[0], Forward("wide", 0), wide);
-  EXPECT_EQ(engine_.Outcomes(workers_[0], Forward("wide", 0)).size(), 2u);
-  EXPECT_EQ(ReasonOf(*engine_.log(workers_[0]).outcomes.back()), "");
+  for (uint64_t sequence = 0; sequence < 5; ++sequence) {
+    engine_.Contribute(workers_[0], Forward("wide", sequence), wide);
+  }
+  for (uint64_t sequence = 0; sequence < 5; ++sequence) {
+    engine_.Contribute(workers_[0], Forward("wide", sequence), wide);
+    EXPECT_EQ(ReasonOf(*engine_.log(workers_[0]).outcomes.back()), sequence == 0 ? kRoundExpired : "") << sequence;
+  }
 }
 
 TEST_F(ReplayTest, InFlightOtherNumbersAreRefusedBeforeTheyAreChecked) {
