@@ -66,6 +66,7 @@ TEST(WorkerStreamTest, AMalformedFrameOfAMemberLosesItToTheOthers) {
   *join.add_layers() = SumLayer("v", 1);
   *join.add_contributions() = SumFrame("v", 0, {1.0}).contributions(0);
   ASSERT_TRUE(good.Write(join));
+  ASSERT_TRUE(good.Read().has_value());  // It is a member before the other one goes, who would else leave no group.
   ASSERT_TRUE(bad.Write(JoinFrame("g", 1, 2)));
   ASSERT_TRUE(bad.Read().has_value());
   ASSERT_TRUE(bad.WriteBytes("\xff"));
