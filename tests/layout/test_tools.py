@@ -1,0 +1,74 @@
+"""What the scripts in tools/ and .bazelrc promise about this tree and this machine."""
+
+import os
+import pathlib
+import re
+import stat
+import subprocess
+from typing import Dict, List
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# What can fetch something. Stand-ins for them come first on the path, and note that they were called.
+FETCHERS = ["apt-get", "curl", "go", "pip", "pip3", "sudo", "wget"]
+
+
+def stand_ins(folder: pathlib.Path, calls: pathlib.Path) -> None:
+    """Programs that note their names and fail; Python, which installs with -m pip, among them."""
+    folder.mkdir()
+    for name in [*FETCHERS, "python3"]:
+        program = folder / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >>"{calls}"\nexit 1\n')
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.parametrize("script", ["install_deps", "install_cuda"])
+def test_a_check_installs_nothing(tmp_path: pathlib.Path, script: str) -> None:
+    folder, calls, deps = tmp_path / "bin", tmp_path / "calls", tmp_path / "deps"
+    stand_ins(folder, calls)
+    environment = dict(os.environ, SYNCBN_DEPS=str(deps), PATH=f"{folder}:/usr/bin:/bin", HOME=str(tmp_path / "home"))
+    environment["SYNCBN_PYTHON"] = str(folder / "python3")
+    # A compiler of the machine's own would be enough.
+    for name in ("CUDA_HOME", "CUDA_PATH", "SYNCBN_CUDA"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [ROOT / "tools" / script, "--check"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert not calls.exists(), calls.read_text()
+    assert not deps.exists()
+    if script == "install_deps" or not pathlib.Path("/usr/local/cuda/bin/nvcc").exists():
+        assert done.returncode == 1, done.stdout + done.stderr
+    if script == "install_deps":
+        assert "google.rpc's protos" in done.stderr
+
+
+def test_a_word_that_install_cuda_does_not_know_installs_nothing(tmp_path: pathlib.Path) -> None:
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    stand_ins(folder, calls)
+    environment = dict(os.environ, SYNCBN_DEPS=str(tmp_path / "deps"), PATH=f"{folder}:/usr/bin:/bin")
+    done = subprocess.run(
+        [ROOT / "tools/install_cuda", "--chek"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "usage" in done.stderr
+    assert not calls.exists()
+
+
+def configurations() -> Dict[str, List[str]]:
+    """The build options of each configuration in .bazelrc."""
+    found: Dict[str, List[str]] = {}
+    for name, options in re.findall(r"^build:(\w+) (.*)$", (ROOT / ".bazelrc").read_text(), re.MULTILINE):
+        found.setdefault(name, []).extend(options.split())
+    return found
+
+
+def test_configurations_that_compile_otherwise_have_folders_of_their_own() -> None:
+    """Else each overwrites what the others built, and tools/python loads what was built last."""
+    suffixes = []
+    for name, options in configurations().items():
+        if not any(option.startswith(("--copt", "--cxxopt", "--linkopt")) for option in options):
+            continue
+        suffixes.append([option for option in options if option.startswith("--platform_suffix=")])
+        assert len(suffixes[-1]) == 1, name
+        assert "--experimental_convenience_symlinks=ignore" in options, name
+    assert len({suffix for (suffix,) in suffixes}) == len(suffixes) >= 2
