@@ -21,13 +21,14 @@ CONCURRENCY = r"(thread|mutex|condition_variable|atomic|chrono|future|pthread\.h
 RULES = [
     ("kernels", r"kernels/", rf"{GRPC}|{ABSL}"),
     ("server/core", r"server/core/|kernels/(moments|coefficients)\.h$", rf"{GRPC}|{CONCURRENCY}"),
-    ("server/rpc", r"server/(core|rpc)/|syncbn/v1/", r"$^"),
-    ("server", r"server/", r"$^"),
-    ("client/cc", r"client/cc/|kernels/|syncbn/v1/", r"$^"),
-    ("client/c", r"client/(cc|c)/|kernels/|server/stats_server\.h$", r"$^"),
+    ("plumbing", r"plumbing/", r"$^"),
+    ("server/rpc", r"server/(core|rpc)/|plumbing/|syncbn/v1/", r"$^"),
+    ("server", r"server/|plumbing/", r"$^"),
+    ("client/cc", r"client/cc/|kernels/|plumbing/|syncbn/v1/", r"$^"),
+    ("client/c", r"client/(cc|c)/|kernels/|plumbing/|server/stats_server\.h$", r"$^"),
     ("client/examples", r"client/(cc|c)/|kernels/", r"$^"),
 ]
-OURS = re.compile(r"(kernels|server|client|tests|syncbn)/")
+OURS = re.compile(r"(kernels|plumbing|server|client|tests|syncbn)/")
 
 
 def violations(path: str, text: str) -> List[str]:
@@ -47,7 +48,7 @@ def violations(path: str, text: str) -> List[str]:
 
 
 def test_sources() -> None:
-    folders = [ROOT / folder for folder in ("kernels", "server", "client")]
+    folders = [ROOT / folder for folder in ("kernels", "plumbing", "server", "client")]
     paths = [path for folder in folders for path in folder.rglob("*") if path.suffix in SOURCES]
     assert len(paths) > 30, "the sources are not where this test looks for them"
     assert [v for path in paths for v in violations(path.relative_to(ROOT).as_posix(), path.read_text())] == []
@@ -62,6 +63,7 @@ def test_sources() -> None:
         ("server/core/a.cc", '#include "syncbn/v1/statistics.pb.h"'),
         ("server/core/a.cc", '#include "kernels/batch_norm.h"'),
         ("client/cc/a.h", '#include "server/core/types.h"'),
+        ("plumbing/a.h", '#include "client/cc/worker.h"'),
         ("client/c/syncbn.h", "#include <string.h>"),
     ],
 )
