@@ -1,0 +1,125 @@
+#include "plumbing/log.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "grpc/support/log.h"
+
+namespace syncbn {
+namespace {
+
+// How many sinks this thread is within.
+thread_local int t_depth = 0;
+
+struct Sink {
+  LogSink function;
+  int callers = 0;  // Calls that have not returned.
+};
+
+struct State {
+  std::mutex mutex;
+  std::condition_variable left;  // A thread has left a sink.
+  std::shared_ptr<Sink> sink;
+};
+
+State& TheState();
+
+void LockForFork() { TheState().mutex.lock(); }
+void UnlockInParent() { TheState().mutex.unlock(); }
+
+// Of the threads within the sink, only the one that forked is in the child.
+void UnlockInChild() {
+  State& state = TheState();
+  if (state.sink != nullptr) state.sink->callers = t_depth;
+  new (&state.left) std::condition_variable();
+  state.mutex.unlock();
+}
+
+// Never destroyed: threads log until the process has ended.
+State& TheState() {
+  static State* const state = new State();
+  static const int registered = pthread_atfork(LockForFork, UnlockInParent, UnlockInChild);
+  (void)registered;
+  return *state;
+}
+
+const char* NameOf(LogLevel level) {
+  switch (level) {
+    case LogLevel::kDebug:
+      return "debug";
+    case LogLevel::kInfo:
+      return "info";
+    case LogLevel::kWarning:
+      return "warning";
+    case LogLevel::kError:
+      return "error";
+  }
+  return "log";
+}
+
+// One write for one line, so that lines of several threads do not mix.
+void WriteToStderr(LogLevel level, absl::string_view line) {
+  if (level < LogLevel::kWarning) return;
+  const std::string text = absl::StrCat("syncbn: ", NameOf(level), ": ", line, "\n");
+  const ssize_t written = write(STDERR_FILENO, text.data(), text.size());
+  (void)written;  // There is nobody to tell.
+}
+
+std::string Printable(absl::string_view line) {
+  std::string text(line);
+  for (char& c : text) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+  }
+  return text;
+}
+
+void FromGrpc(gpr_log_func_args* arguments) { Log(LogLevel::kDebug, absl::StrCat("gRPC: ", arguments->message)); }
+
+}  // namespace
+
+void SetLogSink(LogSink function) {
+  RouteGrpcLog();
+  State& state = TheState();
+  std::shared_ptr<Sink> sink;
+  if (function != nullptr) sink = std::make_shared<Sink>(Sink{std::move(function)});
+  std::unique_lock<std::mutex> lock(state.mutex);
+  state.sink.swap(sink);
+  // A thread that is within a sink would wait for itself, or for another that waits for it.
+  if (sink != nullptr && t_depth == 0) state.left.wait(lock, [&sink] { return sink->callers == 0; });
+}
+
+void Log(LogLevel level, absl::string_view line) {
+  State& state = TheState();
+  std::shared_ptr<Sink> sink;
+  {
+    const std::lock_guard<std::mutex> lock(state.mutex);
+    sink = state.sink;
+    if (sink != nullptr) ++sink->callers;
+  }
+  const std::string text = Printable(line);
+  if (sink == nullptr) return WriteToStderr(level, text);
+  ++t_depth;
+  sink->function(level, text);
+  --t_depth;
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  --sink->callers;
+  state.left.notify_all();
+}
+
+void RouteGrpcLog() {
+  static const bool routed = [] {
+    gpr_set_log_function(FromGrpc);
+    return true;
+  }();
+  (void)routed;
+}
+
+}  // namespace syncbn
