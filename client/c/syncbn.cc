@@ -156,6 +156,7 @@ absl::Status ReadPassOptions(const syncbn_pass_options* given, syncbn::PassOptio
   pass->stream = options.stream;
   if (options.sequence_plus_one != 0) pass->sequence = options.sequence_plus_one - 1;
   pass->stream_ordered = options.stream_ordered != 0;
+  pass->again = options.again != 0;
   return ReadRole(options.backward_role, &pass->backward_role);
 }
 

@@ -266,6 +266,9 @@ typedef struct syncbn_pass_options {
   int32_t backward_role; /* Forward passes: SYNCBN_BACKWARD_*; default REQUIRED. */
   uint64_t sequence_plus_one; /* 0: the worker counts. Else the sequence is one less. */
   int32_t stream_ordered;     /* Forward passes over CUDA tensors; see above. */
+  /* Backward passes: not 0: not the first through this forward pass. Every worker goes back as often, and in the same order where
+   * a layer has several forward passes. The results are those of a first one, bit for bit. */
+  int64_t again;
 } syncbn_pass_options;
 #define SYNCBN_PASS_OPTIONS_INIT SYNCBN_SIZED(syncbn_pass_options)
 

@@ -249,7 +249,8 @@ absl::StatusOr<BackwardPass> BackwardPass::Start(Worker& worker, std::shared_ptr
                                GateOf(inputs, affine), pass.sum_dy_.data(), pass.sum_dy_xmu_.data());
   if (pass.has_round_) {
     absl::StatusOr<Round> round =
-        worker.StartBackward(statistics->layer, statistics->sequence, pass.sum_dy_, pass.sum_dy_xmu_);
+        options.again ? worker.StartBackwardAgain(statistics->layer, pass.sum_dy_, pass.sum_dy_xmu_)
+                      : worker.StartBackward(statistics->layer, statistics->sequence, pass.sum_dy_, pass.sum_dy_xmu_);
     if (!round.ok()) return round.status();
     pass.round_ = *std::move(round);
   }

@@ -53,6 +53,9 @@ struct PassOptions {
   bool stream_ordered = false;                           // Forward passes over CUDA tensors.
   BackwardRole backward_role = BackwardRole::kRequired;  // Forward passes.
   uint64_t sequence = Worker::kNextSequence;             // Forward passes; a backward pass has its forward pass's.
+  // Backward passes: not the first through the forward pass. Every worker goes back as often, in the same order where a
+  // layer has several forward passes. The results are those of a first one, bit for bit.
+  bool again = false;
 };
 
 // OK if passes on this CUDA device can be stream-ordered; else why not: UNIMPLEMENTED in a build without CUDA,

@@ -238,9 +238,10 @@ absl::StatusOr<DevicePass> StartDeviceBackward(Worker& worker, const BatchStatis
     return status;
   }
   if (!has_round) return DevicePass{*std::move(lease), nullptr, false};
-  auto begin = [name = statistics.layer, sequence = statistics.sequence, late = statistics.late,
+  auto begin = [name = statistics.layer, sequence = statistics.sequence, late = statistics.late, again = options.again,
                 size = static_cast<size_t>(channels)](Worker& owner, const double* sum_dy,
                                                       const double* sum_dy_xmu) -> absl::StatusOr<Round> {
+    if (again) return owner.StartBackwardAgain(name, {sum_dy, size}, {sum_dy_xmu, size});
     uint64_t of_forward = sequence;
     if (late != nullptr) {
       const absl::StatusOr<uint64_t> known = late->SequenceAtBegin();

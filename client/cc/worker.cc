@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <cstddef>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "client/cc/clock.h"
@@ -53,23 +55,31 @@ class RoundImpl {
     return status;
   }
 
-  const RoundResult& result() const { return pieces_.size() == 1 ? pieces_.front()->result : whole_; }
+  // The result's vector is two of half its length.
+  void SplitInHalves() { halves_ = true; }
+
+  const RoundResult& result() const { return pieces_.size() == 1 && !halves_ ? pieces_.front()->result : whole_; }
   bool HasOutcome() const { return worker_->HasOutcome(pieces_); }
   const std::vector<std::shared_ptr<Piece>>& pieces() const { return pieces_; }
 
  private:
   void Gather() {
     gathered_ = true;
-    if (pieces_.size() == 1) return;
+    if (pieces_.size() == 1 && !halves_) return;
     for (const std::shared_ptr<Piece>& piece : pieces_) {
       whole_.first.insert(whole_.first.end(), piece->result.first.begin(), piece->result.first.end());
     }
     whole_.missing_ranks = pieces_.front()->result.missing_ranks;
+    if (!halves_) return;
+    const auto middle = whole_.first.begin() + static_cast<std::ptrdiff_t>(whole_.first.size() / 2);
+    whole_.second.assign(middle, whole_.first.end());
+    whole_.first.erase(middle, whole_.first.end());
   }
 
   const std::shared_ptr<WorkerImpl> worker_;
   const std::vector<std::shared_ptr<Piece>> pieces_;
-  RoundResult whole_;  // Of several pieces.
+  RoundResult whole_;  // Where it is not that of the one piece.
+  bool halves_ = false;
   bool gathered_ = false;
 };
 
@@ -192,6 +202,18 @@ absl::StatusOr<Round> Worker::StartBackward(absl::string_view layer, uint64_t se
   contribution.first = sum_dy;
   contribution.second = sum_dy_xmu;
   return impl_->Begin(std::move(contribution));
+}
+
+absl::StatusOr<Round> Worker::StartBackwardAgain(absl::string_view layer, absl::Span<const double> sum_dy,
+                                                 absl::Span<const double> sum_dy_xmu) {
+  if (sum_dy.size() != sum_dy_xmu.size()) {
+    return DifferentLengths(layer, "sum_dy", sum_dy.size(), "sum_dy_xmu", sum_dy_xmu.size());
+  }
+  std::vector<double> both(sum_dy.begin(), sum_dy.end());
+  both.insert(both.end(), sum_dy_xmu.begin(), sum_dy_xmu.end());
+  absl::StatusOr<Round> round = impl_->BeginSum(absl::StrCat(layer, "/retained"), kNextSequence, both);
+  if (round.ok()) round->impl_->SplitInHalves();
+  return round;
 }
 
 absl::StatusOr<Round> Worker::StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value) {

@@ -179,6 +179,11 @@ class Worker {
                                      absl::Span<const double> mean, absl::Span<const double> m2, BackwardRole role);
   absl::StatusOr<Round> StartBackward(absl::string_view layer, uint64_t sequence, absl::Span<const double> sum_dy,
                                       absl::Span<const double> sum_dy_xmu);
+  // The round of a later backward pass through the same forward pass. The protocol has one backward round for each
+  // forward round, so these sums travel as one vector named LAYER/retained, in the order of the calls; the result is
+  // that of a backward round, bit for bit.
+  absl::StatusOr<Round> StartBackwardAgain(absl::string_view layer, absl::Span<const double> sum_dy,
+                                           absl::Span<const double> sum_dy_xmu);
   // A vector of any length, summed over all workers. One that is longer than a frame should be goes in pieces, whose
   // names are NAME#0, NAME#1 and so on. Declares itself.
   absl::StatusOr<Round> StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);

@@ -105,6 +105,7 @@ class PassOptions(_Options):
         ("backward_role", c_int32),
         ("sequence_plus_one", c_uint64),
         ("stream_ordered", c_int32),
+        ("again", c_int64),
     ]
 
 

@@ -52,7 +52,7 @@ class ForwardPass:
         self.worker = worker
         self.layer = layer
         self.eps, self.clamp = eps, clamp
-        self.backward_passes = 0
+        self._backward_passes = 0
         self._role = role
         self._waited = False
         on_gpu = x.device == _library.DEVICE_CUDA
@@ -114,9 +114,12 @@ class ForwardPass:
     def backward(
         self, inputs: BackwardInputs, outputs: BackwardOutputs, *, num_threads: int = 1, stream: Optional[int] = None
     ) -> None:
-        """One backward pass from its start to its finish, its round between them or, stream-ordered, still to come."""
-        options = PassOptions(num_threads=num_threads, stream=stream)
-        self.backward_passes += 1
+        """One backward pass from its start to its finish, its round between them or, stream-ordered, still to come.
+
+        Any number of them may follow on one forward pass, as many at every worker.
+        """
+        options = PassOptions(num_threads=num_threads, stream=stream, again=self._backward_passes > 0)
+        self._backward_passes += 1
         # The worker is held, so that a close on another thread ends the wait instead of pulling it away.
         with self.worker.handle():
             handle = create(lib.syncbn_backward_start, self._handle, ctypes.byref(inputs), ctypes.byref(options))
