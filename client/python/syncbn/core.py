@@ -245,6 +245,7 @@ class Worker:
         self._handle: Optional[int] = None
         self._pid = os.getpid()
         self.stream_ordered = stream_ordered
+        self.min_workers = min_workers
         self._explained: Set[int] = set()
         self._users = 0
         self._idle = threading.Condition()

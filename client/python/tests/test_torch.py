@@ -358,17 +358,6 @@ def test_one_frozen_parameter(group, frozen):
     assert group(2, run) == [(frozen == "weight", frozen == "bias")] * 2
 
 
-def test_double_backward_is_refused(group):
-    def run(worker):
-        layer = sync.SyncBatchNorm(2, worker=worker, layer="bn")
-        x = torch.randn(3, 2, requires_grad=True)
-        (gradient,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
-            gradient.sum().backward()
-
-    group(2, run)
-
-
 def test_a_second_backward_pass_through_one_forward(group):
     generator = torch.Generator().manual_seed(SEED)
     x = random((5, CHANNELS, 2), generator)

@@ -1,35 +1,68 @@
-"""The differentiable operations under the modules."""
+"""The differentiable operations under the modules.
 
-from typing import Any, Optional, Tuple
+    Normalize          y of x, weight and bias                                   a forward round
+    its backward       dx, d_weight and d_bias of dy, x and weight               a backward round
+    _Gradients         the same as an operation, where autograd records it       that round
+    its backward       the gradients of dy, x and weight                         a round of sums, in _second.py
+
+Where autograd records the last of them too, _second.Last refuses to be differentiated.
+"""
+
+import functools
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from syncbn import _passes
-from syncbn._library import BackwardInputs, BackwardOutputs, EvaluateOptions, ForwardOutputs
-from syncbn.torch import _tensors
+from syncbn._library import BackwardInputs, BackwardOutputs, ForwardOutputs
+from syncbn.torch import _second, _tensors
 
-_Gradients = Tuple[Optional[torch.Tensor], ...]
-
-
-def _gradient_buffers(
-    needed: Tuple[bool, ...], x: torch.Tensor, weight: Optional[torch.Tensor], bias: Optional[torch.Tensor]
-) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """Memory for dx, d_weight and d_bias, where they are needed."""
-    dx = _tensors.empty_like(x) if needed[0] else None
-    d_weight = torch.empty_like(weight) if weight is not None and needed[1] else None
-    d_bias = torch.empty_like(bias) if bias is not None and needed[2] else None
-    return dx, d_weight, d_bias
+_Gradients3 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 
 
-def _outputs(
-    dx: Optional[torch.Tensor], d_weight: Optional[torch.Tensor], d_bias: Optional[torch.Tensor]
-) -> BackwardOutputs:
-    return BackwardOutputs(
-        dx=None if dx is None else dx.data_ptr() or None,
-        d_weight=_tensors.vector(d_weight),
-        d_bias=_tensors.vector(d_bias),
+class _Saved(NamedTuple):
+    """What forward leaves to backward beside the tensors that autograd saves."""
+
+    forward_pass: _passes.ForwardPass
+    x: _tensors.Form
+    weight: Optional[_tensors.Form]
+    bias: Optional[_tensors.Form]
+    channels_last: bool
+    needed: Tuple[bool, bool, bool]  # The gradients of x, weight and bias.
+
+
+def _form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
+    return None if tensor is None else _tensors.Form.of(tensor)
+
+
+def _buffer(form: Optional[_tensors.Form], needed: bool) -> Optional[torch.Tensor]:
+    if form is None or not needed:
+        return None
+    return torch.empty(form.shape, dtype=form.dtype, device=form.device)
+
+
+def _backward(saved: _Saved, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor]) -> _Gradients3:
+    """dx, d_weight and d_bias, those that are needed, by one backward pass."""
+    channels_last = saved.channels_last
+    x = _tensors.given_back("the input", x, saved.x, channels_last)
+    dy = _tensors.given_back("the output's gradient", dy, saved.x, channels_last)
+    weight = _tensors.vector_given_back("the weight", weight, saved.weight)
+    dx = _tensors.empty_like(x) if saved.needed[0] else None
+    d_weight, d_bias = _buffer(saved.weight, saved.needed[1]), _buffer(saved.bias, saved.needed[2])
+    inputs = BackwardInputs(
+        dy=_tensors.describe(dy, channels_last),
+        x=_tensors.address(x, channels_last),
+        weight=_tensors.vector(weight, x),
     )
+    outputs = BackwardOutputs(
+        dx=None if dx is None else _tensors.address(dx, channels_last),
+        d_weight=_tensors.vector(d_weight, x),
+        d_bias=_tensors.vector(d_bias, x),
+    )
+    device, threads, stream = _tensors.execution(x)
+    with device:
+        saved.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
+    return dx, d_weight, d_bias
 
 
 class Normalize(torch.autograd.Function):
@@ -47,134 +80,86 @@ class Normalize(torch.autograd.Function):
         running_var: Optional[torch.Tensor],
         momentum: float,
     ) -> torch.Tensor:
-        """x is dense, and the vectors contiguous. `anchor` makes y differentiable where nothing else does."""
+        """x is dense. `anchor` makes y differentiable where nothing else does."""
         channels_last = _tensors.is_channels_last(x)
         y = _tensors.empty_like(x)
-        outputs = ForwardOutputs(
-            weight=_tensors.vector(weight),
-            bias=_tensors.vector(bias),
-            running_mean=_tensors.vector(running_mean),
-            running_var=_tensors.vector(running_var),
-            momentum=momentum,
-            y=_tensors.describe(y, channels_last),
-        )
         device, _, _ = _tensors.execution(x)
-        with device:
+        # Named, so that copies live until the library is through with them.
+        own_weight, own_bias = _tensors.readable(weight), _tensors.readable(bias)
+        with _tensors.writable(running_mean, running_var) as (mean, var), device:
+            outputs = ForwardOutputs(
+                weight=_tensors.vector(own_weight, x),
+                bias=_tensors.vector(own_bias, x),
+                running_mean=_tensors.vector(mean, x),
+                running_var=_tensors.vector(var, x),
+                momentum=momentum,
+                y=_tensors.describe(y, channels_last),
+            )
             forward_pass.finish(_tensors.describe(x, channels_last), outputs)
-        ctx.save_for_backward(x, weight, bias)
-        ctx.forward_pass = forward_pass
+        # The bias is not saved: no gradient needs its values, and a program may change it before backward.
+        ctx.save_for_backward(x, weight)
+        needed = tuple(ctx.needs_input_grad[:3])
+        ctx.saved = _Saved(forward_pass, _tensors.Form.of(x), _form(weight), _form(bias), channels_last, needed)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> _Gradients:
-        x, weight, bias = ctx.saved_tensors
-        channels_last = _tensors.is_channels_last(x)
-        dy = _tensors.dense(dy, channels_last)
-        if ctx.forward_pass.backward_passes and ctx.forward_pass.has_backward_round:
-            return _backward_again(ctx, x, weight, bias, dy) + (None,) * 5
-        dx, d_weight, d_bias = _gradient_buffers(ctx.needs_input_grad, x, weight, bias)
-        inputs = BackwardInputs(
-            dy=_tensors.describe(dy, channels_last), x=x.data_ptr() or None, weight=_tensors.vector(weight)
-        )
-        device, threads, stream = _tensors.execution(x)
-        with device:
-            ctx.forward_pass.backward(inputs, _outputs(dx, d_weight, d_bias), num_threads=threads, stream=stream)
-        return dx, d_weight, d_bias, None, None, None, None, None
+    def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph.
+            gradients = _Gradients.apply(dy, x, weight, ctx.saved)
+        else:
+            gradients = _backward(ctx.saved, dy, x, weight)
+        return (*gradients, None, None, None, None, None)
 
 
-def _backward_again(
-    ctx: Any, x: torch.Tensor, weight: Optional[torch.Tensor], bias: Optional[torch.Tensor], dy: torch.Tensor
-) -> _Gradients:
-    """A later backward pass through one forward pass (retain_graph), in float64.
-
-    The protocol has one backward round for each forward round, so the sums of the later ones travel as plain vectors.
-    """
-    forward_pass, channels = ctx.forward_pass, x.size(1)
-    shape = [1, channels] + [1] * (x.dim() - 2)
-    others = [dim for dim in range(x.dim()) if dim != 1]
-    mean, var = (torch.from_numpy(v(channels)).to(x.device) for v in (forward_pass.mean, forward_pass.var))
-    clamped = var < forward_pass.eps if forward_pass.clamp else torch.zeros_like(var, dtype=torch.bool)
-    invstd = (var.clamp(min=forward_pass.eps) if forward_pass.clamp else var + forward_pass.eps).rsqrt()
-    xmu, wide_dy = x.double() - mean.view(shape), dy.double()
-    own = torch.stack([wide_dy.sum(others), (wide_dy * xmu).sum(others)])
-    merged = forward_pass.worker.all_reduce(f"{forward_pass.layer}/retained", own.cpu().numpy())
-    sum_dy, sum_dy_xmu = torch.from_numpy(merged).to(x.device) / forward_pass.count
-    slope = (invstd * invstd * sum_dy_xmu).masked_fill(clamped, 0.0)
-    scale = invstd if weight is None else invstd * weight.double()
-    dx = scale.view(shape) * (wide_dy - sum_dy.view(shape) - xmu * slope.view(shape))
-    return (
-        dx.to(x.dtype) if ctx.needs_input_grad[0] else None,
-        (own[1] * invstd).to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None,
-        own[0].to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None,
-    )
-
-
-class Evaluate(torch.autograd.Function):
-    """y = weight * (x - mean) / sqrt(var + eps) + bias with given statistics, for types that torch does not mix."""
+class _Gradients(torch.autograd.Function):
+    """A backward pass as an operation that has a derivative."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        mean: torch.Tensor,
-        var: torch.Tensor,
-        weight: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-        eps: float,
-    ) -> torch.Tensor:
-        channels_last = _tensors.is_channels_last(x)
-        y = _tensors.empty_like(x)
-        device, threads, stream = _tensors.execution(x)
-        with device:
-            _passes.evaluate(
-                _tensors.describe(x, channels_last),
-                Evaluate._options(mean, var, weight, bias, eps, threads, stream),
-                y.data_ptr() or None,
-            )
-        ctx.save_for_backward(x, mean, var, weight, bias)
-        ctx.eps = eps
-        return y
+        ctx: Any, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], saved: _Saved
+    ) -> _Gradients3:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, weight)
+        ctx.saved = saved
+        return _backward(saved, dy, x, weight)
 
     @staticmethod
-    def _options(
-        mean: torch.Tensor,
-        var: torch.Tensor,
-        weight: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-        eps: float,
-        threads: int,
-        stream: Optional[int],
-    ) -> EvaluateOptions:
-        return EvaluateOptions(
-            num_threads=threads,
-            stream=stream,
-            mean=_tensors.vector(mean),
-            var=_tensors.vector(var),
-            weight=_tensors.vector(weight),
-            bias=_tensors.vector(bias),
-            eps=eps,
-        )
+    def backward(ctx: Any, *cotangents: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
+        function = functools.partial(_second_backward, ctx.saved, tuple(ctx.needs_input_grad[:3]))
+        return (*_second.last(function, *ctx.saved_tensors, *cotangents), None)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> _Gradients:
-        x, mean, var, weight, bias = ctx.saved_tensors
-        channels_last = _tensors.is_channels_last(x)
-        dy = _tensors.dense(dy, channels_last)
-        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4])
-        dx, d_weight, d_bias = _gradient_buffers(needed, x, weight, bias)
-        inputs = BackwardInputs(
-            dy=_tensors.describe(dy, channels_last),
-            x=x.data_ptr() or None,
-            weight=_tensors.vector(weight),
-            bias=_tensors.vector(bias),
+
+def _second_backward(
+    saved: _Saved,
+    needed: Tuple[bool, bool, bool],
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: Optional[torch.Tensor],
+    *cotangents: Optional[torch.Tensor],
+) -> _Gradients3:
+    """The gradients of dy, x and weight, from those of dx, d_weight and d_bias."""
+    forward_pass = saved.forward_pass
+    given: List[Any] = [
+        None if cotangent is None or form is None else _tensors.given_back(f"the gradient of {name}", cotangent, form, last)
+        for cotangent, name, form, last in zip(
+            cotangents,
+            ("dx", "d_weight", "d_bias"),
+            (saved.x, saved.weight, saved.bias),
+            (saved.channels_last, False, False),
         )
-        device, threads, stream = _tensors.execution(x)
-        with device:
-            _passes.evaluate_backward(
-                inputs,
-                Evaluate._options(mean, var, weight, bias, ctx.eps, threads, stream),
-                _outputs(dx, d_weight, d_bias),
-            )
-        return dx, None, None, d_weight, d_bias, None
+    ]
+    part = _second.Part(
+        x=_tensors.given_back("the input", x, saved.x, saved.channels_last),
+        dy=_tensors.given_back("the output's gradient", dy, saved.x, saved.channels_last),
+        weight=_tensors.vector_given_back("the weight", weight, saved.weight),
+        of_dx=given[0],
+        of_d_weight=given[1],
+        of_d_bias=given[2],
+    )
+    statistics = _second.Statistics.of(forward_pass, x.size(1))
+    local = _second.local_sums(part, statistics)
+    sums = local
+    if forward_pass.has_backward_round:
+        sums = _second.merged(forward_pass.worker, forward_pass.layer, forward_pass.sequence, local)
+    return _second.gradients(part, statistics, sums, needed)

@@ -6,14 +6,15 @@ thread runs it, goes back through all replicas with one backward round.
 """
 
 import contextlib
+import functools
 import threading
 from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from syncbn.core import Moments, Worker
+from syncbn.torch import _second, _tensors
 
 _local = threading.local()
 _torch: Any = torch  # Where the hints of torch's versions differ.
@@ -149,15 +150,6 @@ class Group:
             self._worker = None
 
 
-def _reduced(x: torch.Tensor) -> List[int]:
-    return [dim for dim in range(x.dim()) if dim != 1]
-
-
-def _spread(vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[C], on x's device and in float64, to the shape in which it broadcasts over x."""
-    return vector.to(x.device, torch.float64).view([1, -1] + [1] * (x.dim() - 2))
-
-
 def merge(moments: List[Tuple[int, np.ndarray, np.ndarray]]) -> Tuple[int, np.ndarray, np.ndarray]:
     """(count, mean [C], M2 [C]) of all, merged in their order; one of count 0 changes nothing."""
     count, mean, m2 = moments[0]
@@ -177,7 +169,7 @@ def _moments(x: torch.Tensor) -> Tuple[int, np.ndarray, np.ndarray]:
     count = x.numel() // channels
     if count == 0:
         return 0, np.zeros(channels), np.zeros(channels)
-    var, mean = torch.var_mean(x.detach().double(), _reduced(x), unbiased=False)
+    var, mean = torch.var_mean(x.detach().double(), _second.others(x), unbiased=False)
     return count, mean.cpu().numpy(), var.cpu().numpy() * count
 
 
@@ -187,14 +179,106 @@ class _Pass:
     def __init__(self, worker: Worker, layer: Any, moments: Moments, takes_part: bool, size: int) -> None:
         self.worker, self.name, self.size = worker, layer.layer, size
         self.sequence, self.count = moments.sequence, moments.count
-        self.mean, var = torch.from_numpy(moments.mean), torch.from_numpy(moments.var)
-        clamp = layer.eps_mode == "clamp"
-        self.invstd = (var.clamp(min=layer.eps) if clamp else var + layer.eps).rsqrt()
-        # Where epsilon clamps, invstd does not depend on x.
-        self.depends = (~(var < layer.eps) if clamp else torch.ones_like(var, dtype=torch.bool)).double()
+        self.statistics = _second.Statistics.make(
+            moments.count, moments.mean, moments.var, layer.eps, layer.eps_mode == "clamp"
+        )
         counted = worker.rank not in moments.missing_ranks
         self.has_round = takes_part and moments.backward_required and moments.count > 0 and counted
-        self.done = False
+        self.backward_passes = 0
+        # Each replica's x, weight and bias, and which gradients are needed, in this order.
+        self.forms: List[Optional[_tensors.Form]] = []
+        self.needed: Sequence[bool] = ()
+
+    def given_back(self, xs: Sequence[torch.Tensor], name: str) -> List[torch.Tensor]:
+        """Tensors of the forms of x, as autograd hands them to a backward pass."""
+        forms: List[Any] = self.forms[: self.size]
+        return [_tensors.given_back(name, x, form, False) for x, form in zip(xs, forms)]
+
+    def weights(self, weights: Sequence[Optional[torch.Tensor]]) -> List[Optional[torch.Tensor]]:
+        forms = self.forms[self.size : 2 * self.size]
+        return [_tensors.vector_given_back("the weight", weight, form) for weight, form in zip(weights, forms)]
+
+    def merged(self, sum_dy: torch.Tensor, sum_dy_xmu: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The sums over all workers; later passes travel as those of `Worker::StartBackwardAgain`."""
+        self.backward_passes += 1
+        if not self.has_round:
+            return sum_dy, sum_dy_xmu
+        if self.backward_passes == 1:
+            sums = self.worker.synchronize_backward(self.name, self.sequence, sum_dy.numpy(), sum_dy_xmu.numpy())
+            return torch.from_numpy(sums.sum_dy), torch.from_numpy(sums.sum_dy_xmu)
+        both = self.worker.all_reduce(f"{self.name}/retained", torch.cat([sum_dy, sum_dy_xmu]).numpy())
+        first, second = torch.from_numpy(both).chunk(2)
+        return first, second
+
+
+_Tensors = Tuple[Optional[torch.Tensor], ...]
+
+
+def _backward(state: _Pass, *tensors: Any) -> _Tensors:
+    """The gradients of every x, weight and bias, of every dy, x and weight."""
+    n, statistics = state.size, state.statistics
+    dys = state.given_back(tensors[:n], "the output's gradient")
+    xs = state.given_back(tensors[n : 2 * n], "the input")
+    weights = state.weights(tensors[2 * n :])
+    centred = [x.double() - _second.spread(statistics.mean, x) for x in xs]
+    sum_dy = [dy.double().sum(_second.others(dy)) for dy in dys]
+    sum_dy_xmu = [(dy.double() * xmu).sum(_second.others(dy)) for dy, xmu in zip(dys, centred)]
+    # In the order of replicas.
+    totals: List[Any] = [sum(part.cpu() for part in parts) for parts in (sum_dy, sum_dy_xmu)]
+    totals = list(state.merged(*totals))
+    count = max(1, state.count)
+    offset, slope = totals[0] / count, statistics.invstd.square() * statistics.depends * totals[1] / count
+    needed, forms = state.needed, state.forms
+    gradients: List[Optional[torch.Tensor]] = [None] * (3 * n)
+    for i, (weight, dy, xmu) in enumerate(zip(weights, dys, centred)):
+        if needed[i]:
+            dx = (dy.double() - _second.spread(offset, dy) - xmu * _second.spread(slope, dy)) * _second.spread(statistics.invstd, dy)
+            gradients[i] = _tensors.rounded(dx if weight is None else dx * _second.spread(weight, dy), dy.dtype)
+        of_weight, of_bias = forms[n + i], forms[2 * n + i]
+        if needed[n + i] and of_weight is not None:
+            d_weight = sum_dy_xmu[i] * statistics.invstd.to(dy.device)
+            gradients[n + i] = _tensors.rounded(d_weight, of_weight.dtype).reshape(of_weight.shape)
+        if needed[2 * n + i] and of_bias is not None:
+            gradients[2 * n + i] = _tensors.rounded(sum_dy[i], of_bias.dtype).reshape(of_bias.shape)
+    return tuple(gradients)
+
+
+def _second_backward(state: _Pass, needed: Sequence[bool], *tensors: Any) -> _Tensors:
+    """The gradients of every dy, x and weight, of these and those of the gradients of every x, weight and bias."""
+    n = state.size
+    dys, xs = state.given_back(tensors[:n], "the output's gradient"), state.given_back(tensors[n : 2 * n], "the input")
+    weights = state.weights(tensors[2 * n : 3 * n])
+    cotangents = [
+        None if value is None or form is None else _tensors.given_back("a second gradient", value, form, False)
+        for value, form in zip(tensors[3 * n :], state.forms)
+    ]
+    parts = [
+        _second.Part(xs[i], dys[i], weights[i], cotangents[i], cotangents[n + i], cotangents[2 * n + i]) for i in range(n)
+    ]
+    sums: Any = sum(_second.local_sums(part, state.statistics) for part in parts)
+    if state.has_round:
+        sums = _second.merged(state.worker, state.name, state.sequence, sums)
+    found = [
+        _second.gradients(part, state.statistics, sums, (needed[i], needed[n + i], needed[2 * n + i]))
+        for i, part in enumerate(parts)
+    ]
+    return tuple(gradients[kind] for kind in range(3) for gradients in found)
+
+
+class _Gradients(torch.autograd.Function):
+    """A backward pass as an operation that has a derivative. Tensors: every dy, then every x, then every weight."""
+
+    @staticmethod
+    def forward(ctx: Any, state: _Pass, *tensors: Any) -> _Tensors:
+        ctx.set_materialize_grads(False)
+        ctx.state = state
+        ctx.save_for_backward(*tensors)
+        return _backward(state, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> _Tensors:
+        function = functools.partial(_second_backward, ctx.state, ctx.needs_input_grad[1:])
+        return (None, *_second.last(function, *ctx.saved_tensors, *cotangents))
 
 
 class _Normalize(torch.autograd.Function):
@@ -203,47 +287,23 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: _Pass, *tensors: Any) -> Tuple[torch.Tensor, ...]:
         n = state.size
+        state.forms = [None if tensor is None else _tensors.Form.of(tensor) for tensor in tensors[: 3 * n]]
+        state.needed = ctx.needs_input_grad[1 : 1 + 3 * n]
         ctx.state = state
-        ctx.save_for_backward(*tensors[: 3 * n])
+        ctx.save_for_backward(*tensors[: 2 * n])
         outputs = []
         for x, weight, bias in zip(tensors[:n], tensors[n : 2 * n], tensors[2 * n : 3 * n]):
-            y = (x.double() - _spread(state.mean, x)) * _spread(state.invstd, x)
-            y = y if weight is None else y * _spread(weight, x)
-            outputs.append((y if bias is None else y + _spread(bias, x)).to(x.dtype))
+            y = (x.double() - _second.spread(state.statistics.mean, x)) * _second.spread(state.statistics.invstd, x)
+            y = y if weight is None else y * _second.spread(weight, x)
+            outputs.append((y if bias is None else y + _second.spread(bias, x)).to(x.dtype))
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dys: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        state: _Pass = ctx.state
-        if state.done and state.has_round:
-            raise RuntimeError("replicas go back through one forward pass only once")
-        state.done = True
-        n, saved = state.size, ctx.saved_tensors
-        xs, weights, biases = saved[:n], saved[n : 2 * n], saved[2 * n :]
-        centred = [x.double() - _spread(state.mean, x) for x in xs]
-        sum_dy = [dy.double().sum(_reduced(dy)) for dy in dys]
-        sum_dy_xmu = [(dy.double() * xmu).sum(_reduced(dy)) for dy, xmu in zip(dys, centred)]
-        # In the order of replicas.
-        totals: List[Any] = [sum(part.cpu() for part in parts) for parts in (sum_dy, sum_dy_xmu)]
-        if state.has_round:
-            merged = state.worker.synchronize_backward(
-                state.name, state.sequence, *(total.numpy() for total in totals)
-            )
-            totals = [torch.from_numpy(merged.sum_dy), torch.from_numpy(merged.sum_dy_xmu)]
-        count = max(1, state.count)
-        offset, slope = totals[0] / count, state.invstd.square() * state.depends * totals[1] / count
-        needed = ctx.needs_input_grad[1:]
-        gradients: List[Optional[torch.Tensor]] = [None] * (3 * n)
-        for i, (x, weight, bias, dy, xmu) in enumerate(zip(xs, weights, biases, dys, centred)):
-            if needed[i]:
-                dx = (dy.double() - _spread(offset, x) - xmu * _spread(slope, x)) * _spread(state.invstd, x)
-                gradients[i] = (dx if weight is None else dx * _spread(weight, x)).to(x.dtype)
-            if needed[n + i]:
-                gradients[n + i] = (sum_dy_xmu[i] * state.invstd.to(x.device)).to(weight.dtype)
-            if needed[2 * n + i]:
-                gradients[2 * n + i] = sum_dy[i].to(bias.dtype)
-        return (None, *gradients, None)
+    def backward(ctx: Any, *dys: torch.Tensor) -> _Tensors:
+        tensors = (*dys, *ctx.saved_tensors)
+        if torch.is_grad_enabled():  # create_graph.
+            return (None, *_Gradients.apply(ctx.state, *tensors), None)
+        return (None, *_backward(ctx.state, *tensors), None)
 
 
 def _update(layer: Any, moments: Moments) -> None:

@@ -1,12 +1,15 @@
 """torch tensors as the C interface sees them: addresses, without a copy where the memory is dense."""
 
 import contextlib
-from typing import Any, ContextManager, Optional, Tuple
+from typing import Any, ContextManager, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+from torch.autograd import forward_ad
 
 from syncbn import _library
 from syncbn._library import Tensor, Vector
+
+_torch: Any = torch  # Where the hints of torch's versions differ.
 
 _TYPES = {
     torch.float32: _library.FLOAT32,
@@ -19,11 +22,42 @@ _TYPES = {
 _ELEMENTS_PER_THREAD = 1 << 16
 
 
+class UnsupportedTensor(TypeError, RuntimeError):
+    """A tensor that a pass cannot read: a wrong argument, for which torch's own layers raise RuntimeError."""
+
+
 def type_of(tensor: torch.Tensor) -> int:
     try:
         return _TYPES[tensor.dtype]
     except KeyError:
-        raise TypeError(f"SyncBatchNorm takes float16, bfloat16, float32 and float64, not {tensor.dtype}") from None
+        text = f"SyncBatchNorm takes float16, bfloat16, float32 and float64, not {tensor.dtype}"
+        raise UnsupportedTensor(text) from None
+
+
+def _transformed(x: torch.Tensor) -> bool:
+    """Whether x is a wrapper of torch.func (functorch, before torch 2)."""
+    functorch = getattr(_torch._C, "_functorch", None)
+    return functorch is not None and bool(functorch.is_functorch_wrapped_tensor(x))
+
+
+def check_supported(x: torch.Tensor) -> None:
+    """Raises UnsupportedTensor for an input of a training layer that has no values, or not in memory of its own."""
+    advice = "; put the layer into evaluation (eval()), which is local, or run it outside"
+    if x.device.type not in ("cpu", "cuda"):
+        if x.device.type == "meta":
+            raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a meta tensor has not{advice}")
+        raise UnsupportedTensor(f"SyncBatchNorm takes tensors on cpu and cuda, not on {x.device}")
+    type_of(x)
+    if x.layout != torch.strided:
+        raise UnsupportedTensor(f"SyncBatchNorm takes dense tensors, not {x.layout}")
+    if any(kind.__name__ in ("FakeTensor", "FunctionalTensor") for kind in type(x).__mro__):
+        raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a {type(x).__name__} has not{advice}")
+    if _transformed(x):
+        text = "SyncBatchNorm in training does not go with torch.func (vmap, grad, jvp, functionalize): a round with the "
+        raise UnsupportedTensor(text + f"other workers cannot be transformed. Use torch.autograd.grad{advice}")
+    if getattr(forward_ad, "_current_level", -1) >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        text = "SyncBatchNorm in training has no forward-mode derivative: use reverse mode (torch.autograd.grad)"
+        raise UnsupportedTensor(text + advice)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -32,15 +66,90 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 
 def dense(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """x itself if it is dense in that layout, else a copy that is."""
+    """x itself if it is dense in that layout, else a copy that is. Differentiable."""
+    if x.is_neg():
+        x = x.resolve_neg()
     if channels_last:
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
 
 
+def _in_memory(x: torch.Tensor) -> torch.Tensor:
+    """The same values as a plain tensor with elements in memory; not differentiable."""
+    x = x.detach()
+    if type(x) is not torch.Tensor:
+        x = x.as_subclass(torch.Tensor)
+    if x.layout != torch.strided:
+        x = x.to_dense()
+    if _torch.Tensor._is_zerotensor(x):  # It has no memory.
+        x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x
+
+
+class Form(NamedTuple):
+    """What a tensor has to be for memory of it to be handed out."""
+
+    shape: Tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: torch.Tensor) -> "Form":
+        return Form(tuple(x.shape), x.dtype, x.device)
+
+    def check(self, name: str, x: torch.Tensor) -> None:
+        if Form.of(x) != self:
+            raise RuntimeError(
+                f"{name} is {tuple(x.shape)}, {x.dtype}, on {x.device}, where SyncBatchNorm saved {self.shape}, "
+                f"{self.dtype}, on {self.device}: a saved-tensor hook must give back what it was given"
+            )
+
+
+def given_back(name: str, x: torch.Tensor, form: Form, channels_last: bool) -> torch.Tensor:
+    """What autograd hands to a backward pass, dense in that layout.
+
+    A saved tensor may come through hooks (torch.autograd.graph.saved_tensors_hooks), a gradient through formulas that
+    expand, negate or zero: their strides, their class and their memory are anything. Shape, type and device are not.
+    """
+    form.check(name, x)
+    return dense(_in_memory(x), channels_last)
+
+
+def vector_given_back(name: str, x: Optional[torch.Tensor], form: Optional[Form]) -> Optional[torch.Tensor]:
+    """As `given_back`, a weight."""
+    if x is None or form is None:
+        return None
+    form.check(name, x)
+    return readable(x)
+
+
+def readable(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """A parameter, contiguous; a copy where it is not."""
+    return None if x is None else dense(_in_memory(x), False)
+
+
+@contextlib.contextmanager
+def writable(*buffers: Optional[torch.Tensor]) -> Iterator[List[Optional[torch.Tensor]]]:
+    """Buffers for the library to update: those that are not contiguous as copies, which are written back."""
+    copies = [readable(buffer) for buffer in buffers]
+    yield copies
+    for buffer, copied in zip(buffers, copies):
+        if buffer is not None and copied is not None and copied.data_ptr() != buffer.data_ptr():
+            with torch.no_grad():
+                buffer.copy_(copied)
+
+
 def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """Of the strides of x, which is dense."""
+    """With the strides of x, which is dense."""
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
+
+
+def address(x: torch.Tensor, channels_last: bool) -> Optional[int]:
+    """Where the elements of a tensor are that is dense in that layout; None: it has none. Every address goes here."""
+    laid_out = x.movedim(1, -1) if channels_last else x
+    if not laid_out.is_contiguous() or x.is_neg():
+        raise RuntimeError("SyncBatchNorm: the memory of a tensor is not dense")
+    return x.data_ptr() or None
 
 
 def describe(x: torch.Tensor, channels_last: bool) -> Tensor:
@@ -49,10 +158,8 @@ def describe(x: torch.Tensor, channels_last: bool) -> Tensor:
     spatial = 1
     for size in x.shape[2:]:
         spatial *= size
-    if x.device.type not in ("cpu", "cuda"):
-        raise TypeError(f"SyncBatchNorm takes tensors on cpu and cuda, not on {x.device}")
     return Tensor(
-        x.data_ptr() or None,
+        address(x, channels_last),
         batch,
         channels,
         spatial,
@@ -63,13 +170,27 @@ def describe(x: torch.Tensor, channels_last: bool) -> Tensor:
     )
 
 
-def vector(tensor: Optional[torch.Tensor]) -> Vector:
-    """A parameter or a buffer, contiguous; None: absent."""
+def vector(tensor: Optional[torch.Tensor], x: torch.Tensor) -> Vector:
+    """A contiguous parameter or buffer for a pass over x, [batch, channels, ...]; None: absent."""
     if tensor is None:
         return Vector(None, _library.FLOAT32)
-    if not tensor.is_contiguous():
-        raise ValueError("SyncBatchNorm's parameters and buffers must be contiguous")
-    return Vector(tensor.data_ptr(), type_of(tensor))
+    if tensor.numel() != x.shape[1]:
+        raise RuntimeError(f"a parameter has {tensor.numel()} elements, and the input {x.shape[1]} channels")
+    if tensor.device != x.device:
+        raise RuntimeError(f"the input is on {x.device}, and a parameter on {tensor.device}")
+    return Vector(address(tensor, False), type_of(tensor))
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float64 to a floating-point type, rounded once: torch's own way to half types is by float32, which rounds twice."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return x.to(dtype)
+    # Rounded to odd in float32, no half way point of the half type can arise that was none.
+    single = x.float()
+    error = x - single.double()
+    even = (single.view(torch.int32) & 1) == 0
+    towards = torch.full_like(single, float("inf")).copysign(error.float())
+    return torch.where((error != 0) & even & single.isfinite(), single.nextafter(towards), single).to(dtype)
 
 
 def execution(x: torch.Tensor) -> Tuple[ContextManager[Any], int, Optional[int]]:

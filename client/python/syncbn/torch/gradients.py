@@ -4,8 +4,66 @@ from typing import List, Optional
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from syncbn.core import Worker, default_worker
+from syncbn.torch import _tensors
+
+
+_DENSE, _SPARSE = 0, 1
+
+
+class _Parameter:
+    """One parameter's part of the vector: how many workers have a dense gradient, how many a sparse one, their sum."""
+
+    def __init__(self, path: str, parameter: torch.nn.Parameter) -> None:
+        if is_lazy(parameter):
+            raise ValueError(f"parameter {path!r} has no shape yet: run the model once before its gradients are reduced")
+        self._path, self._parameter = path, parameter
+        self.length = 2 + parameter.numel() * (2 if parameter.is_complex() else 1)
+
+    def contribution(self) -> List[np.ndarray]:
+        """The part's arrays."""
+        gradient = self._parameter.grad
+        kinds = np.zeros(2)
+        if gradient is None:
+            return [kinds, np.zeros(self.length - 2)]
+        if gradient.layout not in (torch.strided, torch.sparse_coo):
+            raise TypeError(f"the gradient of parameter {self._path!r} is {gradient.layout}: make it dense")
+        if gradient.device.type == "meta":
+            raise TypeError(f"the gradient of parameter {self._path!r} is a meta tensor, without values")
+        kinds[_SPARSE if gradient.is_sparse else _DENSE] = 1.0
+        values = gradient.detach()
+        values = values.to_dense() if values.is_sparse else values.resolve_neg()
+        values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+        return [kinds, values.to(device="cpu", dtype=torch.float64).reshape(-1).numpy()]
+
+    def accept(self, total: np.ndarray, weight: float) -> None:
+        """Takes the sum over all workers."""
+        dense, sparse = total[_DENSE], total[_SPARSE]
+        if dense + sparse == 0:
+            return
+        parameter = self._parameter
+        with np.errstate(all="ignore"):
+            mean = torch.from_numpy(total[2:] / weight)
+        if parameter.is_complex():
+            values = torch.view_as_complex(mean.reshape(*parameter.shape, 2)).to(parameter.dtype)
+        else:
+            values = _tensors.rounded(mean.reshape(parameter.shape), parameter.dtype)
+        gradient = parameter.grad
+        with torch.no_grad():
+            if dense == 0:
+                kept = 1 if gradient is None or not gradient.is_sparse else gradient.sparse_dim()
+                parameter.grad = values.to_sparse(kept).to(parameter.device)
+            elif gradient is None or gradient.is_sparse or _overlaps(gradient):
+                parameter.grad = torch.empty_like(parameter).copy_(values)
+            else:
+                gradient.copy_(values)
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def all_reduce_gradients(
@@ -20,7 +78,9 @@ def all_reduce_gradients(
     middle of backward, and there each of them already needs its place in the one global loss.
 
     A parameter without gradient counts as zeros at that worker; without gradient at every worker it stays without. All
-    gradients travel as one float64 vector, so the result is the same bits at every worker.
+    gradients travel as one float64 vector, so the result is the same bits at every worker. A sparse gradient
+    (torch.nn.Embedding(sparse=True)) travels as a dense one, and is sparse again where it is so at all workers that have
+    one: with the rows that are not zero. Infinity and NaN arrive as they are, for a gradient scaler to find.
 
     Args:
       model: the same parameters in the same order at every worker.
@@ -29,28 +89,20 @@ def all_reduce_gradients(
       name: the vector's at the master; tells several models of one worker apart.
     Returns:
       The sum of the weights.
+    Raises:
+      TypeError: for a gradient that is neither dense nor sparse in coordinates, naming the parameter; before the round.
+      ValueError: if the weights do not sum up to more than 0; at every worker.
     """
     worker = worker or default_worker()
-    parameters: List[torch.nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
-    vector = np.zeros(1 + len(parameters) + sum(p.numel() for p in parameters))
-    vector[0] = weight
-    offset = 1 + len(parameters)
-    for index, parameter in enumerate(parameters):
-        if parameter.grad is not None:
-            vector[1 + index] = 1.0
-            gradient = parameter.grad.detach().to(device="cpu", dtype=torch.float64).reshape(-1).numpy()
-            vector[offset : offset + gradient.size] = gradient
-        offset += parameter.numel()
-    total = worker.all_reduce(name, vector)
-    if total[0] <= 0:
-        raise ValueError("the workers' weights sum up to nothing")
-    offset = 1 + len(parameters)
-    for index, parameter in enumerate(parameters):
-        if total[1 + index] > 0:
-            mean = torch.from_numpy(total[offset : offset + parameter.numel()] / total[0]).reshape(parameter.shape)
-            if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)
-            with torch.no_grad():
-                parameter.grad.copy_(mean)
-        offset += parameter.numel()
+    named = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
+    parameters = [_Parameter(path, parameter) for path, parameter in named]
+    # Before the round, so that what cannot be sent is refused while no other worker waits for it.
+    parts = [np.array([float(weight)])] + [part for parameter in parameters for part in parameter.contribution()]
+    total = worker.all_reduce(name, np.concatenate(parts))
+    if not total[0] > 0:
+        raise ValueError(f"the workers' weights sum up to {total[0]:g}; their sum must be positive")
+    offset = 1
+    for parameter in parameters:
+        parameter.accept(total[offset : offset + parameter.length], float(total[0]))
+        offset += parameter.length
     return float(total[0])

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from syncbn import _library, _passes
 from syncbn.core import Worker, default_worker
-from syncbn.torch import _checkpointing, _functions, _replicas, _tensors
+from syncbn.torch import _checkpointing, _evaluation, _functions, _replicas, _tensors
 
 # torch.compile breaks its graph here: a round is no operation that it could trace.
 _outside_of_graphs: Any = getattr(getattr(torch, "compiler", None), "disable", lambda function: function)
@@ -105,23 +105,24 @@ class SyncBatchNorm(_BatchNorm):
     # ---- Evaluation ----
 
     def _evaluate(self, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
-        types = {t.dtype for t in (x, mean, var, self.weight, self.bias) if t is not None}
-        if len(types) == 1 and x.dtype in (torch.float32, torch.float64):
-            return torch.nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-        x = _tensors.dense(x, _tensors.is_channels_last(x))
-        return _functions.Evaluate.apply(x, mean, var, self.weight, self.bias, self.eps)
+        return _evaluation.batch_norm(x, mean, var, self.weight, self.bias, False, self.eps)
 
     def _normalize_alone(self, x: torch.Tensor) -> torch.Tensor:
         """With the local batch's statistics, as torch does in evaluation where there are no running ones."""
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        weight, bias = (None if v is None else v.to(wide.dtype) for v in (self.weight, self.bias))
-        y = torch.nn.functional.batch_norm(wide, None, None, weight, bias, True, 0.0, self.eps)
-        return y.to(x.dtype)
+        return _evaluation.batch_norm(x, None, None, self.weight, self.bias, True, self.eps)
 
     # ---- Training ----
 
     @_outside_of_graphs
     def _normalize_with_others(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.overrides.has_torch_function((input,)):
+            function: Any = batch_norm
+            return torch.overrides.handle_torch_function(function, (input,), input, self)
+        return batch_norm(input, self)
+
+    def _normalize_plain(self, input: torch.Tensor) -> torch.Tensor:
+        """As an operation under __torch_function__, by which a subclass of Tensor keeps its class."""
+        _tensors.check_supported(input)
         x = _tensors.dense(input, _tensors.is_channels_last(input))
         checkpoint = _checkpointing.Context()
         place = _replicas.current()
@@ -223,6 +224,11 @@ class SyncBatchNorm(_BatchNorm):
         if process_group is not None:
             raise ValueError("process_group must be None: give a worker of another group")
         return convert_sync_batchnorm(module)
+
+
+def batch_norm(input: torch.Tensor, layer: SyncBatchNorm) -> torch.Tensor:
+    """What a __torch_function__ is called with for a SyncBatchNorm in training."""
+    return layer._normalize_plain(input)
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
