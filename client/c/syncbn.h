@@ -105,7 +105,7 @@ typedef struct syncbn_worker_options {
   uint32_t rank;
   uint32_t world_size; /* Required, at least 1. */
   uint64_t generation;
-  int64_t round_timeout_ns; /* Default 30 s. The same for all workers of the group. */
+  int64_t round_timeout_ns; /* Default 10 min. The same for all workers of the group. */
   int64_t join_timeout_ns;  /* How long to try to reach the master, at first and after a break. Default 30 s. */
   int64_t rejoin_grace_ns;  /* Default 50 ms; negative: none. The same for all workers. */
   int32_t missing_policy;   /* Default FAIL. The same for all workers. */

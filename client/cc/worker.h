@@ -110,7 +110,7 @@ class Worker {
     uint32_t rank = 0;
     uint32_t world_size = 1;
     uint64_t generation = 0;
-    // The same for all workers of the group. Absent: the master's defaults (30 s, 50 ms).
+    // The same for all workers of the group. Absent: the master's defaults (10 min, 50 ms).
     std::optional<absl::Duration> round_timeout;
     std::optional<absl::Duration> rejoin_grace;
     MissingPolicy missing_policy = MissingPolicy::kFail;

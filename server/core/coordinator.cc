@@ -252,12 +252,26 @@ class Coordinator::Impl {
     return x == 0 ? 1 : x;
   }
 
-  // Neighbouring results for the same streams make one frame; what is not sent to workers does not part neighbours.
+  // Whether the effect is of the same kind as the newest, for the same streams, and has been added to it.
+  static bool AddToLate(Effect& effect, Effects& joined) {
+    auto* const late = std::get_if<SendLateRounds>(&effect);
+    auto* const newest = joined.empty() ? nullptr : std::get_if<SendLateRounds>(&joined.back());
+    if (late == nullptr || newest == nullptr || newest->group < late->group || late->group < newest->group ||
+        newest->streams != late->streams) {
+      return false;
+    }
+    std::move(late->rounds.begin(), late->rounds.end(), std::back_inserter(newest->rounds));
+    return true;
+  }
+
+  // Neighbouring results for the same streams make one frame, and so do late rounds; what is not sent to workers does
+  // not part neighbours.
   static Effects Coalesce(Effects effects) {
     constexpr size_t kNone = SIZE_MAX;
     Effects joined;
     size_t open = kNone;  // Where the newest SendResults lies, while it may still grow.
     for (Effect& effect : effects) {
+      if (AddToLate(effect, joined)) continue;
       auto* const results = std::get_if<SendResults>(&effect);
       if (results == nullptr) {
         if (!std::holds_alternative<RoundEnded>(effect)) open = kNone;

@@ -74,6 +74,21 @@ struct SendMembership {
   Membership membership;
 };
 
+// A round that has waited for Limits::late_round_after. Told once for each round, to all that have contributed by then.
+struct LateRound {
+  RoundKey key;
+  absl::Duration age;  // Since its first contribution.
+  // Whom it waits for: the first Limits::max_named_ranks of them, ascending, and how many they are.
+  std::vector<Rank> missing_ranks;
+  uint32_t missing = 0;
+};
+
+struct SendLateRounds {
+  GroupId group;
+  std::vector<StreamId> streams;  // May be empty: all contributors have gone meanwhile.
+  std::vector<LateRound> rounds;
+};
+
 // The stream is to be closed, with a status if there is an error, after what was sent to it before. Nothing is sent to
 // it afterwards, and what it still says is ignored.
 struct CloseStream {
@@ -95,8 +110,8 @@ struct GroupEnded {
   GroupId group;
 };
 
-using Effect =
-    std::variant<SendJoined, SendResults, SendLayerError, SendMembership, CloseStream, RoundEnded, GroupEnded>;
+using Effect = std::variant<SendJoined, SendResults, SendLayerError, SendMembership, SendLateRounds, CloseStream,
+                            RoundEnded, GroupEnded>;
 using Effects = std::vector<Effect>;
 
 // ---- The engine -----------------------------------------------------------------------------------------------------

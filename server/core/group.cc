@@ -291,8 +291,13 @@ void Group::OnTimePassed(absl::Time now, Effects& effects) {
     gave_up = true;
   }
   if (gave_up) SettleAll(now, effects);
-  while (!deadlines_.empty() && deadlines_.begin()->first <= now) {
-    Expire(pending_.find(deadlines_.begin()->second), now, effects);
+  while (!alarms_.empty() && alarms_.begin()->first <= now) {
+    const auto round = pending_.find(alarms_.begin()->second);
+    if (round->second.deadline <= now) {
+      Expire(round, now, effects);
+    } else {
+      TellLate(round, now, effects);
+    }
   }
 }
 
@@ -311,7 +316,7 @@ void Group::End(const Error& why, absl::Time now, Effects& effects) {
 absl::Time Group::NextDeadline() const {
   absl::Time next = linger_until_;
   if (!graces_.empty()) next = std::min(next, graces_.begin()->first);
-  if (!deadlines_.empty()) next = std::min(next, deadlines_.begin()->first);
+  if (!alarms_.empty()) next = std::min(next, alarms_.begin()->first);
   return next;
 }
 

@@ -84,6 +84,7 @@ class Group {
   struct PendingRound {
     absl::Time begun;
     absl::Time deadline;
+    absl::Time alarm;  // When time next matters to it: when it becomes late, then its deadline.
     size_t bytes = 0;
     size_t needed = 0;  // Contributions, if nobody leaves.
     // Of a backward round: who is to contribute, ascending, and the count of its forward round, which may be forgotten
@@ -131,10 +132,14 @@ class Group {
   // Ends the round if what is known of its members says how.
   void Settle(PendingRounds::iterator round, absl::Time now, Effects& effects);
   void SettleAll(absl::Time now, Effects& effects);
+  // The round has waited for long: its contributors are told.
+  void TellLate(PendingRounds::iterator round, absl::Time now, Effects& effects);
   // Ends the round because its time is up.
   void Expire(PendingRounds::iterator round, absl::Time now, Effects& effects);
   // Those that have not contributed, of all that the round is for.
   std::vector<Rank> MissingRanks(const RoundKey& key, const PendingRound& round) const;
+  // Those of them that have not left.
+  std::vector<Rank> AwaitedRanks(const RoundKey& key, const PendingRound& round) const;
   // With fewer contributions than this, the round may not proceed.
   size_t LeastWorkers(const PendingRound& round) const;
   void Complete(PendingRounds::iterator round, absl::Time now, Effects& effects);
@@ -180,7 +185,7 @@ class Group {
   absl::btree_set<std::string> set_;
 
   PendingRounds pending_;
-  absl::btree_set<std::pair<absl::Time, RoundKey>> deadlines_;
+  absl::btree_set<std::pair<absl::Time, RoundKey>> alarms_;  // Of the pending rounds.
   size_t pending_bytes_ = 0;
   uint64_t completed_ = 0;
   uint64_t failed_ = 0;

@@ -133,7 +133,8 @@ Group::PendingRounds::iterator Group::Begin(const RoundKey& key, Layer& layer, a
     round.needed = round.expected.size();
     round.count = forward.count;
   }
-  deadlines_.insert({round.deadline, key});
+  round.alarm = std::min(round.deadline, now + limits_.late_round_after);
+  alarms_.insert({round.alarm, key});
   return pending_.emplace(key, std::move(round)).first;
 }
 
@@ -254,11 +255,34 @@ void Group::SettleAll(absl::Time now, Effects& effects) {
   }
 }
 
-void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effects) {
-  std::vector<Rank> missing = MissingRanks(round->first, round->second);
-  missing.erase(std::remove_if(missing.begin(), missing.end(),
+void Group::TellLate(PendingRounds::iterator round, absl::Time now, Effects& effects) {
+  PendingRound& pending = round->second;
+  alarms_.erase({pending.alarm, round->first});
+  pending.alarm = pending.deadline;
+  alarms_.insert({pending.alarm, round->first});
+  LateRound late;
+  late.key = round->first;
+  late.age = now - pending.begun;
+  late.missing_ranks = AwaitedRanks(round->first, pending);
+  late.missing = static_cast<uint32_t>(late.missing_ranks.size());
+  late.missing_ranks.resize(std::min(late.missing_ranks.size(), limits_.max_named_ranks));
+  std::vector<StreamId> streams;
+  for (const auto& [rank, payload] : pending.payloads) {
+    if (members_[rank].state == MemberState::kPresent) streams.push_back(members_[rank].stream);
+  }
+  effects.push_back(SendLateRounds{id_, std::move(streams), {std::move(late)}});
+}
+
+std::vector<Rank> Group::AwaitedRanks(const RoundKey& key, const PendingRound& round) const {
+  std::vector<Rank> awaited = MissingRanks(key, round);
+  awaited.erase(std::remove_if(awaited.begin(), awaited.end(),
                                [this](Rank rank) { return members_[rank].state == MemberState::kLeft; }),
-                missing.end());
+                awaited.end());
+  return awaited;
+}
+
+void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effects) {
+  std::vector<Rank> missing = AwaitedRanks(round->first, round->second);
   const size_t contributed = round->second.payloads.size();
   const std::string wait = absl::FormatDuration(*config_.round_timeout);
   if (config_.missing_policy != MissingPolicy::kProceed) {
@@ -328,7 +352,7 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
       RoundEnded{id_, outcome, now - pending.begun, static_cast<uint32_t>(pending.payloads.size()), pending.last_rank});
   layers_.at(round->first.layer)->Record(round->first, std::move(ended));
   pending_bytes_ -= pending.bytes;
-  deadlines_.erase({pending.deadline, round->first});
+  alarms_.erase({pending.alarm, round->first});
   pending_.erase(round);
   if (!streams.empty()) effects.push_back(SendResults{std::move(streams), {std::move(outcome)}});
 }

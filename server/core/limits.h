@@ -27,6 +27,8 @@ struct Limits {
   size_t max_rounds_in_frame = 65536;
   // Contributions held for rounds of a group that have not ended, in bytes.
   size_t max_pending_bytes = size_t{1} << 30;
+  // Ranks that an error or a late round names one by one; of more it tells the number.
+  size_t max_named_ranks = 64;
   // Length of a job, group or layer name, in bytes, and of a description.
   size_t max_name_bytes = 255;
   size_t max_description_bytes = 1024;
@@ -44,9 +46,13 @@ struct Limits {
   // Bounds of what a group may declare.
   absl::Duration min_round_timeout = absl::Milliseconds(10);
   absl::Duration max_round_timeout = absl::Hours(24);
-  absl::Duration default_round_timeout = absl::Seconds(30);
+  // Longer than any pause that training makes by itself (a validation, a checkpoint): what is broken is told at once,
+  // and what is late after late_round_after.
+  absl::Duration default_round_timeout = absl::Minutes(10);
   absl::Duration max_rejoin_grace = absl::Minutes(10);
   absl::Duration default_rejoin_grace = absl::Milliseconds(50);
+  // A round that has waited this long is told to those who have contributed, once, with whom it waits for.
+  absl::Duration late_round_after = absl::Seconds(10);
   // A group without a live stream is kept this long for its workers to come back to.
   absl::Duration group_linger = absl::Minutes(1);
 

@@ -92,10 +92,16 @@ void MergeChannels(const MergeWeights& weights, const Payload& payload, RoundOut
   for (size_t c = 0; c < channels; ++c) MergeInto(weights, from_mean[c], from_m2[c], mean[c], m2[c]);
 }
 
-// |value| must stay below `bound`, unless the layer propagates what IEEE 754 makes of it.
+// Gradients overflow in the ordinary course of mixed-precision training, where a loss scaler looks for infinities and
+// skips the step: only forward rounds may refuse them.
+bool Propagates(Phase phase, const LayerSpec& spec) {
+  return phase != Phase::kForward || spec.numeric_policy == NumericPolicy::kPropagate;
+}
+
+// |value| must stay below `bound`, unless the round propagates what IEEE 754 makes of it.
 std::optional<Error> CheckMagnitude(const Contribution& contribution, absl::Span<const double> vector, const char* name,
                                     const LayerSpec& spec, Rank rank, double bound) {
-  if (spec.numeric_policy == NumericPolicy::kPropagate || AllWithin(vector, bound)) return std::nullopt;
+  if (Propagates(contribution.key.phase, spec) || AllWithin(vector, bound)) return std::nullopt;
   for (size_t channel = 0; channel < vector.size(); ++channel) {
     if (std::fabs(vector[channel]) <= bound) continue;
     return MakeError(absl::StatusCode::kInvalidArgument, kNotFinite,
@@ -147,7 +153,7 @@ std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerS
   if (contribution.key.phase != Phase::kSum) {
     if (auto error = CheckLength(contribution, contribution.second, names.second, spec, rank)) return error;
   }
-  if (contribution.key.phase == Phase::kBackward && contribution.first.size() != contribution.second.size()) {
+  if (contribution.key.phase != Phase::kSum && contribution.first.size() != contribution.second.size()) {
     return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
                      absl::StrCat("rank ", rank, " sent ", contribution.first.size(), " elements of ", names.first,
                                   " and ", contribution.second.size(), " of ", names.second, " to the ",
@@ -159,7 +165,7 @@ std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerS
   }
   const double bound = limits.max_magnitude;
   if (auto error = CheckMagnitude(contribution, contribution.first, names.first, spec, rank, bound)) return error;
-  return CheckMagnitude(contribution, contribution.second, names.second, spec, rank, forward ? bound * bound : bound);
+  return CheckMagnitude(contribution, contribution.second, names.second, spec, rank, bound * bound);
 }
 
 void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome) {
@@ -195,7 +201,7 @@ void MergeSums(const Payloads& payloads, uint32_t channels, RoundOutcome& outcom
 }
 
 std::optional<Error> CheckMerged(const RoundOutcome& outcome, const LayerSpec& spec) {
-  if (spec.numeric_policy == NumericPolicy::kPropagate) return std::nullopt;
+  if (Propagates(outcome.key.phase, spec)) return std::nullopt;
   const VectorNames names = NamesOf(outcome.key.phase);
   const auto overflow = [&](const std::vector<double>& vector, const char* name) -> std::optional<Error> {
     if (AllWithin(vector, std::numeric_limits<double>::max())) return std::nullopt;

@@ -33,7 +33,7 @@ uint64_t Digest(const Payload& payload);
 uint64_t Digest(const Contribution& contribution);
 
 // What is wrong with a contribution to a round of this layer (INVALID_CONTRIBUTION, NOT_FINITE), naming rank, channel
-// and value; nothing if it can be merged.
+// and value; nothing if it can be merged. Backward rounds and sums take any value.
 std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerSpec& spec, Rank rank,
                                   const Limits& limits);
 
@@ -45,8 +45,8 @@ using Payloads = absl::btree_map<Rank, Payload>;
 void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome);
 void MergeSums(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome);
 
-// Numbers that are finite one by one may overflow together. NOT_FINITE, naming the channel, unless the layer
-// propagates.
+// Moments that are finite one by one may overflow together. NOT_FINITE, naming the channel, unless the layer
+// propagates; never of a backward round or a sum.
 std::optional<Error> CheckMerged(const RoundOutcome& outcome, const LayerSpec& spec);
 
 }  // namespace syncbn::core

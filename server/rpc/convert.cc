@@ -232,6 +232,13 @@ void ToProto(const core::SendLayerError& error, v1::LayerError* message) {
   ToProto(error.error, error.layer, message->mutable_error());
 }
 
+void ToProto(const core::LateRound& round, v1::LateRound* message) {
+  ToProto(round.key, message->mutable_key());
+  ToProto(round.age, message->mutable_age());
+  Assign(round.missing_ranks, message->mutable_missing_ranks());
+  message->set_missing(round.missing);
+}
+
 void ToProto(const core::GroupSummary& summary, v1::GroupSummary* message) {
   message->set_job(summary.id.job);
   message->set_group(summary.id.group);

@@ -25,6 +25,7 @@ void ToProto(const core::SendJoined& joined, const std::string& description, v1:
 void ToProto(const core::Membership& membership, v1::Membership* message);
 void ToProto(const core::RoundOutcome& outcome, v1::RoundResult* message);
 void ToProto(const core::SendLayerError& error, v1::LayerError* message);
+void ToProto(const core::LateRound& round, v1::LateRound* message);
 
 void ToProto(const core::GroupSummary& summary, v1::GroupSummary* message);
 void ToProto(const core::GroupView& view, v1::GetGroupResponse* message);

@@ -269,6 +269,13 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     Send(change.streams, frame);
   }
 
+  void Apply(const core::SendLateRounds& late) {
+    if (late.streams.empty()) return;
+    v1::MasterFrame frame;
+    for (const core::LateRound& round : late.rounds) ToProto(round, frame.add_late_rounds());
+    Send(late.streams, frame);
+  }
+
   void Apply(const core::CloseStream& close) {
     if (WorkerStream* const stream = Find(close.stream)) {
       CloseStream(stream, close.error.has_value() ? ToGrpc(*close.error) : grpc::Status::OK);

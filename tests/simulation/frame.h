@@ -28,6 +28,13 @@ struct Frame {
 };
 using FramePtr = std::shared_ptr<const Frame>;
 
+// The engine's, but for a wait after which rounds are late that is within the schedules' deadlines.
+inline core::Limits SimulatedLimits() {
+  core::Limits limits;
+  limits.late_round_after = absl::Milliseconds(25);
+  return limits;
+}
+
 // Points into the frame.
 inline core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame) {
   core::FrameReceived event;

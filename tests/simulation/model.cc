@@ -36,6 +36,8 @@ bool IsRefusal(const std::string& reason) {
 }
 
 bool Near(double actual, long double expected, long double scale) {
+  if (std::isnan(expected)) return std::isnan(actual);
+  if (std::isinf(expected)) return actual == expected;
   return std::fabs(actual - expected) <= 1e-10L * scale + 1e-18L;  // False for a NaN.
 }
 
@@ -238,6 +240,29 @@ void Model::Check(const core::SendLayerError& error, absl::Time) {
   if (!intruded || !error.layer.empty()) Violate("a layer error, though all layers agree");
   for (const StreamId stream : error.streams) {
     if (!Open(stream) || !SeatOf(stream).has_value()) Violate("a layer error goes to a stream that is closed");
+  }
+}
+
+void Model::Check(const core::SendLateRounds& late, absl::Time now) {
+  for (const core::LateRound& told : late.rounds) {
+    const auto found = pending_.find(told.key);
+    if (found == pending_.end() || found->second.told_late) {
+      return Violate(absl::StrCat(Name(told.key), " is late, and has ended, or has been told"));
+    }
+    Pending& round = found->second;
+    round.told_late = true;
+    ++tally_.late;
+    std::vector<Rank> missing = Missing(round);
+    missing.erase(std::remove_if(missing.begin(), missing.end(), [this](Rank rank) { return Left(rank); }),
+                  missing.end());
+    std::vector<StreamId> streams;
+    for (const auto& [rank, held] : round.parts) {
+      if (Present(rank)) streams.push_back(members_[rank].stream);
+    }
+    if (told.age != now - round.begun || told.age < SimulatedLimits().late_round_after ||
+        told.missing_ranks != missing || told.missing != missing.size() || late.streams != streams) {
+      Violate(absl::StrCat(Name(told.key), " is late in other ways than is told"));
+    }
   }
 }
 
@@ -514,6 +539,8 @@ void Model::CheckWaiting(absl::Time now) {
       Violate(absl::StrCat(Name(key), " waits for nobody who could come"));
     }
     if (now > round.begun + *settings_.config.round_timeout) Violate(absl::StrCat(Name(key), " outlives its deadline"));
+    const absl::Duration late = std::min(SimulatedLimits().late_round_after, *settings_.config.round_timeout);
+    if (!round.told_late && now > round.begun + late) Violate(absl::StrCat(Name(key), " waits, and nobody is told"));
     for (const auto& [rank, held] : round.parts) {
       if (Bad({key, held.numbers}, Layer(key.layer))) Violate(absl::StrCat(Name(key), " waits with bad numbers"));
       if (!std::count(round.expected.begin(), round.expected.end(), rank)) {
@@ -618,11 +645,12 @@ bool Model::Bad(const Part& part, const core::LayerSpec& spec) {
     return vector.size() == length || (vector.empty() && may_be_empty);
   };
   if (!fits(numbers.first, spec.channels) || !fits(numbers.second, second) || numbers.count < 0) return true;
+  if (part.key.phase != core::Phase::kForward) return false;  // They take any value.
   for (const double value : numbers.first) {
     if (!std::isfinite(value)) return true;
   }
   for (const double value : numbers.second) {
-    if (!std::isfinite(value) || (part.key.phase == core::Phase::kForward && value < 0.0)) return true;
+    if (!std::isfinite(value) || value < 0.0) return true;
   }
   return false;
 }

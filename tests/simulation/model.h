@@ -33,6 +33,7 @@ struct Tally {
   uint64_t partial = 0;  // Of those, without all that were expected.
   uint64_t replayed = 0;
   uint64_t fenced = 0;
+  uint64_t late = 0;                        // Rounds that were told to be.
   std::map<std::string, uint64_t> failed;   // By reason.
   std::map<std::string, uint64_t> refused;  // To the sender alone.
 };
@@ -69,6 +70,7 @@ class Model {
     HeldParts parts;
     std::vector<core::Rank> expected;
     int64_t forward_count = 0;
+    bool told_late = false;
   };
   struct Ended {
     std::shared_ptr<const core::RoundOutcome> outcome;
@@ -104,6 +106,7 @@ class Model {
   void Check(const core::SendResults& results, absl::Time now);
   void Check(const core::SendLayerError& error, absl::Time now);
   void Check(const core::SendMembership& change, absl::Time now);
+  void Check(const core::SendLateRounds& late, absl::Time now);
   void Check(const core::CloseStream& close, absl::Time now);
   void Check(const core::RoundEnded& ended, absl::Time now);
   void Check(const core::GroupEnded& ended, absl::Time now);

@@ -73,6 +73,8 @@ core::Effects Mutant::Distort(core::Effects effects) {
       if (asked_ != 0) joined->incarnation = asked_;
     } else if (auto* close = std::get_if<core::CloseStream>(&effect)) {
       closed_.insert(close->stream);
+    } else if (auto* late = std::get_if<core::SendLateRounds>(&effect)) {
+      if (bug_ == Bug::kSilentLate) late->rounds.clear();
     } else if (auto* results = std::get_if<core::SendResults>(&effect)) {
       Distort(*results);
     } else if (auto* ended = std::get_if<core::RoundEnded>(&effect)) {

@@ -29,11 +29,12 @@ enum class Bug {
   kSplitOutcome,     // Members are told a result that differs in its last bit from the one that is on record.
   kAcceptedNan,      // Bad numbers are made good on their way in.
   kAnyLayers,        // A join with a layer too many is let in.
+  kSilentLate,       // Nobody is told of rounds that wait for long.
 };
 
 class Mutant {
  public:
-  explicit Mutant(Bug bug) : bug_(bug) {}
+  explicit Mutant(Bug bug) : bug_(bug), coordinator_(SimulatedLimits()) {}
 
   core::Effects OnFrame(core::StreamId stream, const Frame& frame, absl::Time now);
   core::Effects OnClosed(core::StreamId stream, absl::Time now);

@@ -32,6 +32,7 @@ void Add(const Tally& from, Tally& to) {
   to.partial += from.partial;
   to.replayed += from.replayed;
   to.fenced += from.fenced;
+  to.late += from.late;
   for (const auto& [reason, times] : from.failed) to.failed[reason] += times;
   for (const auto& [reason, times] : from.refused) to.refused[reason] += times;
 }
@@ -75,6 +76,7 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.tally.partial, 0u);
   EXPECT_GT(sum.tally.replayed, 0u);
   EXPECT_GT(sum.tally.fenced, 0u);
+  EXPECT_GT(sum.tally.late, 0u);
   for (const char* reason : {"ROUND_TIMEOUT", "WORKER_LOST", "DEADLOCK", "TOO_FEW_WORKERS", "INVALID_CONTRIBUTION",
                              "NOT_FINITE", "LAYER_SET_MISMATCH"}) {
     EXPECT_GT(sum.tally.failed[reason], 0u) << reason;
@@ -115,7 +117,8 @@ INSTANTIATE_TEST_SUITE_P(
                       PlantedBug{"LostOutcome", Bug::kLostOutcome}, PlantedBug{"SendAfterClose", Bug::kSendAfterClose},
                       PlantedBug{"IgnoredDeadline", Bug::kIgnoredDeadline}, PlantedBug{"EarlyLeave", Bug::kEarlyLeave},
                       PlantedBug{"WrongVariance", Bug::kWrongVariance}, PlantedBug{"SplitOutcome", Bug::kSplitOutcome},
-                      PlantedBug{"AcceptedNan", Bug::kAcceptedNan}, PlantedBug{"AnyLayers", Bug::kAnyLayers}),
+                      PlantedBug{"AcceptedNan", Bug::kAcceptedNan}, PlantedBug{"AnyLayers", Bug::kAnyLayers},
+                      PlantedBug{"SilentLate", Bug::kSilentLate}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

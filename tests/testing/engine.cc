@@ -210,6 +210,13 @@ void Engine::Record(const core::Effect& effect) {
     to_each(layer_error->streams, [&](StreamLog& log) { log.layer_errors.push_back(*layer_error); });
   } else if (const auto* change = std::get_if<core::SendMembership>(&effect)) {
     to_each(change->streams, [&](StreamLog& log) { log.memberships.push_back(change->membership); });
+  } else if (const auto* late = std::get_if<core::SendLateRounds>(&effect)) {
+    EXPECT_FALSE(late->rounds.empty());
+    for (const StreamId stream : late->streams) {
+      CheckOpen(stream);
+      auto& rounds = logs_.at(stream).late_rounds;
+      rounds.insert(rounds.end(), late->rounds.begin(), late->rounds.end());
+    }
   } else if (const auto* close = std::get_if<core::CloseStream>(&effect)) {
     if (log(close->stream).closed) return;  // A frame that was under way met a closed stream.
     logs_.at(close->stream).closed = true;

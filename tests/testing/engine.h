@@ -29,6 +29,7 @@ struct StreamLog {
   std::vector<std::shared_ptr<const core::RoundOutcome>> outcomes;
   std::vector<core::SendLayerError> layer_errors;
   std::vector<core::Membership> memberships;
+  std::vector<core::LateRound> late_rounds;
   size_t result_frames = 0;
   bool closed = false;
   std::optional<core::Error> closed_with;

@@ -52,7 +52,7 @@ TEST(JoinTest, IsAnsweredWithTheFilledConfig) {
   EXPECT_EQ(joined.protocol_version, 1u);
   EXPECT_EQ(joined.incarnation, 1u);
   EXPECT_NE(joined.run_id, 0u);
-  EXPECT_EQ(joined.config.round_timeout, absl::Seconds(30));
+  EXPECT_EQ(joined.config.round_timeout, absl::Minutes(10));
   EXPECT_EQ(joined.config.rejoin_grace, absl::Milliseconds(50));
   EXPECT_EQ(joined.membership.world_size, 3u);
   EXPECT_THAT(joined.membership.present_ranks, ElementsAre(1));

@@ -245,8 +245,10 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{"InfiniteMean", Phase::kForward, 4, {-kInfinity, 2}, {3, 4}, kNotFinite, "mean[0] = -inf"},
         BadCase{"HugeMean", Phase::kForward, 4, {0x1.1p500, 2}, {3, 4}, kNotFinite, "mean[0]"},
         BadCase{"HugeM2", Phase::kForward, 4, {1, 2}, {3, 0x1.1p1000}, kNotFinite, "m2[1]"},
-        BadCase{"HugeSum", Phase::kBackward, 0, {1, 2}, {3, 0x1.1p500}, kNotFinite, "sum_dy_xmu[1]"},
-        BadCase{"NanVector", Phase::kSum, 0, {kNan, 2}, {}, kNotFinite, "value[0] = nan"}),
+        BadCase{"EmptyBatchWithHalf", Phase::kForward, 0, {0, 0}, {}, kInvalidContribution, "mean and 0 of m2"},
+        BadCase{"HugeGradient", Phase::kBackward, 0, {1, 2}, {3, 0x1.1p500}, "", ""},
+        BadCase{"InfiniteGradient", Phase::kBackward, 0, {kInfinity, 2}, {kNan, -kInfinity}, "", ""},
+        BadCase{"NanVector", Phase::kSum, 0, {kNan, -kInfinity}, {}, "", ""}),
     [](const auto& info) { return info.param.name; });
 
 TEST(CheckNumbersPlaceTest, FindsABadNumberWhereverItIs) {
@@ -299,6 +301,16 @@ TEST(CheckMergedTest, SaysWhichChannelOverflows) {
   LayerSpec propagating = Spec(2);
   propagating.numeric_policy = NumericPolicy::kPropagate;
   EXPECT_FALSE(CheckMerged(outcome, propagating).has_value());
+}
+
+TEST(CheckMergedTest, SumsMayOverflow) {
+  for (const Phase phase : {Phase::kBackward, Phase::kSum}) {
+    Payloads payloads = {{0, Moments(0, {1.6e308}, {1.0})}, {1, Moments(0, {1.6e308}, {2.0})}};
+    if (phase == Phase::kSum) payloads[0].second = payloads[1].second = {};
+    const RoundOutcome outcome = Merged(phase, payloads, 1);
+    EXPECT_EQ(outcome.first[0], kInfinity);
+    EXPECT_FALSE(CheckMerged(outcome, Spec(1)).has_value());
+  }
 }
 
 TEST(CheckMergedTest, TakesTheGreatestThatCanBeMerged) {

@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -368,6 +369,80 @@ TEST(BadNumbersTest, PropagatingLayersFollowIeee754) {
   EXPECT_TRUE(std::isnan(outcome->first[0]));
   EXPECT_EQ(outcome->first[1], 2.0);
   EXPECT_EQ(outcome->second[1], 1.0);
+}
+
+// A loss scaler finds the infinities of its overflowing steps in the gradients.
+TEST(BadNumbersTest, BackwardRoundsAndSumsPropagateThemByAnyPolicy) {
+  Engine engine;
+  const auto workers = JoinAll(engine, 2);
+  for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 0), kFew);
+  engine.Contribute(workers[0], Backward("bn", 0), {0, {INFINITY}, {NAN}});
+  engine.Contribute(workers[1], Backward("bn", 0), {0, {1.0}, {2.0}});
+  const auto backward = engine.Outcome(workers[1], Backward("bn", 0));
+  EXPECT_EQ(ReasonOf(*backward), "");
+  EXPECT_EQ(backward->first[0], INFINITY);
+  EXPECT_TRUE(std::isnan(backward->second[0]));
+  engine.Contribute(workers[0], Sum("loss", 0), {0, {INFINITY, 1.6e308}, {}});
+  engine.Contribute(workers[1], Sum("loss", 0), {0, {-INFINITY, 1.6e308}, {}});
+  const auto sum = engine.Outcome(workers[0], Sum("loss", 0));
+  EXPECT_EQ(ReasonOf(*sum), "");
+  EXPECT_TRUE(std::isnan(sum->first[0]));
+  EXPECT_EQ(sum->first[1], INFINITY) << "an overflow of the sum alone";
+  EXPECT_EQ(engine.Outcome(workers[1], Sum("loss", 0)), sum);
+}
+
+// ---- Late rounds ----------------------------------------------------------------------------------------------------
+
+TEST(LateRoundTest, IsToldOnceToThoseWhoHaveContributedAndGoesOn) {
+  Engine engine;
+  const auto workers = JoinAll(engine, 4);
+  engine.Contribute(workers[0], Forward("bn", 0), kFew);
+  engine.Advance(absl::Seconds(4));
+  engine.Contribute(workers[2], Forward("bn", 0), kFew);
+  engine.Advance(absl::Seconds(5));
+  EXPECT_TRUE(engine.log(workers[0]).late_rounds.empty());
+  engine.Leave(workers[3]);
+  engine.Advance(absl::Minutes(1));
+  for (const StreamId worker : {workers[0], workers[2]}) {
+    ASSERT_EQ(engine.log(worker).late_rounds.size(), 1u);
+    const LateRound& late = engine.log(worker).late_rounds[0];
+    EXPECT_EQ(late.key, Forward("bn", 0));
+    EXPECT_EQ(late.age, absl::Seconds(10));
+    EXPECT_THAT(late.missing_ranks, ElementsAre(1)) << "who has left is not waited for";
+    EXPECT_EQ(late.missing, 1u);
+  }
+  EXPECT_TRUE(engine.log(workers[1]).late_rounds.empty());
+  engine.Contribute(workers[1], Forward("bn", 0), kFew);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(workers[0], Forward("bn", 0))), "");
+}
+
+TEST(LateRoundTest, NamesSixtyFourRanksAndCountsAll) {
+  Engine engine;
+  const StreamId worker = engine.Join(7, 200, {BatchNormLayer("bn", 1)});
+  for (uint64_t sequence = 0; sequence < 3; ++sequence) engine.Contribute(worker, Forward("bn", sequence), kFew);
+  size_t effects = 0;
+  for (const Effect& effect : engine.Advance(absl::Seconds(10)))
+    effects += std::holds_alternative<SendLateRounds>(effect);
+  EXPECT_EQ(effects, 1u) << "rounds that become late together are told together";
+  ASSERT_EQ(engine.log(worker).late_rounds.size(), 3u);
+  for (const LateRound& late : engine.log(worker).late_rounds) {
+    EXPECT_EQ(late.missing, 199u);
+    ASSERT_EQ(late.missing_ranks.size(), 64u);
+    EXPECT_EQ(late.missing_ranks.front(), 0u);
+    EXPECT_EQ(late.missing_ranks.back(), 64u);
+  }
+}
+
+TEST(LateRoundTest, IsNotToldWhereTheDeadlineComesFirst) {
+  Engine engine;
+  Join join = testing::MakeJoin(0, 2);
+  join.config.round_timeout = absl::Seconds(10);
+  const StreamId worker = engine.Join(join);
+  engine.Declare(worker, {BatchNormLayer("bn", 1)});
+  engine.Contribute(worker, Forward("bn", 0), kFew);
+  engine.Advance(absl::Seconds(10));
+  EXPECT_TRUE(engine.log(worker).late_rounds.empty());
+  EXPECT_EQ(ReasonOf(*engine.Outcome(worker, Forward("bn", 0))), kRoundTimeout);
 }
 
 TEST(UnknownLayerTest, IsToldToTheSender) {

@@ -72,7 +72,7 @@ TEST(ViewsTest, MembersAndTheirStates) {
   EXPECT_EQ(view.summary.present, 1u);
   EXPECT_EQ(view.summary.layers, 1u);
   EXPECT_EQ(view.summary.rounds_in_flight, 1u);
-  EXPECT_EQ(view.config.round_timeout, absl::Seconds(30));
+  EXPECT_EQ(view.config.round_timeout, absl::Minutes(10));
   ASSERT_EQ(view.members.size(), 4u);
   EXPECT_EQ(view.members[0].state, MemberState::kPresent);
   EXPECT_EQ(view.members[0].description, "worker 0");
@@ -100,7 +100,7 @@ TEST(ViewsTest, PendingRoundsOldestFirst) {
   EXPECT_THAT(view.pending[0].arrived_ranks, ElementsAre(1));
   EXPECT_THAT(view.pending[0].missing_ranks, ElementsAre(0, 2));
   EXPECT_EQ(view.pending[0].age, absl::Seconds(5));
-  EXPECT_EQ(view.pending[0].time_left, absl::Seconds(25));
+  EXPECT_EQ(view.pending[0].time_left, absl::Minutes(10) - absl::Seconds(5));
   EXPECT_EQ(view.pending[1].key, Forward("a", 3));
   EXPECT_THAT(view.pending[1].missing_ranks, ElementsAre(1));
 }
