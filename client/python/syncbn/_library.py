@@ -239,8 +239,8 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
 
 
 def library_path() -> pathlib.Path:
-    """$SYNCBN_LIBRARY, else libsyncbn.so beside this file."""
-    return pathlib.Path(os.environ.get("SYNCBN_LIBRARY") or pathlib.Path(__file__).with_name("libsyncbn.so"))
+    """$SYNCBN_LIBRARY, else libsyncbn.so beside this file; absolute."""
+    return pathlib.Path(os.environ.get("SYNCBN_LIBRARY") or pathlib.Path(__file__).with_name("libsyncbn.so")).absolute()
 
 
 def _load_mode() -> int:
@@ -254,7 +254,7 @@ def _load_mode() -> int:
 
 
 def _load() -> ctypes.CDLL:
-    path = library_path()
+    path = PATH
     try:
         loaded = ctypes.CDLL(str(path), mode=_load_mode())
     except OSError as error:
@@ -275,6 +275,8 @@ def _load() -> ctypes.CDLL:
     return loaded
 
 
+# Resolved once: the program may change its working directory, or its environment.
+PATH = library_path()
 lib = _load()
 
 
@@ -314,3 +316,19 @@ def create(function: Callable[..., int], *arguments: Any) -> int:
 def text(value: Optional[Any]) -> Optional[bytes]:
     """A string or a path for a `const char*`; None stays NULL."""
     return None if value is None else os.fsencode(value) if isinstance(value, os.PathLike) else str(value).encode()
+
+
+class Owned:
+    """A handle of the library's, destroyed once, by the process that made it; silent also while the interpreter ends."""
+
+    __slots__ = ("value", "_destroy", "_pid", "_getpid")
+
+    def __init__(self, value: int, destroy: Callable[[int], None]) -> None:
+        self.value: Optional[int] = value
+        self._destroy, self._pid = destroy, os.getpid()
+        self._getpid = os.getpid  # A module's names may be gone when the last handles go.
+
+    def __del__(self) -> None:
+        value, self.value = self.value, None
+        if value is not None and self._getpid() == self._pid:
+            self._destroy(value)

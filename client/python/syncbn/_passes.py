@@ -4,7 +4,6 @@ Everything here goes by address: the caller keeps the memory alive for the lengt
 """
 
 import ctypes
-import os
 from typing import Optional
 
 import numpy as np
@@ -47,8 +46,6 @@ class ForwardPass:
         clamp: bool,
     ) -> None:
         """eps and clamp are those that the layer was declared with."""
-        self._handle: Optional[int] = None
-        self._pid = os.getpid()
         self.worker = worker
         self.layer = layer
         self.eps, self.clamp = eps, clamp
@@ -64,10 +61,15 @@ class ForwardPass:
             stream_ordered=worker.stream_ordered and on_gpu,
         )
         with worker.handle() as handle:
-            self._handle = create(lib.syncbn_forward_start, handle, text(layer), ctypes.byref(x), ctypes.byref(options))
+            made = create(lib.syncbn_forward_start, handle, text(layer), ctypes.byref(x), ctypes.byref(options))
+            self._owned = _library.Owned(made, lib.syncbn_forward_destroy)
         self.stream_ordered = bool(lib.syncbn_forward_stream_ordered(self._handle))
         if worker.stream_ordered and on_gpu and not self.stream_ordered:
             worker.explain_host_driven(x.device_index)
+
+    @property
+    def _handle(self) -> Optional[int]:
+        return self._owned.value
 
     def wait(self) -> None:
         """Waits for the merged statistics; raises the round's error."""
@@ -129,11 +131,6 @@ class ForwardPass:
                 call(lib.syncbn_backward_finish, handle, ctypes.byref(inputs), ctypes.byref(outputs))
             finally:
                 lib.syncbn_backward_destroy(handle)
-
-    def __del__(self) -> None:
-        handle, self._handle = getattr(self, "_handle", None), None
-        if handle is not None and os.getpid() == self._pid:
-            lib.syncbn_forward_destroy(handle)
 
 
 def evaluate(x: Tensor, options: EvaluateOptions, y: Optional[int]) -> None:

@@ -1,24 +1,26 @@
-"""Masters, workers and rounds, over NumPy vectors."""
+"""Workers: members of a group. Masters and rounds are in modules of their own, and here under their public names."""
 
 import atexit
 import contextlib
 import ctypes
+import logging
 import os
 import threading
-import time
 import warnings
 import weakref
 from types import TracebackType
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Type
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Type
 
 import numpy as np
 
-from syncbn import _library, _signals, errors
+from syncbn import _arguments, _forks, _library, _master, _settings, _signals, errors
 from syncbn._library import call, create, lib, text
+from syncbn._master import Master
+from syncbn._rounds import GradientSums, Moments, Round, wait
 
-_NS = 1_000_000_000
-# How long a wait stays inside the library before the interpreter may look at signals (Ctrl-C).
-_SLICE_NS = 100_000_000
+__all__ = ["GradientSums", "Master", "Moments", "Round", "Worker", "default_worker", "wait"]
+
+_logger = logging.getLogger("syncbn")
 _BACKWARD_ROLES = {
     True: _library.BACKWARD_REQUIRED,
     None: _library.BACKWARD_IF_REQUIRED,
@@ -26,194 +28,44 @@ _BACKWARD_ROLES = {
 }
 
 
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * _NS)
-
-
-def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
-    """Waits in slices: whether it was done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
-
-    The interpreter's lock is free during a slice, and a signal's handler runs at its end; on other threads than the main
-    one see `_signals`.
-    """
-    watch = None if threading.current_thread() is threading.main_thread() else _signals.Watch()
-    deadline = None if timeout is None else time.monotonic_ns() + _nanoseconds(timeout)
-    while True:
-        slice_ns = _SLICE_NS if deadline is None else max(0, min(_SLICE_NS, deadline - time.monotonic_ns()))
-        if call(function, handle, slice_ns) != _library.PENDING:
-            return True
-        if deadline is not None and time.monotonic_ns() >= deadline:
-            return False
-        if watch is not None:
-            watch.check()
-
-
-class Master:
-    """A master in this process.
-
-    Args:
-      address: "HOST:PORT" (port 0: any free one) or "unix:PATH".
-      insecure: listen beyond loopback without TLS.
-      cert_file, key_file: this server's certificate: TLS.
-      trusted_ca_file: with `client_cert_auth`, who may sign the workers' certificates.
-
-    Use it in a `with` block, whose end shuts it down.
-    """
-
-    def __init__(
-        self,
-        address: str = "127.0.0.1:0",
-        *,
-        insecure: bool = False,
-        cert_file: Optional[str] = None,
-        key_file: Optional[str] = None,
-        trusted_ca_file: Optional[str] = None,
-        client_cert_auth: bool = False,
-    ) -> None:
-        self._handle: Optional[int] = None
-        self._pid = os.getpid()
-        options = _library.MasterOptions(
-            address=text(address),
-            insecure=insecure,
-            cert_file=text(cert_file),
-            key_file=text(key_file),
-            trusted_ca_file=text(trusted_ca_file),
-            client_cert_auth=client_cert_auth,
-        )
-        self._handle = create(lib.syncbn_master_start, ctypes.byref(options))
-        self._target = lib.syncbn_master_target(self._handle).decode()
-        _open_masters.add(self)
-
-    @property
-    def target(self) -> str:
-        """What workers pass as their target."""
-        return self._target
-
-    def shutdown(self, grace: float = 1.0) -> None:
-        """Tells every worker, lets streams drain for at most `grace` seconds, and ends. Twice is harmless."""
-        handle, self._handle = self._handle, None
-        if handle is not None and os.getpid() == self._pid:
-            lib.syncbn_master_shutdown(handle, _nanoseconds(grace))
-            lib.syncbn_master_destroy(handle)
-
-    def __enter__(self) -> "Master":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.shutdown()
-
-    def __del__(self) -> None:
-        self.shutdown(grace=0.0)
-
-    def __repr__(self) -> str:
-        return f"<syncbn.Master {self._target}{'' if self._handle else ' (ended)'}>"
-
-
-class Moments(NamedTuple):
-    """The merged moments of a forward round."""
-
-    count: int  # type: ignore[assignment]  # Hides tuple.count, which nobody wants of moments.
-    """Values in each channel, over all contributors; 0 if all batches were empty."""
-    mean: np.ndarray
-    """float64 [channels]."""
-    var: np.ndarray
-    """float64 [channels]: the biased variance, M2 / count."""
-    sequence: int
-    backward_required: bool
-    """Some worker will contribute to the backward round, so that those with the role may have to."""
-    missing_ranks: Tuple[int, ...]
-    """Ranks that are not in the result."""
-
-
-class GradientSums(NamedTuple):
-    """The summed gradients of a backward round: what dx needs."""
-
-    sum_dy: np.ndarray
-    """float64 [channels]."""
-    sum_dy_xmu: np.ndarray
-    """float64 [channels]: sum of dy * (x - mean)."""
-    missing_ranks: Tuple[int, ...]
-
-
-class Round:
-    """A round that has begun. It belongs to one thread at a time."""
-
-    def __init__(self, worker: "Worker", handle: int, kind: str) -> None:
-        self._worker = worker
-        self._handle: Optional[int] = handle
-        self._kind = kind
-        self._pid = os.getpid()
-
-    def wait(self, timeout: Optional[float] = None) -> bool:
-        """Whether there is an outcome within `timeout` seconds (None: until there is). Raises it if it is an error."""
-        with self._worker.handle():
-            return wait(lib.syncbn_round_wait, self._handle, timeout)
-
-    @property
-    def sequence(self) -> int:
-        return int(lib.syncbn_round_sequence(self._handle))
-
-    def _vector(self, function: Any) -> np.ndarray:
-        length = lib.syncbn_round_length(self._handle)
-        return np.ctypeslib.as_array(function(self._handle), (length,)).copy() if length else np.zeros(0)
-
-    def result(self) -> Any:
-        """Waits, then returns `Moments`, `GradientSums` or the float64 sum."""
-        self.wait()
-        ranks = ctypes.POINTER(ctypes.c_uint32)()
-        length = lib.syncbn_round_missing_ranks(self._handle, ctypes.byref(ranks))
-        missing = tuple(ranks[:length]) if length else ()
-        first = self._vector(lib.syncbn_round_first)
-        if self._kind == "sum":
-            return first
-        second = self._vector(lib.syncbn_round_second)
-        if self._kind == "backward":
-            return GradientSums(first, second, missing)
-        return Moments(
-            int(lib.syncbn_round_count(self._handle)),
-            first,
-            second,
-            self.sequence,
-            bool(lib.syncbn_round_backward_required(self._handle)),
-            missing,
-        )
-
-    def __del__(self) -> None:
-        handle, self._handle = getattr(self, "_handle", None), None
-        if handle is not None and os.getpid() == self._pid:
-            lib.syncbn_round_destroy(handle)
-
-
-def _doubles(vector: Any) -> np.ndarray:
-    return np.ascontiguousarray(vector, dtype=np.float64).reshape(-1)
-
-
 def _pointer(vector: Optional[np.ndarray]) -> Any:
     return None if vector is None else vector.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
 
 
-def _environment_int(name: str) -> Optional[int]:
-    value = os.environ.get(name)
-    return int(value) if value else None
+def _sequence(value: Any) -> int:
+    return _library.NEXT_SEQUENCE if value is None else _arguments.integer("sequence", value, 0, _arguments.MOST_SEQUENCE)
+
+
+def _role(backward: Any) -> int:
+    if backward is not None and not isinstance(backward, (bool, np.bool_)):
+        raise TypeError(f"backward is {backward!r}; it has to be True, False or None")
+    return _BACKWARD_ROLES[None if backward is None else bool(backward)]
 
 
 class Worker:
     """One member of a group: joins when it is made.
 
+    Each argument that is None has the value of an environment variable, where that is set; see the README's table.
+
     Args:
-      target: the master, "HOST:PORT" or "unix:PATH". Default: $SYNCBN_TARGET.
-      group: which group of the job to join.
+      target: the master, "HOST:PORT" or "unix:PATH"; or several, of which one that answers is taken: separated by commas,
+        or a list. Default: $SYNCBN_TARGET. Without either, a world of one worker has a master of its own, in a process
+        beside this one: it normalizes over its own batches.
+      group: which group of the job to join. Default: $SYNCBN_GROUP, else "default".
       rank, world_size: default $RANK and $WORLD_SIZE, as torchrun sets them.
-      timeout: seconds after which a round that lacks a worker fails. The same for all workers of the group.
-      job: default $TORCHELASTIC_RUN_ID, else "default".
-      generation: which restart of the whole group this is. Default $TORCHELASTIC_RESTART_COUNT, else 0.
-      join_timeout: seconds for which the master is tried, at first and after a broken connection.
+      timeout: seconds after which a round that lacks a worker fails. The same for all workers of the group. Default:
+        $SYNCBN_TIMEOUT, else 600. A warning names the workers that are late long before.
+      job: a name that the workers of one launch share, and no other launch has. Default: $SYNCBN_JOB, else
+        $TORCHELASTIC_RUN_ID unless it is "none", $SLURM_JOB_ID, $RAY_JOB_ID, $MASTER_ADDR:$MASTER_PORT, else "default".
+      generation: which restart of the whole group this is. Default: $SYNCBN_GENERATION, else $SLURM_RESTART_COUNT times
+        2**32 plus $TORCHELASTIC_RESTART_COUNT.
+      join_timeout: seconds for which the master is tried, at first and after a broken connection. Default: 30.
       rejoin_grace: seconds for which the others wait for this worker when its connection breaks (0: none). The same for
         all.
       min_workers: rounds proceed without the missing as long as this many have contributed. None: they fail. The same
         for all.
       description: for people who inspect the group.
-      trusted_ca_file, cert_file, key_file: any of these: TLS.
+      trusted_ca_file, cert_file, key_file: any of these: TLS. Default: $SYNCBN_CLIENT_TRUSTED_CA_FILE and so on.
       stream_ordered: passes over CUDA tensors do not wait for their rounds; the CUDA stream does, and the calling thread
         runs ahead. Errors come late: a failed pass computes NaN, and its error is raised once, by this worker's next
         pass over CUDA tensors, `all_reduce`, `settle` or `leave`. Passes for which that cannot be are host-driven, with
@@ -225,70 +77,67 @@ class Worker:
 
     def __init__(
         self,
-        target: Optional[str] = None,
-        group: str = "default",
+        target: Optional[Any] = None,
+        group: Optional[str] = None,
         rank: Optional[int] = None,
         world_size: Optional[int] = None,
-        timeout: float = 30.0,
+        timeout: Optional[float] = None,
         *,
         job: Optional[str] = None,
         generation: Optional[int] = None,
-        join_timeout: float = 30.0,
+        join_timeout: Optional[float] = None,
         rejoin_grace: Optional[float] = None,
         min_workers: Optional[int] = None,
         description: Optional[str] = None,
-        trusted_ca_file: Optional[str] = None,
-        cert_file: Optional[str] = None,
-        key_file: Optional[str] = None,
-        stream_ordered: bool = False,
+        trusted_ca_file: Optional[Any] = None,
+        cert_file: Optional[Any] = None,
+        key_file: Optional[Any] = None,
+        stream_ordered: Optional[bool] = None,
     ) -> None:
         self._handle: Optional[int] = None
         self._pid = os.getpid()
-        self.stream_ordered = stream_ordered
-        self.min_workers = min_workers
         self._explained: Set[int] = set()
         self._users = 0
         self._idle = threading.Condition()
         self._layers: Dict[str, Tuple[Any, ...]] = {}
+        self._changed_layers: Dict[str, str] = {}
         self._unnamed_layers = 0
-        target = target or os.environ.get("SYNCBN_TARGET")
-        rank = _environment_int("RANK") if rank is None else rank
-        world_size = _environment_int("WORLD_SIZE") if world_size is None else world_size
-        if not target:
-            raise ValueError("Worker needs a target, or SYNCBN_TARGET in the environment")
-        if rank is None or world_size is None:
-            raise ValueError("Worker needs rank and world_size, or RANK and WORLD_SIZE in the environment")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in 0 .. world_size-1, and {rank} does not in 0 .. {world_size - 1}")
-        if timeout <= 0 or join_timeout <= 0:
-            raise ValueError("timeout and join_timeout are positive")
-        self.target, self.group = target, group
-        self.job = job or os.environ.get("TORCHELASTIC_RUN_ID") or "default"
-        options = _library.WorkerOptions(
-            target=text(target),
-            job=text(self.job),
-            group=text(group),
+        self._own_master: Optional[Master] = None
+        self._thread = threading.get_ident()
+        _forks.refuse()
+        settings = _settings.Settings(
+            target=target,
+            group=group,
             rank=rank,
             world_size=world_size,
-            generation=(_environment_int("TORCHELASTIC_RESTART_COUNT") or 0) if generation is None else generation,
-            round_timeout_ns=_nanoseconds(timeout),
-            join_timeout_ns=_nanoseconds(join_timeout),
-            rejoin_grace_ns=0 if rejoin_grace is None else _nanoseconds(rejoin_grace) or -1,
-            missing_policy=_library.MISSING_FAIL if min_workers is None else _library.MISSING_PROCEED,
-            min_workers=min_workers or 0,
-            description=text(description),
-            trusted_ca_file=text(trusted_ca_file),
-            cert_file=text(cert_file),
-            key_file=text(key_file),
+            timeout=timeout,
+            job=job,
+            generation=generation,
+            join_timeout=join_timeout,
+            rejoin_grace=rejoin_grace,
+            min_workers=min_workers,
+            description=description,
+            trusted_ca_file=trusted_ca_file,
+            cert_file=cert_file,
+            key_file=key_file,
+            stream_ordered=stream_ordered,
         )
-        self._handle = _join(options)
-        self.rank = int(lib.syncbn_worker_rank(self._handle))
-        self.world_size = int(lib.syncbn_worker_world_size(self._handle))
+        self.job, self.group, self.stream_ordered = settings.job, settings.group, settings.stream_ordered
+        self.target, self.rank, self.world_size = settings.target, settings.rank, settings.world_size
+        self.min_workers = settings.min_workers
+        try:
+            if self.target is None:
+                self._own_master = _master_of_one()
+                self.target = self._own_master.target
+            with _joins():
+                self._handle = _join(settings.options(self.target))
+                with _open_lock:
+                    _open_workers.append(weakref.ref(self))
+        except BaseException:
+            self._end_own_master()
+            raise
         self.incarnation = int(lib.syncbn_worker_incarnation(self._handle))
-        self._thread = threading.get_ident()
         _signals.listen()
-        with _open_lock:
-            _open_workers.append(weakref.ref(self))
 
     # ---- Its life ----
 
@@ -306,7 +155,7 @@ class Worker:
     def handle(self) -> Iterator[int]:
         """The C handle, kept alive for the length of the block."""
         if os.getpid() != self._pid:
-            raise errors.make_error("a worker cannot be used in a forked child", 9, "FORKED")
+            raise _forks.error()
         with self._idle:
             if self._handle is None:
                 raise errors.make_error("the worker has been closed", 9, "LEFT")
@@ -314,19 +163,24 @@ class Worker:
             handle = self._handle
         try:
             yield handle
+        except errors.LayerMismatch as error:
+            self._advise(error)
+            raise
         finally:
             with self._idle:
                 self._users -= 1
                 if self._users == 0:
                     self._idle.notify_all()
 
-    def wait_for_members(self, timeout: float = 30.0) -> bool:
+    def wait_for_members(self, timeout: Optional[float] = 30.0) -> bool:
         """Whether every rank of the group was present within `timeout` seconds."""
+        timeout = _arguments.patience("timeout", timeout)
         with self.handle() as handle:
             return wait(lib.syncbn_worker_wait_for_members, handle, timeout)
 
     def resume_at(self, sequence: int) -> None:
         """Every layer's next sequence becomes `sequence`: after a restart, all workers call it with one new value."""
+        sequence = _arguments.integer("sequence", sequence, 0, _arguments.MOST_SEQUENCE)
         with self.handle() as handle:
             call(lib.syncbn_worker_resume_at, handle, sequence)
 
@@ -341,6 +195,7 @@ class Worker:
         Raises the first failure among them that no call has raised yet. Does not wait for the CUDA streams. Before an
         optimizer's step, it keeps the NaN of a failed pass out of the parameters, at the price of the run ahead.
         """
+        timeout = _arguments.patience("timeout", timeout)
         with self.handle() as handle:
             return wait(lib.syncbn_worker_settle, handle, timeout)
 
@@ -359,6 +214,7 @@ class Worker:
 
         Raises, having left, a failure of these passes that no call has raised yet.
         """
+        reason = _arguments.text("reason", reason, _arguments.MOST_DESCRIPTION_BYTES, empty=True)
         try:
             failure = None
             try:
@@ -374,16 +230,25 @@ class Worker:
 
     def close(self) -> None:
         """Ends the worker. Without a `leave` before it, the others learn that it is lost. Closing twice is harmless."""
+        if os.getpid() != self._pid:  # Its locks may be as another thread held them at the fork.
+            self._handle = None
+            return
         with _open_lock:
             _open_workers[:] = [reference for reference in _open_workers if reference() not in (None, self)]
         with self._idle:
             handle, self._handle = self._handle, None
-            if handle is None or os.getpid() != self._pid:
+            if handle is None:
                 return
             while self._users:  # More than once, since a wait may be between two slices.
                 lib.syncbn_worker_interrupt(handle)
                 self._idle.wait(0.02)
         lib.syncbn_worker_destroy(handle)
+        self._end_own_master()
+
+    def _end_own_master(self) -> None:
+        master, self._own_master = self._own_master, None
+        if master is not None:
+            master.shutdown(grace=0.0)
 
     def __enter__(self) -> "Worker":
         return self
@@ -440,22 +305,39 @@ class Worker:
           numeric: "refuse" fails rounds with NaN or infinity; "propagate" lets them flow.
         """
         declared = (channels, eps, eps_mode, momentum, numeric, biased_running_variance)
-        if self._layers.get(name) == declared:
+        known = self._layers.get(name)
+        if known == declared:
             return
+        channels = _arguments.integer("channels", channels, 1, _arguments.MOST_CHANNELS)
+        eps = _arguments.number("eps", eps)
+        if eps < 0:
+            raise _arguments.refused(f"eps is {eps}; it has to be at least 0")
+        momentum = None if momentum is None else _arguments.number("momentum", momentum)
         options = _library.LayerOptions(
-            name=text(name),
+            name=text(_arguments.text("the layer's name", name)),
             channels=channels,
             kind=_library.LAYER_BATCH_NORM,
             eps=eps,
-            eps_mode=_library.EPS_MODES[eps_mode],
-            numeric_policy=_library.NUMERIC_POLICIES[numeric],
+            eps_mode=_arguments.choice("eps_mode", eps_mode, _library.EPS_MODES),
+            numeric_policy=_arguments.choice("numeric", numeric, _library.NUMERIC_POLICIES),
             has_momentum=momentum is not None,
             momentum=momentum or 0.0,
-            biased_running_variance=biased_running_variance,
+            biased_running_variance=bool(biased_running_variance),
         )
         with self.handle() as handle:
             call(lib.syncbn_worker_declare_layer, handle, ctypes.byref(options))
         self._layers[name] = declared
+        if known is not None:
+            self._changed_layers[name] = _difference(known, declared)
+
+    def _advise(self, error: errors.LayerMismatch) -> None:
+        """Adds what may have led to a mismatch, where this worker itself has used the name for two layers."""
+        change = self._changed_layers.get(error.layer)
+        if change is not None:
+            error.add_note_to_message(
+                f"this worker has used the name {error.layer!r} for two layers ({change}): if they are two models, tell them "
+                "apart with convert_sync_batchnorm(..., prefix=), or with names of their own"
+            )
 
     def name_unnamed_layer(self) -> str:
         """A name for a layer that has none: numbered by first use, so that workers that run alike name alike."""
@@ -476,8 +358,10 @@ class Worker:
         """As `synchronize`, without waiting: several rounds begun this way travel in one frame."""
         if (mean is None) != (m2 is None):
             raise ValueError("mean and m2 come together")
-        means = None if mean is None else _doubles(mean)
-        m2s = None if m2 is None else _doubles(m2)
+        layer = _arguments.text("the layer's name", layer)
+        count = _arguments.integer("count", count, 0, _arguments.MOST_COUNT)
+        means = None if mean is None else _arguments.vector("mean", mean)
+        m2s = None if m2 is None else _arguments.vector("m2", m2)
         if means is not None and m2s is not None and means.size != m2s.size:
             raise ValueError(f"mean has {means.size} elements and m2 has {m2s.size}")
         if layer not in self._layers:
@@ -492,12 +376,12 @@ class Worker:
                     lib.syncbn_round_start_forward,
                     handle,
                     text(layer),
-                    _library.NEXT_SEQUENCE if sequence is None else sequence,
+                    _sequence(sequence),
                     count,
                     _pointer(means),
                     _pointer(m2s),
                     channels,
-                    _BACKWARD_ROLES[backward],
+                    _role(backward),
                 ),
                 "forward",
             )
@@ -530,7 +414,9 @@ class Worker:
 
     def start_synchronize_backward(self, layer: str, sequence: int, sum_dy: Any, sum_dy_xmu: Any) -> Round:
         """As `synchronize_backward`, without waiting."""
-        first, second = _doubles(sum_dy), _doubles(sum_dy_xmu)
+        layer = _arguments.text("the layer's name", layer)
+        sequence = _arguments.integer("sequence", sequence, 0, _arguments.MOST_SEQUENCE)
+        first, second = _arguments.vector("sum_dy", sum_dy), _arguments.vector("sum_dy_xmu", sum_dy_xmu)
         if first.size != second.size:
             raise ValueError(f"sum_dy has {first.size} elements and sum_dy_xmu has {second.size}")
         with self.handle() as handle:
@@ -558,7 +444,8 @@ class Worker:
 
     def start_all_reduce(self, name: str, vector: Any, sequence: Optional[int] = None) -> Round:
         """As `all_reduce`, without waiting; the result is flat."""
-        values = _doubles(vector)
+        name = _arguments.text("the sum's name", name)
+        values = _arguments.vector("vector", vector)
         with self.handle() as handle:
             return Round(
                 self,
@@ -566,7 +453,7 @@ class Worker:
                     lib.syncbn_round_start_sum,
                     handle,
                     text(name),
-                    _library.NEXT_SEQUENCE if sequence is None else sequence,
+                    _sequence(sequence),
                     _pointer(values),
                     values.size,
                 ),
@@ -582,6 +469,27 @@ class Worker:
         """Sends the rounds that have begun, without waiting."""
         with self.handle() as handle:
             call(lib.syncbn_worker_flush, handle)
+
+
+_told_of_one = False
+
+
+def _master_of_one() -> Master:
+    """For a worker that is alone, and has no target."""
+    global _told_of_one
+    if not _told_of_one:
+        _told_of_one = True
+        _logger.warning(
+            "SYNCBN_TARGET is not set and there is one worker: it is a group by itself, and normalizes over its own batches"
+        )
+    return Master()
+
+
+def _difference(before: Tuple[Any, ...], after: Tuple[Any, ...]) -> str:
+    """Between two declarations of one name: "channels 16 and 32"."""
+    names = ("channels", "eps", "eps_mode", "momentum", "numeric", "biased_running_variance")
+    pairs = [f"{name} {a} and {b}" for name, a, b in zip(names, before, after) if a != b]
+    return ", ".join(pairs)
 
 
 def _join(options: _library.WorkerOptions) -> int:
@@ -620,7 +528,20 @@ def _join(options: _library.WorkerOptions) -> int:
 
 _open_lock = threading.RLock()
 _open_workers: List["weakref.ref[Worker]"] = []
-_open_masters: "weakref.WeakSet[Master]" = weakref.WeakSet()
+_joining = 0  # Workers that are being made.
+
+
+@contextlib.contextmanager
+def _joins() -> Iterator[None]:
+    """A worker is being made within."""
+    global _joining
+    with _open_lock:
+        _joining += 1
+    try:
+        yield
+    finally:
+        with _open_lock:
+            _joining -= 1
 
 
 def _all_open() -> List[Worker]:
@@ -634,8 +555,20 @@ def _close_all() -> None:
     """Ends what the program left open, while the interpreter is still whole; without goodbye, as the program did."""
     for worker in _all_open():
         worker.close()
-    for master in list(_open_masters):
+    for master in _master.all_open():
         master.shutdown(grace=0.0)
+
+
+def _after_fork() -> None:
+    """In a forked child: its parent's workers are not its own, and locks may be as other threads held them."""
+    global _open_lock, _environment_lock, _joining
+    if _joining or any(reference() is not None for reference in _open_workers):
+        _forks.mark()
+    _open_lock, _environment_lock, _joining = threading.RLock(), threading.Lock(), 0
+    _open_workers.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _find_worker(job: str, group: str, rank: int) -> Optional[Worker]:
@@ -653,9 +586,11 @@ _environment_worker: Optional[Worker] = None  # Kept open until the process ends
 def default_worker() -> Worker:
     """The worker that layers without one use: this thread's newest open one, else the only open one of the process.
 
-    Where none is open, one is made if SYNCBN_TARGET, RANK and WORLD_SIZE are set, and stays open until the process ends.
+    Where none is open, one is made of the environment's variables, and stays open until the process ends: of SYNCBN_TARGET,
+    RANK and WORLD_SIZE under a launcher; without a launcher and a target, one that is a group by itself.
     """
     global _environment_worker
+    _forks.refuse()
     with _environment_lock:  # Of threads that come at the same time, one makes it.
         workers = _all_open()
         own = [worker for worker in workers if worker._thread == threading.get_ident()]
@@ -665,12 +600,11 @@ def default_worker() -> Worker:
             return workers[0]
         if workers:
             text = f"{len(workers)} workers are open, none of them by this thread: pass worker="
-        elif all(os.environ.get(name) for name in ("SYNCBN_TARGET", "RANK", "WORLD_SIZE")):
-            _environment_worker = Worker()
-            return _environment_worker
         else:
-            text = (
-                "no worker is open: make a syncbn.Worker first, pass worker=, or set SYNCBN_TARGET, RANK and WORLD_SIZE "
-                "in the environment"
-            )
-    raise errors.make_error(text, 9, "NO_WORKER")
+            try:
+                _environment_worker = Worker()
+            except _settings.Missing as missing:
+                text = f"no worker is open: make a syncbn.Worker first, or pass worker=; {missing.message}"
+            else:
+                return _environment_worker
+    raise errors.make_error(text, errors.Code.FAILED_PRECONDITION, "NO_WORKER")

@@ -52,6 +52,12 @@ class Error(RuntimeError):
         self.layer = layer
         self.ranks: Tuple[int, ...] = tuple(int(rank) for rank in ranks)
 
+    def add_note_to_message(self, note: str) -> None:
+        """Says more, for people; once."""
+        if note not in self.message:
+            self.message = f"{self.message}; {note}"
+            self.args = (self.message, *self.args[1:])
+
     def __str__(self) -> str:
         return f"{self.code.name}{f' ({self.reason})' if self.reason else ''}: {self.message}"
 

@@ -133,10 +133,15 @@ def test_bad_arguments_are_refused_before_anything_is_sent(master, monkeypatch, 
         syncbn.Worker(master.target, **arguments)
 
 
-def test_no_target_is_said(monkeypatch):
+def test_several_workers_without_a_target_are_told_what_to_set(monkeypatch):
     monkeypatch.delenv("SYNCBN_TARGET", raising=False)
     with pytest.raises(ValueError, match="SYNCBN_TARGET"):
-        syncbn.Worker(rank=0, world_size=1)
+        syncbn.Worker(rank=0, world_size=2)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(syncbn.FailedPrecondition, match="no worker is open.*SYNCBN_TARGET") as caught:
+        syncbn.default_worker()
+    assert caught.value.reason == "NO_WORKER"
 
 
 def test_no_master_is_unavailable(tmp_path):
@@ -260,8 +265,6 @@ def test_a_forked_child_is_refused(master):
 
 
 def test_default_worker(master):
-    with pytest.raises(syncbn.Error, match="no worker"):
-        syncbn.default_worker()
     with syncbn.Worker(master.target, "one", 0, 1) as one:
         assert syncbn.default_worker() is one
         with syncbn.Worker(master.target, "two", 0, 1) as two:

@@ -1,10 +1,12 @@
 """Under torch.distributed.run: torch's own cases for SyncBatchNorm, and a script without any configuration."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -24,9 +26,9 @@ WORLD = 4
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 
 
-def torchrun(processes, script, *arguments, **environment):
+def torchrun(processes, script, *arguments, launch=("--standalone",), **environment):
     """Its output and code. What it leaves running after a failure is ended."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc_per_node", str(processes)]
     # The default of these is broken in torch 1.13 under Python 3.11.
     command += ["--redirects", "1", "--tee", "1", str(script), *map(str, arguments)]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_TARGET")}
@@ -37,7 +39,7 @@ def torchrun(processes, script, *arguments, **environment):
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables, start_new_session=True
     )
     try:
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=400)
         return output, process.returncode
     finally:
         if process.poll() is None:
@@ -134,3 +136,88 @@ def test_join_over_several_hosts_asks_for_a_master(monkeypatch):
 def test_join_with_a_target_is_a_worker(master):
     with sync.join("joined", master.target, rank=0, world_size=1) as worker:
         assert worker.all_reduce("sum", [2.0])[0] == 2.0
+
+
+_BOTH = """
+import os, sys, syncbn
+with syncbn.Worker() as worker:
+    worker.wait_for_members(300)
+    for step in range(20):
+        assert worker.all_reduce("sum", [float(sys.argv[1])])[0] == 2 * float(sys.argv[1])
+    print("job", worker.job, flush=True)
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_launches_without_an_id_share_a_master(master, tmp_path):
+    """torchrun calls both of them "none"."""
+    script = tmp_path / "both.py"
+    script.write_text(_BOTH)
+
+    def launch(number):
+        options = ["--nnodes", "1", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+        return torchrun(2, script, number, launch=map(str, options), SYNCBN_TARGET=master.target)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(launch, [1, 2]))
+    for output, code in outcomes:
+        assert code == 0, output
+    first, second = (set(re.findall(r"job (\S+)", output)) for output, _ in outcomes)
+    assert len(first) == len(second) == 1 and first != second
+
+
+def test_join_before_a_process_group_says_so_at_once(monkeypatch):
+    monkeypatch.delenv("SYNCBN_TARGET", raising=False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(syncbn.FailedPrecondition, match="init_process_group first.*SYNCBN_TARGET"):
+        sync.join(join_timeout=100000.0).__enter__()
+    monkeypatch.setenv("RANK", "one")
+    with pytest.raises(ValueError, match="RANK is 'one'"):
+        sync.join().__enter__()
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ValueError, match="RANK is not set.*init_process_group"):
+        sync.join().__enter__()
+
+
+def test_join_of_a_world_of_one_needs_no_store(monkeypatch):
+    monkeypatch.delenv("SYNCBN_TARGET", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with sync.join() as worker:
+        assert worker.all_reduce("sum", [2.0])[0] == 2.0
+
+
+_SPAWNED = """
+import os, sys, torch.distributed, torch.multiprocessing, syncbn.torch
+
+def train(rank, port):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    with syncbn.torch.join() as worker:
+        assert worker.all_reduce("sum", [rank + 1.0])[0] == 3.0
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(train, (sys.argv[1],), 2, start_method=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_join_in_processes_that_torch_starts(tmp_path, method):
+    """The process group knows rank and world size, where the environment does not."""
+    script = tmp_path / "spawned.py"
+    script.write_text(_SPAWNED)
+    package = str(pathlib.Path(syncbn.__file__).parents[1])
+    variables = dict(os.environ, PYTHONPATH=os.pathsep.join([package, *sys.path]), OMP_NUM_THREADS="1")
+    for name in ("RANK", "WORLD_SIZE", "SYNCBN_TARGET"):
+        variables.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, str(script), str(free_port()), method], env=variables, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr

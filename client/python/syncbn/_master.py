@@ -1,0 +1,217 @@
+"""A master that belongs to this process, in a process of its own."""
+
+import contextlib
+import json
+import os
+import pathlib
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from typing import Any, Dict, List, Optional
+
+from syncbn import _arguments, _forks, _library, _master_process, errors
+
+# Resolved now, since the program may change its working directory.
+_SCRIPT = pathlib.Path(_master_process.__file__ or "").resolve()
+_START_LIMIT = 120.0
+# For what follows upon the grace of a shutdown.
+_END_LIMIT = 30.0
+_MOST_GRACE = 86400.0
+
+
+def _interpreter() -> str:
+    """Any Python will do; the program's own, unless it is packed into an executable."""
+    own = None if getattr(sys, "frozen", False) else sys.executable
+    found = own or shutil.which("python3")
+    if not found or not _SCRIPT.is_file():
+        raise errors.make_error(
+            "syncbn.Master needs a Python interpreter to start its process with, and finds none: start syncbn-master",
+            errors.Code.FAILED_PRECONDITION,
+        )
+    return found
+
+
+def _owner() -> Dict[str, Any]:
+    """This process, as the other one knows it: where that can be, by a descriptor that tells its end."""
+    pid = os.getpid()
+    try:
+        descriptor: Optional[int] = os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        descriptor = None
+    return {"pid": pid, "start_time": _master_process.start_time(pid), "descriptor": descriptor}
+
+
+class _Process:
+    """The master's process, and the two pipes to it."""
+
+    def __init__(self, options: Dict[str, Any]) -> None:
+        self._control = self._reports = -1
+        self._unread = b""
+        self.pid: Optional[int] = None
+        try:
+            launcher = self._launch(options)
+            found = self._read(time.monotonic() + _START_LIMIT)
+            code = launcher.wait()  # It has left the master to itself.
+            if found is None:
+                raise errors.make_error(
+                    f"the master's process ended before it could serve (exit code {code})", errors.Code.INTERNAL
+                )
+            if "error" in found:
+                raise errors.make_error(**found["error"])
+        except BaseException:
+            self.forget()  # Which ends it, if it is there.
+            raise
+        self.pid, self.target = int(found["pid"]), str(found["target"])
+
+    def _launch(self, options: Dict[str, Any]) -> "subprocess.Popen[bytes]":
+        owner = _owner()
+        passed = [] if owner["descriptor"] is None else [owner["descriptor"]]
+        # Isolated from the program's packages and settings; where the interpreter itself needs PYTHONHOME, as far as that.
+        isolation = ["-s", "-S"] if os.environ.get("PYTHONHOME") else ["-I", "-S"]
+        settings = json.dumps({"owner": owner, "options": options})
+        control, self._control = os.pipe()
+        self._reports, reports = os.pipe()
+        try:
+            return subprocess.Popen(
+                [_interpreter(), *isolation, str(_SCRIPT), settings],
+                stdin=control,
+                stdout=reports,
+                pass_fds=passed,
+                start_new_session=True,
+                env=dict(os.environ, SYNCBN_LIBRARY=str(_library.PATH)),
+            )
+        finally:
+            for descriptor in [control, reports, *passed]:
+                os.close(descriptor)
+
+    def _read(self, deadline: float) -> Optional[Dict[str, Any]]:
+        """The next report; None if the process has ended, or the time is over."""
+        while b"\n" not in self._unread:
+            poll = select.poll()
+            poll.register(self._reports, select.POLLIN)
+            ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            data = os.read(self._reports, 65536) if ready else b""
+            if not data:
+                return None
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        report: Dict[str, Any] = json.loads(line)
+        return report
+
+    def end(self, grace: float) -> None:
+        """Has it end, within `grace` seconds for its streams; kills it if it does not."""
+        ended = None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._control, repr(grace).encode())
+            ended = self._read(time.monotonic() + grace + _END_LIMIT)
+        finally:
+            self.forget()
+            if ended is None and self.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+            if self.pid is not None:
+                with contextlib.suppress(ChildProcessError):  # Ours it is only where we adopt orphans, as process 1.
+                    os.waitpid(self.pid, 0)
+
+    def forget(self) -> None:
+        """Closes the pipes: as far as they are this process's alone, that ends the master."""
+        for descriptor in (self._control, self._reports):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._control = self._reports = -1
+
+
+class Master:
+    """A master that belongs to this process, and runs in a process of its own.
+
+    So this process may fork: its children may have workers, and neither keep the master alive nor end it. It ends with
+    `shutdown`, when this object is no longer used, and when this process ends, whatever the way.
+
+    Args:
+      address: "HOST:PORT" (port 0: any free one) or "unix:PATH".
+      insecure: listen beyond loopback without TLS.
+      cert_file, key_file: this server's certificate: TLS.
+      trusted_ca_file: with `client_cert_auth`, who may sign the workers' certificates.
+
+    Errors: as `syncbn-master` has them, as exceptions: an address in use, an address beyond loopback without TLS.
+
+    Use it in a `with` block, whose end shuts it down.
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:0",
+        *,
+        insecure: bool = False,
+        cert_file: Optional[Any] = None,
+        key_file: Optional[Any] = None,
+        trusted_ca_file: Optional[Any] = None,
+        client_cert_auth: bool = False,
+    ) -> None:
+        self._process: Optional[_Process] = None
+        self._pid = os.getpid()
+        _forks.refuse()
+        files = {"cert_file": cert_file, "key_file": key_file, "trusted_ca_file": trusted_ca_file}
+        options: Dict[str, Any] = {"address": _arguments.text("address", address, 4096)}
+        options.update((name, _arguments.path(name, file)) for name, file in files.items())
+        options.update(insecure=bool(insecure), client_cert_auth=bool(client_cert_auth))
+        self._process = _Process(options)
+        self._target, self._process_id = self._process.target, self._process.pid
+        _open.add(self)
+
+    @property
+    def target(self) -> str:
+        """What workers pass as their target."""
+        return self._target
+
+    @property
+    def pid(self) -> Optional[int]:
+        """The process that serves."""
+        return self._process_id
+
+    def shutdown(self, grace: float = 1.0) -> None:
+        """Tells every worker, lets streams drain for at most `grace` seconds, and ends. Twice is harmless."""
+        grace = min(_arguments.seconds("grace", grace), _MOST_GRACE)
+        process, self._process = self._process, None
+        if process is not None and os.getpid() == self._pid:
+            process.end(grace)
+
+    def __enter__(self) -> "Master":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) is not None:
+            self.shutdown(grace=0.0)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Master belongs to one process: pass its target to others")
+
+    def __repr__(self) -> str:
+        return f"<syncbn.Master {self._target}{'' if self._process else ' (ended)'}>"
+
+
+_open: "weakref.WeakSet[Master]" = weakref.WeakSet()
+
+
+def all_open() -> List[Master]:
+    return list(_open)
+
+
+def _forget_all() -> None:
+    """In a forked child, which the masters do not belong to."""
+    for master in all_open():
+        process, master._process = master._process, None
+        if process is not None:
+            process.forget()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_forget_all)

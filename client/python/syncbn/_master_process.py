@@ -1,0 +1,116 @@
+"""The process of a `syncbn.Master`: run by path, it loads libsyncbn.so and nothing else of weight.
+
+Argument: a JSON object of the options. Descriptor 1 gets a line of JSON when the master serves or has failed to, and
+another when it has ended; a number on descriptor 0 ends it, with so many seconds of grace. It ends by itself when the
+process that wanted it ends.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import types
+from typing import Any, Dict, Optional
+
+# A launcher's signals go to every process of a job. Those are for the program, whose end is this process's end.
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def start_time(pid: int) -> Optional[str]:
+    """What tells a process from a later one of the same number; None if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def wait_for_end(owner: Dict[str, Any]) -> None:
+    """Returns when the process has ended that wanted this master."""
+    if owner["descriptor"] is not None:
+        poll = select.poll()
+        poll.register(owner["descriptor"], select.POLLIN)
+        while not poll.poll():
+            pass
+        return
+    while start_time(owner["pid"]) == owner["start_time"]:  # A kernel without pidfd_open.
+        time.sleep(0.2)
+
+
+def report(**what: Any) -> None:
+    try:
+        os.write(1, json.dumps(what).encode() + b"\n")
+    except OSError:  # Nobody reads any more.
+        pass
+
+
+def library() -> Any:
+    """syncbn._library, without what `import syncbn` imports."""
+    package = types.ModuleType("syncbn")
+    package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
+    sys.modules["syncbn"] = package
+    from syncbn import _library
+
+    return _library
+
+
+class Server:
+    def __init__(self) -> None:
+        self._lib: Any = None
+        self._handle: Optional[int] = None
+
+    def start(self, options: Dict[str, Any]) -> str:
+        """Returns the target."""
+        loaded = library()
+        self._lib = loaded.lib
+        if hasattr(loaded.lib, "syncbn_set_log"):
+            loaded.lib.syncbn_set_log(None, None)  # To stderr: nobody takes lines here.
+        words = {name: loaded.text(value) if isinstance(value, str) else value for name, value in options.items()}
+        given = loaded.MasterOptions(**words)
+        self._handle = loaded.create(self._lib.syncbn_master_start, loaded.ctypes.byref(given))
+        return str(self._lib.syncbn_master_target(self._handle).decode())
+
+    def end(self, grace: float) -> None:
+        if self._handle is not None:
+            self._lib.syncbn_master_shutdown(self._handle, int(grace * 1e9))
+
+    def end_with(self, owner: Dict[str, Any]) -> None:
+        wait_for_end(owner)
+        self.end(0.0)
+        os._exit(0)
+
+
+def describe(error: Exception) -> Dict[str, Any]:
+    fields = {name: getattr(error, name, None) for name in ("message", "code", "reason", "layer", "ranks")}
+    if fields["message"] is None:
+        fields.update(message=f"{type(error).__name__}: {error}", code=13, reason="", layer="", ranks=())
+    return fields
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    # No child of the program's: it may wait for all of its children.
+    if os.fork():
+        os._exit(0)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    server = Server()
+    threading.Thread(target=server.end_with, args=(settings["owner"],), daemon=True).start()
+    try:
+        target = server.start(settings["options"])
+    except Exception as error:
+        report(error=describe(error))
+        os._exit(1)
+    report(target=target, pid=os.getpid())
+    grace = os.read(0, 64)
+    server.end(float(grace) if grace else 0.0)
+    report(ended=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

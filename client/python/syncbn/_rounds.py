@@ -1,0 +1,108 @@
+"""Rounds that have begun, and what comes of them."""
+
+import ctypes
+import threading
+import time
+from typing import Any, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from syncbn import _arguments, _library, _signals
+from syncbn._library import call, lib
+
+_NS = 1_000_000_000
+# How long a wait stays inside the library before the interpreter may look at signals (Ctrl-C).
+_SLICE_NS = 100_000_000
+
+
+def nanoseconds(seconds: float) -> int:
+    """At least 1 of what is more than 0, which the library would take for the default."""
+    return max(int(seconds * _NS), 1) if seconds > 0 else 0
+
+
+def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
+    """Waits in slices: whether it was done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
+
+    The interpreter's lock is free during a slice, and a signal's handler runs at its end; on other threads than the main
+    one see `_signals`.
+    """
+    watch = None if threading.current_thread() is threading.main_thread() else _signals.Watch()
+    deadline = None if timeout is None else time.monotonic_ns() + nanoseconds(timeout)
+    while True:
+        slice_ns = _SLICE_NS if deadline is None else max(0, min(_SLICE_NS, deadline - time.monotonic_ns()))
+        if call(function, handle, slice_ns) != _library.PENDING:
+            return True
+        if deadline is not None and time.monotonic_ns() >= deadline:
+            return False
+        if watch is not None:
+            watch.check()
+
+
+class Moments(NamedTuple):
+    """The merged moments of a forward round."""
+
+    count: int  # type: ignore[assignment]  # Hides tuple.count, which nobody wants of moments.
+    """Values in each channel, over all contributors; 0 if all batches were empty."""
+    mean: np.ndarray
+    """float64 [channels]."""
+    var: np.ndarray
+    """float64 [channels]: the biased variance, M2 / count."""
+    sequence: int
+    backward_required: bool
+    """Some worker will contribute to the backward round, so that those with the role may have to."""
+    missing_ranks: Tuple[int, ...]
+    """Ranks that are not in the result."""
+
+
+class GradientSums(NamedTuple):
+    """The summed gradients of a backward round: what dx needs."""
+
+    sum_dy: np.ndarray
+    """float64 [channels]."""
+    sum_dy_xmu: np.ndarray
+    """float64 [channels]: sum of dy * (x - mean)."""
+    missing_ranks: Tuple[int, ...]
+
+
+class Round:
+    """A round that has begun. It belongs to one thread at a time."""
+
+    def __init__(self, worker: Any, handle: int, kind: str) -> None:
+        self._worker = worker
+        self._handle = _library.Owned(handle, lib.syncbn_round_destroy)
+        self._kind = kind
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """Whether there is an outcome within `timeout` seconds (None: until there is). Raises it if it is an error."""
+        timeout = _arguments.patience("timeout", timeout)
+        with self._worker.handle():
+            return wait(lib.syncbn_round_wait, self._handle.value, timeout)
+
+    @property
+    def sequence(self) -> int:
+        return int(lib.syncbn_round_sequence(self._handle.value))
+
+    def _vector(self, function: Any) -> np.ndarray:
+        length = lib.syncbn_round_length(self._handle.value)
+        return np.ctypeslib.as_array(function(self._handle.value), (length,)).copy() if length else np.zeros(0)
+
+    def result(self) -> Any:
+        """Waits, then returns `Moments`, `GradientSums` or the float64 sum."""
+        self.wait()
+        ranks = ctypes.POINTER(ctypes.c_uint32)()
+        length = lib.syncbn_round_missing_ranks(self._handle.value, ctypes.byref(ranks))
+        missing = tuple(ranks[:length]) if length else ()
+        first = self._vector(lib.syncbn_round_first)
+        if self._kind == "sum":
+            return first
+        second = self._vector(lib.syncbn_round_second)
+        if self._kind == "backward":
+            return GradientSums(first, second, missing)
+        return Moments(
+            int(lib.syncbn_round_count(self._handle.value)),
+            first,
+            second,
+            self.sequence,
+            bool(lib.syncbn_round_backward_required(self._handle.value)),
+            missing,
+        )

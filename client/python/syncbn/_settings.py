@@ -1,0 +1,145 @@
+"""What a worker joins with: arguments, and the environment for those that are absent."""
+
+from typing import Any, Optional, Sequence, Tuple
+
+from syncbn import _arguments, _environment, _library, errors
+from syncbn._library import text
+from syncbn._rounds import nanoseconds
+
+# Seconds after which a round that lacks a worker fails: as long as a checkpoint or a validation may take.
+DEFAULT_TIMEOUT = 600.0
+DEFAULT_JOIN_TIMEOUT = 30.0
+
+
+class Missing(errors.InvalidArgument):
+    """Neither an argument nor the environment says what is needed."""
+
+    def __init__(self, message: str, code: int = errors.Code.INVALID_ARGUMENT, *rest: Any) -> None:
+        super().__init__(message, code, *rest)
+
+
+def _first(given: Any, otherwise: Any, default: Any = None) -> Any:
+    """The argument, else what the environment says (asked only then), else the default."""
+    if given is not None:
+        return given
+    found = otherwise()
+    return default if found is None else found
+
+
+def _place(rank: Any, world_size: Any, has_target: bool) -> Tuple[int, int]:
+    """(rank, world size)."""
+    if rank is not None:
+        rank = _arguments.integer("rank", rank, 0, _arguments.MOST_UINT32)
+    if world_size is not None:
+        world_size = _arguments.integer("world_size", world_size, 1, _arguments.MOST_UINT32)
+    rank = _first(rank, lambda: _environment.integer("RANK", 0, _arguments.MOST_UINT32))
+    world_size = _first(world_size, lambda: _environment.integer("WORLD_SIZE", 1, _arguments.MOST_UINT32))
+    if rank is None and world_size is None and not has_target:
+        others = _environment.other_processes()
+        if others is not None:
+            raise Missing(
+                f"this process is one of several ({others}), and WORLD_SIZE and SYNCBN_TARGET are not set: pass target, rank "
+                "and world_size, or set SYNCBN_TARGET, RANK and WORLD_SIZE in the environment"
+            )
+        return 0, 1
+    if rank is None and world_size == 1:
+        rank = 0
+    if rank is None or world_size is None:
+        raise Missing("Worker needs rank and world_size, or RANK and WORLD_SIZE in the environment")
+    if rank >= world_size:
+        raise _arguments.refused(f"rank is {rank}; in a world of {world_size} it lies in 0 .. {world_size - 1}")
+    if world_size > 1 and not has_target:
+        raise Missing(
+            f"Worker needs a target where there are {world_size} workers: pass the master's address, or set SYNCBN_TARGET in "
+            "the environment (syncbn-master prints it)"
+        )
+    return rank, world_size
+
+
+def targets(given: Any) -> str:
+    """One address, or several, as the library takes them: separated by commas."""
+    if isinstance(given, str):
+        return _arguments.text("target", given, 65536)
+    if not isinstance(given, Sequence) or isinstance(given, (bytes, bytearray)):
+        raise TypeError(f"target is {given!r}, of type {type(given).__name__}; it has to be a string or a list of strings")
+    if not given:
+        raise _arguments.refused("target is an empty list")
+    for one in given:
+        if "," in _arguments.text("a target", one, 4096):
+            raise _arguments.refused(f"a target is {one!r}; in a list each stands by itself, without a comma")
+    return ",".join(given)
+
+
+class Settings:
+    """Checked. The attribute `target` is None for a worker that is alone and has none."""
+
+    def __init__(
+        self,
+        *,
+        target: Any,
+        group: Any,
+        rank: Any,
+        world_size: Any,
+        timeout: Any,
+        job: Any,
+        generation: Any,
+        join_timeout: Any,
+        rejoin_grace: Any,
+        min_workers: Any,
+        description: Any,
+        trusted_ca_file: Any,
+        cert_file: Any,
+        key_file: Any,
+        stream_ordered: Any,
+    ) -> None:
+        target = _first(target or None, lambda: _environment.text("SYNCBN_TARGET"))
+        self.target: Optional[str] = None if target is None else targets(target)
+        self.rank, self.world_size = _place(rank, world_size, self.target is not None)
+        self.job = _arguments.text("job", _first(job, _environment.job))
+        self.group = _arguments.text("group", _first(group, lambda: _environment.text("SYNCBN_GROUP"), "default"))
+        self.generation = _arguments.integer("generation", _first(generation, _environment.generation), 0, 2**64 - 1)
+        self.timeout = _seconds("timeout", timeout, DEFAULT_TIMEOUT, zero=False)
+        self.join_timeout = _seconds("join_timeout", join_timeout, DEFAULT_JOIN_TIMEOUT, zero=False)
+        self.rejoin_grace = _seconds("rejoin_grace", rejoin_grace, None)
+        workers = _first(min_workers, lambda: _environment.integer("SYNCBN_MIN_WORKERS", 1, self.world_size))
+        self.min_workers = None if workers is None else _arguments.integer("min_workers", workers, 1, self.world_size)
+        described = _first(description, lambda: _environment.text("SYNCBN_DESCRIPTION"))
+        most = _arguments.MOST_DESCRIPTION_BYTES
+        self.description = None if described is None else _arguments.text("description", described, most, empty=True)
+        self.trusted_ca_file = _file("trusted_ca_file", trusted_ca_file)
+        self.cert_file = _file("cert_file", cert_file)
+        self.key_file = _file("key_file", key_file)
+        self.stream_ordered = bool(_first(stream_ordered, lambda: _environment.flag("SYNCBN_STREAM_ORDERED")))
+
+    def options(self, target: str) -> _library.WorkerOptions:
+        grace = self.rejoin_grace
+        proceed = self.min_workers is not None
+        return _library.WorkerOptions(
+            target=text(target),
+            job=text(self.job),
+            group=text(self.group),
+            rank=self.rank,
+            world_size=self.world_size,
+            generation=self.generation,
+            round_timeout_ns=nanoseconds(self.timeout or DEFAULT_TIMEOUT),
+            join_timeout_ns=nanoseconds(self.join_timeout or DEFAULT_JOIN_TIMEOUT),
+            rejoin_grace_ns=0 if grace is None else nanoseconds(grace) or -1,
+            missing_policy=_library.MISSING_PROCEED if proceed else _library.MISSING_FAIL,
+            min_workers=self.min_workers or 0,
+            description=text(self.description),
+            trusted_ca_file=text(self.trusted_ca_file),
+            cert_file=text(self.cert_file),
+            key_file=text(self.key_file),
+        )
+
+
+def _seconds(name: str, given: Any, default: Optional[float], *, zero: bool = True) -> Optional[float]:
+    if given is not None:
+        return _arguments.seconds(name, given, zero=zero)
+    found = _environment.seconds(f"SYNCBN_{name.upper()}", zero=zero)
+    return default if found is None else found
+
+
+def _file(name: str, given: Any) -> Optional[str]:
+    found = _first(given, lambda: _environment.text(f"SYNCBN_CLIENT_{name.upper()}"))
+    return _arguments.path(name, found)
