@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 
 import pytest
 
@@ -26,8 +27,16 @@ WORLD = 4
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 
 
-def torchrun(processes, script, *arguments, launch=("--standalone",), **environment):
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def torchrun(processes, script, *arguments, launch=None, **environment):
     """Its output and code. What it leaves running after a failure is ended."""
+    # --standalone has a port of its own only in later versions: in torch 1.13 it is always 29400.
+    launch = launch or ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--rdzv_id", str(uuid.uuid4())]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc_per_node", str(processes)]
     # The default of these is broken in torch 1.13 under Python 3.11.
     command += ["--redirects", "1", "--tee", "1", str(script), *map(str, arguments)]
@@ -146,12 +155,6 @@ with syncbn.Worker() as worker:
         assert worker.all_reduce("sum", [float(sys.argv[1])])[0] == 2 * float(sys.argv[1])
     print("job", worker.job, flush=True)
 """
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_two_launches_without_an_id_share_a_master(master, tmp_path):

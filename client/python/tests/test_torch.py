@@ -262,7 +262,9 @@ def test_wrong_types_and_process_groups(master):
         sync.SyncBatchNorm(3, eps_mode="max")
 
 
-def test_training_without_a_worker_is_an_error_and_not_silently_local():
+def test_training_without_a_worker_is_an_error_and_not_silently_local(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(syncbn.FailedPrecondition, match="no worker"):
         sync.SyncBatchNorm(3)(torch.zeros(2, 3))
 
