@@ -7,8 +7,10 @@ Moments and gradient sums are reduced on the device. Only those vectors go to th
 float64 gets through without jax_enable_x64, as pairs of float32.
 
 One process is one worker, on one device. An array that jit spreads over several devices of the process is one batch.
-vmap, pmap, shard_map over more than one device, jax.checkpoint and a second differentiation are refused, by JAX or here:
-there, rounds would have no order, or no partner at the other workers.
+vmap, pmap, shard_map over more than one device, jax.checkpoint and forward mode are refused, by JAX or here: there,
+rounds would have no order, or no partner at the other workers. One forward pass may be gone back through several times
+(jax.vjp, jax.jacrev), and derivatives be differentiated again, if all workers do it, and, for derivatives of
+derivatives, are of JAX.
 
 JAX reports what goes wrong in a callback as an error of its own, maybe not before the result is waited for. In
 `typed_errors` it is what it was:
@@ -17,55 +19,20 @@ JAX reports what goes wrong in a callback as an error of its own, maybe not befo
         loss, gradients = jax.block_until_ready(step(parameters, batch))
 """
 
-import collections
 import contextlib
 import functools
-from typing import Any, Callable, Deque, Iterable, Iterator, NamedTuple, Optional, Tuple
+import math
+from typing import Any, Iterable, Iterator, NamedTuple, Optional, Tuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 
+from syncbn import _jax_rounds, _library
+from syncbn._jax_rounds import Layer, typed_errors
 from syncbn.core import Worker, default_worker
 
-# What callbacks raised, oldest first, until `typed_errors` takes it.
-_failures: Deque[BaseException] = collections.deque(maxlen=64)
-
-
-@contextlib.contextmanager
-def typed_errors() -> Iterator[None]:
-    """In this block, a round that fails raises its own error: a syncbn.Error with code, reason, layer and ranks.
-
-    Without, it is a JaxRuntimeError (XlaRuntimeError before JAX 0.5) whose text has the error's. A KeyboardInterrupt
-    that ended a round comes through likewise. JAX dispatches asynchronously: wait for results within the block.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        # The first is the root: what fails after it may only follow from it.
-        found = next((f for f in list(_failures) if type(f).__name__ in str(error)), None)
-        if found is None and "KeyboardInterrupt" in str(error):  # It came before the callback's first line.
-            found = KeyboardInterrupt()
-        if found is None or type(error) is type(found):
-            raise
-        _failures.clear()
-        raise found from error
-
-
-def _on_host(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A callback's body, whose error `typed_errors` can find."""
-    try:
-        return function(*arguments)
-    except BaseException as error:
-        _failures.append(error)
-        raise
-
-
-_MAPPED = (
-    "sync_batch_norm cannot run under vmap, pmap or shard_map: each element would begin a round of its own. Run a process "
-    "for each device, or let jit spread the batch over them"
-)
+__all__ = ["RunningStatistics", "init_statistics", "sync_batch_norm", "typed_errors"]
 
 
 def _mapped_axes() -> Iterable[Any]:
@@ -81,12 +48,12 @@ def _mapped_axes() -> Iterable[Any]:
 def _not_mapped() -> Iterator[None]:
     """Refuses to be traced for several devices or batch elements at once."""
     if any(jax.lax.psum(1, name) != 1 for name in _mapped_axes()):
-        raise ValueError(_MAPPED)
+        raise ValueError(_jax_rounds.MAPPED)
     try:
         yield
     except ValueError as error:
         if "vmap" in str(error):  # JAX's own refusal, where the axis has no name.
-            raise ValueError(_MAPPED) from error
+            raise ValueError(_jax_rounds.MAPPED) from error
         raise
 
 
@@ -104,122 +71,210 @@ def init_statistics(channels: int, dtype: Any = jnp.float32) -> RunningStatistic
     return RunningStatistics(jnp.zeros(channels, dtype), jnp.ones(channels, dtype))
 
 
-class _Layer(NamedTuple):
-    """What is constant in a trace."""
-
-    worker: Worker
-    name: str
-    eps: float
-    clamp: bool
-    axis: int
+# ---- Arguments ----
 
 
-def _split(values: np.ndarray, pair: Any) -> Tuple[np.ndarray, np.ndarray]:
-    """float64 as a sum of two values of a narrower type."""
-    high = np.asarray(values, dtype=pair)
-    return high, np.asarray(values - high, dtype=pair)
+def _floating(value: Any, name: str) -> Any:
+    """An array of a real floating type."""
+    if isinstance(value, (list, tuple)):
+        raise TypeError(f"sync_batch_norm: {name} is a {type(value).__name__}; an array of a floating type is needed")
+    given = getattr(value, "dtype", None)
+    try:
+        array = value if isinstance(value, jax.Array) else jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        kind = type(value).__name__ if given is None else given
+        raise TypeError(f"sync_batch_norm: {name} is {kind}; an array of a floating type is needed") from error
+    if given is not None and np.dtype(given).itemsize > 8:  # JAX would round it without a word.
+        raise TypeError(f"sync_batch_norm: {name} is {given}; the widest type is float64")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"sync_batch_norm: {name} is {array.dtype}; a floating type is needed")
+    return array
 
 
-def _exchange_moments(layer: _Layer, mean: Any, rest: Any, m2: Any, count: int, wanted: bool) -> Tuple[np.ndarray, ...]:
-    """On the host: the forward round. `rest` is what rounding left of the sum of deviations from `mean`."""
-    mean, rest, m2 = np.asarray(mean), np.asarray(rest, np.float64), np.asarray(m2, np.float64)
-    pair = mean.dtype
-    if count == 0:
-        merged = layer.worker.synchronize(layer.name, 0, backward=wanted)
-    else:
-        shift = rest / count
-        moments = mean.astype(np.float64) + shift, np.maximum(m2 - rest * shift, 0.0)
-        merged = layer.worker.synchronize(layer.name, count, *moments, backward=wanted)
-    if merged.count == 1:
-        raise ValueError("Expected more than 1 value per channel when training, and the other workers had none")
-    # The sequence and the count as two numbers of 31 bits each: without x64 there is nothing wider.
-    words = [merged.sequence >> 31, merged.sequence & 0x7FFFFFFF, merged.count >> 31, merged.count & 0x7FFFFFFF]
-    return (*_split(merged.mean, pair), *_split(merged.var, pair), np.asarray(words, np.int32))
+def _vector(value: Any, channels: int, name: str) -> Any:
+    array = _floating(value, name)
+    if array.shape != (channels,):
+        raise ValueError(f"sync_batch_norm: {name} has shape {array.shape}, and x {channels} channels")
+    return array
 
 
-def _exchange_sums(layer: _Layer, words: Any, sum_dy: Any, sum_dy_xmu: Any) -> Tuple[np.ndarray, np.ndarray]:
-    """On the host: the backward round; returns the sums divided by the count."""
-    high, low, count_high, count_low = (int(word) for word in np.asarray(words))
-    sums = layer.worker.synchronize_backward(layer.name, (high << 31) | low, np.asarray(sum_dy), np.asarray(sum_dy_xmu))
-    count = max(1, (count_high << 31) | count_low)
-    pair = np.asarray(sum_dy).dtype
-    return (sums.sum_dy / count).astype(pair), (sums.sum_dy_xmu / count).astype(pair)
+def _positions(mask: Any, x: Any, axis: int) -> Tuple[Any, Any]:
+    """The mask as booleans that broadcast over x, with a channel axis of size 1; and what is wrong with its values.
+
+    The latter are two numbers for the host, since a traced mask has no values: whether some are neither 0 nor 1, and
+    whether some differ between channels.
+    """
+    if isinstance(mask, (list, tuple)):
+        raise TypeError(f"sync_batch_norm: mask is a {type(mask).__name__}; an array is needed")
+    mask = jnp.asarray(mask)
+    if not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer) or jnp.issubdtype(mask.dtype, jnp.floating)):
+        raise TypeError(f"sync_batch_norm: mask is {mask.dtype}; booleans are needed, or numbers that are 0 or 1")
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    whole = positions[:axis] + (mask.shape[axis] if mask.ndim == x.ndim else 1,) + positions[axis:]
+    if mask.ndim < x.ndim:
+        mask = mask.reshape((1,) * (x.ndim - 1 - mask.ndim) + mask.shape)
+        mask = jnp.expand_dims(mask, axis)
+    fits = mask.ndim == x.ndim and all(have in (1, want) for have, want in zip(mask.shape, whole))
+    if not fits or mask.shape[axis] not in (1, x.shape[axis]):
+        raise ValueError(
+            f"sync_batch_norm: mask does not fit: it broadcasts over positions, here {positions}, with or without a "
+            f"channel axis of size 1, and x has shape {x.shape}"
+        )
+    faults = jnp.zeros(2, bool)
+    if mask.dtype != jnp.bool_:
+        faults = faults.at[0].set(jnp.any((mask != 0) & (mask != 1)))
+        mask = mask != 0
+    if mask.shape[axis] > 1:
+        first = jax.lax.slice_in_dim(mask, 0, 1, axis=axis)
+        faults = faults.at[1].set(jnp.any(mask != first))
+        mask = first
+    return jnp.broadcast_to(mask, positions[:axis] + (1,) + positions[axis:]), faults
+
+
+def _check_numbers(momentum: Any, eps: Any, eps_mode: Any, numeric: Any, layer: Any, worker: Any) -> None:
+    for name, value, low, high in (("momentum", momentum, 0.0, 1.0), ("eps", eps, 0.0, math.inf)):
+        if isinstance(value, (bool, jax.core.Tracer)) or not isinstance(value, (int, float, np.floating, np.integer)):
+            raise TypeError(f"sync_batch_norm: {name} is a number that is known when the function is traced, not {value!r}")
+        if not low <= value <= high or math.isinf(value):
+            raise ValueError(f"sync_batch_norm: {name} is {value}, which is not a finite number in {low} .. {high}")
+    for name, value, known in (("eps_mode", eps_mode, _library.EPS_MODES), ("numeric", numeric, _library.NUMERIC_POLICIES)):
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"sync_batch_norm: {name} is one of {', '.join(map(repr, known))}, not {value!r}")
+    if not isinstance(layer, str):
+        raise TypeError(f"sync_batch_norm: layer is a name, not {layer!r}")
+    if not 1 <= len(layer.encode()) <= 255 or "\0" in layer:
+        raise ValueError(f"sync_batch_norm: layer is {layer!r}; a name has 1 to 255 bytes, none of them 0")
+    if worker is not None and not isinstance(worker, Worker):
+        raise TypeError(f"sync_batch_norm: worker is a syncbn.Worker, not {worker!r}")
+
+
+def _axis(axis: Any, x: Any) -> int:
+    """The channel axis, counted from 0."""
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"sync_batch_norm: axis is a whole number, not {axis!r}")
+    if x.ndim < 2:
+        raise ValueError(f"expected [batch, ..., channels], got {list(x.shape)}")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"sync_batch_norm: axis is {axis}, and x has {x.ndim} dimensions")
+    found = int(axis) % x.ndim
+    if x.shape[found] == 0:
+        raise ValueError(f"sync_batch_norm: x has shape {x.shape}, with no channels in axis {axis}")
+    return found
+
+
+# ---- The operation ----
 
 
 def _wide(x: Any) -> Any:
     """The type to compute in: float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return x.dtype if x.dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
-def _reduced(x: Any, layer: _Layer) -> Tuple[int, ...]:
+def _reduced(x: Any, layer: Layer) -> Tuple[int, ...]:
     return tuple(axis for axis in range(x.ndim) if axis != layer.axis)
 
 
-def _spread(vector: Any, x: Any, layer: _Layer) -> Any:
+def _spread(vector: Any, x: Any, layer: Layer) -> Any:
     """[C] to the shape in which it broadcasts over x."""
     return vector.reshape([-1 if axis == layer.axis else 1 for axis in range(x.ndim)])
 
 
-def _forward(layer: _Layer, x: Any, scale: Any, bias: Any, wanted: bool) -> Tuple[Any, ...]:
-    """y, the residuals for backward, and (mean, var, words)."""
-    wide, axes, channels = _wide(x), _reduced(x, layer), x.shape[layer.axis]
-    count = x.size // channels
+def _counted(values: Any, mask: Any) -> Any:
+    """The values at positions that count, zeros elsewhere, whatever stands there."""
+    return values if mask is None else jnp.where(mask, values, 0)
+
+
+class _Statistics(NamedTuple):
+    """What a forward round brought."""
+
+    mean: Any
+    """[C], and with `rest` longer than its type."""
+    rest: Any
+    var: Any
+    words: Any
+    """Its sequence and count."""
+
+
+def _merged(layer: Layer, x: Any, mask: Any, faults: Any, wanted: bool) -> _Statistics:
+    """The forward round. Derivatives of the results run to x, by a round of their own."""
+    wide, axes = _wide(x), _reduced(x, layer)
     values = x.astype(wide)
-    mean = values.mean(axes) if count else jnp.zeros(channels, wide)
-    deviations = values - _spread(mean, x, layer)
-    vector = jax.ShapeDtypeStruct((channels,), wide)
-    shapes = (vector, vector, vector, vector, jax.ShapeDtypeStruct((4,), jnp.int32))
-    mean_high, mean_low, var, var_low, words = io_callback(
-        functools.partial(_on_host, functools.partial(_exchange_moments, layer, count=count, wanted=wanted)),
-        shapes,
-        mean,
-        deviations.sum(axes),
-        jnp.square(deviations).sum(axes),
-        ordered=True,
-    )
-    invstd = jax.lax.rsqrt(jnp.maximum(var, layer.eps) if layer.clamp else var + layer.eps)
+    positions = x.size // layer.channels
+    count = None if mask is None else mask.sum(dtype=jnp.uint32)
+    divisor = max(positions, 1) if count is None else jnp.maximum(count, 1).astype(wide)
+    mean = _counted(values, mask).sum(axes) / divisor
+    deviations = _counted(values - _spread(mean, x, layer), mask)
+    moments = mean, deviations.sum(axes), jnp.square(deviations).sum(axes)
+    mean, rest, var, words = _jax_rounds.merge(layer, positions, wanted, count, *moments, faults)
+    if not wanted:
+        return _Statistics(mean, rest, var, words)
+    xmu = _counted((values - _spread(mean, x, layer)) - _spread(rest, x, layer), mask)
+    moved = _jax_rounds.differential(layer, words, jnp.stack([xmu.sum(axes), jnp.square(xmu).sum(axes)]))
+    # The variance is the mean square of deviations from any constant, less the square of that constant's distance.
+    return _Statistics(mean, rest + moved[0], var + moved[1] - jnp.square(moved[0]), words)
+
+
+def _invstd(layer: Layer, var: Any) -> Any:
+    # Where epsilon clamps, nothing depends on x: jnp.maximum would halve the derivative where they are equal.
+    return jax.lax.rsqrt(jnp.where(var < layer.eps, layer.eps, var) if layer.clamp else var + layer.eps)
+
+
+def _forward(layer: Layer, x: Any, scale: Any, bias: Any, mask: Any, faults: Any, wanted: bool) -> Tuple[Any, Any]:
+    """y, and the statistics."""
+    found, wide = _merged(layer, x, mask, faults, wanted), _wide(x)
     # Two subtractions: the mean is longer than the type.
-    xmu = (values - _spread(mean_high, x, layer)) - _spread(mean_low, x, layer)
-    y = xmu * _spread(invstd * scale, x, layer) + _spread(bias.astype(wide), x, layer)
-    residuals = (x, scale, bias, mean_high, mean_low, var, invstd, words)
-    return y.astype(x.dtype), residuals, (mean_high, var, words)
+    xmu = (x.astype(wide) - _spread(found.mean, x, layer)) - _spread(found.rest, x, layer)
+    y = xmu * _spread(_invstd(layer, found.var) * scale.astype(wide), x, layer) + _spread(bias.astype(wide), x, layer)
+    return y.astype(x.dtype), found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalize(layer: _Layer, x: Any, scale: Any, bias: Any) -> Tuple[Any, Any]:
-    y, _, statistics = _forward(layer, x, scale, bias, wanted=False)
-    return y, statistics
+def _normalize(layer: Layer, x: Any, scale: Any, bias: Any, mask: Any, faults: Any) -> Tuple[Any, Any]:
+    return _forward(layer, x, scale, bias, mask, faults, wanted=False)
 
 
-def _normalize_forward(layer: _Layer, x: Any, scale: Any, bias: Any) -> Tuple[Any, Any]:
-    y, residuals, statistics = _forward(layer, x, scale, bias, wanted=True)
-    return (y, statistics), residuals
+def _normalize_forward(layer: Layer, x: Any, scale: Any, bias: Any, mask: Any, faults: Any) -> Tuple[Any, Any]:
+    y, found = _forward(layer, x, scale, bias, mask, faults, wanted=True)
+    return (y, found), (x, scale, bias, mask, found)
 
 
-def _normalize_backward(layer: _Layer, residuals: Any, cotangents: Any) -> Tuple[Any, Any, Any]:
-    x, scale, bias, mean_high, mean_low, var, invstd, words = residuals
+def _normalize_backward(layer: Layer, residuals: Any, cotangents: Any) -> Tuple[Any, ...]:
+    x, scale, bias, mask, found = residuals
     wide, axes = _wide(x), _reduced(x, layer)
     dy = cotangents[0].astype(wide)
-    xmu = (x.astype(wide) - _spread(mean_high, x, layer)) - _spread(mean_low, x, layer)
-    sum_dy, sum_dy_xmu = dy.sum(axes), (dy * xmu).sum(axes)
-    vector = jax.ShapeDtypeStruct(sum_dy.shape, wide)
-    mean_dy, mean_dy_xmu = io_callback(
-        functools.partial(_on_host, functools.partial(_exchange_sums, layer)),
-        (vector, vector),
-        words,
-        sum_dy,
-        sum_dy_xmu,
-        ordered=True,
-    )
+    invstd = _invstd(layer, found.var)
+    xmu = (x.astype(wide) - _spread(found.mean, x, layer)) - _spread(found.rest, x, layer)
+    # y is normalized everywhere, so that the sums run over all positions; the statistics come from those that count.
+    sums = jnp.stack([dy.sum(axes), (dy * xmu).sum(axes)])
+    mean_dy, mean_dy_xmu = _jax_rounds.mean_over_workers(layer, found.words, sums)
     slope = invstd * invstd * mean_dy_xmu
     if layer.clamp:
-        slope = jnp.where(var < layer.eps, 0.0, slope)
-    centred = dy - _spread(mean_dy, x, layer) - xmu * _spread(slope, x, layer)
-    dx = _spread(scale.astype(wide) * invstd, x, layer) * centred
-    return dx.astype(x.dtype), (sum_dy_xmu * invstd).astype(scale.dtype), sum_dy.astype(bias.dtype)
+        slope = jnp.where(found.var < layer.eps, 0.0, slope)
+    through = _spread(mean_dy, x, layer) + xmu * _spread(slope, x, layer)
+    dx = _spread(scale.astype(wide) * invstd, x, layer) * (dy - _counted(through, mask))
+    return dx.astype(x.dtype), (sums[1] * invstd).astype(scale.dtype), sums[0].astype(bias.dtype), None, None
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _evaluate(x: Any, scale: Any, bias: Any, statistics: RunningStatistics, eps: float, axis: int) -> Any:
+    wide, shape = _wide(x), [-1 if a == axis else 1 for a in range(x.ndim)]
+    factor = scale.astype(wide) * jax.lax.rsqrt(statistics.var.astype(wide) + eps)
+    y = (x.astype(wide) - statistics.mean.astype(wide).reshape(shape)) * factor.reshape(shape)
+    return (y + bias.astype(wide).reshape(shape)).astype(x.dtype)
+
+
+def _update(statistics: RunningStatistics, found: _Statistics, momentum: float, biased: bool) -> RunningStatistics:
+    mean, var, words = jax.lax.stop_gradient((found.mean, found.var, found.words))
+    count = _jax_rounds.count_of(words, mean.dtype)
+    observed = var if biased else var * (count / jnp.maximum(count - 1, 1))
+    # A round without any value changes nothing.
+    rate = jnp.where(count > 0, momentum, 0.0)
+    return RunningStatistics(
+        ((1 - rate) * statistics.mean + rate * mean).astype(statistics.mean.dtype),
+        ((1 - rate) * statistics.var + rate * observed).astype(statistics.var.dtype),
+    )
 
 
 def sync_batch_norm(
@@ -235,6 +290,9 @@ def sync_batch_norm(
     eps: float = 1e-5,
     eps_mode: str = "add",
     axis: int = -1,
+    mask: Any = None,
+    biased_running_variance: bool = False,
+    numeric: str = "refuse",
 ) -> Tuple[Any, Optional[RunningStatistics]]:
     """y = scale * (x - mean) * invstd + bias, with mean and invstd per channel over the batches of all workers.
 
@@ -247,45 +305,53 @@ def sync_batch_norm(
       train: False: normalize with `statistics`, and return them unchanged; no round.
       momentum: the new value's weight, as in torch (Flax's is the old value's: 1 - momentum).
       eps_mode: "add" or "clamp" (the variance in training; evaluation adds).
+      mask: True, or 1, where a position counts: statistics are taken from those positions alone, and y is normalized
+        everywhere. Of x's shape without the channel axis, or with it at size 1, or a shape that broadcasts to these.
+        Evaluation takes no notice of its values.
+      biased_running_variance: the running variance is M2/N, as in Flax, instead of M2/(N-1), as in torch.
+      numeric: "refuse": NaN and infinity in a batch fail the round, NotFinite; "propagate" lets them flow. Those of
+        gradients always flow.
     Returns:
-      y of x's type, and the new running statistics (the variance unbiased).
+      y of x's type, and the new running statistics.
 
-    The gradient, the sums over all workers' batches, N the number of values in each channel there:
-    dx = scale * invstd * (dy - sum(dy)/N - (x - mean) * invstd**2 * sum(dy * (x - mean))/N). Gradients of scale and bias
-    are this worker's own.
+    The gradient, the sums over all workers' batches, N the number of values that count in each channel there:
+    dx = scale * invstd * (dy - counts * (sum(dy)/N + (x - mean) * invstd**2 * sum(dy * (x - mean))/N)), with counts 1, or
+    0 where the mask is False. Gradients of scale and bias are this worker's own.
 
     Under grad, every worker of the group has to differentiate, since each forward round then has a backward round.
 
     Raises:
-      ValueError: under pmap, shard_map and vmap; for shapes that do not fit; where the global batch has a single value
-        for each channel.
-      syncbn.Error: what a round fails with, in `typed_errors`; a RuntimeError of JAX's outside.
+      TypeError: for x, scale, bias or statistics that are not of a real floating type.
+      ValueError: under pmap, shard_map and vmap; for shapes and numbers that do not fit; where the global batch has a
+        single value for each channel; where all masks leave no position.
+      syncbn.Error: what a round fails with, in `typed_errors`; a RuntimeError of JAX's outside, as are errors about the
+        values of a mask and about the global batch.
     """
-    if x.ndim < 2:
-        raise ValueError(f"expected [batch, ..., channels], got {list(x.shape)}")
-    axis = axis % x.ndim
+    x = _floating(x, "x")
+    axis = _axis(axis, x)
+    _check_numbers(momentum, eps, eps_mode, numeric, layer, worker)
     channels, wide = x.shape[axis], _wide(x)
-    scale = jnp.ones(channels, wide) if scale is None else scale
-    bias = jnp.zeros(channels, wide) if bias is None else bias
+    scale = jnp.ones(channels, wide) if scale is None else _vector(scale, channels, "scale")
+    bias = jnp.zeros(channels, wide) if bias is None else _vector(bias, channels, "bias")
+    if statistics is not None:
+        mean, var = statistics
+        _vector(mean, channels, "statistics.mean"), _vector(var, channels, "statistics.var")
+    counted, faults = (None, jnp.zeros(2, bool)) if mask is None else _positions(mask, x, axis)
     if not train:
         if statistics is None:
             raise ValueError("evaluation needs running statistics")
-        shape = [-1 if a == axis else 1 for a in range(x.ndim)]
-        invstd = jax.lax.rsqrt(statistics.var.astype(wide) + eps)
-        y = (x.astype(wide) - statistics.mean.reshape(shape)) * (scale * invstd).reshape(shape) + bias.reshape(shape)
-        return y.astype(x.dtype), statistics
-    worker = worker or default_worker()
-    worker.declare_layer(layer, channels, eps=eps, eps_mode=eps_mode, momentum=momentum)
-    with _not_mapped():
-        y, (mean, var, words) = _normalize(_Layer(worker, layer, eps, eps_mode == "clamp", axis), x, scale, bias)
-    if statistics is None:
-        return y, None
-    mean, var, words = jax.lax.stop_gradient((mean, var, words))
-    count = words[2].astype(wide) * 2.0**31 + words[3].astype(wide)
-    unbiased = var * (count / jnp.maximum(count - 1, 1))
-    # A round without any value changes nothing.
-    rate = jnp.where(count > 0, momentum, 0.0)
-    return y, RunningStatistics(
-        ((1 - rate) * statistics.mean + rate * mean).astype(statistics.mean.dtype),
-        ((1 - rate) * statistics.var + rate * unbiased).astype(statistics.var.dtype),
+        return _evaluate(x, scale, bias, statistics, eps, axis), statistics
+    constants = Layer(
+        worker or default_worker(),
+        layer,
+        channels,
+        float(eps),
+        eps_mode,
+        float(momentum),
+        numeric,
+        bool(biased_running_variance),
+        axis,
     )
+    with _not_mapped():
+        y, found = _normalize(constants, x, scale, bias, counted, faults)
+    return y, None if statistics is None else _update(statistics, found, momentum, biased_running_variance)

@@ -9,11 +9,11 @@ Nothing is copied that is dense, with the channels innermost in memory or betwee
 are. Running statistics are updated in place, so they have to be contiguous NumPy arrays.
 """
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
-from syncbn import _dlpack, _library, _passes
+from syncbn import _dlpack, _library, _numpy_masked, _passes
 from syncbn._library import BackwardInputs, BackwardOutputs, EvaluateOptions, ForwardOutputs, Tensor, Vector
 from syncbn.core import Worker
 
@@ -22,6 +22,8 @@ _TYPES = {
     np.dtype(np.float64): _library.FLOAT64,
     np.dtype(np.float16): _library.FLOAT16,
 }
+
+_MAX_THREADS = 1024
 
 
 class Gradients(NamedTuple):
@@ -123,6 +125,38 @@ def _residual(value: Any, x: np.ndarray, channels_last: bool) -> Optional[np.nda
     return residual
 
 
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} is a number, not {value!r}")
+    if not low <= value <= high or value in (np.inf, -np.inf):
+        raise ValueError(f"{name} is {value}, which is not a finite number in {low} .. {high}")
+
+
+def _check_threads(num_threads: Any) -> None:
+    if isinstance(num_threads, (bool, np.bool_)) or not isinstance(num_threads, (int, np.integer)):
+        raise TypeError(f"num_threads is a whole number, not {num_threads!r}")
+    if not 1 <= num_threads <= _MAX_THREADS:
+        raise ValueError(f"num_threads is {num_threads}, which is not in 1 .. {_MAX_THREADS}")
+
+
+def _check(
+    worker: Any, layer: Any, momentum: Any, eps: Any, eps_mode: Any, numeric: Any, num_threads: Any
+) -> None:
+    """What an array is not."""
+    if not isinstance(worker, Worker):
+        raise TypeError(f"worker is a syncbn.Worker, not {worker!r}")
+    if not isinstance(layer, str):
+        raise TypeError(f"layer is a name, not {layer!r}")
+    if not 1 <= len(layer.encode()) <= 255 or "\0" in layer:
+        raise ValueError(f"layer is {layer!r}; a name has 1 to 255 bytes, none of them 0")
+    _check_number("momentum", momentum, 0.0, 1.0)
+    _check_number("eps", eps, 0.0, np.inf)
+    _check_threads(num_threads)
+    for name, value, known in (("eps_mode", eps_mode, _library.EPS_MODES), ("numeric", numeric, _library.NUMERIC_POLICIES)):
+        if not isinstance(value, str) or value not in known:
+            raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
+
+
 def _describe(x: np.ndarray) -> Tensor:
     if x.ndim < 2:
         raise ValueError(f"expected [batch, channels, ...] or [batch, ..., channels], got {list(x.shape)}")
@@ -145,7 +179,7 @@ class Forward:
 
     def __init__(
         self,
-        passed: _passes.ForwardPass,
+        passed: Union[_passes.ForwardPass, _numpy_masked.Pass],
         x: np.ndarray,
         channels_last: bool,
         weight: Optional[np.ndarray],
@@ -183,13 +217,16 @@ class Forward:
     def backward(self, dy: Any) -> Gradients:
         """The gradients, from dy of y's shape.
 
-        dx = weight * invstd * (dy - sum_dy/N - (x - mean) * invstd**2 * sum_dy_xmu/N), the sums over all workers; dy
-        gated by the ReLU if there is one.
+        dx = weight * invstd * (dy - counts * (sum_dy/N + (x - mean) * invstd**2 * sum_dy_xmu/N)), the sums over all
+        workers; dy gated by the ReLU if there is one; counts 1, or 0 where a mask is False. It may be called again, with
+        another dy, if all workers do so.
         """
         x = self._x
         gradient = _tensor_like(dy, x, self._channels_last, "dy")
         if gradient.dtype != x.dtype:
             gradient = gradient.astype(x.dtype)
+        if isinstance(self._pass, _numpy_masked.Pass):
+            return self._masked_gradients(self._pass, gradient)
         dx = np.empty_like(x)
         d_residual = np.empty_like(x) if self._has_residual else None
         d_weight = None if self._weight is None else np.empty_like(self._weight)
@@ -214,6 +251,18 @@ class Forward:
             _as_given(dx, last), d_weight, d_bias, None if d_residual is None else _as_given(d_residual, last)
         )
 
+    def _masked_gradients(self, passed: _numpy_masked.Pass, dy: np.ndarray) -> Gradients:
+        x, last = self._x, self._channels_last
+        dx, d_weight, d_bias, d_residual = passed.gradients(dy, self._weight)
+        narrow = np.empty_like(x)
+        narrow[...] = dx
+        return Gradients(
+            _as_given(narrow, last),
+            None if self._weight is None else d_weight.astype(self._weight.dtype),
+            None if self._bias is None else d_bias.astype(self._bias.dtype),
+            _as_given(d_residual.astype(x.dtype), last) if self._has_residual else None,
+        )
+
 
 def forward(
     worker: Worker,
@@ -233,21 +282,34 @@ def forward(
     backward: bool = True,
     sequence: Optional[int] = None,
     num_threads: int = 1,
+    mask: Any = None,
+    biased_running_variance: bool = False,
+    numeric: str = "refuse",
 ) -> Tuple[np.ndarray, Forward]:
     """y = weight * (x - mean) * invstd + bias over the batches of all workers; then, if asked for, + residual and ReLU.
 
     Args:
       layer: the same name at every worker.
       weight, bias: [C]; absent: 1 and 0.
-      running_mean, running_var: [C], updated in place: (1-momentum)*running + momentum*new, the variance unbiased.
+      running_mean, running_var: [C], updated in place: (1-momentum)*running + momentum*new.
       momentum: the new value's weight.
       eps_mode: "add" or "clamp".
       residual: of x's shape and type.
       backward: whether `Forward.backward` will be called.
       sequence: which time this is; counted by the worker if None.
+      mask: True, or 1, where a position counts: statistics are taken from those positions alone, and y is normalized
+        everywhere. Of x's shape without the channel axis, or with it at size 1, or a shape that broadcasts to these.
+      biased_running_variance: the running variance is M2/N, as in Keras and Flax, instead of M2/(N-1), as in torch.
+      numeric: "refuse": NaN and infinity in a batch fail the round, NotFinite; "propagate" lets them flow. Those of
+        gradients always flow.
     Returns:
       y of x's shape and type, and the state for the backward pass.
+    Raises:
+      TypeError: for arrays of other types, and for arguments of other types.
+      ValueError: for shapes and numbers that do not fit; where all masks leave no position.
+      syncbn.Error: what the round fails with.
     """
+    _check(worker, layer, momentum, eps, eps_mode, numeric, num_threads)
     values = _tensor(x, channels_last)
     tensor = _describe(values)
     channels = tensor.channels
@@ -265,7 +327,28 @@ def forward(
         relu_mask=_address(relu_mask),
         y=_describe(y),
     )
-    worker.declare_layer(layer, channels, eps=eps, eps_mode=eps_mode, momentum=momentum)
+    counts = None if mask is None else _numpy_masked.positions(mask, values, channels_last)
+    worker.declare_layer(
+        layer,
+        channels,
+        eps=eps,
+        eps_mode=eps_mode,
+        momentum=momentum,
+        numeric=numeric,
+        biased_running_variance=bool(biased_running_variance),
+    )
+    has_residual, clamp = residuals is not None, eps_mode == "clamp"
+    if counts is not None:
+        masked = _numpy_masked.Pass(
+            worker, layer, values, counts, backward=backward, sequence=sequence, eps=eps, clamp=clamp
+        )
+        masked.normalize(y, weights, biases, residuals, relu)
+        divisor = masked.count if biased_running_variance else masked.count - 1
+        masked.update(running_mean, masked.mean(channels), momentum)
+        if divisor > 0:
+            masked.update(running_var, masked.var(channels) * (masked.count / divisor), momentum)
+        state = Forward(masked, values, channels_last, weights, biases, has_residual, relu, None, num_threads)
+        return _as_given(y, channels_last), state
     passed = _passes.ForwardPass(
         worker,
         layer,
@@ -274,12 +357,12 @@ def forward(
         num_threads=num_threads,
         sequence=sequence,
         eps=eps,
-        clamp=eps_mode == "clamp",
+        clamp=clamp,
     )
     passed.wait()
     passed.finish(tensor, outputs)
-    has_residual = residuals is not None
-    return _as_given(y, channels_last), Forward(passed, values, channels_last, weights, biases, has_residual, relu, relu_mask, num_threads)
+    state = Forward(passed, values, channels_last, weights, biases, has_residual, relu, relu_mask, num_threads)
+    return _as_given(y, channels_last), state
 
 
 def evaluate(
@@ -296,6 +379,8 @@ def evaluate(
     num_threads: int = 1,
 ) -> np.ndarray:
     """y = weight * (x - running_mean) / sqrt(running_var + eps) + bias: no worker, no round."""
+    _check_number("eps", eps, 0.0, np.inf)
+    _check_threads(num_threads)
     values = _tensor(x, channels_last)
     tensor = _describe(values)
     mean, var, weights, biases = (_parameter(v) for v in (running_mean, running_var, weight, bias))

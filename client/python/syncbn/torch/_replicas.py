@@ -310,9 +310,10 @@ def _update(layer: Any, moments: Moments) -> None:
     """The running statistics of replica 0, which are the model's own."""
     if not layer.track_running_stats or layer.running_mean is None or moments.count == 0:
         return
-    rate, unbiased = layer._count_batch(), moments.var * (moments.count / (moments.count - 1))
+    divisor = moments.count if layer.biased_running_variance else moments.count - 1
+    rate, var = layer._count_batch(), moments.var * (moments.count / divisor)
     with torch.no_grad():
-        for running, new in ((layer.running_mean, moments.mean), (layer.running_var, unbiased)):
+        for running, new in ((layer.running_mean, moments.mean), (layer.running_var, var)):
             running.copy_(running.double() * (1 - rate) + torch.from_numpy(new).to(running.device) * rate)
 
 

@@ -8,17 +8,18 @@ from torch.nn.parameter import is_lazy
 
 from syncbn import _library, _passes
 from syncbn.core import Worker, default_worker
-from syncbn.torch import _checkpointing, _evaluation, _functions, _replicas, _tensors
+from syncbn.torch import _checkpointing, _evaluation, _functions, _masked, _replicas, _tensors
 
 # torch.compile breaks its graph here: a round is no operation that it could trace.
 _outside_of_graphs: Any = getattr(getattr(torch, "compiler", None), "disable", lambda function: function)
+_masked_forward = _outside_of_graphs(_masked.forward)
 
 
 class SyncBatchNorm(_BatchNorm):
     """Batch normalization over all workers, with torch.nn.SyncBatchNorm's arguments, attributes and state_dict.
 
     y = weight * (x - mean) * invstd + bias, with mean and invstd per channel over the global batch; x is [N, C]
-    or [N, C, ...]. The running variance is the unbiased one.
+    or [N, C, ...].
 
     Args:
       num_features: C.
@@ -28,6 +29,7 @@ class SyncBatchNorm(_BatchNorm):
       worker: default `syncbn.default_worker()`, at the time of the call.
       eps_mode: "add": invstd = 1/sqrt(var + eps). "clamp": 1/sqrt(max(var, eps)) in training; evaluation adds.
       layer: its name at the master, the same at every worker. Default: numbered in the order of first use.
+      biased_running_variance: the running variance is M2/N, as in Keras and Flax, instead of M2/(N-1), as in torch.
 
     On CUDA tensors, a worker made with `stream_ordered=True` lets the calling thread run ahead of the rounds.
 
@@ -35,6 +37,8 @@ class SyncBatchNorm(_BatchNorm):
     local. A global batch of a single value for each channel raises ValueError at every worker, as in
     torch.nn.BatchNorm. A global batch without any value changes no state.
     """
+
+    biased_running_variance = False  # Of layers that were pickled before there was a choice.
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class SyncBatchNorm(_BatchNorm):
         worker: Optional[Worker] = None,
         eps_mode: str = "add",
         layer: Optional[str] = None,
+        biased_running_variance: bool = False,
     ) -> None:
         if process_group is not None:
             raise ValueError("process_group must be None: give a worker of another group")
@@ -64,6 +69,7 @@ class SyncBatchNorm(_BatchNorm):
         self.worker = worker
         self.eps_mode = eps_mode
         self.layer = layer
+        self.biased_running_variance = bool(biased_running_variance)
         self.original_class: Optional[type] = None
 
     def reset_parameters(self) -> None:
@@ -93,9 +99,15 @@ class SyncBatchNorm(_BatchNorm):
             if own.device != input.device:
                 raise RuntimeError(f"the input is on {input.device}, and {name} on {own.device}")
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input [N, C, ...] -> the same shape, type and layout."""
+    def forward(self, input: torch.Tensor, mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """input [N, C, ...] -> the same shape, type and layout.
+
+        mask: True, or 1, where a position counts; [N, ...] or [N, 1, ...], or a shape that broadcasts to these. Statistics
+        are taken from those positions alone; the output is normalized everywhere.
+        """
         self._check_input_dim(input)
+        if mask is not None:
+            return _masked_forward(self, input, mask)
         if self.training:
             return self._normalize_with_others(input)
         if self.running_mean is None or self.running_var is None:
@@ -177,7 +189,12 @@ class SyncBatchNorm(_BatchNorm):
         if self.layer is None:
             self.layer = worker.name_unnamed_layer()
         worker.declare_layer(
-            self.layer, self.num_features, eps=self.eps, eps_mode=self.eps_mode, momentum=self.momentum
+            self.layer,
+            self.num_features,
+            eps=self.eps,
+            eps_mode=self.eps_mode,
+            momentum=self.momentum,
+            biased_running_variance=self.biased_running_variance,
         )
         return self.layer
 
@@ -252,6 +269,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         worker: Optional[Worker] = None,
         eps_mode: str = "add",
         layer: Optional[str] = None,
+        biased_running_variance: bool = False,
     ) -> None:
         if eps_mode not in _library.EPS_MODES:
             raise ValueError(f'eps_mode is "add" or "clamp", not {eps_mode!r}')
@@ -259,8 +277,9 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         self.worker, self.eps_mode, self.layer = worker, eps_mode, layer
+        self.biased_running_variance = bool(biased_running_variance)
 
-    def initialize_parameters(self, input: torch.Tensor) -> None:
+    def initialize_parameters(self, input: torch.Tensor, mask: Optional[torch.Tensor] = None) -> None:
         """Gives the parameters and buffers their size; those of a loaded state_dict have theirs already."""
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")

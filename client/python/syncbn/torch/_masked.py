@@ -1,0 +1,255 @@
+"""Batch normalization with a mask over positions: statistics of those that count, and an output for all of them.
+
+With m = 1 where a position counts, N = sum(m) over all workers, and the sums over dy running over *all* positions, since
+all of them are normalized:
+
+    dx = weight * invstd * (dy - m * (sum_dy / N + (x - mean) * invstd^2 * sum_dy_xmu / N))
+
+The workers exchange what they exchange without a mask: a count with its moments, and two sums. Everything is in float64
+arithmetic of torch, on x's device.
+"""
+
+from typing import Any, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+
+from syncbn.core import Moments, Worker, default_worker
+from syncbn.torch import _checkpointing, _replicas, _tensors
+
+_NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) + tuple(_tensors._TYPES)
+
+
+def positions(mask: Any, x: torch.Tensor) -> torch.Tensor:
+    """The mask as booleans [N, 1, ...] of x's positions.
+
+    Raises:
+      TypeError: for what is no tensor of booleans, whole numbers or floating numbers.
+      ValueError: for a shape that does not fit, for values other than 0 and 1, for one that differs by channel.
+    """
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}; a tensor is needed, True where a position counts")
+    if mask.dtype not in _NUMBERS:
+        raise TypeError(f"mask is {mask.dtype}; booleans are needed, or numbers that are 0 or 1")
+    if mask.device != x.device:
+        raise RuntimeError(f"the input is on {x.device}, and mask on {mask.device}")
+    given, wanted = tuple(mask.shape), (x.size(0), 1, *x.shape[2:])
+    mask = mask.detach()
+    if mask.dim() < x.dim():  # Without a channel axis.
+        mask = mask.reshape((1,) * (x.dim() - 1 - mask.dim()) + given).unsqueeze(1)
+    by_channel = mask.dim() == x.dim() and mask.size(1) == x.size(1)
+    if by_channel:
+        wanted = tuple(x.shape)
+    if mask.dim() != x.dim() or any(have not in (1, want) for have, want in zip(mask.shape, wanted)):
+        raise ValueError(
+            f"mask of shape {given} does not fit an input of shape {tuple(x.shape)}: it broadcasts over positions, with "
+            "or without a channel axis of size 1"
+        )
+    if mask.dtype != torch.bool:
+        wrong = mask[(mask != 0) & (mask != 1)]
+        if wrong.numel():
+            raise ValueError(f"mask has the value {wrong[0].item()}; it is 1 (True) where a position counts, else 0")
+        mask = mask != 0
+    if by_channel:
+        if not bool((mask == mask[:, :1]).all()):
+            raise ValueError(
+                "mask differs by channel: it counts positions, and a round has one count for all channels; give it a "
+                "channel axis of size 1"
+            )
+        mask = mask[:, :1]
+    return mask.expand(x.size(0), 1, *x.shape[2:])
+
+
+def _others(x: torch.Tensor) -> List[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+def _spread(vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[C], on x's device and in float64, in the shape in which it broadcasts over x."""
+    return vector.detach().to(x.device, torch.float64).reshape([1, -1] + [1] * (x.dim() - 2))
+
+
+def _moments(x: torch.Tensor, counts: torch.Tensor) -> Tuple[int, torch.Tensor, torch.Tensor]:
+    """Count, mean and M2 per channel, of the positions that count; NaN elsewhere does not matter."""
+    wide, count = x.detach().double(), int(counts.sum())
+    mean = wide.masked_fill(~counts, 0.0).sum(_others(x)) / max(1, count)
+    deviations = (wide - _spread(mean, x)).masked_fill(~counts, 0.0)
+    # The first mean's rounding, seen in the sum of deviations from it.
+    rest = deviations.sum(_others(x)) / max(1, count)
+    m2 = (deviations - _spread(rest, x)).masked_fill(~counts, 0.0).square().sum(_others(x))
+    return count, (mean + rest).cpu(), m2.cpu()
+
+
+class _Statistics(NamedTuple):
+    """The merged ones, float64, on the host."""
+
+    count: int
+    mean: torch.Tensor
+    var: torch.Tensor
+    invstd: torch.Tensor
+    depends: torch.Tensor
+    """1, or 0 where an epsilon that clamps makes invstd a constant."""
+
+
+def _statistics(count: int, mean: torch.Tensor, var: torch.Tensor, eps: float, clamp: bool) -> _Statistics:
+    invstd = (var.clamp(min=eps) if clamp else var + eps).rsqrt()
+    clamped = var < eps if clamp else torch.zeros_like(var, dtype=torch.bool)
+    return _Statistics(count, mean, var, invstd, (~clamped).double())
+
+
+class _Pass:
+    """A forward pass, whose round is over."""
+
+    def __init__(self, worker: Optional[Worker], name: str, statistics: _Statistics) -> None:
+        self.worker, self.name, self.statistics = worker, name, statistics
+        self.sequence = 0
+        self.backward_required = self.has_round = False
+        self._backward_passes = 0
+
+    def merged(self, sum_dy: torch.Tensor, sum_dy_xmu: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The sums over all workers. The protocol has one backward round; later passes send one vector, in turn."""
+        if not self.has_round or self.worker is None:
+            return sum_dy, sum_dy_xmu
+        self._backward_passes += 1
+        first, second = sum_dy.cpu().numpy(), sum_dy_xmu.cpu().numpy()
+        if self._backward_passes == 1:
+            sums = self.worker.synchronize_backward(self.name, self.sequence, first, second)
+            return torch.from_numpy(sums.sum_dy), torch.from_numpy(sums.sum_dy_xmu)
+        both = self.worker.all_reduce(f"{self.name}/retained", np.concatenate([first, second]))
+        merged = torch.from_numpy(both).chunk(2)
+        return merged[0], merged[1]
+
+
+class _Normalize(torch.autograd.Function):
+    """y = weight * (x - mean) * invstd + bias at all positions; `anchor` makes it differentiable where nothing else does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        counts: torch.Tensor,
+        weight: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        anchor: Optional[torch.Tensor],
+        state: _Pass,
+    ) -> torch.Tensor:
+        ctx.state, ctx.like = state, [None if v is None else (v.dtype, v.shape) for v in (weight, bias)]
+        ctx.save_for_backward(x, counts, weight)
+        found = state.statistics
+        y = (x.double() - _spread(found.mean, x)) * _spread(found.invstd, x)
+        y = y if weight is None else y * _spread(weight, x)
+        return (y if bias is None else y + _spread(bias, x)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        x, counts, weight = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _gradients(ctx, dy, x, counts, weight)
+        if torch.is_grad_enabled():  # create_graph.
+            gradients = tuple(g if g is None else _NoSecond.apply(g, dy, x, weight) for g in gradients)
+        dx, d_weight, d_bias = gradients
+        return dx, None, d_weight, d_bias, None, None
+
+
+def _gradients(
+    ctx: Any, dy: torch.Tensor, x: torch.Tensor, counts: torch.Tensor, weight: Optional[torch.Tensor]
+) -> Tuple[Optional[torch.Tensor], ...]:
+    found: _Statistics = ctx.state.statistics
+    wide, xmu = dy.double(), x.double() - _spread(found.mean, x)
+    own_dy, own_dy_xmu = wide.sum(_others(x)), (wide * xmu).sum(_others(x))
+    sum_dy, sum_dy_xmu = ctx.state.merged(own_dy, own_dy_xmu)
+    count, invstd = max(1, found.count), found.invstd
+    dx = d_weight = d_bias = None
+    if ctx.needs_input_grad[0]:
+        slope = invstd.square() * found.depends * sum_dy_xmu.cpu() / count
+        through = (_spread(sum_dy / count, x) + xmu * _spread(slope, x)).masked_fill(~counts, 0.0)
+        dx = (wide - through) * _spread(invstd, x)
+        dx = (dx if weight is None else dx * _spread(weight, x)).to(x.dtype)
+    (of_weight, of_bias) = ctx.like
+    if of_weight is not None and ctx.needs_input_grad[2]:
+        d_weight = (own_dy_xmu * invstd.to(x.device)).to(of_weight[0]).reshape(of_weight[1])
+    if of_bias is not None and ctx.needs_input_grad[3]:
+        d_bias = own_dy.to(of_bias[0]).reshape(of_bias[1])
+    return dx, d_weight, d_bias
+
+
+class _NoSecond(torch.autograd.Function):
+    """A gradient that says, when it is differentiated, that it has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *origins: Optional[torch.Tensor]) -> torch.Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        raise RuntimeError("SyncBatchNorm with a mask has no second derivative: call backward without create_graph")
+
+
+def forward(layer: Any, x: torch.Tensor, mask: Any) -> torch.Tensor:
+    """A SyncBatchNorm's forward with a mask: in training by a round; in evaluation the running statistics, if it has some,
+    which no mask changes.
+    """
+    counts = positions(mask, x)
+    if layer.training:
+        return _train(layer, x, counts)
+    if layer.running_mean is not None and layer.running_var is not None:
+        evaluated: torch.Tensor = layer._evaluate(x, layer.running_mean, layer.running_var)
+        return evaluated
+    count, mean, m2 = _moments(x, counts)
+    if count == 0 and x.numel():
+        raise ValueError("mask leaves no position: there is nothing to take statistics of")
+    statistics = _statistics(count, mean, m2 / max(1, count), layer.eps, False)
+    result: torch.Tensor = _Normalize.apply(x, counts, layer.weight, layer.bias, None, _Pass(None, "", statistics))
+    return result
+
+
+def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    if _replicas.current() is not None:
+        raise RuntimeError("a mask does not go with replicas on threads: run a process for each")
+    _tensors.type_of(x)
+    checkpoint = _checkpointing.Context()
+    state = checkpoint.replay(layer)
+    first_time = state is None
+    if state is None:
+        state = _run_round(layer, x, counts, checkpoint.gradient_follows)
+    checkpoint.record(layer, state)
+    count = state.statistics.count
+    if count == 1:
+        raise ValueError("Expected more than 1 value per channel when training, and the masks of all workers leave one")
+    if count == 0 and x.numel():
+        raise ValueError("the masks of all workers leave no position: there is nothing to take statistics of")
+    if first_time and count and layer.track_running_stats and layer.running_mean is not None:
+        _update(layer, state.statistics)
+    anchor = None
+    if torch.is_grad_enabled() and state.backward_required:  # Something differentiable, if nothing else is.
+        anchor = torch.empty(0, requires_grad=True)
+    result: torch.Tensor = _Normalize.apply(x, counts, layer.weight, layer.bias, anchor, state)
+    return result
+
+
+def _run_round(layer: Any, x: torch.Tensor, counts: torch.Tensor, gradient_follows: bool) -> _Pass:
+    worker = layer.worker or default_worker()
+    name = layer._declare(worker)
+    count, mean, m2 = _moments(x, counts)
+    # True: a backward round follows. None: if another worker wants one. False: none for this worker.
+    role: Optional[bool] = gradient_follows
+    if not gradient_follows and torch.is_grad_enabled():
+        role = True if x.requires_grad else None
+    vectors = (mean.numpy(), m2.numpy()) if count else (None, None)
+    merged: Moments = worker.synchronize(name, count, *vectors, backward=role)
+    statistics = _statistics(
+        merged.count, torch.from_numpy(merged.mean), torch.from_numpy(merged.var), layer.eps, layer.eps_mode == "clamp"
+    )
+    state = _Pass(worker, name, statistics)
+    state.sequence, state.backward_required = merged.sequence, merged.backward_required
+    counted = worker.rank not in merged.missing_ranks
+    state.has_round = role is not False and merged.backward_required and merged.count > 0 and counted
+    return state
+
+
+def _update(layer: Any, found: _Statistics) -> None:
+    rate = layer._count_batch()
+    divisor = found.count if layer.biased_running_variance else found.count - 1
+    with torch.no_grad():
+        for running, new in ((layer.running_mean, found.mean), (layer.running_var, found.var * (found.count / divisor))):
+            running.copy_(running.double() * (1 - rate) + new.to(running.device) * rate)
