@@ -288,12 +288,10 @@ def test_vmap_is_refused(master, axis):
         assert worker.synchronize("bn", 2, np.zeros(3), np.ones(3)).sequence == 0
 
 
-def test_differentiating_twice_forward_mode_and_checkpoints_are_refused(master):
+def test_forward_mode_and_checkpoints_are_refused(master):
     with syncbn.Worker(master.target, "jax refusals", 0, 1) as worker:
         total = lambda v: (sync.sync_batch_norm(v, layer="bn", worker=worker)[0] ** 3).sum()
         x = jnp.arange(6.0).reshape(3, 2)
-        with pytest.raises(ValueError, match="JVP"):
-            jax.grad(lambda v: jax.grad(total)(v).sum())(x)
         with pytest.raises(TypeError, match="jvp"):
             jax.jvp(total, (x,), (x,))
         with pytest.raises(NotImplementedError, match="checkpoint"):
