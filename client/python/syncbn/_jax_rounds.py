@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from typing import Any, Callable, Deque, Dict, Iterator, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, NamedTuple, Set, Tuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from syncbn.core import Worker
 try:
     from jax.extend.core import Primitive
 except ImportError:  # Before JAX 0.4.36.
-    from jax.core import Primitive  # type: ignore[attr-defined,no-redef]
+    from jax.core import Primitive
 
 # What callbacks raised, oldest first, until `typed_errors` takes it.
 _failures: Deque[BaseException] = collections.deque(maxlen=64)

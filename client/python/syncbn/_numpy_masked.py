@@ -88,7 +88,7 @@ class Pass:
         self._worker, self._layer, self._x, self._counts = worker, layer, x, counts
         count, mean, m2 = moments(x, counts)
         vectors = (mean, m2) if count else (None, None)
-        merged: Moments = worker.synchronize(layer, count, *vectors, sequence, backward=backward)
+        merged: Moments = worker.synchronize(layer, count, vectors[0], vectors[1], sequence, backward=backward)
         if merged.count == 0 and x.size:
             raise ValueError("the masks of all workers leave no position: there is nothing to take statistics of")
         self.count, self._mean, self._var = merged.count, merged.mean, merged.var
@@ -97,7 +97,7 @@ class Pass:
         self._has_round = backward and merged.backward_required and merged.count > 0 and counted
         self._sequence = merged.sequence
         self._invstd = 1.0 / np.sqrt(np.maximum(self._var, eps) if clamp else self._var + eps)
-        self._depends = (self._var >= eps).astype(np.float64) if clamp else np.ones_like(self._var)
+        self._depends = self._var >= eps if clamp else np.ones(self._var.shape, bool)
         self._gate: Optional[np.ndarray] = None
         self._backward_passes = 0
 
@@ -147,7 +147,7 @@ class Pass:
         own_dy, own_dy_xmu = wide.sum(_others(x)), (wide * xmu).sum(_others(x))
         sum_dy, sum_dy_xmu = self._merged(own_dy, own_dy_xmu)
         count = max(1, self.count)
-        slope = self._invstd**2 * self._depends * sum_dy_xmu / count
+        slope = np.where(self._depends, self._invstd**2 * sum_dy_xmu / count, 0.0)
         through = np.where(self._counts, _spread(sum_dy / count, x) + xmu * _spread(slope, x), 0.0)
         scale = self._invstd if weight is None else self._invstd * weight.astype(np.float64)
         return (wide - through) * _spread(scale, x), own_dy_xmu * self._invstd, own_dy, wide

@@ -9,15 +9,21 @@ The workers exchange what they exchange without a mask: a count with its moments
 arithmetic of torch, on x's device.
 """
 
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import numpy as np
 import torch
 
 from syncbn.core import Moments, Worker, default_worker
 from syncbn.torch import _checkpointing, _replicas, _tensors
+from syncbn.torch._second import Statistics, others, spread
 
-_NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) + tuple(_tensors._TYPES)
+_NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) + (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 
 
 def positions(mask: Any, x: torch.Tensor) -> torch.Tensor:
@@ -60,48 +66,25 @@ def positions(mask: Any, x: torch.Tensor) -> torch.Tensor:
     return mask.expand(x.size(0), 1, *x.shape[2:])
 
 
-def _others(x: torch.Tensor) -> List[int]:
-    return [dim for dim in range(x.dim()) if dim != 1]
-
-
-def _spread(vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[C], on x's device and in float64, in the shape in which it broadcasts over x."""
-    return vector.detach().to(x.device, torch.float64).reshape([1, -1] + [1] * (x.dim() - 2))
-
-
 def _moments(x: torch.Tensor, counts: torch.Tensor) -> Tuple[int, torch.Tensor, torch.Tensor]:
     """Count, mean and M2 per channel, of the positions that count; NaN elsewhere does not matter."""
     wide, count = x.detach().double(), int(counts.sum())
-    mean = wide.masked_fill(~counts, 0.0).sum(_others(x)) / max(1, count)
-    deviations = (wide - _spread(mean, x)).masked_fill(~counts, 0.0)
+    mean = wide.masked_fill(~counts, 0.0).sum(others(x)) / max(1, count)
+    deviations = (wide - spread(mean, x)).masked_fill(~counts, 0.0)
     # The first mean's rounding, seen in the sum of deviations from it.
-    rest = deviations.sum(_others(x)) / max(1, count)
-    m2 = (deviations - _spread(rest, x)).masked_fill(~counts, 0.0).square().sum(_others(x))
+    rest = deviations.sum(others(x)) / max(1, count)
+    m2 = (deviations - spread(rest, x)).masked_fill(~counts, 0.0).square().sum(others(x))
     return count, (mean + rest).cpu(), m2.cpu()
-
-
-class _Statistics(NamedTuple):
-    """The merged ones, float64, on the host."""
-
-    count: int
-    mean: torch.Tensor
-    var: torch.Tensor
-    invstd: torch.Tensor
-    depends: torch.Tensor
-    """1, or 0 where an epsilon that clamps makes invstd a constant."""
-
-
-def _statistics(count: int, mean: torch.Tensor, var: torch.Tensor, eps: float, clamp: bool) -> _Statistics:
-    invstd = (var.clamp(min=eps) if clamp else var + eps).rsqrt()
-    clamped = var < eps if clamp else torch.zeros_like(var, dtype=torch.bool)
-    return _Statistics(count, mean, var, invstd, (~clamped).double())
 
 
 class _Pass:
     """A forward pass, whose round is over."""
 
-    def __init__(self, worker: Optional[Worker], name: str, statistics: _Statistics) -> None:
-        self.worker, self.name, self.statistics = worker, name, statistics
+    def __init__(
+        self, worker: Optional[Worker], name: str, count: int, mean: np.ndarray, var: np.ndarray, eps: float, clamp: bool
+    ) -> None:
+        self.worker, self.name, self.count, self.mean, self.var = worker, name, count, mean, var
+        self.statistics = Statistics.make(count, mean, var, eps, clamp)
         self.sequence = 0
         self.backward_required = self.has_round = False
         self._backward_passes = 0
@@ -133,12 +116,12 @@ class _Normalize(torch.autograd.Function):
         anchor: Optional[torch.Tensor],
         state: _Pass,
     ) -> torch.Tensor:
-        ctx.state, ctx.like = state, [None if v is None else (v.dtype, v.shape) for v in (weight, bias)]
+        ctx.state, ctx.forms = state, [None if v is None else _tensors.Form.of(v) for v in (x, counts, weight, bias)]
         ctx.save_for_backward(x, counts, weight)
-        found = state.statistics
-        y = (x.double() - _spread(found.mean, x)) * _spread(found.invstd, x)
-        y = y if weight is None else y * _spread(weight, x)
-        return (y if bias is None else y + _spread(bias, x)).to(x.dtype)
+        found, weight, bias = state.statistics, _tensors.readable(weight), _tensors.readable(bias)
+        y = (x.double() - spread(found.mean, x)) * spread(found.invstd, x)
+        y = y if weight is None else y * spread(weight, x)
+        return _tensors.rounded(y if bias is None else y + spread(bias, x), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
@@ -154,22 +137,26 @@ class _Normalize(torch.autograd.Function):
 def _gradients(
     ctx: Any, dy: torch.Tensor, x: torch.Tensor, counts: torch.Tensor, weight: Optional[torch.Tensor]
 ) -> Tuple[Optional[torch.Tensor], ...]:
-    found: _Statistics = ctx.state.statistics
-    wide, xmu = dy.double(), x.double() - _spread(found.mean, x)
-    own_dy, own_dy_xmu = wide.sum(_others(x)), (wide * xmu).sum(_others(x))
+    of_x, of_counts, of_weight, of_bias = ctx.forms
+    found: Any = ctx.state.statistics
+    dy, x = (_tensors.given_back(name, v, of_x, False) for name, v in (("the output's gradient", dy), ("the input", x)))
+    of_counts.check("the mask", counts)
+    weight = _tensors.vector_given_back("the weight", weight, of_weight)
+    wide, xmu = dy.double(), x.double() - spread(found.mean, x)
+    own_dy, own_dy_xmu = wide.sum(others(x)), (wide * xmu).sum(others(x))
     sum_dy, sum_dy_xmu = ctx.state.merged(own_dy, own_dy_xmu)
-    count, invstd = max(1, found.count), found.invstd
+    count, invstd = max(1, ctx.state.count), found.invstd
     dx = d_weight = d_bias = None
     if ctx.needs_input_grad[0]:
-        slope = invstd.square() * found.depends * sum_dy_xmu.cpu() / count
-        through = (_spread(sum_dy / count, x) + xmu * _spread(slope, x)).masked_fill(~counts, 0.0)
-        dx = (wide - through) * _spread(invstd, x)
-        dx = (dx if weight is None else dx * _spread(weight, x)).to(x.dtype)
-    (of_weight, of_bias) = ctx.like
+        slope = invstd.square() * sum_dy_xmu.cpu() / count
+        slope = torch.where(found.depends > 0, slope, torch.zeros_like(slope))
+        through = (spread(sum_dy / count, x) + xmu * spread(slope, x)).masked_fill(~counts, 0.0)
+        dx = (wide - through) * spread(invstd, x)
+        dx = _tensors.rounded(dx if weight is None else dx * spread(weight, x), x.dtype)
     if of_weight is not None and ctx.needs_input_grad[2]:
-        d_weight = (own_dy_xmu * invstd.to(x.device)).to(of_weight[0]).reshape(of_weight[1])
+        d_weight = _tensors.rounded(own_dy_xmu * invstd.to(x.device), of_weight.dtype).reshape(of_weight.shape)
     if of_bias is not None and ctx.needs_input_grad[3]:
-        d_bias = own_dy.to(of_bias[0]).reshape(of_bias[1])
+        d_bias = _tensors.rounded(own_dy, of_bias.dtype).reshape(of_bias.shape)
     return dx, d_weight, d_bias
 
 
@@ -198,28 +185,28 @@ def forward(layer: Any, x: torch.Tensor, mask: Any) -> torch.Tensor:
     count, mean, m2 = _moments(x, counts)
     if count == 0 and x.numel():
         raise ValueError("mask leaves no position: there is nothing to take statistics of")
-    statistics = _statistics(count, mean, m2 / max(1, count), layer.eps, False)
-    result: torch.Tensor = _Normalize.apply(x, counts, layer.weight, layer.bias, None, _Pass(None, "", statistics))
+    state = _Pass(None, "", count, mean.numpy(), m2.numpy() / max(1, count), layer.eps, False)
+    result: torch.Tensor = _Normalize.apply(x, counts, layer.weight, layer.bias, None, state)
     return result
 
 
 def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     if _replicas.current() is not None:
         raise RuntimeError("a mask does not go with replicas on threads: run a process for each")
-    _tensors.type_of(x)
+    _tensors.check_supported(x)
     checkpoint = _checkpointing.Context()
     state = checkpoint.replay(layer)
     first_time = state is None
     if state is None:
         state = _run_round(layer, x, counts, checkpoint.gradient_follows)
     checkpoint.record(layer, state)
-    count = state.statistics.count
+    count = state.count
     if count == 1:
         raise ValueError("Expected more than 1 value per channel when training, and the masks of all workers leave one")
     if count == 0 and x.numel():
         raise ValueError("the masks of all workers leave no position: there is nothing to take statistics of")
     if first_time and count and layer.track_running_stats and layer.running_mean is not None:
-        _update(layer, state.statistics)
+        _update(layer, state)
     anchor = None
     if torch.is_grad_enabled() and state.backward_required:  # Something differentiable, if nothing else is.
         anchor = torch.empty(0, requires_grad=True)
@@ -237,19 +224,17 @@ def _run_round(layer: Any, x: torch.Tensor, counts: torch.Tensor, gradient_follo
         role = True if x.requires_grad else None
     vectors = (mean.numpy(), m2.numpy()) if count else (None, None)
     merged: Moments = worker.synchronize(name, count, *vectors, backward=role)
-    statistics = _statistics(
-        merged.count, torch.from_numpy(merged.mean), torch.from_numpy(merged.var), layer.eps, layer.eps_mode == "clamp"
-    )
-    state = _Pass(worker, name, statistics)
+    clamp = layer.eps_mode == "clamp"
+    state = _Pass(worker, name, merged.count, merged.mean, merged.var, layer.eps, clamp)
     state.sequence, state.backward_required = merged.sequence, merged.backward_required
     counted = worker.rank not in merged.missing_ranks
     state.has_round = role is not False and merged.backward_required and merged.count > 0 and counted
     return state
 
 
-def _update(layer: Any, found: _Statistics) -> None:
-    rate = layer._count_batch()
-    divisor = found.count if layer.biased_running_variance else found.count - 1
+def _update(layer: Any, state: _Pass) -> None:
+    rate, count = layer._count_batch(), state.count
+    var = state.var * (count / (count if layer.biased_running_variance else count - 1))
     with torch.no_grad():
-        for running, new in ((layer.running_mean, found.mean), (layer.running_var, found.var * (found.count / divisor))):
-            running.copy_(running.double() * (1 - rate) + new.to(running.device) * rate)
+        for running, new in ((layer.running_mean, state.mean), (layer.running_var, var)):
+            running.copy_(running.double() * (1 - rate) + torch.from_numpy(new).to(running.device) * rate)
