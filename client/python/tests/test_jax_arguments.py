@@ -130,3 +130,17 @@ def test_numbers_that_are_not_finite(master, bad):
             )
             np.testing.assert_allclose(y[:, 0], (X[:, 0] - X[:, 0].mean()) / np.sqrt(X[:, 0].var() + 1e-5), atol=1e-5)
             assert np.isnan(y[:, 1]).all() and not np.isfinite(state.mean[1]) and np.isfinite(state.mean[0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_gradients_that_are_not_finite_flow(master, bad):
+    """As plain jax.numpy gives them, whatever the policy for batches: a scaler's overflow is for the scaler."""
+    dy = np.random.default_rng(5).normal(size=X.shape).astype(np.float32)
+    dy[2, 1] = bad
+    plain = lambda v: (v - v.mean(0)) / jnp.sqrt(v.var(0) + 1e-5)
+    with syncbn.Worker(master.target, f"jax gradients {bad}", 0, 1) as worker, sync.typed_errors():
+        _, back = jax.vjp(lambda v: sync.sync_batch_norm(v, layer="bn", worker=worker)[0], X)
+        (dx,) = back(jnp.asarray(dy))
+        _, wanted = jax.vjp(plain, jnp.asarray(X))
+        np.testing.assert_array_equal(np.isfinite(dx), np.isfinite(wanted(jnp.asarray(dy))[0]))
+        np.testing.assert_allclose(dx[:, 0], wanted(jnp.asarray(dy))[0][:, 0], atol=1e-5)
