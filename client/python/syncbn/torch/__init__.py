@@ -7,9 +7,10 @@
         optimizer.step()
 """
 
+from syncbn.torch.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.torch.gradients import all_reduce_gradients
 from syncbn.torch.launch import join
-from syncbn.torch.modules import LazySyncBatchNorm, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.torch.modules import LazySyncBatchNorm, SyncBatchNorm
 
 __all__ = [
     "LazySyncBatchNorm",

@@ -216,7 +216,7 @@ def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 def _run_round(layer: Any, x: torch.Tensor, counts: torch.Tensor, gradient_follows: bool) -> _Pass:
     worker = layer.worker or default_worker()
-    name = layer._declare(worker)
+    name = layer._declare(worker, x.size(1), layer.eps)
     count, mean, m2 = _moments(x, counts)
     # True: a backward round follows. None: if another worker wants one. False: none for this worker.
     role: Optional[bool] = gradient_follows

@@ -1,0 +1,131 @@
+"""Values that hold tensors: cut into parts for replicas, and the replicas' outputs joined."""
+
+import copy
+import dataclasses
+import types
+from typing import Any, Callable, List, Sequence
+
+import numpy as np
+import torch
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(type(value), "_make")
+
+
+def _is_record(value: Any) -> bool:
+    """Whether the value's attributes are what it holds."""
+    return (dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace)) and not isinstance(value, type)
+
+
+def _attributes(value: Any) -> List[str]:
+    names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    names = [name for name in names if hasattr(value, name)]
+    return names + [name for name in getattr(value, "__dict__", ()) if name not in names]
+
+
+def _rebuilt(values: Sequence[Any], function: Callable[[List[Any], str], Any]) -> Any:
+    """A container of the first one's type, each element made of those of all in its place; else NotImplemented.
+
+    Elements are put into a copy, since nothing is known of the constructors of people's own types.
+    """
+    first = values[0]
+    if isinstance(first, dict):
+        made = copy.copy(first)
+        for key in first:
+            made[key] = function([value[key] for value in values], f"[{key!r}]")
+        return made
+    if isinstance(first, (list, tuple)):
+        elements = [function(list(items), f"[{index}]") for index, items in enumerate(zip(*values))]
+        if isinstance(first, list):
+            joined_list = copy.copy(first)
+            joined_list[:] = elements
+            return joined_list
+        kind: Any = type(first)
+        return kind._make(elements) if _is_named_tuple(first) else kind(elements)
+    if _is_record(first):
+        made = copy.copy(first)
+        for name in _attributes(first):
+            object.__setattr__(made, name, function([getattr(value, name) for value in values], f".{name}"))
+        return made
+    return NotImplemented
+
+
+def _shape(value: Any) -> Any:
+    """What values need to have in common to be joined element by element."""
+    if isinstance(value, dict):
+        return type(value), list(value)
+    if isinstance(value, (list, tuple)):
+        return type(value), len(value)
+    return type(value), _attributes(value) if _is_record(value) else None
+
+
+def _leaves(value: Any, found: List[torch.Tensor]) -> None:
+    """The tensors in a value that have a batch dimension."""
+    if isinstance(value, torch.Tensor) and value.dim() > 0:
+        found.append(value)
+        return
+
+    def visit(items: List[Any], _: str) -> Any:
+        _leaves(items[0], found)
+        return items[0]
+
+    _rebuilt([value], visit)
+
+
+def cut(value: Any, parts: int) -> List[Any]:
+    """Tensors, and what holds tensors, cut along the first dimension; anything else is the same for each part.
+
+    Returns one value for each part; fewer than `parts` for a batch of fewer rows.
+    """
+    tensors: List[torch.Tensor] = []
+    _leaves(value, tensors)
+    counts = {len(tensor.chunk(parts)) for tensor in tensors} or {parts}
+    if len(counts) > 1:
+        rows = sorted({len(tensor) for tensor in tensors})
+        raise ValueError(f"the inputs have {rows} rows, which cannot be cut into equally many parts for the replicas")
+    return [_part(value, parts, index) for index in range(counts.pop())]
+
+
+def _part(value: Any, parts: int, index: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value if value.dim() == 0 else value.chunk(parts)[index]
+    made = _rebuilt([value], lambda items, _: _part(items[0], parts, index))
+    return value if made is NotImplemented else made
+
+
+def moved(value: Any, device: Any) -> Any:
+    """The value with its tensors on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    made = _rebuilt([value], lambda items, _: moved(items[0], device))
+    return value if made is NotImplemented else made
+
+
+def joined(values: List[Any], device: Any = None, path: str = "the output") -> Any:
+    """The replicas' outputs as one of the same type; tensors along the first dimension, on the device if one is given.
+
+    Raises:
+      TypeError: for what cannot be joined and is not the same in all.
+    """
+    first = values[0]
+    if all(isinstance(value, torch.Tensor) for value in values):
+        rows = [value.reshape(1) if value.dim() == 0 else value for value in values]
+        return torch.cat([row if device is None else row.to(device) for row in rows])
+    if all(isinstance(value, np.ndarray) and value.ndim > 0 for value in values):
+        return np.concatenate(values)
+    if all(_shape(value) == _shape(first) for value in values):
+        made = _rebuilt(values, lambda items, step: joined(items, device, path + step))
+        if made is not NotImplemented:
+            return made
+        if all(_equal(value, first) for value in values):
+            return first
+    shown = ", ".join(f"{value!r:.60}" for value in values[:3])
+    raise TypeError(
+        f"{path} differs between the replicas and cannot be joined: {shown}{', ...' if len(values) > 3 else ''}. Return "
+        "tensors, or lists, tuples, dictionaries or dataclasses of them"
+    )
+
+
+def _equal(value: Any, other: Any) -> bool:
+    return value is other or bool(np.all(value == other))

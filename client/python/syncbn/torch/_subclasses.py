@@ -1,0 +1,318 @@
+"""Subclasses of torch's batch normalizations, synchronized without being replaced.
+
+A class that adds something to batch normalization, such as an activation, keeps its own forward. It runs under a
+`torch.overrides.TorchFunctionMode` that answers its calls of `torch.nn.functional.batch_norm` in training with the
+synchronized operation. The object stays what it is; its class becomes a subclass of its own class, made here once for
+each, so that `isinstance` holds and every attribute, hook and reference stays.
+"""
+
+import copyreg
+import functools
+import sys
+import threading
+from types import FunctionType
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.overrides import TorchFunctionMode
+
+from syncbn.torch import _replicas, _synchronized
+
+_CALL = getattr(torch.nn.Module, "_call_impl").__code__
+_jit: Any = torch.jit  # Its hints name no classes.
+_lock = threading.Lock()
+_classes: Dict[type, type] = {}
+
+
+class _Call(NamedTuple):
+    """The arguments of torch.nn.functional.batch_norm."""
+
+    input: torch.Tensor
+    running_mean: Optional[torch.Tensor]
+    running_var: Optional[torch.Tensor]
+    weight: Optional[torch.Tensor] = None
+    bias: Optional[torch.Tensor] = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+def _of_torch(
+    input: torch.Tensor,
+    weight: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    running_mean: Optional[torch.Tensor],
+    running_var: Optional[torch.Tensor],
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> _Call:
+    """The arguments of torch.batch_norm."""
+    return _Call(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+_BATCH_NORMS: Dict[Any, Callable[..., _Call]] = {torch.nn.functional.batch_norm: _Call, torch.batch_norm: _of_torch}
+_COUNTS = (torch.Tensor.add_, torch.Tensor.__iadd__)
+
+# A forward that takes statistics of its own with one of these would stay a local one.
+_STATISTICS = {
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("mean", "var", "std", "var_mean", "std_mean", "sum", "native_batch_norm", "batch_norm_stats")
+    if hasattr(owner, name)
+}
+
+
+class _Answers(TorchFunctionMode):
+    """Answers the batch normalization in one call of a module's own forward."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self._module = module
+        self._place = _replicas.current()
+        self._tracked = module.num_batches_tracked
+        self._added: List[Any] = []  # What the forward has added to `num_batches_tracked`.
+        self._counted = False
+        self._to_be_counted = False
+        self._seen = False
+        self._other_statistics = False
+        self._versions = self._buffer_versions()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _BATCH_NORMS and self._is_own_call():
+            call = _BATCH_NORMS[func](*args, **kwargs)
+            if self._is_own_size(call.input):
+                self._seen = True
+                if call.training:
+                    return self._module._normalize_with_others(call.input, self._step(call))
+        elif func in _COUNTS and args and args[0] is self._tracked and self._tracked is not None:
+            # The replicas of one step are one batch, which the first of them counts.
+            if self._place is not None and self._place.replica != 0:
+                return args[0]
+            self._added.append(args[1])
+        elif func in _STATISTICS and self._is_own_call():
+            self._other_statistics = True
+        return func(*args, **kwargs)
+
+    def _step(self, call: _Call) -> _synchronized.Step:
+        self._to_be_counted = call.running_mean is not None
+
+        def count_batch() -> float:
+            self._counted = True
+            return call.momentum
+
+        return _synchronized.Step(
+            self._module, call.weight, call.bias, call.running_mean, call.running_var, call.eps, count_batch
+        )
+
+    def _is_own_call(self) -> bool:
+        """Whether the module's forward made the call, and no module within it."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code is run_forward.__code__:
+                return frame.f_locals["module"] is self._module
+            if frame.f_code is _CALL and frame.f_locals.get("self") is not self._module:
+                return False
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
+    def _is_own_size(self, x: torch.Tensor) -> bool:
+        module = self._module
+        vectors = [v for v in (module.running_mean, module.weight, module.bias) if v is not None]
+        return x.dim() < 2 or x.size(1) == (vectors[0].numel() if vectors else module.num_features)
+
+    def _buffer_versions(self) -> List[int]:
+        buffers = (self._module.running_mean, self._module.running_var)
+        return [b._version for b in buffers if b is not None and not b.is_inference()]
+
+    def uncount(self) -> None:
+        """Takes back what the forward has counted, if the running statistics have not taken the batch."""
+        if self._counted or self._tracked is None or not self._to_be_counted:
+            return
+        if self._module.num_batches_tracked is not self._tracked:
+            self._module.num_batches_tracked = self._tracked
+        with torch.no_grad():
+            for added in self._added:
+                self._tracked.sub_(added)
+
+    def check(self) -> None:
+        """Refuses a forward that has normalized by other means."""
+        if self._seen or not (self._other_statistics or self._versions != self._buffer_versions()):
+            return
+        kind = self._module.original_class
+        raise RuntimeError(
+            f"layer {self._module.layer!r}: the forward of {kind.__module__}.{kind.__qualname__} normalizes its channels "
+            "without torch.nn.functional.batch_norm, or within torch.jit, so that it cannot be synchronized. Revert the "
+            "layer, or let its forward call torch.nn.functional.batch_norm"
+        )
+
+
+def run_forward(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A forward of the module in training, synchronized."""
+    running = _running()
+    if module in running:  # A forward that calls another of the same module: of its class, or what it was patched over.
+        return function(*args, **kwargs)
+    answers = _Answers(module)
+    running.append(module)
+    try:
+        with answers:
+            result = function(*args, **kwargs)
+        answers.check()
+        return result
+    finally:
+        running.pop()
+        answers.uncount()
+
+
+_run_outside_of_graphs: Any = _synchronized.outside_of_graphs(run_forward)
+_local = threading.local()
+
+
+def _running() -> List[Any]:
+    """The modules whose synchronized forwards this thread runs."""
+    if not hasattr(_local, "running"):
+        _local.running = []
+    running: List[Any] = _local.running
+    return running
+
+
+class PatchedForward:
+    """A forward that was assigned to the module itself."""
+
+    def __init__(self, module: Any, function: Callable[..., Any]) -> None:
+        self.module, self.function = module, function
+        functools.update_wrapper(self, function, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _dispatch(self.module, self.function, args, kwargs)
+
+
+def _dispatch(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    node = _synchronized.leaf_call(module, args, kwargs)
+    if node is not None:
+        return node
+    if not module.training:
+        return function(*args, **kwargs)
+    return _run_outside_of_graphs(module, function, args, kwargs)
+
+
+class Subclass(_synchronized.Synchronized):
+    """Mixed into the classes made here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and not isinstance(value, PatchedForward):
+            value = PatchedForward(self, value)
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made anew where a pickle is read."""
+        kind: Any = plain_class(type(self))
+        reduced = super().__reduce_ex__(max(2, protocol))
+        if not isinstance(reduced, tuple):
+            return reduced
+        function, args, *rest = reduced
+        if function is getattr(copyreg, "__newobj__"):
+            return (_new, (kind,) + tuple(args[1:]), *rest)
+        state = {name: vars(self).get(name) for name in ("worker", "layer", "eps_mode", "numeric", "original_class")}
+        return (_made, (function, args, state), *rest)
+
+    def extra_repr(self) -> str:
+        inherited: Any = super()
+        return f"{inherited.extra_repr()}, eps_mode={self.eps_mode}, layer={self.layer}"
+
+
+def _new(kind: Any, *args: Any) -> Any:
+    made: Any = synchronized_class(kind)
+    return kind.__new__(made, *args)
+
+
+def _made(function: Callable[..., Any], args: Tuple[Any, ...], state: Dict[str, Any]) -> Any:
+    module = function(*args)
+    if not isinstance(module, Subclass):
+        module.__class__ = synchronized_class(type(module))
+    vars(module).update(state)
+    return module
+
+
+class _TorchsOwn(torch.nn.SyncBatchNorm):
+    """Stands before torch.nn.SyncBatchNorm, so that a subclass's `super().forward` comes to no process group."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _BatchNorm.forward(self, input)
+
+
+def plain_class(kind: Any) -> Any:
+    """The class that a synchronized one was made of."""
+    return next(c for c in kind.__mro__ if "_made_of" in vars(c))._made_of
+
+
+def synchronized_class(kind: Any) -> Any:
+    """A subclass of a batch normalization's class whose forward synchronizes; one for each class."""
+    with _lock:
+        if kind not in _classes:
+            _classes[kind] = _make(kind)
+        return _classes[kind]
+
+
+def _make(kind: Any) -> type:
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _dispatch(self, functools.partial(kind.forward, self), args, kwargs)
+
+    bases: Tuple[type, ...] = (Subclass, kind)
+    if issubclass(kind, torch.nn.SyncBatchNorm):
+        bases += (_TorchsOwn,)
+    namespace = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "__slots__": (),
+        "_made_of": kind,
+        "forward": forward,
+    }
+    if issubclass(kind, _LazyNormBase):
+        namespace["cls_to_become"] = _what_a_lazy_one_becomes(kind.cls_to_become)
+    return type(kind)(kind.__name__, bases, namespace)
+
+
+def _what_a_lazy_one_becomes(kind: Any) -> Any:
+    return None if kind is None else _classes.setdefault(kind, _make(kind))
+
+
+def scripted_helper(module: torch.nn.Module) -> Optional[str]:
+    """A TorchScript function that the module's own forward may normalize with, which no mode sees into."""
+    attributes: Dict[str, Any] = dict(vars(module))
+    for kind in reversed(type(module).__mro__):
+        if kind.__module__.startswith("torch."):
+            continue
+        for name, value in vars(kind).items():
+            attributes[name] = value
+            function = getattr(value, "__func__", value)
+            if isinstance(function, FunctionType):
+                names = function.__code__.co_names
+                attributes.update((n, function.__globals__[n]) for n in names if n in function.__globals__)
+                attributes.update(_closure(function))
+    for name, value in attributes.items():
+        if normalizes(getattr(value, "__func__", value)):
+            return name
+    return None
+
+
+def _closure(function: FunctionType) -> Dict[str, Any]:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+    return {name: cell.cell_contents for name, cell in cells if cell != type(cell)()}
+
+
+def normalizes(value: Any) -> bool:
+    """Whether something of TorchScript has a batch normalization in it."""
+    if not isinstance(value, (_jit.ScriptFunction, _jit.ScriptModule)):
+        return False
+    if isinstance(value, _jit.ScriptModule) and any("BatchNorm" in str(m.original_name) for m in value.modules()):
+        return True
+    try:
+        return "batch_norm" in str(value.inlined_graph)
+    except (AttributeError, RuntimeError):  # A module without a forward.
+        return False

@@ -1,0 +1,221 @@
+"""What every synchronized layer does in training: one round, and the normalization with its outcome."""
+
+from typing import Any, Callable, Optional
+
+import torch
+from torch.fx.proxy import Proxy
+
+from syncbn import _library, _passes
+from syncbn.core import Worker, default_worker
+from syncbn.torch import _checkpointing, _functions, _naming, _replicas, _tensors
+
+# torch.compile breaks its graph here: a round is no operation that it could trace.
+outside_of_graphs: Any = getattr(getattr(torch, "compiler", None), "disable", lambda function: function)
+
+
+class SizeMismatch(RuntimeError, ValueError):
+    """A parameter, buffer or input of another number of channels: torch's layers raise a RuntimeError."""
+
+
+class Step:
+    """One normalization: what a layer computes with this time. Anything else is the layer's."""
+
+    def __init__(
+        self,
+        module: Any,
+        weight: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        running_mean: Optional[torch.Tensor],
+        running_var: Optional[torch.Tensor],
+        eps: float,
+        count_batch: Callable[[], float],
+    ) -> None:
+        """The running statistics are those to be updated, if any. `count_batch` is called once if they are: it returns
+        the new values' weight.
+        """
+        self.module = module
+        self.weight, self.bias = weight, bias
+        self.running_mean, self.running_var = running_mean, running_var
+        self.track_running_stats = running_mean is not None
+        self.eps = eps
+        self._count_batch = count_batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def check(self, x: torch.Tensor) -> None:
+        """Refuses what x does not go with."""
+        if x.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
+        if x.size(1) == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+        check_vectors(x, self.weight, self.bias, self.running_mean, self.running_var)
+
+
+def check_vectors(
+    x: torch.Tensor,
+    weight: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    running_mean: Optional[torch.Tensor],
+    running_var: Optional[torch.Tensor],
+) -> None:
+    """Refuses parameters and buffers of another size than x's channels, or on another device."""
+    named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    vectors = [(name, vector) for name, vector in named if vector is not None]
+    sizes = {vector.numel() for _, vector in vectors}
+    if len(sizes) == 1 and x.size(1) not in sizes:
+        raise SizeMismatch(f"expected {sizes.pop()} channels, got input of shape {tuple(x.shape)}")
+    for name, vector in vectors:
+        if vector.numel() != x.size(1):
+            raise SizeMismatch(f"{name} has {vector.numel()} elements, and the layer {x.size(1)} channels")
+        if vector.device != x.device:
+            raise RuntimeError(f"the input is on {x.device}, and {name} on {vector.device}")
+
+
+def check_options(worker: Any, eps_mode: str, numeric: str) -> None:
+    """Refuses a constructor's or a conversion's arguments."""
+    if worker is not None and not isinstance(worker, Worker):
+        raise TypeError(
+            f"worker is a syncbn.Worker, not a {type(worker).__module__}.{type(worker).__qualname__}: for a process "
+            "group, open a syncbn.Worker(group=..., rank=..., world_size=...) at each of its ranks, and give that"
+        )
+    if eps_mode not in _library.EPS_MODES:
+        raise ValueError(f'eps_mode is "add" or "clamp", not {eps_mode!r}')
+    if numeric not in _library.NUMERIC_POLICIES:
+        raise ValueError(f'numeric is "refuse" or "propagate", not {numeric!r}')
+
+
+def leaf_call(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    """The call as one node of a graph, if torch.fx traces the model; else None.
+
+    torch.fx takes the layers of torch.nn alone for leaves by itself.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Proxy):
+            tracer: Any = value.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+    return None
+
+
+class Synchronized(torch.nn.Module):
+    """Mixed into the layers: what they are called, which worker they use, and their rounds.
+
+    A Module itself, since an object's class can only change to one whose memory begins in the same class.
+    """
+
+    worker: Optional[Worker] = None
+    layer: Optional[str] = None
+    eps_mode: str = "add"
+    numeric: str = "refuse"
+    biased_running_variance: bool = False
+    original_class: Optional[type] = None
+
+    @outside_of_graphs
+    def _normalize_with_others(self, input: torch.Tensor, step: Step) -> torch.Tensor:
+        step.check(input)
+        if torch.overrides.has_torch_function((input,)):
+            function: Any = batch_norm
+            return torch.overrides.handle_torch_function(function, (input,), input, step)
+        return batch_norm(input, step)
+
+    def _normalize_plain(self, input: torch.Tensor, step: Step) -> torch.Tensor:
+        """As an operation under __torch_function__, by which a subclass of Tensor keeps its class."""
+        _tensors.check_supported(input)
+        x = _tensors.dense(input, _tensors.is_channels_last(input))
+        checkpoint = _checkpointing.Context()
+        place = _replicas.current()
+        if place is not None:
+            return self._normalize_with_replicas(x, step, place, checkpoint)
+        forward_pass = checkpoint.replay(self)
+        first_time = forward_pass is None
+        if forward_pass is None:
+            forward_pass = self._run_round(x, step, checkpoint.gradient_follows)
+        checkpoint.record(self, forward_pass)
+        # Of a stream-ordered pass it is not known yet, only that it is at least 2: smaller batches are host-driven.
+        count = None if forward_pass.stream_ordered else forward_pass.count
+        if count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} "
+                "and nothing from the other workers"
+            )
+        update = first_time and step.running_mean is not None and count != 0
+        return _functions.Normalize.apply(
+            x,
+            step.weight,
+            step.bias,
+            self._anchor(x, step, forward_pass),
+            forward_pass,
+            step.running_mean if update else None,
+            step.running_var if update else None,
+            step._count_batch() if update else 0.0,
+        )
+
+    def _run_round(self, x: torch.Tensor, step: Step, gradient_follows: bool) -> _passes.ForwardPass:
+        """Merges x's moments with those of the other workers."""
+        worker = self.worker or default_worker()
+        layer = self._declare(worker, x.size(1), step.eps)
+        device, threads, stream = _tensors.execution(x)
+        with device:
+            forward_pass = _passes.ForwardPass(
+                worker,
+                layer,
+                _tensors.describe(x, _tensors.is_channels_last(x)),
+                role=self._role(x, gradient_follows),
+                num_threads=threads,
+                stream=stream,
+                eps=step.eps,
+                clamp=self.eps_mode == "clamp",
+            )
+            if not forward_pass.stream_ordered:
+                forward_pass.wait()
+        return forward_pass
+
+    def _declare(self, worker: Worker, channels: int, eps: float) -> str:
+        """Makes the layer known to the master; returns its name."""
+        if self.layer is None:
+            self.layer = _naming.number(worker)
+        _naming.claim(worker, self.layer)
+        worker.declare_layer(
+            self.layer,
+            channels,
+            eps=eps,
+            eps_mode=self.eps_mode,
+            momentum=getattr(self, "momentum"),
+            numeric=self.numeric,
+            biased_running_variance=self.biased_running_variance,
+        )
+        return self.layer
+
+    def _normalize_with_replicas(
+        self, x: torch.Tensor, step: Step, place: _replicas.Place, checkpoint: _checkpointing.Context
+    ) -> torch.Tensor:
+        """As one of several threads of this worker."""
+        if checkpoint.active:
+            raise RuntimeError("activation checkpointing does not go with replicas on threads: run a process for each")
+        worker = self.worker or place.group.default_worker or default_worker()
+        self._declare(worker, x.size(1), step.eps)
+        return _replicas.normalize(step, x, place, worker)
+
+    @staticmethod
+    def _role(x: torch.Tensor, gradient_follows: bool) -> int:
+        """Whether this worker will come to the backward round."""
+        if gradient_follows:
+            return _library.BACKWARD_REQUIRED
+        if not torch.is_grad_enabled():
+            return _library.BACKWARD_NONE
+        return _library.BACKWARD_REQUIRED if x.requires_grad else _library.BACKWARD_IF_REQUIRED
+
+    @staticmethod
+    def _anchor(x: torch.Tensor, step: Step, forward_pass: _passes.ForwardPass) -> Optional[torch.Tensor]:
+        """Something differentiable, where only another worker calls for this one's part in the backward round."""
+        if not torch.is_grad_enabled() or not forward_pass.backward_required:
+            return None
+        if any(t is not None and t.requires_grad for t in (x, step.weight, step.bias)):
+            return None
+        return torch.empty(0, requires_grad=True)
+
+
+def batch_norm(input: torch.Tensor, step: Step) -> torch.Tensor:
+    """What a __torch_function__ is called with for a synchronized layer in training."""
+    normalized: torch.Tensor = step.module._normalize_plain(input, step)
+    return normalized
