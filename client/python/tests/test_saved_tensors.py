@@ -355,6 +355,32 @@ def test_forward_mode(master):
     refused(master, "jvp", forward_mode, "forward-mode")
 
 
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_forward_mode_of_a_parameter(master, which):
+    def forward_mode(layer):
+        kept = layer._parameters[which]
+        try:
+            with torch.autograd.forward_ad.dual_level():
+                layer._parameters[which] = torch.autograd.forward_ad.make_dual(kept.detach(), torch.ones(CHANNELS))
+                layer(torch.randn(4, CHANNELS))
+        finally:
+            layer._parameters[which] = kept
+
+    refused(master, f"jvp-{which}", forward_mode, "forward-mode")
+
+
+def test_parameters_of_other_types(master):
+    def complex_weight(layer):
+        kept = layer._parameters["weight"]
+        try:
+            layer._parameters["weight"] = torch.nn.Parameter(torch.ones(CHANNELS, dtype=torch.complex64))
+            layer(torch.randn(4, CHANNELS))
+        finally:
+            layer._parameters["weight"] = kept
+
+    refused(master, "complex-weight", complex_weight, "complex64")
+
+
 def test_fake_tensors(master):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -373,6 +399,9 @@ def test_function_transforms(master):
     cases = {
         "vmap": lambda layer: torch.func.vmap(layer)(torch.randn(2, 4, CHANNELS)),
         "grad": lambda layer: torch.func.grad(lambda x: layer(x).sum())(torch.randn(4, CHANNELS)),
+        "of parameters": lambda layer: torch.func.grad(
+            lambda parameters: torch.func.functional_call(layer, parameters, torch.randn(4, CHANNELS)).sum()
+        )(dict(layer.named_parameters())),
         "functionalize": lambda layer: torch.func.functionalize(layer)(torch.randn(4, CHANNELS)),
         "jvp": lambda layer: torch.func.jvp(layer, (torch.randn(4, CHANNELS),), (torch.ones(4, CHANNELS),)),
     }
@@ -400,6 +429,17 @@ def test_subclasses_keep_their_class(group, training):
     out, gradient = group(1, run)[0]
     torch.testing.assert_close(out, y, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient, x.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_a_weight_of_a_subclass(group):
+    def run(worker):
+        layer = sync.SyncBatchNorm(CHANNELS, worker=worker, layer="bn")
+        layer._parameters["weight"] = torch.ones(CHANNELS).as_subclass(Subclass).requires_grad_()
+        y = layer(torch.randn(4, CHANNELS))
+        y.sum().backward()
+        return type(y) is type(torch.nn.functional.batch_norm(torch.randn(4, CHANNELS), None, None, layer.weight, None, True))
+
+    assert group(1, run) == [True]
 
 
 class Wrapped:

@@ -193,7 +193,7 @@ def forward(layer: Any, x: torch.Tensor, mask: Any) -> torch.Tensor:
 def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     if _replicas.current() is not None:
         raise RuntimeError("a mask does not go with replicas on threads: run a process for each")
-    _tensors.check_supported(x)
+    _tensors.check_supported(x, layer.weight, layer.bias)
     checkpoint = _checkpointing.Context()
     state = checkpoint.replay(layer)
     first_time = state is None

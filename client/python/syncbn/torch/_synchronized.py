@@ -113,14 +113,15 @@ class Synchronized(torch.nn.Module):
     @outside_of_graphs
     def _normalize_with_others(self, input: torch.Tensor, step: Step) -> torch.Tensor:
         step.check(input)
-        if torch.overrides.has_torch_function((input,)):
+        tensors = (input, step.weight, step.bias)
+        if torch.overrides.has_torch_function(tensors):
             function: Any = batch_norm
-            return torch.overrides.handle_torch_function(function, (input,), input, step)
+            return torch.overrides.handle_torch_function(function, tensors, input, step)
         return batch_norm(input, step)
 
     def _normalize_plain(self, input: torch.Tensor, step: Step) -> torch.Tensor:
         """As an operation under __torch_function__, by which a subclass of Tensor keeps its class."""
-        _tensors.check_supported(input)
+        _tensors.check_supported(input, step.weight, step.bias)
         x = _tensors.dense(input, _tensors.is_channels_last(input))
         checkpoint = _checkpointing.Context()
         place = _replicas.current()

@@ -40,8 +40,15 @@ def _transformed(x: torch.Tensor) -> bool:
     return functorch is not None and bool(functorch.is_functorch_wrapped_tensor(x))
 
 
-def check_supported(x: torch.Tensor) -> None:
-    """Raises UnsupportedTensor for an input of a training layer that has no values, or not in memory of its own."""
+def check_supported(*tensors: Optional[torch.Tensor]) -> None:
+    """Raises UnsupportedTensor for an input or a parameter of a training layer that has no values, or not in memory of
+    its own. Before the round, so that no other worker waits for one that cannot go on."""
+    for tensor in tensors:
+        if tensor is not None:
+            _check_supported(tensor)
+
+
+def _check_supported(x: torch.Tensor) -> None:
     advice = "; put the layer into evaluation (eval()), which is local, or run it outside"
     if x.device.type not in ("cpu", "cuda"):
         if x.device.type == "meta":
