@@ -53,6 +53,20 @@ def number(name: str, value: Any) -> float:
     return found
 
 
+def fraction(name: str, value: Any) -> float:
+    found = number(name, value)
+    if not 0 <= found <= 1:
+        raise refused(f"{name} is {found}; it lies in 0 .. 1")
+    return found
+
+
+def not_negative(name: str, value: Any) -> float:
+    found = number(name, value)
+    if found < 0:
+        raise refused(f"{name} is {found}; it has to be at least 0")
+    return found
+
+
 def seconds(name: str, value: Any, *, zero: bool = True) -> float:
     """A length of time, from 0 on, or above 0."""
     found = number(name, value)

@@ -238,7 +238,7 @@ def _abstract(words: Any, values: Any, *, layer: Layer, linear: bool) -> Any:
 
 def _batch(arguments: Any, axes: Any, *, layer: Layer, linear: bool) -> Any:
     words, values = arguments
-    if axes[0] is not batching.not_mapped:
+    if axes[0] is not None:
         raise ValueError(MAPPED)
     return _mean_p.bind(words, jnp.moveaxis(values, axes[1], 0), layer=layer, linear=linear), 0
 

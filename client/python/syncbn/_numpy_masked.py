@@ -3,6 +3,7 @@
 Arrays are [N, C, ...], masks [N, 1, ...].
 """
 
+import functools
 from typing import Any, Optional, Tuple
 
 import numpy as np
@@ -57,6 +58,18 @@ def _spread(vector: np.ndarray, x: np.ndarray) -> np.ndarray:
     return vector.astype(np.float64).reshape([1, -1] + [1] * (x.ndim - 2))
 
 
+def _quiet(function: Any) -> Any:
+    """NaN and infinity are for the layer's policy to refuse, not for NumPy to warn of."""
+
+    @functools.wraps(function)
+    def quiet(*arguments: Any, **options: Any) -> Any:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return function(*arguments, **options)
+
+    return quiet
+
+
+@_quiet
 def moments(x: np.ndarray, counts: np.ndarray) -> Tuple[int, np.ndarray, np.ndarray]:
     """Count, mean and M2 per channel, of the positions that count; NaN elsewhere does not matter."""
     count = int(counts.sum())
@@ -107,6 +120,7 @@ class Pass:
     def var(self, channels: int) -> np.ndarray:
         return self._var.copy()
 
+    @_quiet
     def normalize(
         self, y: np.ndarray, weight: Optional[np.ndarray], bias: Optional[np.ndarray], residual: Optional[np.ndarray], relu: bool
     ) -> None:
@@ -136,6 +150,7 @@ class Pass:
         both = self._worker.all_reduce(f"{self._layer}/retained", np.concatenate([sum_dy, sum_dy_xmu]))
         return both[: sum_dy.size], both[sum_dy.size :]
 
+    @_quiet
     def gradients(
         self, dy: np.ndarray, weight: Optional[np.ndarray]
     ) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

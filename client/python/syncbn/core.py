@@ -309,9 +309,7 @@ class Worker:
         if known == declared:
             return
         channels = _arguments.integer("channels", channels, 1, _arguments.MOST_CHANNELS)
-        eps = _arguments.number("eps", eps)
-        if eps < 0:
-            raise _arguments.refused(f"eps is {eps}; it has to be at least 0")
+        eps = _arguments.not_negative("eps", eps)
         momentum = None if momentum is None else _arguments.number("momentum", momentum)
         options = _library.LayerOptions(
             name=text(_arguments.text("the layer's name", name)),

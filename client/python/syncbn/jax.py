@@ -21,14 +21,13 @@ JAX reports what goes wrong in a callback as an error of its own, maybe not befo
 
 import contextlib
 import functools
-import math
 from typing import Any, Iterable, Iterator, NamedTuple, Optional, Tuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from syncbn import _jax_rounds, _library
+from syncbn import _arguments, _jax_rounds, _library
 from syncbn._jax_rounds import Layer, typed_errors
 from syncbn.core import Worker, default_worker
 
@@ -129,23 +128,6 @@ def _positions(mask: Any, x: Any, axis: int) -> Tuple[Any, Any]:
         faults = faults.at[1].set(jnp.any(mask != first))
         mask = first
     return jnp.broadcast_to(mask, positions[:axis] + (1,) + positions[axis:]), faults
-
-
-def _check_numbers(momentum: Any, eps: Any, eps_mode: Any, numeric: Any, layer: Any, worker: Any) -> None:
-    for name, value, low, high in (("momentum", momentum, 0.0, 1.0), ("eps", eps, 0.0, math.inf)):
-        if isinstance(value, (bool, jax.core.Tracer)) or not isinstance(value, (int, float, np.floating, np.integer)):
-            raise TypeError(f"sync_batch_norm: {name} is a number that is known when the function is traced, not {value!r}")
-        if not low <= value <= high or math.isinf(value):
-            raise ValueError(f"sync_batch_norm: {name} is {value}, which is not a finite number in {low} .. {high}")
-    for name, value, known in (("eps_mode", eps_mode, _library.EPS_MODES), ("numeric", numeric, _library.NUMERIC_POLICIES)):
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"sync_batch_norm: {name} is one of {', '.join(map(repr, known))}, not {value!r}")
-    if not isinstance(layer, str):
-        raise TypeError(f"sync_batch_norm: layer is a name, not {layer!r}")
-    if not 1 <= len(layer.encode()) <= 255 or "\0" in layer:
-        raise ValueError(f"sync_batch_norm: layer is {layer!r}; a name has 1 to 255 bytes, none of them 0")
-    if worker is not None and not isinstance(worker, Worker):
-        raise TypeError(f"sync_batch_norm: worker is a syncbn.Worker, not {worker!r}")
 
 
 def _axis(axis: Any, x: Any) -> int:
@@ -329,7 +311,12 @@ def sync_batch_norm(
     """
     x = _floating(x, "x")
     axis = _axis(axis, x)
-    _check_numbers(momentum, eps, eps_mode, numeric, layer, worker)
+    layer = _arguments.text("layer", layer)
+    momentum, eps = _arguments.fraction("momentum", momentum), _arguments.not_negative("eps", eps)
+    _arguments.choice("eps_mode", eps_mode, _library.EPS_MODES)
+    _arguments.choice("numeric", numeric, _library.NUMERIC_POLICIES)
+    if worker is not None and not isinstance(worker, Worker):
+        raise TypeError(f"worker is {worker!r}; it has to be a syncbn.Worker")
     channels, wide = x.shape[axis], _wide(x)
     scale = jnp.ones(channels, wide) if scale is None else _vector(scale, channels, "scale")
     bias = jnp.zeros(channels, wide) if bias is None else _vector(bias, channels, "bias")
@@ -345,9 +332,9 @@ def sync_batch_norm(
         worker or default_worker(),
         layer,
         channels,
-        float(eps),
+        eps,
         eps_mode,
-        float(momentum),
+        momentum,
         numeric,
         bool(biased_running_variance),
         axis,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
-from syncbn import _dlpack, _library, _numpy_masked, _passes
+from syncbn import _arguments, _dlpack, _library, _numpy_masked, _passes
 from syncbn._library import BackwardInputs, BackwardOutputs, EvaluateOptions, ForwardOutputs, Tensor, Vector
 from syncbn.core import Worker
 
@@ -23,7 +23,7 @@ _TYPES = {
     np.dtype(np.float16): _library.FLOAT16,
 }
 
-_MAX_THREADS = 1024
+_MOST_THREADS = 1024
 
 
 class Gradients(NamedTuple):
@@ -38,7 +38,9 @@ class Gradients(NamedTuple):
 
 def _array(value: Any) -> np.ndarray:
     """An array of a type that the library has, over the same memory."""
-    array = _dlpack.to_numpy(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("a numpy.ma.MaskedArray: give its data, and which positions count as mask=")
+    array = np.asarray(_dlpack.to_numpy(value))  # Of no subclass, whose arithmetic may differ.
     _type_of(array)
     return array
 
@@ -123,38 +125,6 @@ def _residual(value: Any, x: np.ndarray, channels_last: bool) -> Optional[np.nda
     if residual.dtype != x.dtype:
         raise ValueError(f"residual is {residual.dtype}, and x is {x.dtype}")
     return residual
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} is a number, not {value!r}")
-    if not low <= value <= high or value in (np.inf, -np.inf):
-        raise ValueError(f"{name} is {value}, which is not a finite number in {low} .. {high}")
-
-
-def _check_threads(num_threads: Any) -> None:
-    if isinstance(num_threads, (bool, np.bool_)) or not isinstance(num_threads, (int, np.integer)):
-        raise TypeError(f"num_threads is a whole number, not {num_threads!r}")
-    if not 1 <= num_threads <= _MAX_THREADS:
-        raise ValueError(f"num_threads is {num_threads}, which is not in 1 .. {_MAX_THREADS}")
-
-
-def _check(
-    worker: Any, layer: Any, momentum: Any, eps: Any, eps_mode: Any, numeric: Any, num_threads: Any
-) -> None:
-    """What an array is not."""
-    if not isinstance(worker, Worker):
-        raise TypeError(f"worker is a syncbn.Worker, not {worker!r}")
-    if not isinstance(layer, str):
-        raise TypeError(f"layer is a name, not {layer!r}")
-    if not 1 <= len(layer.encode()) <= 255 or "\0" in layer:
-        raise ValueError(f"layer is {layer!r}; a name has 1 to 255 bytes, none of them 0")
-    _check_number("momentum", momentum, 0.0, 1.0)
-    _check_number("eps", eps, 0.0, np.inf)
-    _check_threads(num_threads)
-    for name, value, known in (("eps_mode", eps_mode, _library.EPS_MODES), ("numeric", numeric, _library.NUMERIC_POLICIES)):
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"{name} is one of {', '.join(map(repr, known))}, not {value!r}")
 
 
 def _describe(x: np.ndarray) -> Tensor:
@@ -309,7 +279,12 @@ def forward(
       ValueError: for shapes and numbers that do not fit; where all masks leave no position.
       syncbn.Error: what the round fails with.
     """
-    _check(worker, layer, momentum, eps, eps_mode, numeric, num_threads)
+    if not isinstance(worker, Worker):
+        raise TypeError(f"worker is {worker!r}; it has to be a syncbn.Worker")
+    momentum, eps = _arguments.fraction("momentum", momentum), _arguments.not_negative("eps", eps)
+    num_threads = _arguments.integer("num_threads", num_threads, 1, _MOST_THREADS)
+    if sequence is not None:
+        sequence = _arguments.integer("sequence", sequence, 0, _arguments.MOST_SEQUENCE)
     values = _tensor(x, channels_last)
     tensor = _describe(values)
     channels = tensor.channels
@@ -379,8 +354,8 @@ def evaluate(
     num_threads: int = 1,
 ) -> np.ndarray:
     """y = weight * (x - running_mean) / sqrt(running_var + eps) + bias: no worker, no round."""
-    _check_number("eps", eps, 0.0, np.inf)
-    _check_threads(num_threads)
+    eps = _arguments.not_negative("eps", eps)
+    num_threads = _arguments.integer("num_threads", num_threads, 1, _MOST_THREADS)
     values = _tensor(x, channels_last)
     tensor = _describe(values)
     mean, var, weights, biases = (_parameter(v) for v in (running_mean, running_var, weight, bias))

@@ -1,11 +1,16 @@
 """The NumPy front against formulas in float64 over the whole batch."""
 
 import gc
+import os
+import pathlib
+import subprocess
+import sys
 import weakref
 
 import numpy as np
 import pytest
 
+import syncbn
 import syncbn.numpy as sync
 from syncbn import _dlpack
 
@@ -276,3 +281,143 @@ def test_wrong_arguments(group, change, error):
             sync.forward(worker, "layer", arguments.pop("x"), **arguments)
 
     group(1, run)
+
+
+@pytest.mark.parametrize(
+    "x,name",
+    [
+        (MATRIX.astype(complex), "complex128"),
+        (MATRIX.astype(np.int64), "int64"),
+        (MATRIX > 3, "bool"),
+        (MATRIX.astype(object), "object"),
+        (MATRIX.astype(np.longdouble), str(np.dtype(np.longdouble))),
+        (MATRIX.astype(">f4"), ">f4"),
+        ([[1, 2], [3, 4]], "int64"),
+        (np.array([["a", "b"]]), "U1"),
+        (np.ma.masked_array(MATRIX, MATRIX > 3), "MaskedArray"),
+    ],
+)
+def test_types_that_are_refused(group, x, name):
+    """By the same error wherever an array is taken."""
+
+    def run(worker):
+        with pytest.raises(TypeError, match=name):
+            sync.forward(worker, "layer", x)
+        with pytest.raises(TypeError, match=name):
+            sync.forward(worker, "layer", MATRIX, residual=x)
+        with pytest.raises(TypeError, match=name):
+            sync.evaluate(x, np.zeros(3), np.ones(3))
+        _, state = sync.forward(worker, "layer", MATRIX)
+        with pytest.raises(TypeError, match=name):
+            state.backward(x)
+        state.backward(MATRIX)
+
+    group(1, run)
+
+
+def test_float8_is_refused(group):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    with pytest.raises(TypeError, match="float8_e4m3fn"):
+        sync.evaluate(MATRIX.astype(ml_dtypes.float8_e4m3fn), np.zeros(3), np.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_lists_and_matrices(group):
+    run = lambda x: group(1, lambda worker: sync.forward(worker, "layer", x, backward=False)[0])[0]
+    for x in (MATRIX.tolist(), np.matrix(MATRIX)):
+        np.testing.assert_array_equal(run(x), run(MATRIX))
+
+
+@pytest.mark.parametrize(
+    "change,error,text",
+    [
+        (dict(worker="127.0.0.1:50051"), TypeError, "syncbn.Worker"),
+        (dict(layer=""), ValueError, "is empty"),
+        (dict(layer="a\0b"), ValueError, "NUL"),
+        (dict(layer="é" * 128), ValueError, "256 bytes"),
+        (dict(layer=3), TypeError, "has to be a string"),
+        (dict(momentum=-0.1), ValueError, "momentum is -0.1"),
+        (dict(momentum=float("nan")), ValueError, "momentum is nan"),
+        (dict(momentum=None), TypeError, "momentum is None"),
+        (dict(eps=-1e-5), ValueError, "eps is -1e-05"),
+        (dict(eps=float("inf")), ValueError, "eps is inf"),
+        (dict(eps_mode="plus"), ValueError, "eps_mode is"),
+        (dict(numeric=True), ValueError, "numeric is"),
+        (dict(num_threads=0), ValueError, "num_threads is 0"),
+        (dict(num_threads=2**31), ValueError, "num_threads is 2147483648"),
+        (dict(num_threads=1.0), TypeError, "num_threads is 1.0"),
+        (dict(sequence=-1), ValueError, "sequence is -1"),
+        (dict(sequence=2**64), ValueError, "sequence is 18446744073709551616"),
+        (dict(sequence=0.0), TypeError, "sequence is 0.0"),
+        (dict(weight=np.ones((3, 1))), ValueError, "weight has shape"),
+        (dict(running_var=np.ones(3, int)), TypeError, "int64"),
+        (dict(x=np.ones((2, 0))), ValueError, "no channels"),
+    ],
+)
+def test_arguments_out_of_range(group, change, error, text):
+    def run(worker):
+        arguments = dict(dict(worker=worker, layer="layer", x=MATRIX), **change)
+        with pytest.raises(error, match=text):
+            sync.forward(**arguments)
+        sync.forward(worker, "layer", MATRIX, backward=False)
+
+    group(1, run)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_going_back_several_times(group, size):
+    """Each time with another gradient; the same gradient gives the same bits."""
+    rng = np.random.default_rng(SEED)
+    x, dys = rng.normal(size=(5, C, 3)), rng.normal(size=(3, 5, C, 3))
+    parts = lambda v: np.split(v, [2])[:size] if size > 1 else [v]
+
+    def run(worker):
+        _, state = sync.forward(worker, "layer", parts(x)[worker.rank], eps=EPS)
+        found = [state.backward(parts(dy)[worker.rank]).dx for dy in dys]
+        np.testing.assert_array_equal(state.backward(parts(dys[0])[worker.rank]).dx, found[0])
+        return found
+
+    results = group(size, run)
+    for index, dy in enumerate(dys):
+        wanted = oracle(x, np.ones(C), np.zeros(C), dy, 0.0, False, "add")[1]
+        np.testing.assert_allclose(np.concatenate([found[index] for found in results]), wanted, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("mask", [None, True])
+def test_numbers_that_are_not_finite(group, bad, mask):
+    """In a batch: refused, or let through. In a gradient: always let through, for its channel alone."""
+    x, dy = MATRIX.copy(), np.random.default_rng(SEED).normal(size=MATRIX.shape)
+    x[1, 1], dy[2, 2] = bad, bad
+
+    def refused(worker):
+        with pytest.raises(syncbn.NotFinite):
+            sync.forward(worker, "layer", x, mask=mask)
+
+    def propagated(worker):
+        y, state = sync.forward(worker, "layer", x, mask=mask, numeric="propagate")
+        return y, state.backward(dy).dx
+
+    group(1, refused)
+    y, dx = group(1, propagated)[0]
+    wanted = oracle(MATRIX, np.ones(3), np.zeros(3), np.nan_to_num(dy, posinf=0.0), 0.0, False, "add", eps=1e-5)
+    np.testing.assert_allclose(y[:, [0, 2]], wanted[0][:, [0, 2]], atol=1e-12)
+    np.testing.assert_allclose(dx[:, 0], wanted[1][:, 0], atol=1e-12)
+    assert np.isnan(y[:, 1]).all() and not np.isfinite(dx[:, 1:]).any()
+
+
+def test_silence_at_exit(master):
+    """A pass that is still referred to when the interpreter ends."""
+    program = (
+        "import sys, numpy, syncbn, syncbn.numpy\n"
+        "worker = syncbn.Worker(sys.argv[1], 'numpy exit', 0, 1)\n"
+        "y, state = syncbn.numpy.forward(worker, 'layer', numpy.ones((3, 2)))\n"
+        "masked = syncbn.numpy.forward(worker, 'layer', numpy.ones((3, 2)), mask=True)\n"
+        "sys.modules['kept'] = state\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(pathlib.Path(syncbn.__file__).parent.parent))
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", program, master.target], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
