@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,11 +13,14 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
+#include "client/c/kept_log.h"
 #include "client/cc/batch_norm_pass.h"
 #include "client/cc/device_runtime.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
 #include "kernels/batch_norm.h"
+#include "plumbing/forked.h"
+#include "plumbing/log.h"
 #include "server/stats_server.h"
 
 struct syncbn_error {
@@ -26,6 +30,11 @@ struct syncbn_error {
 };
 
 struct syncbn_master {
+  ~syncbn_master() {
+    if (open.forked()) (void)server.release();  // Its threads and locks are not in this process.
+  }
+
+  const syncbn::OpenHere open;
   std::unique_ptr<syncbn::MasterServer> server;
   std::string target;
 };
@@ -86,6 +95,16 @@ absl::Status ReadOptions(const Options* given, Options* options) {
   }
   std::memcpy(options, given, std::min(given->struct_size, sizeof(*options)));
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> FindTarget(syncbn_target_function find, void* user) {
+  constexpr size_t kMostBytes = 4096;
+  std::string text(kMostBytes, '\0');
+  if (const syncbn_code code = find(text.data(), text.size(), user); code != 0) {
+    return absl::Status(static_cast<absl::StatusCode>(code), absl::StrCat("find_target has failed with code ", code));
+  }
+  text.resize(strnlen(text.data(), text.size()));
+  return text;
 }
 
 std::string Text(const char* text) { return text == nullptr ? std::string() : std::string(text); }
@@ -212,6 +231,12 @@ absl::Status ReadEvaluateOptions(const syncbn_evaluate_options* given, syncbn::E
                 ReadVector(known.bias, "bias's type", &options->bias)});
 }
 
+// A pass of the parent's is left as it is: its device memory and its locks are the parent's.
+template <typename Pass>
+void Delete(Pass* pass) {
+  if (pass != nullptr && pass->worker->CheckProcess().ok()) delete pass;
+}
+
 syncbn_code ReturnRound(absl::StatusOr<syncbn::Round> round, syncbn_round** out, syncbn_error** error) {
   if (!round.ok()) return Report(round.status(), error);
   *out = new syncbn_round{*std::move(round)};
@@ -259,6 +284,27 @@ size_t syncbn_error_ranks(const syncbn_error* error, const uint32_t** ranks) {
   return Ranks(error->details.ranks, ranks);
 }
 
+// ---- The log --------------------------------------------------------------------------------------------------------
+
+void syncbn_set_log(syncbn_log_function function, void* user) {
+  if (function == nullptr) return syncbn::SetLogSink(nullptr);
+  syncbn::SetLogSink([function, user](syncbn::LogLevel level, absl::string_view line) {
+    function(static_cast<int32_t>(level), std::string(line).c_str(), user);
+  });
+}
+
+void syncbn_log_keep(int32_t level, const char* message, void*) {
+  syncbn::KeepLogLine(static_cast<syncbn::LogLevel>(level), message);
+}
+
+int32_t syncbn_log_take(char* message, size_t size) {
+  if (message == nullptr || size == 0) return syncbn::HasLogLine() ? 1 : 0;
+  const std::optional<syncbn::LogLine> line = syncbn::TakeLogLine();
+  if (!line.has_value()) return 0;
+  message[line->text.copy(message, size - 1)] = '\0';
+  return static_cast<int32_t>(line->level);
+}
+
 // ---- The master -----------------------------------------------------------------------------------------------------
 
 syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_master** out, syncbn_error** error) {
@@ -272,9 +318,10 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   server.tls.key_file = Text(options.key_file);
   server.tls.trusted_ca_file = Text(options.trusted_ca_file);
   server.tls.client_cert_auth = options.client_cert_auth != 0;
+  if (absl::Status status = syncbn::CheckNotForked(); !status.ok()) return Report(status, error);
+  auto master = std::make_unique<syncbn_master>();
   auto started = syncbn::MasterServer::Start(std::move(server));
   if (!started.ok()) return Report(started.status(), error);
-  auto master = std::make_unique<syncbn_master>();
   master->server = *std::move(started);
   master->target = master->server->target();
   *out = master.release();
@@ -284,6 +331,7 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
 const char* syncbn_master_target(const syncbn_master* master) { return master->target.c_str(); }
 
 void syncbn_master_shutdown(syncbn_master* master, int64_t grace_ns) {
+  if (master->open.forked()) return;
   master->server->Shutdown(grace_ns < 0 ? absl::InfiniteDuration() : absl::Nanoseconds(grace_ns));
 }
 
@@ -297,6 +345,9 @@ syncbn_code syncbn_worker_join(const syncbn_worker_options* given, syncbn_worker
   if (absl::Status status = ReadOptions(given, &known); !status.ok()) return Report(status, error);
   syncbn::Worker::Options options;
   options.target = Text(known.target);
+  if (known.find_target != nullptr) {
+    options.find_target = [find = known.find_target, user = known.find_target_user] { return FindTarget(find, user); };
+  }
   options.job = Text(known.job);
   options.group = Text(known.group);
   options.rank = known.rank;
@@ -328,6 +379,7 @@ syncbn_code syncbn_worker_leave(syncbn_worker* worker, const char* reason, syncb
   return Report(worker->worker->Leave(Text(reason)), error);
 }
 
+void syncbn_worker_close(syncbn_worker* worker) { worker->worker->Close(); }
 void syncbn_worker_destroy(syncbn_worker* worker) { delete worker; }
 uint32_t syncbn_worker_rank(const syncbn_worker* worker) { return worker->worker->rank(); }
 uint32_t syncbn_worker_world_size(const syncbn_worker* worker) { return worker->worker->world_size(); }
@@ -482,7 +534,7 @@ const double* syncbn_forward_var(const syncbn_forward* forward) { return Known(f
 int32_t syncbn_forward_backward_required(const syncbn_forward* forward) {
   return Known(forward).backward_required ? 1 : 0;
 }
-void syncbn_forward_destroy(syncbn_forward* forward) { delete forward; }
+void syncbn_forward_destroy(syncbn_forward* forward) { Delete(forward); }
 
 syncbn_code syncbn_backward_start(const syncbn_forward* forward, const syncbn_backward_inputs* given_inputs,
                                   const syncbn_pass_options* given, syncbn_backward** out, syncbn_error** error) {
@@ -518,7 +570,7 @@ syncbn_code syncbn_backward_finish(syncbn_backward* backward, const syncbn_backw
   return Report(backward->pass.Finish(inputs, outputs), error);
 }
 
-void syncbn_backward_destroy(syncbn_backward* backward) { delete backward; }
+void syncbn_backward_destroy(syncbn_backward* backward) { Delete(backward); }
 
 syncbn_code syncbn_evaluate(const syncbn_tensor* given_x, const syncbn_evaluate_options* given, void* y,
                             syncbn_error** error) {

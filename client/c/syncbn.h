@@ -14,7 +14,9 @@
  *  5. Vectors of statistics are float64, one element for each channel.
  *  6. Any thread may use a worker or a master. A round, a pass or an error belongs to one thread at a time, and may outlive
  *     its worker's handle: what it then still waits for ends with CANCELLED (CLOSED).
- *  7. After fork() a child must not use the parent's handles, and gets FAILED_PRECONDITION (FORKED) if it does.
+ *  7. A process that was forked from one that has or had an open worker or master gets FAILED_PRECONDITION (FORKED) at once from
+ *     whatever would use the parent's handles or make handles of its own: start it with spawn or forkserver, or exec. Destroying
+ *     inherited handles is harmless there. The parent goes on, and its connections end with it, whether or not the child lives.
  *  8. Times are in nanoseconds (int64_t).
  */
 
@@ -30,11 +32,17 @@
 #define SYNCBN_API __attribute__((visibility("default")))
 #endif
 
-/* Initializes a struct of options: its size, and zeros. */
-#define SYNCBN_SIZED(type) {.struct_size = sizeof(type)}
-
+/* Initializes a struct of options: its size, and zeros. C99 and later, C++11 and later. */
 #ifdef __cplusplus
+#define SYNCBN_SIZED(type)             \
+  ([]() {                              \
+    type sized = type();               \
+    sized.struct_size = sizeof(sized); \
+    return sized;                      \
+  }())
 extern "C" {
+#else
+#define SYNCBN_SIZED(type) {.struct_size = sizeof(type)}
 #endif
 
 /* ---- Versions and errors ---------------------------------------------------------------------------------------- */
@@ -67,6 +75,27 @@ SYNCBN_API const char* syncbn_error_layer(const syncbn_error* error);
 /* The ranks to blame, ascending. */
 SYNCBN_API size_t syncbn_error_ranks(const syncbn_error* error, const uint32_t** ranks);
 
+/* ---- The log ---------------------------------------------------------------------------------------------------- */
+
+/* As Python's logging has them. */
+enum { SYNCBN_LOG_DEBUG = 10, SYNCBN_LOG_INFO = 20, SYNCBN_LOG_WARNING = 30, SYNCBN_LOG_ERROR = 40 };
+
+/* Receives one line, without a line end; `message` is valid during the call. Called on whatever thread has something to say,
+ * threads of gRPC's among them, several at a time, and with no lock of the library held. It may call the library. */
+typedef void (*syncbn_log_function)(int32_t level, const char* message, void* user);
+
+/* Replaces what receives the log of this process. NULL brings back the default: warnings and errors on stderr, one line each.
+ * gRPC's own log arrives at DEBUG. Returns when no other thread is within the function before, so that what `user` points to may
+ * go; called from within such a function, it returns at once. Any thread may call it at any time, in a forked child too. */
+SYNCBN_API void syncbn_set_log(syncbn_log_function function, void* user);
+
+/* A function for syncbn_set_log, for callers that cannot be called from any thread at any time (an interpreter): keeps the newest
+ * 256 lines until they are taken. */
+SYNCBN_API void syncbn_log_keep(int32_t level, const char* message, void* user);
+/* Takes the oldest line that is kept: copies it, cut to `size` bytes with the 0 that ends it, and returns its level; 0 if there is
+ * none. With NULL: whether there is one (1 or 0), quickly. */
+SYNCBN_API int32_t syncbn_log_take(char* message, size_t size);
+
 /* ---- A master in this process ----------------------------------------------------------------------------------- */
 
 typedef struct syncbn_master syncbn_master;
@@ -97,16 +126,25 @@ typedef struct syncbn_worker syncbn_worker;
 
 enum { SYNCBN_MISSING_FAIL = 1, SYNCBN_MISSING_PROCEED = 2 };
 
+/* Writes where the master is, as syncbn_worker_options.target has it, into `buffer`, with a 0 at its end. Returns 0, or a code: the
+ * attempt has then failed. Called at each attempt to connect, by a thread that is within a call of this worker, with no lock
+ * held; the worker cannot be used from within, and what takes long keeps its threads from hearing interrupts. */
+typedef syncbn_code (*syncbn_target_function)(char* buffer, size_t size, void* user);
+
 typedef struct syncbn_worker_options {
   size_t struct_size;
-  const char* target; /* Required. */
+  /* One, or several separated by commas, which are tried in turn: HOST:PORT, unix:PATH, or another name of gRPC's. A host's
+   * addresses are asked for at each attempt to connect. Required, unless there is a find_target. */
+  const char* target;
   const char* job;    /* Default "default". */
   const char* group;  /* Default "default". */
   uint32_t rank;
   uint32_t world_size; /* Required, at least 1. */
   uint64_t generation;
   int64_t round_timeout_ns; /* Default 10 min. The same for all workers of the group. */
-  int64_t join_timeout_ns;  /* How long to try to reach the master, at first and after a break. Default 30 s. */
+  /* How long to try to reach the master, at first and after a break. So long, too, is waited for a rank that another worker
+   * holds, with a warning in the log that says which. Default 30 s. */
+  int64_t join_timeout_ns;
   int64_t rejoin_grace_ns;  /* Default 50 ms; negative: none. The same for all workers. */
   int32_t missing_policy;   /* Default FAIL. The same for all workers. */
   uint32_t min_workers;     /* With PROCEED. The same for all workers. */
@@ -114,6 +152,8 @@ typedef struct syncbn_worker_options {
   const char* trusted_ca_file; /* Any of these three: TLS. */
   const char* cert_file;
   const char* key_file;
+  syncbn_target_function find_target; /* If not NULL, what it writes takes the place of `target`. */
+  void* find_target_user;             /* Given to it; must live as long as the worker. */
 } syncbn_worker_options;
 #define SYNCBN_WORKER_OPTIONS_INIT SYNCBN_SIZED(syncbn_worker_options)
 
@@ -123,7 +163,10 @@ SYNCBN_API syncbn_code syncbn_worker_join(const syncbn_worker_options* options, 
 /* Says goodbye: the worker is not waited for any more. Afterwards every call fails with FAILED_PRECONDITION (LEFT). Waits for
  * stream-ordered passes as syncbn_worker_settle does, and returns its error, the worker having left all the same. */
 SYNCBN_API syncbn_code syncbn_worker_leave(syncbn_worker* worker, const char* reason, syncbn_error** error);
-/* Without a leave before it, the others learn at once that this worker is lost. */
+/* Breaks the stream off without a leave: the others learn at once that this worker is lost. Whatever is waited for, on any thread,
+ * and every later call ends with CANCELLED (CLOSED). Twice is harmless. */
+SYNCBN_API void syncbn_worker_close(syncbn_worker* worker);
+/* Closes, if that has not been done. No other thread may be within a call of this worker. */
 SYNCBN_API void syncbn_worker_destroy(syncbn_worker* worker);
 
 SYNCBN_API uint32_t syncbn_worker_rank(const syncbn_worker* worker);

@@ -136,6 +136,7 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
                                                const PassOptions& options) {
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
   if (absl::Status status = CheckThreads(options.num_threads); !status.ok()) return status;
+  if (absl::Status status = worker.CheckProcess(); !status.ok()) return status;
   const std::optional<LayerOptions> declared = worker.FindLayer(layer);
   if (!declared.has_value()) {
     return absl::FailedPreconditionError(absl::StrCat("layer \"", layer, "\" has not been declared"));

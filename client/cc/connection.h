@@ -5,19 +5,35 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "client/cc/worker.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/generic/generic_stub.h"
+#include "grpcpp/security/credentials.h"
 #include "grpcpp/support/byte_buffer.h"
 
 namespace syncbn {
 
-// A channel to the master, tuned for short frames and quick reconnection. INVALID_ARGUMENT for files that cannot be
-// read. The first call tunes the process too: see Worker::Join.
-absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& target, const Worker::TlsOptions& tls);
+// Opens channels to the master, tuned for short frames and quick reconnection. Copies share their credentials.
+class ChannelMaker {
+ public:
+  // INVALID_ARGUMENT for files that cannot be used; RESOURCE_EXHAUSTED without free file descriptors. The first call
+  // tunes the process too: see Worker::Join.
+  static absl::StatusOr<ChannelMaker> Make(const Worker::TlsOptions& tls);
+
+  // A new channel asks anew for the addresses of a name: one that has failed would ask again after half a minute only.
+  // `connect_timeout`: for one address.
+  std::shared_ptr<grpc::Channel> Open(const std::string& target, absl::Duration connect_timeout) const;
+
+ private:
+  explicit ChannelMaker(std::shared_ptr<grpc::ChannelCredentials> credentials) : credentials_(std::move(credentials)) {}
+
+  std::shared_ptr<grpc::ChannelCredentials> credentials_;
+};
 
 // Must stay until outstanding() is 0: each of the operations below ends as an event of the queue, whose tag is an
 // Operation of this connection. One operation of each kind at a time. Not thread-safe.

@@ -10,7 +10,9 @@
 #include "client/cc/clock.h"
 #include "client/cc/contribution.h"
 #include "client/cc/errors.h"
+#include "client/cc/targets.h"
 #include "client/cc/worker_impl.h"
+#include "plumbing/forked.h"
 
 namespace syncbn {
 namespace {
@@ -18,7 +20,9 @@ namespace {
 constexpr absl::string_view kPendingMessage = "the round goes on";
 
 absl::Status CheckOptions(const Worker::Options& options) {
-  if (options.target.empty()) return absl::InvalidArgumentError("a worker needs the target of its master");
+  if (options.find_target == nullptr) {
+    if (const auto targets = SplitTargets(options.target); !targets.ok()) return targets.status();
+  }
   if (options.world_size == 0) return absl::InvalidArgumentError("world_size is 0; a group has at least 1 worker");
   if (options.rank >= options.world_size) {
     return absl::InvalidArgumentError(
@@ -99,29 +103,29 @@ const RoundResult& Round::result() const { return impl_->result(); }
 bool Round::HasOutcome() const { return impl_->HasOutcome(); }
 
 absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
+  if (absl::Status status = CheckNotForked(); !status.ok()) return status;
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
   if (options.description.empty()) {
     char host[256] = "";
     gethostname(host, sizeof(host) - 1);
     options.description = absl::StrCat("syncbn-cc/0.1.0 host=", host, " pid=", getpid());
   }
-  const auto channel = OpenChannel(options.target, options.tls);
-  if (!channel.ok()) return channel.status();
-  auto impl = std::make_shared<WorkerImpl>(std::move(options), *channel);
+  auto channels = ChannelMaker::Make(options.tls);
+  if (!channels.ok()) return channels.status();
+  const std::shared_ptr<WorkerImpl> impl(new WorkerImpl(std::move(options), *std::move(channels)), WorkerImpl::Abandon);
   if (absl::Status status = impl->Join(); !status.ok()) return status;
-  return std::unique_ptr<Worker>(new Worker(std::move(impl)));
+  return std::unique_ptr<Worker>(new Worker(impl));
 }
 
 Worker::Worker(std::shared_ptr<WorkerImpl> impl) : impl_(std::move(impl)) {}
 
 Worker::~Worker() {
   // The threads and locks of the parent's connection are not in this process: what remains of it can only be abandoned.
-  if (impl_->forked()) {
-    new std::shared_ptr<WorkerImpl>(impl_);
-    new std::shared_ptr<WorkerAttachment>(std::move(attachment_));
-  }
+  if (impl_->forked()) new std::shared_ptr<WorkerAttachment>(std::move(attachment_));
   Close();
 }
+
+absl::Status Worker::CheckProcess() const { return impl_->CheckProcess(); }
 
 void Worker::Close() {
   if (impl_->forked()) return;

@@ -104,7 +104,13 @@ class Worker {
   };
 
   struct Options {
+    // One, or several separated by commas, which are tried in turn: HOST:PORT, unix:PATH, or another name of gRPC's. A
+    // host's addresses are asked for at each attempt to connect.
     std::string target;
+    // If not null, asked at each attempt to connect for what takes the place of `target`. A failure counts as a failed
+    // attempt. Called by a thread that is within a call of this worker, with no lock held; the worker cannot be used
+    // from within, and what takes long keeps its threads from hearing interrupts.
+    std::function<absl::StatusOr<std::string>()> find_target;
     std::string job;    // Empty: "default".
     std::string group;  // Empty: "default".
     uint32_t rank = 0;
@@ -115,7 +121,8 @@ class Worker {
     std::optional<absl::Duration> rejoin_grace;
     MissingPolicy missing_policy = MissingPolicy::kFail;
     uint32_t min_workers = 0;
-    // How long to try to reach the master, at first and after a break.
+    // How long to try to reach the master, at first and after a break. So long, too, is waited for a rank that another
+    // worker holds, with a warning in the log that says which.
     absl::Duration join_timeout = absl::Seconds(30);
     // If not empty, the complete set of layers, compared with the other workers' at once.
     std::vector<LayerOptions> layers;
@@ -126,7 +133,9 @@ class Worker {
   static constexpr uint64_t kNextSequence = UINT64_MAX;
 
   // Connects and joins. Errors: those of Synchronize in statistics.proto; UNAVAILABLE (UNREACHABLE) if the master did
-  // not answer in time; INVALID_ARGUMENT for options that cannot be used.
+  // not answer in time; UNAUTHENTICATED if TLS fails; INVALID_ARGUMENT for options that cannot be used;
+  // RESOURCE_EXHAUSTED without free file descriptors; FAILED_PRECONDITION (FORKED) in a process
+  // that was forked from one that has or had a worker or master, directly or further up.
   //
   // The first join of a process turns off Abseil's search for locks that are taken in different orders
   // (absl::SetMutexDeadlockDetectionMode), and, if the process has no second thread yet, asks gRPC for larger read
@@ -137,6 +146,10 @@ class Worker {
   ~Worker();
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
+
+  // OK, or FAILED_PRECONDITION (FORKED) in a child that was forked from the process that joined. There every method
+  // that can fail does so; the others do nothing, and destroying the worker leaves what it was made of as it is.
+  absl::Status CheckProcess() const;
 
   // Says goodbye: the worker is not waited for any more. Rounds that it has begun are sent before, and stream-ordered
   // passes are waited for; the error of one that no call has returned yet is returned, the worker having left all the

@@ -1,16 +1,19 @@
 #include "client/cc/worker_impl.h"
 
-#include <unistd.h>
-
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "client/cc/clock.h"
+#include "client/cc/credentials.h"
 #include "client/cc/errors.h"
 #include "google/protobuf/arena.h"
 #include "grpc/slice.h"
 #include "grpcpp/impl/codegen/proto_utils.h"
+#include "plumbing/log.h"
 
 namespace syncbn {
 
@@ -23,6 +26,10 @@ namespace {
 constexpr uint32_t kProtocolVersion = 1;
 // Elements of a summed vector in one contribution: what masters accept by default.
 constexpr size_t kPieceElements = size_t{1} << 20;
+// Frames up to here are read whatever they hold; longer ones only as far as what this worker waits for can fill them.
+constexpr size_t kOrdinaryFrameBytes = size_t{32} << 20;
+// What a round's outcome takes beyond its vectors: names, ranks, an error's text.
+constexpr size_t kOutcomeBytes = size_t{64} << 10;
 // How many of them may be unanswered at a time: 32 MiB. By default masters keep 64 MiB for a worker to read, and the
 // newest 4 results, however large, for one that has to ask again.
 constexpr size_t kPiecesUnderWay = 4;
@@ -39,6 +46,10 @@ constexpr absl::Duration kLongPause = absl::Seconds(1);
 // What an answer may take beyond the round's timeout.
 constexpr absl::Duration kLeastMargin = absl::Seconds(2);
 constexpr absl::Duration kMostMargin = absl::Seconds(5);
+// What a connection to one address may take; less where others may be tried instead.
+constexpr absl::Duration kConnectTimeout = absl::Seconds(5);
+constexpr absl::Duration kConnectTimeoutOfSeveral = absl::Seconds(2);
+constexpr absl::string_view kRankTaken = "RANK_TAKEN";
 constexpr absl::Duration kFirstBackoff = absl::Milliseconds(10);
 constexpr absl::Duration kLongestBackoff = absl::Seconds(1);
 // What the write before a flush may take to end, should the master not read.
@@ -91,24 +102,48 @@ std::vector<double> ToVector(const google::protobuf::RepeatedField<double>& fiel
   return std::vector<double>(field.begin(), field.end());
 }
 
-// Statuses without an ErrorInfo that a new attempt would only meet again.
-bool IsHopeless(grpc::StatusCode code) {
+// What no merge of contributions gives, whatever they were.
+absl::Status CheckMoments(const Piece& piece) {
+  const RoundResult& result = piece.result;
+  const auto bad = [&piece](const char* what, double value, size_t channel) {
+    return absl::InternalError(absl::StrCat("the master sent a ", what, " of ", value, " for channel ", channel,
+                                            " of layer \"", piece.key.layer(), "\""));
+  };
+  for (size_t i = 0; i < result.first.size(); ++i) {
+    if (piece.finite && !std::isfinite(result.first[i])) return bad("mean", result.first[i], i);
+  }
+  for (size_t i = 0; i < result.second.size(); ++i) {
+    const double variance = result.second[i];
+    if (variance < 0 || (piece.finite && !std::isfinite(variance))) return bad("variance", variance, i);
+  }
+  return absl::OkStatus();
+}
+
+// A status with which no master of ours answers a first join: whoever does is something else, or does not want this
+// worker. Once joined, a worker takes the same for what stands between: a proxy that has lost its backend, say.
+bool IsHopelessAtFirst(grpc::StatusCode code) {
   switch (code) {
     case grpc::StatusCode::INVALID_ARGUMENT:
     case grpc::StatusCode::UNIMPLEMENTED:
     case grpc::StatusCode::UNAUTHENTICATED:
     case grpc::StatusCode::PERMISSION_DENIED:
-    case grpc::StatusCode::RESOURCE_EXHAUSTED:
       return true;
     default:
       return false;
   }
 }
 
+// Reasons that a later attempt need not meet.
+bool IsPassing(absl::string_view reason) { return reason == "SHUTTING_DOWN" || reason == kRankTaken; }
+
 }  // namespace
 
-WorkerImpl::WorkerImpl(Worker::Options options, std::shared_ptr<grpc::Channel> channel)
-    : options_(std::move(options)), channel_(std::move(channel)), pid_(getpid()) {}
+WorkerImpl::WorkerImpl(Worker::Options options, ChannelMaker channels)
+    : options_(std::move(options)), channels_(std::move(channels)) {}
+
+void WorkerImpl::Abandon(WorkerImpl* impl) {
+  if (!impl->forked()) delete impl;
+}
 
 void WorkerImpl::Close() {
   absl::MutexLock lock(&mutex_);
@@ -136,8 +171,80 @@ WorkerImpl::~WorkerImpl() {
 
 void WorkerImpl::Connect() {
   state_ = State::kConnecting;
-  connection_ = std::make_unique<Connection>(channel_, &queue_);
+  absl::StatusOr<std::string> list = options_.target;
+  if (options_.find_target != nullptr) {
+    driving_ = true;  // Nobody else has anything to drive.
+    mutex_.Unlock();
+    list = options_.find_target();
+    mutex_.Lock();
+    driving_ = false;
+    if (state_ == State::kEnded) return;
+  }
+  absl::Status status = list.ok() ? targets_.SetList(*list) : list.status();
+  if (!status.ok()) return ConnectLater(std::move(status));
+  const absl::Duration timeout = targets_.has_several() ? kConnectTimeoutOfSeveral : kConnectTimeout;
+  connection_ = std::make_unique<Connection>(channels_.Open(targets_.current(), timeout), &queue_);
   connection_->Start();
+}
+
+void WorkerImpl::ConnectLater(absl::Status why) {
+  const absl::Time now = Now();
+  bool pause = true;
+  if (state_ == State::kJoined) {
+    give_up_at_ = now + options_.join_timeout;
+    // A master that takes every join and breaks down over what follows is not to be hurried.
+    if (answered_ || now - joined_at_ > kLongestBackoff) backoff_ = kFirstBackoff;
+  } else {
+    pause = targets_.Failed();
+  }
+  last_break_ = std::move(why);
+  state_ = State::kWaiting;
+  retry_at_ = now;
+  if (!pause) return;
+  retry_at_ += backoff_;
+  backoff_ = std::min(2 * backoff_, kLongestBackoff);
+}
+
+void WorkerImpl::NoteRankTaken(const absl::Status& why) {
+  std::string text = absl::StrCat("rank ", options_.rank, " is taken, and this worker waits until it is free, for ",
+                                  absl::FormatDuration(options_.join_timeout), ": ", why.message());
+  if (text == taken_said_) return;
+  taken_said_ = text;
+  notices_.push_back(std::move(text));
+}
+
+void WorkerImpl::NoteLateRounds(const v1::MasterFrame& frame) {
+  if (frame.late_rounds().empty()) return;
+  // The first stands for those that came with it: they wait for the same workers, or for what these have not reached.
+  const v1::LateRound& late = frame.late_rounds(0);
+  const absl::Duration age = absl::Seconds(late.age().seconds()) + absl::Nanoseconds(late.age().nanos());
+  const int named = late.missing_ranks_size();
+  const uint32_t others = late.missing() - std::min(late.missing(), static_cast<uint32_t>(named));
+  notices_.push_back(absl::StrCat(
+      "round ", late.key().sequence(), " of layer \"", late.key().layer(), "\" has waited ",
+      absl::FormatDuration(absl::Trunc(age, absl::Milliseconds(100))), " for rank",
+      named == 1 && others == 0 ? " " : "s ", absl::StrJoin(late.missing_ranks(), ", "),
+      others > 0 ? absl::StrCat(" and ", others, " more") : "",
+      frame.late_rounds_size() > 1 ? absl::StrCat("; rounds that wait as well: ", frame.late_rounds_size() - 1) : "",
+      "; it goes on until round_timeout (", absl::FormatDuration(round_timeout_), ")"));
+}
+
+absl::string_view WorkerImpl::HintOf(const absl::Status& why) const {
+  const bool closed =
+      absl::StrContains(why.message(), "Socket closed") || absl::StrContains(why.message(), "reset by peer");
+  if (!closed || run_id_ != 0) return "";
+  return options_.tls.enabled()
+             ? "; a master that closes a TLS connection may not accept this worker's certificate, or "
+               "speak without TLS"
+             : "; a master that closes a connection may expect TLS";
+}
+
+void WorkerImpl::SayNotices() {
+  if (notices_.empty()) return;
+  const std::vector<std::string> notices = std::exchange(notices_, {});
+  mutex_.Unlock();
+  for (const std::string& notice : notices) Log(LogLevel::kWarning, notice);
+  mutex_.Lock();
 }
 
 void WorkerImpl::SendJoin() {
@@ -200,23 +307,37 @@ void WorkerImpl::OnStreamEnded() {
     return;
   }
   const std::string reason = DetailsOf(why).reason;
-  if (reason.empty() ? IsHopeless(status.error_code()) : reason != "SHUTTING_DOWN") {
+  // gRPC's own refusal of a frame that is longer than any may be: the next stream would bring it again.
+  const bool too_long = reason.empty() && status.error_code() == grpc::StatusCode::RESOURCE_EXHAUSTED &&
+                        absl::StrContains(status.error_message(), "larger than max");
+  const bool hopeless = reason.empty() ? run_id_ == 0 && IsHopelessAtFirst(status.error_code()) : !IsPassing(reason);
+  if (run_id_ == 0 && reason.empty() && IsTlsRefusal(why.message()) && !targets_.has_several()) {
+    End(absl::UnauthenticatedError(
+        absl::StrCat("TLS with the master at ", targets_.current(), " has failed: ", why.message())));
+    return;
+  }
+  if (hopeless || too_long) {
     End(std::move(why));
     return;
   }
-  const absl::Time now = Now();
-  if (state_ == State::kJoined) {
-    give_up_at_ = now + options_.join_timeout;
-    // A master that takes every join and breaks down over what follows is not to be hurried.
-    if (answered_ || now - joined_at_ > kLongestBackoff) backoff_ = kFirstBackoff;
-  }
-  last_break_ = std::move(why);
-  state_ = State::kWaiting;
-  retry_at_ = now + backoff_;
-  backoff_ = std::min(2 * backoff_, kLongestBackoff);
+  if (reason == kRankTaken) NoteRankTaken(why);
+  ConnectLater(std::move(why));
+}
+
+size_t WorkerImpl::LongestFrame() const {
+  size_t bytes = kOrdinaryFrameBytes;
+  for (const auto& [key, piece] : pending_) bytes += kOutcomeBytes + 2 * sizeof(double) * piece->length;
+  return bytes;
 }
 
 void WorkerImpl::OnFrame() {
+  const size_t bytes = connection_->incoming()->Length();
+  if (bytes > kOrdinaryFrameBytes && bytes > LongestFrame()) {
+    End(absl::InternalError(absl::StrCat("the master sent a frame of ", bytes,
+                                         " bytes; all that this worker waits for ", "takes ", LongestFrame(),
+                                         " at most")));
+    return;
+  }
   alignas(8) char block[kArenaBlockBytes];
   google::protobuf::Arena arena(block, sizeof(block));
   auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
@@ -228,6 +349,8 @@ void WorkerImpl::OnFrame() {
   if (frame->has_joined()) {
     state_ = State::kJoined;
     joined_at_ = heard_at_;
+    targets_.Reached();
+    taken_said_.clear();
     answered_ = false;
     const google::protobuf::Duration& timeout = frame->joined().config().round_timeout();
     round_timeout_ = absl::Seconds(timeout.seconds()) + absl::Nanoseconds(timeout.nanos());
@@ -245,6 +368,7 @@ void WorkerImpl::OnFrame() {
     blocked_said_ = false;
   }
   if (frame->has_membership()) present_ = frame->membership().present_ranks_size();
+  NoteLateRounds(*frame);
   // Layer errors are for people: the rounds that they concern have their outcomes among the results.
   for (v1::RoundResult& result : *frame->mutable_results()) OnResult(&result);
 }
@@ -277,6 +401,11 @@ void WorkerImpl::OnResult(v1::RoundResult* message) {
     case v1::RoundResult::OUTCOME_NOT_SET:
       piece.status = absl::InternalError("the master sent a round's result without an outcome");
       break;
+  }
+  if (piece.status.ok() && message->has_moments()) piece.status = CheckMoments(piece);
+  if (piece.status.ok() && result.count < 0) {
+    piece.status = absl::InternalError(
+        absl::StrCat("the master sent a count of ", result.count, " for layer \"", piece.key.layer(), "\""));
   }
   const size_t second = piece.key.phase() == v1::PHASE_SUM ? 0 : piece.length;
   if (piece.status.ok() && (result.first.size() != piece.length || result.second.size() != second)) {
@@ -412,6 +541,7 @@ void WorkerImpl::DriveOnce(absl::Time deadline) {
   last_look_ = Now();
   if (event == grpc::CompletionQueue::GOT_EVENT) OnEvent(tag, ok);
   changed_.SignalAll();
+  SayNotices();
 }
 
 absl::Time WorkerImpl::NextTimer() const {
@@ -425,12 +555,15 @@ absl::Time WorkerImpl::NextTimer() const {
 
 void WorkerImpl::RunTimers(absl::Time now) {
   const bool joining = state_ == State::kConnecting || state_ == State::kWaiting;
-  if (joining && now >= give_up_at_) {
-    End(MakeStatus(absl::StatusCode::kUnavailable,
-                   absl::StrCat("no answer from the master at ", options_.target, " within ",
-                                absl::FormatDuration(options_.join_timeout),
-                                last_break_.ok() ? "" : absl::StrCat("; last: ", last_break_.message())),
-                   {"UNREACHABLE", "", {}}));
+  if (joining && now >= give_up_at_ && DetailsOf(last_break_).reason == kRankTaken) {
+    End(last_break_);
+  } else if (joining && now >= give_up_at_) {
+    End(MakeStatus(
+        absl::StatusCode::kUnavailable,
+        absl::StrCat("no answer from the master at ", targets_.list(), " within ",
+                     absl::FormatDuration(options_.join_timeout),
+                     last_break_.ok() ? "" : absl::StrCat("; last: ", last_break_.message()), HintOf(last_break_)),
+        {"UNREACHABLE", "", {}}));
   } else if (state_ == State::kWaiting && now >= retry_at_) {
     Connect();
   } else {
@@ -466,7 +599,7 @@ void WorkerImpl::CheckMaster(absl::Time now) {
     if (now < due) continue;
     const std::string layer = piece->key.layer();
     End(MakeStatus(absl::StatusCode::kUnavailable,
-                   absl::StrCat("the master at ", options_.target, " has not answered round ", piece->key.sequence(),
+                   absl::StrCat("the master at ", targets_.current(), " has not answered round ", piece->key.sequence(),
                                 " of layer \"", layer, "\" for ", absl::FormatDuration(now - piece->first_sent_at),
                                 ", and round_timeout is ", absl::FormatDuration(round_timeout_),
                                 ": it has stopped, or cannot be reached"),
@@ -482,17 +615,6 @@ void WorkerImpl::NoteAbsence(absl::Time planned) {
 
 // ---- Calls ----------------------------------------------------------------------------------------------------------
 
-namespace {
-
-absl::Status ForkedError() {
-  return MakeStatus(absl::StatusCode::kFailedPrecondition,
-                    "this process was forked from the one that joined; a child must join with a worker of its own",
-                    {"FORKED", "", {}});
-}
-
-}  // namespace
-
-bool WorkerImpl::forked() const { return getpid() != pid_; }
 absl::Status WorkerImpl::CheckProcess() const { return forked() ? ForkedError() : absl::OkStatus(); }
 
 absl::Status WorkerImpl::Enter() {
@@ -511,7 +633,7 @@ absl::Status WorkerImpl::Join() {
   backoff_ = kFirstBackoff;
   give_up_at_ = Now() + options_.join_timeout;
   for (const LayerOptions& layer : options_.layers) Declare(layer);
-  Connect();
+  retry_at_ = Now();
   const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return state_ == State::kJoined || state_ == State::kEnded;
   };
@@ -593,6 +715,7 @@ absl::Status WorkerImpl::DeclareLayer(const LayerOptions& layer) {
 }
 
 std::optional<LayerOptions> WorkerImpl::FindLayer(absl::string_view name) const {
+  if (forked()) return std::nullopt;
   absl::MutexLock lock(&mutex_);
   const auto it = layers_.find(name);
   if (it == layers_.end()) return std::nullopt;
@@ -634,6 +757,7 @@ absl::StatusOr<Round> WorkerImpl::Begin(OutgoingContribution contribution) {
   key.set_sequence(ResolveSequence(key.layer(), key.phase(), key.sequence()));
   auto piece = AddPiece(std::move(contribution), layer->second.options.channels);
   if (!piece.ok()) return piece.status();
+  (*piece)->finite = layer->second.options.numeric_policy == NumericPolicy::kRefuse;
   return MakeRound(shared_from_this(), {*std::move(piece)});
 }
 
@@ -708,12 +832,14 @@ bool WorkerImpl::HasEnded(const std::vector<std::shared_ptr<Piece>>& pieces) {
 }
 
 bool WorkerImpl::HasOutcome(const std::vector<std::shared_ptr<Piece>>& pieces) const {
+  if (forked()) return true;  // A wait returns at once.
   absl::MutexLock lock(&mutex_);
   return HasEnded(pieces);
 }
 
 void WorkerImpl::WaitForAny(const std::vector<const std::vector<std::shared_ptr<Piece>>*>& rounds,
                             const std::function<bool()>& woken, absl::Duration timeout) {
+  if (forked()) return;
   absl::MutexLock lock(&mutex_);
   const auto done = [&] {
     return woken() || std::any_of(rounds.begin(), rounds.end(), [](const auto* pieces) { return HasEnded(*pieces); });
@@ -730,16 +856,6 @@ void WorkerImpl::PromiseSilence(const std::shared_ptr<Piece>& piece, absl::Time 
     blocked_said_ = false;
     say_blocked_at_ = now + (alone_ ? kSayBlockedAfter : kSayBlockedAtFirstAfter);
   }
-}
-
-uint64_t WorkerImpl::incarnation() const {
-  absl::MutexLock lock(&mutex_);
-  return incarnation_;
-}
-
-uint64_t WorkerImpl::run_id() const {
-  absl::MutexLock lock(&mutex_);
-  return run_id_;
 }
 
 }  // namespace syncbn

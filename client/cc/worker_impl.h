@@ -3,8 +3,7 @@
 #ifndef SYNCBN_CLIENT_CC_WORKER_IMPL_H_
 #define SYNCBN_CLIENT_CC_WORKER_IMPL_H_
 
-#include <sys/types.h>
-
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -22,9 +21,11 @@
 #include "absl/time/time.h"
 #include "client/cc/connection.h"
 #include "client/cc/contribution.h"
+#include "client/cc/targets.h"
 #include "client/cc/worker.h"
 #include "grpcpp/alarm.h"
 #include "grpcpp/support/slice.h"
+#include "plumbing/forked.h"
 #include "syncbn/v1/statistics.pb.h"
 
 namespace syncbn {
@@ -35,6 +36,7 @@ struct Piece {
   grpc::Slice encoded;  // A WorkerFrame with this contribution alone; frames are such encodings one after the other.
   uint64_t order = 0;   // Of all that this worker has begun.
   size_t length = 0;    // Of the result's vectors.
+  bool finite = false;  // The layer's policy refuses NaN and infinity.
   bool sent = false;
   absl::Time first_sent_at, sent_at;
   // Of a piece of a long vector: how many of its pieces are on their way, this one among them.
@@ -49,8 +51,11 @@ struct Piece {
 // several wait, one drives and the others sleep until it has something for them.
 class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
  public:
-  WorkerImpl(Worker::Options options, std::shared_ptr<grpc::Channel> channel);
+  WorkerImpl(Worker::Options options, ChannelMaker channels);
+  // Not to be called in a forked child: see Abandon.
   ~WorkerImpl();
+  // For std::shared_ptr: deletes, but in a forked child leaves all as it is.
+  static void Abandon(WorkerImpl* impl);
 
   absl::Status Join();
   // Breaks the stream off: what is pending ends with CANCELLED.
@@ -72,10 +77,10 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void Wake();
 
   const Worker::Options& options() const { return options_; }
-  uint64_t incarnation() const;
-  uint64_t run_id() const;
+  uint64_t incarnation() const { return incarnation_; }
+  uint64_t run_id() const { return run_id_; }
   // In a child of the process that joined, nothing of the connection may be touched.
-  bool forked() const;
+  bool forked() const { return open_.forked(); }
   // OK, or FAILED_PRECONDITION (FORKED).
   absl::Status CheckProcess() const;
 
@@ -91,10 +96,23 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   static KeyTuple TupleOf(const v1::RoundKey& key) { return {key.layer(), key.phase(), key.sequence()}; }
 
   // ---- The connection
+  // Gives the lock up while it asks where the master is.
   void Connect() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // After a stream that has ended, or could not be opened.
+  void ConnectLater(absl::Status why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // What is known about a rank that another worker holds: a warning, once for each holder.
+  void NoteRankTaken(const absl::Status& why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // A warning for rounds of which the master says that they wait for long.
+  void NoteLateRounds(const v1::MasterFrame& frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // What may be behind a connection that the other side has closed before it said a word; or nothing.
+  absl::string_view HintOf(const absl::Status& why) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Logs what there is to say, giving up the lock meanwhile.
+  void SayNotices() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void SendJoin() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnEvent(void* tag, bool ok) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnFrame() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // In bytes, with every outcome that this worker waits for.
+  size_t LongestFrame() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnStreamEnded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnResult(v1::RoundResult* result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Every pending round and every later call fails with `why`.
@@ -144,9 +162,9 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Declare(const LayerOptions& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  const OpenHere open_;  // Until the connection has been taken down.
   const Worker::Options options_;
-  const std::shared_ptr<grpc::Channel> channel_;
-  const pid_t pid_;
+  const ChannelMaker channels_;
 
   mutable absl::Mutex mutex_;
   absl::CondVar changed_;  // Something that a sleeping thread may wait for.
@@ -158,12 +176,15 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
 
   State state_ ABSL_GUARDED_BY(mutex_) = State::kWaiting;
   absl::Status end_ ABSL_GUARDED_BY(mutex_);
+  TargetTurn targets_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<Connection> connection_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::unique_ptr<Connection>> retired_ ABSL_GUARDED_BY(mutex_);  // Until their last events.
   absl::Time retry_at_ ABSL_GUARDED_BY(mutex_);
   absl::Time give_up_at_ ABSL_GUARDED_BY(mutex_);
   absl::Duration backoff_ ABSL_GUARDED_BY(mutex_);
   absl::Status last_break_ ABSL_GUARDED_BY(mutex_);
+  std::string taken_said_ ABSL_GUARDED_BY(mutex_);            // The newest warning of NoteRankTaken.
+  std::vector<std::string> notices_ ABSL_GUARDED_BY(mutex_);  // Warnings to be logged without the lock.
   absl::Time joined_at_ ABSL_GUARDED_BY(mutex_);
   bool answered_ ABSL_GUARDED_BY(mutex_) = false;  // This stream has brought an outcome.
 
@@ -173,8 +194,9 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   absl::Time attended_since_ ABSL_GUARDED_BY(mutex_);     // and since when without a long pause.
   absl::Time check_master_at_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
 
-  uint64_t incarnation_ ABSL_GUARDED_BY(mutex_) = 0;
-  uint64_t run_id_ ABSL_GUARDED_BY(mutex_) = 0;
+  // Atomic, since a forked child may ask, where the lock may be held for ever.
+  std::atomic<uint64_t> incarnation_{0};
+  std::atomic<uint64_t> run_id_{0};
   size_t present_ ABSL_GUARDED_BY(mutex_) = 0;
 
   struct DeclaredLayer {

@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -366,6 +367,95 @@ static void TestStreamOrder(void) {
   syncbn_worker_destroy(worker);
 }
 
+/* ---- The log, targets, and callers that are older than the library ----------------------------------------------- */
+
+static void CountLine(int32_t level, const char* message, void* user) {
+  CHECK(level >= SYNCBN_LOG_DEBUG && level <= SYNCBN_LOG_ERROR && message != NULL);
+  ++*(int*)user;
+}
+
+static void TestLog(void) {
+  int lines = 0;
+  char text[8];
+  syncbn_set_log(syncbn_log_keep, NULL);
+  while (syncbn_log_take(text, sizeof(text)) != 0) {
+  }
+  CHECK(syncbn_log_take(NULL, 0) == 0);
+  syncbn_log_keep(SYNCBN_LOG_WARNING, "a line that is long", NULL);
+  syncbn_log_keep(SYNCBN_LOG_ERROR, "b", NULL);
+  CHECK(syncbn_log_take(NULL, 0) == 1);
+  CHECK(syncbn_log_take(text, sizeof(text)) == SYNCBN_LOG_WARNING && strcmp(text, "a line ") == 0);
+  CHECK(syncbn_log_take(text, sizeof(text)) == SYNCBN_LOG_ERROR && strcmp(text, "b") == 0);
+  CHECK(syncbn_log_take(text, sizeof(text)) == 0 && syncbn_log_take(NULL, 0) == 0);
+  for (int i = 0; i < 1000; ++i) syncbn_log_keep(SYNCBN_LOG_INFO, "c", NULL);
+  int kept = 0;
+  CHECK(syncbn_log_take(text, sizeof(text)) == SYNCBN_LOG_WARNING && strncmp(text, "744 lin", 7) == 0);
+  while (syncbn_log_take(text, sizeof(text)) != 0) ++kept;
+  CHECK(kept == 256);
+  syncbn_set_log(CountLine, &lines);
+  syncbn_set_log(NULL, NULL);
+  CHECK(lines >= 0);
+}
+
+static syncbn_code FindMaster(char* buffer, size_t size, void* user) {
+  int* const asked = (int*)user;
+  if (++*asked == 1) return 14; /* The attempt fails, and another follows. */
+  snprintf(buffer, size, "%s", g_target);
+  return 0;
+}
+
+static void TestTargets(void) {
+  int asked = 0;
+  syncbn_worker_options options = SYNCBN_WORKER_OPTIONS_INIT;
+  options.group = "targets";
+  options.world_size = 1;
+  options.find_target = FindMaster;
+  options.find_target_user = &asked;
+  syncbn_worker* worker = NULL;
+  CHECK_OK(syncbn_worker_join(&options, &worker, &error));
+  CHECK(asked == 2);
+  syncbn_worker_destroy(worker);
+}
+
+/* A caller that was compiled before the struct grew: what lies behind its end is not read. */
+static void TestOlderCaller(void) {
+  syncbn_worker_options options = SYNCBN_WORKER_OPTIONS_INIT;
+  options.struct_size = offsetof(syncbn_worker_options, find_target);
+  options.target = g_target;
+  options.group = "older";
+  options.world_size = 1;
+  options.find_target = (syncbn_target_function)(uintptr_t)1;
+  syncbn_worker* worker = NULL;
+  CHECK_OK(syncbn_worker_join(&options, &worker, &error));
+  syncbn_worker_destroy(worker);
+}
+
+static void* WaitUntilClosed(void* argument) {
+  syncbn_error* error = NULL;
+  CHECK(syncbn_round_wait((syncbn_round*)argument, -1, &error) == kCancelled);
+  CHECK(strcmp(syncbn_error_reason(error), "CLOSED") == 0);
+  syncbn_error_destroy(error);
+  return NULL;
+}
+
+/* Whether the other thread waits already or is about to. */
+static void TestCloseDuringAWait(void) {
+  for (int i = 0; i < 20; ++i) {
+    syncbn_worker* worker = Join("closing", 0, 2, 0);
+    syncbn_round* round = NULL;
+    const double value = 1;
+    CHECK_OK(syncbn_round_start_sum(worker, "v", 0, &value, 1, &round, &error));
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, WaitUntilClosed, round) == 0);
+    CHECK_OK(syncbn_worker_flush(worker, &error));
+    syncbn_worker_close(worker);
+    syncbn_worker_close(worker);
+    CHECK(pthread_join(thread, NULL) == 0);
+    syncbn_round_destroy(round);
+    syncbn_worker_destroy(worker);
+  }
+}
+
 int main(void) {
   CHECK(syncbn_api_version() == ((SYNCBN_API_VERSION_MAJOR << 16) | SYNCBN_API_VERSION_MINOR));
   CHECK(strcmp(syncbn_version(), "0.1.0") == 0 && strstr(syncbn_build_info(), "cpu=") != NULL);
@@ -380,8 +470,12 @@ int main(void) {
   TestPassThatOutlivesItsWorker();
   TestEvaluation();
   TestStreamOrder();
+  TestLog();
+  TestTargets();
+  TestOlderCaller();
+  TestCloseDuringAWait();
   syncbn_master_shutdown(master, 1000000000);
   syncbn_master_destroy(master);
-  puts("8 passed, 0 failed");
+  puts("12 passed, 0 failed");
   return 0;
 }

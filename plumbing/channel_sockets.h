@@ -1,0 +1,15 @@
+// The sockets that gRPC opens for a channel.
+
+#ifndef SYNCBN_PLUMBING_CHANNEL_SOCKETS_H_
+#define SYNCBN_PLUMBING_CHANNEL_SOCKETS_H_
+
+#include "grpcpp/support/channel_arguments.h"
+
+namespace syncbn {
+
+// Every connection of a channel with these arguments is given up in forked children (fork_sockets.h).
+void GiveUpSocketsInForkedChildren(grpc::ChannelArguments* arguments);
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_PLUMBING_CHANNEL_SOCKETS_H_
