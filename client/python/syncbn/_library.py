@@ -3,7 +3,9 @@
 `ctypes.CDLL` releases the interpreter's lock for the length of each call.
 """
 
+import atexit
 import ctypes
+import logging
 import os
 import pathlib
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
@@ -30,6 +32,9 @@ class _Options(ctypes.Structure):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(struct_size=ctypes.sizeof(type(self)), **fields)
+
+
+TARGET_FUNCTION = ctypes.CFUNCTYPE(c_int32, POINTER(ctypes.c_char), c_size_t, c_void_p)
 
 
 class MasterOptions(_Options):
@@ -62,6 +67,8 @@ class WorkerOptions(_Options):
         ("trusted_ca_file", c_char_p),
         ("cert_file", c_char_p),
         ("key_file", c_char_p),
+        ("find_target", TARGET_FUNCTION),
+        ("find_target_user", c_void_p),
     ]
 
 
@@ -180,12 +187,15 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_error_message": (c_char_p, [_HANDLE]),
     "syncbn_error_layer": (c_char_p, [_HANDLE]),
     "syncbn_error_ranks": (c_size_t, [_HANDLE, _RANKS_OUT]),
+    "syncbn_set_log": (None, [c_void_p, c_void_p]),
+    "syncbn_log_take": (c_int32, [c_char_p, c_size_t]),
     "syncbn_master_start": (c_int32, [POINTER(MasterOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_master_target": (c_char_p, [_HANDLE]),
     "syncbn_master_shutdown": (None, [_HANDLE, c_int64]),
     "syncbn_master_destroy": (None, [_HANDLE]),
     "syncbn_worker_join": (c_int32, [POINTER(WorkerOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_worker_leave": (c_int32, [_HANDLE, c_char_p, _ERROR]),
+    "syncbn_worker_close": (None, [_HANDLE]),
     "syncbn_worker_destroy": (None, [_HANDLE]),
     "syncbn_worker_rank": (c_uint32, [_HANDLE]),
     "syncbn_worker_world_size": (c_uint32, [_HANDLE]),
@@ -280,6 +290,33 @@ PATH = library_path()
 lib = _load()
 
 
+_logger = logging.getLogger("syncbn")
+_LINE_BYTES = 8192
+
+
+def deliver_log() -> None:
+    """Gives what the library has to say to the logger "syncbn", on the calling thread.
+
+    The library keeps its lines until then: called back, on any thread and at any time, the interpreter might be waiting
+    for the thread that calls it, be ending, or lose a KeyboardInterrupt.
+    """
+    while lib.syncbn_log_take(None, 0):
+        line = ctypes.create_string_buffer(_LINE_BYTES)
+        level = lib.syncbn_log_take(line, _LINE_BYTES)
+        if level:  # Else another thread has taken it.
+            _logger.log(level, "%s", line.value.decode("utf-8", "replace"))
+
+
+@atexit.register
+def _end_log() -> None:
+    """After the workers' end: nobody takes lines from here on."""
+    deliver_log()
+    lib.syncbn_set_log(None, None)
+
+
+lib.syncbn_set_log(ctypes.cast(lib.syncbn_log_keep, c_void_p), None)
+
+
 def _take_error(code: int, handle: c_void_p) -> errors.Error:
     """The exception for a failed call; ends the handle."""
     if not handle:
@@ -300,6 +337,8 @@ def call(function: Callable[..., int], *arguments: Any) -> int:
     """Calls a function that returns a code and takes an error; returns 0 or PENDING, raises for all others."""
     error = c_void_p()
     code = function(*arguments, ctypes.byref(error))
+    if lib.syncbn_log_take(None, 0):
+        deliver_log()
     if code in (0, PENDING):
         return code
     raise _take_error(code, error)

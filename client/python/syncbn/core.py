@@ -239,9 +239,10 @@ class Worker:
             handle, self._handle = self._handle, None
             if handle is None:
                 return
-            while self._users:  # More than once, since a wait may be between two slices.
-                lib.syncbn_worker_interrupt(handle)
-                self._idle.wait(0.02)
+        lib.syncbn_worker_close(handle)  # Ends what other threads wait for.
+        with self._idle:
+            while self._users:
+                self._idle.wait()
         lib.syncbn_worker_destroy(handle)
         self._end_own_master()
 
@@ -491,9 +492,7 @@ def _difference(before: Tuple[Any, ...], after: Tuple[Any, ...]) -> str:
 
 
 def _join(options: _library.WorkerOptions) -> int:
-    """Joins on a thread of its own, so that Ctrl-C does not wait for a master that does not answer."""
-    if threading.current_thread() is not threading.main_thread():
-        return create(lib.syncbn_worker_join, ctypes.byref(options))
+    """Joins on a thread of its own, so that neither Ctrl-C nor the log waits for a master that does not answer."""
     lock, done = threading.Lock(), threading.Event()
     outcome: List[Any] = []
     abandoned = False
@@ -512,7 +511,7 @@ def _join(options: _library.WorkerOptions) -> int:
     threading.Thread(target=join, name="syncbn-join", daemon=True).start()
     try:
         while not done.wait(0.1):
-            pass
+            _library.deliver_log()
     except BaseException:
         with lock:
             abandoned = True

@@ -1,0 +1,103 @@
+"""Ctrl-C while the main thread waits in foreign code for a thread that waits for a round."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+# How often the order of signal and wait is left to chance. SYNCBN_INTERRUPTS=1000 with all cores busy is the long form.
+TIMES = int(os.environ.get("SYNCBN_INTERRUPTS", "10"))
+
+pytestmark = pytest.mark.skipif(not os.access("/proc/self/syscall", os.R_OK), reason="/proc does not tell system calls")
+
+_PROGRAM = """
+import ctypes, signal, sys, threading, syncbn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Under nohup and the like it is ignored.
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+gated, times = sys.argv[1] == "gated", int(sys.argv[2])
+print(hex(ctypes.addressof(mutex)), flush=True)
+with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=2, timeout=600) as worker:
+    for i in range(times):
+        seen = []
+        def wait():
+            try:
+                if gated:
+                    sys.stdin.readline()
+                worker.all_reduce(f"sum{i}", [1.0])
+            except BaseException as error:
+                seen.append(type(error).__name__)
+            libc.pthread_mutex_unlock(mutex)
+        libc.pthread_mutex_lock(mutex)
+        try:
+            thread = threading.Thread(target=wait)
+            thread.start()
+            print("ready", flush=True)
+            libc.pthread_mutex_lock(mutex)  # As autograd's engine or JAX's runtime: no signal ends this.
+            print("not interrupted", flush=True)
+        except KeyboardInterrupt:
+            pass
+        thread.join()
+        libc.pthread_mutex_unlock(mutex)
+        print(seen, flush=True)
+    worker.close()
+"""
+
+
+@pytest.mark.parametrize("order, times", [("gated", 3), ("free", TIMES)])
+def test_a_wait_hears_ctrl_c(order, times):
+    """Also (gated) a wait that begins after the signal has come, which the main thread has not answered yet."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, order, str(times)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().strip()
+        for _ in range(times):
+            assert process.stdout.readline() == "ready\n"
+            # Until its main thread waits for the mutex: a futex call, whose first argument is the address.
+            while address not in pathlib.Path(f"/proc/{process.pid}/syscall").read_text().split():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            if order == "gated":
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            assert process.stdout.readline() == "['KeyboardInterrupt']\n"
+        assert process.wait(timeout=300) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+_HEARD_BEFORE = """
+import ctypes, os, signal, threading, time, syncbn
+signal.signal(signal.SIGINT, signal.default_int_handler)
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=2, timeout=600) as worker:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            pass
+    except KeyboardInterrupt:
+        pass  # As a notebook does, whose next cell waits for long.
+    def wait():
+        try:
+            print(worker._handle is not None and worker.start_all_reduce("sum", [1.0]).wait(1.0))
+        except BaseException as error:
+            print(type(error).__name__)
+        libc.pthread_mutex_unlock(mutex)
+    libc.pthread_mutex_lock(mutex)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    libc.pthread_mutex_lock(mutex)
+    thread.join()
+    worker.close()
+"""
+
+
+def test_a_signal_that_the_main_thread_has_answered_is_over():
+    process = subprocess.run(
+        [sys.executable, "-c", _HEARD_BEFORE], stdout=subprocess.PIPE, text=True, check=True, timeout=300
+    )
+    assert process.stdout == "False\n"
