@@ -81,6 +81,9 @@ with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=
             pass
     except KeyboardInterrupt:
         pass  # As a notebook does, whose next cell waits for long.
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        pass
     def wait():
         try:
             print(worker._handle is not None and worker.start_all_reduce("sum", [1.0]).wait(1.0))
