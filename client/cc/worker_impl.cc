@@ -77,6 +77,12 @@ void ToProto(const LayerOptions& layer, v1::LayerSpec* spec) {
   spec->set_biased_running_variance(layer.biased_running_variance);
 }
 
+bool SameLayer(const LayerOptions& a, const LayerOptions& b) {
+  return a.name == b.name && a.channels == b.channels && a.kind == b.kind && a.eps == b.eps &&
+         a.clamp_eps == b.clamp_eps && a.numeric_policy == b.numeric_policy && a.momentum == b.momentum &&
+         a.biased_running_variance == b.biased_running_variance;
+}
+
 void ToProto(absl::Duration duration, google::protobuf::Duration* message) {
   message->set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
   message->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration)));
@@ -250,20 +256,49 @@ void WorkerImpl::SayNotices() {
 void WorkerImpl::SendJoin() {
   v1::WorkerFrame frame;
   ToProto(options_, frame.mutable_join());
-  // As they have been declared last.
+  ChooseDeclarations();
   for (const LayerOptions& layer : options_.layers) {
-    ToProto(layers_.at(layer.name).options, frame.mutable_join()->add_layers());
+    ToProto(layers_.at(layer.name).said->options, frame.mutable_join()->add_layers());
   }
   frame.mutable_join()->set_incarnation(incarnation_);
   frame.mutable_join()->set_run_id(run_id_);
-  for (auto& [name, layer] : layers_) {
-    ToProto(layer.options, frame.add_layers());
-    layer.sent = true;
-  }
-  layers_unsent_ = false;
+  for (const auto& [name, layer] : layers_) ToProto(layer.said->options, frame.add_layers());
   const grpc::Slice slice = Encode(frame);
   connection_->Write(grpc::ByteBuffer(&slice, 1));
   connection_->Read();
+}
+
+void WorkerImpl::ChooseDeclarations() {
+  for (auto& [name, layer] : layers_) layer.said = layer.now;
+  for (const auto& [key, piece] : pending_) {
+    if (piece->declared != nullptr && piece->declared->order < piece->layer->said->order) {
+      piece->layer->said = piece->declared;
+    }
+  }
+  undeclared_.clear();
+  for (const auto& [name, layer] : layers_) {
+    if (layer.said != layer.now) undeclared_.push_back(layer.now);
+  }
+  std::sort(undeclared_.begin(), undeclared_.end(), [](const auto& a, const auto& b) { return a->order < b->order; });
+}
+
+bool WorkerImpl::AddDeclaration(const DeclaredLayerPtr& declared, size_t taken, v1::WorkerFrame* frame) {
+  const std::string& name = declared->options.name;
+  for (size_t i = 0; i < taken; ++i) {
+    if (unsent_[i] != nullptr && !unsent_[i]->done && unsent_[i]->key.layer() == name) return false;
+  }
+  ToProto(declared->options, frame->add_layers());
+  layers_.at(name).said = declared;
+  return true;
+}
+
+bool WorkerImpl::DeclareBefore(uint64_t order, const DeclaredLayerPtr& declared, size_t taken, v1::WorkerFrame* frame) {
+  while (!undeclared_.empty() && undeclared_.front()->order < order) {
+    if (!AddDeclaration(undeclared_.front(), taken, frame)) return false;
+    undeclared_.pop_front();
+  }
+  return declared == nullptr || layers_.at(declared->options.name).said == declared ||
+         AddDeclaration(declared, taken, frame);
 }
 
 void WorkerImpl::OnEvent(void* tag, bool ok) {
@@ -407,11 +442,12 @@ void WorkerImpl::OnResult(v1::RoundResult* message) {
     piece.status = absl::InternalError(
         absl::StrCat("the master sent a count of ", result.count, " for layer \"", piece.key.layer(), "\""));
   }
-  const size_t second = piece.key.phase() == v1::PHASE_SUM ? 0 : piece.length;
-  if (piece.status.ok() && (result.first.size() != piece.length || result.second.size() != second)) {
+  const size_t length = piece.length != 0 ? piece.length : result.first.size();
+  const size_t second = piece.key.phase() == v1::PHASE_SUM ? 0 : length;
+  if (piece.status.ok() && (result.first.size() != length || result.second.size() != second)) {
     piece.status = absl::InternalError(absl::StrCat("the master sent ", result.first.size(), " and ",
                                                     result.second.size(), " elements as the result of layer \"",
-                                                    piece.key.layer(), "\", which has ", piece.length));
+                                                    piece.key.layer(), "\", which has ", length));
   }
   answered_ = true;
   SetUnderWay(piece, false);
@@ -442,12 +478,6 @@ void WorkerImpl::Pump() {
 void WorkerImpl::WriteFrame() {
   std::vector<grpc::Slice> slices;
   v1::WorkerFrame head;
-  if (std::exchange(layers_unsent_, false)) {
-    for (auto& [name, layer] : layers_) {
-      if (!std::exchange(layer.sent, true)) ToProto(layer.options, head.add_layers());
-    }
-    slices.push_back(Encode(head));
-  }
   size_t taken = 0;
   std::vector<std::shared_ptr<Piece>> waiting;
   const absl::Time now = Now();
@@ -458,11 +488,16 @@ void WorkerImpl::WriteFrame() {
       waiting.push_back(std::move(unsent_[taken]));
       continue;
     }
+    const bool declared = piece.declared == nullptr || piece.layer->said == piece.declared;
+    const bool as_said = declared && (undeclared_.empty() || piece.order < undeclared_.front()->order);
+    if (!as_said && !DeclareBefore(piece.order, piece.declared, taken, &head)) break;
     SetUnderWay(piece, true);
     slices.push_back(piece.encoded);
     bytes += piece.encoded.size();
     ExpectAnswer(piece, now);
   }
+  if (taken == unsent_.size()) DeclareBefore(UINT64_MAX, nullptr, taken, &head);
+  if (head.layers_size() != 0) slices.insert(slices.begin(), Encode(head));
   unsent_.erase(unsent_.begin(), unsent_.begin() + static_cast<ptrdiff_t>(taken));
   unsent_.insert(unsent_.begin(), std::make_move_iterator(waiting.begin()), std::make_move_iterator(waiting.end()));
   v1::WorkerFrame tail;
@@ -694,9 +729,12 @@ void WorkerImpl::WakeAll() {
   alarm_.Set(&queue_, absl::ToChronoTime(absl::UnixEpoch()), &alarm_);
 }
 
-void WorkerImpl::Declare(const LayerOptions& layer) {
-  layers_[layer.name] = {layer, false};
-  layers_unsent_ = true;
+KnownLayer& WorkerImpl::Declare(const LayerOptions& layer) {
+  KnownLayer& known = layers_[layer.name];
+  if (known.now != nullptr && SameLayer(known.now->options, layer)) return known;
+  known.now = std::make_shared<const DeclaredLayer>(DeclaredLayer{layer, ++begun_});
+  undeclared_.push_back(known.now);
+  return known;
 }
 
 absl::Status WorkerImpl::DeclareLayer(const LayerOptions& layer) {
@@ -719,7 +757,7 @@ std::optional<LayerOptions> WorkerImpl::FindLayer(absl::string_view name) const 
   absl::MutexLock lock(&mutex_);
   const auto it = layers_.find(name);
   if (it == layers_.end()) return std::nullopt;
-  return it->second.options;
+  return it->second.now->options;
 }
 
 uint64_t WorkerImpl::ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence) {
@@ -729,7 +767,8 @@ uint64_t WorkerImpl::ResolveSequence(const std::string& layer, v1::Phase phase, 
   return sequence;
 }
 
-absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(OutgoingContribution contribution, size_t length) {
+absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(OutgoingContribution contribution, size_t length,
+                                                            KnownLayer& layer) {
   std::shared_ptr<Piece>& slot = pending_[TupleOf(contribution.key)];
   if (slot != nullptr) {
     return absl::AlreadyExistsError(absl::StrCat("a round of layer \"", contribution.key.layer(), "\" with sequence ",
@@ -738,6 +777,8 @@ absl::StatusOr<std::shared_ptr<Piece>> WorkerImpl::AddPiece(OutgoingContribution
   auto piece = std::make_shared<Piece>();
   piece->order = ++begun_;
   piece->length = length;
+  piece->layer = &layer;
+  if (contribution.key.phase() != v1::PHASE_BACKWARD) piece->declared = layer.now;
   piece->encoded = Encode(contribution);
   piece->key = std::move(contribution.key);
   slot = piece;
@@ -755,9 +796,12 @@ absl::StatusOr<Round> WorkerImpl::Begin(OutgoingContribution contribution) {
     return absl::FailedPreconditionError(absl::StrCat("layer \"", key.layer(), "\" has not been declared"));
   }
   key.set_sequence(ResolveSequence(key.layer(), key.phase(), key.sequence()));
-  auto piece = AddPiece(std::move(contribution), layer->second.options.channels);
+  // A backward round is of its forward round's size, and the layer may have another by now.
+  const size_t length =
+      key.phase() == v1::PHASE_BACKWARD ? contribution.first.size() : layer->second.now->options.channels;
+  auto piece = AddPiece(std::move(contribution), length, layer->second);
   if (!piece.ok()) return piece.status();
-  (*piece)->finite = layer->second.options.numeric_policy == NumericPolicy::kRefuse;
+  (*piece)->finite = layer->second.now->options.numeric_policy == NumericPolicy::kRefuse;
   return MakeRound(shared_from_this(), {*std::move(piece)});
 }
 
@@ -776,16 +820,19 @@ absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequ
     const absl::Span<const double> part = value.subspan(begin, kPieceElements);
     LayerOptions layer;
     layer.name = value.size() > kPieceElements ? absl::StrCat(name, "#", pieces.size()) : whole;
-    layer.channels = static_cast<uint32_t>(part.size());
     layer.kind = LayerKind::kSum;
-    const auto known = layers_.find(layer.name);
-    if (known == layers_.end() || known->second.options.channels != layer.channels) Declare(layer);
+    const auto before = layers_.find(layer.name);
+    if (before != layers_.end() && before->second.now->options.kind == LayerKind::kSum) {
+      layer = before->second.now->options;  // Its policy is the caller's.
+    }
+    layer.channels = static_cast<uint32_t>(part.size());
+    KnownLayer& known = Declare(layer);
     OutgoingContribution contribution;
     contribution.key.set_layer(layer.name);
     contribution.key.set_phase(v1::PHASE_SUM);
     contribution.key.set_sequence(sequence);
     contribution.first = part;
-    auto piece = AddPiece(std::move(contribution), part.size());
+    auto piece = AddPiece(std::move(contribution), part.size(), known);
     if (!piece.ok()) return piece.status();
     (*piece)->siblings_under_way = siblings;
     pieces.push_back(*std::move(piece));

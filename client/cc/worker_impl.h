@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -30,13 +31,29 @@
 
 namespace syncbn {
 
+// What this worker says a layer is, from one point on in the order of all that it begins.
+struct DeclaredLayer {
+  LayerOptions options;
+  uint64_t order = 0;
+};
+using DeclaredLayerPtr = std::shared_ptr<const DeclaredLayer>;
+
+struct KnownLayer {
+  DeclaredLayerPtr now;   // As it was declared last.
+  DeclaredLayerPtr said;  // What the master knows from this stream: null, or `now`, or an earlier one.
+};
+
 // One key's contribution and what became of it. A Round is one of them, or several: the pieces of a long vector.
 struct Piece {
   v1::RoundKey key;
   grpc::Slice encoded;  // A WorkerFrame with this contribution alone; frames are such encodings one after the other.
   uint64_t order = 0;   // Of all that this worker has begun.
-  size_t length = 0;    // Of the result's vectors.
+  size_t length = 0;    // Of the result's vectors; 0 if only the master knows.
   bool finite = false;  // The layer's policy refuses NaN and infinity.
+  // What the master must have been told last of the layer when this arrives. Null for a backward round, which belongs
+  // to its forward round.
+  DeclaredLayerPtr declared;
+  KnownLayer* layer = nullptr;
   bool sent = false;
   absl::Time first_sent_at, sent_at;
   // Of a piece of a long vector: how many of its pieces are on their way, this one among them.
@@ -125,6 +142,15 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   // may send vectors in another order.
   bool MustWait(const Piece& piece) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void SetUnderWay(Piece& piece, bool under_way) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The declarations with which a new stream begins: those under which the oldest unanswered rounds were begun.
+  void ChooseDeclarations() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Adds to a frame that has the first `taken` of unsent_ what must be declared before all that was begun at `order`,
+  // and `declared`, unless it is null. Returns false if that must wait for the next frame, since a frame's declarations
+  // count before its contributions.
+  bool DeclareBefore(uint64_t order, const DeclaredLayerPtr& declared, size_t taken, v1::WorkerFrame* frame)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool AddDeclaration(const DeclaredLayerPtr& declared, size_t taken, v1::WorkerFrame* frame)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // ---- Waiting
   // Drives the queue, or sleeps while another thread does, until `done` or `deadline`, or an interrupt (CANCELLED).
@@ -158,9 +184,10 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   uint64_t ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // `length`: of the result's vectors.
-  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(OutgoingContribution contribution, size_t length)
+  absl::StatusOr<std::shared_ptr<Piece>> AddPiece(OutgoingContribution contribution, size_t length, KnownLayer& layer)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void Declare(const LayerOptions& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Returns what is known of the layer. Rounds that were begun before stay what they are.
+  KnownLayer& Declare(const LayerOptions& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const OpenHere open_;  // Until the connection has been taken down.
   const Worker::Options options_;
@@ -199,12 +226,9 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   std::atomic<uint64_t> run_id_{0};
   size_t present_ ABSL_GUARDED_BY(mutex_) = 0;
 
-  struct DeclaredLayer {
-    LayerOptions options;
-    bool sent = false;
-  };
-  std::map<std::string, DeclaredLayer, std::less<>> layers_ ABSL_GUARDED_BY(mutex_);
-  bool layers_unsent_ ABSL_GUARDED_BY(mutex_) = false;
+  // A std::map: pieces point into it.
+  std::map<std::string, KnownLayer, std::less<>> layers_ ABSL_GUARDED_BY(mutex_);
+  std::deque<DeclaredLayerPtr> undeclared_ ABSL_GUARDED_BY(mutex_);  // Not yet said on this stream, by order.
 
   absl::flat_hash_map<KeyTuple, std::shared_ptr<Piece>> pending_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<Piece>> unsent_ ABSL_GUARDED_BY(mutex_);

@@ -15,6 +15,8 @@ namespace syncbn::core {
 namespace {
 
 constexpr uint32_t kProtocolVersion = 1;
+// Masters count incarnations from 0, or from a time in microseconds, and do not come near it.
+constexpr uint64_t kGreatestIncarnation = uint64_t{1} << 62;
 
 Error Malformed(std::string message) {
   return MakeError(absl::StatusCode::kInvalidArgument, kMalformedFrame, std::move(message));
@@ -51,7 +53,9 @@ std::optional<Error> CheckAlone(const Join& join, const Limits& limits) {
   if (join.rank >= join.world_size) {
     return Malformed(absl::StrCat("rank ", join.rank, " is not below the world size of ", join.world_size));
   }
-  if (join.incarnation == UINT64_MAX) return Malformed("incarnation 2^64-1 leaves none for a successor");
+  if (join.incarnation > kGreatestIncarnation) {
+    return Malformed(absl::StrCat("incarnation ", join.incarnation, " was never given; none is greater than 2^62"));
+  }
   if (join.layers.size() > limits.max_layers) {
     return LimitError(join.layers.size(), "layers", "max_layers", limits.max_layers);
   }
@@ -137,13 +141,17 @@ class Coordinator::Impl {
     if (auto error = FillConfig(join.config, join.world_size, limits_, filled)) return refuse(std::move(*error));
     if (auto error = MakeWay(join, now, effects)) return refuse(std::move(*error));
     Groups::iterator slot = groups_.find(join.id);
-    if (slot == groups_.end()) {
+    const bool first = slot == groups_.end();
+    if (first) {
       slot =
           groups_.emplace(join.id, Slot{std::make_unique<Group>(join, filled, RunId(join, now), limits_, now)}).first;
     }
     if (slot->second.group->OnJoin(frame.stream, join, filled, kProtocolVersion, now, effects)) {
       streams_[frame.stream] = join.id;
       slot->second.group->OnFrame(frame.stream, frame, now, effects);
+    } else if (first) {
+      groups_.erase(slot);  // It has never had a member, and its run would stand against those who come back.
+      return;
     }
     SetAlarm(slot);
   }

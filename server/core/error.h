@@ -23,6 +23,7 @@ inline constexpr char kLayerSetMismatch[] = "LAYER_SET_MISMATCH";
 inline constexpr char kGenerationSuperseded[] = "GENERATION_SUPERSEDED";
 inline constexpr char kRunSuperseded[] = "RUN_SUPERSEDED";
 inline constexpr char kFenced[] = "FENCED";
+inline constexpr char kRankTaken[] = "RANK_TAKEN";
 inline constexpr char kLimitExceeded[] = "LIMIT_EXCEEDED";
 inline constexpr char kShuttingDown[] = "SHUTTING_DOWN";
 inline constexpr char kRoundTimeout[] = "ROUND_TIMEOUT";

@@ -82,7 +82,7 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
   TakeSeat(stream, join, now, effects);
   const uint64_t incarnation = members_[join.rank].incarnation;
   effects.push_back(SendJoined{stream, protocol_version, incarnation, run_id_, config_, CurrentMembership()});
-  DeclareLayers(join.rank, join.layers, now, effects);
+  DeclareLayers(join.rank, join.layers, join.incarnation != 0, now, effects);
   if (!join.layers.empty() && !set_declared_by_.has_value()) {
     set_declared_by_ = join.rank;
     for (const LayerSpec& spec : join.layers) set_.insert(spec.name);
@@ -98,8 +98,9 @@ void Group::NoteRefused(const Join& join, const Error& error, absl::Time now, Ef
   // Those who know these layers otherwise learn of it now, not when their rounds time out.
   for (const LayerSpec& spec : join.layers) {
     const auto it = layers_.find(spec.name);
-    if (!vacant || it == layers_.end() || Difference(spec, it->second->spec()).empty()) continue;
-    Declare(join.rank, spec, *it->second, now, effects);
+    if (!vacant || it == layers_.end() || it->second->declarations().Known(spec)) continue;
+    it->second->Forget(join.rank);  // Its predecessor's word, if there is one.
+    Declare(join.rank, spec, /*returning=*/false, *it->second, now, effects);
   }
   if (std::vector<StreamId> streams = Streams(); !streams.empty()) {
     effects.push_back(SendLayerError{std::move(streams), "", error});
@@ -141,7 +142,26 @@ std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& fille
                                   " is fenced by incarnation ", member.incarnation),
                      {join.rank});
   }
-  return std::nullopt;
+  return CheckSeat(join);
+}
+
+std::optional<Error> Group::CheckSeat(const Join& join) const {
+  const MemberRecord& member = members_[join.rank];
+  // The same incarnation has come back: whatever its old stream looks like, nobody else is at the other end.
+  if (join.incarnation != 0 && join.incarnation == member.incarnation) return std::nullopt;
+  if (member.state == MemberState::kPresent) {
+    const std::string& holder = member.description;
+    return MakeError(absl::StatusCode::kAlreadyExists, kRankTaken,
+                     absl::StrCat("rank ", join.rank, " of group \"", id_.group, "\" of job \"", id_.job,
+                                  "\" is taken by a worker that is connected (incarnation ", member.incarnation,
+                                  holder.empty() ? "" : ", ", holder, "); a job of its own needs a name of its own, ",
+                                  "and a restart of the whole group a greater generation"),
+                     {join.rank});
+  }
+  // This master knows every incarnation that it has given; an earlier master of the run may have given others.
+  if (incarnation_floor_ != 0 || join.incarnation <= member.incarnation) return std::nullopt;
+  return Malformed(absl::StrCat("incarnation ", join.incarnation, " of rank ", join.rank,
+                                " was never given; the greatest so far is ", member.incarnation));
 }
 
 std::optional<Error> Group::CheckLayerSet(const Join& join) const {
@@ -157,7 +177,10 @@ std::optional<Error> Group::CheckLayerSet(const Join& join) const {
       added.push_back(spec.name);
       continue;
     }
-    const std::string difference = Difference(spec, layers_.at(spec.name)->spec());
+    // Who comes back may have declared it anew meanwhile.
+    const Declarations& declarations = layers_.at(spec.name)->declarations();
+    if (join.incarnation != 0 || declarations.Known(spec)) continue;
+    const std::string difference = Difference(spec, declarations.current()->spec);
     if (difference.empty() || ++different > kShown) continue;
     absl::StrAppend(&text, "; layer \"", spec.name, "\" has ", difference);
   }
@@ -178,7 +201,7 @@ void Group::TakeSeat(StreamId stream, const Join& join, absl::Time now, Effects&
   if (member.state == MemberState::kPresent) {
     effects.push_back(CloseStream{member.stream, MakeError(absl::StatusCode::kAborted, kFenced,
                                                            absl::StrCat("incarnation ", incarnation, " of rank ",
-                                                                        join.rank, " has joined in its place"),
+                                                                        join.rank, " has joined on another stream"),
                                                            {join.rank})});
   }
   const bool had_contributed = member.has_contributed;
@@ -247,7 +270,7 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
     OnStreamClosed(stream, now, effects);
     return;
   }
-  DeclareLayers(rank, frame.layers, now, effects);
+  DeclareLayers(rank, frame.layers, frame.join.has_value() && frame.join->incarnation != 0, now, effects);
   for (const Contribution& contribution : frame.contributions) OnContribution(rank, contribution, now, effects);
   Block(rank, frame.blocked_on);
   if (frame.leave.has_value()) {
@@ -339,42 +362,37 @@ std::optional<Error> Group::CheckLayers(const std::vector<LayerSpec>& specs) con
   return LimitError(layers_.size() + added.size(), "layers", "max_layers", limits_.max_layers);
 }
 
-void Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects) {
+void Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, bool returning, absl::Time now,
+                          Effects& effects) {
   for (const LayerSpec& spec : specs) {
     auto it = layers_.find(spec.name);
     if (it == layers_.end()) {
       it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_.retained_rounds, &budget_)).first;
     }
-    Declare(rank, spec, *it->second, now, effects);
+    Declare(rank, spec, returning, *it->second, now, effects);
   }
 }
 
-void Group::Declare(Rank rank, const LayerSpec& spec, Layer& layer, absl::Time now, Effects& effects) {
-  const bool changed = layer.Declare(rank, spec);
-  if (auto conflict = layer.conflict()) {
+void Group::Declare(Rank rank, const LayerSpec& spec, bool returning, Layer& layer, absl::Time now, Effects& effects) {
+  layer.Declare(rank, spec, returning);
+  if (auto conflict = layer.declarations().conflict()) {
     AnnounceConflict(layer, *conflict, effects);
     FailRounds(layer, *conflict, now, effects);
-  } else if (changed) {
-    // What has been contributed to them is of the old lengths.
-    FailRounds(layer,
-               MakeError(absl::StatusCode::kFailedPrecondition, kLayerSpecMismatch,
-                         absl::StrCat("rank ", rank, " has declared layer \"", layer.spec().name, "\" anew"), {rank}),
-               now, effects);
   }
 }
 
 void Group::AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const {
   std::vector<StreamId> streams;
   for (Rank rank = 0; rank < world_size_; ++rank) {
-    if (members_[rank].state == MemberState::kPresent && layer.known_to().contains(rank)) {
+    if (members_[rank].state == MemberState::kPresent && layer.declarations().ranks().contains(rank)) {
       streams.push_back(members_[rank].stream);
     }
   }
-  if (!streams.empty()) effects.push_back(SendLayerError{std::move(streams), layer.spec().name, conflict});
+  if (!streams.empty()) effects.push_back(SendLayerError{std::move(streams), layer.name(), conflict});
 }
 
 void Group::FailRounds(const Layer& layer, const Error& error, absl::Time now, Effects& effects) {
-  const RoundKey first{layer.spec().name, 0, Phase::kForward};
+  const RoundKey first{layer.name(), 0, Phase::kForward};
   for (auto round = pending_.lower_bound(first); round != pending_.end() && round->first.layer == first.layer;) {
     const auto next = std::next(round);
     Fail(round, error, now, effects);

@@ -85,6 +85,7 @@ class Group {
     absl::Time begun;
     absl::Time deadline;
     absl::Time alarm;  // When time next matters to it: when it becomes late, then its deadline.
+    DeclarationPtr declaration;  // Of its first contribution; the others must be made under the same.
     size_t bytes = 0;
     size_t needed = 0;  // Contributions, if nobody leaves.
     // Of a backward round: who is to contribute, ascending, and the count of its forward round, which may be forgotten
@@ -99,6 +100,9 @@ class Group {
 
   // ---- Membership and layers (group.cc)
   std::optional<Error> CheckJoin(const Join& join, const GroupConfig& filled) const;
+  // A rank whose stream is alive goes to nobody but the incarnation that holds it, and incarnations are given, not
+  // taken.
+  std::optional<Error> CheckSeat(const Join& join) const;
   // The difference between the layers that the join declares to be all and those that the group knows to be all.
   std::optional<Error> CheckLayerSet(const Join& join) const;
   void TakeSeat(StreamId stream, const Join& join, absl::Time now, Effects& effects);
@@ -111,8 +115,9 @@ class Group {
   std::optional<Error> CheckLayers(const std::vector<LayerSpec>& specs) const;
   // The limit that the frame's rounds exceed; nothing if it can be taken.
   std::optional<Error> CheckRounds(const FrameReceived& frame) const;
-  void DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, absl::Time now, Effects& effects);
-  void Declare(Rank rank, const LayerSpec& spec, Layer& layer, absl::Time now, Effects& effects);
+  // `returning`: the rank has come back, and repeats what it has declared before; see declarations.h.
+  void DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, bool returning, absl::Time now, Effects& effects);
+  void Declare(Rank rank, const LayerSpec& spec, bool returning, Layer& layer, absl::Time now, Effects& effects);
   void AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const;
   // Every round of the layer that is in flight.
   void FailRounds(const Layer& layer, const Error& error, absl::Time now, Effects& effects);
@@ -126,9 +131,14 @@ class Group {
   // Why a contribution that the round's outcome does not depend on is refused, to its sender alone.
   std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const;
   std::optional<Error> CheckRoom(Rank rank, const Contribution& contribution) const;
+  // The declaration that the rank's contribution is made under.
+  DeclarationPtr DeclarationFor(Rank rank, const RoundKey& key, Layer& layer) const;
   PendingRounds::iterator Begin(const RoundKey& key, Layer& layer, absl::Time now);
   // Returns whether the round now holds the contribution; if not, the sender has been told why.
-  bool Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects);
+  bool Take(Rank rank, const Contribution& contribution, DeclarationPtr declaration, PendingRounds::iterator round,
+            Effects& effects);
+  // Why the round cannot hold what the rank has contributed: it was made under another declaration than the rest.
+  static std::optional<Error> CheckDeclared(Rank rank, PendingRounds::const_iterator round);
   // Ends the round if what is known of its members says how.
   void Settle(PendingRounds::iterator round, absl::Time now, Effects& effects);
   void SettleAll(absl::Time now, Effects& effects);
@@ -136,6 +146,9 @@ class Group {
   void TellLate(PendingRounds::iterator round, absl::Time now, Effects& effects);
   // Ends the round because its time is up.
   void Expire(PendingRounds::iterator round, absl::Time now, Effects& effects);
+  // "; to rank 1 the layer has channels 23 instead of 41", if one of the missing has not declared it as the round's
+  // contributors have.
+  std::string StillDeclaring(PendingRounds::const_iterator round, const std::vector<Rank>& missing) const;
   // Those that have not contributed, of all that the round is for.
   std::vector<Rank> MissingRanks(const RoundKey& key, const PendingRound& round) const;
   // Those of them that have not left.

@@ -14,7 +14,9 @@ namespace syncbn::core {
 void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects) {
   const RoundKey& key = contribution.key;
   const auto it = layers_.find(key.layer);
-  if (it == layers_.end() || (it->second->spec().kind == LayerKind::kSum) != (key.phase == Phase::kSum)) {
+  if (it != layers_.end() && Replay(rank, contribution, *it->second, effects)) return;
+  const DeclarationPtr declaration = it == layers_.end() ? nullptr : DeclarationFor(rank, key, *it->second);
+  if (declaration == nullptr || (declaration->spec.kind == LayerKind::kSum) != (key.phase == Phase::kSum)) {
     Refuse(rank, key,
            MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
                      absl::StrCat("rank ", rank, " contributes to the ", Describe(key), ", but ",
@@ -25,7 +27,6 @@ void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Ti
     return;
   }
   Layer& layer = *it->second;
-  if (Replay(rank, contribution, layer, effects)) return;
   auto round = pending_.find(key);
   std::optional<Error> refusal;
   if (layer.Expired(key.phase, key.sequence) && round == pending_.end()) {
@@ -41,10 +42,12 @@ void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Ti
     return;
   }
   if (round == pending_.end()) round = Begin(key, layer, now);
-  if (!Take(rank, contribution, round, effects)) return;
-  if (auto conflict = layer.conflict()) {
+  if (!Take(rank, contribution, declaration, round, effects)) return;
+  if (auto conflict = layer.declarations().conflict()) {
     Fail(round, std::move(*conflict), now, effects);
-  } else if (auto error = CheckNumbers(contribution, layer.spec(), rank, limits_)) {
+  } else if (auto different = CheckDeclared(rank, round)) {
+    Fail(round, std::move(*different), now, effects);
+  } else if (auto error = CheckNumbers(contribution, round->second.declaration->spec, rank, limits_)) {
     Fail(round, std::move(*error), now, effects);
   } else {
     Settle(round, now, effects);
@@ -120,6 +123,29 @@ std::optional<Error> Group::CheckRoom(Rank rank, const Contribution& contributio
   return std::nullopt;
 }
 
+DeclarationPtr Group::DeclarationFor(Rank rank, const RoundKey& key, Layer& layer) const {
+  const auto round = pending_.find(key);
+  // A backward round is of its forward round's size, whatever the layer has become since.
+  if (key.phase == Phase::kBackward) {
+    if (round != pending_.end()) return round->second.declaration;
+    if (const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence)) return forward->declaration;
+  }
+  if (DeclarationPtr declared = layer.declarations().Of(rank)) return declared;
+  return round != pending_.end() ? round->second.declaration : layer.declarations().current();
+}
+
+std::optional<Error> Group::CheckDeclared(Rank rank, PendingRounds::const_iterator round) {
+  const DeclarationPtr& mine = round->second.payloads.at(rank).declaration;
+  const DeclarationPtr& theirs = round->second.declaration;
+  if (mine == theirs) return std::nullopt;
+  const std::string difference = Difference(mine->spec, theirs->spec);
+  if (difference.empty()) return std::nullopt;
+  return MakeError(
+      absl::StatusCode::kFailedPrecondition, kLayerSpecMismatch,
+      absl::StrCat("workers disagree about the ", Describe(round->first), ": rank ", rank, " has ", difference),
+      {rank});
+}
+
 Group::PendingRounds::iterator Group::Begin(const RoundKey& key, Layer& layer, absl::Time now) {
   PendingRound round;
   round.begun = now;
@@ -132,13 +158,15 @@ Group::PendingRounds::iterator Group::Begin(const RoundKey& key, Layer& layer, a
     }
     round.needed = round.expected.size();
     round.count = forward.count;
+    round.declaration = forward.declaration;
   }
   round.alarm = std::min(round.deadline, now + limits_.late_round_after);
   alarms_.insert({round.alarm, key});
   return pending_.emplace(key, std::move(round)).first;
 }
 
-bool Group::Take(Rank rank, const Contribution& contribution, PendingRounds::iterator round, Effects& effects) {
+bool Group::Take(Rank rank, const Contribution& contribution, DeclarationPtr declaration, PendingRounds::iterator round,
+                 Effects& effects) {
   MemberRecord& member = members_[rank];
   const auto before = round->second.payloads.find(rank);
   if (before != round->second.payloads.end()) {
@@ -162,6 +190,7 @@ bool Group::Take(Rank rank, const Contribution& contribution, PendingRounds::ite
   }
   Payload payload;
   payload.incarnation = member.incarnation;
+  payload.declaration = declaration;
   payload.count = contribution.count;
   payload.backward_role = contribution.backward_role;
   payload.first.assign(contribution.first.begin(), contribution.first.end());
@@ -169,6 +198,7 @@ bool Group::Take(Rank rank, const Contribution& contribution, PendingRounds::ite
   round->second.bytes += payload.bytes();
   pending_bytes_ += payload.bytes();
   round->second.payloads.emplace(rank, std::move(payload));
+  if (round->second.payloads.size() == 1) round->second.declaration = std::move(declaration);
   round->second.last_rank = rank;
   member.has_contributed = true;
   ++member.contributions;
@@ -255,6 +285,17 @@ void Group::SettleAll(absl::Time now, Effects& effects) {
   }
 }
 
+std::string Group::StillDeclaring(PendingRounds::const_iterator round, const std::vector<Rank>& missing) const {
+  const Declarations& declarations = layers_.at(round->first.layer)->declarations();
+  for (const Rank rank : missing) {
+    const DeclarationPtr declared = declarations.Of(rank);
+    if (declared == nullptr || declared == round->second.declaration) continue;
+    const std::string difference = Difference(declared->spec, round->second.declaration->spec);
+    if (!difference.empty()) return absl::StrCat("; to rank ", rank, " the layer has ", difference);
+  }
+  return "";
+}
+
 void Group::TellLate(PendingRounds::iterator round, absl::Time now, Effects& effects) {
   PendingRound& pending = round->second;
   alarms_.erase({pending.alarm, round->first});
@@ -287,7 +328,7 @@ void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effec
   const std::string wait = absl::FormatDuration(*config_.round_timeout);
   if (config_.missing_policy != MissingPolicy::kProceed) {
     std::string text = absl::StrCat(RankList(missing), " did not contribute to the ", Describe(round->first),
-                                    " within ", wait, " of its first contribution");
+                                    " within ", wait, " of its first contribution", StillDeclaring(round, missing));
     Fail(round, MakeError(absl::StatusCode::kDeadlineExceeded, kRoundTimeout, std::move(text), std::move(missing)), now,
          effects);
   } else if (contributed < LeastWorkers(round->second)) {
@@ -302,16 +343,16 @@ void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effec
 
 void Group::Complete(PendingRounds::iterator round, absl::Time now, Effects& effects) {
   const RoundKey& key = round->first;
-  Layer& layer = *layers_.at(key.layer);
+  const LayerSpec& spec = round->second.declaration->spec;
   auto outcome = std::make_shared<RoundOutcome>();
   outcome->key = key;
   outcome->missing_ranks = MissingRanks(key, round->second);
   if (key.phase == Phase::kForward) {
-    MergeForward(round->second.payloads, layer.spec().channels, *outcome);
+    MergeForward(round->second.payloads, spec.channels, *outcome);
   } else {
-    MergeSums(round->second.payloads, layer.spec().channels, *outcome);
+    MergeSums(round->second.payloads, spec.channels, *outcome);
   }
-  if (auto error = CheckMerged(*outcome, layer.spec())) {
+  if (auto error = CheckMerged(*outcome, spec)) {
     Fail(round, std::move(*error), now, effects);
     return;
   }
@@ -335,6 +376,7 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
   ended.failed = failed;
   ended.backward_required = outcome->backward_required;
   ended.count = outcome->count;
+  ended.declaration = pending.declaration;
   ended.roster = RosterOf(round->first.phase, pending.payloads);
   ended.digests.reserve(pending.payloads.size());
   std::vector<StreamId> streams;

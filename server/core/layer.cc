@@ -8,29 +8,6 @@
 #include "server/core/error.h"
 
 namespace syncbn::core {
-namespace {
-
-const char* Name(LayerKind kind) { return kind == LayerKind::kSum ? "SUM" : "BATCH_NORM"; }
-const char* Name(EpsMode mode) { return mode == EpsMode::kClamp ? "CLAMP" : "ADD"; }
-const char* Name(NumericPolicy policy) { return policy == NumericPolicy::kPropagate ? "PROPAGATE" : "REFUSE"; }
-
-}  // namespace
-
-std::string Difference(const LayerSpec& worker, const LayerSpec& reference) {
-  std::string text;
-  const auto compare = [&text](const char* field, const auto& mine, const auto& theirs) {
-    if (mine == theirs) return;
-    absl::StrAppend(&text, text.empty() ? "" : ", ", field, " ", mine, " instead of ", theirs);
-  };
-  compare("channels", worker.channels, reference.channels);
-  compare("kind", absl::string_view(Name(worker.kind)), absl::string_view(Name(reference.kind)));
-  compare("eps", worker.eps, reference.eps);
-  compare("eps_mode", absl::string_view(Name(worker.eps_mode)), absl::string_view(Name(reference.eps_mode)));
-  compare("numeric_policy", absl::string_view(Name(worker.numeric_policy)),
-          absl::string_view(Name(reference.numeric_policy)));
-  compare("biased_running_variance", int{worker.biased_running_variance}, int{reference.biased_running_variance});
-  return text;
-}
 
 std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
   const auto malformed = [](std::string message) {
@@ -87,53 +64,17 @@ void OutcomeBudget::Release(Handle handle) {
   remembered_.erase(handle);
 }
 
-bool Layer::Declare(Rank rank, const LayerSpec& spec) {
-  if (!known_to_.contains(rank)) {
-    known_to_.insert(rank);
-    ++knowing_;
+void Layer::Observe(const EndedRound& round) {
+  const DeclarationPtr& declaration = round.declaration;
+  if (running_of_ != nullptr && declaration->spec.channels != running_of_->spec.channels) {
+    // A round of an older declaration, which ends late, is nothing to the statistics of a newer size.
+    if (declaration->ordinal < running_of_->ordinal) return;
+    running_ = RunningStatistics();
+    newest_forward_.reset();
   }
-  if (Difference(spec, spec_).empty()) {
-    deviating_.erase(rank);
-    spec_.momentum = spec.momentum;
-    return false;
-  }
-  deviating_[rank] = spec;
-  return MaybeAdopt();
-}
-
-void Layer::Forget(Rank rank) {
-  if (!known_to_.contains(rank)) return;
-  known_to_.erase(rank);
-  --knowing_;
-  if (deviating_.erase(rank) != 0 || !deviating_.empty()) MaybeAdopt();
-}
-
-bool Layer::MaybeAdopt() {
-  if (deviating_.empty() || deviating_.size() != knowing_) return false;
-  const LayerSpec& candidate = deviating_.begin()->second;
-  for (const auto& [rank, spec] : deviating_) {
-    if (!Difference(spec, candidate).empty()) return false;
-  }
-  spec_ = LayerSpec(candidate);
-  deviating_.clear();
-  running_ = RunningStatistics();
-  newest_forward_.reset();
-  return true;
-}
-
-std::optional<Error> Layer::conflict() const {
-  if (deviating_.empty()) return std::nullopt;
-  std::vector<Rank> ranks;
-  std::string text = absl::StrCat("workers disagree about layer \"", spec_.name, "\": ");
-  constexpr size_t kShown = 4;
-  for (const auto& [rank, spec] : deviating_) {
-    if (ranks.size() < kShown) {
-      absl::StrAppend(&text, ranks.empty() ? "" : "; ", "rank ", rank, " has ", Difference(spec, spec_));
-    }
-    ranks.push_back(rank);
-  }
-  if (ranks.size() > kShown) absl::StrAppend(&text, "; and ", ranks.size() - kShown, " more");
-  return MakeError(absl::StatusCode::kFailedPrecondition, kLayerSpecMismatch, std::move(text), std::move(ranks));
+  if (running_of_ == nullptr || declaration->ordinal >= running_of_->ordinal) running_of_ = declaration;
+  running_.Update(declaration->spec, *round.outcome);
+  if (!newest_forward_ || newest_forward_->key.sequence <= round.outcome->key.sequence) newest_forward_ = round.outcome;
 }
 
 EndedRound* Layer::Find(Phase phase, uint64_t sequence) {
@@ -154,11 +95,9 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
     ++failed_;
   } else {
     ++completed_;
+    declarations_.NoteAgreement();
     h.newest_completed = std::max(h.newest_completed.value_or(0), key.sequence);
-    if (key.phase == Phase::kForward) {
-      running_.Update(spec_, outcome);
-      if (!newest_forward_ || newest_forward_->key.sequence <= key.sequence) newest_forward_ = round.outcome;
-    }
+    if (key.phase == Phase::kForward) Observe(round);
   }
   size_t bytes = (outcome.first.size() + outcome.second.size()) * sizeof(double) +
                  outcome.missing_ranks.size() * sizeof(Rank) + round.digests.size() * sizeof(uint64_t);
@@ -175,24 +114,29 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
 
 LayerSummary Layer::Summary() const {
   LayerSummary summary;
-  summary.spec = spec_;
-  summary.newest_sequence = history(spec_.kind == LayerKind::kSum ? Phase::kSum : Phase::kForward).newest_completed;
+  summary.spec = declarations_.current()->spec;
+  summary.newest_sequence =
+      history(summary.spec.kind == LayerKind::kSum ? Phase::kSum : Phase::kForward).newest_completed;
   summary.rounds_completed = completed_;
   summary.rounds_failed = failed_;
-  summary.conflict = conflict();
+  summary.conflict = declarations_.conflict();
   return summary;
 }
 
 LayerView Layer::View() const {
   LayerView view;
   view.summary = Summary();
-  view.batch = newest_forward_;
-  view.running.updates = running_.updates;
-  view.running.mean = running_.mean;
-  view.running.var = running_.var;
-  if (running_.mean.empty() && spec_.kind == LayerKind::kBatchNorm) {
-    view.running.mean.assign(spec_.channels, 0.0);
-    view.running.var.assign(spec_.channels, 1.0);
+  const LayerSpec& spec = view.summary.spec;
+  // Not those of a layer that all have since declared to be of another size.
+  if (running_of_ != nullptr && running_of_->spec.channels == spec.channels) {
+    view.batch = newest_forward_;
+    view.running.updates = running_.updates;
+    view.running.mean = running_.mean;
+    view.running.var = running_.var;
+  }
+  if (view.running.mean.empty() && spec.kind == LayerKind::kBatchNorm) {
+    view.running.mean.assign(spec.channels, 0.0);
+    view.running.var.assign(spec.channels, 1.0);
   }
   return view;
 }

@@ -12,17 +12,13 @@
 #include <vector>
 
 #include "absl/container/btree_map.h"
+#include "server/core/declarations.h"
 #include "server/core/limits.h"
-#include "server/core/rank_set.h"
 #include "server/core/running_statistics.h"
 #include "server/core/types.h"
 #include "server/core/views.h"
 
 namespace syncbn::core {
-
-// In what `worker` deviates from `reference` ("channels 32 instead of 64"); empty if they agree. Momentum is not
-// compared.
-std::string Difference(const LayerSpec& worker, const LayerSpec& reference);
 
 // INVALID_ARGUMENT (MALFORMED_FRAME) or LIMIT_EXCEEDED, naming field and value; nothing if the spec can be used.
 std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits);
@@ -48,6 +44,7 @@ struct EndedRound {
   bool failed = false;
   bool backward_required = false;
   int64_t count = 0;
+  DeclarationPtr declaration;  // Of all its contributions.
   std::shared_ptr<const Roster> roster;
   std::vector<uint64_t> digests;  // Of what the contributors of the roster sent, in its order.
 
@@ -85,19 +82,13 @@ class OutcomeBudget {
 class Layer {
  public:
   Layer(const LayerSpec& spec, uint64_t retained_rounds, OutcomeBudget* budget)
-      : spec_(spec), retained_rounds_(retained_rounds), budget_(budget) {}
+      : declarations_(spec), retained_rounds_(retained_rounds), budget_(budget) {}
 
-  const LayerSpec& spec() const { return spec_; }
-  const RankSet& known_to() const { return known_to_; }
-
-  // A rank says what the layer is. The first one's word stands; who deviates brings the layer into conflict until the
-  // last one that deviates agrees, or all that know the layer have come to deviate alike. Returns whether that has just
-  // made it another layer; rounds in flight are then of the old one.
-  bool Declare(Rank rank, const LayerSpec& spec);
-  // What the rank has said counts no more: it has left, or its successor speaks for it.
-  void Forget(Rank rank);
-  // The conflict, if there is one, naming the deviating ranks and the differences.
-  std::optional<Error> conflict() const;
+  const std::string& name() const { return declarations_.current()->spec.name; }
+  const Declarations& declarations() const { return declarations_; }
+  // As in declarations.h.
+  void Declare(Rank rank, const LayerSpec& spec, bool returning) { declarations_.Declare(rank, spec, returning); }
+  void Forget(Rank rank) { declarations_.Forget(rank); }
 
   // The record of an ended round, or null.
   EndedRound* Find(Phase phase, uint64_t sequence);
@@ -124,17 +115,16 @@ class Layer {
 
   const History& history(Phase phase) const { return histories_[static_cast<size_t>(phase) - 1]; }
   History& history(Phase phase) { return histories_[static_cast<size_t>(phase) - 1]; }
-  bool MaybeAdopt();
+  // Takes a completed forward round into the running statistics.
+  void Observe(const EndedRound& round);
 
-  LayerSpec spec_;
+  Declarations declarations_;
   const uint64_t retained_rounds_;
   OutcomeBudget* const budget_;
-  RankSet known_to_;
-  size_t knowing_ = 0;                          // How many they are.
-  absl::btree_map<Rank, LayerSpec> deviating_;  // What those who deviate say.
   std::array<History, 3> histories_;
   std::shared_ptr<const RoundOutcome> newest_forward_;
   RunningStatistics running_;
+  DeclarationPtr running_of_;  // The newest declaration that they are of; null before the first round.
   uint64_t completed_ = 0;
   uint64_t failed_ = 0;
 };

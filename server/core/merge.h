@@ -16,6 +16,7 @@ namespace syncbn::core {
 // What the engine keeps of a contribution until its round ends.
 struct Payload {
   uint64_t incarnation = 0;
+  DeclarationPtr declaration;  // Under which it was made.
   int64_t count = 0;
   BackwardRole backward_role = BackwardRole::kRequired;
   std::vector<double> first;

@@ -25,6 +25,15 @@ class RankSet {
     if (rank / 64 < words_.size()) words_[rank / 64] &= ~(uint64_t{1} << (rank % 64));
   }
 
+  // Ascending.
+  std::vector<Rank> ToVector() const {
+    std::vector<Rank> ranks;
+    for (Rank rank = 0; rank < words_.size() * 64; ++rank) {
+      if (contains(rank)) ranks.push_back(rank);
+    }
+    return ranks;
+  }
+
  private:
   std::vector<uint64_t> words_;
 };

@@ -75,6 +75,13 @@ struct LayerSpec {
   bool biased_running_variance = false;
 };
 
+// A spec that a member has declared. Immutable and shared by all that refer to it. `ordinal` counts those of a layer.
+struct Declaration {
+  LayerSpec spec;
+  uint64_t ordinal = 0;
+};
+using DeclarationPtr = std::shared_ptr<const Declaration>;
+
 struct Join {
   uint32_t min_protocol_version = 0;
   uint32_t max_protocol_version = 0;

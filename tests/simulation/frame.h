@@ -22,7 +22,8 @@ struct Part {
 // A core::FrameReceived that owns its numbers, on its way.
 struct Frame {
   std::optional<core::Join> join;
-  std::vector<Part> parts;
+  std::vector<core::LayerSpec> layers;
+  std::vector<Part> parts;  // Of one sequence.
   std::vector<core::RoundKey> blocked_on;
   bool leave = false;
 };
@@ -40,6 +41,7 @@ inline core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame) {
   core::FrameReceived event;
   event.stream = stream;
   event.join = frame.join;
+  event.layers = frame.layers;
   for (const Part& part : frame.parts) {
     const testing::Numbers& numbers = *part.numbers;
     event.contributions.push_back({part.key, numbers.count, numbers.role, numbers.first, numbers.second});

@@ -96,6 +96,7 @@ void Model::TakeFrame(Rank rank, absl::Time now) {
   sender_.rank = rank;
   sender_.seated = true;
   sender_.leaves = frame_->leave;
+  if (!frame_->layers.empty()) members_[rank].channels = frame_->layers.front().channels;
   for (const Part& part : frame_->parts) Take(rank, part, now);
   members_[rank].blocked_on = frame_->blocked_on;
 }
@@ -208,6 +209,8 @@ void Model::Check(const core::CloseStream& close, absl::Time now) {
     const auto join = joining_.find(sender_.stream);
     if (join == joining_.end() || frame_ == nullptr || !frame_->join.has_value() || join->second.rank != *rank) {
       Violate("a stream is fenced, and nobody took its place");
+    } else if (join->second.incarnation != member.incarnation) {
+      Violate(absl::StrCat("rank ", *rank, " loses its seat while its stream is alive"));
     }
     member.lost_at = now;
     ++tally_.fenced;
@@ -222,6 +225,7 @@ void Model::CheckRefusedJoin(const core::CloseStream& close) {
   if (join == joining_.end() || close.stream != sender_.stream) return Violate("an unknown stream is closed");
   const std::string due = WhyRefused(join->second);
   if (reason == "FENCED") ++tally_.fenced;
+  if (reason == "RANK_TAKEN") ++tally_.taken;
   if (reason != (due.empty() && Intrudes(join->second) ? "LAYER_SET_MISMATCH" : due) || reason.empty()) {
     Violate(absl::StrCat("the join of rank ", join->second.rank, " is refused with ", reason));
   }
@@ -231,13 +235,14 @@ std::string Model::WhyRefused(const core::Join& join) const {
   const auto member = members_.find(join.rank);
   if (shutting_down_) return "SHUTTING_DOWN";
   if (join.run_id != 0 && join.run_id != run_id_) return "RUN_SUPERSEDED";
-  const bool fenced = member != members_.end() && join.incarnation < member->second.incarnation;
-  return fenced && join.incarnation != 0 ? "FENCED" : "";
+  if (member == members_.end() || join.incarnation == member->second.incarnation) return "";
+  if (join.incarnation != 0 && join.incarnation < member->second.incarnation) return "FENCED";
+  return member->second.stream != 0 ? "RANK_TAKEN" : "";
 }
 
 void Model::Check(const core::SendLayerError& error, absl::Time) {
   const bool intruded = frame_ != nullptr && frame_->join.has_value() && Intrudes(*frame_->join);
-  if (!intruded || !error.layer.empty()) Violate("a layer error, though all layers agree");
+  if (error.layer.empty() ? !intruded : !MayDisagree(error.layer)) Violate("a layer error, though all layers agree");
   for (const StreamId stream : error.streams) {
     if (!Open(stream) || !SeatOf(stream).has_value()) Violate("a layer error goes to a stream that is closed");
   }
@@ -279,6 +284,7 @@ void Model::Check(const core::GroupEnded&, absl::Time) {
   pending_.clear();
   ended_.clear();
   running_.clear();
+  completed_.clear();
 }
 
 void Model::Check(const core::SendResults& results, absl::Time) {
@@ -367,6 +373,8 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
     CheckFailure(outcome, round, now);
   } else {
     ++tally_.completed;
+    completed_.insert(outcome.key.layer);
+    if (outcome.key.sequence >= settings_.redeclared_at.value_or(UINT64_MAX)) ++tally_.redeclared;
     CheckCompletion(outcome, round, now);
   }
   for (const auto& [rank, held] : round.parts) {
@@ -403,12 +411,14 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
   } else if (reason == "LAYER_SET_MISMATCH") {
     const bool refused = error.ranks.size() == 1 && refused_.count(error.ranks[0]) != 0;
     due = !proceeds() && refused && std::count(awaited.begin(), awaited.end(), error.ranks[0]) != 0;
+  } else if (reason == "LAYER_SPEC_MISMATCH") {
+    due = MayDisagree(outcome.key.layer);
   } else if (reason == "DEADLOCK") {
     deadlock_now_ = deadlock_now_ || Deadlocked();
     due = deadlock_now_ && error.ranks == missing;
   } else if (reason == "NOT_FINITE" || reason == "INVALID_CONTRIBUTION") {
     const auto part = error.ranks.size() == 1 ? round.parts.find(error.ranks[0]) : round.parts.end();
-    due = part != round.parts.end() && Bad({outcome.key, part->second.numbers}, Layer(outcome.key.layer));
+    due = part != round.parts.end() && Bad({outcome.key, part->second.numbers}, settings_.LayerOf(outcome.key));
   } else if (reason == "GROUP_ENDED") {
     due = std::none_of(members_.begin(), members_.end(), [](const auto& entry) { return entry.second.stream != 0; });
   }
@@ -430,7 +440,7 @@ void Model::CheckCompletion(const core::RoundOutcome& outcome, const Pending& ro
   if (!missing.empty()) ++tally_.partial;
   bool required = false;
   for (const auto& [rank, held] : round.parts) {
-    if (Bad({outcome.key, held.numbers}, Layer(outcome.key.layer))) {
+    if (Bad({outcome.key, held.numbers}, settings_.LayerOf(outcome.key))) {
       return Violate(absl::StrCat(Name(outcome.key), " completes with bad numbers"));
     }
     required = required || held.numbers->role == core::BackwardRole::kRequired;
@@ -456,7 +466,7 @@ void Model::CheckNumbers(const core::RoundOutcome& outcome, const Merged& merged
 }
 
 Model::Merged Model::Merge(const RoundKey& key, const HeldParts& parts, int64_t forward_count) const {
-  const uint32_t channels = Layer(key.layer).channels;
+  const uint32_t channels = settings_.LayerOf(key).channels;
   Merged merged;
   merged.count = key.phase == core::Phase::kBackward ? forward_count : 0;
   for (uint32_t c = 0; c < channels; ++c) {
@@ -499,8 +509,14 @@ Model::Merged Model::Merge(const RoundKey& key, const HeldParts& parts, int64_t 
 
 void Model::UpdateRunning(const RoundKey& key, const Merged& merged) {
   if (merged.count == 0) return;
-  const core::LayerSpec& spec = Layer(key.layer);
+  const core::LayerSpec& spec = settings_.LayerOf(key);
   Running& running = running_[key.layer];
+  // Begun anew with another number of channels; what comes late from before does not count.
+  if (!running.mean.empty() && running.mean.size() != spec.channels) {
+    running.mixed = running.mixed || running.later;
+    running = Running{{}, {}, 0, false, running.mixed};
+  }
+  running.later = key.sequence >= settings_.redeclared_at.value_or(UINT64_MAX);
   running.mean.resize(spec.channels, 0.0L);
   running.var.resize(spec.channels, 1.0L);
   ++running.updates;
@@ -542,7 +558,7 @@ void Model::CheckWaiting(absl::Time now) {
     const absl::Duration late = std::min(SimulatedLimits().late_round_after, *settings_.config.round_timeout);
     if (!round.told_late && now > round.begun + late) Violate(absl::StrCat(Name(key), " waits, and nobody is told"));
     for (const auto& [rank, held] : round.parts) {
-      if (Bad({key, held.numbers}, Layer(key.layer))) Violate(absl::StrCat(Name(key), " waits with bad numbers"));
+      if (Bad({key, held.numbers}, settings_.LayerOf(key))) Violate(absl::StrCat(Name(key), " waits with bad numbers"));
       if (!std::count(round.expected.begin(), round.expected.end(), rank)) {
         Violate(absl::StrCat(Name(key), " takes numbers of rank ", rank, ", which is no contributor"));
       }
@@ -561,7 +577,11 @@ void Model::CheckStatistics(const core::Coordinator& coordinator) {
 
 void Model::CheckRunning(const std::string& layer, const core::LayerView& view) {
   const Running& running = running_[layer];
-  bool right = view.running.updates == running.updates;
+  if (running.mixed) return;
+  // Nothing is shown of statistics that are of another size than the layer has come to have.
+  const bool shown = running.mean.empty() || view.running.mean.size() == running.mean.size();
+  if (!shown && view.running.updates == 0) return;
+  bool right = shown && view.running.updates == running.updates;
   for (size_t c = 0; right && c < running.mean.size(); ++c) {
     right = Near(view.running.mean[c], running.mean[c], 1.0L + std::fabs(running.mean[c])) &&
             Near(view.running.var[c], running.var[c], 1.0L + std::fabs(running.var[c]));
@@ -576,9 +596,12 @@ void Model::CheckEmpty(const core::Coordinator& coordinator) {
 
 // ---- The books ------------------------------------------------------------------------------------------------------
 
-const core::LayerSpec& Model::Layer(const std::string& name) const {
-  return *std::find_if(settings_.layers.begin(), settings_.layers.end(),
-                       [&](const core::LayerSpec& spec) { return spec.name == name; });
+bool Model::MayDisagree(const std::string& layer) const {
+  std::set<uint32_t> declared;
+  for (const auto& [rank, member] : members_) {
+    if (member.channels != 0 && !Left(rank)) declared.insert(member.channels);
+  }
+  return declared.size() > 1 && completed_.count(layer) == 0;
 }
 
 std::optional<Rank> Model::SeatOf(StreamId stream) const {

@@ -23,6 +23,19 @@ struct Settings {
   uint32_t world_size = 2;
   core::GroupConfig config;  // Complete.
   std::vector<core::LayerSpec> layers;
+  // From this sequence on, every worker declares all layers anew, as `later`, if there is one.
+  std::optional<uint64_t> redeclared_at;
+  std::vector<core::LayerSpec> later;
+
+  const std::vector<core::LayerSpec>& LayersAt(uint64_t sequence) const {
+    return redeclared_at.has_value() && sequence >= *redeclared_at ? later : layers;
+  }
+  const core::LayerSpec& LayerOf(const core::RoundKey& key) const {
+    for (const core::LayerSpec& spec : LayersAt(key.sequence)) {
+      if (spec.name == key.layer) return spec;
+    }
+    return layers.front();
+  }
 };
 
 // The incarnations that were ever given out, by run and rank; they outlive masters.
@@ -32,8 +45,10 @@ struct Tally {
   uint64_t completed = 0;
   uint64_t partial = 0;  // Of those, without all that were expected.
   uint64_t replayed = 0;
+  uint64_t redeclared = 0;  // Of those that completed, of layers that were declared anew.
   uint64_t fenced = 0;
   uint64_t late = 0;                        // Rounds that were told to be.
+  uint64_t taken = 0;                       // Joins that were refused because another had the seat.
   std::map<std::string, uint64_t> failed;   // By reason.
   std::map<std::string, uint64_t> refused;  // To the sender alone.
 };
@@ -80,6 +95,7 @@ class Model {
     core::StreamId stream = 0;  // 0 if it has none.
     uint64_t incarnation = 0;
     bool left = false;
+    uint32_t channels = 0;  // Of the first layer, as it was declared last; 0 if it was not.
     std::optional<absl::Time> lost_at;
     std::vector<core::RoundKey> blocked_on;
   };
@@ -87,6 +103,8 @@ class Model {
     std::vector<long double> mean;
     std::vector<long double> var;
     uint64_t updates = 0;
+    bool later = false;  // Of the layer as it was declared anew.
+    bool mixed = false;  // An earlier size has come after the later one: which of them counts is a matter of order.
   };
   // What one channel's merge should be.
   struct Merged {
@@ -118,7 +136,11 @@ class Model {
   void CheckRunning(const std::string& layer, const core::LayerView& view);
   bool RefusalIsDue(core::Rank rank, const Part& part, const std::string& reason) const;
   // Whether the join has other layers than the workers have.
-  bool Intrudes(const core::Join& join) const { return join.layers.size() != settings_.layers.size(); }
+  bool Intrudes(const core::Join& join) const {
+    return !join.layers.empty() && join.layers.size() != settings_.layers.size();
+  }
+  // Whether some workers have declared the layers anew and others have not, and no round of this one has completed.
+  bool MayDisagree(const std::string& layer) const;
   // Why it is refused, whatever its layers are; empty if it is not.
   std::string WhyRefused(const core::Join& join) const;
   void CheckRefusedJoin(const core::CloseStream& close);
@@ -129,7 +151,6 @@ class Model {
   Merged Merge(const core::RoundKey& key, const HeldParts& parts, int64_t forward_count) const;
   void UpdateRunning(const core::RoundKey& key, const Merged& merged);
 
-  const core::LayerSpec& Layer(const std::string& name) const;
   std::optional<core::Rank> SeatOf(core::StreamId stream) const;
   // Of the ranks that have a stream, or have left; the sender of a last frame has left already.
   bool Present(core::Rank rank) const;
@@ -154,8 +175,9 @@ class Model {
   std::map<core::RoundKey, Pending> pending_;
   std::map<core::RoundKey, Ended> ended_;
   std::map<std::string, Running> running_;
-  std::set<core::Rank> refused_;  // Vacant, and last claimed by someone with other layers.
-  uint64_t run_id_ = 0;           // 0 while there is no group.
+  std::set<std::string> completed_;  // Layers that have had a completed round.
+  std::set<core::Rank> refused_;     // Vacant, and last claimed by someone with other layers.
+  uint64_t run_id_ = 0;              // 0 while there is no group.
   bool shutting_down_ = false;
 
   // Of the event that is being handled.

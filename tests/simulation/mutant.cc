@@ -42,10 +42,12 @@ void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
     if (bug_ == Bug::kNoFencing && event.join->incarnation != 0 && event.join->incarnation < present) {
       asked_ = std::exchange(event.join->incarnation, present);
     }
+    if (bug_ == Bug::kStolenSeat && event.join->incarnation == 0) event.join->incarnation = present;
     return;
   }
   const auto rank = rank_of_.find(stream);
   if (rank == rank_of_.end()) return;
+  if (bug_ == Bug::kLostDeclaration && rank->second == 0) event.layers.clear();
   if (bug_ == Bug::kStaleStream && closed_.count(stream) != 0 && closed_.count(seats_[rank->second]) == 0) {
     event.stream = seats_[rank->second];
   }

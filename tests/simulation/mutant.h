@@ -30,6 +30,8 @@ enum class Bug {
   kAcceptedNan,      // Bad numbers are made good on their way in.
   kAnyLayers,        // A join with a layer too many is let in.
   kSilentLate,       // Nobody is told of rounds that wait for long.
+  kLostDeclaration,  // What rank 0 declares anew is not heard.
+  kStolenSeat,       // A stranger gets the seat of a worker that is alive.
 };
 
 class Mutant {

@@ -169,6 +169,11 @@ void World::Draw() {
   habits_.odd_roles = random_.Chance(0.3) ? 0.3 : 0.0;
   habits_.offset = random_.Chance(0.5) ? 1e4 : 0.0;
   slow_ = random_.Chance(0.3) ? 0.05 : 0.0;
+  if (habits_.sequences > 1 && random_.Chance(0.4)) {
+    settings_.redeclared_at = random_.Between(1, habits_.sequences - 1);
+    settings_.later = settings_.layers;
+    for (core::LayerSpec& spec : settings_.later) spec.channels += random_.Between(1, 2);
+  }
 
   masters_ = 1;
   master_ = std::make_unique<Mutant>(bug_);
@@ -467,7 +472,7 @@ void World::WorkerSeesClose(const Item& item) {
   life.joined = false;
   if (life.worker.leaving()) {
     life.alive = false;
-  } else if (item.reason == "BROKEN" || item.reason == "SHUTTING_DOWN") {
+  } else if (item.reason == "BROKEN" || item.reason == "SHUTTING_DOWN" || item.reason == "RANK_TAKEN") {
     Schedule(now_ + random_.Between(100, 10'000), Kind::kConnect, stream.life);
   } else {
     Log("rank ", life.worker.rank(), " ends with ", item.reason);
@@ -509,7 +514,8 @@ void World::Intrude(size_t index) {
   const bool group = std::any_of(lives_.begin(), lives_.end(), [this](const Life& life) {
     return life.joined && life.stream != 0 && StreamOf(life.stream).master == masters_;
   });
-  if (master_ == nullptr || !group || frame->join->incarnation == 0) return;
+  const bool sets = !settings_.redeclared_at.has_value();
+  if (master_ == nullptr || !group || !sets || frame->join->incarnation == 0) return;
   frame->join->layers.push_back(testing::BatchNormLayer("z", 1));
   streams_.push_back(Stream{index, masters_});
   Log("stream ", streams_.size(), " claims rank ", lives_[index].worker.rank(), " with other layers");

@@ -19,7 +19,7 @@ namespace {
 uint64_t first_seed = 20'240'501;
 uint64_t schedules = 100'000;
 constexpr int kBlocks = 10;
-constexpr uint64_t kEnoughToFindABug = 500;
+constexpr uint64_t kEnoughToFindABug = 5000;
 
 std::string Replay(uint64_t seed, Bug bug) {
   std::string text;
@@ -31,8 +31,10 @@ void Add(const Tally& from, Tally& to) {
   to.completed += from.completed;
   to.partial += from.partial;
   to.replayed += from.replayed;
+  to.redeclared += from.redeclared;
   to.fenced += from.fenced;
   to.late += from.late;
+  to.taken += from.taken;
   for (const auto& [reason, times] : from.failed) to.failed[reason] += times;
   for (const auto& [reason, times] : from.refused) to.refused[reason] += times;
 }
@@ -59,11 +61,12 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   }
   std::printf(
       "%llu events, %llu restarts of masters, %llu of workers, %llu broken streams; rounds: %llu completed (%llu "
-      "without all), %llu replayed; %llu fenced\n",
+      "without all), %llu replayed; %llu fenced, %llu seats taken\n",
       static_cast<unsigned long long>(sum.events), static_cast<unsigned long long>(sum.master_restarts),
       static_cast<unsigned long long>(sum.worker_restarts), static_cast<unsigned long long>(sum.broken_streams),
       static_cast<unsigned long long>(sum.tally.completed), static_cast<unsigned long long>(sum.tally.partial),
-      static_cast<unsigned long long>(sum.tally.replayed), static_cast<unsigned long long>(sum.tally.fenced));
+      static_cast<unsigned long long>(sum.tally.replayed), static_cast<unsigned long long>(sum.tally.fenced),
+      static_cast<unsigned long long>(sum.tally.taken));
   for (const auto& [reason, times] : sum.tally.failed) {
     std::printf("  failed with %s: %llu\n", reason.c_str(), static_cast<unsigned long long>(times));
   }
@@ -75,8 +78,10 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.master_restarts, 0u);
   EXPECT_GT(sum.tally.partial, 0u);
   EXPECT_GT(sum.tally.replayed, 0u);
+  EXPECT_GT(sum.tally.redeclared, 0u);
   EXPECT_GT(sum.tally.fenced, 0u);
   EXPECT_GT(sum.tally.late, 0u);
+  EXPECT_GT(sum.tally.taken, 0u);
   for (const char* reason : {"ROUND_TIMEOUT", "WORKER_LOST", "DEADLOCK", "TOO_FEW_WORKERS", "INVALID_CONTRIBUTION",
                              "NOT_FINITE", "LAYER_SET_MISMATCH"}) {
     EXPECT_GT(sum.tally.failed[reason], 0u) << reason;
@@ -118,7 +123,8 @@ INSTANTIATE_TEST_SUITE_P(
                       PlantedBug{"IgnoredDeadline", Bug::kIgnoredDeadline}, PlantedBug{"EarlyLeave", Bug::kEarlyLeave},
                       PlantedBug{"WrongVariance", Bug::kWrongVariance}, PlantedBug{"SplitOutcome", Bug::kSplitOutcome},
                       PlantedBug{"AcceptedNan", Bug::kAcceptedNan}, PlantedBug{"AnyLayers", Bug::kAnyLayers},
-                      PlantedBug{"SilentLate", Bug::kSilentLate}),
+                      PlantedBug{"SilentLate", Bug::kSilentLate},
+                      PlantedBug{"LostDeclaration", Bug::kLostDeclaration}, PlantedBug{"StolenSeat", Bug::kStolenSeat}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

@@ -17,8 +17,13 @@ FramePtr Worker::JoinFrame() {
   join.incarnation = incarnation_;
   join.run_id = run_id_;
   join.config = settings_.config;
-  join.layers = settings_.layers;
   auto frame = std::make_shared<Frame>();
+  if (settings_.redeclared_at.has_value()) {
+    declared_ = &settings_.LayersAt(sequence_);
+    frame->layers = *declared_;
+  } else {
+    join.layers = settings_.layers;
+  }
   frame->join = std::move(join);
   return frame;
 }
@@ -47,10 +52,19 @@ void Worker::OnOutcome(const core::RoundOutcome& outcome) {
 
 std::vector<RoundKey> Worker::Unanswered() const { return {unanswered_.begin(), unanswered_.end()}; }
 
+void Worker::Declare(Frame& frame) {
+  if (!settings_.redeclared_at.has_value() || frame.parts.empty()) return;
+  const auto* const layers = &settings_.LayersAt(frame.parts.front().key.sequence);
+  if (declared_ == layers) return;
+  declared_ = layers;
+  frame.layers = *layers;
+}
+
 FramePtr Worker::Resend() {
   auto frame = std::make_shared<Frame>();
   for (const RoundKey& key : unanswered_) frame->parts.push_back({key, sent_.at(key)});
   if (habits_.says_blocked && to_send_.empty()) frame->blocked_on = Unanswered();
+  Declare(*frame);
   return frame->parts.empty() ? nullptr : frame;
 }
 
@@ -98,6 +112,7 @@ FramePtr Worker::Next() {
     unanswered_.insert(key);
   }
   if (habits_.says_blocked && (to_send_.empty() || habits_.one_by_one)) frame->blocked_on = Unanswered();
+  Declare(*frame);
   return frame;
 }
 
@@ -114,12 +129,12 @@ FramePtr Worker::Repeat() {
     ++changed_[part->first];
   }
   frame->parts.push_back({part->first, std::move(numbers)});
+  Declare(*frame);
   return frame;
 }
 
 NumbersPtr Worker::MakeNumbers(const RoundKey& key) {
-  const core::LayerSpec& spec = *std::find_if(settings_.layers.begin(), settings_.layers.end(),
-                                              [&](const core::LayerSpec& s) { return s.name == key.layer; });
+  const core::LayerSpec& spec = settings_.LayerOf(key);
   auto numbers = std::make_shared<testing::Numbers>();
   const bool forward = key.phase == Phase::kForward;
   if (forward) numbers->count = random_.Between(0, 5);

@@ -50,6 +50,8 @@ class Worker {
   FramePtr Repeat();
 
  private:
+  // Declares the layers as they are at the frame's sequence, unless that is what was declared last.
+  void Declare(Frame& frame);
   void PlanForward();
   void PlanBackward();
   NumbersPtr MakeNumbers(const core::RoundKey& key);
@@ -66,7 +68,8 @@ class Worker {
   bool forward_planned_ = false;
   bool backward_planned_ = false;
   bool leaving_ = false;
-  std::vector<core::RoundKey> to_send_;  // Last first.
+  const std::vector<core::LayerSpec>* declared_ = nullptr;  // On this stream, where layers are declared anew.
+  std::vector<core::RoundKey> to_send_;                     // Last first.
   std::map<core::RoundKey, NumbersPtr> sent_;
   std::set<core::RoundKey> unanswered_;
   std::map<core::RoundKey, int> changed_;  // Repeats with other numbers, on this stream, that wait for their refusal.

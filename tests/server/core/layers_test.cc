@@ -102,7 +102,7 @@ TEST(LayerSetTest, ARefusedJoinHarmsNobodyWhoIsPresent) {
   const StreamId first = engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 1)}));
   const StreamId second = engine.Join(JoinWith(1, 2, {BatchNormLayer("a", 1)}));
   engine.Contribute(first, Forward("a", 0), kNumbers);
-  EXPECT_EQ(engine.log(engine.Join(JoinWith(1, 2, {BatchNormLayer("a", 2)}))).close_reason(), kLayerSetMismatch);
+  EXPECT_EQ(engine.log(engine.Join(JoinWith(1, 2, {BatchNormLayer("a", 2)}))).close_reason(), kRankTaken);
   EXPECT_FALSE(engine.Layer("a").summary.conflict.has_value());
   engine.Contribute(second, Forward("a", 0), kNumbers);
   EXPECT_EQ(ReasonOf(*engine.Outcome(first, Forward("a", 0))), "");
@@ -259,25 +259,6 @@ TEST(ConflictTest, AllMayAgreeUponTheOther) {
   EXPECT_EQ(engine.Outcome(a, Forward("a", 5))->first.size(), 2u);
 }
 
-// One that changes its mind before anyone else has spoken is in conflict with nobody, but what it has sent is of the
-// old length.
-TEST(ConflictTest, RoundsOfTheOldSpecificationEndWithIt) {
-  Engine engine;
-  const StreamId a = engine.Join(0, 2, {BatchNormLayer("a", 1)});
-  const StreamId b = engine.Join(1, 2);
-  engine.Contribute(a, Forward("a", 0), kNumbers);
-  engine.Declare(a, {BatchNormLayer("a", 1000)});
-  EXPECT_EQ(ReasonOf(*engine.Outcome(a, Forward("a", 0))), kLayerSpecMismatch);
-  EXPECT_THAT(engine.View().pending, IsEmpty());
-  engine.Declare(b, {BatchNormLayer("a", 1000)});
-  const Numbers wide{4, std::vector<double>(1000, 1.0), std::vector<double>(1000, 0.0)};
-  engine.Contribute(b, Forward("a", 0), wide);
-  EXPECT_EQ(ReasonOf(*engine.Outcome(b, Forward("a", 0))), kLayerSpecMismatch);
-  engine.Contribute(a, Forward("a", 1), wide);
-  engine.Contribute(b, Forward("a", 1), wide);
-  EXPECT_EQ(engine.Outcome(b, Forward("a", 1))->count, 8);
-}
-
 // Nobody else knows the layer, so its word alone makes it another one, and there is no conflict to announce.
 TEST(ConflictTest, ARestartWithOtherLayersIsRefusedOnceAndTakenThen) {
   Engine engine;
@@ -310,7 +291,7 @@ TEST(ConflictTest, WhatRemainsOfThoseWhoDeviatedIsAdopted) {
 TEST(ConflictTest, ASuccessorIsNotHeldToWhatItsPredecessorDeclared) {
   Engine engine;
   const StreamId first = engine.Join(0, 2, {BatchNormLayer("a", 1)});
-  engine.Join(1, 2, {BatchNormLayer("a", 2)});
+  engine.Close(engine.Join(1, 2, {BatchNormLayer("a", 2)}));
   const StreamId successor = engine.Join(MakeJoin(1, 2));
   engine.Contribute(first, Forward("a", 0), kNumbers);
   engine.Declare(successor, {BatchNormLayer("a", 1)});

@@ -285,24 +285,148 @@ TEST(LossTest, ClosingAnUnknownStreamIsIgnored) {
   EXPECT_THAT(engine.On(StreamClosed{77}), IsEmpty());
 }
 
-// ---- Fencing --------------------------------------------------------------------------------------------------------
+// ---- Seats ----------------------------------------------------------------------------------------------------------
 
-TEST(FencingTest, ANewIncarnationTakesTheSeat) {
+TEST(SeatTest, AnEmptyOneGoesToANewIncarnation) {
   Engine engine;
   const auto workers = JoinAll(engine, 2);
+  engine.Close(workers[1]);
   const StreamId reborn = engine.Join(1, 2, Layers());
   EXPECT_EQ(engine.log(reborn).joined->incarnation, 2u);
-  EXPECT_EQ(engine.log(workers[1]).close_reason(), kFenced);
-  EXPECT_EQ(engine.log(workers[1]).closed_with->code, absl::StatusCode::kAborted);
-  EXPECT_THAT(engine.On(StreamClosed{workers[1]}), IsEmpty()) << "it is no loss";
   engine.Contribute(workers[0], Forward("bn", 0), kNumbers);
   engine.Contribute(reborn, Forward("bn", 0), kNumbers);
   EXPECT_EQ(engine.Outcome(reborn, Forward("bn", 0))->count, 8);
 }
 
+TEST(SeatTest, OneThatIsHeldIsNotGivenToAStranger) {
+  Engine engine;
+  Join holder = MakeJoin(1, 2);
+  holder.description = "syncbn host=node7 pid=4711";
+  const StreamId first = engine.Join(holder);
+  const StreamId other = engine.Join(MakeJoin(0, 2));
+  engine.Declare(first, Layers());
+  engine.Declare(other, Layers());
+  engine.Contribute(other, Forward("bn", 0), kNumbers);
+  for (const uint64_t incarnation : {uint64_t{0}, uint64_t{2}, uint64_t{9}, uint64_t{1} << 62}) {
+    Join join = MakeJoin(1, 2);
+    join.incarnation = incarnation;
+    const StreamId stranger = engine.Join(join);
+    EXPECT_EQ(engine.log(stranger).close_reason(), kRankTaken) << incarnation;
+    EXPECT_EQ(engine.log(stranger).closed_with->code, absl::StatusCode::kAlreadyExists);
+    EXPECT_THAT(engine.log(stranger).closed_with->ranks, ElementsAre(1));
+    EXPECT_THAT(engine.log(stranger).closed_with->message,
+                ::testing::AllOf(HasSubstr("rank 1 of group \"g\" of job \"j\" is taken"),
+                                 HasSubstr("syncbn host=node7 pid=4711")));
+    EXPECT_FALSE(engine.log(stranger).joined.has_value());
+  }
+  EXPECT_FALSE(engine.log(first).closed);
+  EXPECT_THAT(engine.ended(), IsEmpty());
+  engine.Contribute(first, Forward("bn", 0), kNumbers);
+  EXPECT_EQ(engine.Outcome(other, Forward("bn", 0))->count, 8) << "nothing was lost";
+}
+
+TEST(SeatTest, AStrangerWithOtherLayersLearnsThatItIsTakenToo) {
+  Engine engine;
+  Join join = MakeJoin(0, 2);
+  join.layers = Layers();
+  const StreamId holder = engine.Join(join);
+  join.layers = {BatchNormLayer("other", 3)};
+  EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kRankTaken);
+  EXPECT_THAT(engine.log(holder).layer_errors, IsEmpty()) << "that is another job's affair";
+}
+
+TEST(SeatTest, IsFreeOnceItsHolderHasGoneOrLeft) {
+  Engine engine;
+  const auto workers = JoinAll(engine, 2);
+  EXPECT_EQ(engine.log(engine.Join(MakeJoin(1, 2))).close_reason(), kRankTaken);
+  engine.Close(workers[1]);
+  const StreamId second = engine.Join(MakeJoin(1, 2));
+  ASSERT_TRUE(engine.log(second).joined.has_value());
+  EXPECT_EQ(engine.log(engine.Join(MakeJoin(1, 2))).close_reason(), kRankTaken);
+  engine.Leave(second);
+  EXPECT_EQ(engine.log(engine.Join(MakeJoin(1, 2))).joined->incarnation, 3u);
+}
+
+TEST(SeatTest, AGreaterGenerationTakesAllOfThem) {
+  Engine engine;
+  const auto workers = JoinAll(engine, 2);
+  Join join = MakeJoin(1, 2);
+  join.generation = 1;
+  ASSERT_TRUE(engine.log(engine.Join(join)).joined.has_value());
+  EXPECT_EQ(engine.log(workers[0]).close_reason(), kGenerationSuperseded);
+  EXPECT_EQ(engine.log(workers[1]).close_reason(), kGenerationSuperseded);
+}
+
+// An earlier master may have given the greater one, and still the holder is not thrown out: it would have been told.
+TEST(SeatTest, AtARestartedMasterWhoComesFirstHoldsItUntilItGoes) {
+  Engine engine;
+  engine.Advance(absl::Hours(1));
+  Join join = MakeJoin(0, 2);
+  join.run_id = 77;
+  join.incarnation = 3;
+  const StreamId holder = engine.Join(join);
+  join.incarnation = 5;
+  EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kRankTaken);
+  engine.Close(holder);
+  EXPECT_EQ(engine.log(engine.Join(join)).joined->incarnation, 5u);
+  join.incarnation = 3;
+  EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kFenced);
+}
+
+// Else the next worker that comes back would find another run in its place.
+TEST(SeatTest, ARefusedFirstJoinLeavesNoGroup) {
+  Engine engine;
+  Join join = MakeJoin(0, 2);
+  join.incarnation = 5;  // Without a run.
+  EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kMalformedFrame);
+  EXPECT_THAT(engine.coordinator().ListGroups(), IsEmpty());
+  EXPECT_EQ(engine.coordinator().NextDeadline(), absl::InfiniteFuture());
+  join.run_id = 77;
+  engine.Advance(absl::Seconds(1));
+  EXPECT_TRUE(engine.log(engine.Join(join)).joined.has_value());
+}
+
+// Incarnations are given by masters: none is taken that would leave no greater one.
+TEST(SeatTest, AnIncarnationThatWasNeverGivenIsRefused) {
+  Engine engine;
+  const auto workers = JoinAll(engine, 2);
+  engine.Close(workers[1]);
+  for (const uint64_t incarnation : {uint64_t{2}, uint64_t{1} << 62, UINT64_MAX - 1, UINT64_MAX}) {
+    Join join = MakeJoin(1, 2);
+    join.incarnation = incarnation;
+    join.run_id = engine.log(workers[1]).joined->run_id;
+    const StreamId stranger = engine.Join(join);
+    EXPECT_EQ(engine.log(stranger).close_reason(), kMalformedFrame) << incarnation;
+    EXPECT_THAT(engine.log(stranger).closed_with->message, HasSubstr(absl::StrCat("incarnation ", incarnation)));
+  }
+  EXPECT_EQ(engine.log(engine.Join(MakeJoin(1, 2))).joined->incarnation, 2u);
+}
+
+TEST(SeatTest, ARestartedMasterTakesIncarnationsThatCanHaveBeenGiven) {
+  Engine engine;
+  engine.Advance(absl::Hours(1));
+  Join join = MakeJoin(0, 2);
+  join.run_id = 77;
+  join.incarnation = 4;
+  ASSERT_TRUE(engine.log(engine.Join(join)).joined.has_value());
+  join.rank = 1;
+  join.incarnation = UINT64_MAX - 1;
+  EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kMalformedFrame);
+  join.incarnation = 9;
+  const StreamId back = engine.Join(join);
+  EXPECT_EQ(engine.log(back).joined->incarnation, 9u);
+  engine.Close(back);
+  const StreamId next = engine.Join(MakeJoin(1, 2));
+  EXPECT_GT(engine.log(next).joined->incarnation, 9u);
+  EXPECT_TRUE(engine.log(engine.Reconnect(next)).joined.has_value());
+}
+
+// ---- Fencing --------------------------------------------------------------------------------------------------------
+
 TEST(FencingTest, WhatThePredecessorStillSendsIsNotCounted) {
   Engine engine;
   const auto workers = JoinAll(engine, 2);
+  engine.Close(workers[1]);
   engine.Join(1, 2, Layers());
   FrameReceived late;
   late.stream = workers[1];
@@ -313,13 +437,6 @@ TEST(FencingTest, WhatThePredecessorStillSendsIsNotCounted) {
   }
   engine.Contribute(workers[0], Forward("bn", 0), kNumbers);
   EXPECT_THAT(engine.View().pending.at(0).missing_ranks, ElementsAre(1));
-}
-
-TEST(FencingTest, AnIncarnationThatNothingCanFollowIsRefused) {
-  Engine engine;
-  Join join = MakeJoin(0, 2);
-  join.incarnation = UINT64_MAX;
-  EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kMalformedFrame);
 }
 
 TEST(FencingTest, TheOldIncarnationMayNotComeBack) {
@@ -338,7 +455,8 @@ TEST(FencingTest, ASecondStreamOfTheSameIncarnationReplacesTheFirst) {
   Engine engine;
   const auto workers = JoinAll(engine, 2);
   const StreamId again = engine.Reconnect(workers[1]);
-  EXPECT_TRUE(engine.log(workers[1]).closed);
+  EXPECT_EQ(engine.log(workers[1]).close_reason(), kFenced) << "of two streams that seem alive, the newer one counts";
+  EXPECT_THAT(engine.On(StreamClosed{workers[1]}), IsEmpty()) << "it is no loss";
   EXPECT_FALSE(engine.log(again).closed);
   EXPECT_EQ(engine.View().summary.present, 2u);
 }
@@ -349,6 +467,7 @@ TEST(FencingTest, ARestartFailsTheRoundsThatWaitForThePredecessor) {
   for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 0), kNumbers);
   engine.Contribute(workers[0], Forward("bn", 1), kNumbers);
   engine.Contribute(workers[1], Forward("bn", 2), kNumbers);
+  engine.Close(workers[1]);
   engine.Join(1, 3, Layers());
   const auto outcome = engine.Outcome(workers[0], Forward("bn", 1));
   EXPECT_EQ(ReasonOf(*outcome), kWorkerLost);
@@ -362,6 +481,7 @@ TEST(FencingTest, ARestartBeforeTheFirstContributionHarmsNothing) {
   Engine engine;
   const auto workers = JoinAll(engine, 2);
   engine.Contribute(workers[0], Forward("bn", 0), kNumbers);
+  engine.Close(workers[1]);
   const StreamId reborn = engine.Join(1, 2, Layers());
   EXPECT_THAT(engine.ended(), IsEmpty());
   engine.Contribute(reborn, Forward("bn", 0), kNumbers);
@@ -376,6 +496,7 @@ TEST(FencingTest, AProceedingGroupWaitsForTheSuccessor) {
   const auto workers = JoinAll(engine, 2, config);
   for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 0), kNumbers);
   engine.Contribute(workers[0], Forward("bn", 1), kNumbers);
+  engine.Close(workers[1]);
   Join join = MakeJoin(1, 2);
   join.config = config;
   const StreamId reborn = engine.Join(join);
@@ -505,7 +626,7 @@ TEST(ShutdownTest, ClosesEveryStreamAndEveryOneThatJoinsAfterwards) {
 TEST(RunTest, ARestartedMasterStillFencesThoseOfBefore) {
   Engine before;
   const StreamId other = before.Join(MakeJoin(0, 2));
-  before.Join(MakeJoin(1, 2));
+  before.Close(before.Join(MakeJoin(1, 2)));
   const StreamId zombie = before.Join(MakeJoin(1, 2));  // Incarnation 2.
   Engine after;
   after.Advance(absl::Seconds(1));

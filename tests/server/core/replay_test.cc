@@ -41,7 +41,9 @@ class ReplayTest : public ::testing::Test {
   }
   // A new process of this rank joins.
   StreamId Restart(Rank rank) {
-    return engine_.Join(rank, static_cast<uint32_t>(workers_.size()), {BatchNormLayer("bn", 2)});
+    engine_.Close(workers_[rank]);
+    const auto world_size = static_cast<uint32_t>(workers_.size());
+    return workers_[rank] = engine_.Join(rank, world_size, {BatchNormLayer("bn", 2)});
   }
 
   Engine engine_;

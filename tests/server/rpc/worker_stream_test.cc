@@ -193,16 +193,23 @@ TEST(WorkerStreamTest, AFrameThatIsTooLongEndsTheCall) {
   EXPECT_EQ(stream.Finish().error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
 }
 
-TEST(WorkerStreamTest, ASecondIncarnationFencesTheFirst) {
+TEST(WorkerStreamTest, ARankIsTakenWhileItsStreamIsAlive) {
   const auto server = StartServer();
-  RawStream first(Connect(server->target())), second(Connect(server->target()));
-  ASSERT_TRUE(first.Write(JoinFrame("g", 0, 1)));
-  ASSERT_TRUE(first.Read().has_value());
-  ASSERT_TRUE(second.Write(JoinFrame("g", 0, 1)));
-  const auto joined = second.Read();
+  RawStream first(Connect(server->target())), second(Connect(server->target())), again(Connect(server->target()));
+  v1::WorkerFrame join = JoinFrame("g", 0, 1);
+  join.mutable_join()->set_description("host=node7 pid=4711");
+  ASSERT_TRUE(first.Write(join));
+  const auto joined = first.Read();
   ASSERT_TRUE(joined.has_value());
-  EXPECT_EQ(joined->joined().incarnation(), 2u);
-  ExpectError(first.Finish(), grpc::StatusCode::ABORTED, "FENCED", "incarnation 2 of rank 0 has joined in its place");
+  ASSERT_TRUE(second.Write(JoinFrame("g", 0, 1)));
+  EXPECT_FALSE(second.Read().has_value());
+  ExpectError(second.Finish(), grpc::StatusCode::ALREADY_EXISTS, "RANK_TAKEN", "host=node7 pid=4711");
+  // The incarnation that holds it may come back, whatever its old stream looks like.
+  join.mutable_join()->set_incarnation(joined->joined().incarnation());
+  join.mutable_join()->set_run_id(joined->joined().run_id());
+  ASSERT_TRUE(again.Write(join));
+  ASSERT_TRUE(again.Read().has_value());
+  ExpectError(first.Finish(), grpc::StatusCode::ABORTED, "FENCED", "incarnation 1 of rank 0 has joined on another");
 }
 
 // ---- Streams that end -----------------------------------------------------------------------------------------------

@@ -1,0 +1,135 @@
+#include "server/core/declarations.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "server/core/error.h"
+
+namespace syncbn::core {
+namespace {
+
+// Declarations that no member makes any more, and that a slower member may still make for the first time.
+constexpr size_t kPast = 16;
+
+const char* Name(LayerKind kind) { return kind == LayerKind::kSum ? "SUM" : "BATCH_NORM"; }
+const char* Name(EpsMode mode) { return mode == EpsMode::kClamp ? "CLAMP" : "ADD"; }
+const char* Name(NumericPolicy policy) { return policy == NumericPolicy::kPropagate ? "PROPAGATE" : "REFUSE"; }
+
+DeclarationPtr Make(const LayerSpec& spec, uint64_t ordinal) {
+  return std::make_shared<const Declaration>(Declaration{spec, ordinal});
+}
+
+}  // namespace
+
+std::string Difference(const LayerSpec& worker, const LayerSpec& reference) {
+  std::string text;
+  const auto compare = [&text](const char* field, const auto& mine, const auto& theirs) {
+    if (mine == theirs) return;
+    absl::StrAppend(&text, text.empty() ? "" : ", ", field, " ", mine, " instead of ", theirs);
+  };
+  compare("channels", worker.channels, reference.channels);
+  compare("kind", absl::string_view(Name(worker.kind)), absl::string_view(Name(reference.kind)));
+  compare("eps", worker.eps, reference.eps);
+  compare("eps_mode", absl::string_view(Name(worker.eps_mode)), absl::string_view(Name(reference.eps_mode)));
+  compare("numeric_policy", absl::string_view(Name(worker.numeric_policy)),
+          absl::string_view(Name(reference.numeric_policy)));
+  compare("biased_running_variance", int{worker.biased_running_variance}, int{reference.biased_running_variance});
+  return text;
+}
+
+Declarations::Declarations(const LayerSpec& spec) : current_(Make(spec, 0)) {}
+
+std::vector<Declarations::Side>::iterator Declarations::SideOf(Rank rank) {
+  if (!ranks_.contains(rank)) return sides_.end();
+  return std::find_if(sides_.begin(), sides_.end(), [rank](const Side& side) { return side.ranks.contains(rank); });
+}
+
+DeclarationPtr Declarations::Of(Rank rank) const {
+  if (!ranks_.contains(rank)) return nullptr;
+  for (const Side& side : sides_) {
+    if (side.ranks.contains(rank)) return side.declaration;
+  }
+  return nullptr;
+}
+
+bool Declarations::Known(const LayerSpec& spec) const {
+  const auto same = [&spec](const DeclarationPtr& said) { return Difference(spec, said->spec).empty(); };
+  return std::any_of(sides_.begin(), sides_.end(), [&](const Side& side) { return same(side.declaration); }) ||
+         std::any_of(past_.begin(), past_.end(), same);
+}
+
+void Declarations::Declare(Rank rank, const LayerSpec& spec, bool returning) {
+  agreed_ = agreed_ || returning;
+  const bool disputed = !agreed_ && !ranks_.contains(rank) && !sides_.empty() && !Known(spec);
+  const auto says_so = [&](const Side& side) { return Difference(spec, side.declaration->spec).empty(); };
+  const auto before = SideOf(rank);
+  if (before == sides_.end() || !says_so(*before)) {
+    Quit(rank, /*keep=*/true);
+    auto side = std::find_if(sides_.begin(), sides_.end(), says_so);
+    if (side == sides_.end()) side = sides_.insert(side, Side{Make(spec, ++made_), disputed, RankSet(), 0});
+    side->ranks.insert(rank);
+    ++side->size;
+    ranks_.insert(rank);
+  }
+  Renew(*SideOf(rank), spec);
+  Settle();
+}
+
+void Declarations::Renew(Side& side, const LayerSpec& spec) {
+  if (side.declaration->spec.momentum == spec.momentum) return;
+  DeclarationPtr renewed = Make(spec, side.declaration->ordinal);
+  if (current_ == side.declaration) current_ = renewed;
+  side.declaration = std::move(renewed);
+}
+
+void Declarations::Quit(Rank rank, bool keep) {
+  const auto side = SideOf(rank);
+  if (side == sides_.end()) return;
+  side->ranks.erase(rank);
+  ranks_.erase(rank);
+  if (--side->size != 0) return;
+  const DeclarationPtr abandoned = std::move(side->declaration);
+  sides_.erase(side);
+  if (!keep || Known(abandoned->spec)) return;
+  past_.push_back(abandoned);
+  if (past_.size() > kPast) past_.pop_front();
+}
+
+void Declarations::Forget(Rank rank) {
+  if (!ranks_.contains(rank)) return;
+  Quit(rank, /*keep=*/false);
+  Settle();
+}
+
+void Declarations::Settle() {
+  if (sides_.size() != 1) return;
+  sides_.front().disputed = false;
+  current_ = sides_.front().declaration;
+}
+
+std::optional<Error> Declarations::conflict() const {
+  if (std::none_of(sides_.begin(), sides_.end(), [](const Side& side) { return side.disputed; })) return std::nullopt;
+  const LayerSpec* reference = nullptr;
+  std::vector<Rank> ranks;
+  for (const Side& side : sides_) {
+    if (!side.disputed && reference == nullptr) reference = &side.declaration->spec;
+    if (!side.disputed) continue;
+    for (const Rank rank : side.ranks.ToVector()) ranks.push_back(rank);
+  }
+  if (reference == nullptr) reference = &sides_.front().declaration->spec;
+  std::sort(ranks.begin(), ranks.end());
+  std::string text = absl::StrCat("workers disagree about layer \"", reference->name, "\": ");
+  constexpr size_t kShown = 4;
+  const char* separator = "";
+  for (size_t i = 0; i < ranks.size() && i < kShown; ++i) {
+    const std::string difference = Difference(Of(ranks[i])->spec, *reference);
+    if (difference.empty()) continue;
+    absl::StrAppend(&text, std::exchange(separator, "; "), "rank ", ranks[i], " has ", difference);
+  }
+  if (ranks.size() > kShown) absl::StrAppend(&text, "; and ", ranks.size() - kShown, " more");
+  return MakeError(absl::StatusCode::kFailedPrecondition, kLayerSpecMismatch, std::move(text), std::move(ranks));
+}
+
+}  // namespace syncbn::core
