@@ -25,17 +25,21 @@ absl::Status CheckOptions(const BatchNorm::Options& options) {
 
 }  // namespace
 
+LayerOptions BatchNorm::LayerOf(const Options& options) {
+  LayerOptions layer;
+  layer.name = options.name;
+  layer.channels = static_cast<uint32_t>(options.channels);
+  layer.eps = options.eps;
+  layer.clamp_eps = options.clamp_eps;
+  layer.momentum = options.momentum;
+  layer.biased_running_variance = options.biased_running_variance;
+  return layer;
+}
+
 absl::StatusOr<BatchNorm> BatchNorm::Create(Worker* worker, Options options) {
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
   if (worker != nullptr) {
-    LayerOptions layer;
-    layer.name = options.name;
-    layer.channels = static_cast<uint32_t>(options.channels);
-    layer.eps = options.eps;
-    layer.clamp_eps = options.clamp_eps;
-    layer.momentum = options.momentum;
-    layer.biased_running_variance = options.biased_running_variance;
-    if (absl::Status status = worker->DeclareLayer(layer); !status.ok()) return status;
+    if (absl::Status status = worker->DeclareLayer(LayerOf(options)); !status.ok()) return status;
   }
   return BatchNorm(worker, std::move(options));
 }
@@ -75,11 +79,22 @@ absl::Status BatchNorm::Forward(const TensorView& x, const TensorView& y) {
   return status;
 }
 
+absl::Status BatchNorm::DeclareAgain() {
+  const std::optional<LayerOptions> known = worker_->FindLayer(options_.name);
+  const LayerOptions mine = LayerOf(options_);
+  if (known.has_value() && known->kind == mine.kind && known->channels == mine.channels && known->eps == mine.eps &&
+      known->clamp_eps == mine.clamp_eps) {
+    return absl::OkStatus();
+  }
+  return worker_->DeclareLayer(mine);
+}
+
 absl::Status BatchNorm::ForwardOverBatch(const TensorView& x, const TensorView& y) {
   if (worker_ == nullptr) {
     return absl::FailedPreconditionError(
         absl::StrCat("layer \"", options_.name, "\" has no worker to synchronize its batch statistics with"));
   }
+  if (absl::Status status = DeclareAgain(); !status.ok()) return status;
   PassOptions pass_options;
   pass_options.num_threads = options_.num_threads;
   absl::StatusOr<ForwardPass> pass = ForwardPass::Start(*worker_, options_.name, x, pass_options);

@@ -75,6 +75,9 @@ class BatchNorm {
   BatchNorm(Worker* worker, Options options);
 
   bool uses_batch_statistics() const { return training_ || !options_.track_running_stats; }
+  static LayerOptions LayerOf(const Options& options);
+  // If another model of this worker has used the layer's name since.
+  absl::Status DeclareAgain();
   absl::Status ForwardOverBatch(const TensorView& x, const TensorView& y);
   EvaluateOptions Evaluation();
   BackwardInputs InputsOf(const TensorView& x, const TensorView& dy);

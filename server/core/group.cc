@@ -204,6 +204,8 @@ void Group::TakeSeat(StreamId stream, const Join& join, absl::Time now, Effects&
                                                                         join.rank, " has joined on another stream"),
                                                            {join.rank})});
   }
+  // The first that this master sees of an incarnation that an earlier one gave.
+  if (join.incarnation != member.incarnation) member.resuming = join.incarnation != 0;
   const bool had_contributed = member.has_contributed;
   Vacate(join.rank);
   member.state = MemberState::kPresent;
@@ -367,7 +369,7 @@ void Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, bool r
   for (const LayerSpec& spec : specs) {
     auto it = layers_.find(spec.name);
     if (it == layers_.end()) {
-      it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_.retained_rounds, &budget_)).first;
+      it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_, &budget_)).first;
     }
     Declare(rank, spec, returning, *it->second, now, effects);
   }

@@ -75,6 +75,8 @@ class Group {
     uint64_t last_arrivals = 0;
     absl::Time joined_at;
     bool has_contributed = false;  // In this incarnation.
+    // Has come back from an earlier master, and been told no outcome since: what it contributes may have had one.
+    bool resuming = false;
     // While lost: until when it may come back before rounds stop waiting for it, and whether that time has passed.
     absl::Time grace_until;
     bool given_up = false;
@@ -84,7 +86,8 @@ class Group {
   struct PendingRound {
     absl::Time begun;
     absl::Time deadline;
-    absl::Time alarm;  // When time next matters to it: when it becomes late, then its deadline.
+    absl::Time alarm;            // When time next matters to it: when it becomes late, then its deadline.
+    bool straddles = false;      // Some of it may be of the time before the master's restart.
     DeclarationPtr declaration;  // Of its first contribution; the others must be made under the same.
     size_t bytes = 0;
     size_t needed = 0;  // Contributions, if nobody leaves.
@@ -146,6 +149,8 @@ class Group {
   void TellLate(PendingRounds::iterator round, absl::Time now, Effects& effects);
   // Ends the round because its time is up.
   void Expire(PendingRounds::iterator round, absl::Time now, Effects& effects);
+  // Ends it with those that have contributed, or with an error, as the policy has it. `when`: " within 30s of ...".
+  void EndWithout(PendingRounds::iterator round, absl::string_view when, absl::Time now, Effects& effects);
   // "; to rank 1 the layer has channels 23 instead of 41", if one of the missing has not declared it as the round's
   // contributors have.
   std::string StillDeclaring(PendingRounds::const_iterator round, const std::vector<Rank>& missing) const;
@@ -165,6 +170,7 @@ class Group {
   void Block(Rank rank, const std::vector<RoundKey>& keys);
   void Unblock(Rank rank);
   void FindDeadlock(absl::Time now, Effects& effects);
+  std::string DescribeWaiters() const;
   // Tells one member alone that its contribution was refused.
   void Refuse(Rank rank, const RoundKey& key, Error error, Effects& effects) const;
 

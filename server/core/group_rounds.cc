@@ -30,9 +30,10 @@ void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Ti
   auto round = pending_.find(key);
   std::optional<Error> refusal;
   if (layer.Expired(key.phase, key.sequence) && round == pending_.end()) {
-    refusal = MakeError(absl::StatusCode::kFailedPrecondition, kRoundExpired,
-                        absl::StrCat("the ", Describe(key), " is ", limits_.retained_rounds,
-                                     " or more sequences behind the layer's newest and has been forgotten"));
+    refusal =
+        MakeError(absl::StatusCode::kFailedPrecondition, kRoundExpired,
+                  absl::StrCat("the ", Describe(key), " is ", limits_.retained_rounds,
+                               " or more sequences behind the newest that has completed, and has been forgotten"));
   } else if (key.phase == Phase::kBackward) {
     refusal = CheckBackward(rank, key, layer);
   }
@@ -200,6 +201,7 @@ bool Group::Take(Rank rank, const Contribution& contribution, DeclarationPtr dec
   round->second.payloads.emplace(rank, std::move(payload));
   if (round->second.payloads.size() == 1) round->second.declaration = std::move(declaration);
   round->second.last_rank = rank;
+  round->second.straddles = round->second.straddles || member.resuming;
   member.has_contributed = true;
   ++member.contributions;
   return true;
@@ -323,17 +325,22 @@ std::vector<Rank> Group::AwaitedRanks(const RoundKey& key, const PendingRound& r
 }
 
 void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effects) {
+  EndWithout(round,
+             absl::StrCat(" within ", absl::FormatDuration(*config_.round_timeout), " of its first contribution"), now,
+             effects);
+}
+
+void Group::EndWithout(PendingRounds::iterator round, absl::string_view when, absl::Time now, Effects& effects) {
   std::vector<Rank> missing = AwaitedRanks(round->first, round->second);
   const size_t contributed = round->second.payloads.size();
-  const std::string wait = absl::FormatDuration(*config_.round_timeout);
   if (config_.missing_policy != MissingPolicy::kProceed) {
-    std::string text = absl::StrCat(RankList(missing), " did not contribute to the ", Describe(round->first),
-                                    " within ", wait, " of its first contribution", StillDeclaring(round, missing));
+    std::string text = absl::StrCat(RankList(missing), " did not contribute to the ", Describe(round->first), when,
+                                    StillDeclaring(round, missing));
     Fail(round, MakeError(absl::StatusCode::kDeadlineExceeded, kRoundTimeout, std::move(text), std::move(missing)), now,
          effects);
   } else if (contributed < LeastWorkers(round->second)) {
-    std::string text = absl::StrCat("only ", contributed, " workers contributed to the ", Describe(round->first),
-                                    " within ", wait, ", and min_workers is ", config_.min_workers);
+    std::string text = absl::StrCat("only ", contributed, " workers contributed to the ", Describe(round->first), when,
+                                    ", and min_workers is ", config_.min_workers);
     Fail(round, MakeError(absl::StatusCode::kFailedPrecondition, kTooFewWorkers, std::move(text), std::move(missing)),
          now, effects);
   } else {
@@ -374,6 +381,7 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
   EndedRound ended;
   ended.outcome = outcome;
   ended.failed = failed;
+  ended.alone = pending.payloads.size() == 1 && present_ > 1;
   ended.backward_required = outcome->backward_required;
   ended.count = outcome->count;
   ended.declaration = pending.declaration;
@@ -385,6 +393,7 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
     ended.digests.push_back(Digest(payload));
     if (members_[rank].state != MemberState::kPresent) continue;
     streams.push_back(members_[rank].stream);
+    members_[rank].resuming = false;
     const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;
     if (std::find(blocked_on.begin(), blocked_on.end(), round->first) != blocked_on.end()) Unblock(rank);
   }
@@ -431,27 +440,44 @@ void Group::Unblock(Rank rank) {
 void Group::FindDeadlock(absl::Time now, Effects& effects) {
   // Whoever is absent or lost may still come and contribute; whoever has left is waited for by nobody.
   if (blocked_ == 0 || blocked_ != present_ || present_ + left_ != world_size_) return;
+  std::vector<RoundKey> keys;
+  for (const MemberRecord& member : members_) {
+    keys.insert(keys.end(), member.blocked_on.begin(), member.blocked_on.end());
+  }
+  std::sort(keys.begin(), keys.end());
+  keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+  // Where an earlier master has told some members an outcome and others not, these wait for those, who have gone on.
+  const bool split =
+      std::any_of(keys.begin(), keys.end(), [this](const RoundKey& key) { return pending_.at(key).straddles; });
+  const std::string text = DescribeWaiters();
+  for (const RoundKey& key : keys) {
+    const auto round = pending_.find(key);
+    if (split) {
+      EndWithout(
+          round,
+          " before every worker had come to wait; the master has restarted, and an outcome that some of them had "
+          "before is lost",
+          now, effects);
+      continue;
+    }
+    std::vector<Rank> missing = MissingRanks(key, round->second);
+    Fail(round, MakeError(absl::StatusCode::kAborted, kDeadlock, text, std::move(missing)), now, effects);
+  }
+}
+
+std::string Group::DescribeWaiters() const {
   constexpr size_t kShown = 8;
   std::string text = "every worker waits, and on different rounds: ";
-  std::vector<RoundKey> keys;
   size_t shown = 0;
   for (Rank rank = 0; rank < world_size_; ++rank) {
     const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;
     if (blocked_on.empty()) continue;
-    if (shown++ < kShown) {
-      absl::StrAppend(&text, shown == 1 ? "" : "; ", "rank ", rank, " on the ", Describe(blocked_on.front()));
-      if (blocked_on.size() > 1) absl::StrAppend(&text, " and ", blocked_on.size() - 1, " more");
-    }
-    keys.insert(keys.end(), blocked_on.begin(), blocked_on.end());
+    if (shown++ >= kShown) continue;
+    absl::StrAppend(&text, shown == 1 ? "" : "; ", "rank ", rank, " on the ", Describe(blocked_on.front()));
+    if (blocked_on.size() > 1) absl::StrAppend(&text, " and ", blocked_on.size() - 1, " more");
   }
   if (shown > kShown) absl::StrAppend(&text, "; and ", shown - kShown, " more workers");
-  std::sort(keys.begin(), keys.end());
-  keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
-  for (const RoundKey& key : keys) {
-    const auto round = pending_.find(key);
-    std::vector<Rank> missing = MissingRanks(key, round->second);
-    Fail(round, MakeError(absl::StatusCode::kAborted, kDeadlock, text, std::move(missing)), now, effects);
-  }
+  return text;
 }
 
 }  // namespace syncbn::core

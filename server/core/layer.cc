@@ -102,14 +102,26 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
   size_t bytes = (outcome.first.size() + outcome.second.size()) * sizeof(double) +
                  outcome.missing_ranks.size() * sizeof(Rank) + round.digests.size() * sizeof(uint64_t);
   if (round.failed) bytes += outcome.error->message.size() + outcome.error->ranks.size() * sizeof(Rank);
+  const bool aside = round.failed || round.alone;
   auto record = std::make_unique<EndedRound>(std::move(round));
   EndedRound* const address = record.get();
   h.rounds[key.sequence] = Retained{std::move(record), budget_->Retain(address, bytes)};
-  h.newest = std::max(h.newest, key.sequence);
-  while (!h.rounds.empty() && Expired(key.phase, h.rounds.begin()->first)) {
-    budget_->Release(h.rounds.begin()->second.handle);
-    h.rounds.erase(h.rounds.begin());
+  if (aside) {
+    h.aside.push_back(key.sequence);
+  } else {
+    h.newest = std::max(h.newest, key.sequence);
   }
+  while (!h.rounds.empty() && Expired(key.phase, h.rounds.begin()->first)) Erase(h, h.rounds.begin());
+  while (h.aside.size() > retained_failures_) {
+    const auto oldest = h.rounds.find(h.aside.front());
+    h.aside.pop_front();
+    if (oldest != h.rounds.end()) Erase(h, oldest);
+  }
+}
+
+void Layer::Erase(History& history, absl::btree_map<uint64_t, Retained>::iterator record) {
+  budget_->Release(record->second.handle);
+  history.rounds.erase(record);
 }
 
 LayerSummary Layer::Summary() const {

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <list>
 #include <memory>
 #include <optional>
@@ -42,6 +43,8 @@ using Roster = std::vector<Contributor>;  // By rank.
 struct EndedRound {
   std::shared_ptr<const RoundOutcome> outcome;
   bool failed = false;
+  // One member alone contributed, by a policy that allows it, though others were there.
+  bool alone = false;
   bool backward_required = false;
   int64_t count = 0;
   DeclarationPtr declaration;  // Of all its contributions.
@@ -81,8 +84,11 @@ class OutcomeBudget {
 // Not thread-safe; pure.
 class Layer {
  public:
-  Layer(const LayerSpec& spec, uint64_t retained_rounds, OutcomeBudget* budget)
-      : declarations_(spec), retained_rounds_(retained_rounds), budget_(budget) {}
+  Layer(const LayerSpec& spec, const Limits& limits, OutcomeBudget* budget)
+      : declarations_(spec),
+        retained_rounds_(limits.retained_rounds),
+        retained_failures_(limits.retained_failures),
+        budget_(budget) {}
 
   const std::string& name() const { return declarations_.current()->spec.name; }
   const Declarations& declarations() const { return declarations_; }
@@ -92,7 +98,7 @@ class Layer {
 
   // The record of an ended round, or null.
   EndedRound* Find(Phase phase, uint64_t sequence);
-  // Whether the key lies so far behind the newest of its phase that it may have been forgotten.
+  // Whether the key lies so far behind the newest completed one of its phase that it may have been forgotten.
   bool Expired(Phase phase, uint64_t sequence) const;
   // Takes the record of a round that has just ended, and forgets those that have become too old. Updates the running
   // statistics if it is a forward round that completed.
@@ -110,16 +116,23 @@ class Layer {
   struct History {
     absl::btree_map<uint64_t, Retained> rounds;
     std::optional<uint64_t> newest_completed;
+    // What decides how old others are: the newest that workers completed together. A number that one of them alone
+    // believes in, wrong or hostile, does not count, however great it is ...
     uint64_t newest = 0;
+    // ... and such rounds are remembered by their number instead: the failed and the lonely, in the order of their
+    // ends.
+    std::deque<uint64_t> aside;
   };
 
   const History& history(Phase phase) const { return histories_[static_cast<size_t>(phase) - 1]; }
   History& history(Phase phase) { return histories_[static_cast<size_t>(phase) - 1]; }
+  void Erase(History& history, absl::btree_map<uint64_t, Retained>::iterator record);
   // Takes a completed forward round into the running statistics.
   void Observe(const EndedRound& round);
 
   Declarations declarations_;
   const uint64_t retained_rounds_;
+  const size_t retained_failures_;
   OutcomeBudget* const budget_;
   std::array<History, 3> histories_;
   std::shared_ptr<const RoundOutcome> newest_forward_;

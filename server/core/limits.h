@@ -36,6 +36,8 @@ struct Limits {
   // What a master remembers of ended rounds. A backward round finds its forward round, and a replay its outcome, up to
   // this many sequences behind the layer's newest ...
   uint64_t retained_rounds = 128;
+  // Rounds that have failed do not make others old. As many are remembered for each layer and phase, the newest.
+  size_t retained_failures = 1024;
   // ... but outcomes (vectors, errors, missing ranks) are forgotten, oldest first, where those of a group exceed this
   // many bytes.
   size_t max_retained_bytes = size_t{4} << 20;

@@ -52,7 +52,7 @@ void Model::Begin() {
   told_.clear();
   must_answer_.clear();
   ended_now_.clear();
-  deadlock_now_ = false;
+  deadlock_now_ = split_now_ = false;
 }
 
 void Model::Violate(const std::string& what) {
@@ -160,7 +160,10 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
     return Violate(absl::StrCat("stream ", joined.stream, " is told joined, and has not asked"));
   }
   const core::Join& join = joining_.at(joined.stream);
-  if (run_id_ == 0) run_id_ = joined.run_id;
+  if (run_id_ == 0) {
+    run_id_ = joined.run_id;
+    resumed_ = join.run_id != 0;
+  }
   if (joined.run_id != run_id_ || (join.run_id != 0 && join.run_id != run_id_)) Violate("a join into another run");
   if (Intrudes(join)) Violate(absl::StrCat("rank ", join.rank, " is seated with other layers"));
   refused_.erase(join.rank);
@@ -396,7 +399,7 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
     awaited.push_back(rank);
     if (GivenUp(rank, now)) lost.push_back(rank);
   }
-  const bool late = now >= round.begun + *settings_.config.round_timeout;
+  const bool late = now >= round.begun + *settings_.config.round_timeout || Split();
   bool due = false;
   if (reason == "ROUND_TIMEOUT") {
     due = !proceeds() && late && error.ranks == awaited;
@@ -431,7 +434,7 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
 void Model::CheckCompletion(const core::RoundOutcome& outcome, const Pending& round, absl::Time now) {
   const std::vector<Rank> missing = Missing(round);
   if (outcome.missing_ranks != missing) Violate(absl::StrCat(Name(outcome.key), " names the wrong missing ranks"));
-  const bool late = now >= round.begun + *settings_.config.round_timeout;
+  const bool late = now >= round.begun + *settings_.config.round_timeout || Split();
   for (const Rank rank : missing) {
     if (Left(rank) || (proceeds() && (late || GivenUp(rank, now)))) continue;
     Violate(absl::StrCat(Name(outcome.key), " completes without rank ", rank));
@@ -645,6 +648,11 @@ bool Model::Deadlocked() const {
     ++blocked;
   }
   return blocked != 0;
+}
+
+bool Model::Split() {
+  split_now_ = split_now_ || (resumed_ && Deadlocked());
+  return split_now_;
 }
 
 size_t Model::Least(const Pending& round) const {

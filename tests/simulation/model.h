@@ -160,6 +160,9 @@ class Model {
   bool Blocked(core::Rank rank) const;
   bool Deadlocked() const;
   bool proceeds() const { return settings_.config.missing_policy == core::MissingPolicy::kProceed; }
+  // Everyone is blocked where an earlier master may have told some of them an outcome: rounds end as at their
+  // deadlines.
+  bool Split();
   size_t Least(const Pending& round) const;
   std::vector<core::Rank> Missing(const Pending& round) const;
   static bool Bad(const Part& part, const core::LayerSpec& spec);
@@ -178,6 +181,7 @@ class Model {
   std::set<std::string> completed_;  // Layers that have had a completed round.
   std::set<core::Rank> refused_;     // Vacant, and last claimed by someone with other layers.
   uint64_t run_id_ = 0;              // 0 while there is no group.
+  bool resumed_ = false;             // The run began under another master.
   bool shutting_down_ = false;
 
   // Of the event that is being handled.
@@ -196,6 +200,7 @@ class Model {
   std::vector<core::RoundKey> must_answer_;
   std::set<core::RoundKey> ended_now_;
   bool deadlock_now_ = false;
+  bool split_now_ = false;
 };
 
 }  // namespace syncbn::simulation

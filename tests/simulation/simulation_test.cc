@@ -123,8 +123,8 @@ INSTANTIATE_TEST_SUITE_P(
                       PlantedBug{"IgnoredDeadline", Bug::kIgnoredDeadline}, PlantedBug{"EarlyLeave", Bug::kEarlyLeave},
                       PlantedBug{"WrongVariance", Bug::kWrongVariance}, PlantedBug{"SplitOutcome", Bug::kSplitOutcome},
                       PlantedBug{"AcceptedNan", Bug::kAcceptedNan}, PlantedBug{"AnyLayers", Bug::kAnyLayers},
-                      PlantedBug{"SilentLate", Bug::kSilentLate},
-                      PlantedBug{"LostDeclaration", Bug::kLostDeclaration}, PlantedBug{"StolenSeat", Bug::kStolenSeat}),
+                      PlantedBug{"SilentLate", Bug::kSilentLate}, PlantedBug{"LostDeclaration", Bug::kLostDeclaration},
+                      PlantedBug{"StolenSeat", Bug::kStolenSeat}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

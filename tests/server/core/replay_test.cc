@@ -176,6 +176,80 @@ TEST_F(ShortMemoryTest, ARoundInFlightIsNotExpiredByNewerOnes) {
   EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", 0))), "");
 }
 
+// ---- Numbers far ahead ----------------------------------------------------------------------------------------------
+
+// One worker alone believes in a number, by malice or because it resumed at a wrong one: the others' rounds go on.
+class FarAheadTest : public ReplayTest, public ::testing::WithParamInterface<uint64_t> {};
+
+TEST_P(FarAheadTest, AFailedForwardRoundMakesNoOtherOld) {
+  JoinAll(2);
+  CompleteForward(0);
+  engine_.Contribute(workers_[1], Forward("bn", GetParam()), kNumbers);
+  engine_.Advance(*engine_.View().config.round_timeout);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", GetParam()))), kRoundTimeout);
+  CompleteForward(1);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", 1))), "");
+  for (const StreamId worker : workers_) engine_.Contribute(worker, Backward("bn", 1), {0, {1.0, 1.0}, {1.0, 1.0}});
+  EXPECT_EQ(engine_.Outcome(workers_[0], Backward("bn", 1))->count, 8);
+  // The failure is remembered all the same.
+  engine_.Contribute(workers_[0], Forward("bn", GetParam()), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[0], Forward("bn", GetParam()))), kRoundTimeout);
+  EXPECT_THAT(engine_.View().pending, IsEmpty());
+}
+
+TEST_P(FarAheadTest, NorDoesAFailedSum) {
+  JoinAll(2);
+  for (const StreamId worker : workers_) engine_.Declare(worker, {testing::SumLayer("s", 1)});
+  const testing::Numbers value{0, {1.0}, {}};
+  engine_.Contribute(workers_[1], testing::Sum("s", GetParam()), value);
+  engine_.Advance(*engine_.View().config.round_timeout);
+  for (const StreamId worker : workers_) engine_.Contribute(worker, testing::Sum("s", 0), value);
+  EXPECT_EQ(engine_.Outcome(workers_[0], testing::Sum("s", 0))->first, std::vector<double>(1, 2.0));
+}
+
+TEST_P(FarAheadTest, ABackwardRoundNeedsItsForwardRoundThere) {
+  JoinAll(2);
+  CompleteForward(0);
+  engine_.Contribute(workers_[1], Backward("bn", GetParam()), {0, {1.0, 1.0}, {1.0, 1.0}});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Backward("bn", GetParam()))), kForwardRoundUnknown);
+  for (const StreamId worker : workers_) engine_.Contribute(worker, Backward("bn", 0), {0, {1.0, 1.0}, {1.0, 1.0}});
+  EXPECT_EQ(engine_.Outcome(workers_[0], Backward("bn", 0))->count, 8);
+}
+
+// By a policy that lets one worker complete a round alone.
+TEST_P(FarAheadTest, NorDoesOneThatAProceedingGroupCompletesWithItsSenderAlone) {
+  GroupConfig config;
+  config.missing_policy = MissingPolicy::kProceed;
+  config.min_workers = 1;
+  for (Rank rank = 0; rank < 2; ++rank) {
+    Join join = testing::MakeJoin(rank, 2);
+    join.config = config;
+    workers_.push_back(engine_.Join(join));
+    engine_.Declare(workers_.back(), {BatchNormLayer("bn", 2)});
+  }
+  engine_.Contribute(workers_[1], Forward("bn", GetParam()), kNumbers);
+  engine_.Advance(*engine_.View().config.round_timeout);
+  EXPECT_EQ(engine_.Outcome(workers_[1], Forward("bn", GetParam()))->count, 4);
+  CompleteForward(0);
+  EXPECT_EQ(engine_.Outcome(workers_[0], Forward("bn", 0))->count, 8);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, FarAheadTest, ::testing::Values(1000, 1000000, uint64_t{1} << 63, UINT64_MAX),
+                         [](const auto& info) { return std::to_string(info.param); });
+
+TEST_F(ReplayTest, ManyFailuresAreForgottenOldestFirst) {
+  Limits limits;
+  JoinAll(2);
+  const Numbers bad{4, {std::nan(""), 1.0}, {1.0, 1.0}};
+  for (uint64_t i = 0; i <= limits.retained_failures; ++i) {
+    engine_.Contribute(workers_[0], Forward("bn", 1'000'000 - i), bad);
+  }
+  engine_.Contribute(workers_[1], Forward("bn", 1'000'000), kNumbers);
+  EXPECT_THAT(engine_.Outcomes(workers_[1], Forward("bn", 1'000'000)), IsEmpty()) << "it begins anew";
+  engine_.Contribute(workers_[1], Forward("bn", 999'999), kNumbers);
+  EXPECT_EQ(engine_.Outcomes(workers_[1], Forward("bn", 999'999)).size(), 1u);
+}
+
 class SmallMemoryTest : public ReplayTest {
  protected:
   // The vectors of a round of two channels are 32 bytes, and what is kept of its two contributors some more.
