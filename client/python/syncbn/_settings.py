@@ -1,11 +1,14 @@
 """What a worker joins with: arguments, and the environment for those that are absent."""
 
-from typing import Any, Optional, Sequence, Tuple
+import ctypes
+import logging
+from typing import Any, Callable, Optional, Sequence, Tuple, Union
 
 from syncbn import _arguments, _environment, _library, errors
 from syncbn._library import text
 from syncbn._rounds import nanoseconds
 
+_logger = logging.getLogger("syncbn")
 # Seconds after which a round that lacks a worker fails: as long as a checkpoint or a validation may take.
 DEFAULT_TIMEOUT = 600.0
 DEFAULT_JOIN_TIMEOUT = 30.0
@@ -61,13 +64,32 @@ def targets(given: Any) -> str:
     if isinstance(given, str):
         return _arguments.text("target", given, 65536)
     if not isinstance(given, Sequence) or isinstance(given, (bytes, bytearray)):
-        raise TypeError(f"target is {given!r}, of type {type(given).__name__}; it has to be a string or a list of strings")
+        raise TypeError(
+            f"target is {given!r}, of type {type(given).__name__}; it has to be a string, a list of strings or a function"
+        )
     if not given:
         raise _arguments.refused("target is an empty list")
     for one in given:
         if "," in _arguments.text("a target", one, 4096):
             raise _arguments.refused(f"a target is {one!r}; in a list each stands by itself, without a comma")
     return ",".join(given)
+
+
+def finder(target: Callable[[], Any]) -> Any:
+    """`target` as the library calls it, at each attempt to connect."""
+
+    def find(buffer: Any, size: int, _: Any) -> int:
+        try:
+            found = targets(target()).encode() + b"\0"
+            if len(found) > size:
+                raise _arguments.refused(f"the target has {len(found) - 1} bytes; it has at most {size - 1}")
+        except Exception as error:
+            _logger.warning("the worker's target function failed, and is asked again: %s: %s", type(error).__name__, error)
+            return int(errors.Code.UNAVAILABLE)
+        ctypes.memmove(buffer, found, len(found))
+        return 0
+
+    return _library.TARGET_FUNCTION(find)
 
 
 class Settings:
@@ -93,7 +115,7 @@ class Settings:
         stream_ordered: Any,
     ) -> None:
         target = _first(target or None, lambda: _environment.text("SYNCBN_TARGET"))
-        self.target: Optional[str] = None if target is None else targets(target)
+        self.target: Union[str, Callable[[], Any], None] = target if target is None or callable(target) else targets(target)
         self.rank, self.world_size = _place(rank, world_size, self.target is not None)
         self.job = _arguments.text("job", _first(job, _environment.job))
         self.group = _arguments.text("group", _first(group, lambda: _environment.text("SYNCBN_GROUP"), "default"))
@@ -111,11 +133,12 @@ class Settings:
         self.key_file = _file("key_file", key_file)
         self.stream_ordered = bool(_first(stream_ordered, lambda: _environment.flag("SYNCBN_STREAM_ORDERED")))
 
-    def options(self, target: str) -> _library.WorkerOptions:
+    def options(self, target: Union[str, Callable[[], Any]]) -> _library.WorkerOptions:
+        """They keep what they point to."""
         grace = self.rejoin_grace
         proceed = self.min_workers is not None
         return _library.WorkerOptions(
-            target=text(target),
+            target=None if callable(target) else text(target),
             job=text(self.job),
             group=text(self.group),
             rank=self.rank,
@@ -130,6 +153,7 @@ class Settings:
             trusted_ca_file=text(self.trusted_ca_file),
             cert_file=text(self.cert_file),
             key_file=text(self.key_file),
+            find_target=finder(target) if callable(target) else _library.TARGET_FUNCTION(),
         )
 
 

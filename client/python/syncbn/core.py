@@ -49,7 +49,8 @@ class Worker:
 
     Args:
       target: the master, "HOST:PORT" or "unix:PATH"; or several, of which one that answers is taken: separated by commas,
-        or a list. Default: $SYNCBN_TARGET. Without either, a world of one worker has a master of its own, in a process
+        or a list. Or a function that returns either, called at each attempt to connect, on any thread, for a short time;
+        if it raises, that is a warning in the log, and an attempt that failed. Default: $SYNCBN_TARGET. Without either, a world of one worker has a master of its own, in a process
         beside this one: it normalizes over its own batches.
       group: which group of the job to join. Default: $SYNCBN_GROUP, else "default".
       rank, world_size: default $RANK and $WORLD_SIZE, as torchrun sets them.
@@ -130,7 +131,8 @@ class Worker:
                 self._own_master = _master_of_one()
                 self.target = self._own_master.target
             with _joins():
-                self._handle = _join(settings.options(self.target))
+                self._options = settings.options(self.target)  # The library may call a function that it points to.
+                self._handle = _join(self._options)
                 with _open_lock:
                     _open_workers.append(weakref.ref(self))
         except BaseException:
