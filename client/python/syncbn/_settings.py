@@ -131,6 +131,8 @@ class Settings:
         self.trusted_ca_file = _file("trusted_ca_file", trusted_ca_file)
         self.cert_file = _file("cert_file", cert_file)
         self.key_file = _file("key_file", key_file)
+        if self.target is None:  # A master of its own has no TLS, and is on this host.
+            self.trusted_ca_file = self.cert_file = self.key_file = None
         self.stream_ordered = bool(_first(stream_ordered, lambda: _environment.flag("SYNCBN_STREAM_ORDERED")))
 
     def options(self, target: Union[str, Callable[[], Any]]) -> _library.WorkerOptions:

@@ -118,10 +118,11 @@ def test_the_join_timeout_comes_from_the_environment(monkeypatch, tmp_path):
         syncbn.Worker(rank=0, world_size=1)
 
 
-@pytest.mark.parametrize("name", ["TRUSTED_CA_FILE", "CERT_FILE", "KEY_FILE"])
+@pytest.mark.parametrize("name", ["TRUSTED_CA_FILE", "CERT_FILE"])
 def test_files_for_tls_come_from_the_environment(master, monkeypatch, name):
-    environment(monkeypatch, **{f"SYNCBN_CLIENT_{name}": "/nonexistent/file.pem"})
-    with pytest.raises(syncbn.Error, match="/nonexistent/file.pem"):
+    names = [name] if name == "TRUSTED_CA_FILE" else ["CERT_FILE", "KEY_FILE"]  # Which come together.
+    environment(monkeypatch, **{f"SYNCBN_CLIENT_{each}": f"/nonexistent/{each}.pem" for each in names})
+    with pytest.raises(syncbn.Error, match="/nonexistent/.*.pem"):
         syncbn.Worker(master.target, "tls", 0, 1, join_timeout=0.5)
 
 
@@ -387,7 +388,9 @@ def python(source, *flags, **variables):
     return done
 
 
-@pytest.mark.parametrize("variables", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
+@pytest.mark.parametrize(
+    "variables", [{}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SYNCBN_CLIENT_TRUSTED_CA_FILE": "/etc/of/the/cluster.pem"}]
+)
 def test_one_worker_without_a_target_is_a_group_by_itself(variables):
     (record,) = json.loads(python(_ALONE, **variables).stdout)
     assert "SYNCBN_TARGET" in record and "its own batches" in record
