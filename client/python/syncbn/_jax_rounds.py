@@ -81,7 +81,7 @@ class Layer(NamedTuple):
         return self.eps_mode == "clamp"
 
     def declare(self) -> None:
-        """Makes the layer known as it is in this program, which another program of the worker may have changed."""
+        """Makes the layer known to the master."""
         self.worker.declare_layer(
             self.name,
             self.channels,
@@ -96,23 +96,51 @@ class Layer(NamedTuple):
 # ---- On the host ----
 
 
+class _Named:
+    """What a worker knows of a layer's name."""
+
+    def __init__(self) -> None:
+        self.channels = 0
+        self.awaited: Set[int] = set()
+        """Sequences of forward rounds whose backward rounds are still to come."""
+
+
 class _Awaited:
-    """The forward rounds of a worker whose backward rounds are still to come, by layer."""
+    """The forward rounds of every worker whose backward rounds are still to come."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._workers: "weakref.WeakKeyDictionary[Worker, Dict[str, Set[int]]]" = weakref.WeakKeyDictionary()
+        self._workers: "weakref.WeakKeyDictionary[Worker, Dict[str, _Named]]" = weakref.WeakKeyDictionary()
+
+    def _named(self, layer: Layer) -> _Named:
+        return self._workers.setdefault(layer.worker, {}).setdefault(layer.name, _Named())
+
+    def declare(self, layer: Layer) -> None:
+        """Makes the layer known as it is in this program, which another program of the worker may have changed."""
+        layer.declare()
+        with self._lock:
+            self._named(layer).channels = layer.channels
+
+    def check(self, layer: Layer) -> None:
+        """Refuses to go back through a layer whose name has been given to another one since its forward pass."""
+        with self._lock:
+            channels = self._named(layer).channels
+        if channels not in (0, layer.channels):
+            raise ValueError(
+                f"layer {layer.name!r} has {layer.channels} channels, and its name was used again for {channels} channels "
+                "before its backward pass: use another name for one of the two"
+            )
 
     def add(self, layer: Layer, sequence: int) -> None:
         with self._lock:
-            self._workers.setdefault(layer.worker, {}).setdefault(layer.name, set()).add(sequence)
+            self._named(layer).awaited.add(sequence)
 
     def take(self, layer: Layer, sequence: int) -> bool:
         """Whether it was there; it is not any more."""
         with self._lock:
-            sequences = self._workers.get(layer.worker, {}).get(layer.name, set())
-            found = sequence in sequences
-            sequences.discard(sequence)
+            awaited = self._named(layer).awaited
+            found = sequence in awaited
+            awaited.discard(sequence)
             return found
 
 
@@ -144,7 +172,7 @@ def _merge(
     mean, rest, m2 = np.asarray(mean), np.asarray(rest, np.float64), np.asarray(m2, np.float64)
     count = positions if count is None else int(count)
     pair = mean.dtype
-    layer.declare()
+    _awaited.declare(layer)
     if count == 0:
         merged = layer.worker.synchronize(layer.name, 0, backward=wanted)
     else:
@@ -178,6 +206,7 @@ def _exchange(layer: Layer, linear: bool, words: Any, values: Any) -> np.ndarray
 
     `linear`: the derivative of such means, which no forward round waits for.
     """
+    _awaited.check(layer)
     narrow = np.asarray(values)
     high, low, count_high, count_low = (int(word) for word in np.asarray(words))
     count = max(1, (count_high << 31) | count_low)

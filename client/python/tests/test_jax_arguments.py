@@ -144,3 +144,15 @@ def test_gradients_that_are_not_finite_flow(master, bad):
         _, wanted = jax.vjp(plain, jnp.asarray(X))
         np.testing.assert_array_equal(np.isfinite(dx), np.isfinite(wanted(jnp.asarray(dy))[0]))
         np.testing.assert_allclose(dx[:, 0], wanted(jnp.asarray(dy))[0][:, 0], atol=1e-5)
+
+
+def test_one_name_for_two_sizes(worker):
+    """One after the other they may share it; a step that goes back through both is told to name them apart."""
+    normalize = lambda v: sync.sync_batch_norm(v, layer="shared", worker=worker)[0]
+    with sync.typed_errors():
+        for part in (X, X[:, :2], X):
+            jax.block_until_ready(jax.grad(lambda v: (normalize(v) ** 3).sum())(jnp.asarray(part)))
+    both = jax.grad(lambda v: (normalize(v) ** 3).sum() + (normalize(v[:, :2]) ** 3).sum())
+    for step in (both, jax.jit(both)):
+        with pytest.raises(ValueError, match="has 3 channels.*2 channels.*use another name"), sync.typed_errors():
+            jax.block_until_ready(step(jnp.asarray(X)))
