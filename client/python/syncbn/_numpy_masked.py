@@ -159,7 +159,9 @@ class Pass:
         wide = dy.astype(np.float64)
         wide = wide if self._gate is None else np.where(self._gate, wide, 0.0)
         xmu = x.astype(np.float64) - _spread(self._mean, x)
-        own_dy, own_dy_xmu = wide.sum(_others(x)), (wide * xmu).sum(_others(x))
+        # Padding may be anything: where it neither counts nor matters to the loss, it has no part in the sum.
+        seen = np.where(self._counts | (wide != 0), xmu, 0.0)
+        own_dy, own_dy_xmu = wide.sum(_others(x)), (wide * seen).sum(_others(x))
         sum_dy, sum_dy_xmu = self._merged(own_dy, own_dy_xmu)
         count = max(1, self.count)
         slope = np.where(self._depends, self._invstd**2 * sum_dy_xmu / count, 0.0)

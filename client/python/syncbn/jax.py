@@ -227,7 +227,9 @@ def _normalize_backward(layer: Layer, residuals: Any, cotangents: Any) -> Tuple[
     invstd = _invstd(layer, found.var)
     xmu = (x.astype(wide) - _spread(found.mean, x, layer)) - _spread(found.rest, x, layer)
     # y is normalized everywhere, so that the sums run over all positions; the statistics come from those that count.
-    sums = jnp.stack([dy.sum(axes), (dy * xmu).sum(axes)])
+    # Padding may be anything: where it neither counts nor matters to the loss, it has no part in the sum.
+    seen = xmu if mask is None else jnp.where(mask | (dy != 0), xmu, 0)
+    sums = jnp.stack([dy.sum(axes), (dy * seen).sum(axes)])
     mean_dy, mean_dy_xmu = _jax_rounds.mean_over_workers(layer, found.words, sums)
     slope = invstd * invstd * mean_dy_xmu
     if layer.clamp:

@@ -128,15 +128,21 @@ def test_wrong_masks(master, mask, error, text):
             jax.block_until_ready(sync.sync_batch_norm(x, layer="bn", worker=worker, axis=1, mask=mask))
 
 
-def test_what_is_masked_out_may_be_nan(master):
-    x, _, weight, bias, mask = problem()
-    wanted = masked_oracle.normalize(*(v.astype(np.float64) for v in (x, weight, bias)), mask)[0]
-    with syncbn.Worker(master.target, "jax dirty", 0, 1) as worker, sync.typed_errors():
-        y, _ = sync.sync_batch_norm(
-            np.where(mask, x, np.nan), weight, bias, layer="bn", worker=worker, axis=1, mask=mask, eps=masked_oracle.EPS
-        )
-        everywhere = np.broadcast_to(mask, x.shape)
-        near(np.asarray(y)[everywhere], wanted[everywhere])
+def test_what_is_masked_out_may_be_anything(master):
+    """Padding that the loss does not see either reaches neither statistics nor gradients."""
+    x, dy, weight, bias, mask = problem()
+    dy = dy * mask
+    wanted = masked_oracle.expected(*(v.astype(np.float64) for v in (x, weight, bias)), mask, dy)
+    everywhere = np.broadcast_to(mask, x.shape)
+    for garbage in (np.nan, np.inf):
+        with syncbn.Worker(master.target, f"jax dirty {garbage}", 0, 1) as worker, sync.typed_errors():
+            normalize = lambda v, s, b: sync.sync_batch_norm(
+                v, s, b, layer="bn", worker=worker, axis=1, mask=mask, eps=masked_oracle.EPS
+            )[0]
+            y, back = jax.vjp(normalize, *map(jnp.asarray, (np.where(mask, x, garbage).astype(np.float32), weight, bias)))
+            dx, dw, db = back(jnp.asarray(dy, jnp.float32))
+            near(np.asarray(y)[everywhere], wanted["y"][everywhere])
+            near(dx, wanted["dx"]), near(dw, wanted["dw"]), near(db, wanted["db"])
 
 
 def test_evaluation_takes_no_notice_of_a_mask():

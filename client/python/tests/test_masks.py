@@ -209,16 +209,31 @@ def test_masks_without_any_position_at_all_workers(group):
     group(2, run)
 
 
-def test_what_is_masked_out_may_be_nan(group):
-    """Padding is anything: statistics and the others' outputs do not see it."""
-    x, _, weight, bias, mask = problem()
-    wanted = masked_oracle.normalize(x, weight, bias, mask)[0]
-    dirty = np.where(mask, x, np.nan)
-    y = group(1, lambda worker: syncbn.numpy.forward(
-        worker, "bn", dirty, weight, bias, eps=masked_oracle.EPS, mask=mask, backward=False)[0])[0]
-    everywhere = np.broadcast_to(mask, x.shape)
-    near(y[everywhere], wanted[everywhere])
-    assert np.isnan(y[~everywhere]).all()
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e300])
+def test_what_is_masked_out_may_be_anything(group, garbage):
+    """Padding that the loss does not see either reaches neither statistics nor gradients."""
+    x, dy, weight, bias, mask = problem()
+    dy = dy * mask
+    wanted = masked_oracle.expected(x, weight, bias, mask, dy)
+    dirty, everywhere = np.where(mask, x, garbage), np.broadcast_to(mask, x.shape)
+
+    def run(worker):
+        y, state = syncbn.numpy.forward(worker, "bn", dirty, weight, bias, eps=masked_oracle.EPS, mask=mask)
+        return y, state.backward(dy)
+
+    def layer(worker):
+        made = torch_layer(worker)
+        with torch.no_grad():
+            made.weight.copy_(torch.from_numpy(weight)), made.bias.copy_(torch.from_numpy(bias))
+        leaf = torch.from_numpy(dirty.copy()).requires_grad_()
+        y = made(leaf, torch.from_numpy(mask))
+        dx, dw, db = torch.autograd.grad(y, (leaf, made.weight, made.bias), torch.from_numpy(dy))
+        return y.detach().numpy(), syncbn.numpy.Gradients(dx.numpy(), dw.numpy(), db.numpy(), None)
+
+    for function in (run, layer)[: 1 if torch is None else 2]:
+        y, gradients = group(1, function)[0]
+        near(y[everywhere], wanted["y"][everywhere])
+        near(gradients.dx, wanted["dx"]), near(gradients.d_weight, wanted["dw"]), near(gradients.d_bias, wanted["db"])
 
 
 def test_the_master_keeps_the_same_running_variance(group):

@@ -143,7 +143,9 @@ def _gradients(
     of_counts.check("the mask", counts)
     weight = _tensors.vector_given_back("the weight", weight, of_weight)
     wide, xmu = dy.double(), x.double() - spread(found.mean, x)
-    own_dy, own_dy_xmu = wide.sum(others(x)), (wide * xmu).sum(others(x))
+    # Padding may be anything: where it neither counts nor matters to the loss, it has no part in the sum.
+    seen = xmu.masked_fill(~counts & (wide == 0), 0.0)
+    own_dy, own_dy_xmu = wide.sum(others(x)), (wide * seen).sum(others(x))
     sum_dy, sum_dy_xmu = ctx.state.merged(own_dy, own_dy_xmu)
     count, invstd = max(1, ctx.state.count), found.invstd
     dx = d_weight = d_bias = None
