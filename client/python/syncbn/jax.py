@@ -97,6 +97,15 @@ def _vector(value: Any, channels: int, name: str) -> Any:
     return array
 
 
+def _running(statistics: Any, channels: int) -> RunningStatistics:
+    try:
+        mean, var = statistics
+    except (TypeError, ValueError):
+        kind = type(statistics).__name__
+        raise TypeError(f"statistics is a {kind}; it has to be RunningStatistics, a mean and a variance") from None
+    return RunningStatistics(_vector(mean, channels, "statistics.mean"), _vector(var, channels, "statistics.var"))
+
+
 def _positions(mask: Any, x: Any, axis: int) -> Tuple[Any, Any]:
     """The mask as booleans that broadcast over x, with a channel axis of size 1; and what is wrong with its values.
 
@@ -322,14 +331,12 @@ def sync_batch_norm(
     channels, wide = x.shape[axis], _wide(x)
     scale = jnp.ones(channels, wide) if scale is None else _vector(scale, channels, "scale")
     bias = jnp.zeros(channels, wide) if bias is None else _vector(bias, channels, "bias")
-    if statistics is not None:
-        mean, var = statistics
-        _vector(mean, channels, "statistics.mean"), _vector(var, channels, "statistics.var")
+    kept = None if statistics is None else _running(statistics, channels)
     counted, faults = (None, jnp.zeros(2, bool)) if mask is None else _positions(mask, x, axis)
     if not train:
-        if statistics is None:
+        if kept is None:
             raise ValueError("evaluation needs running statistics")
-        return _evaluate(x, scale, bias, statistics, eps, axis), statistics
+        return _evaluate(x, scale, bias, kept, eps, axis), statistics
     constants = Layer(
         worker or default_worker(),
         layer,
@@ -343,4 +350,4 @@ def sync_batch_norm(
     )
     with _not_mapped():
         y, found = _normalize(constants, x, scale, bias, counted, faults)
-    return y, None if statistics is None else _update(statistics, found, momentum, biased_running_variance)
+    return y, None if kept is None else _update(kept, found, momentum, bool(biased_running_variance))

@@ -76,6 +76,8 @@ def test_float64_of_numpy_without_x64(worker):
         (dict(bias=1.0), ValueError, "bias has shape"),
         (dict(statistics=(np.zeros(4, np.float32), np.ones(4, np.float32))), ValueError, "statistics.mean has shape"),
         (dict(statistics=(np.zeros(3, np.int32), np.ones(3, np.float32))), TypeError, "statistics.mean is int32"),
+        (dict(statistics=np.zeros(3, np.float32)), TypeError, "it has to be RunningStatistics"),
+        (dict(statistics=7), TypeError, "it has to be RunningStatistics"),
         (dict(axis=2), ValueError, "axis is 2"),
         (dict(axis=-3), ValueError, "axis is -3"),
         (dict(axis=1.0), TypeError, "axis is a whole number"),

@@ -97,6 +97,8 @@ def test_derivatives_of_derivatives(ours):
              jax.grad(function(plain), (0, 1, 2))(x, scale, bias), 2e-4)
     hessian = lambda f: jax.jacrev(jax.grad(lambda v: loss(f)(v, scale, bias)))
     near(jax.jit(hessian(ours))(x), hessian(plain)(x), 2e-4)
+    # Forward over reverse: what comes back from the workers has a derivative forwards too.
+    near(jax.hessian(lambda v: loss(ours)(v, scale, bias))(x), hessian(plain)(x), 2e-4)
 
 
 _PENALTY = """
