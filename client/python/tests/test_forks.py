@@ -436,3 +436,44 @@ def test_layers_in_a_forked_child(tmp_path):
     pytest.importorskip("torch")
     code, output, errors = run(tmp_path, _FORWARD)
     assert (code, output) == (0, "2\n"), errors
+
+
+_HABITS = {
+    "children are not waited for": "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "standard input is closed": "import os; os.close(0)",
+    "standard input and output are others": "import os; os.close(0); os.dup2(2, 1); os.open('/dev/null', os.O_RDONLY)",
+    "signals are blocked": "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
+}
+
+_SMALL_TO_STDERR = """
+import os, sys, syncbn
+with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=1) as worker:
+    sys.stderr.write(f"{worker.all_reduce('sum', [2.0])[0]}\\n")
+"""
+
+
+@pytest.mark.parametrize("habit", list(_HABITS))
+def test_what_programs_do_to_their_signals_and_descriptors(tmp_path, habit):
+    code, _, errors = run(tmp_path, f"{_HABITS[habit]}\n{_SMALL_TO_STDERR}")
+    assert (code, errors) == (0, "2.0\n")
+
+
+_FORKS_MEANWHILE = """
+import os, threading, syncbn
+def start():
+    for _ in range(2):
+        syncbn.Master().shutdown()
+thread = threading.Thread(target=start)
+thread.start()
+while thread.is_alive():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+print("done")
+"""
+
+
+def test_forks_while_a_master_starts_on_another_thread(tmp_path):
+    code, output, errors = run(tmp_path, _FORKS_MEANWHILE)
+    assert (code, output) == (0, "done\n"), errors
