@@ -197,3 +197,75 @@ def test_the_gradient_of_another_layer_flows_on(group):
     (g,) = torch.autograd.grad(make()(x).pow(3).sum(), x, create_graph=True)
     (wanted,) = torch.autograd.grad(g[:2].pow(2).sum(), x)
     torch.testing.assert_close(torch.cat(group(2, run)), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_parameters_alone_twice_differentiated(group):
+    """No input needs a gradient, so there is neither a backward round nor one of second derivatives."""
+    x, c = batch(5), batch(5).flip(0)
+
+    def program(layer, x, c):
+        c.requires_grad_()
+        (g,) = torch.autograd.grad((layer(x) * c).sum(), layer.weight, create_graph=True)
+        (h,) = torch.autograd.grad(g.pow(2).sum(), c)
+        return g.detach(), h
+
+    def run(worker):
+        parts = [v.split([2, 3])[worker.rank].clone() for v in (x, c)]
+        if worker.rank == 0:
+            return program(make(worker), *parts)
+        make(worker)(parts[0])  # Does not go back at all.
+
+    wanted = torch.nn.functional.batch_norm(x, None, None, training=True)[:2]
+    g, h = group(2, run)[0]
+    torch.testing.assert_close(g, (wanted * c[:2]).sum((0, 2)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(h, 2 * g.view(1, -1, 1) * wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_under_anomaly_detection(group):
+    def program(layer, x):
+        x.requires_grad_()
+        with torch.autograd.detect_anomaly(check_nan=False) if torch.__version__ >= "2" else torch.autograd.detect_anomaly():
+            (g,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+            return torch.autograd.grad(g.pow(2).sum(), x)
+
+    compare(group, program)
+
+
+def test_batched_backward_passes_say_what_to_do(group):
+    """torch runs the rows of a Jacobian as one batch by vmap; a round cannot be."""
+
+    def run(worker):
+        layer = make(worker)
+        x = batch(4).requires_grad_()
+        y = layer(x)
+        with pytest.raises(RuntimeError, match="vmap.*one after another"):
+            torch.autograd.grad(y, x, torch.stack([torch.ones_like(y)] * 2), is_grads_batched=True, retain_graph=True)
+        return torch.autograd.grad(y.pow(2).sum(), x)[0].shape == x.shape
+
+    assert group(1, run) == [True]
+
+
+def test_inputs_in_any_memory(group):
+    forms = {
+        "expanded": lambda x: x[:, :, :1].expand(5, CHANNELS, 2),
+        "negated": lambda x: torch._neg_view(x),
+        "transposed": lambda x: x.permute(2, 1, 0),
+        "imaginary": lambda x: torch.complex(x, x).conj().imag,
+        "zero": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    }
+
+    def run(worker):
+        layer, whole, found = make(worker), make(), []
+        for name, form in forms.items():
+            results = []
+            for norm in (layer, whole):
+                x = batch().requires_grad_()
+                if name == "zero":
+                    results.append(norm(form(x)))
+                    continue
+                (g,) = torch.autograd.grad(norm(form(x)).pow(3).sum(), x)
+                results.append(g)
+            found.append(torch.allclose(*results, rtol=1e-9, atol=1e-9))
+        return found
+
+    assert group(1, run) == [[True] * len(forms)]

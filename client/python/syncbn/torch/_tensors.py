@@ -76,20 +76,31 @@ def dense(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """x itself if it is dense in that layout, else a copy that is. Differentiable."""
     if x.is_neg():
         x = x.resolve_neg()
+    if _torch.Tensor._is_zerotensor(x):  # It has no memory.
+        x = x.clone()
     if channels_last:
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
 
 
+_BATCHED = (
+    "SyncBatchNorm cannot go back under vmap (is_grads_batched=True, vectorize=True), since a round with the other workers "
+    "is of one gradient: go back with the gradients one after another"
+)
+
+
 def _in_memory(x: torch.Tensor) -> torch.Tensor:
     """The same values as a plain tensor with elements in memory; not differentiable."""
-    x = x.detach()
+    try:
+        x = x.detach()
+    except RuntimeError as error:  # As the batches of torch's first vmap are, they cannot be told by any attribute.
+        raise UnsupportedTensor(_BATCHED) from error
+    if _transformed(x):
+        raise UnsupportedTensor(_BATCHED)
     if type(x) is not torch.Tensor:
         x = x.as_subclass(torch.Tensor)
     if x.layout != torch.strided:
         x = x.to_dense()
-    if _torch.Tensor._is_zerotensor(x):  # It has no memory.
-        x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     return x
 
 
