@@ -135,12 +135,28 @@ Outcome Train(Worker& worker, const Problem& problem) {
   gradients.dx = dx.data();
   gradients.d_weight = View(outcome.d_weight);
   gradients.d_bias = View(outcome.d_bias);
-  auto backward = BackwardPass::Start(worker, forward->statistics(), inputs, {});
-  EXPECT_TRUE(backward.ok()) << backward.status();
-  status = backward->Wait();
-  EXPECT_TRUE(status.ok()) << status;
-  status = backward->Finish(inputs, gradients);
-  EXPECT_TRUE(status.ok()) << status;
+  const auto go_back = [&](bool again) {
+    PassOptions options;
+    options.again = again;
+    auto backward = BackwardPass::Start(worker, forward->statistics(), inputs, options);
+    EXPECT_TRUE(backward.ok()) << backward.status();
+    absl::Status ended = backward->Wait();
+    EXPECT_TRUE(ended.ok()) << ended;
+    ended = backward->Finish(inputs, gradients);
+    EXPECT_TRUE(ended.ok()) << ended;
+  };
+  go_back(false);
+  const std::vector<double> doubles = dx.doubles, d_weight = outcome.d_weight, d_bias = outcome.d_bias;
+  const std::vector<float> floats = dx.floats;
+  for (int pass = 0; pass < 2; ++pass) {  // Later passes have the first one's bits.
+    std::fill(dx.doubles.begin(), dx.doubles.end(), -1.0);
+    std::fill(dx.floats.begin(), dx.floats.end(), -1.0f);
+    go_back(true);
+    EXPECT_EQ(x.is_float() || dx.doubles == doubles, true);
+    EXPECT_EQ(!x.is_float() || dx.floats == floats, true);
+    EXPECT_EQ(outcome.d_weight, d_weight);
+    EXPECT_EQ(outcome.d_bias, d_bias);
+  }
   for (size_t i = 0; i < y.doubles.size(); ++i) {
     outcome.y.push_back(y.at(i));
     outcome.dx.push_back(dx.at(i));

@@ -92,6 +92,33 @@ TEST_F(CudaPassTest, MixedGroupAgreesWithCpuWorkers) {
   }
 }
 
+// A later backward pass through one forward pass has the first one's bits, on either device.
+TEST_F(CudaPassTest, LaterBackwardPassesHaveTheSameBits) {
+  std::vector<Step> steps = {Step(5, 1, Device::kCuda), Step(2, 2, Device::kCpu)};
+  for (Step& step : steps) step.stream = Gpu().MakeStream(step.index);
+  auto a = Join(0, 2), b = Join(1, 2);
+  Declare(*a, "bn");
+  Declare(*b, "bn");
+  const auto run = [](Worker& worker, Step& step) {
+    const auto forward = step.Forward(worker, "bn");
+    ASSERT_TRUE(forward.ok()) << forward.status();
+    ASSERT_TRUE(step.Backward(worker, *forward).ok());
+    const Doubles dx = step.dx, d_weight = step.d_weight, d_bias = step.d_bias;
+    for (int pass = 0; pass < 2; ++pass) {
+      step.dx.assign(dx.size(), -1.0);
+      ASSERT_TRUE(step.Backward(worker, *forward, true).ok());
+      EXPECT_EQ(step.dx, dx);
+      EXPECT_EQ(step.d_weight, d_weight);
+      EXPECT_EQ(step.d_bias, d_bias);
+    }
+  };
+  std::thread other([&] { run(*b, steps[1]); });
+  run(*a, steps[0]);
+  other.join();
+  EXPECT_TRUE(a->Leave("done").ok());
+  EXPECT_TRUE(b->Leave("done").ok());
+}
+
 TEST_F(CudaPassTest, SteadyStateAllocatesNothing) {
   auto worker = Join(0, 1);
   Declare(*worker, "bn");

@@ -90,8 +90,10 @@ struct Step {
     if (absl::Status status = forward->Finish(View(x, device, index), Outputs()); !status.ok()) return status;
     return forward;
   }
-  absl::Status Backward(Worker& worker, const ForwardPass& forward) {
-    auto backward = BackwardPass::Start(worker, forward.statistics(), Inputs(), Options());
+  absl::Status Backward(Worker& worker, const ForwardPass& forward, bool again = false) {
+    PassOptions options = Options();
+    options.again = again;
+    auto backward = BackwardPass::Start(worker, forward.statistics(), Inputs(), options);
     if (!backward.ok()) return backward.status();
     if (!forward.stream_ordered()) {
       if (absl::Status status = backward->Wait(); !status.ok()) return status;
