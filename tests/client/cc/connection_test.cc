@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "plumbing/log.h"
@@ -255,6 +256,32 @@ TEST(LateRoundTest, AWarningNamesTheLayerAndTheRanks) {
       warnings.lines(),
       ElementsAre("round 7 of layer \"stem.bn\" has waited 10s for ranks 1, 3 and 3 more; rounds that wait as well: 1; "
                   "it goes on until round_timeout (1m)"));
+}
+
+TEST(LateRoundTest, AMasterThatWaitsSaysForWhom) {
+  MasterServer::Options options;
+  options.addresses = {"127.0.0.1:0"};
+  options.limits.late_round_after = absl::Milliseconds(10);
+  const auto master = MasterServer::Start(std::move(options));
+  ASSERT_TRUE(master.ok()) << master.status();
+  const auto workers = JoinAll((*master)->target(), 3);
+  absl::Notification warned;
+  SetLogSink([&](LogLevel level, absl::string_view line) {
+    if (level != LogLevel::kWarning || warned.HasBeenNotified()) return;
+    EXPECT_THAT(std::string(line), AllOf(HasSubstr("round 0 of layer \"v\""), HasSubstr("for ranks 1, 2;")));
+    warned.Notify();
+  });
+  std::thread waiting([&] {
+    const auto sum = Sum(*workers[0], "v", {1.0});
+    ASSERT_TRUE(sum.ok()) << sum.status();  // It was a warning, and the round goes on.
+    EXPECT_THAT(*sum, ElementsAre(7.0));
+  });
+  warned.WaitForNotification();
+  std::thread other([&] { EXPECT_TRUE(Sum(*workers[1], "v", {2.0}).ok()); });
+  EXPECT_TRUE(Sum(*workers[2], "v", {4.0}).ok());
+  waiting.join();
+  other.join();
+  SetLogSink(nullptr);
 }
 
 // ---- Numbers and sizes
