@@ -595,9 +595,11 @@ void WorkerImpl::RunTimers(absl::Time now) {
   } else if (joining && now >= give_up_at_) {
     End(MakeStatus(
         absl::StatusCode::kUnavailable,
-        absl::StrCat("no answer from the master at ", targets_.list(), " within ",
-                     absl::FormatDuration(options_.join_timeout),
-                     last_break_.ok() ? "" : absl::StrCat("; last: ", last_break_.message()), HintOf(last_break_)),
+        absl::StrCat(
+            "no answer from ",
+            targets_.list().empty() ? "a master that nobody finds" : absl::StrCat("the master at ", targets_.list()),
+            " within ", absl::FormatDuration(options_.join_timeout),
+            last_break_.ok() ? "" : absl::StrCat("; last: ", last_break_.message()), HintOf(last_break_)),
         {"UNREACHABLE", "", {}}));
   } else if (state_ == State::kWaiting && now >= retry_at_) {
     Connect();

@@ -191,6 +191,30 @@ TEST(RefusalTest, ARankThatStaysTakenIsToldInTheEnd) {
   EXPECT_THAT(warnings.lines(), SizeIs(1));
 }
 
+TEST(RefusalTest, ARankIsTakenOverWhenItsHolderGoes) {
+  const auto master = StartMaster();
+  Worker::Options options = Patient(master->target());
+  options.description = "trainer host=node7 pid=4711";
+  auto holder = JoinOrDie(options);
+  ASSERT_NE(holder, nullptr);
+  absl::Notification warned;
+  SetLogSink([&](LogLevel level, absl::string_view line) {
+    if (level != LogLevel::kWarning || warned.HasBeenNotified()) return;
+    EXPECT_THAT(std::string(line), AllOf(HasSubstr("rank 0"), HasSubstr("host=node7 pid=4711")));
+    warned.Notify();
+  });
+  std::thread successor([&] {
+    const auto worker = JoinOrDie(Patient(master->target()));
+    ASSERT_NE(worker, nullptr);
+    ExpectSum(*worker, 3.0);
+  });
+  warned.WaitForNotification();
+  ExpectSum(*holder, 1.0);  // Undisturbed.
+  holder.reset();
+  successor.join();
+  SetLogSink(nullptr);
+}
+
 // The code of each status, as what stands between may give it, has no meaning of ours.
 class StatusWithoutDetailsTest : public ::testing::TestWithParam<int> {};
 
