@@ -171,3 +171,21 @@ def test_a_lazy_parameter_is_named(master):
     with syncbn.Worker(master.target, "lazy", 0, 1) as worker:
         with pytest.raises(ValueError, match="'weight' has no shape"):
             sync.all_reduce_gradients(torch.nn.LazyLinear(2), worker)
+
+
+def test_a_backbone_that_is_unfrozen_at_the_same_step(group):
+    def run(worker):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+        model[0].requires_grad_(False)
+        found = []
+        for step in range(6):
+            model[0].requires_grad_(step in (2, 3, 5))
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 1.0 + worker.rank) if parameter.requires_grad else None
+            sync.all_reduce_gradients(model, worker)
+            found.append([None if p.grad is None else float(p.grad.mean()) for p in model.parameters()])
+        return found
+
+    for found in group(WORKERS, run):
+        for step, gradients in enumerate(found):
+            assert gradients == [1.5 if step in (2, 3, 5) else None] * 2 + [1.5, 1.5]
