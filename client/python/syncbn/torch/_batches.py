@@ -31,7 +31,8 @@ def _rebuilt(values: Sequence[Any], function: Callable[[List[Any], str], Any]) -
     """
     first = values[0]
     if isinstance(first, dict):
-        made = copy.copy(first)
+        # A dictionary whose attributes are its items has itself for its attributes, which a copy would take apart.
+        made = type(first)(first) if getattr(first, "__dict__", None) is first else copy.copy(first)
         for key in first:
             made[key] = function([value[key] for value in values], f"[{key!r}]")
         return made
