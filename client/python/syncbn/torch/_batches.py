@@ -32,7 +32,8 @@ def _rebuilt(values: Sequence[Any], function: Callable[[List[Any], str], Any]) -
     first = values[0]
     if isinstance(first, dict):
         # A dictionary whose attributes are its items has itself for its attributes, which a copy would take apart.
-        made = type(first)(first) if getattr(first, "__dict__", None) is first else copy.copy(first)
+        kind: Any = type(first)
+        made = kind(first) if getattr(first, "__dict__", None) is first else copy.copy(first)
         for key in first:
             made[key] = function([value[key] for value in values], f"[{key!r}]")
         return made
@@ -42,7 +43,7 @@ def _rebuilt(values: Sequence[Any], function: Callable[[List[Any], str], Any]) -
             joined_list = copy.copy(first)
             joined_list[:] = elements
             return joined_list
-        kind: Any = type(first)
+        kind = type(first)
         return kind._make(elements) if _is_named_tuple(first) else kind(elements)
     if _is_record(first):
         made = copy.copy(first)
