@@ -705,21 +705,29 @@ class Block(torch.nn.Module):
 
 
 def test_layers_are_leaves_of_traces_and_go_on_in_them(group):
-    """A model traced after its conversion, or converted after it was traced, is synchronized like any."""
-    make = lambda: filled(Block())
+    """A model traced after its conversion is synchronized like any."""
+    x, dy = values((6, 4)), values((6, CHANNELS), SEED + 1)
+    whole = filled(Block())
+    expected = step(whole, x, dy)
+    # On one thread, since a trace patches torch.nn.Module for the whole process.
+    models = [torch.fx.symbolic_trace(sync.convert_sync_batchnorm(filled(Block()))) for _ in range(2)]
+    for model in models:
+        nodes = {node.target for node in model.graph.nodes if node.op == "call_module"}
+        assert nodes == {"linear", "bn", "act"}
 
-    def call(model, x, dy):
-        x = x @ torch.ones(CHANNELS, 4, dtype=DOUBLE)
-        traced = torch.fx.symbolic_trace(model) if hasattr(model.bn, "layer") else model
-        if traced is not model:
-            nodes = {node.target for node in traced.graph.nodes if node.op == "call_module"}
-            assert nodes == {"linear", "bn", "act"}
-        return step(traced, x, dy)
+    def run(worker):
+        model = sync.convert_sync_batchnorm(models[worker.rank], worker)
+        return step(model, x.split([2, 4])[worker.rank], dy.split([2, 4])[worker.rank])
 
-    as_on_the_whole_batch(group, make, call=call)
+    for actual, want in zip(zip(*group(2, run)), expected):
+        close(torch.cat(actual), want)
+    for model in models:
+        for name, want in whole.state_dict().items():
+            close(model.state_dict()[name], want)
 
 
 def test_a_graph_of_plain_layers_is_converted(group):
-    make = lambda: torch.fx.symbolic_trace(filled(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))))
-    for model in as_on_the_whole_batch(group, make):
+    plain = filled(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)))
+    traced = torch.fx.symbolic_trace(plain)
+    for model in as_on_the_whole_batch(group, lambda: copy.deepcopy(traced)):
         assert isinstance(getattr(model, "1"), sync.SyncBatchNorm)
