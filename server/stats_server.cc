@@ -1,121 +1,118 @@
 #include "server/stats_server.h"
 
-#include <arpa/inet.h>
-#include <sys/socket.h>
-#include <sys/un.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
-#include <fstream>
-#include <sstream>
+#include <algorithm>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/string_view.h"
-#include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
-#include "grpcpp/ext/channelz_service_plugin.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
+#include "grpcpp/impl/server_builder_option.h"
+#include "grpcpp/resource_quota.h"
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
+#include "plumbing/log.h"
+#include "server/rpc/acceptor.h"
+#include "server/rpc/listen_address.h"
+#include "server/rpc/listener.h"
 #include "server/rpc/master_loop.h"
+#include "server/rpc/server_tls.h"
 
 namespace syncbn {
 namespace {
 
-bool IsUnix(absl::string_view address) {
-  return absl::StartsWith(address, "unix:") || absl::StartsWith(address, "unix-abstract:");
-}
-
-// HOST of HOST:PORT, without brackets; empty if the address has no port.
-absl::string_view HostOf(absl::string_view address) {
-  const size_t colon = address.rfind(':');
-  if (colon == absl::string_view::npos || colon + 1 == address.size()) return {};
-  absl::string_view host = address.substr(0, colon);
-  if (absl::StartsWith(host, "[") && absl::EndsWith(host, "]")) host = host.substr(1, host.size() - 2);
-  return host;
-}
-
-bool IsLoopback(absl::string_view address) {
-  if (IsUnix(address)) return true;
-  const absl::string_view host = HostOf(address);
-  if (host == "localhost" || host == "::1") return true;
-  in_addr parsed;  // A name may begin with "127." too.
-  return inet_pton(AF_INET, std::string(host).c_str(), &parsed) == 1 && absl::StartsWith(host, "127.");
-}
-
-// Whether someone answers on the socket. gRPC would take a path over from a master that serves on it.
-bool IsServed(absl::string_view unix_address) {
-  sockaddr_un socket_address = {};
-  socket_address.sun_family = AF_UNIX;
-  const absl::string_view path = absl::StripPrefix(absl::StripPrefix(unix_address, "unix:"), "//");
-  if (!absl::StartsWith(unix_address, "unix:") || path.size() >= sizeof(socket_address.sun_path)) return false;
-  path.copy(socket_address.sun_path, path.size());
-  const int descriptor = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (descriptor < 0) return false;
-  const int result = connect(descriptor, reinterpret_cast<const sockaddr*>(&socket_address), sizeof(socket_address));
-  close(descriptor);
-  return result == 0;
-}
-
-absl::Status CheckAddresses(const MasterServer::Options& options) {
+absl::StatusOr<std::vector<rpc::ListenAddress>> ParseAddresses(const MasterServer::Options& options) {
   if (options.addresses.empty()) return absl::InvalidArgumentError("there is no address to listen on");
   const bool tls = !options.tls.cert_file.empty();
-  for (const std::string& address : options.addresses) {
-    if (!IsUnix(address) && HostOf(address).empty()) {
-      return absl::InvalidArgumentError(absl::StrCat("\"", address, "\" is neither HOST:PORT nor unix:PATH"));
+  std::vector<rpc::ListenAddress> addresses;
+  for (const std::string& text : options.addresses) {
+    auto address = rpc::ParseListenAddress(text);
+    if (!address.ok()) return address.status();
+    if (!tls && !options.insecure && !address->is_local()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("\"", text, "\" is reachable from other hosts, and there is no TLS: give a certificate and a ",
+                       "key, or say --insecure"));
     }
-    if (!tls && !options.insecure && !IsLoopback(address)) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "\"", address, "\" is reachable from other hosts, and there is no TLS: give a certificate and a ",
-          "key, or say --insecure"));
-    }
+    addresses.push_back(*std::move(address));
   }
-  return absl::OkStatus();
+  return addresses;
 }
 
-// The text of a PEM file that has a block of the given kind.
-absl::StatusOr<std::string> ReadPem(const std::string& path, absl::string_view what, absl::string_view block) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  if (!file) return absl::InvalidArgumentError(absl::StrCat("cannot read the ", what, " \"", path, "\""));
-  if (!absl::StrContains(text.str(), absl::StrCat(block, "-----"))) {
-    return absl::InvalidArgumentError(absl::StrCat("the ", what, " \"", path, "\" has no PEM block of a ", block));
-  }
-  return text.str();
-}
-
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeCredentials(const MasterServer::TlsOptions& tls) {
+// Null without TLS.
+absl::StatusOr<std::shared_ptr<rpc::ServerTls>> LoadTls(const MasterServer::TlsOptions& tls) {
   if (tls.cert_file.empty() != tls.key_file.empty()) {
     return absl::InvalidArgumentError("TLS needs a certificate and its key, both");
   }
   if (tls.client_cert_auth && (tls.trusted_ca_file.empty() || tls.cert_file.empty())) {
     return absl::InvalidArgumentError("authenticating clients needs a certificate, its key, and a trusted CA");
   }
-  if (tls.cert_file.empty()) return grpc::InsecureServerCredentials();
-  grpc::SslServerCredentialsOptions options(tls.client_cert_auth
-                                                ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
-                                                : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE);
-  const auto certificate = ReadPem(tls.cert_file, "certificate", "CERTIFICATE");
-  if (!certificate.ok()) return certificate.status();
-  const auto key = ReadPem(tls.key_file, "key", "PRIVATE KEY");
-  if (!key.ok()) return key.status();
-  options.pem_key_cert_pairs.push_back({*key, *certificate});
-  if (!tls.trusted_ca_file.empty()) {
-    const auto ca = ReadPem(tls.trusted_ca_file, "trusted CA", "CERTIFICATE");
-    if (!ca.ok()) return ca.status();
-    options.pem_root_certs = *ca;
+  if (!tls.client_cert_auth && !tls.trusted_ca_file.empty()) {
+    return absl::InvalidArgumentError(
+        "a trusted CA is given, but clients are not asked for a certificate: say --client-cert-auth too");
   }
-  return grpc::SslServerCredentials(options);
+  if (tls.cert_file.empty()) return nullptr;
+  return rpc::ServerTls::Load({tls.cert_file, tls.key_file, tls.trusted_ca_file});
 }
 
-void Tune(grpc::ServerBuilder* builder, int max_frame_bytes) {
-  builder->SetMaxReceiveMessageSize(max_frame_bytes);
-  builder->SetMaxSendMessageSize(-1);                        // Ours are bounded by the layers' limits.
-  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // A second master on a port must fail, not share it.
+// Descriptors that the process needs for other things than connections: files, the loop's own, a library's.
+size_t DefaultMaxConnections() {
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return size_t{1} << 20;
+  const size_t descriptors = limit.rlim_cur;
+  return std::max<size_t>(descriptors - std::min<size_t>(descriptors / 4, 128), 1);
+}
+
+// Reflection and channelz register themselves with every server of the process. They are taken out where they are not
+// wanted.
+class DebuggingServices final : public grpc::ServerBuilderOption {
+ public:
+  explicit DebuggingServices(bool wanted) : wanted_(wanted) {}
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    const std::string reflection = grpc::reflection::ProtoServerReflectionPlugin().name();
+    const auto ours = [&reflection](const auto& plugin) {
+      return plugin->name() == reflection || plugin->name() == "channelz_service";
+    };
+    if (wanted_) return;
+    plugins->erase(std::remove_if(plugins->begin(), plugins->end(), ours), plugins->end());
+  }
+
+ private:
+  const bool wanted_;
+};
+
+// What the flags' ranges say too, for programs that set the options themselves.
+absl::Status CheckLimits(const MasterServer::Options& options) {
+  const core::Limits& limits = options.limits;
+  for (const auto& [name, value] : {std::pair<const char*, uint64_t>{"max_workers", limits.max_workers},
+                                    {"max_groups", limits.max_groups},
+                                    {"max_channels", limits.max_channels},
+                                    {"max_retained_bytes", limits.max_retained_bytes}}) {
+    if (value == 0) return absl::InvalidArgumentError(absl::StrCat(name, " is 0; it is at least 1"));
+  }
+  if (options.max_frame_bytes <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_frame_bytes is ", options.max_frame_bytes, "; it is at least 1"));
+  }
+  return absl::OkStatus();
+}
+
+void Tune(grpc::ServerBuilder* builder, const MasterServer::Options& options) {
+  builder->SetMaxReceiveMessageSize(options.max_frame_bytes);
+  builder->SetMaxSendMessageSize(-1);  // Ours are bounded by the layers' limits.
+  // A message is never compressed (PROTOCOL.md, section 1). One that claims to be is refused by its algorithm's name,
+  // and is not unpacked before that: a kilobyte could become a megabyte, whatever the longest frame is.
+  builder->AddChannelArgument(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
+  builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
+  builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
+  // Workers of one process share a connection; a group's workers may all be in one process.
+  constexpr uint32_t kMostStreams = 1 << 20;
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
+                              static_cast<int>(std::min(options.limits.max_workers, kMostStreams) + 64));
   builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 5000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000);
@@ -124,7 +121,12 @@ void Tune(grpc::ServerBuilder* builder, int max_frame_bytes) {
   // Larger reads, fewer of them.
   builder->AddChannelArgument("grpc.experimental.tcp_read_chunk_size", 131072);
   builder->AddChannelArgument("grpc.experimental.tcp_min_read_chunk_size", 131072);
-  // Reflection is gRPC's own synchronous service: one thread waits for it.
+  // Reflection, channelz and the answer to unknown methods are gRPC's own synchronous services: one thread waits for
+  // their calls, and each call has a thread. Beyond that many a call is refused.
+  constexpr int kMaxThreads = 4;
+  grpc::ResourceQuota quota("syncbn-master");
+  quota.SetMaxThreads(kMaxThreads);
+  builder->SetResourceQuota(quota);
   builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::NUM_CQS, 1);
   builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MIN_POLLERS, 1);
   builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MAX_POLLERS, 1);
@@ -137,77 +139,88 @@ class MasterServer::Impl {
   explicit Impl(rpc::LoopOptions options) : loop_(std::move(options)) {}
   ~Impl() { Shutdown(absl::ZeroDuration()); }
 
-  absl::Status Start(const Options& options, const std::shared_ptr<grpc::ServerCredentials>& credentials) {
+  absl::Status Start(const Options& options, const std::vector<rpc::ListenAddress>& addresses,
+                     std::shared_ptr<rpc::ServerTls> tls) {
     static const bool plugins = [] {
       absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
       grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-      grpc::channelz::experimental::InitChannelzService();
       return true;
     }();
     (void)plugins;
-    grpc::ServerBuilder builder;
-    Tune(&builder, options.max_frame_bytes);
-    ports_.resize(options.addresses.size());
-    for (size_t i = 0; i < options.addresses.size(); ++i) {
-      if (IsServed(options.addresses[i])) {
-        return absl::UnavailableError(absl::StrCat("\"", options.addresses[i], "\" is in use"));
-      }
-      builder.AddListeningPort(options.addresses[i], credentials, &ports_[i]);
+    tls_ = std::move(tls);
+    std::vector<rpc::Listener> listeners;
+    for (const rpc::ListenAddress& address : addresses) {
+      auto listener = rpc::Listener::Open(address);
+      if (!listener.ok()) return listener.status();
+      targets_.push_back(listener->target());
+      if (port_ == 0) port_ = listener->port();
+      listeners.push_back(*std::move(listener));
     }
+    grpc::ServerBuilder builder;
+    Tune(&builder, options);
+    builder.SetOption(std::make_unique<DebuggingServices>(options.reflection.value_or(IsLocal(addresses))));
+    auto sink = builder.experimental().AddExternalConnectionAcceptor(
+        grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+        tls_ == nullptr ? grpc::InsecureServerCredentials() : tls_->MakeCredentials());
     loop_.Register(&builder);
     server_ = builder.BuildAndStart();
-    for (size_t i = 0; i < options.addresses.size(); ++i) {
-      if (ports_[i] != 0) continue;
-      return absl::UnavailableError(absl::StrCat("cannot listen on \"", options.addresses[i], "\""));
-    }
     if (server_ == nullptr) return absl::UnavailableError("the server cannot be started");
-    addresses_ = options.addresses;
+    max_connections_ = options.max_connections != 0 ? options.max_connections : DefaultMaxConnections();
+    acceptor_ = std::make_unique<rpc::Acceptor>(std::move(listeners), max_connections_,
+                                                [this](bool listening) { loop_.SetListening(listening); });
     loop_.Start();
+    acceptor_->Start(std::move(sink));
     serving_ = true;
     return absl::OkStatus();
   }
 
-  std::vector<std::string> targets() const {
-    std::vector<std::string> targets;
-    for (size_t i = 0; i < addresses_.size(); ++i) {
-      const std::string& address = addresses_[i];
-      if (IsUnix(address)) {
-        targets.push_back(address);
-      } else {
-        targets.push_back(absl::StrCat(address.substr(0, address.rfind(':')), ":", ports_[i]));
-      }
-    }
-    return targets;
+  int port() const { return port_; }
+  size_t max_connections() const { return max_connections_; }
+  const std::vector<std::string>& targets() const { return targets_; }
+  // A forked child has none of the threads that this object waits for.
+  bool IsForked() const { return getpid() != pid_; }
+
+  absl::Status ReloadCertificates() {
+    if (tls_ == nullptr)
+      return absl::FailedPreconditionError("there is no TLS, so there are no certificates to reload");
+    return tls_->Reload();
   }
 
-  int port() const {
-    for (size_t i = 0; i < addresses_.size(); ++i) {
-      if (!IsUnix(addresses_[i])) return ports_[i];
-    }
-    return 0;
-  }
+  absl::Time certificate_expiry() const { return tls_ == nullptr ? absl::InfiniteFuture() : tls_->expiry(); }
 
   void Shutdown(absl::Duration grace) {
     absl::MutexLock lock(&mutex_);
     if (!std::exchange(serving_, false)) return;
     loop_.BeginShutdown();
+    acceptor_->Stop();
     server_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
     loop_.Stop();
   }
 
  private:
+  static bool IsLocal(const std::vector<rpc::ListenAddress>& addresses) {
+    return std::all_of(addresses.begin(), addresses.end(), [](const auto& address) { return address.is_local(); });
+  }
+
+  const pid_t pid_ = getpid();
   rpc::MasterLoop loop_;
+  std::shared_ptr<rpc::ServerTls> tls_;
   std::unique_ptr<grpc::Server> server_;
-  std::vector<std::string> addresses_;
-  std::vector<int> ports_;
+  std::unique_ptr<rpc::Acceptor> acceptor_;
+  std::vector<std::string> targets_;
+  int port_ = 0;
+  size_t max_connections_ = 0;
   absl::Mutex mutex_;
   bool serving_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options options) {
-  if (absl::Status status = CheckAddresses(options); !status.ok()) return status;
-  const auto credentials = MakeCredentials(options.tls);
-  if (!credentials.ok()) return credentials.status();
+  RouteGrpcLog();
+  if (absl::Status status = CheckLimits(options); !status.ok()) return status;
+  const auto addresses = ParseAddresses(options);
+  if (!addresses.ok()) return addresses.status();
+  auto tls = LoadTls(options.tls);
+  if (!tls.ok()) return tls.status();
   rpc::LoopOptions loop;
   loop.limits = options.limits;
   loop.max_unread_bytes = options.max_unread_bytes;
@@ -215,16 +228,23 @@ absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options option
   loop.max_watchers = options.max_watchers;
   loop.description = options.description.empty() ? "syncbn-master/0.1.0" : options.description;
   auto impl = std::make_unique<Impl>(std::move(loop));
-  if (absl::Status status = impl->Start(options, *credentials); !status.ok()) return status;
+  if (absl::Status status = impl->Start(options, *addresses, *std::move(tls)); !status.ok()) return status;
   return std::unique_ptr<MasterServer>(new MasterServer(std::move(impl)));
 }
 
 MasterServer::MasterServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-MasterServer::~MasterServer() = default;
+MasterServer::~MasterServer() {
+  if (impl_->IsForked()) impl_.release();
+}
 
 int MasterServer::port() const { return impl_->port(); }
 std::string MasterServer::target() const { return impl_->targets().front(); }
 std::vector<std::string> MasterServer::targets() const { return impl_->targets(); }
-void MasterServer::Shutdown(absl::Duration grace) { impl_->Shutdown(grace); }
+size_t MasterServer::max_connections() const { return impl_->max_connections(); }
+absl::Status MasterServer::ReloadCertificates() { return impl_->ReloadCertificates(); }
+absl::Time MasterServer::certificate_expiry() const { return impl_->certificate_expiry(); }
+void MasterServer::Shutdown(absl::Duration grace) {
+  if (!impl_->IsForked()) impl_->Shutdown(grace);
+}
 
 }  // namespace syncbn

@@ -4,6 +4,7 @@
 #define SYNCBN_SERVER_STATS_SERVER_H_
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,13 @@
 
 namespace syncbn {
 
-// Serves StatisticsService, InspectionService, reflection, health and channelz until it is destroyed or shut down.
+// Serves StatisticsService, InspectionService, health and reflection until it is destroyed or shut down. Channelz is
+// for all servers of a process or none: a process that wants it calls
+// grpc::channelz::experimental::InitChannelzService().
+//
+// What is worth telling a person goes to Log() of plumbing/log.h. Nothing of the process is changed: neither signals
+// nor limits. A child that the process forks holds neither the listening sockets nor the connections, and may destroy
+// the object, which does nothing there.
 //
 //   MasterServer::Options options;
 //   options.addresses = {"127.0.0.1:0"};
@@ -29,13 +36,14 @@ class MasterServer {
     // PEM files. With a certificate and key the server speaks TLS alone.
     std::string cert_file;
     std::string key_file;
-    // Clients must present a certificate that one of these signed.
+    // Clients must present a certificate that one of these signed. One is nothing without the other, and refused.
     std::string trusted_ca_file;
     bool client_cert_auth = false;
   };
 
   struct Options {
-    // Where to listen: HOST:PORT (port 0: any free one) or unix:PATH. At least one.
+    // Where to listen: HOST:PORT (port 0: any free one; an IPv6 address in brackets), unix:PATH or unix-abstract:NAME.
+    // A host's name stands for all its addresses. At least one.
     std::vector<std::string> addresses = {"127.0.0.1:50051"};
     TlsOptions tls;
     // Listen beyond loopback without TLS. Otherwise that is INVALID_ARGUMENT.
@@ -50,12 +58,17 @@ class MasterServer {
     absl::Duration join_timeout = absl::Seconds(5);
     // Watchers of InspectionService.WatchRounds, over all groups.
     size_t max_watchers = 64;
+    // Connections that are open at one time. Beyond, they are closed as they come. 0: as many as the process's limit of
+    // descriptors leaves room for.
+    size_t max_connections = 0;
+    // Serves gRPC's reflection. By default, only if every address is reachable from this host alone.
+    std::optional<bool> reflection;
     // "syncbn-master/0.1.0": what workers are told about this process.
     std::string description;
   };
 
-  // Binds every address and starts to serve. Errors: INVALID_ARGUMENT (a malformed address, a TLS file that cannot be
-  // read, a refusal to listen beyond loopback), UNAVAILABLE (an address that cannot be bound).
+  // Binds every address and starts to serve. Errors: INVALID_ARGUMENT (a malformed or unknown address, a TLS file that
+  // cannot be used, a refusal to listen beyond loopback), UNAVAILABLE (an address that cannot be bound, and why).
   static absl::StatusOr<std::unique_ptr<MasterServer>> Start(Options options);
 
   // Shuts down at once, as Shutdown(absl::ZeroDuration()) does.
@@ -69,6 +82,15 @@ class MasterServer {
   std::string target() const;
   // The targets of all addresses, in order.
   std::vector<std::string> targets() const;
+
+  // The limit in force.
+  size_t max_connections() const;
+
+  // Reads certificate, key and trusted CA anew, for connections to come; those that are open keep what they have.
+  // Errors: INVALID_ARGUMENT (a file that cannot be used; everything stays as it was), FAILED_PRECONDITION (no TLS).
+  absl::Status ReloadCertificates();
+  // When the certificate expires; the infinite future without TLS.
+  absl::Time certificate_expiry() const;
 
   // Tells every worker SHUTTING_DOWN, lets streams drain for at most `grace`, then ends. Idempotent; returns when done.
   void Shutdown(absl::Duration grace);

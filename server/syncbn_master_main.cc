@@ -1,98 +1,112 @@
-// syncbn-master: a MasterServer as a process. Its flags, and nothing else.
+// syncbn-master: a MasterServer as a process.
 
+#include <fcntl.h>
 #include <malloc.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
-#include <vector>
 
-#include "CLI/CLI.hpp"
-#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
+#include "grpcpp/ext/channelz_service_plugin.h"
+#include "plumbing/log.h"
+#include "server/flags.h"
+#include "server/log/process_log.h"
 #include "server/stats_server.h"
 
 namespace {
 
-struct Flags {
-  syncbn::MasterServer::Options server;
-  double exit_timeout_s = 5.0;
-  double max_lifetime_s = 0.0;
-};
+using syncbn::Log;
+using syncbn::LogLevel;
 
-const CLI::Validator kSeconds(
-    [](const std::string& text) {
-      double value = 0.0;
-      if (absl::SimpleAtod(text, &value) && value >= 0.0 && std::isfinite(value)) return std::string();
-      return "\"" + text + "\" is not a number of seconds";
-    },
-    "SECONDS");
-
-void Define(CLI::App& app, Flags& flags) {
-  app.add_option("--address", flags.server.addresses,
-                 "where to listen: HOST:PORT (port 0: any) or unix:PATH; may repeat")
-      ->envname("SYNCBN_ADDRESS")
-      ->delimiter(',')
-      ->capture_default_str();
-  app.add_flag("--insecure", flags.server.insecure, "listen beyond loopback without TLS")->envname("SYNCBN_INSECURE");
-  app.add_option("--cert-file", flags.server.tls.cert_file, "PEM certificate: with it and its key, TLS alone is spoken")
-      ->envname("SYNCBN_CERT_FILE");
-  app.add_option("--key-file", flags.server.tls.key_file, "PEM key of the certificate")->envname("SYNCBN_KEY_FILE");
-  app.add_option("--trusted-ca-file", flags.server.tls.trusted_ca_file, "PEM certificates that sign the workers'")
-      ->envname("SYNCBN_TRUSTED_CA_FILE");
-  app.add_flag("--client-cert-auth", flags.server.tls.client_cert_auth, "refuse workers without a trusted certificate")
-      ->envname("SYNCBN_CLIENT_CERT_AUTH");
-  app.add_option("--max-channels", flags.server.limits.max_channels, "most channels of a layer")
-      ->envname("SYNCBN_MAX_CHANNELS")
-      ->capture_default_str();
-  app.add_option("--max-workers", flags.server.limits.max_workers, "most workers of a group")
-      ->envname("SYNCBN_MAX_WORKERS")
-      ->capture_default_str();
-  app.add_option("--max-groups", flags.server.limits.max_groups, "most groups at one time")
-      ->envname("SYNCBN_MAX_GROUPS")
-      ->capture_default_str();
-  app.add_option("--max-retained-bytes", flags.server.limits.max_retained_bytes,
-                 "most bytes of ended rounds that a group remembers, for replays")
-      ->envname("SYNCBN_MAX_RETAINED_BYTES")
-      ->capture_default_str();
-  app.add_option("--exit-timeout", flags.exit_timeout_s, "seconds that workers are given to drain at SIGTERM")
-      ->envname("SYNCBN_EXIT_TIMEOUT")
-      ->check(kSeconds)
-      ->capture_default_str();
-  app.add_option("--max-lifetime", flags.max_lifetime_s, "exit after this many seconds; 0: never")
-      ->envname("SYNCBN_MAX_LIFETIME")
-      ->check(kSeconds)
-      ->capture_default_str();
-  app.set_config("--config-file", "", "read flags from this file (TOML or INI)")->envname("SYNCBN_CONFIG_FILE");
-  app.set_version_flag("--version", "syncbn-master 0.1.0");
+// Descriptors 0 to 2 are taken, so that no socket gets the number that a line is written to.
+void OpenStandardDescriptors() {
+  int descriptor = open("/dev/null", O_RDWR);
+  while (descriptor >= 0 && descriptor <= STDERR_FILENO) descriptor = open("/dev/null", O_RDWR);
+  if (descriptor >= 0) close(descriptor);
 }
 
-// Waits for SIGTERM or SIGINT, for at most `lifetime_s` seconds if that is not 0.
-void AwaitEnd(const sigset_t& signals, double lifetime_s) {
-  if (lifetime_s == 0.0) {
-    int signal = 0;
-    sigwait(&signals, &signal);
-    return;
+// A master has a descriptor for each worker. The soft limit is low for the sake of programs that use select().
+void RaiseDescriptorLimit() {
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= limit.rlim_max) return;
+  const rlim_t before = limit.rlim_cur;
+  limit.rlim_cur = limit.rlim_max;
+  if (setrlimit(RLIMIT_NOFILE, &limit) == 0) {
+    Log(LogLevel::kInfo, absl::StrCat("raised the limit of descriptors from ", before, " to ", limit.rlim_cur));
   }
-  const auto end = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(absl::Seconds(lifetime_s));
+}
+
+// What ends the process, and SIGHUP.
+sigset_t Signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&signals, signal);
+  return signals;
+}
+
+std::string Day(absl::Time time) { return absl::FormatTime("%Y-%m-%d %H:%M UTC", time, absl::UTCTimeZone()); }
+
+void Reload(syncbn::MasterServer& server) {
+  const absl::Status status = server.ReloadCertificates();
+  if (status.ok()) {
+    Log(LogLevel::kInfo,
+        absl::StrCat("reloaded the certificates; they are valid until ", Day(server.certificate_expiry())));
+  } else if (absl::IsFailedPrecondition(status)) {
+    Log(LogLevel::kInfo, absl::StrCat("SIGHUP is ignored: ", status.message()));
+  } else {
+    Log(LogLevel::kError, absl::StrCat("the certificates stay as they were: ", status.message()));
+  }
+}
+
+// Waits for SIGTERM or SIGINT, for at most `lifetime`, and heeds SIGHUP meanwhile. Returns why it ended.
+std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
+  constexpr absl::Duration kLongestWait = absl::Hours(24);
+  const sigset_t signals = Signals();
+  const auto start = std::chrono::steady_clock::now();
   while (true) {
-    // A process that is stopped and continued is interrupted in this wait, without any of its signals.
-    const timespec left =
-        absl::ToTimespec(std::max(absl::FromChrono(end - std::chrono::steady_clock::now()), absl::ZeroDuration()));
-    if (sigtimedwait(&signals, nullptr, &left) >= 0 || errno != EINTR) return;
+    const absl::Duration left = lifetime - absl::FromChrono(std::chrono::steady_clock::now() - start);
+    if (left <= absl::ZeroDuration()) return "its lifetime has ended";
+    const timespec wait = absl::ToTimespec(std::min(left, kLongestWait));
+    switch (sigtimedwait(&signals, nullptr, &wait)) {
+      case SIGTERM:
+        return "SIGTERM";
+      case SIGINT:
+        return "SIGINT";
+      case SIGHUP:
+        Reload(server);
+        break;
+      default:  // The wait is over, or the process was stopped and continued.
+        break;
+    }
   }
 }
 
-}  // namespace
+std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& flags) {
+  const auto& tls = flags.server.tls;
+  std::string text = absl::StrCat("syncbn-master 0.1.0 listens on ", absl::StrJoin(server.targets(), " "));
+  if (tls.cert_file.empty()) {
+    absl::StrAppend(&text, "; no TLS");
+  } else {
+    absl::StrAppend(&text, "; TLS, certificate valid until ", Day(server.certificate_expiry()),
+                    tls.client_cert_auth ? ", workers authenticated" : ", workers not authenticated");
+  }
+  const auto& limits = flags.server.limits;
+  absl::StrAppend(&text, "; at most ", server.max_connections(), " connections, ", limits.max_groups, " groups, ",
+                  limits.max_workers, " workers, ", limits.max_channels, " channels");
+  return text;
+}
 
-int main(int argc, char** argv) {
+void TuneProcess() {
   // Reads into buffers that hold many frames. With those of 8 KB, which gRPC would choose, every other frame of 256
   // channels arrives in two buffers, and then the first of them sends a window update. There is no other way to say so.
   setenv("GRPC_EXPERIMENTS", "-tcp_read_chunks", /*overwrite=*/0);
@@ -102,28 +116,37 @@ int main(int argc, char** argv) {
   // more to get again than what is in it costs to merge.
   mallopt(M_MMAP_THRESHOLD, 256 << 10);
   mallopt(M_TRIM_THRESHOLD, 4 << 20);
+}
 
+}  // namespace
+
+int main(int argc, char** argv) {
+  OpenStandardDescriptors();
+  TuneProcess();
   // Before any thread exists, so that none of them takes the signals.
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
+  const sigset_t signals = Signals();
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
 
-  Flags flags;
-  CLI::App app("The master of syncbn: merges the batch statistics of workers.", "syncbn-master");
-  Define(app, flags);
-  CLI11_PARSE(app, argc, argv);
+  syncbn::Flags flags;
+  if (const auto code = syncbn::ParseFlags(argc, argv, &flags)) return *code;
+  syncbn::LogToStderr(flags.log_level);
+  for (const std::string& doubt : flags.doubts) Log(LogLevel::kWarning, doubt);
+  RaiseDescriptorLimit();
+  grpc::channelz::experimental::InitChannelzService();  // Of every server of the process, which is one.
 
   auto server = syncbn::MasterServer::Start(flags.server);
   if (!server.ok()) {
     std::fprintf(stderr, "syncbn-master: %s\n", std::string(server.status().message()).c_str());
     return server.status().code() == absl::StatusCode::kInvalidArgument ? 2 : 1;
   }
+  Log(LogLevel::kInfo, Describe(**server, flags));
   std::printf("syncbn-master ready on %s\n", absl::StrJoin((*server)->targets(), " ").c_str());
   std::fflush(stdout);
-  AwaitEnd(signals, flags.max_lifetime_s);
-  (*server)->Shutdown(absl::Seconds(flags.exit_timeout_s));
+  const std::string reason = AwaitEnd(**server, flags.max_lifetime);
+  Log(LogLevel::kInfo, absl::StrCat("shutting down: ", reason));
+  (*server)->Shutdown(flags.exit_timeout);
+  Log(LogLevel::kInfo, "stopped");
   std::printf("syncbn-master stopped\n");
   return 0;
 }

@@ -36,9 +36,11 @@ class HealthService::Watch {
     if (!started_ || writing_ || finishing_ || done_) return;
     HealthCheckResponse response;
     response.set_status(owner_->StatusOf(request_.service()));
+    if (owner_->serving_ && response.status() == told_) return;
     ++outstanding_;
     if (owner_->serving_) {
       writing_ = true;
+      told_ = response.status();
       writer_.Write(response, &write_tag_);
     } else {
       finishing_ = true;
@@ -60,7 +62,7 @@ class HealthService::Watch {
   void OnWrite(bool) {
     --outstanding_;
     writing_ = false;
-    if (!owner_->serving_) Update();
+    Update();
     Settle();
   }
 
@@ -84,6 +86,7 @@ class HealthService::Watch {
   grpc::ServerAsyncWriter<HealthCheckResponse> writer_;
   MethodTag<Watch> start_tag_, write_tag_, finish_tag_, done_tag_;
   int outstanding_ = 0;  // Operations, done_tag_ excepted.
+  HealthCheckResponse::ServingStatus told_ = HealthCheckResponse::UNKNOWN;
   bool started_ = false;
   bool writing_ = false;
   bool finishing_ = false;
@@ -110,6 +113,11 @@ void HealthService::Serve(grpc::ServerCompletionQueue* queue, int* live_calls) {
   AcceptWatch();
 }
 
+void HealthService::SetListening(bool listening) {
+  listening_ = listening;
+  for (auto& [address, watch] : watches_) watch->Update();
+}
+
 void HealthService::EndServing() {
   serving_ = false;
   for (auto& [address, watch] : watches_) watch->Update();
@@ -117,7 +125,7 @@ void HealthService::EndServing() {
 
 HealthCheckResponse::ServingStatus HealthService::StatusOf(const std::string& service) const {
   if (!services_.contains(service)) return HealthCheckResponse::SERVICE_UNKNOWN;
-  return serving_ ? HealthCheckResponse::SERVING : HealthCheckResponse::NOT_SERVING;
+  return serving_ && listening_ ? HealthCheckResponse::SERVING : HealthCheckResponse::NOT_SERVING;
 }
 
 void HealthService::AcceptWatch() {

@@ -28,6 +28,8 @@ class HealthService {
   void Serve(grpc::ServerCompletionQueue* queue, int* live_calls);
   // No Watch call is being served or waited for.
   bool idle() const { return watches_.empty(); }
+  // Everything is NOT_SERVING while nobody can connect; those who watch are told.
+  void SetListening(bool listening);
   // Everything is NOT_SERVING from now on; those who watch are told, and their calls end.
   void EndServing();
 
@@ -43,6 +45,7 @@ class HealthService {
   grpc::ServerCompletionQueue* queue_ = nullptr;
   absl::flat_hash_map<Watch*, std::unique_ptr<Watch>> watches_;  // One of them waits for its call.
   bool serving_ = true;
+  bool listening_ = true;
 };
 
 }  // namespace syncbn::rpc

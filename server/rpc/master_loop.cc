@@ -1,6 +1,7 @@
 #include "server/rpc/master_loop.h"
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -21,6 +22,7 @@
 #include "server/rpc/call.h"
 #include "server/rpc/clock.h"
 #include "server/rpc/convert.h"
+#include "server/rpc/event_log.h"
 #include "server/rpc/health.h"
 #include "server/rpc/status.h"
 #include "server/rpc/worker_stream.h"
@@ -57,7 +59,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
       : options_(std::move(options)),
         coordinator_(options_.limits),
         shutdown_tag_(this, &Impl::OnShutdown),
-        stop_tag_(this, &Impl::OnStop) {}
+        stop_tag_(this, &Impl::OnStop),
+        listening_tag_(this, &Impl::OnListening) {}
 
   void Register(grpc::ServerBuilder* builder) {
     builder->RegisterService(&statistics_);
@@ -88,6 +91,12 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   }
 
   void BeginShutdown() { shutdown_alarm_.Set(queue_.get(), absl::ToChronoTime(absl::UnixEpoch()), &shutdown_tag_); }
+  void SetListening(bool listening) {
+    listening_ = listening;
+    if (listening_told_.exchange(false)) {
+      listening_alarm_.Set(queue_.get(), absl::ToChronoTime(absl::UnixEpoch()), &listening_tag_);
+    }
+  }
   void BeginStop() { stop_alarm_.Set(queue_.get(), absl::ToChronoTime(absl::UnixEpoch()), &stop_tag_); }
 
   // ---- Streams
@@ -111,6 +120,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
       error = FromProto(*frame, &event);
     }
     if (error.has_value()) {
+      log_.OnStreamClosed(*error, now_);
       Deliver(core::StreamClosed{stream->id()});
       CloseStream(stream, ToGrpc(*error));
       return;
@@ -270,6 +280,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   }
 
   void Apply(const core::SendLateRounds& late) {
+    log_.OnLateRounds(late, now_);
     if (late.streams.empty()) return;
     v1::MasterFrame frame;
     for (const core::LateRound& round : late.rounds) ToProto(round, frame.add_late_rounds());
@@ -278,11 +289,13 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
 
   void Apply(const core::CloseStream& close) {
     if (WorkerStream* const stream = Find(close.stream)) {
+      if (close.error.has_value()) log_.OnStreamClosed(*close.error, now_);
       CloseStream(stream, close.error.has_value() ? ToGrpc(*close.error) : grpc::Status::OK);
     }
   }
 
   void Apply(const core::RoundEnded& ended) {
+    log_.OnRoundEnded(ended, now_);
     if (watchers_.size() <= 1) return;  // The one that waits for its call.
     v1::WatchRoundsResponse event;
     ToProto(ended, now_, &event);
@@ -408,6 +421,11 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
 
   void OnStop(bool) { stopping_ = true; }
 
+  void OnListening(bool) {
+    listening_told_ = true;
+    health_.SetListening(listening_);
+  }
+
   // The server's Shutdown does not wait for calls whose connection has gone: they are still here, and whoever begins an
   // operation on a queue that has been shut down is aborted. So it is shut down here, after the last of them.
   void EndIfIdle() {
@@ -422,6 +440,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   HealthService health_{{v1::StatisticsService::service_full_name(), v1::InspectionService::service_full_name()}};
   std::unique_ptr<grpc::ServerCompletionQueue> queue_;
   core::Coordinator coordinator_;
+  EventLog log_;
   const Clock clock_;
   absl::Time now_ = clock_.Now();
   uint64_t next_stream_ = 1;
@@ -430,8 +449,10 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   absl::btree_set<std::tuple<absl::Time, TimerKind, uint64_t>> timers_;
   std::vector<core::StreamId> retiring_;
   int unary_calls_ = 0;  // That are being served or waited for.
-  MethodTag<Impl> shutdown_tag_, stop_tag_;
-  grpc::Alarm shutdown_alarm_, stop_alarm_;
+  MethodTag<Impl> shutdown_tag_, stop_tag_, listening_tag_;
+  grpc::Alarm shutdown_alarm_, stop_alarm_, listening_alarm_;
+  std::atomic<bool> listening_{true};
+  std::atomic<bool> listening_told_{true};  // No alarm is on its way.
   bool shutting_down_ = false;
   bool stopping_ = false;
 };
@@ -444,6 +465,7 @@ void MasterLoop::Start() {
   impl_->AwaitCalls();
   thread_ = std::thread([this] { impl_->Run(); });
 }
+void MasterLoop::SetListening(bool listening) { impl_->SetListening(listening); }
 void MasterLoop::BeginShutdown() { impl_->BeginShutdown(); }
 void MasterLoop::Stop() {
   impl_->BeginStop();

@@ -34,6 +34,8 @@ class MasterLoop {
   void Register(grpc::ServerBuilder* builder);
   // Begins to serve. After the server has been started.
   void Start();
+  // Health is NOT_SERVING while nobody can connect. Any thread, between Start and Stop.
+  void SetListening(bool listening);
   // Tells every worker that the master is going away. Any thread; the server's own Shutdown follows.
   void BeginShutdown();
   // Ends the thread. After the server's Shutdown.

@@ -1,11 +1,52 @@
-"""syncbn-master's flags, variables and config file."""
+"""syncbn-master's flags, variables and config file, and its exit codes."""
 
 import os
 import pathlib
+import re
+import socket
 import subprocess
-from typing import Any, Callable
+from typing import Any, Callable, List
 
+import pytest
 from processes import MASTER, PATIENCE, Master, grpcurl
+
+FLAGS = [
+    "address",
+    "insecure",
+    "cert-file",
+    "key-file",
+    "trusted-ca-file",
+    "client-cert-auth",
+    "max-channels",
+    "max-workers",
+    "max-groups",
+    "max-retained-bytes",
+    "max-connections",
+    "reflection",
+    "exit-timeout",
+    "max-lifetime",
+    "log-level",
+    "config-file",
+]
+# A flag, values that it refuses, and what the message names beside them.
+BAD_VALUES = [
+    *[
+        (flag, ["0", "-1", "", "many", "1.5", "1e3", "99999999999999999999", " "], "a whole number in 1 .. ")
+        for flag in ("max-channels", "max-workers", "max-groups", "max-retained-bytes", "max-connections")
+    ],
+    *[
+        (flag, ["-1", "", "soon", "nan", "inf", "1e10", "-0.001"], "a number of seconds in 0 .. ")
+        for flag in ("exit-timeout", "max-lifetime")
+    ],
+    *[(flag, [""], "the name of a file") for flag in ("cert-file", "key-file", "trusted-ca-file")],
+    ("log-level", ["", "loud", "INFO", "10"], "debug, info, warning or error"),
+    ("reflection", ["", "maybe", "2"], "on or off"),
+]
+BAD = [(flag, value, limit) for flag, values, limit in BAD_VALUES for value in values]
+
+
+def variable(flag: str) -> str:
+    return "SYNCBN_" + flag.upper().replace("-", "_")
 
 
 def run(*flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -19,12 +60,22 @@ def run(*flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def expect_refusal(done: "subprocess.CompletedProcess[str]", *texts: str, code: int = 2) -> None:
+    """Ended with the code and one line of the program's own on stderr, that has the texts; no word of readiness."""
+    assert (done.returncode, done.stdout) == (code, ""), done
+    lines = [line for line in done.stderr.splitlines() if not re.match(r"\d{4}-\d\d-\d\dT\S+Z info ", line)]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("syncbn-master: ")
+    for text in texts:
+        assert text in lines[0]
+
+
 def test_help_names_every_flag_and_its_variable() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for flag in ("address", "insecure", "cert-file", "key-file", "trusted-ca-file", "client-cert-auth", "exit-timeout"):
+    for flag in FLAGS:
         assert f"--{flag}" in done.stdout
-        assert f"SYNCBN_{flag.upper().replace('-', '_')}" in done.stdout
+        assert variable(flag) in done.stdout
 
 
 def test_version() -> None:
@@ -32,25 +83,151 @@ def test_version() -> None:
     assert (done.returncode, done.stdout) == (0, "syncbn-master 0.1.0\n")
 
 
-def test_a_bad_flag_is_refused() -> None:
-    done = run("--no-such-flag")
-    assert done.returncode not in (0, 1)
-    assert "--no-such-flag" in done.stderr
-    done = run("--exit-timeout", "soon")
-    assert done.returncode != 0
-    assert "soon" in done.stderr
+# ---- Bad values ------------------------------------------------------------------------------------------------------
 
 
-def test_an_address_beyond_loopback_is_refused() -> None:
-    done = run("--address", "0.0.0.0:0")
-    assert done.returncode == 2
-    assert "--insecure" in done.stderr
+@pytest.mark.parametrize("flag, value, limit", BAD)
+def test_a_bad_value_is_refused(flag: str, value: str, limit: str) -> None:
+    expect_refusal(run(f"--{flag}={value}"), f"--{flag}", f'"{value}"', limit)
 
 
-def test_an_address_in_use_is_named(master: Master) -> None:
-    done = run("--address", master.target)
-    assert done.returncode == 1
-    assert master.target in done.stderr
+@pytest.mark.parametrize("flag, value, limit", [bad for bad in BAD if bad[1].strip()])
+def test_a_bad_variable_is_refused(flag: str, value: str, limit: str) -> None:
+    expect_refusal(run(**{variable(flag): value}), f"--{flag}", f'"{value}"', limit)
+
+
+@pytest.mark.parametrize("flag, value, limit", BAD)
+def test_a_bad_value_in_a_file_is_refused(flag: str, value: str, limit: str, tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "master.toml"
+    config.write_text(f'{flag} = "{value}"\n')
+    expect_refusal(run("--config-file", str(config)), f"--{flag}", f'"{value}"', limit)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--max-workers=1",
+        "--max-workers=1048576",
+        "--max-groups=1048576",
+        "--max-channels=16777216",
+        "--max-retained-bytes=1099511627776",
+        "--max-connections=1048576",
+        "--exit-timeout=0",
+        "--exit-timeout=1000000000",
+        "--log-level=debug",
+        "--reflection=off",
+        "--max_workers=7",
+        "--insecure=false",
+    ],
+)
+def test_a_value_at_its_limit_is_taken(flags: str) -> None:
+    done = run("--address", "127.0.0.1:0", "--max-lifetime", "0.01", flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("syncbn-master stopped\n")
+
+
+@pytest.mark.parametrize("flag", ["max-workers", "exit-timeout", "log-level", "cert-file", "address", "insecure"])
+def test_an_empty_variable_is_none(flag: str) -> None:
+    done = run("--max-lifetime", "0.01", *([] if flag == "address" else ["--address", "127.0.0.1:0"]), **{variable(flag): ""})
+    # The default address may be taken by someone.
+    assert done.returncode == 0 or (flag == "address" and "address already in use" in done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, texts",
+    [
+        (["--no-such-flag"], ["--no-such-flag"]),
+        (["--adress", "127.0.0.1:0"], ["--adress", "the nearest flag is --address"]),
+        (["--max-worker=3"], ["--max-worker=3", "the nearest flag is --max-workers"]),
+        (["stray"], ["stray"]),
+        (["--max-workers"], ["--max-workers"]),
+        (["--address"], ["--address"]),
+        (["--max-workers", "3", "--max-workers", "4"], ["--max-workers"]),
+        (["--insecure=maybe"], ["maybe"]),
+        (["--client-cert-auth=maybe"], ["maybe"]),
+        (["--config-file", "/no/such/file"], ["/no/such/file"]),
+        (["--config-file", "/"], ["/"]),
+        (["--config-file"], ["--config-file"]),
+    ],
+)
+def test_what_is_no_flag_is_refused(flags: List[str], texts: List[str]) -> None:
+    expect_refusal(run(*flags), *texts)
+
+
+# ---- Addresses -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address, text",
+    [
+        ("127.0.0.1:70000", "port 70000 is not in 0 .. 65535"),
+        ("127.0.0.1:99999", "port 99999 is not in 0 .. 65535"),
+        ("127.0.0.1:-1", "port -1 is not in 0 .. 65535"),
+        ("[::1]:65536", "port 65536 is not in 0 .. 65535"),
+        ("foo:bar", "no such host or port"),
+        ("nowhere.invalid:50051", "no such host or port"),
+        ("127.0.0.1", "neither HOST:PORT nor unix:PATH"),
+        ("", "HOST:PORT or unix:PATH"),
+        ("::1:50051", "brackets"),
+        ("unix:", "neither HOST:PORT nor unix:PATH"),
+        ("unix:/" + "p" * 107, "108 bytes"),
+        ("0.0.0.0:0", "--insecure"),
+        ("[::]:0", "--insecure"),
+        ("127.0.0.1:0,127.0.0.1:70000", "port 70000"),
+    ],
+)
+def test_a_bad_address_is_refused(address: str, text: str, tmp_path: pathlib.Path) -> None:
+    expect_refusal(run(f"--address={address}"), text)
+    if not address:
+        return
+    expect_refusal(run(SYNCBN_ADDRESS=address), text)
+    config = tmp_path / "master.toml"
+    config.write_text(f'address = "{address}"\n')
+    expect_refusal(run("--config-file", str(config)), text)
+
+
+def test_an_address_in_use_is_named_with_the_reason(master: Master, tmp_path: pathlib.Path) -> None:
+    expect_refusal(run("--address", master.target), f'"{master.target}"', "address already in use", code=1)
+    port = master.target.split(":")[1]
+    expect_refusal(run("--address", f"localhost:{port}"), f"localhost:{port}", "address already in use", code=1)
+
+
+def test_a_socket_in_use_and_things_in_its_way(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "master.sock"
+    first = start(Master, address=f"unix:{path}")
+    expect_refusal(run("--address", f"unix:{path}"), str(path), "address already in use", code=1)
+    first.kill()
+    assert path.is_socket()
+    assert run("--address", f"unix:{path}", "--max-lifetime", "0.01").returncode == 0
+    path.mkdir()
+    expect_refusal(run("--address", f"unix:{path}"), str(path), "file of another kind", code=1)
+    missing = tmp_path / "missing" / "master.sock"
+    expect_refusal(run("--address", f"unix:{missing}"), str(missing), "no such file or directory", code=1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
+    tmp_path.chmod(0o500)
+    expect_refusal(run("--address", f"unix:{tmp_path}/master.sock"), "permission denied", code=1)
+
+
+def test_localhost_is_all_its_addresses(start: Callable[..., Any]) -> None:
+    master = start(Master, address="localhost:0")
+    host, port = master.target.split(":")
+    assert host == "localhost" and int(port) > 0
+    addresses = {info[4][0] for info in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM)}
+    reached = 0
+    for address in addresses:
+        try:
+            socket.create_connection((address, int(port)), timeout=PATIENCE).close()
+            reached += 1
+        except OSError:
+            # A name may stand for ::1 where there is no IPv6.
+            assert ":" in address
+    assert reached > 0
+
+
+# ---- Variables and files ---------------------------------------------------------------------------------------------
 
 
 def test_variables_stand_for_flags(start: Callable[..., Any]) -> None:
@@ -60,14 +237,81 @@ def test_variables_stand_for_flags(start: Callable[..., Any]) -> None:
         assert "syncbn.v1.StatisticsService" in grpcurl(target, "list")
 
 
-def test_a_config_file(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:
-    socket = tmp_path / "master.sock"
+def test_hyphens_and_underscores_are_the_same_in_variables() -> None:
+    expect_refusal(run(**{"SYNCBN_MAX-WORKERS": "0"}), "--max-workers", '"0"')
+
+
+def test_a_variable_that_is_almost_ours_is_doubted() -> None:
+    done = run("--address", "127.0.0.1:0", "--max-lifetime", "0.01", SYNCBN_ADRESS="127.0.0.1:1", SYNCBN_TARGET="elsewhere:1")
+    assert done.returncode == 0
+    assert "SYNCBN_ADRESS is not known; SYNCBN_ADDRESS is" in done.stderr
+    assert "SYNCBN_TARGET" not in done.stderr
+
+
+@pytest.mark.parametrize("hyphen", ["-", "_"])
+def test_a_config_file(start: Callable[..., Any], tmp_path: pathlib.Path, hyphen: str) -> None:
+    path = tmp_path / "master.sock"
     config = tmp_path / "master.toml"
-    config.write_text(f'address = ["unix:{socket}"]\nexit-timeout = 1\n')
+    config.write_text(f'address = ["unix:{path}"]\nexit{hyphen}timeout = 1\nmax{hyphen}workers = 2\n')
     started = start(Master, "--config-file", str(config), address="")
-    assert started.targets == [f"unix:{socket}"]
-    assert socket.is_socket()
+    assert started.targets == [f"unix:{path}"]
+    assert path.is_socket()
     assert started.terminate() == 0
+
+
+def test_a_config_file_named_by_its_variable(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "master.sock"
+    config = tmp_path / "master.ini"
+    config.write_text(f"address=unix:{path}\n")
+    assert start(Master, address="", env={"SYNCBN_CONFIG_FILE": str(config)}).targets == [f"unix:{path}"]
+    expect_refusal(run(SYNCBN_CONFIG_FILE="/no/such/file"), "/no/such/file")
+
+
+@pytest.mark.parametrize(
+    "text, key, nearest",
+    [
+        ('adress = "127.0.0.1:0"', "adress", "address"),
+        ("client_cert_aut = true", "client_cert_aut", "client-cert-auth"),
+        ("max-worker = 3", "max-worker", "max-workers"),
+        ("Max-Workers = 3", "Max-Workers", "max-workers"),
+        ("[server]\nmax-workers = 3", "server.max-workers", "max-workers"),
+        ("config-file = 'other.toml'", "config-file", ""),
+        ("version = true", "version", ""),
+        ("nonsense", "nonsense", ""),
+    ],
+)
+def test_an_unknown_key_is_refused(text: str, key: str, nearest: str, tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "master.toml"
+    config.write_text(text + "\n")
+    expect_refusal(run("--config-file", str(config)), f"{key}", f'the nearest is "{nearest}')
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "master.toml"
+    config.write_text("max-workers = 3\nmax_workers = 4\n")
+    expect_refusal(run("--config-file", str(config)), "max_workers", "twice")
+
+
+def test_a_switch_of_a_config_file_is_heeded(tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "master.toml"
+    config.write_text("client_cert_auth = true\n")
+    expect_refusal(run("--config-file", str(config)), "trusted CA")
+    config.write_text("client_cert_auth = maybe\n")
+    expect_refusal(run("--config-file", str(config)), "maybe")
+
+
+# ---- TLS -------------------------------------------------------------------------------------------------------------
+
+
+def test_half_of_tls_is_refused(tmp_path: pathlib.Path) -> None:
+    expect_refusal(run("--client-cert-auth"), "trusted CA")
+    expect_refusal(run("--cert-file", "a.pem"), "certificate and its key")
+    expect_refusal(run("--key-file", "a.pem"), "certificate and its key")
+    expect_refusal(run("--trusted-ca-file", "a.pem"), "--client-cert-auth")
+    expect_refusal(run("--cert-file", f"{tmp_path}/a.pem", "--key-file", "b.pem"), f"{tmp_path}/a.pem", "no such file")
+
+
+# ---- The end ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_lifetime_ends_the_master() -> None:

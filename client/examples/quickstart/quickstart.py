@@ -61,7 +61,9 @@ def running_master(lifetime: int = 120) -> Iterator[str]:
             yield master.target
         return
     process = subprocess.Popen(
-        [binary, "--address", "127.0.0.1:0", "--max-lifetime", str(lifetime)], stdout=subprocess.PIPE, text=True
+        [binary, "--address", "127.0.0.1:0", "--max-lifetime", str(lifetime), "--log-level", "warning"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gmock/gmock.h"
+#include "grpcpp/ext/channelz_service_plugin.h"
 #include "gtest/gtest.h"
 #include "server/stats_server.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
@@ -19,6 +20,8 @@ using ::testing::HasSubstr;
 
 class InspectionTest : public ::testing::Test {
  protected:
+  static void SetUpTestSuite() { grpc::channelz::experimental::InitChannelzService(); }
+
   void SetUp() override {
     MasterServer::Options options;
     options.addresses = {"127.0.0.1:0"};
@@ -101,7 +104,7 @@ TEST_F(InspectionTest, ShowsMembersAndWaitingRounds) {
   ASSERT_TRUE(second->Write(frame));
   v1::GetGroupResponse group;
   while (group.pending_size() == 0) group = GetGroup("g");
-  EXPECT_EQ(group.config().round_timeout().seconds(), 30);
+  EXPECT_EQ(group.config().round_timeout().seconds(), 600);
   EXPECT_EQ(group.summary().rounds_in_flight(), 1u);
   ASSERT_EQ(group.members_size(), 3);
   EXPECT_EQ(group.members(0).state(), v1::MEMBER_STATE_PRESENT);

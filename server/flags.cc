@@ -1,0 +1,322 @@
+#include "server/flags.h"
+
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <istream>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "CLI/CLI.hpp"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
+
+namespace syncbn {
+namespace {
+
+// Longer is no time that anyone means: thirty years.
+constexpr double kMostSeconds = 1e9;
+constexpr char kVariablePrefix[] = "SYNCBN_";
+
+std::string WithHyphens(absl::string_view name) { return absl::StrReplaceAll(name, {{"_", "-"}}); }
+
+std::string VariableOf(absl::string_view flag) {
+  std::string name = absl::StrCat(kVariablePrefix, absl::StrReplaceAll(absl::StripPrefix(flag, "--"), {{"-", "_"}}));
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
+  return name;
+}
+
+// Insertions, deletions and replacements that make one of the other.
+size_t EditDistance(absl::string_view a, absl::string_view b) {
+  std::vector<size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), size_t{0});
+  for (size_t i = 0; i < a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i + 1);
+    for (size_t j = 0; j < b.size(); ++j) {
+      const size_t replaced = diagonal + (a[i] == b[j] ? 0 : 1);
+      diagonal = row[j + 1];
+      row[j + 1] = std::min({replaced, diagonal + 1, row[j] + 1});
+    }
+  }
+  return row.back();
+}
+
+// The known name that is most like the given one, and how like it is.
+std::pair<std::string, size_t> Nearest(absl::string_view name, const std::vector<std::string>& known) {
+  std::pair<std::string, size_t> best = {"", std::numeric_limits<size_t>::max()};
+  for (const std::string& candidate : known) {
+    if (const size_t distance = EditDistance(name, candidate); distance < best.second) best = {candidate, distance};
+  }
+  return best;
+}
+
+[[noreturn]] void Refuse(const std::string& flag, absl::string_view value, absl::string_view is_not) {
+  throw CLI::ValidationError(flag, absl::StrCat("\"", value, "\" is not ", is_not));
+}
+
+// A config file without sections whose keys are the flags' names. CLI11 passes over keys that it does not know.
+class StrictConfig final : public CLI::ConfigTOML {
+ public:
+  explicit StrictConfig(std::vector<std::string> known) : known_(std::move(known)) {}
+
+  std::vector<CLI::ConfigItem> from_config(std::istream& input) const override {
+    std::vector<CLI::ConfigItem> items = CLI::ConfigTOML::from_config(input);
+    if (input.bad()) throw CLI::FileError("the config file cannot be read");
+    std::vector<std::string> seen;
+    for (CLI::ConfigItem& item : items) {
+      if (item.name == "++" || item.name == "--") continue;  // A section begins, or ends.
+      const std::string written = item.fullname();
+      item.name = WithHyphens(item.name);
+      if (!item.parents.empty() || std::find(known_.begin(), known_.end(), item.name) == known_.end()) {
+        throw CLI::ConfigError(absl::StrCat("the config file has an unknown key \"", written, "\"; the nearest is \"",
+                                            Nearest(item.name, known_).first, "\""));
+      }
+      if (std::find(seen.begin(), seen.end(), item.name) != seen.end()) {
+        throw CLI::ConfigError(absl::StrCat("the config file has the key \"", written, "\" twice"));
+      }
+      seen.push_back(item.name);
+    }
+    return items;
+  }
+
+ private:
+  const std::vector<std::string> known_;
+};
+
+// The options of the program, each with its variable and its range.
+class Options {
+ public:
+  Options(CLI::App* app, Flags* flags) : app_(app), flags_(flags) {}
+
+  void Define() {
+    MasterServer::Options& server = flags_->server;
+    DefineAddresses();
+    Switch("--insecure", &server.insecure, "listen beyond loopback without TLS");
+    Text("--cert-file", &server.tls.cert_file, "PEM certificate: with it and its key, TLS alone is spoken");
+    Text("--key-file", &server.tls.key_file, "PEM key of the certificate");
+    Text("--trusted-ca-file", &server.tls.trusted_ca_file,
+         "PEM certificates that sign the workers'; with --client-cert-auth");
+    Switch("--client-cert-auth", &server.tls.client_cert_auth, "refuse workers without a trusted certificate");
+    Whole("--max-channels", &server.limits.max_channels, 1 << 24, "most channels of a layer");
+    Whole("--max-workers", &server.limits.max_workers, 1 << 20, "most workers of a group");
+    Whole("--max-groups", &server.limits.max_groups, 1 << 20, "most groups at one time");
+    Whole("--max-retained-bytes", &server.limits.max_retained_bytes, int64_t{1} << 40,
+          "most bytes of ended rounds that a group remembers, for replays");
+    Whole("--max-connections", &server.max_connections, 1 << 20, "most connections at one time")
+        ->default_str("what the limit of descriptors leaves room for");
+    OnOff("--reflection", &server.reflection, "serve gRPC's reflection and channelz")
+        ->default_str("on if only this host can connect");
+    Seconds("--exit-timeout", "seconds that workers are given to drain at a signal", "5",
+            [this](double seconds) { flags_->exit_timeout = absl::Seconds(seconds); });
+    Seconds("--max-lifetime", "exit after this many seconds; 0: never", "0", [this](double seconds) {
+      flags_->max_lifetime = seconds == 0.0 ? absl::InfiniteDuration() : absl::Seconds(seconds);
+    });
+    DefineLogLevel();
+    app_->set_config("--config-file", "", "read flags from this file (TOML or INI)")
+        ->envname(VariableOf("--config-file"))
+        ->type_name("FILE");
+    app_->set_version_flag("--version", "syncbn-master 0.1.0");
+    app_->config_formatter(std::make_shared<StrictConfig>(names_));
+  }
+
+  // Without their hyphens at the beginning.
+  const std::vector<std::string>& names() const { return names_; }
+
+ private:
+  CLI::Option* Named(CLI::Option* option, const std::string& name) {
+    names_.push_back(name.substr(2));
+    return option->envname(VariableOf(name));
+  }
+
+  void DefineAddresses() {
+    const std::string name = "--address";
+    auto* const option = app_->add_option_function<std::vector<std::string>>(
+        name,
+        [this, name](const std::vector<std::string>& addresses) {
+          for (const std::string& address : addresses) {
+            if (address.empty()) Refuse(name, address, "HOST:PORT or unix:PATH");
+          }
+          flags_->server.addresses = addresses;
+        },
+        "where to listen: HOST:PORT (port 0: any) or unix:PATH; may repeat");
+    Named(option, name)
+        ->delimiter(',')
+        ->type_name("ADDRESS ...")
+        ->default_str(absl::StrJoin(flags_->server.addresses, ","));
+  }
+
+  void DefineLogLevel() {
+    const std::string name = "--log-level";
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [this, name](const std::string& text) {
+          for (const auto& [word, level] :
+               {std::pair{"debug", LogLevel::kDebug}, std::pair{"info", LogLevel::kInfo},
+                std::pair{"warning", LogLevel::kWarning}, std::pair{"error", LogLevel::kError}}) {
+            if (text == word) {
+              flags_->log_level = level;
+              return;
+            }
+          }
+          Refuse(name, text, "debug, info, warning or error");
+        },
+        "what goes to stderr: debug, info, warning or error");
+    Named(option, name)->type_name("LEVEL")->default_str("info");
+  }
+
+  void Switch(const std::string& name, bool* value, const std::string& description) {
+    Named(app_->add_flag(name, *value, description), name);
+  }
+
+  CLI::Option* OnOff(const std::string& name, std::optional<bool>* value, const std::string& description) {
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [name, value](const std::string& text) {
+          if (text != "on" && text != "off" && text != "true" && text != "false") Refuse(name, text, "on or off");
+          *value = text == "on" || text == "true";
+        },
+        description);
+    return Named(option, name)->type_name("on|off");
+  }
+
+  void Text(const std::string& name, std::string* value, const std::string& description) {
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [name, value](const std::string& text) {
+          if (text.empty()) Refuse(name, text, "the name of a file");
+          *value = text;
+        },
+        description);
+    Named(option, name)->type_name("FILE");
+  }
+
+  template <typename T>
+  CLI::Option* Whole(const std::string& name, T* value, int64_t most, const std::string& description) {
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [name, value, most](const std::string& text) {
+          int64_t number = 0;
+          if (!absl::SimpleAtoi(text, &number) || number < 1 || number > most) {
+            Refuse(name, text, absl::StrCat("a whole number in 1 .. ", most));
+          }
+          *value = static_cast<T>(number);
+        },
+        description);
+    return Named(option, name)->type_name("N")->default_str(absl::StrCat(*value));
+  }
+
+  void Seconds(const std::string& name, const std::string& description, const std::string& fallback,
+               std::function<void(double)> take) {
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [name, take = std::move(take)](const std::string& text) {
+          double seconds = 0.0;
+          if (!absl::SimpleAtod(text, &seconds) || !(seconds >= 0.0 && seconds <= kMostSeconds)) {
+            Refuse(name, text, "a number of seconds in 0 .. 1000000000");
+          }
+          take(seconds);
+        },
+        description);
+    Named(option, name)->type_name("SECONDS")->default_str(fallback);
+  }
+
+  CLI::App* const app_;
+  Flags* const flags_;
+  std::vector<std::string> names_;
+};
+
+// SYNCBN_MAX-WORKERS is SYNCBN_MAX_WORKERS. A variable that is almost one of ours is doubted: it cannot be refused,
+// since workers have variables of that prefix too.
+void ReadEnvironment(const std::vector<std::string>& names, std::vector<std::string>* doubts) {
+  std::vector<std::string> known;
+  for (const std::string& name : names) known.push_back(VariableOf(name));
+  known.push_back(VariableOf("config-file"));
+  std::vector<std::string> entries;
+  for (char** entry = environ; *entry != nullptr; ++entry) entries.emplace_back(*entry);
+  for (const std::string& entry : entries) {
+    const std::string name = entry.substr(0, entry.find('='));
+    if (!absl::StartsWith(name, kVariablePrefix)) continue;
+    const std::string with_underscores = absl::StrReplaceAll(name, {{"-", "_"}});
+    if (std::find(known.begin(), known.end(), with_underscores) == known.end()) {
+      const auto [nearest, distance] = Nearest(with_underscores, known);
+      if (distance > 2) continue;
+      doubts->push_back(absl::StrCat("the variable ", name, " is not known; ", nearest, " is"));
+    } else if (with_underscores != name) {
+      setenv(with_underscores.c_str(), entry.c_str() + name.size() + 1, /*overwrite=*/0);
+    }
+  }
+}
+
+// The arguments as CLI11 wants them: in reverse, names with hyphens, and the config file as an argument, since CLI11
+// looks for the variable of that one only when it has read the others.
+std::vector<std::string> ReadArguments(int argc, char** argv) {
+  std::vector<std::string> arguments;
+  bool has_config = false;
+  for (int i = 1; i < argc; ++i) {
+    std::string argument = argv[i];
+    const size_t end = std::min(argument.find('='), argument.size());
+    if (absl::StartsWith(argument, "--")) argument = WithHyphens(argument.substr(0, end)) + argument.substr(end);
+    has_config = has_config || argument.substr(0, argument.find('=')) == "--config-file";
+    const bool empty = absl::StartsWith(argument, "--") && end + 1 == argument.size();
+    // "--flag=" is an empty value; CLI11 would say that there is none.
+    if (empty) argument.pop_back();
+    arguments.push_back(std::move(argument));
+    if (empty) arguments.emplace_back();
+  }
+  const char* const variable = getenv(VariableOf("config-file").c_str());
+  if (!has_config && variable != nullptr && *variable != '\0') {
+    arguments.push_back(absl::StrCat("--config-file=", variable));
+  }
+  std::reverse(arguments.begin(), arguments.end());
+  return arguments;
+}
+
+// One line, whatever the library or the person wrote.
+std::string OneLine(absl::string_view text) {
+  std::string line(absl::StripSuffix(text, "\n"));
+  std::replace_if(
+      line.begin(), line.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
+  return line;
+}
+
+std::string Explain(const CLI::App& app, const CLI::ParseError& error, const std::vector<std::string>& names) {
+  std::string message = OneLine(error.what());
+  if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return message;
+  for (const std::string& argument : app.remaining()) {
+    if (!absl::StartsWith(argument, "--")) continue;
+    return absl::StrCat(message, "; the nearest flag is --",
+                        Nearest(argument.substr(2, argument.find('=') - 2), names).first);
+  }
+  return message;
+}
+
+}  // namespace
+
+std::optional<int> ParseFlags(int argc, char** argv, Flags* flags) {
+  CLI::App app("The master of syncbn: merges the batch statistics of workers.", "syncbn-master");
+  Options options(&app, flags);
+  options.Define();
+  ReadEnvironment(options.names(), &flags->doubts);
+  try {
+    app.parse(ReadArguments(argc, argv));
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version.
+    std::fprintf(stderr, "syncbn-master: %s\n", Explain(app, error, options.names()).c_str());
+    return 2;
+  }
+  return std::nullopt;
+}
+
+}  // namespace syncbn

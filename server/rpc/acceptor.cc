@@ -1,0 +1,215 @@
+#include "server/rpc/acceptor.h"
+
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "plumbing/fork_sockets.h"
+#include "plumbing/log.h"
+
+namespace syncbn::rpc {
+namespace {
+
+// Of one listener before the next has its turn.
+constexpr int kMostAtOnce = 64;
+// Without a descriptor, and not even the spare one.
+constexpr absl::Duration kPause = absl::Milliseconds(50);
+// A listener that does not work is opened again this often, and the others are looked at.
+constexpr absl::Duration kRepairInterval = absl::Seconds(1);
+// What a peer may leave unacknowledged, as gRPC sets it on sockets that it accepts.
+constexpr int kUserTimeoutMs = 20000;
+
+std::string PeerOf(int connection) {
+  SocketAddress address;
+  address.length = sizeof(address.storage);
+  if (getpeername(connection, reinterpret_cast<sockaddr*>(&address.storage), &address.length) != 0) return "a peer";
+  return address.ToString();
+}
+
+// The inode, or 0 if it is no socket any more.
+ino_t SocketInode(int descriptor) {
+  struct stat status;
+  return fstat(descriptor, &status) == 0 && S_ISSOCK(status.st_mode) ? status.st_ino : 0;
+}
+
+// On unix sockets these fail, and need not be.
+void Tune(int connection) {
+  const int on = 1;
+  setsockopt(connection, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+  setsockopt(connection, IPPROTO_TCP, TCP_USER_TIMEOUT, &kUserTimeoutMs, sizeof(kUserTimeoutMs));
+}
+
+int OpenSpare() { return open("/dev/null", O_RDONLY | O_CLOEXEC); }
+
+void CloseIfOpen(int& descriptor) {
+  if (descriptor >= 0) close(descriptor);
+  descriptor = -1;
+}
+
+}  // namespace
+
+Acceptor::Acceptor(std::vector<Listener> listeners, size_t max_connections, std::function<void(bool)> on_listening)
+    : listeners_(std::move(listeners)),
+      max_connections_(max_connections),
+      on_listening_(std::move(on_listening)),
+      broken_(listeners_.size()),
+      wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      spare_(OpenSpare()) {}
+
+Acceptor::~Acceptor() {
+  CloseIfOpen(wake_);
+  CloseIfOpen(spare_);
+}
+
+void Acceptor::Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink) {
+  sink_ = std::move(sink);
+  thread_ = std::thread([this] { Run(); });
+}
+
+void Acceptor::Stop() {
+  if (!thread_.joinable()) return;
+  stopping_ = true;
+  const uint64_t one = 1;
+  const ssize_t written = write(wake_, &one, sizeof(one));
+  (void)written;
+  thread_.join();
+  listeners_.clear();
+}
+
+void Acceptor::Run() {
+  std::vector<pollfd> polled;
+  std::vector<size_t> owners;
+  while (!stopping_) {
+    polled.assign(1, {wake_, POLLIN, 0});
+    owners.assign(1, 0);
+    const bool paused = clock_.Now() < paused_until_;
+    for (size_t i = 0; i < listeners_.size() && !paused; ++i) {
+      for (const int descriptor : listeners_[i].descriptors()) {
+        polled.push_back({descriptor, POLLIN, 0});
+        owners.push_back(i);
+      }
+    }
+    const int64_t timeout_ms = absl::ToInt64Milliseconds(Timeout()) + 1;
+    if (poll(polled.data(), polled.size(), static_cast<int>(timeout_ms)) < 0 && errno != EINTR) {
+      paused_until_ = clock_.Now() + kPause;  // The system lacks memory.
+      continue;
+    }
+    for (size_t i = 1; i < polled.size() && !stopping_; ++i) {
+      if (polled[i].revents == 0) continue;
+      // accept() on a unix socket that was shut down says that nobody waits.
+      const bool dead = (polled[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0;
+      if (dead || !AcceptFrom(polled[i].fd)) Break(owners[i], "its socket does not work any more");
+    }
+    if (clock_.Now() >= repair_at_) Repair();
+  }
+}
+
+absl::Duration Acceptor::Timeout() const {
+  const absl::Time now = clock_.Now();
+  return std::max(absl::ZeroDuration(), (now < paused_until_ ? std::min(paused_until_, repair_at_) : repair_at_) - now);
+}
+
+bool Acceptor::AcceptFrom(int descriptor) {
+  for (int i = 0; i < kMostAtOnce && !stopping_; ++i) {
+    const int connection = accept4(descriptor, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (connection >= 0) {
+      Take(descriptor, connection);
+      continue;
+    }
+    switch (errno) {
+      case EAGAIN:
+        return true;
+      case EMFILE:
+      case ENFILE:
+      case ENOBUFS:
+      case ENOMEM:
+        Shed(descriptor, errno);
+        return true;
+      case EBADF:
+      case EINVAL:
+      case ENOTSOCK:
+      case EOPNOTSUPP:
+        return false;
+      default:  // One connection's own trouble: it broke while it waited, a firewall, a network that is down.
+        break;
+    }
+  }
+  return true;
+}
+
+void Acceptor::Take(int listener, int connection) {
+  if (!HasRoom()) {
+    throttle_.Log(LogLevel::kWarning, "max_connections", clock_.Now(),
+                  absl::StrCat("refused a connection from ", PeerOf(connection), ": ", max_connections_,
+                               " are open, the limit max_connections"));
+    close(connection);
+    return;
+  }
+  GiveUpInForkedChildren(connection);
+  connections_[connection] = SocketInode(connection);
+  Tune(connection);
+  grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters parameters;
+  parameters.listener_fd = listener;
+  parameters.fd = connection;
+  sink_->HandleNewConnection(&parameters);
+}
+
+bool Acceptor::HasRoom() {
+  if (connections_.size() < max_connections_) return true;
+  // Those that gRPC has closed meanwhile; their numbers may be other files now.
+  for (auto it = connections_.begin(); it != connections_.end();) {
+    const auto entry = it++;
+    if (SocketInode(entry->first) != entry->second) connections_.erase(entry);
+  }
+  return connections_.size() < max_connections_;
+}
+
+void Acceptor::Shed(int descriptor, int error) {
+  throttle_.Log(LogLevel::kError, "descriptors", clock_.Now(),
+                absl::StrCat("cannot accept connections for the moment: ", std::strerror(error),
+                             "; those that wait are refused (see ulimit -n)"));
+  // Whoever waits is told so: with the spare descriptor it is accepted, and closed.
+  CloseIfOpen(spare_);
+  int connection = accept4(descriptor, nullptr, nullptr, SOCK_CLOEXEC);
+  CloseIfOpen(connection);
+  spare_ = OpenSpare();
+  if (spare_ < 0) paused_until_ = clock_.Now() + kPause;
+}
+
+void Acceptor::Break(size_t index, const std::string& why) {
+  broken_[index] = true;
+  repair_at_ = absl::InfinitePast();
+  if (std::exchange(listening_, false)) on_listening_(false);
+  throttle_.Log(LogLevel::kError, "listener", clock_.Now(),
+                absl::StrCat("nobody can connect to ", listeners_[index].target(), ": ", why));
+}
+
+void Acceptor::Repair() {
+  for (size_t i = 0; i < listeners_.size(); ++i) {
+    if (!broken_[i] && listeners_[i].IsUnreachable()) Break(i, "the socket's file is gone");
+    if (!broken_[i]) continue;
+    if (const absl::Status status = listeners_[i].Reopen(); !status.ok()) {
+      Break(i, std::string(status.message()));
+      continue;
+    }
+    broken_[i] = false;
+    throttle_.Log(LogLevel::kWarning, "reopened", clock_.Now(),
+                  absl::StrCat("listening on ", listeners_[i].target(), " again"));
+  }
+  repair_at_ = clock_.Now() + kRepairInterval;
+  const bool all = std::find(broken_.begin(), broken_.end(), true) == broken_.end();
+  if (all && !std::exchange(listening_, true)) on_listening_(true);
+}
+
+}  // namespace syncbn::rpc

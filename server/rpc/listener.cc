@@ -1,0 +1,179 @@
+#include "server/rpc/listener.h"
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "plumbing/fork_sockets.h"
+
+namespace syncbn::rpc {
+namespace {
+
+// What the system allows at most; it takes the lesser of this and net.core.somaxconn.
+constexpr int kBacklog = 4096;
+// A free port of one address may be taken on the next of the same name.
+constexpr int kPortAttempts = 16;
+
+// "address already in use", as the middle of a sentence has it.
+std::string Reason(int error) {
+  char buffer[256];
+  std::string text = strerror_r(error, buffer, sizeof(buffer));
+  if (text.size() > 1 && absl::ascii_islower(text[1])) text[0] = absl::ascii_tolower(text[0]);
+  return text;
+}
+
+absl::Status CannotListen(const ListenAddress& address, const std::string& where, const std::string& reason) {
+  const std::string detail = where.empty() || where == address.text ? "" : absl::StrCat(" (", where, ")");
+  return absl::UnavailableError(absl::StrCat("cannot listen on \"", address.text, "\"", detail, ": ", reason));
+}
+
+bool IsWildcard(const SocketAddress& socket) {
+  const auto& inet6 = reinterpret_cast<const sockaddr_in6&>(socket.storage);
+  return socket.family() == AF_INET6 && IN6_IS_ADDR_UNSPECIFIED(&inet6.sin6_addr);
+}
+
+// A socket that listens; or the negative of an errno.
+int ListenOn(const SocketAddress& address, bool alone) {
+  const int descriptor = socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (descriptor < 0) return -errno;
+  const auto set = [descriptor](int level, int name, int value) {
+    return setsockopt(descriptor, level, name, &value, sizeof(value)) == 0;
+  };
+  bool done = true;
+  // A port may be taken again while connections of the last master on it fade out; one that listens keeps others off.
+  if (address.family() != AF_UNIX) done = set(SOL_SOCKET, SO_REUSEADDR, 1);
+  // [::] is every address of this host, those of IPv4 too, where it stands alone.
+  if (address.family() == AF_INET6) done = done && set(IPPROTO_IPV6, IPV6_V6ONLY, alone && IsWildcard(address) ? 0 : 1);
+  done = done && bind(descriptor, address.get(), address.length) == 0 && listen(descriptor, kBacklog) == 0;
+  if (done) return descriptor;
+  const int error = errno;
+  close(descriptor);
+  return -error;
+}
+
+uint16_t PortOf(int descriptor) {
+  SocketAddress address;
+  address.length = sizeof(address.storage);
+  getsockname(descriptor, reinterpret_cast<sockaddr*>(&address.storage), &address.length);
+  return address.port();
+}
+
+// Someone serves on the socket, though it may be too busy to answer.
+bool IsServed(const SocketAddress& address) {
+  const int descriptor = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (descriptor < 0) return true;
+  const bool refused = connect(descriptor, address.get(), address.length) != 0 && errno == ECONNREFUSED;
+  close(descriptor);
+  return !refused;
+}
+
+}  // namespace
+
+absl::StatusOr<Listener> Listener::Open(const ListenAddress& address) {
+  Listener listener(address);
+  if (absl::Status status = listener.Reopen(); !status.ok()) return status;
+  return listener;
+}
+
+Listener::Listener(Listener&& other) noexcept
+    : address_(std::move(other.address_)),
+      descriptors_(std::exchange(other.descriptors_, {})),
+      port_(other.port_),
+      device_(other.device_),
+      inode_(std::exchange(other.inode_, 0)) {}
+
+Listener& Listener::operator=(Listener&& other) noexcept {
+  std::swap(address_, other.address_);
+  std::swap(descriptors_, other.descriptors_);
+  std::swap(port_, other.port_);
+  std::swap(device_, other.device_);
+  std::swap(inode_, other.inode_);
+  return *this;
+}
+
+Listener::~Listener() { Close(); }
+
+std::string Listener::target() const {
+  return address_.is_tcp() ? absl::StrCat(address_.host, ":", port_) : address_.text;
+}
+
+absl::Status Listener::Reopen() {
+  Close();
+  if (absl::Status status = address_.is_tcp() ? OpenTcp() : OpenUnix(); !status.ok()) return status;
+  for (const int descriptor : descriptors_) GiveUpInForkedChildren(descriptor);
+  return absl::OkStatus();
+}
+
+absl::Status Listener::OpenTcp() {
+  const bool any_port = port_ == 0 && address_.sockets.front().port() == 0;
+  const bool alone = address_.sockets.size() == 1;
+  absl::Status status;
+  for (int attempt = 0; attempt < kPortAttempts; ++attempt) {
+    Close();
+    status = absl::OkStatus();
+    uint16_t port = port_ != 0 ? static_cast<uint16_t>(port_) : address_.sockets.front().port();
+    bool taken = false;
+    for (SocketAddress socket : address_.sockets) {
+      socket.set_port(port);
+      const int descriptor = ListenOn(socket, alone);
+      if (descriptor >= 0) {
+        descriptors_.push_back(descriptor);
+        if (port == 0) port = PortOf(descriptor);
+        continue;
+      }
+      status = CannotListen(address_, socket.ToString(), Reason(-descriptor));
+      const bool absent = descriptor == -EADDRNOTAVAIL || descriptor == -EAFNOSUPPORT;
+      if (absent) continue;
+      taken = descriptor == -EADDRINUSE && !descriptors_.empty();
+      Close();
+      break;
+    }
+    if (!descriptors_.empty()) {
+      port_ = port;
+      return absl::OkStatus();
+    }
+    if (!any_port || !taken) break;
+  }
+  return status;
+}
+
+absl::Status Listener::OpenUnix() {
+  const SocketAddress& address = address_.sockets.front();
+  const char* const path = address_.path.c_str();
+  struct stat status;
+  if (!address_.path.empty() && lstat(path, &status) == 0) {
+    if (!S_ISSOCK(status.st_mode)) return CannotListen(address_, "", "there is a file of another kind at this path");
+    if (IsServed(address)) return CannotListen(address_, "", Reason(EADDRINUSE));
+    unlink(path);  // Left over. If it cannot be removed, binding says why.
+  }
+  const int descriptor = ListenOn(address, /*alone=*/true);
+  if (descriptor < 0) return CannotListen(address_, "", Reason(-descriptor));
+  descriptors_.push_back(descriptor);
+  if (!address_.path.empty() && lstat(path, &status) == 0) {
+    device_ = status.st_dev;
+    inode_ = status.st_ino;
+  }
+  return absl::OkStatus();
+}
+
+bool Listener::IsUnreachable() const {
+  if (inode_ == 0) return false;
+  struct stat status;
+  return lstat(address_.path.c_str(), &status) != 0 || status.st_dev != device_ || status.st_ino != inode_;
+}
+
+void Listener::Close() {
+  if (inode_ != 0 && !IsUnreachable()) unlink(address_.path.c_str());
+  inode_ = 0;
+  for (const int descriptor : descriptors_) close(descriptor);
+  descriptors_.clear();
+}
+
+}  // namespace syncbn::rpc
