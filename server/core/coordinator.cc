@@ -88,6 +88,11 @@ class Coordinator::Impl {
     return summaries;
   }
 
+  size_t LongestResult(const GroupId& id) const {
+    const auto it = groups_.find(id);
+    return it == groups_.end() ? 0 : it->second.group->longest_result();
+  }
+
   absl::StatusOr<const Group*> Find(const GroupId& id) const {
     const auto it = groups_.find(id);
     if (it != groups_.end()) return it->second.group.get();
@@ -202,9 +207,22 @@ class Coordinator::Impl {
     SetAlarm(slot);
   }
 
+  void Handle(const ReaderLags& reader, absl::Time, Effects&) {
+    const auto known = streams_.find(reader.stream);
+    if (known == streams_.end()) return;
+    const Groups::iterator slot = groups_.find(known->second);
+    slot->second.group->OnReaderLags(reader.stream, reader.lags);
+    SetAlarm(slot);
+  }
+
+  // One turn of each group that something is due of: a group that is not done with it stays due.
   void Handle(const TimePassed&, absl::Time now, Effects& effects) {
-    while (!alarms_.empty() && alarms_.begin()->first <= now) {
-      const Groups::iterator slot = groups_.find(alarms_.begin()->second);
+    std::vector<GroupId> due;
+    for (auto alarm = alarms_.begin(); alarm != alarms_.end() && alarm->first <= now; ++alarm) {
+      due.push_back(alarm->second);
+    }
+    for (const GroupId& id : due) {
+      const Groups::iterator slot = groups_.find(id);
       Group& group = *slot->second.group;
       group.OnTimePassed(now, effects);
       if (group.linger_until() <= now) {
@@ -309,6 +327,8 @@ Coordinator::~Coordinator() = default;
 Effects Coordinator::On(const Event& event, absl::Time now) { return impl_->On(event, now); }
 absl::Time Coordinator::NextDeadline() const { return impl_->NextDeadline(); }
 std::vector<GroupSummary> Coordinator::ListGroups() const { return impl_->ListGroups(); }
+
+size_t Coordinator::LongestResult(const GroupId& id) const { return impl_->LongestResult(id); }
 
 absl::StatusOr<GroupView> Coordinator::GetGroup(const GroupId& id, absl::Time now) const {
   const absl::StatusOr<const Group*> group = impl_->Find(id);

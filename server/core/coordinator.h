@@ -36,6 +36,13 @@ struct StreamClosed {
   StreamId stream = 0;
 };
 
+// A reader has fallen behind with what it was sent, or has caught up. While one of a group has, what would bring forth
+// many results at once waits.
+struct ReaderLags {
+  StreamId stream = 0;
+  bool lags = false;
+};
+
 // The time that NextDeadline() named has come. Harmless when early.
 struct TimePassed {};
 
@@ -43,7 +50,7 @@ struct TimePassed {};
 // Rounds in flight get no outcome: their workers resend them to the master that comes next.
 struct Shutdown {};
 
-using Event = std::variant<FrameReceived, StreamClosed, TimePassed, Shutdown>;
+using Event = std::variant<FrameReceived, StreamClosed, ReaderLags, TimePassed, Shutdown>;
 
 // ---- What is to be done about it, in this order ---------------------------------------------------------------------
 
@@ -78,7 +85,7 @@ struct SendMembership {
 struct LateRound {
   RoundKey key;
   absl::Duration age;  // Since its first contribution.
-  // Whom it waits for: the first Limits::max_named_ranks of them, ascending, and how many they are.
+  // Whom it waits for: the first kMostNamedRanks of them, ascending, and how many they are.
   std::vector<Rank> missing_ranks;
   uint32_t missing = 0;
 };
@@ -135,6 +142,10 @@ class Coordinator {
 
   // When On(TimePassed) is next due; InfiniteFuture if nothing waits for time to pass.
   absl::Time NextDeadline() const;
+
+  // The bytes of the longest result that a round of the group can have, by the layers that were declared; 0 without
+  // any.
+  size_t LongestResult(const GroupId& id) const;
 
   // By job and group name.
   std::vector<GroupSummary> ListGroups() const;

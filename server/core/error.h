@@ -41,8 +41,17 @@ inline constexpr char kGroupEnded[] = "GROUP_ENDED";
 inline constexpr char kGroupUnknown[] = "GROUP_UNKNOWN";
 inline constexpr char kLayerUnknown[] = "LAYER_UNKNOWN";
 
+// Ranks that an error or a late round names one by one; of more it tells the number. A group has thousands of ranks and
+// of rounds, and they may all be missing at once.
+inline constexpr size_t kMostNamedRanks = 64;
+
 inline Error MakeError(absl::StatusCode code, const char* reason, std::string message, std::vector<Rank> ranks = {}) {
-  return Error{code, reason, std::move(message), std::move(ranks)};
+  const auto count = static_cast<uint32_t>(ranks.size());
+  if (ranks.size() > kMostNamedRanks) {
+    ranks.resize(kMostNamedRanks);
+    ranks.shrink_to_fit();
+  }
+  return Error{code, reason, std::move(message), std::move(ranks), count};
 }
 
 // "rank 3", "ranks 1, 3 and 4"; beyond eight, "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 12 more".

@@ -62,12 +62,13 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const
       limits_(limits),
       members_(join.world_size),
       linger_until_(now + limits.group_linger),
-      budget_(limits.max_retained_bytes, std::max<size_t>(limits.min_retained_outcomes, 1)) {}
+      budget_(limits.max_retained_bytes, std::max<size_t>(limits.min_retained_outcomes, 1), limits.max_awaited_bytes) {}
 
 // ---- Joining --------------------------------------------------------------------------------------------------------
 
 bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, uint32_t protocol_version,
                    absl::Time now, Effects& effects) {
+  BeginTurn();
   auto error = CheckJoin(join, filled);
   if (!error.has_value()) error = CheckLayers(join.layers);
   if (error.has_value()) {
@@ -244,6 +245,7 @@ void Group::Vacate(Rank rank) {
     case MemberState::kPresent:
       ranks_.erase(member.stream);
       --present_;
+      lagging_ -= std::exchange(member.lags, false) ? 1 : 0;
       break;
     case MemberState::kLost:
       graces_.erase({member.grace_until, rank});
@@ -264,6 +266,7 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
   const auto it = ranks_.find(stream);
   if (it == ranks_.end()) return;
   const Rank rank = it->second;
+  BeginTurn();
   Unblock(rank);
   auto error = CheckRounds(frame);
   if (!error.has_value()) error = CheckLayers(frame.layers);
@@ -286,6 +289,7 @@ void Group::OnStreamClosed(StreamId stream, absl::Time now, Effects& effects) {
   const auto it = ranks_.find(stream);
   if (it == ranks_.end()) return;
   const Rank rank = it->second;
+  BeginTurn();
   Vacate(rank);
   MemberRecord& member = members_[rank];
   member.state = MemberState::kLost;
@@ -306,7 +310,15 @@ void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
   SettleAll(now, effects);
 }
 
+void Group::OnReaderLags(StreamId stream, bool lags) {
+  const auto it = ranks_.find(stream);
+  if (it == ranks_.end() || members_[it->second].lags == lags) return;
+  members_[it->second].lags = lags;
+  lagging_ += lags ? 1 : -1;
+}
+
 void Group::OnTimePassed(absl::Time now, Effects& effects) {
+  BeginTurn();
   bool gave_up = false;
   while (!graces_.empty() && graces_.begin()->first <= now) {
     MemberRecord& member = members_[graces_.begin()->second];
@@ -315,8 +327,12 @@ void Group::OnTimePassed(absl::Time now, Effects& effects) {
     ++given_up_;
     gave_up = true;
   }
-  if (gave_up) SettleAll(now, effects);
-  while (!alarms_.empty() && alarms_.begin()->first <= now) {
+  if (gave_up) {
+    SettleAll(now, effects);
+  } else {
+    SettleOn(now, effects);
+  }
+  while (turn_ != 0 && !alarms_.empty() && alarms_.begin()->first <= now && !(proceeds() && Held())) {
     const auto round = pending_.find(alarms_.begin()->second);
     if (round->second.deadline <= now) {
       Expire(round, now, effects);
@@ -341,7 +357,8 @@ void Group::End(const Error& why, absl::Time now, Effects& effects) {
 absl::Time Group::NextDeadline() const {
   absl::Time next = linger_until_;
   if (!graces_.empty()) next = std::min(next, graces_.begin()->first);
-  if (!alarms_.empty()) next = std::min(next, alarms_.begin()->first);
+  if (!alarms_.empty() && !(proceeds() && Held())) next = std::min(next, alarms_.begin()->first);
+  if (unsettled_.has_value() && !Held()) next = std::min(next, unsettled_->second);
   return next;
 }
 
@@ -349,8 +366,21 @@ absl::Time Group::NextDeadline() const {
 
 std::optional<Error> Group::CheckRounds(const FrameReceived& frame) const {
   const size_t rounds = std::max(frame.contributions.size(), frame.blocked_on.size());
-  if (rounds <= limits_.max_rounds_in_frame) return std::nullopt;
-  return LimitError(rounds, "rounds in one frame", "max_rounds_in_frame", limits_.max_rounds_in_frame);
+  if (rounds > limits_.max_rounds_in_frame) {
+    return LimitError(rounds, "rounds in one frame", "max_rounds_in_frame", limits_.max_rounds_in_frame);
+  }
+  const auto malformed = [this](const RoundKey& key) -> std::optional<Error> {
+    if (!key.layer.empty() && key.layer.size() <= limits_.max_name_bytes) return std::nullopt;
+    return Malformed(
+        absl::StrCat("a key names a layer by ", key.layer.size(), " bytes; a name has 1 to ", limits_.max_name_bytes));
+  };
+  for (const Contribution& contribution : frame.contributions) {
+    if (auto error = malformed(contribution.key)) return error;
+  }
+  for (const RoundKey& key : frame.blocked_on) {
+    if (auto error = malformed(key)) return error;
+  }
+  return std::nullopt;
 }
 
 std::optional<Error> Group::CheckLayers(const std::vector<LayerSpec>& specs) const {
@@ -371,6 +401,7 @@ void Group::DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, bool r
     if (it == layers_.end()) {
       it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_, &budget_)).first;
     }
+    longest_result_ = std::max(longest_result_, LongestResult(spec));
     Declare(rank, spec, returning, *it->second, now, effects);
   }
 }
@@ -450,20 +481,37 @@ GroupView Group::View(absl::Time now) const {
   view.config = config_;
   for (Rank rank = 0; rank < world_size_; ++rank) {
     const MemberRecord& member = members_[rank];
+    const size_t shown = std::min(member.blocked_on.size(), kMostShownKeys);
     view.members.push_back({rank, member.state, member.incarnation, member.description, member.contributions,
-                            member.last_arrivals, member.joined_at, member.blocked_on});
+                            member.last_arrivals, member.joined_at,
+                            std::vector<RoundKey>(member.blocked_on.begin(), member.blocked_on.begin() + shown),
+                            member.blocked_on.size()});
   }
-  for (const auto& [key, round] : pending_) {
-    PendingRoundView pending;
-    pending.key = key;
-    for (const auto& [rank, payload] : round.payloads) pending.arrived_ranks.push_back(rank);
-    pending.missing_ranks = MissingRanks(key, round);
-    pending.age = now - round.begun;
-    pending.time_left = round.deadline - now;
-    view.pending.push_back(std::move(pending));
+  std::vector<PendingRounds::const_iterator> rounds;
+  rounds.reserve(pending_.size());
+  for (auto round = pending_.begin(); round != pending_.end(); ++round) rounds.push_back(round);
+  // The map's order, which is the keys', parts those that began together.
+  const auto older = [](const auto& a, const auto& b) {
+    return a->second.begun < b->second.begun || (a->second.begun == b->second.begun && a->first < b->first);
+  };
+  const size_t shown = std::min(rounds.size(), kMostShownRounds);
+  std::partial_sort(rounds.begin(), rounds.begin() + shown, rounds.end(), older);
+  for (size_t i = 0; i < shown; ++i) view.pending.push_back(ViewOf(rounds[i]->first, rounds[i]->second, now));
+  return view;
+}
+
+PendingRoundView Group::ViewOf(const RoundKey& key, const PendingRound& round, absl::Time now) const {
+  PendingRoundView view;
+  view.key = key;
+  for (const auto& [rank, payload] : round.payloads) {
+    if (view.arrived_ranks.size() < kMostNamedRanks) view.arrived_ranks.push_back(rank);
   }
-  std::stable_sort(view.pending.begin(), view.pending.end(),
-                   [](const PendingRoundView& a, const PendingRoundView& b) { return a.age > b.age; });
+  view.arrived = round.payloads.size();
+  view.missing_ranks = MissingRanks(key, round);
+  view.missing = view.missing_ranks.size();
+  view.missing_ranks.resize(std::min(view.missing, kMostNamedRanks));
+  view.age = now - round.begun;
+  view.time_left = round.deadline - now;
   return view;
 }
 

@@ -3,6 +3,7 @@
 #ifndef SYNCBN_SERVER_CORE_GROUP_H_
 #define SYNCBN_SERVER_CORE_GROUP_H_
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -48,7 +49,9 @@ class Group {
   // A frame of a member, its join excepted.
   void OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now, Effects& effects);
   void OnStreamClosed(StreamId stream, absl::Time now, Effects& effects);
+  // One turn of what is due: see Limits::max_turn_bytes.
   void OnTimePassed(absl::Time now, Effects& effects);
+  void OnReaderLags(StreamId stream, bool lags);
   // The group is over: every round ends with GROUP_ENDED, every stream is closed with `why`.
   void End(const Error& why, absl::Time now, Effects& effects);
 
@@ -56,6 +59,9 @@ class Group {
   absl::Time NextDeadline() const;
   // When the group, having been empty for long enough, is to be dropped; InfiniteFuture while someone is present.
   absl::Time linger_until() const { return linger_until_; }
+
+  // The bytes of the longest result that a round of the layers declared so far can have.
+  size_t longest_result() const { return longest_result_; }
 
   // The streams of members that are present.
   std::vector<StreamId> Streams() const;
@@ -80,7 +86,8 @@ class Group {
     // While lost: until when it may come back before rounds stop waiting for it, and whether that time has passed.
     absl::Time grace_until;
     bool given_up = false;
-    std::vector<RoundKey> blocked_on;
+    bool lags = false;                 // While present: it has not read what it was sent.
+    std::vector<RoundKey> blocked_on;  // Ascending.
   };
 
   struct PendingRound {
@@ -116,7 +123,7 @@ class Group {
   void NoteRefused(const Join& join, const Error& error, absl::Time now, Effects& effects);
   // Why these layers cannot be declared; nothing if they can.
   std::optional<Error> CheckLayers(const std::vector<LayerSpec>& specs) const;
-  // The limit that the frame's rounds exceed; nothing if it can be taken.
+  // The limit that the frame's rounds exceed, or the key that is malformed; nothing if it can be taken.
   std::optional<Error> CheckRounds(const FrameReceived& frame) const;
   // `returning`: the rank has come back, and repeats what it has declared before; see declarations.h.
   void DeclareLayers(Rank rank, const std::vector<LayerSpec>& specs, bool returning, absl::Time now, Effects& effects);
@@ -126,11 +133,13 @@ class Group {
   void FailRounds(const Layer& layer, const Error& error, absl::Time now, Effects& effects);
   void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
   Membership CurrentMembership() const;
+  PendingRoundView ViewOf(const RoundKey& key, const PendingRound& round, absl::Time now) const;
 
   // ---- Rounds (group_rounds.cc)
   void OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects);
   // Answers a contribution to a key whose round has ended. Returns whether it has.
   bool Replay(Rank rank, const Contribution& contribution, Layer& layer, Effects& effects) const;
+  Error ExpiredError(const RoundKey& key, const Layer& layer) const;
   // Why a contribution that the round's outcome does not depend on is refused, to its sender alone.
   std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, Layer& layer) const;
   std::optional<Error> CheckRoom(Rank rank, const Contribution& contribution) const;
@@ -144,7 +153,16 @@ class Group {
   static std::optional<Error> CheckDeclared(Rank rank, PendingRounds::const_iterator round);
   // Ends the round if what is known of its members says how.
   void Settle(PendingRounds::iterator round, absl::Time now, Effects& effects);
+  // Every round, in this turn and those that follow.
   void SettleAll(absl::Time now, Effects& effects);
+  void SettleOn(absl::Time now, Effects& effects);
+  // Whether what may complete many rounds waits for readers that lag. Rounds that fail do not: errors are short.
+  bool Held() const { return lagging_ != 0 && (proceeds() || (given_up_ == 0 && refused_.empty())); }
+  bool proceeds() const { return config_.missing_policy == MissingPolicy::kProceed; }
+  void BeginTurn() { turn_ = limits_.max_turn_bytes; }
+  // What looking through all ranks costs.
+  size_t RanksCost() const { return 512 + sizeof(Rank) * world_size_; }
+  void Spend(size_t bytes) { turn_ -= std::min(turn_, bytes); }
   // The round has waited for long: its contributors are told.
   void TellLate(PendingRounds::iterator round, absl::Time now, Effects& effects);
   // Ends the round because its time is up.
@@ -190,6 +208,7 @@ class Group {
   uint32_t left_ = 0;
   uint32_t given_up_ = 0;
   uint32_t blocked_ = 0;  // Members whose blocked_on is not empty.
+  uint32_t lagging_ = 0;
   absl::Time linger_until_;
   absl::btree_set<std::pair<absl::Time, Rank>> graces_;
   // Ranks without a stream whose last join was refused for the set of its layers, and why: they will not contribute
@@ -206,6 +225,10 @@ class Group {
   PendingRounds pending_;
   absl::btree_set<std::pair<absl::Time, RoundKey>> alarms_;  // Of the pending rounds.
   size_t pending_bytes_ = 0;
+  size_t turn_ = 0;  // What is left of max_turn_bytes.
+  // Rounds from this key on are to be settled, since this time.
+  std::optional<std::pair<RoundKey, absl::Time>> unsettled_;
+  size_t longest_result_ = 0;
   uint64_t completed_ = 0;
   uint64_t failed_ = 0;
 };

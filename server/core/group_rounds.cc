@@ -30,10 +30,7 @@ void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Ti
   auto round = pending_.find(key);
   std::optional<Error> refusal;
   if (layer.Expired(key.phase, key.sequence) && round == pending_.end()) {
-    refusal =
-        MakeError(absl::StatusCode::kFailedPrecondition, kRoundExpired,
-                  absl::StrCat("the ", Describe(key), " is ", limits_.retained_rounds,
-                               " or more sequences behind the newest that has completed, and has been forgotten"));
+    refusal = ExpiredError(key, layer);
   } else if (key.phase == Phase::kBackward) {
     refusal = CheckBackward(rank, key, layer);
   }
@@ -53,6 +50,19 @@ void Group::OnContribution(Rank rank, const Contribution& contribution, absl::Ti
   } else {
     Settle(round, now, effects);
   }
+}
+
+Error Group::ExpiredError(const RoundKey& key, const Layer& layer) const {
+  std::string text;
+  if (key.phase == Phase::kBackward && layer.LostAwaited(key.sequence)) {
+    text =
+        absl::StrCat("the forward round of the ", Describe(key), " has been forgotten: forward rounds that wait for ",
+                     "their backward rounds exceed the master's limit max_awaited_bytes = ", limits_.max_awaited_bytes);
+  } else {
+    text = absl::StrCat("the ", Describe(key), " is more than ", limits_.retained_rounds,
+                        " sequences behind the newest that has completed, and has been forgotten");
+  }
+  return MakeError(absl::StatusCode::kFailedPrecondition, kRoundExpired, std::move(text));
 }
 
 bool Group::Replay(Rank rank, const Contribution& contribution, Layer& layer, Effects& effects) const {
@@ -238,12 +248,13 @@ size_t Group::LeastWorkers(const PendingRound& round) const {
 
 void Group::Settle(PendingRounds::iterator round, absl::Time now, Effects& effects) {
   const size_t contributed = round->second.payloads.size();
-  const bool proceed = config_.missing_policy == MissingPolicy::kProceed;
+  const bool proceed = proceeds();
   const size_t least = LeastWorkers(round->second);
   // Someone may still come, and enough of them.
   const size_t gone = left_ + (proceed ? given_up_ : 0);
   const bool nobody_is_to_blame = proceed || (given_up_ == 0 && refused_.empty());
   if (nobody_is_to_blame && contributed + gone < round->second.needed && least + gone <= round->second.needed) return;
+  Spend(RanksCost());
   std::vector<Rank> lost;
   size_t awaited = 0;
   for (const Rank rank : MissingRanks(round->first, round->second)) {
@@ -280,11 +291,22 @@ void Group::Settle(PendingRounds::iterator round, absl::Time now, Effects& effec
 }
 
 void Group::SettleAll(absl::Time now, Effects& effects) {
-  for (auto round = pending_.begin(); round != pending_.end();) {
+  unsettled_.emplace(RoundKey(), now);
+  SettleOn(now, effects);
+}
+
+void Group::SettleOn(absl::Time now, Effects& effects) {
+  if (!unsettled_.has_value()) return;
+  for (auto round = pending_.lower_bound(unsettled_->first); round != pending_.end();) {
+    if (turn_ == 0 || Held()) {
+      unsettled_->first = round->first;
+      return;
+    }
     const auto next = std::next(round);
     Settle(round, now, effects);
     round = next;
   }
+  unsettled_.reset();
 }
 
 std::string Group::StillDeclaring(PendingRounds::const_iterator round, const std::vector<Rank>& missing) const {
@@ -308,7 +330,8 @@ void Group::TellLate(PendingRounds::iterator round, absl::Time now, Effects& eff
   late.age = now - pending.begun;
   late.missing_ranks = AwaitedRanks(round->first, pending);
   late.missing = static_cast<uint32_t>(late.missing_ranks.size());
-  late.missing_ranks.resize(std::min(late.missing_ranks.size(), limits_.max_named_ranks));
+  late.missing_ranks.resize(std::min(late.missing_ranks.size(), kMostNamedRanks));
+  Spend(RanksCost());
   std::vector<StreamId> streams;
   for (const auto& [rank, payload] : pending.payloads) {
     if (members_[rank].state == MemberState::kPresent) streams.push_back(members_[rank].stream);
@@ -332,6 +355,7 @@ void Group::Expire(PendingRounds::iterator round, absl::Time now, Effects& effec
 
 void Group::EndWithout(PendingRounds::iterator round, absl::string_view when, absl::Time now, Effects& effects) {
   std::vector<Rank> missing = AwaitedRanks(round->first, round->second);
+  Spend(RanksCost());
   const size_t contributed = round->second.payloads.size();
   if (config_.missing_policy != MissingPolicy::kProceed) {
     std::string text = absl::StrCat(RankList(missing), " did not contribute to the ", Describe(round->first), when,
@@ -378,6 +402,7 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
                    Effects& effects) {
   const PendingRound& pending = round->second;
   const bool failed = outcome->error.has_value();
+  Spend((outcome->first.size() + outcome->second.size()) * sizeof(double) + pending.bytes / 2);
   EndedRound ended;
   ended.outcome = outcome;
   ended.failed = failed;
@@ -395,7 +420,7 @@ void Group::Finish(PendingRounds::iterator round, std::shared_ptr<const RoundOut
     streams.push_back(members_[rank].stream);
     members_[rank].resuming = false;
     const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;
-    if (std::find(blocked_on.begin(), blocked_on.end(), round->first) != blocked_on.end()) Unblock(rank);
+    if (std::binary_search(blocked_on.begin(), blocked_on.end(), round->first)) Unblock(rank);
   }
   ++(failed ? failed_ : completed_);
   if (!failed) ++members_[pending.last_rank].last_arrivals;
@@ -427,7 +452,11 @@ void Group::Block(Rank rank, const std::vector<RoundKey>& keys) {
     const auto round = pending_.find(key);
     if (round == pending_.end() || !round->second.payloads.contains(rank)) return;
   }
-  members_[rank].blocked_on = keys;
+  std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;
+  blocked_on = keys;
+  std::sort(blocked_on.begin(), blocked_on.end());
+  blocked_on.erase(std::unique(blocked_on.begin(), blocked_on.end()), blocked_on.end());
+  blocked_on.shrink_to_fit();
   ++blocked_;
 }
 

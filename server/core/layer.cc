@@ -42,9 +42,10 @@ const Contributor* EndedRound::Find(Rank rank) const {
   return it != roster->end() && it->rank == rank ? &*it : nullptr;
 }
 
-OutcomeBudget::Handle OutcomeBudget::Retain(EndedRound* round, size_t bytes) {
-  remembered_.push_back({round, bytes, false});
-  bytes_ += bytes;
+OutcomeBudget::Handle OutcomeBudget::Retain(Entry entry) {
+  remembered_.push_back(entry);
+  bytes_ += entry.bytes;
+  record_bytes_ += entry.record_bytes;
   while (bytes_ > max_bytes_ && remembered_.size() > min_outcomes_) {
     Entry& oldest = remembered_.front();
     oldest.round->outcome.reset();
@@ -55,7 +56,15 @@ OutcomeBudget::Handle OutcomeBudget::Retain(EndedRound* round, size_t bytes) {
   return std::prev(remembered_.end());
 }
 
+void OutcomeBudget::Trim() {
+  while (record_bytes_ > max_record_bytes_ && !forgotten_.empty()) {
+    const Entry oldest = forgotten_.front();
+    oldest.layer->Drop(oldest.phase, oldest.sequence);
+  }
+}
+
 void OutcomeBudget::Release(Handle handle) {
+  record_bytes_ -= handle->record_bytes;
   if (handle->forgotten) {
     forgotten_.erase(handle);
     return;
@@ -71,21 +80,79 @@ void Layer::Observe(const EndedRound& round) {
     if (declaration->ordinal < running_of_->ordinal) return;
     running_ = RunningStatistics();
     newest_forward_.reset();
+    newest_forward_sequence_ = 0;
   }
   if (running_of_ == nullptr || declaration->ordinal >= running_of_->ordinal) running_of_ = declaration;
   running_.Update(declaration->spec, *round.outcome);
-  if (!newest_forward_ || newest_forward_->key.sequence <= round.outcome->key.sequence) newest_forward_ = round.outcome;
+  if (newest_forward_sequence_ > round.outcome->key.sequence) return;
+  newest_forward_ = round.outcome;
+  newest_forward_sequence_ = round.outcome->key.sequence;
+}
+
+const EndedRound* Layer::Find(Phase phase, uint64_t sequence) const {
+  const History& h = history(phase);
+  for (const Records* records : {&h.rounds, &h.awaited}) {
+    if (const auto it = records->find(sequence); it != records->end()) return it->second.round.get();
+  }
+  return nullptr;
 }
 
 EndedRound* Layer::Find(Phase phase, uint64_t sequence) {
-  History& h = history(phase);
-  const auto it = h.rounds.find(sequence);
-  return it == h.rounds.end() ? nullptr : it->second.round.get();
+  return const_cast<EndedRound*>(std::as_const(*this).Find(phase, sequence));
+}
+
+bool Layer::LostAwaited(uint64_t sequence) const {
+  return sequence < history(Phase::kForward).floor && Find(Phase::kForward, sequence) == nullptr;
 }
 
 bool Layer::Expired(Phase phase, uint64_t sequence) const {
   const History& h = history(phase);
-  return h.newest >= retained_rounds_ && sequence <= h.newest - retained_rounds_;
+  if (phase == Phase::kBackward) {
+    const EndedRound* const forward = Find(Phase::kForward, sequence);
+    if (forward != nullptr && forward->awaited) return false;
+    if (LostAwaited(sequence)) return true;
+  }
+  return sequence < h.floor || FarBehind(h, sequence);
+}
+
+void Layer::Drop(Phase phase, uint64_t sequence) {
+  History& h = history(phase);
+  for (Records* records : {&h.rounds, &h.awaited}) {
+    if (const auto it = records->find(sequence); it != records->end()) Erase(*records, it);
+  }
+  h.floor = std::max(h.floor, sequence + 1);
+}
+
+void Layer::Erase(Records& records, Records::iterator record) {
+  budget_->Release(record->second.handle);
+  records.erase(record);
+}
+
+void Layer::Prune(Phase phase) {
+  History& h = history(phase);
+  while (!h.rounds.empty() && FarBehind(h, h.rounds.begin()->first)) {
+    const auto oldest = h.rounds.begin();
+    // Backward passes run in reverse: what has just ended is kept, though it is far behind.
+    if (phase == Phase::kBackward && oldest->second.number + retained_rounds_ >= h.ended) return;
+    Retire(h, oldest);
+  }
+}
+
+void Layer::Retire(History& h, Records::iterator record) {
+  if (record->second.round->awaited) {
+    h.awaited.emplace(record->first, std::move(record->second));
+    h.rounds.erase(record);
+  } else {
+    Erase(h.rounds, record);
+  }
+}
+
+void Layer::EndAwaiting(uint64_t sequence) {
+  EndedRound* const forward = Find(Phase::kForward, sequence);
+  if (forward == nullptr) return;
+  forward->awaited = false;
+  History& h = history(Phase::kForward);
+  if (const auto it = h.awaited.find(sequence); it != h.awaited.end()) Erase(h.awaited, it);
 }
 
 void Layer::Record(const RoundKey& key, EndedRound round) {
@@ -97,31 +164,38 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
     ++completed_;
     declarations_.NoteAgreement();
     h.newest_completed = std::max(h.newest_completed.value_or(0), key.sequence);
-    if (key.phase == Phase::kForward) Observe(round);
+    if (key.phase == Phase::kForward) {
+      Observe(round);
+      round.awaited = round.backward_required;
+    }
   }
+  if (key.phase == Phase::kBackward) EndAwaiting(key.sequence);
   size_t bytes = (outcome.first.size() + outcome.second.size()) * sizeof(double) +
-                 outcome.missing_ranks.size() * sizeof(Rank) + round.digests.size() * sizeof(uint64_t);
+                 outcome.missing_ranks.size() * sizeof(Rank);
   if (round.failed) bytes += outcome.error->message.size() + outcome.error->ranks.size() * sizeof(Rank);
   const bool aside = round.failed || round.alone;
+  // A roster that is shared costs next to nothing.
+  constexpr size_t kMapBytes = 64;
+  size_t record_bytes = sizeof(EndedRound) + sizeof(OutcomeBudget::Entry) + kMapBytes;
+  record_bytes += round.digests.size() * sizeof(uint64_t);
+  if (round.roster.use_count() <= 2) record_bytes += round.roster->size() * sizeof(Contributor);
   auto record = std::make_unique<EndedRound>(std::move(round));
   EndedRound* const address = record.get();
-  h.rounds[key.sequence] = Retained{std::move(record), budget_->Retain(address, bytes)};
+  h.rounds[key.sequence] =
+      Retained{std::move(record), budget_->Retain({this, key.phase, key.sequence, address, bytes, record_bytes, false}),
+               ++h.ended};
   if (aside) {
     h.aside.push_back(key.sequence);
   } else {
     h.newest = std::max(h.newest, key.sequence);
   }
-  while (!h.rounds.empty() && Expired(key.phase, h.rounds.begin()->first)) Erase(h, h.rounds.begin());
+  Prune(key.phase);
   while (h.aside.size() > retained_failures_) {
     const auto oldest = h.rounds.find(h.aside.front());
     h.aside.pop_front();
-    if (oldest != h.rounds.end()) Erase(h, oldest);
+    if (oldest != h.rounds.end()) Retire(h, oldest);
   }
-}
-
-void Layer::Erase(History& history, absl::btree_map<uint64_t, Retained>::iterator record) {
-  budget_->Release(record->second.handle);
-  history.rounds.erase(record);
+  budget_->Trim();
 }
 
 LayerSummary Layer::Summary() const {
@@ -141,7 +215,7 @@ LayerView Layer::View() const {
   const LayerSpec& spec = view.summary.spec;
   // Not those of a layer that all have since declared to be of another size.
   if (running_of_ != nullptr && running_of_->spec.channels == spec.channels) {
-    view.batch = newest_forward_;
+    view.batch = newest_forward_.lock();
     view.running.updates = running_.updates;
     view.running.mean = running_.mean;
     view.running.var = running_.var;

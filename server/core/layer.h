@@ -50,35 +50,48 @@ struct EndedRound {
   DeclarationPtr declaration;  // Of all its contributions.
   std::shared_ptr<const Roster> roster;
   std::vector<uint64_t> digests;  // Of what the contributors of the roster sent, in its order.
+  bool awaited = false;           // A forward round, whose backward round is required and has not ended.
 
   const Contributor* Find(Rank rank) const;
   // `contributor` is one that Find has found.
   uint64_t DigestOf(const Contributor* contributor) const { return digests[contributor - roster->data()]; }
 };
 
-// Remembers the vectors of a group's ended rounds up to a number of bytes, and forgets the oldest first.
+class Layer;
+
+// Remembers what a group's ended rounds brought up to a number of bytes, and forgets the oldest first; and their
+// records up to another.
 class OutcomeBudget {
  public:
   struct Entry {
+    Layer* layer = nullptr;
+    Phase phase = Phase::kForward;
+    uint64_t sequence = 0;
     EndedRound* round = nullptr;
-    size_t bytes = 0;
+    size_t bytes = 0;         // Of the outcome.
+    size_t record_bytes = 0;  // Of the rest.
     bool forgotten = false;
   };
   using Handle = std::list<Entry>::iterator;
 
-  // The newest `min_outcomes` are not forgotten, whatever their size.
-  OutcomeBudget(size_t max_bytes, size_t min_outcomes) : max_bytes_(max_bytes), min_outcomes_(min_outcomes) {}
+  // The outcomes of the newest `min_outcomes` are not forgotten, whatever their size.
+  OutcomeBudget(size_t max_bytes, size_t min_outcomes, size_t max_record_bytes)
+      : max_bytes_(max_bytes), min_outcomes_(min_outcomes), max_record_bytes_(max_record_bytes) {}
 
-  // `round` must stay where it is until it is released.
-  Handle Retain(EndedRound* round, size_t bytes);
+  // The entry's round must stay where it is until it is released.
+  Handle Retain(Entry entry);
   void Release(Handle handle);
+  // Has layers drop the oldest records beyond the limit, of those whose outcomes are forgotten.
+  void Trim();
 
  private:
   const size_t max_bytes_;
   const size_t min_outcomes_;
+  const size_t max_record_bytes_;
   size_t bytes_ = 0;
+  size_t record_bytes_ = 0;
   std::list<Entry> remembered_;  // Oldest first.
-  std::list<Entry> forgotten_;
+  std::list<Entry> forgotten_;   // In the order in which they were.
 };
 
 // Not thread-safe; pure.
@@ -98,8 +111,14 @@ class Layer {
 
   // The record of an ended round, or null.
   EndedRound* Find(Phase phase, uint64_t sequence);
-  // Whether the key lies so far behind the newest completed one of its phase that it may have been forgotten.
+  const EndedRound* Find(Phase phase, uint64_t sequence) const;
+  // Whether the key lies so far behind the newest completed one of its phase that it may have been forgotten. A backward
+  // round that is awaited does not.
   bool Expired(Phase phase, uint64_t sequence) const;
+  // Whether the forward round was forgotten for its group's limit, though its backward round may have been awaited.
+  bool LostAwaited(uint64_t sequence) const;
+  // For OutcomeBudget: the record goes.
+  void Drop(Phase phase, uint64_t sequence);
   // Takes the record of a round that has just ended, and forgets those that have become too old. Updates the running
   // statistics if it is a forward round that completed.
   void Record(const RoundKey& key, EndedRound round);
@@ -111,10 +130,17 @@ class Layer {
   struct Retained {
     std::unique_ptr<EndedRound> round;
     OutcomeBudget::Handle handle;
+    uint64_t number = 0;  // Among those of its phase, by their ends.
   };
+  using Records = absl::btree_map<uint64_t, Retained>;  // By sequence.
   // Ended rounds of one phase.
   struct History {
-    absl::btree_map<uint64_t, Retained> rounds;
+    Records rounds;
+    // Records that are too old, but for what is awaited of them.
+    Records awaited;
+    uint64_t ended = 0;
+    // Records below this were dropped for the group's limit; those that are there are still good.
+    uint64_t floor = 0;
     std::optional<uint64_t> newest_completed;
     // What decides how old others are: the newest that workers completed together. A number that one of them alone
     // believes in, wrong or hostile, does not count, however great it is ...
@@ -126,7 +152,16 @@ class Layer {
 
   const History& history(Phase phase) const { return histories_[static_cast<size_t>(phase) - 1]; }
   History& history(Phase phase) { return histories_[static_cast<size_t>(phase) - 1]; }
-  void Erase(History& history, absl::btree_map<uint64_t, Retained>::iterator record);
+  bool FarBehind(const History& h, uint64_t sequence) const {
+    return h.newest > retained_rounds_ && sequence < h.newest - retained_rounds_;
+  }
+  void Erase(Records& records, Records::iterator record);
+  // The record has become too old: it goes, or is kept for what is awaited of it.
+  void Retire(History& h, Records::iterator record);
+  // Retires those that have become too old.
+  void Prune(Phase phase);
+  // The backward round has ended.
+  void EndAwaiting(uint64_t sequence);
   // Takes a completed forward round into the running statistics.
   void Observe(const EndedRound& round);
 
@@ -135,7 +170,9 @@ class Layer {
   const size_t retained_failures_;
   OutcomeBudget* const budget_;
   std::array<History, 3> histories_;
-  std::shared_ptr<const RoundOutcome> newest_forward_;
+  // Null before it, and once it has been forgotten like any other outcome.
+  std::weak_ptr<const RoundOutcome> newest_forward_;
+  uint64_t newest_forward_sequence_ = 0;
   RunningStatistics running_;
   DeclarationPtr running_of_;  // The newest declaration that they are of; null before the first round.
   uint64_t completed_ = 0;

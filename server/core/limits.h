@@ -25,22 +25,29 @@ struct Limits {
   size_t max_rounds_in_flight = 8192;
   // Contributions in one frame, and keys that a worker is blocked on.
   size_t max_rounds_in_frame = 65536;
+  // A stream's first frame, in bytes: room for the longest join of max_layers layers. Later frames may be longer.
+  size_t max_first_frame_bytes = size_t{4} << 20;
+  // What one event may bring forth at once, in bytes of results and of what they are made of; the rest comes in turns,
+  // so that others' events come in between.
+  size_t max_turn_bytes = size_t{8} << 20;
   // Contributions held for rounds of a group that have not ended, in bytes.
   size_t max_pending_bytes = size_t{1} << 30;
-  // Ranks that an error or a late round names one by one; of more it tells the number.
-  size_t max_named_ranks = 64;
   // Length of a job, group or layer name, in bytes, and of a description.
   size_t max_name_bytes = 255;
   size_t max_description_bytes = 1024;
 
-  // What a master remembers of ended rounds. A backward round finds its forward round, and a replay its outcome, up to
-  // this many sequences behind the layer's newest ...
+  // What a master remembers of ended rounds: a replay finds its outcome up to this many sequences behind the layer's
+  // newest ...
   uint64_t retained_rounds = 128;
   // Rounds that have failed do not make others old. As many are remembered for each layer and phase, the newest.
   size_t retained_failures = 1024;
   // ... but outcomes (vectors, errors, missing ranks) are forgotten, oldest first, where those of a group exceed this
   // many bytes.
   size_t max_retained_bytes = size_t{4} << 20;
+  // A forward round whose backward round is required is remembered (its contributors and its count) until that has
+  // ended, however far behind. Where those of a group that would be forgotten otherwise exceed this many bytes, the
+  // oldest go.
+  size_t max_awaited_bytes = size_t{64} << 20;
   // The newest are kept whatever their size: as many as a client has pieces of a long vector under way, all of which it
   // may ask for again after a reconnect.
   size_t min_retained_outcomes = 4;

@@ -4,6 +4,7 @@
 #ifndef SYNCBN_SERVER_CORE_TYPES_H_
 #define SYNCBN_SERVER_CORE_TYPES_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -82,6 +83,11 @@ struct Declaration {
 };
 using DeclarationPtr = std::shared_ptr<const Declaration>;
 
+// The bytes of the longest result that a round of the layer can have.
+inline size_t LongestResult(const LayerSpec& spec) {
+  return size_t{spec.channels} * sizeof(double) * (spec.kind == LayerKind::kSum ? 1 : 2);
+}
+
 struct Join {
   uint32_t min_protocol_version = 0;
   uint32_t max_protocol_version = 0;
@@ -111,7 +117,8 @@ struct Error {
   absl::StatusCode code = absl::StatusCode::kUnknown;
   const char* reason = "";
   std::string message;
-  std::vector<Rank> ranks;  // To blame, ascending; may be empty.
+  std::vector<Rank> ranks;  // To blame, ascending; may be empty. Of many, the first kMostNamedRanks.
+  uint32_t rank_count = 0;  // How many are to blame.
 };
 
 // How a round ended. Immutable and shared: the same object goes to every member, and serves replays.

@@ -27,6 +27,10 @@ struct GroupSummary {
   uint64_t rounds_failed = 0;
 };
 
+// What an answer shows of a list that may be long.
+inline constexpr size_t kMostShownRounds = 100;
+inline constexpr size_t kMostShownKeys = 8;
+
 struct MemberView {
   Rank rank = 0;
   MemberState state = MemberState::kAbsent;
@@ -35,13 +39,16 @@ struct MemberView {
   uint64_t contributions = 0;
   uint64_t last_arrivals = 0;
   absl::Time joined_at;
-  std::vector<RoundKey> blocked_on;
+  std::vector<RoundKey> blocked_on;  // The first kMostShownKeys,
+  size_t blocked_on_count = 0;       // of so many.
 };
 
 struct PendingRoundView {
   RoundKey key;
-  std::vector<Rank> arrived_ranks;
-  std::vector<Rank> missing_ranks;
+  std::vector<Rank> arrived_ranks;  // The first kMostNamedRanks,
+  size_t arrived = 0;               // of so many.
+  std::vector<Rank> missing_ranks;  // Likewise.
+  size_t missing = 0;
   absl::Duration age;
   absl::Duration time_left;
 };
@@ -50,7 +57,7 @@ struct GroupView {
   GroupSummary summary;
   GroupConfig config;
   std::vector<MemberView> members;        // By rank.
-  std::vector<PendingRoundView> pending;  // Oldest first.
+  std::vector<PendingRoundView> pending;  // The oldest kMostShownRounds, oldest first.
 };
 
 struct LayerSummary {
@@ -69,7 +76,7 @@ struct RunningStatisticsView {
 
 struct LayerView {
   LayerSummary summary;
-  std::shared_ptr<const RoundOutcome> batch;  // The newest completed forward round; null before it.
+  std::shared_ptr<const RoundOutcome> batch;  // The newest completed forward round; null before it, and once forgotten.
   RunningStatisticsView running;
 };
 

@@ -50,92 +50,6 @@ std::optional<core::Error> FromEnum(From value, From last, To fallback, const ch
   return std::nullopt;
 }
 
-std::optional<core::Error> FromProto(const v1::RoundKey& message, core::RoundKey* key) {
-  if (message.phase() == v1::PHASE_UNSPECIFIED || !v1::Phase_IsValid(message.phase())) {
-    return Malformed(absl::StrCat("the key of layer \"", message.layer(), "\", sequence ", message.sequence(),
-                                  ", has phase ", static_cast<int>(message.phase())));
-  }
-  key->layer = message.layer();
-  key->sequence = message.sequence();
-  key->phase = static_cast<core::Phase>(message.phase());
-  return std::nullopt;
-}
-
-std::optional<core::Error> FromProto(const v1::LayerSpec& message, core::LayerSpec* spec) {
-  spec->name = message.name();
-  spec->channels = message.channels();
-  if (message.kind() == v1::LAYER_KIND_UNSPECIFIED || !v1::LayerKind_IsValid(message.kind())) {
-    return Malformed(absl::StrCat("layer \"", message.name(), "\" has kind ", static_cast<int>(message.kind())));
-  }
-  spec->kind = static_cast<core::LayerKind>(message.kind());
-  spec->eps = message.eps();
-  if (message.has_momentum()) spec->momentum = message.momentum();
-  spec->biased_running_variance = message.biased_running_variance();
-  if (auto error = FromEnum(message.eps_mode(), v1::EPS_MODE_CLAMP, core::EpsMode::kAdd, "eps_mode", &spec->eps_mode)) {
-    return error;
-  }
-  return FromEnum(message.numeric_policy(), v1::NUMERIC_POLICY_PROPAGATE, core::NumericPolicy::kRefuse,
-                  "numeric_policy", &spec->numeric_policy);
-}
-
-std::optional<core::Error> FromProto(const google::protobuf::RepeatedPtrField<v1::LayerSpec>& messages,
-                                     std::vector<core::LayerSpec>* specs) {
-  specs->reserve(messages.size());
-  for (const v1::LayerSpec& message : messages) {
-    if (auto error = FromProto(message, &specs->emplace_back())) return error;
-  }
-  return std::nullopt;
-}
-
-std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) {
-  join->min_protocol_version = message.min_protocol_version();
-  join->max_protocol_version = message.max_protocol_version();
-  join->id = ToGroupId(message.job(), message.group());
-  join->rank = message.rank();
-  join->world_size = message.world_size();
-  join->incarnation = message.incarnation();
-  join->run_id = message.run_id();
-  join->generation = message.generation();
-  join->description = message.description();
-  const v1::GroupConfig& config = message.config();
-  if (config.has_round_timeout()) join->config.round_timeout = FromProto(config.round_timeout());
-  if (config.has_rejoin_grace()) join->config.rejoin_grace = FromProto(config.rejoin_grace());
-  join->config.min_workers = config.min_workers();
-  if (auto error = FromEnum(config.missing_policy(), v1::MISSING_POLICY_PROCEED, core::MissingPolicy::kFail,
-                            "missing_policy", &join->config.missing_policy)) {
-    return error;
-  }
-  return FromProto(message.layers(), &join->layers);
-}
-
-// The payload must be that of the key's phase.
-std::optional<core::Error> FromProto(const v1::Contribution& message, core::Contribution* contribution) {
-  if (auto error = FromProto(message.key(), &contribution->key)) return error;
-  const auto wrong = [&](const char* expected) {
-    return Malformed(
-        absl::StrCat("the contribution to the ", core::Describe(contribution->key), " carries no ", expected));
-  };
-  switch (contribution->key.phase) {
-    case core::Phase::kForward:
-      if (!message.has_moments()) return wrong("moments");
-      contribution->count = message.moments().count();
-      contribution->first = View(message.moments().mean());
-      contribution->second = View(message.moments().m2());
-      return FromEnum(message.moments().backward_role(), v1::BACKWARD_ROLE_NONE, core::BackwardRole::kRequired,
-                      "backward_role", &contribution->backward_role);
-    case core::Phase::kBackward:
-      if (!message.has_gradient_sums()) return wrong("gradient_sums");
-      contribution->first = View(message.gradient_sums().sum_dy());
-      contribution->second = View(message.gradient_sums().sum_dy_xmu());
-      return std::nullopt;
-    case core::Phase::kSum:
-      if (!message.has_vector()) return wrong("vector");
-      contribution->first = View(message.vector().value());
-      return std::nullopt;
-  }
-  return std::nullopt;
-}
-
 void ToProto(const core::RoundKey& key, v1::RoundKey* message) {
   message->set_layer(key.layer);
   message->set_sequence(key.sequence);
@@ -179,19 +93,83 @@ core::GroupId ToGroupId(const std::string& job, const std::string& group) {
   return {job.empty() ? "default" : job, group.empty() ? "default" : group};
 }
 
-std::optional<core::Error> FromProto(const v1::WorkerFrame& frame, core::FrameReceived* event) {
-  if (frame.has_join()) {
-    if (auto error = FromProto(frame.join(), &event->join.emplace())) return error;
+std::optional<core::Error> FromProto(const v1::RoundKey& message, core::RoundKey* key) {
+  if (message.phase() == v1::PHASE_UNSPECIFIED || !v1::Phase_IsValid(message.phase())) {
+    return Malformed(absl::StrCat("the key of layer \"", message.layer(), "\", sequence ", message.sequence(),
+                                  ", has phase ", static_cast<int>(message.phase())));
   }
-  if (auto error = FromProto(frame.layers(), &event->layers)) return error;
-  event->contributions.reserve(frame.contributions_size());
-  for (const v1::Contribution& message : frame.contributions()) {
-    if (auto error = FromProto(message, &event->contributions.emplace_back())) return error;
+  key->layer = message.layer();
+  key->sequence = message.sequence();
+  key->phase = static_cast<core::Phase>(message.phase());
+  return std::nullopt;
+}
+
+std::optional<core::Error> FromProto(const v1::LayerSpec& message, core::LayerSpec* spec) {
+  spec->name = message.name();
+  spec->channels = message.channels();
+  if (message.kind() == v1::LAYER_KIND_UNSPECIFIED || !v1::LayerKind_IsValid(message.kind())) {
+    return Malformed(absl::StrCat("layer \"", message.name(), "\" has kind ", static_cast<int>(message.kind())));
   }
-  for (const v1::RoundKey& message : frame.blocked_on()) {
-    if (auto error = FromProto(message, &event->blocked_on.emplace_back())) return error;
+  spec->kind = static_cast<core::LayerKind>(message.kind());
+  spec->eps = message.eps();
+  if (message.has_momentum()) spec->momentum = message.momentum();
+  spec->biased_running_variance = message.biased_running_variance();
+  if (auto error = FromEnum(message.eps_mode(), v1::EPS_MODE_CLAMP, core::EpsMode::kAdd, "eps_mode", &spec->eps_mode)) {
+    return error;
   }
-  if (frame.has_leave()) event->leave = frame.leave().reason();
+  return FromEnum(message.numeric_policy(), v1::NUMERIC_POLICY_PROPAGATE, core::NumericPolicy::kRefuse,
+                  "numeric_policy", &spec->numeric_policy);
+}
+
+std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) {
+  join->min_protocol_version = message.min_protocol_version();
+  join->max_protocol_version = message.max_protocol_version();
+  join->id = ToGroupId(message.job(), message.group());
+  join->rank = message.rank();
+  join->world_size = message.world_size();
+  join->incarnation = message.incarnation();
+  join->run_id = message.run_id();
+  join->generation = message.generation();
+  join->description = message.description();
+  const v1::GroupConfig& config = message.config();
+  if (config.has_round_timeout()) join->config.round_timeout = FromProto(config.round_timeout());
+  if (config.has_rejoin_grace()) join->config.rejoin_grace = FromProto(config.rejoin_grace());
+  join->config.min_workers = config.min_workers();
+  if (auto error = FromEnum(config.missing_policy(), v1::MISSING_POLICY_PROCEED, core::MissingPolicy::kFail,
+                            "missing_policy", &join->config.missing_policy)) {
+    return error;
+  }
+  join->layers.reserve(message.layers_size());
+  for (const v1::LayerSpec& layer : message.layers()) {
+    if (auto error = FromProto(layer, &join->layers.emplace_back())) return error;
+  }
+  return std::nullopt;
+}
+
+std::optional<core::Error> FromProto(const v1::Contribution& message, core::Contribution* contribution) {
+  if (auto error = FromProto(message.key(), &contribution->key)) return error;
+  const auto wrong = [&](const char* expected) {
+    return Malformed(
+        absl::StrCat("the contribution to the ", core::Describe(contribution->key), " carries no ", expected));
+  };
+  switch (contribution->key.phase) {
+    case core::Phase::kForward:
+      if (!message.has_moments()) return wrong("moments");
+      contribution->count = message.moments().count();
+      contribution->first = View(message.moments().mean());
+      contribution->second = View(message.moments().m2());
+      return FromEnum(message.moments().backward_role(), v1::BACKWARD_ROLE_NONE, core::BackwardRole::kRequired,
+                      "backward_role", &contribution->backward_role);
+    case core::Phase::kBackward:
+      if (!message.has_gradient_sums()) return wrong("gradient_sums");
+      contribution->first = View(message.gradient_sums().sum_dy());
+      contribution->second = View(message.gradient_sums().sum_dy_xmu());
+      return std::nullopt;
+    case core::Phase::kSum:
+      if (!message.has_vector()) return wrong("vector");
+      contribution->first = View(message.vector().value());
+      return std::nullopt;
+  }
   return std::nullopt;
 }
 
@@ -266,12 +244,15 @@ void ToProto(const core::GroupView& view, v1::GetGroupResponse* message) {
     out->set_last_arrivals(member.last_arrivals);
     ToProto(member.joined_at, out->mutable_joined_at());
     for (const core::RoundKey& key : member.blocked_on) ToProto(key, out->add_blocked_on());
+    out->set_blocked_on_count(static_cast<uint32_t>(member.blocked_on_count));
   }
   for (const core::PendingRoundView& round : view.pending) {
     v1::PendingRound* const out = message->add_pending();
     ToProto(round.key, out->mutable_key());
     Assign(round.arrived_ranks, out->mutable_arrived_ranks());
     Assign(round.missing_ranks, out->mutable_missing_ranks());
+    out->set_arrived(static_cast<uint32_t>(round.arrived));
+    out->set_missing(static_cast<uint32_t>(round.missing));
     ToProto(round.age, out->mutable_age());
     ToProto(round.time_left, out->mutable_time_left());
   }

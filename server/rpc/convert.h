@@ -18,8 +18,12 @@ namespace syncbn::rpc {
 // "default" where the request has an empty name.
 core::GroupId ToGroupId(const std::string& job, const std::string& group);
 
-// Fills `event`, whose contributions point into `frame`. Returns what makes the frame malformed, if anything does.
-std::optional<core::Error> FromProto(const v1::WorkerFrame& frame, core::FrameReceived* event);
+// The parts of a WorkerFrame. Each returns what makes the message malformed, if anything does. A contribution points
+// into its message, whose payload must be that of the key's phase.
+std::optional<core::Error> FromProto(const v1::RoundKey& message, core::RoundKey* key);
+std::optional<core::Error> FromProto(const v1::LayerSpec& message, core::LayerSpec* spec);
+std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join);
+std::optional<core::Error> FromProto(const v1::Contribution& message, core::Contribution* contribution);
 
 void ToProto(const core::SendJoined& joined, const std::string& description, v1::Joined* message);
 void ToProto(const core::Membership& membership, v1::Membership* message);

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
+#include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -16,13 +19,13 @@
 #include "google/protobuf/arena.h"
 #include "grpc/slice.h"
 #include "grpcpp/alarm.h"
-#include "grpcpp/impl/codegen/proto_utils.h"
 #include "server/core/coordinator.h"
 #include "server/core/error.h"
 #include "server/rpc/call.h"
 #include "server/rpc/clock.h"
 #include "server/rpc/convert.h"
 #include "server/rpc/event_log.h"
+#include "server/rpc/frame_reader.h"
 #include "server/rpc/health.h"
 #include "server/rpc/status.h"
 #include "server/rpc/worker_stream.h"
@@ -32,8 +35,15 @@ namespace {
 
 // A worker that has promised silence is read from again after this long, should its promise not hold.
 constexpr absl::Duration kLongestSilence = absl::Milliseconds(20);
-// What a worker that must read before it is read from may take to read anything.
-constexpr absl::Duration kCongestionTimeout = absl::Seconds(5);
+// What a worker that lags, and makes its group wait for it, may take to read anything.
+constexpr absl::Duration kLagTimeout = absl::Seconds(5);
+// Results are put into one frame up to this size; a longer one has a frame of its own. It bounds what a worker must be
+// ready to receive, and lets a slow reader show that it reads.
+constexpr size_t kMostResultBytes = size_t{1} << 20;
+// Beside its vectors.
+constexpr size_t kResultOverhead = 512;
+// A frame that is handled in slices gets its turn at least this often, though other events are waiting.
+constexpr absl::Duration kLongestBacklogPause = absl::Milliseconds(10);
 // What a closed stream's last frames and status may take to be read.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
 
@@ -47,6 +57,19 @@ grpc::ByteBuffer Serialize(const v1::MasterFrame& frame) {
   return grpc::ByteBuffer(&slice, 1);
 }
 
+size_t ResultBytes(const core::RoundOutcome& outcome) {
+  const size_t error = outcome.error.has_value() ? outcome.error->message.size() : 0;
+  return (outcome.first.size() + outcome.second.size()) * sizeof(double) + outcome.key.layer.size() + error +
+         outcome.missing_ranks.size() * 2 + kResultOverhead;
+}
+
+// An event brings forth no more than a reader may leave unread before its group waits for it.
+LoopOptions Fitting(LoopOptions options) {
+  options.limits.max_turn_bytes = std::min(options.limits.max_turn_bytes, options.max_unread_bytes / 4);
+  options.limits.max_turn_bytes = std::max<size_t>(options.limits.max_turn_bytes, 1);
+  return options;
+}
+
 size_t Fingerprint(const core::RoundKey& key) {
   return absl::Hash<std::tuple<const std::string&, uint64_t, core::Phase>>()({key.layer, key.sequence, key.phase});
 }
@@ -56,7 +79,7 @@ size_t Fingerprint(const core::RoundKey& key) {
 class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Handler {
  public:
   explicit Impl(LoopOptions options)
-      : options_(std::move(options)),
+      : options_(Fitting(std::move(options))),
         coordinator_(options_.limits),
         shutdown_tag_(this, &Impl::OnShutdown),
         stop_tag_(this, &Impl::OnStop),
@@ -81,11 +104,13 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     void* tag = nullptr;
     bool ok = false;
     while (true) {
-      const auto event = queue_->AsyncNext(&tag, &ok, clock_.Deadline(NextWakeUp()));
+      const auto event = queue_->AsyncNext(&tag, &ok, clock_.Deadline(backlog_.empty() ? NextWakeUp() : now_));
       if (event == grpc::CompletionQueue::SHUTDOWN) return;
       now_ = clock_.Now();
       if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
       RunTimers();
+      const bool idle = event == grpc::CompletionQueue::TIMEOUT;
+      if (idle || now_ - backlog_served_ > kLongestBacklogPause) ServeBacklog();
       EndIfIdle();
     }
   }
@@ -106,43 +131,25 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   }
 
   void OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) override {
-    alignas(8) char block[kArenaBlockBytes];
-    google::protobuf::Arena arena(block, sizeof(block));
-    auto* const frame = google::protobuf::Arena::CreateMessage<v1::WorkerFrame>(&arena);
-    core::FrameReceived event;
-    event.stream = stream->id();
-    const grpc::Status parsed = grpc::SerializationTraits<v1::WorkerFrame>::Deserialize(&buffer, frame);
-    std::optional<core::Error> error;
-    if (!parsed.ok()) {
-      error = core::MakeError(absl::StatusCode::kInvalidArgument, core::kMalformedFrame,
-                              "the frame is not a syncbn.v1.WorkerFrame");
-    } else {
-      error = FromProto(*frame, &event);
-    }
-    if (error.has_value()) {
-      log_.OnStreamClosed(*error, now_);
-      Deliver(core::StreamClosed{stream->id()});
-      CloseStream(stream, ToGrpc(*error));
-      return;
-    }
     Session& session = sessions_[stream->id()];
-    session.joined = session.joined || event.join.has_value();
-    for (const core::Contribution& contribution : event.contributions) {
-      session.unanswered.insert(Fingerprint(contribution.key));
+    const size_t bytes = buffer.Length();
+    if (!session.joined && bytes > options_.limits.max_first_frame_bytes) {
+      return Refuse(stream, core::LimitError(bytes, "bytes of a first frame", "max_first_frame_bytes",
+                                             options_.limits.max_first_frame_bytes));
     }
-    const bool silent = !event.blocked_on.empty();
+    session.frame = std::make_unique<FrameReader>(std::move(buffer), options_.limits);
+    if (auto error = session.frame->Open()) return Refuse(stream, *error);
+    const core::FrameReceived& head = session.frame->head();
+    if (head.join.has_value() && !session.joined) {
+      session.joined = true;
+      EnterLane(session, head.join->id);
+    }
+    session.slice = SliceOf(session);
     session.answered_since_read = false;
-    Deliver(event);
-    // Writing before reading spares the transport a packet (a window update of its own), so the read of a worker that
-    // waits for an answer waits for it too.
-    if (silent && !session.answered_since_read) {
-      session.silent = true;
-      session.silent_until = now_ + kLongestSilence;
-      SetSilenceTimer(stream->id(), session);
-    } else {
-      ReadNext(session);
-    }
+    HandleSlice(stream);
   }
+
+  void OnWritten(WorkerStream* stream) override { NoteLag(sessions_[stream->id()]); }
 
   void OnHalfClosed(WorkerStream* stream) override {
     // It may still wait for answers, as grpcurl does at the end of its input.
@@ -156,9 +163,16 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     }
   }
 
-  void OnBroken(WorkerStream* stream) override { Deliver(core::StreamClosed{stream->id()}); }
+  void OnBroken(WorkerStream* stream) override {
+    sessions_[stream->id()].frame.reset();
+    Deliver(core::StreamClosed{stream->id()});
+  }
 
-  void OnGone(WorkerStream* stream) override { sessions_.erase(stream->id()); }
+  void OnGone(WorkerStream* stream) override {
+    const auto it = sessions_.find(stream->id());
+    LeaveLane(it->second);
+    sessions_.erase(it);
+  }
 
   // ---- Watchers
   void OnWatch(Watcher* watcher) override {
@@ -173,10 +187,22 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   void OnGone(Watcher* watcher) override { watchers_.erase(watcher); }
 
  private:
-  enum class TimerKind { kJoin, kSilence, kCongestion, kClose };
+  enum class TimerKind { kJoin, kSilence, kLag, kClose };
+
+  // The streams of a group, which wait for those among them that lag.
+  struct Lane {
+    core::GroupId id;
+    size_t sessions = 0;
+    size_t lagging = 0;
+    std::vector<core::StreamId> waiting;  // To be read from, or to have their frames handled.
+  };
 
   struct Session {
     std::unique_ptr<WorkerStream> stream;
+    Lane* lane = nullptr;                // Once it has joined.
+    std::unique_ptr<FrameReader> frame;  // While it is being handled.
+    SliceLimits slice;
+    bool lags = false;  // It leaves much unread.
     // Fingerprints of the rounds that it has contributed to and that have no outcome yet. A set, not a count: what is
     // contributed twice is answered once.
     absl::flat_hash_set<size_t> unanswered;
@@ -186,7 +212,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     bool silence_timer_set = false;
     bool answered_since_read = false;
     bool half_closed = false;
-    bool congestion_timer_set = false;
+    bool lag_timer_set = false;
     uint64_t written_then = 0;  // When the timer was set.
   };
 
@@ -242,6 +268,123 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
         });
   }
 
+  // ---- Frames, slice by slice
+  void Refuse(WorkerStream* stream, const core::Error& error) {
+    log_.OnStreamClosed(error, now_);
+    sessions_[stream->id()].frame.reset();
+    Deliver(core::StreamClosed{stream->id()});
+    CloseStream(stream, ToGrpc(error));
+  }
+
+  // As many contributions as cannot bring forth more than max_turn_bytes of results.
+  SliceLimits SliceOf(const Session& session) const {
+    const core::FrameReceived& head = session.frame->head();
+    size_t longest = session.lane == nullptr ? 0 : coordinator_.LongestResult(session.lane->id);
+    for (const core::LayerSpec& layer : head.layers) longest = std::max(longest, core::LongestResult(layer));
+    if (head.join.has_value()) {
+      for (const core::LayerSpec& layer : head.join->layers) longest = std::max(longest, core::LongestResult(layer));
+    }
+    // A number may take 9 bytes of a contribution, and 8 of a result; and some bytes more are not yet malformed.
+    constexpr size_t kShortest = size_t{64} << 10;
+    SliceLimits slice;
+    slice.contributions =
+        std::clamp<size_t>(options_.limits.max_turn_bytes / std::max<size_t>(longest, 1), 1, slice.contributions);
+    slice.longest_contribution = std::max(kShortest, longest / 8 * 9 + kShortest);
+    return slice;
+  }
+
+  void HandleSlice(WorkerStream* stream) {
+    Session& session = sessions_[stream->id()];
+    // A join does not wait: it may come in place of the stream that lags.
+    const bool joins = !session.frame->begun() && session.frame->head().join.has_value();
+    if (session.lane != nullptr && session.lane->lagging != 0 && !joins) {
+      return session.lane->waiting.push_back(stream->id());
+    }
+    alignas(8) char block[kArenaBlockBytes];
+    google::protobuf::Arena arena(block, sizeof(block));
+    core::FrameReceived event;
+    event.stream = stream->id();
+    if (auto error = session.frame->Next(session.slice, &arena, &event)) return Refuse(stream, *error);
+    for (const core::Contribution& contribution : event.contributions) {
+      session.unanswered.insert(Fingerprint(contribution.key));
+    }
+    const bool done = session.frame->done();
+    const bool silent = done && !event.blocked_on.empty();
+    if (done) session.frame.reset();
+    Deliver(event);
+    if (stream->closed()) {
+      session.frame.reset();
+    } else if (!done) {
+      backlog_.push_back(stream->id());
+    } else if (silent && !session.answered_since_read) {
+      // Writing before reading spares the transport a packet (a window update of its own), so the read of a worker that
+      // waits for an answer waits for it too.
+      session.silent = true;
+      session.silent_until = now_ + kLongestSilence;
+      SetSilenceTimer(stream->id(), session);
+    } else {
+      ReadNext(session);
+    }
+  }
+
+  void ServeBacklog() {
+    if (backlog_.empty()) return;
+    const core::StreamId id = backlog_.front();
+    backlog_.pop_front();
+    const auto it = sessions_.find(id);
+    if (it != sessions_.end() && it->second.frame != nullptr && !it->second.stream->closed()) {
+      HandleSlice(it->second.stream.get());
+    }
+    backlog_served_ = clock_.Now();
+  }
+
+  // ---- Readers that lag
+  void EnterLane(Session& session, const core::GroupId& id) {
+    std::unique_ptr<Lane>& lane = lanes_[id];
+    if (lane == nullptr) {
+      lane = std::make_unique<Lane>();
+      lane->id = id;
+    }
+    ++lane->sessions;
+    session.lane = lane.get();
+  }
+
+  void LeaveLane(Session& session) {
+    Lane* const lane = std::exchange(session.lane, nullptr);
+    if (lane == nullptr) return;
+    if (std::exchange(session.lags, false)) StopLagging(*lane);
+    if (--lane->sessions == 0) lanes_.erase(core::GroupId(lane->id));
+  }
+
+  // Whether it lags has perhaps changed. Who sends faster than it reads, or than another of its group does, waits.
+  void NoteLag(Session& session) {
+    if (session.lane == nullptr) return;
+    const size_t bound = options_.max_unread_bytes / (session.lags ? 4 : 2);
+    const bool lags = !session.stream->closed() && session.stream->unread_bytes() > bound;
+    if (lags == session.lags) return;
+    session.lags = lags;
+    Deliver(core::ReaderLags{session.stream->id(), lags});
+    if (lags) {
+      ++session.lane->lagging;
+      SetLagTimer(session);
+    } else {
+      StopLagging(*session.lane);
+    }
+  }
+
+  void StopLagging(Lane& lane) {
+    if (--lane.lagging != 0) return;
+    for (const core::StreamId id : std::exchange(lane.waiting, {})) {
+      const auto it = sessions_.find(id);
+      if (it == sessions_.end()) continue;
+      if (it->second.frame != nullptr) {
+        backlog_.push_back(id);
+      } else {
+        it->second.stream->ReadNext();
+      }
+    }
+  }
+
   // ---- The engine's effects
   void Deliver(const core::Event& event) {
     for (const core::Effect& effect : coordinator_.On(event, now_)) {
@@ -256,15 +399,23 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   }
 
   void Apply(const core::SendResults& results) {
-    alignas(8) char block[kArenaBlockBytes];
-    google::protobuf::Arena arena(block, sizeof(block));
-    auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
-    std::vector<size_t> answered;
-    for (const auto& outcome : results.outcomes) {
-      ToProto(*outcome, frame->add_results());
-      answered.push_back(Fingerprint(outcome->key));
+    for (size_t begin = 0; begin < results.outcomes.size();) {
+      alignas(8) char block[kArenaBlockBytes];
+      google::protobuf::Arena arena(block, sizeof(block));
+      auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
+      std::vector<size_t> answered;
+      size_t bytes = 0;
+      size_t end = begin;
+      do {
+        const core::RoundOutcome& outcome = *results.outcomes[end];
+        bytes += ResultBytes(outcome);
+        ToProto(outcome, frame->add_results());
+        answered.push_back(Fingerprint(outcome.key));
+        ++end;
+      } while (end < results.outcomes.size() && bytes + ResultBytes(*results.outcomes[end]) <= kMostResultBytes);
+      Send(results.streams, *frame, answered);
+      begin = end;
     }
-    Send(results.streams, *frame, answered);
   }
 
   void Apply(const core::SendLayerError& error) {
@@ -314,16 +465,21 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   // `answered`: fingerprints of the rounds whose outcomes are in the frame.
   void Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame,
             const std::vector<size_t>& answered = {}) {
-    const grpc::ByteBuffer bytes = Serialize(frame);
     // All are written to before the first is read from: the last worker waits for what is done before its write.
+    std::optional<grpc::ByteBuffer> bytes;
+    const size_t size = frame.ByteSizeLong();
     for (const core::StreamId id : streams) {
-      if (WorkerStream* const stream = Find(id)) stream->Send(bytes);
+      WorkerStream* const stream = Find(id);
+      if (stream == nullptr || !stream->Admits(size)) continue;
+      if (!bytes.has_value()) bytes = Serialize(frame);
+      stream->Send(*bytes);
     }
-    if (answered.empty()) return;
     for (const core::StreamId id : streams) {
       const auto it = sessions_.find(id);
       if (it == sessions_.end()) continue;
       Session& session = it->second;
+      NoteLag(session);
+      if (answered.empty()) continue;
       session.answered_since_read = true;
       for (const size_t fingerprint : answered) session.unanswered.erase(fingerprint);
       if (std::exchange(session.silent, false)) ReadNext(session);
@@ -340,6 +496,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     if (stream->closed()) return;
     timers_.insert({now_ + kCloseTimeout, TimerKind::kClose, stream->id()});
     stream->Close(status);
+    NoteLag(sessions_[stream->id()]);  // Nobody waits for what it leaves unread from here on.
   }
 
   // The worker has had all that it waited for, and will send nothing more.
@@ -367,14 +524,17 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   }
 
   void ReadNext(Session& session) {
-    session.stream->ReadNext();
-    if (session.stream->congested()) SetCongestionTimer(session);
+    if (session.lane != nullptr && session.lane->lagging != 0) {
+      session.lane->waiting.push_back(session.stream->id());
+    } else {
+      session.stream->ReadNext();
+    }
   }
 
-  void SetCongestionTimer(Session& session) {
-    if (std::exchange(session.congestion_timer_set, true)) return;
+  void SetLagTimer(Session& session) {
+    if (std::exchange(session.lag_timer_set, true)) return;
     session.written_then = session.stream->written();
-    timers_.insert({now_ + kCongestionTimeout, TimerKind::kCongestion, session.stream->id()});
+    timers_.insert({now_ + kLagTimeout, TimerKind::kLag, session.stream->id()});
   }
 
   // At most one for each stream. A timer for each frame would wake the loop for every one of them, though hardly any
@@ -401,11 +561,11 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
           ReadNext(session);
         }
         return;
-      case TimerKind::kCongestion:
-        session.congestion_timer_set = false;
-        if (!session.stream->congested()) return;
+      case TimerKind::kLag:
+        session.lag_timer_set = false;
+        if (!session.lags) return;
         if (session.stream->written() == session.written_then) return session.stream->Cancel();
-        SetCongestionTimer(session);
+        SetLagTimer(session);
         return;
       case TimerKind::kClose:
         session.stream->Cancel();
@@ -447,6 +607,9 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   absl::flat_hash_map<uint64_t, Session> sessions_;
   absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;
   absl::btree_set<std::tuple<absl::Time, TimerKind, uint64_t>> timers_;
+  absl::flat_hash_map<core::GroupId, std::unique_ptr<Lane>> lanes_;
+  std::deque<core::StreamId> backlog_;  // Streams whose frames have more slices.
+  absl::Time backlog_served_ = now_;
   std::vector<core::StreamId> retiring_;
   int unary_calls_ = 0;  // That are being served or waited for.
   MethodTag<Impl> shutdown_tag_, stop_tag_, listening_tag_;

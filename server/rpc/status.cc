@@ -4,6 +4,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 #include "google/rpc/error_details.pb.h"
+#include "server/core/error.h"
 
 namespace syncbn::rpc {
 namespace {
@@ -25,6 +26,7 @@ google::rpc::ErrorInfo InfoOf(const core::Error& error) {
   info.set_reason(error.reason);
   info.set_domain("syncbn");
   if (!error.ranks.empty()) (*info.mutable_metadata())["ranks"] = absl::StrJoin(error.ranks, ",");
+  if (error.rank_count > error.ranks.size()) (*info.mutable_metadata())["rank_count"] = absl::StrCat(error.rank_count);
   return info;
 }
 
@@ -70,7 +72,7 @@ grpc::Status ToGrpc(const core::Error& error) {
 }
 
 grpc::Status ToGrpc(const absl::Status& status, const char* reason) {
-  return ToGrpc(core::Error{status.code(), reason, std::string(status.message()), {}});
+  return ToGrpc(core::MakeError(status.code(), reason, std::string(status.message())));
 }
 
 }  // namespace syncbn::rpc

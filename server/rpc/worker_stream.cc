@@ -34,8 +34,6 @@ void WorkerStream::OnStart(bool ok) {
 
 void WorkerStream::ReadNext() {
   if (reading_ || broken_ || done_ || closing_.has_value()) return;
-  congested_ = unread_bytes_ > max_unread_bytes_ / 2;
-  if (congested_) return;
   reading_ = true;
   ++outstanding_;
   call_.Read(&incoming_, &read_tag_);
@@ -53,14 +51,16 @@ void WorkerStream::OnRead(bool ok) {
   }
 }
 
+bool WorkerStream::Admits(size_t bytes) {
+  if (broken_ || done_ || cut_off_ || closing_.has_value()) return false;
+  cut_off_ = unread_bytes_ + bytes > max_unread_bytes_;
+  if (cut_off_) Cancel();
+  return !cut_off_;
+}
+
 void WorkerStream::Send(const grpc::ByteBuffer& frame) {
-  if (broken_ || done_ || closing_.has_value()) return;
   outgoing_.push_back(frame);
   unread_bytes_ += frame.Length();
-  if (unread_bytes_ > max_unread_bytes_) {
-    Cancel();
-    return;
-  }
   WriteNext();
 }
 
@@ -85,7 +85,7 @@ void WorkerStream::OnWrite(bool ok) {
   ++written_;
   if (ok) {
     WriteNext();
-    if (congested_) ReadNext();
+    handler_->OnWritten(this);
   } else {
     broken_ = true;
   }

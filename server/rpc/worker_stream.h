@@ -30,6 +30,8 @@ class WorkerStream {
     virtual void OnAccepted(WorkerStream* stream) = 0;
     // A frame has arrived. The stream reads on when the handler has called ReadNext().
     virtual void OnFrame(WorkerStream* stream, grpc::ByteBuffer frame) = 0;
+    // A frame has been written.
+    virtual void OnWritten(WorkerStream* stream) = 0;
     // The worker will send nothing more, and can still be sent to.
     virtual void OnHalfClosed(WorkerStream* stream) = 0;
     // The worker has cancelled, or its connection broke. Nothing can be sent.
@@ -45,14 +47,16 @@ class WorkerStream {
 
   uint64_t id() const { return id_; }
 
-  // Asks for the next frame, once for each frame. No-op on a stream that is closed. Waits while more than half of
-  // max_unread_bytes is unread: who sends faster than it reads would else be cut off, though it reads all the time.
+  // Asks for the next frame, once for each frame. No-op on a stream that is closed.
   void ReadNext();
-  // Whether that is being waited for.
-  bool congested() const { return congested_; }
+  // What has been queued and not been written, in bytes.
+  size_t unread_bytes() const { return unread_bytes_; }
   // Frames that have been written.
   uint64_t written() const { return written_; }
-  // Queues a frame. A worker that leaves more than max_unread_bytes unread is cut off.
+  // Whether a frame of so many bytes may be sent. A worker that would leave more than max_unread_bytes unread is cut
+  // off instead, before the frame is built.
+  bool Admits(size_t bytes);
+  // Queues a frame that was admitted.
   void Send(const grpc::ByteBuffer& frame);
   // Ends the call once everything queued has been written. Nothing is read any more.
   void Close(const grpc::Status& status);
@@ -85,10 +89,10 @@ class WorkerStream {
   std::optional<grpc::Status> closing_;
   int outstanding_ = 0;  // Operations, done_tag_ excepted.
   bool reading_ = false;
-  bool congested_ = false;
   bool writing_ = false;
   bool finishing_ = false;
   bool broken_ = false;
+  bool cut_off_ = false;
   bool done_ = false;
 };
 

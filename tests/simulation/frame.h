@@ -29,10 +29,12 @@ struct Frame {
 };
 using FramePtr = std::shared_ptr<const Frame>;
 
-// The engine's, but for a wait after which rounds are late that is within the schedules' deadlines.
+// The engine's, but for a wait after which rounds are late that is within the schedules' deadlines, and turns that the
+// rounds of a group do not fit into.
 inline core::Limits SimulatedLimits() {
   core::Limits limits;
   limits.late_round_after = absl::Milliseconds(25);
+  limits.max_turn_bytes = 1'500;  // Two or three rounds.
   return limits;
 }
 

@@ -147,7 +147,7 @@ void Model::After(const core::Effects& effects, const core::Coordinator& coordin
   }
   CheckOutcomes();
   CheckTold();
-  CheckWaiting(now);
+  if (coordinator.NextDeadline() > now) CheckWaiting(now);  // Else it has not done all that is due.
   size_t in_flight = 0;
   for (const core::GroupSummary& group : coordinator.ListGroups()) in_flight += group.rounds_in_flight;
   if (in_flight != pending_.size()) {

@@ -166,7 +166,7 @@ std::shared_ptr<const core::RoundOutcome> Engine::Outcome(StreamId stream, const
   ADD_FAILURE() << "stream " << stream << " was told " << outcomes.size() << " outcomes of layer " << key.layer
                 << ", sequence " << key.sequence;
   auto none = std::make_shared<core::RoundOutcome>();
-  none->error = core::Error{absl::StatusCode::kUnknown, "NONE", "no such outcome", {}};
+  none->error = core::Error{absl::StatusCode::kUnknown, "NONE", "no such outcome", {}, 0};
   return none;
 }
 

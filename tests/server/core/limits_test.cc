@@ -198,6 +198,101 @@ TEST(LimitsTest, NamesAndDescriptions) {
   ExpectLimit(engine.log(engine.Join(1, 2, {BatchNormLayer(longer, 1)})).closed_with, "max_name_bytes = 255");
 }
 
+TEST(LimitsTest, KeysNameLayersByOneTo255Bytes) {
+  for (const size_t length : {0, 1, 255, 256}) {
+    const bool good = length != 0 && length != 256;
+    for (const bool blocked : {false, true}) {
+      Engine engine;
+      const StreamId worker = engine.Join(0, 2);
+      FrameReceived frame;
+      frame.stream = worker;
+      const RoundKey key = Forward(std::string(length, 'x'), 0);
+      if (blocked) {
+        frame.blocked_on = {key};
+      } else {
+        frame.contributions.push_back({key, 0, BackwardRole::kRequired, {}, {}});
+      }
+      engine.On(frame);
+      EXPECT_EQ(engine.log(worker).close_reason(), good ? "" : kMalformedFrame) << length;
+    }
+  }
+}
+
+// ---- What one event may bring forth
+// -----------------------------------------------------------------------------------
+
+// Rounds that end together, more than a turn has room for, end in turns: each at once, and none is lost.
+TEST(TurnTest, RoundsThatALeaveCompletesComeInTurns) {
+  Limits limits;
+  limits.max_turn_bytes = 20'000;
+  Engine engine(limits);
+  const StreamId a = engine.Join(0, 2, {BatchNormLayer("wide", 500)});
+  const StreamId b = engine.Join(1, 2);
+  for (uint64_t sequence = 0; sequence < 50; ++sequence) {
+    engine.Contribute(a, Forward("wide", sequence), {0, {}, {}, BackwardRole::kNone});
+  }
+  engine.Leave(b);
+  const size_t first = engine.ended().size();
+  EXPECT_GT(first, 0u);
+  EXPECT_LT(first, 5u) << "8000 bytes each";
+  EXPECT_LE(engine.coordinator().NextDeadline(), engine.now());
+  engine.On(TimePassed());
+  EXPECT_GT(engine.ended().size(), first);
+  EXPECT_LT(engine.ended().size(), 10u);
+  engine.Advance(absl::ZeroDuration());
+  EXPECT_EQ(engine.ended().size(), 50u);
+  for (uint64_t sequence = 0; sequence < 50; ++sequence) {
+    EXPECT_EQ(ReasonOf(*engine.Outcome(a, Forward("wide", sequence))), "");
+  }
+}
+
+TEST(TurnTest, ResultsWaitForAReaderThatLagsAndErrorsDoNot) {
+  Limits limits;
+  limits.max_turn_bytes = 20'000;
+  Engine engine(limits);
+  const StreamId a = engine.Join(0, 3, {BatchNormLayer("wide", 500)});
+  const StreamId b = engine.Join(1, 3);
+  const StreamId c = engine.Join(2, 3);
+  for (uint64_t sequence = 0; sequence < 50; ++sequence) {
+    for (const StreamId worker : {a, b}) engine.Contribute(worker, Forward("wide", sequence), {0, {}, {}});
+  }
+  engine.On(ReaderLags{b, true});
+  engine.Leave(c);
+  EXPECT_TRUE(engine.ended().empty());
+  EXPECT_GT(engine.coordinator().NextDeadline(), engine.now());
+  engine.On(ReaderLags{b, false});
+  engine.Advance(absl::ZeroDuration());
+  EXPECT_EQ(engine.ended().size(), 50u);
+  engine.Contribute(a, Forward("wide", 50), {0, {}, {}});
+  engine.On(ReaderLags{a, true});
+  engine.Close(b);
+  engine.Advance(absl::Milliseconds(50));
+  EXPECT_EQ(ReasonOf(*engine.Outcome(a, Forward("wide", 50))), kWorkerLost);
+}
+
+TEST(TurnTest, ManyExpireInTurnsAndNameSixtyFourRanks) {
+  Engine engine;
+  Join join = MakeJoin(0, 4096);
+  join.config.round_timeout = absl::Milliseconds(10);
+  const StreamId worker = engine.Join(join);
+  engine.Declare(worker, {BatchNormLayer("bn", 1)});
+  FrameReceived frame;
+  frame.stream = worker;
+  for (uint64_t sequence = 0; sequence < 8192; ++sequence) {
+    frame.contributions.push_back({Forward("bn", sequence), 0, BackwardRole::kRequired, {}, {}});
+  }
+  engine.On(frame);
+  engine.Advance(absl::Milliseconds(10));
+  EXPECT_EQ(engine.log(worker).outcomes.size(), 8192u);
+  EXPECT_GT(engine.log(worker).result_frames, 4u) << "in turns";
+  const Error& error = *engine.Outcome(worker, Forward("bn", 0))->error;
+  EXPECT_STREQ(error.reason, kRoundTimeout);
+  EXPECT_EQ(error.ranks.size(), 64u);
+  EXPECT_EQ(error.ranks.front(), 1u);
+  EXPECT_EQ(error.rank_count, 4095u);
+  EXPECT_THAT(error.message, HasSubstr("and 4087 more"));
+}
+
 TEST(LimitsTest, WhatAGroupMayDeclareIsBounded) {
   Engine engine;
   Join join = MakeJoin(0, 1);

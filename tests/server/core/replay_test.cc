@@ -157,15 +157,64 @@ class ShortMemoryTest : public ReplayTest {
 
 TEST_F(ShortMemoryTest, RoundsFarBehindTheNewestAreExpired) {
   JoinAll(2);
-  for (uint64_t sequence = 0; sequence < 6; ++sequence) CompleteForward(sequence);
+  Numbers numbers = kNumbers;
+  numbers.role = BackwardRole::kNone;  // Nothing is awaited of it.
+  for (uint64_t sequence = 0; sequence < 6; ++sequence) {
+    for (const StreamId worker : workers_) engine_.Contribute(worker, Forward("bn", sequence), numbers);
+  }
   const StreamId again = engine_.Reconnect(workers_[0]);
-  for (uint64_t sequence = 0; sequence < 6; ++sequence) engine_.Contribute(again, Forward("bn", sequence), kNumbers);
+  for (uint64_t sequence = 0; sequence < 6; ++sequence) engine_.Contribute(again, Forward("bn", sequence), numbers);
   for (uint64_t sequence = 0; sequence < 6; ++sequence) {
     const auto outcome = engine_.Outcome(again, Forward("bn", sequence));
-    EXPECT_EQ(ReasonOf(*outcome), sequence <= 2 ? kRoundExpired : "") << sequence;
+    EXPECT_EQ(ReasonOf(*outcome), sequence < 2 ? kRoundExpired : "") << sequence << ": 3 behind is remembered";
   }
   EXPECT_EQ(engine_.ended().size(), 6u) << "an expired key begins no round";
   EXPECT_THAT(engine_.View().pending, IsEmpty());
+}
+
+// A layer that is used often before the backward pass, which comes in reverse: recurrent networks.
+class RecurrentTest : public ReplayTest, public ::testing::WithParamInterface<uint64_t> {};
+
+TEST_P(RecurrentTest, AwaitedForwardRoundsAreKept) {
+  JoinAll(2);
+  const uint64_t uses = GetParam();
+  for (uint64_t sequence = 0; sequence < uses; ++sequence) CompleteForward(sequence);
+  for (uint64_t sequence = uses; sequence-- > 0;) {
+    const Numbers sums{0, {1.0, static_cast<double>(sequence)}, {1.0, 1.0}};
+    for (const StreamId worker : workers_) engine_.Contribute(worker, Backward("bn", sequence), sums);
+    const auto outcome = engine_.Outcome(workers_[1], Backward("bn", sequence));
+    ASSERT_EQ(ReasonOf(*outcome), "") << sequence << ": " << outcome->error->message;
+    EXPECT_EQ(outcome->count, 8);
+    EXPECT_THAT(outcome->first, ElementsAre(2.0, 2.0 * sequence));
+  }
+  // The newest ends can be asked for again, far behind though they are.
+  const StreamId again = workers_[0] = engine_.Reconnect(workers_[0]);
+  engine_.Contribute(again, Backward("bn", 5), {0, {1.0, 5.0}, {1.0, 1.0}});
+  EXPECT_EQ(engine_.Outcome(again, Backward("bn", 5)), engine_.Outcome(workers_[1], Backward("bn", 5)));
+  // What has had its backward round is forgotten as ever.
+  CompleteForward(uses + 500);
+  engine_.Contribute(again, Forward("bn", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(again, Forward("bn", 0))), kRoundExpired);
+}
+
+INSTANTIATE_TEST_SUITE_P(Uses, RecurrentTest, ::testing::Values(128, 129, 300, 1000));
+
+TEST(AwaitedLimitTest, TheErrorNamesTheLimit) {
+  Limits limits;
+  limits.max_awaited_bytes = 20'000;
+  limits.max_retained_bytes = 1;
+  Engine engine(limits);
+  const StreamId worker = engine.Join(0, 1, {BatchNormLayer("bn", 2)});
+  for (uint64_t sequence = 0; sequence < 1000; ++sequence) engine.Contribute(worker, Forward("bn", sequence), kNumbers);
+  const Numbers sums{0, {1.0, 1.0}, {1.0, 1.0}};
+  engine.Contribute(worker, Backward("bn", 0), sums);
+  const auto refusal = engine.Outcome(worker, Backward("bn", 0));
+  EXPECT_EQ(ReasonOf(*refusal), kRoundExpired);
+  EXPECT_THAT(refusal->error->message, HasSubstr("max_awaited_bytes = 20000"));
+  engine.Contribute(worker, Backward("bn", 999), sums);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(worker, Backward("bn", 999))), "");
+  engine.Contribute(worker, Forward("bn", 0), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.log(worker).outcomes.back()), kRoundExpired) << "it begins no second round";
 }
 
 TEST_F(ShortMemoryTest, ARoundInFlightIsNotExpiredByNewerOnes) {

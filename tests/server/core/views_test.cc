@@ -105,6 +105,53 @@ TEST(ViewsTest, PendingRoundsOldestFirst) {
   EXPECT_THAT(view.pending[1].missing_ranks, ElementsAre(1));
 }
 
+TEST(ViewsTest, OfManyRoundsAndRanksTheFirstAreShownAndAllCounted) {
+  Engine engine;
+  const StreamId worker = engine.Join(0, 300, {BatchNormLayer("a", 1)});
+  FrameReceived frame;
+  frame.stream = worker;
+  for (uint64_t sequence = 0; sequence < 500; ++sequence) {
+    frame.contributions.push_back({Forward("a", 499 - sequence), 0, BackwardRole::kRequired, {}, {}});
+    frame.blocked_on.push_back(Forward("a", sequence));
+    frame.blocked_on.push_back(Forward("a", sequence));  // Again: it counts once.
+  }
+  engine.On(frame);
+  engine.Contribute(worker, Forward("a", 1000), kNumbers);
+  engine.On(frame);
+  const GroupView view = engine.View();
+  EXPECT_EQ(view.summary.rounds_in_flight, 501u);
+  ASSERT_EQ(view.pending.size(), 100u);
+  EXPECT_EQ(view.pending[99].key, Forward("a", 99));
+  EXPECT_THAT(view.pending[0].arrived_ranks, ElementsAre(0));
+  EXPECT_EQ(view.pending[0].missing_ranks.size(), 64u);
+  EXPECT_EQ(view.pending[0].missing, 299u);
+  EXPECT_EQ(view.members[0].blocked_on.size(), 8u);
+  EXPECT_EQ(view.members[0].blocked_on_count, 500u);
+}
+
+// 8 bytes in a frame may have the zeros of a wide layer as their result: those of many layers are not kept.
+TEST(ViewsTest, ABatchIsForgottenLikeAnyOtherResult) {
+  Limits limits;
+  limits.max_retained_bytes = 1000;
+  Coordinator coordinator(limits);
+  FrameReceived frame;
+  frame.stream = 1;
+  frame.join = MakeJoin(0, 1);
+  for (int i = 0; i < 10; ++i) frame.layers.push_back(BatchNormLayer("wide" + std::to_string(i), 100));
+  for (const LayerSpec& layer : frame.layers) {
+    frame.contributions.push_back({Forward(layer.name, 0), 0, BackwardRole::kNone, {}, {}});
+  }
+  coordinator.On(frame, absl::UnixEpoch());  // Nobody but the engine keeps what comes of it.
+  int kept = 0;
+  for (const LayerSpec& layer : frame.layers) {
+    const auto view = coordinator.GetLayer(Engine::group(), layer.name);
+    ASSERT_TRUE(view.ok()) << view.status();
+    EXPECT_EQ(view->summary.newest_sequence, 0u);
+    if (view->batch != nullptr) ++kept;
+  }
+  EXPECT_EQ(kept, 4) << "1600 bytes each: the newest four";
+}
+
 TEST(ViewsTest, TheLastToArriveIsCounted) {
   Engine engine;
   std::vector<StreamId> workers;

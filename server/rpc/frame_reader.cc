@@ -1,0 +1,277 @@
+#include "server/rpc/frame_reader.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "google/protobuf/descriptor.h"
+#include "server/core/error.h"
+#include "server/rpc/convert.h"
+
+namespace syncbn::rpc {
+namespace {
+
+using google::protobuf::Descriptor;
+using google::protobuf::FieldDescriptor;
+using google::protobuf::io::CodedInputStream;
+
+// The wire types of protobuf that a field of ours may have.
+enum WireType : uint32_t { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
+
+// What a message of ours may have, nested ones counted: enough for any that a worker has reason to send, with some more
+// that a later version might add.
+constexpr size_t kMostUnknownFields = 1024;
+constexpr size_t kMostFields = 1024;         // Beside:
+constexpr size_t kFieldsOfEachMessage = 16;  // nested ones.
+// A piece that is shorter may be parsed as it is: it cannot take much.
+constexpr size_t kHarmlessBytes = 1024;
+
+core::Error Malformed(std::string message) {
+  return core::MakeError(absl::StatusCode::kInvalidArgument, core::kMalformedFrame, std::move(message));
+}
+
+core::Error NotAFrame() { return Malformed("the frame is not a syncbn.v1.WorkerFrame"); }
+
+bool SkipValue(CodedInputStream& input, uint32_t wire_type) {
+  uint64_t value = 0;
+  uint32_t length = 0;
+  switch (wire_type) {
+    case kVarint:
+      return input.ReadVarint64(&value);
+    case kFixed64:
+      return input.Skip(8);
+    case kFixed32:
+      return input.Skip(4);
+    case kBytes:
+      return input.ReadVarint32(&length) && length <= static_cast<uint32_t>(std::numeric_limits<int>::max()) &&
+             input.Skip(static_cast<int>(length));
+    default:
+      return false;  // Groups, which no message of ours has.
+  }
+}
+
+// Counts what parsing a message would allocate.
+class FieldCounter {
+ public:
+  explicit FieldCounter(size_t most_messages) : most_messages_(most_messages) {}
+
+  // Reads to the end, or to the input's limit. What is wrong, if anything is.
+  std::optional<core::Error> Count(CodedInputStream& input, const Descriptor& type) {
+    while (const uint32_t tag = input.ReadTag()) {
+      const FieldDescriptor* const field = type.FindFieldByNumber(static_cast<int>(tag >> 3));
+      const uint32_t wire_type = tag & 7;
+      const bool nested = field != nullptr && field->message_type() != nullptr && wire_type == kBytes;
+      if (auto error = Note(field, wire_type, nested)) return error;
+      if (nested) {
+        if (auto error = CountNested(input, *field->message_type())) return error;
+      } else if (!SkipValue(input, wire_type)) {
+        return NotAFrame();
+      }
+    }
+    if (!input.ConsumedEntireMessage()) return NotAFrame();
+    return std::nullopt;
+  }
+
+ private:
+  std::optional<core::Error> Note(const FieldDescriptor* field, uint32_t wire_type, bool nested) {
+    if (field == nullptr && ++unknown_ > kMostUnknownFields) {
+      return Malformed(absl::StrCat("a part of the frame has more than ", kMostUnknownFields, " unknown fields"));
+    }
+    // Numbers that are sent one by one are as long as what they take.
+    if (field != nullptr && field->is_repeated() && wire_type == kFixed64) return std::nullopt;
+    if (nested && ++messages_ > most_messages_) {
+      return Malformed(absl::StrCat("a part of the frame has more than ", most_messages_, " nested messages"));
+    }
+    if (++fields_ > kMostFields + kFieldsOfEachMessage * messages_) {
+      return Malformed(
+          absl::StrCat("a part of the frame has more than ", fields_ - 1, " fields in ", messages_ + 1, " messages"));
+    }
+    return std::nullopt;
+  }
+
+  std::optional<core::Error> CountNested(CodedInputStream& input, const Descriptor& type) {
+    uint32_t length = 0;
+    if (!input.ReadVarint32(&length) || static_cast<int64_t>(length) > input.BytesUntilLimit()) return NotAFrame();
+    const CodedInputStream::Limit outer = input.PushLimit(static_cast<int>(length));
+    std::optional<core::Error> error = Count(input, type);
+    input.PopLimit(outer);
+    return error;
+  }
+
+  const size_t most_messages_;
+  size_t messages_ = 0;
+  size_t fields_ = 0;
+  size_t unknown_ = 0;
+};
+
+// Adds the piece to the message, having counted what is in it.
+std::optional<core::Error> Parse(absl::string_view piece, size_t most_messages, google::protobuf::Message* message) {
+  const auto* const data = reinterpret_cast<const uint8_t*>(piece.data());
+  const int size = static_cast<int>(piece.size());
+  if (piece.size() > kHarmlessBytes) {
+    CodedInputStream input(data, size);
+    const CodedInputStream::Limit whole = input.PushLimit(size);
+    if (auto error = FieldCounter(most_messages).Count(input, *message->GetDescriptor())) return error;
+    input.PopLimit(whole);
+  }
+  CodedInputStream input(data, size);
+  if (!message->MergeFromCodedStream(&input) || !input.ConsumedEntireMessage()) return NotAFrame();
+  return std::nullopt;
+}
+
+// The next `length` bytes: where they lie, or in `copy` if they do not lie together. Nothing if there are fewer.
+std::optional<absl::string_view> ReadPiece(CodedInputStream& input, int length, std::string& copy) {
+  const void* data = nullptr;
+  int available = 0;
+  if (length == 0) return absl::string_view();
+  if (input.GetDirectBufferPointer(&data, &available) && available >= length) {
+    if (!input.Skip(length)) return std::nullopt;
+    return absl::string_view(static_cast<const char*>(data), static_cast<size_t>(length));
+  }
+  if (!input.ReadString(&copy, length)) return std::nullopt;
+  return copy;
+}
+
+// Reads the tag and the length of one of the frame's fields. Nothing where the frame ends, or another field lies.
+struct FieldHead {
+  int number = 0;  // 0: it is none that we know.
+  int length = 0;
+};
+std::optional<FieldHead> ReadHead(CodedInputStream& input, uint32_t tag) {
+  FieldHead head;
+  const int number = static_cast<int>(tag >> 3);
+  if ((tag & 7) != kBytes || v1::WorkerFrame::descriptor()->FindFieldByNumber(number) == nullptr) {
+    if (!SkipValue(input, tag & 7)) return std::nullopt;
+    return head;
+  }
+  uint32_t length = 0;
+  if (!input.ReadVarint32(&length) || length > static_cast<uint32_t>(std::numeric_limits<int>::max())) {
+    return std::nullopt;
+  }
+  head.number = number;
+  head.length = static_cast<int>(length);
+  return head;
+}
+
+}  // namespace
+
+FrameReader::FrameReader(grpc::ByteBuffer frame, const core::Limits& limits)
+    : limits_(limits), frame_(std::move(frame)) {}
+
+// The frame is walked twice: here for all but the contributions, which are passed over, and by Next for these.
+std::optional<core::Error> FrameReader::Open() {
+  grpc::ProtoBufferReader bytes(&frame_);
+  Input input(&bytes);
+  v1::Join join;
+  v1::Leave leave;
+  std::string copy;
+  size_t unknown = 0;
+  std::optional<core::Error> error;
+  while (const uint32_t tag = input.ReadTag()) {
+    const std::optional<FieldHead> head = ReadHead(input, tag);
+    if (!head.has_value()) return NotAFrame();
+    if (head->number == 0) {
+      if (++unknown > kMostUnknownFields) {
+        return Malformed(absl::StrCat("the frame has more than ", kMostUnknownFields, " unknown fields"));
+      }
+      continue;
+    }
+    if (head->number == v1::WorkerFrame::kContributionsFieldNumber) {
+      if (++contributions_ > limits_.max_rounds_in_frame) return TooManyRounds();
+      if (!input.Skip(head->length)) return NotAFrame();
+      continue;
+    }
+    const std::optional<absl::string_view> piece = ReadPiece(input, head->length, copy);
+    if (!piece.has_value()) return NotAFrame();
+    if ((error = TakePiece(head->number, *piece, &join, &leave))) return error;
+  }
+  if (!input.ConsumedEntireMessage()) return NotAFrame();
+  if (head_.join.has_value() && (error = FromProto(join, &*head_.join))) return error;
+  if (head_.leave.has_value()) head_.leave = leave.reason();
+  return std::nullopt;
+}
+
+core::Error FrameReader::TooManyRounds() const {
+  return core::LimitError(limits_.max_rounds_in_frame + 1, "or more rounds in one frame", "max_rounds_in_frame",
+                          limits_.max_rounds_in_frame);
+}
+
+std::optional<core::Error> FrameReader::TakePiece(int number, absl::string_view piece, v1::Join* join,
+                                                  v1::Leave* leave) {
+  switch (number) {
+    case v1::WorkerFrame::kJoinFieldNumber:
+      head_.join.emplace();
+      return Parse(piece, limits_.max_layers + kFieldsOfEachMessage, join);
+    case v1::WorkerFrame::kLeaveFieldNumber:
+      head_.leave.emplace();
+      return Parse(piece, 0, leave);
+    case v1::WorkerFrame::kLayersFieldNumber: {
+      v1::LayerSpec layer;
+      if (head_.layers.size() == limits_.max_layers) {
+        return core::LimitError(limits_.max_layers + 1, "or more layers", "max_layers", limits_.max_layers);
+      }
+      if (auto error = Parse(piece, 0, &layer)) return error;
+      return FromProto(layer, &head_.layers.emplace_back());
+    }
+    default: {
+      v1::RoundKey key;
+      if (head_.blocked_on.size() == limits_.max_rounds_in_frame) return TooManyRounds();
+      if (auto error = Parse(piece, 0, &key)) return error;
+      return FromProto(key, &head_.blocked_on.emplace_back());
+    }
+  }
+}
+
+std::optional<int> FrameReader::FindContribution() {
+  while (const uint32_t tag = input_->ReadTag()) {
+    const std::optional<FieldHead> head = ReadHead(*input_, tag);
+    if (!head.has_value()) return std::nullopt;
+    if (head->number == v1::WorkerFrame::kContributionsFieldNumber) return head->length;
+    if (head->number != 0 && !input_->Skip(head->length)) return std::nullopt;
+  }
+  return std::nullopt;
+}
+
+std::optional<core::Error> FrameReader::Next(const SliceLimits& slice, google::protobuf::Arena* arena,
+                                             core::FrameReceived* event) {
+  constexpr size_t kMessagesOfAContribution = 8;
+  if (!begun_) {
+    bytes_.emplace(&frame_);
+    input_.emplace(&*bytes_);
+    event->join = std::move(head_.join);
+    event->layers = std::move(head_.layers);
+    begun_ = true;
+  }
+  std::string copy;
+  size_t bytes = 0;
+  event->contributions.reserve(std::min(slice.contributions, contributions_ - read_));
+  while (read_ < contributions_ && event->contributions.size() < slice.contributions) {
+    if (!pending_length_.has_value()) pending_length_ = FindContribution();
+    if (!pending_length_.has_value()) return NotAFrame();
+    const size_t length = static_cast<size_t>(*pending_length_);
+    if (!event->contributions.empty() && bytes + length > slice.bytes) break;
+    if (length > slice.longest_contribution) {
+      return Malformed(absl::StrCat("a contribution of ", length, " bytes is longer than those to the group's layers, ",
+                                    "which have at most ", slice.longest_contribution));
+    }
+    const std::optional<absl::string_view> piece = ReadPiece(*input_, *pending_length_, copy);
+    pending_length_.reset();
+    if (!piece.has_value()) return NotAFrame();
+    auto* const message = google::protobuf::Arena::CreateMessage<v1::Contribution>(arena);
+    if (auto error = Parse(*piece, kMessagesOfAContribution, message)) return error;
+    if (auto error = FromProto(*message, &event->contributions.emplace_back())) return error;
+    bytes += length;
+    ++read_;
+  }
+  if (done()) {
+    event->blocked_on = std::move(head_.blocked_on);
+    event->leave = std::move(head_.leave);
+  }
+  return std::nullopt;
+}
+
+}  // namespace syncbn::rpc

@@ -1,0 +1,221 @@
+"""Frames that ask for far more than they are, beside honest workers; `tools/benchmark hostile` runs it."""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from typing import Callable, Dict, Iterator, List, Tuple
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import report  # noqa: E402
+import wire  # noqa: E402
+
+_HERE = pathlib.Path(__file__).resolve().parent
+_MIB = 1 << 20
+_WIDEST = 1 << 16  # Channels.
+_BOUND_MIB = 200
+_BOUND_MS = 100
+
+
+def resident(pid: int) -> float:
+    """MiB."""
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+class Sampler:
+    """The greatest resident size of a process while it lives."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._greatest, self._ended = pid, 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.005):
+            self._greatest = max(self._greatest, resident(self._pid))
+
+    def stop(self) -> float:
+        self._ended.set()
+        self._thread.join()
+        return self._greatest
+
+
+Target = Tuple[str, int]
+Attack = Callable[[Target, float], int]
+
+
+def _send(target: Target, seconds: float, *contents: bytes, reads: bool = True, **options: str) -> int:
+    """Writes the messages on one call, then keeps it for the rest of the time. Bytes sent."""
+    end = time.monotonic() + seconds
+    call = wire.Call(target, reads=reads, **options)
+    try:
+        for content in contents:
+            call.write(content)
+        time.sleep(max(0.0, end - time.monotonic()))
+        return call.sent
+    finally:
+        call.close()
+
+
+def _empty_rounds(reads: bool) -> Attack:
+    first = wire.join("empty rounds", 1) + wire.layer_spec(b"wide", _WIDEST)
+    first += b"".join(wire.empty_contribution(b"wide", sequence) for sequence in range(900))
+    return lambda target, seconds: _send(target, seconds, wire.message(first), reads=reads)
+
+
+def _gzip_bomb(target: Target, seconds: float) -> int:
+    # An unknown field of zeros, a thousand times as long as what is sent.
+    size = 512 * _MIB
+    compressor = zlib.compressobj(6, wbits=31)
+    parts = [compressor.compress(wire.varint(15 << 3 | 2) + wire.varint(size))]
+    parts += [compressor.compress(bytes(_MIB)) for _ in range(size // _MIB)]
+    content = b"".join([*parts, compressor.flush()])
+    return _send(target, seconds, wire.message(content, compressed=True), encoding="gzip")
+
+
+def _empty_messages(joins: bool) -> Attack:
+    flood = wire.message(b"\x12\x00" * (30 * _MIB))
+    first = [wire.message(wire.join("empty messages", 1))] if joins else []
+    return lambda target, seconds: _send(target, seconds, *first, flood)
+
+
+def _expiry_storm(target: Target, seconds: float) -> int:
+    first = wire.join("expiry storm", 4096, round_timeout=0.01) + wire.layer_spec(b"a", 1)
+    storms = []
+    for storm in range(5):
+        sequences = range(storm * 8192, (storm + 1) * 8192)
+        storms.append(wire.message(b"".join(wire.empty_contribution(b"a", sequence) for sequence in sequences)))
+    return _send(target, seconds, wire.message(first), *storms)
+
+
+def _many_wide_layers(target: Target, seconds: float) -> int:
+    names = [f"{index}".encode() for index in range(1500)]
+    first = wire.join("many wide layers", 1) + b"".join(wire.layer_spec(name, _WIDEST) for name in names)
+    rounds = b"".join(wire.empty_contribution(name, 0) for name in names)
+    return _send(target, seconds, wire.message(first), wire.message(rounds))
+
+
+def _blocked_on(target: Target, seconds: float) -> int:
+    layer = b"a"
+    first = wire.join("blocked on", 2) + wire.layer_spec(layer, 1)
+    rounds = b"".join(wire.empty_contribution(layer, sequence) for sequence in range(8192))
+    promises = b"".join(wire.piece(4, wire.key(layer, 8191 - sequence % 8192)) for sequence in range(65536))
+    return _send(target, seconds, wire.message(first), *[wire.message(rounds + promises)] * 3)
+
+
+ATTACKS: Dict[str, Attack] = {
+    "900 empty rounds of 65,536 channels, nobody reads": _empty_rounds(reads=False),
+    "the same, read": _empty_rounds(reads=True),
+    "a message that gzip makes 1,000 times longer": _gzip_bomb,
+    "60 MiB of empty messages, before a join": _empty_messages(joins=False),
+    "the same, after a join": _empty_messages(joins=True),
+    "8,192 rounds that expire at once, 5 times": _expiry_storm,
+    "a round of each of 1,500 layers of 65,536 channels": _many_wide_layers,
+    "65,536 promises of 8,192 rounds, 3 times": _blocked_on,
+}
+
+
+@contextlib.contextmanager
+def master() -> Iterator[Tuple[int, Target]]:
+    command = [os.environ["SYNCBN_MASTER"], "--address", "127.0.0.1:0", "--max-lifetime", "600"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        host, port = process.stdout.readline().split()[-1].rsplit(":", 1)
+        yield process.pid, (host, int(port))
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class HonestWorkers:
+    def __init__(self, target: Target, count: int, channels: int) -> None:
+        script = str(_HERE / "honest_worker.py")
+        address = f"{target[0]}:{target[1]}"
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, script, address, str(rank), str(count), str(channels)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for rank in range(count)
+        ]
+
+    def milliseconds(self) -> List[float]:
+        """Of all rounds since the last time, ascending."""
+        rounds: List[float] = []
+        for process in self._processes:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            told = json.loads(process.stdout.readline())
+            if isinstance(told, dict):
+                raise SystemExit(f"an honest worker failed: {told['error']}")
+            rounds += told
+        return sorted(1000 * duration for duration in rounds)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()  # One that left would leave the others in a round.
+        for process in self._processes:
+            process.communicate()
+
+
+def quantiles(rounds: List[float]) -> str:
+    if not rounds:
+        return "no round"
+    return " / ".join(f"{rounds[int(part * (len(rounds) - 1))]:.1f}" for part in (0.5, 0.99, 1.0))
+
+
+def measure(attack: Attack, workers: int, channels: int, seconds: float) -> Tuple[List[str], bool]:
+    with master() as (pid, target):
+        honest = HonestWorkers(target, workers, channels)
+        try:
+            honest.milliseconds()
+            time.sleep(2)  # All have joined.
+            honest.milliseconds()
+            time.sleep(seconds)
+            before = honest.milliseconds()
+            sampler = Sampler(pid)
+            sent = attack(target, seconds)
+            during = honest.milliseconds()
+            greatest = sampler.stop()
+        finally:
+            honest.stop()
+    holds = bool(before and during) and greatest < _BOUND_MIB and during[-1] < before[-1] + _BOUND_MS
+    size = f"{sent / _MIB:.1f} MiB" if sent >= _MIB else f"{sent / 1024:.0f} KiB"
+    return [size, f"{greatest:.0f}", quantiles(before), quantiles(during), "yes" if holds else "no"], holds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tools/benchmark hostile", description=__doc__)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each attack, and of the time before it")
+    parser.add_argument("--only", default="", help="attacks whose name has this part")
+    parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
+    options = parser.parse_args()
+    provenance = report.provenance("tools/benchmark hostile")
+    rows, all_hold = [], True
+    for name, attack in ATTACKS.items():
+        if options.only not in name:
+            continue
+        row, holds = measure(attack, options.workers, options.channels, options.seconds)
+        rows.append([name, *row])
+        all_hold = all_hold and holds
+        print(" | ".join(rows[-1]), flush=True)
+    head = ["attack", "bytes sent", "master, MiB at most", "before, ms", "during, ms", "within bounds"]
+    report.publish("hostile", [provenance, "", *report.table(head, rows)], options.output)
+    if not all_hold:
+        raise SystemExit(f"not within {_BOUND_MIB} MiB and {_BOUND_MS} ms more than undisturbed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What goes over the wire to a master, made by hand: protobuf fields, gRPC messages, HTTP/2 frames. No library is needed."""
+
+import socket
+import struct
+import threading
+from typing import List, Optional, Tuple
+
+SYNCHRONIZE = "/syncbn.v1.StatisticsService/Synchronize"
+GET_GROUP = "/syncbn.v1.InspectionService/GetGroup"
+
+# Of protobuf's enums.
+FORWARD, REQUIRED, NO_BACKWARD, BATCH_NORM = 1, 1, 3, 1
+
+
+def varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def number(field: int, value: int) -> bytes:
+    return varint(field << 3) + varint(value)
+
+
+def piece(field: int, content: bytes) -> bytes:
+    return varint(field << 3 | 2) + varint(len(content)) + content
+
+
+def key(layer: bytes, sequence: int) -> bytes:
+    return piece(1, layer) + number(2, sequence) + number(3, FORWARD)
+
+
+def empty_contribution(layer: bytes, sequence: int) -> bytes:
+    """Of a worker whose batch is empty, and which takes no part in the backward round."""
+    return piece(3, piece(1, key(layer, sequence)) + piece(2, number(4, NO_BACKWARD)))
+
+
+def layer_spec(name: bytes, channels: int) -> bytes:
+    return piece(2, piece(1, name) + number(2, channels) + number(3, BATCH_NORM))
+
+
+def join(group: str, world_size: int, round_timeout: float = 0.0) -> bytes:
+    config = b""
+    if round_timeout:
+        nanoseconds = round(round_timeout * 1e9)
+        config = piece(10, piece(1, number(1, nanoseconds // 10**9) + number(2, nanoseconds % 10**9)))
+    versions = number(1, 1) + number(2, 1)
+    return piece(1, versions + piece(4, group.encode()) + number(6, world_size) + config)
+
+
+def message(content: bytes, compressed: bool = False) -> bytes:
+    return struct.pack(">BI", int(compressed), len(content)) + content
+
+
+class Call:
+    """One gRPC call on a connection of its own, which reads what it is sent and drops it; or reads nothing."""
+
+    _CHUNK = 16384  # HTTP/2's longest frame unless the peer allows more.
+
+    def __init__(self, target: Tuple[str, int], path: str = SYNCHRONIZE, reads: bool = True, encoding: str = "") -> None:
+        self.sent = 0
+        self._window = 65535
+        self._stream_window = 65535
+        self._changed = threading.Condition()
+        self._closed = False
+        self._initial_window = 65535
+        self._socket = socket.create_connection(target, timeout=60)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        window = 2**31 - 1 if reads else 0
+        settings = struct.pack(">HIHI", 2, 0, 4, window)  # No pushes; the window of each stream.
+        self._send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self._frame(4, 0, 0, settings))
+        if reads:
+            self._send(self._frame(8, 0, 0, struct.pack(">I", window - 65535)))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        headers: List[Tuple[str, str]] = [
+            (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost"),
+            ("content-type", "application/grpc"), ("te", "trailers"),
+        ]
+        if encoding:
+            headers.append(("grpc-encoding", encoding))
+        # Literal fields that are not indexed: HPACK without its tables.
+        block = b"".join(b"\x00" + self._text(name) + self._text(value) for name, value in headers)
+        self._send(self._frame(1, 4, 1, block))
+
+    def write(self, content: bytes) -> None:
+        """As fast as the peer's windows allow. Returns early if the peer ends the call."""
+        for begin in range(0, len(content), self._CHUNK):
+            chunk = content[begin : begin + self._CHUNK]
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closed or min(self._window, self._stream_window) >= len(chunk), timeout=60
+                )
+                if self._closed or min(self._window, self._stream_window) < len(chunk):
+                    return
+                self._window -= len(chunk)
+                self._stream_window -= len(chunk)
+            try:
+                self._send(self._frame(0, 0, 1, chunk))
+            except OSError:
+                return
+
+    def close(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._reader.join(10)
+        self._socket.close()
+
+    @staticmethod
+    def _text(text: str) -> bytes:
+        assert len(text) < 127
+        return bytes([len(text)]) + text.encode()
+
+    @staticmethod
+    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+    def _send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+        self.sent += len(data)
+
+    def _exactly(self, size: int) -> Optional[bytes]:
+        parts = []
+        while size:
+            try:
+                part = self._socket.recv(min(size, 1 << 20))
+            except OSError:
+                return None
+            if not part:
+                return None
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def _read(self) -> None:
+        received = 0
+        while True:
+            head = self._exactly(9)
+            payload = self._exactly(int.from_bytes(head[:3], "big")) if head is not None else None
+            if head is None or payload is None:
+                break
+            kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
+            with self._changed:
+                if kind == 8:
+                    if stream:
+                        self._stream_window += int.from_bytes(payload, "big")
+                    else:
+                        self._window += int.from_bytes(payload, "big")
+                elif kind == 4 and not flags & 1:
+                    for identifier, value in struct.iter_unpack(">HI", payload):
+                        if identifier == 4:
+                            self._stream_window += value - self._initial_window
+                            self._initial_window = value
+                elif kind == 3 or kind == 7 or (kind == 1 and flags & 1):
+                    self._closed = True  # The stream was reset, the connection goes away, or trailers.
+                self._changed.notify_all()
+            try:
+                if kind == 4 and not flags & 1:
+                    self._send(self._frame(4, 1, 0, b""))
+                elif kind == 6 and not flags & 1:
+                    self._send(self._frame(6, 1, 0, payload))
+                elif kind == 0:
+                    received += len(payload)
+                    if received > 1 << 29:
+                        for number_of_stream in (0, 1):
+                            self._send(self._frame(8, 0, number_of_stream, struct.pack(">I", received)))
+                        received = 0
+            except OSError:
+                break
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
