@@ -228,14 +228,20 @@ void Group::Refuse(Rank rank, const RoundKey& key, Error error, Effects& effects
 
 std::vector<Rank> Group::MissingRanks(const RoundKey& key, const PendingRound& round) const {
   std::vector<Rank> missing;
-  if (key.phase == Phase::kBackward) {
-    for (const Rank rank : round.expected) {
-      if (!round.payloads.contains(rank)) missing.push_back(rank);
+  missing.reserve(round.needed - std::min(round.needed, round.payloads.size()));
+  // Whoever has contributed is among those that are asked about, and both are ascending.
+  auto contributed = round.payloads.begin();
+  const auto ask = [&](Rank rank) {
+    if (contributed != round.payloads.end() && contributed->first == rank) {
+      ++contributed;
+    } else {
+      missing.push_back(rank);
     }
-    return missing;
-  }
-  for (Rank rank = 0; rank < world_size_; ++rank) {
-    if (!round.payloads.contains(rank)) missing.push_back(rank);
+  };
+  if (key.phase == Phase::kBackward) {
+    for (const Rank rank : round.expected) ask(rank);
+  } else {
+    for (Rank rank = 0; rank < world_size_; ++rank) ask(rank);
   }
   return missing;
 }
@@ -448,6 +454,7 @@ std::shared_ptr<const Roster> Group::RosterOf(Phase phase, const Payloads& paylo
 
 void Group::Block(Rank rank, const std::vector<RoundKey>& keys) {
   if (keys.empty() || members_[rank].state != MemberState::kPresent) return;
+  if (keys.size() > pending_.size()) return;  // They cannot all be in flight.
   for (const RoundKey& key : keys) {
     const auto round = pending_.find(key);
     if (round == pending_.end() || !round->second.payloads.contains(rank)) return;

@@ -42,7 +42,9 @@ constexpr absl::Duration kLagTimeout = absl::Seconds(5);
 constexpr size_t kMostResultBytes = size_t{1} << 20;
 // Beside its vectors.
 constexpr size_t kResultOverhead = 512;
-// A frame that is handled in slices gets its turn at least this often, though other events are waiting.
+// A frame that is handled in slices gets its turn when the queue has had nothing for so many polls (each of which sees
+// to one socket alone), and at least this often, though other events are waiting.
+constexpr int kQuietPolls = 8;
 constexpr absl::Duration kLongestBacklogPause = absl::Milliseconds(10);
 // What a closed stream's last frames and status may take to be read.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
@@ -63,9 +65,10 @@ size_t ResultBytes(const core::RoundOutcome& outcome) {
          outcome.missing_ranks.size() * 2 + kResultOverhead;
 }
 
-// An event brings forth no more than a reader may leave unread before its group waits for it.
+// An event brings forth far less than a reader may leave unread before its group waits for it: 2 MiB by default, which
+// take a few milliseconds.
 LoopOptions Fitting(LoopOptions options) {
-  options.limits.max_turn_bytes = std::min(options.limits.max_turn_bytes, options.max_unread_bytes / 4);
+  options.limits.max_turn_bytes = std::min(options.limits.max_turn_bytes, options.max_unread_bytes / 32);
   options.limits.max_turn_bytes = std::max<size_t>(options.limits.max_turn_bytes, 1);
   return options;
 }
@@ -109,8 +112,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
       now_ = clock_.Now();
       if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
       RunTimers();
-      const bool idle = event == grpc::CompletionQueue::TIMEOUT;
-      if (idle || now_ - backlog_served_ > kLongestBacklogPause) ServeBacklog();
+      quiet_polls_ = event == grpc::CompletionQueue::TIMEOUT ? quiet_polls_ + 1 : 0;
+      if (quiet_polls_ >= kQuietPolls || now_ - backlog_served_ > kLongestBacklogPause) ServeBacklog();
       EndIfIdle();
     }
   }
@@ -328,6 +331,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   }
 
   void ServeBacklog() {
+    quiet_polls_ = 0;
     if (backlog_.empty()) return;
     const core::StreamId id = backlog_.front();
     backlog_.pop_front();
@@ -610,6 +614,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   absl::flat_hash_map<core::GroupId, std::unique_ptr<Lane>> lanes_;
   std::deque<core::StreamId> backlog_;  // Streams whose frames have more slices.
   absl::Time backlog_served_ = now_;
+  int quiet_polls_ = 0;
   std::vector<core::StreamId> retiring_;
   int unary_calls_ = 0;  // That are being served or waited for.
   MethodTag<Impl> shutdown_tag_, stop_tag_, listening_tag_;

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -52,10 +53,10 @@ Target = Tuple[str, int]
 Attack = Callable[[Target, float], int]
 
 
-def _send(target: Target, seconds: float, *contents: bytes, reads: bool = True, **options: str) -> int:
+def _send(target: Target, seconds: float, *contents: bytes, reads: bool = True, encoding: str = "") -> int:
     """Writes the messages on one call, then keeps it for the rest of the time. Bytes sent."""
     end = time.monotonic() + seconds
-    call = wire.Call(target, reads=reads, **options)
+    call = wire.Call(target, reads=reads, encoding=encoding)
     try:
         for content in contents:
             call.write(content)
@@ -88,12 +89,14 @@ def _empty_messages(joins: bool) -> Attack:
 
 
 def _expiry_storm(target: Target, seconds: float) -> int:
-    first = wire.join("expiry storm", 4096, round_timeout=0.01) + wire.layer_spec(b"a", 1)
-    storms = []
-    for storm in range(5):
-        sequences = range(storm * 8192, (storm + 1) * 8192)
-        storms.append(wire.message(b"".join(wire.empty_contribution(b"a", sequence) for sequence in sequences)))
-    return _send(target, seconds, wire.message(first), *storms)
+    rounds = b"".join(wire.empty_contribution(b"a", sequence) for sequence in range(8192))
+    end = time.monotonic() + seconds
+    sent = 0
+    for storm in itertools.count():
+        if time.monotonic() > end:
+            return sent
+        first = wire.join(f"expiry storm {storm}", 4096, round_timeout=0.01) + wire.layer_spec(b"a", 1)
+        sent += _send(target, 0.2, wire.message(first + rounds))
 
 
 def _many_wide_layers(target: Target, seconds: float) -> int:
@@ -117,7 +120,7 @@ ATTACKS: Dict[str, Attack] = {
     "a message that gzip makes 1,000 times longer": _gzip_bomb,
     "60 MiB of empty messages, before a join": _empty_messages(joins=False),
     "the same, after a join": _empty_messages(joins=True),
-    "8,192 rounds that expire at once, 5 times": _expiry_storm,
+    "8,192 rounds that expire at once, over and over": _expiry_storm,
     "a round of each of 1,500 layers of 65,536 channels": _many_wide_layers,
     "65,536 promises of 8,192 rounds, 3 times": _blocked_on,
 }

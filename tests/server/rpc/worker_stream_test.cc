@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -153,7 +154,7 @@ TEST(WorkerStreamTest, VersionsAreNegotiated) {
   EXPECT_EQ(joined->joined().protocol_version(), 1u);
   EXPECT_EQ(joined->joined().incarnation(), 1u);
   EXPECT_NE(joined->joined().run_id(), 0u);
-  EXPECT_EQ(joined->joined().config().round_timeout().seconds(), 30);
+  EXPECT_EQ(joined->joined().config().round_timeout().seconds(), 600);
   EXPECT_EQ(joined->joined().config().rejoin_grace().nanos(), 50000000);
   frame = JoinFrame("other", 0, 1);
   frame.mutable_join()->set_min_protocol_version(2);
@@ -337,6 +338,36 @@ TEST(WorkerStreamTest, StreamsThatEndAtAnyMomentHarmNothing) {
   while (ended < kThreads * kStreams / 2) std::this_thread::yield();
   server->Shutdown(absl::ZeroDuration());
   for (std::thread& thread : threads) thread.join();
+}
+
+// ---- Rounds that wait for long --------------------------------------------------------------------------------------
+
+TEST(WorkerStreamTest, ALateRoundIsToldAndGoesOn) {
+  MasterServer::Options options;
+  options.limits.late_round_after = absl::Milliseconds(10);
+  const auto server = StartServer(options);
+  RawStream early(Connect(server->target())), late(Connect(server->target()));
+  v1::WorkerFrame join = JoinFrame("g", 0, 2);
+  *join.add_layers() = SumLayer("v", 1);
+  *join.add_contributions() = SumFrame("v", 3, {1.0}).contributions(0);
+  ASSERT_TRUE(early.Write(join));
+  std::optional<v1::MasterFrame> frame;
+  do {
+    frame = early.Read();
+    ASSERT_TRUE(frame.has_value());
+  } while (frame->late_rounds_size() == 0);
+  const v1::LateRound& round = frame->late_rounds(0);
+  EXPECT_EQ(round.key().layer(), "v");
+  EXPECT_EQ(round.key().sequence(), 3u);
+  EXPECT_GE(round.age().seconds() + 1e-9 * round.age().nanos(), 0.01);
+  EXPECT_THAT(round.missing_ranks(), ::testing::ElementsAre(1));
+  EXPECT_EQ(round.missing(), 1u);
+  join = JoinFrame("g", 1, 2);
+  *join.add_contributions() = SumFrame("v", 3, {2.0}).contributions(0);
+  ASSERT_TRUE(late.Write(join));
+  const auto answer = early.ReadResults();
+  ASSERT_TRUE(answer.has_value());
+  EXPECT_EQ(answer->results(0).vector().value(0), 3.0);
 }
 
 // ---- Errors that are long -------------------------------------------------------------------------------------------
