@@ -170,8 +170,8 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
     }
   }
   if (key.phase == Phase::kBackward) EndAwaiting(key.sequence);
-  size_t bytes = (outcome.first.size() + outcome.second.size()) * sizeof(double) +
-                 outcome.missing_ranks.size() * sizeof(Rank);
+  size_t bytes =
+      (outcome.first.size() + outcome.second.size()) * sizeof(double) + outcome.missing_ranks.size() * sizeof(Rank);
   if (round.failed) bytes += outcome.error->message.size() + outcome.error->ranks.size() * sizeof(Rank);
   const bool aside = round.failed || round.alone;
   // A roster that is shared costs next to nothing.

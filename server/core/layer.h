@@ -112,8 +112,8 @@ class Layer {
   // The record of an ended round, or null.
   EndedRound* Find(Phase phase, uint64_t sequence);
   const EndedRound* Find(Phase phase, uint64_t sequence) const;
-  // Whether the key lies so far behind the newest completed one of its phase that it may have been forgotten. A backward
-  // round that is awaited does not.
+  // Whether the key lies so far behind the newest completed one of its phase that it may have been forgotten. A
+  // backward round that is awaited does not.
   bool Expired(Phase phase, uint64_t sequence) const;
   // Whether the forward round was forgotten for its group's limit, though its backward round may have been awaited.
   bool LostAwaited(uint64_t sequence) const;
