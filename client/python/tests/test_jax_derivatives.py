@@ -140,3 +140,12 @@ def test_a_gradient_penalty_on_two_workers(master, tmp_path):
     wanted = jax.grad(penalty, (0, 1))(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32))
     near(np.concatenate([f["dx"] for f in found]), wanted[0], 2e-4)
     near(sum(f["ds"] for f in found), wanted[1], 2e-4)
+
+
+@pytest.mark.parametrize("turns", [129, 300])
+def test_a_long_loop_under_grad(ours, turns):
+    """Forward rounds that backward rounds are awaited for are kept, however many there are."""
+    _, scale, bias, _ = problem()
+    x = jnp.asarray(np.random.default_rng(SEED).normal(size=(turns, 2, 1, 2)), jnp.float32)
+    total = lambda f: lambda v: jax.lax.scan(lambda sum, part: (sum + (f(part, scale, bias) ** 3).sum(), None), 0.0, v)[0]
+    near(jax.jit(jax.grad(total(ours)))(x), jax.grad(total(plain))(x), 1e-4)

@@ -421,3 +421,19 @@ def test_silence_at_exit(master):
         [sys.executable, "-X", "dev", "-c", program, master.target], env=environment, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_many_forward_passes_before_the_first_backward_pass(group):
+    """What is awaited is kept: 300 uses of a layer, gone back through from the last to the first."""
+    rng = np.random.default_rng(SEED)
+    x, dy = rng.normal(size=(300, 4, 2)), rng.normal(size=(4, 2))
+
+    def run(worker):
+        rows = slice(worker.rank, None, 2)
+        states = [sync.forward(worker, "layer", part[rows], eps=EPS)[1] for part in x]
+        return [state.backward(dy[rows]).dx for state in reversed(states)][::-1]
+
+    for index, (even, odd) in enumerate(zip(*group(2, run))):
+        wanted = oracle(x[index], np.ones(2), np.zeros(2), dy, 0.0, False, "add")[1]
+        np.testing.assert_allclose(even, wanted[0::2], atol=1e-12)
+        np.testing.assert_allclose(odd, wanted[1::2], atol=1e-12)
