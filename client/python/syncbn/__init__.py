@@ -11,6 +11,7 @@ from syncbn._version import __version__
 from syncbn.core import GradientSums, Master, Moments, Round, Worker, default_worker
 from syncbn.errors import (
     Aborted,
+    AlreadyExists,
     Cancelled,
     Code,
     DeadlineExceeded,
@@ -21,13 +22,16 @@ from syncbn.errors import (
     InvalidArgument,
     LayerMismatch,
     NotFinite,
+    RankTaken,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
     WorkerLost,
 )
 
 __all__ = [
     "Aborted",
+    "AlreadyExists",
     "Cancelled",
     "Code",
     "DeadlineExceeded",
@@ -41,8 +45,10 @@ __all__ = [
     "Master",
     "Moments",
     "NotFinite",
+    "RankTaken",
     "ResourceExhausted",
     "Round",
+    "Unauthenticated",
     "Unavailable",
     "Worker",
     "WorkerLost",

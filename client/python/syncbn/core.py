@@ -50,8 +50,8 @@ class Worker:
     Args:
       target: the master, "HOST:PORT" or "unix:PATH"; or several, of which one that answers is taken: separated by commas,
         or a list. Or a function that returns either, called at each attempt to connect, on any thread, for a short time;
-        if it raises, that is a warning in the log, and an attempt that failed. Default: $SYNCBN_TARGET. Without either, a world of one worker has a master of its own, in a process
-        beside this one: it normalizes over its own batches.
+        if it raises, that is a warning in the log, and an attempt that failed. Default: $SYNCBN_TARGET. Without either, a
+        world of one worker has a master of its own, in a process beside this one: it normalizes over its own batches.
       group: which group of the job to join. Default: $SYNCBN_GROUP, else "default".
       rank, world_size: default $RANK and $WORLD_SIZE, as torchrun sets them.
       timeout: seconds after which a round that lacks a worker fails. The same for all workers of the group. Default:
@@ -331,6 +331,19 @@ class Worker:
         if known is not None:
             self._changed_layers[name] = _difference(known, declared)
 
+    def _declare_width(self, name: str, channels: int) -> None:
+        """Declares a known layer anew, alike but for its channels."""
+        _, eps, eps_mode, momentum, numeric, biased = self._layers[name]
+        self.declare_layer(
+            name,
+            channels,
+            eps=eps,
+            eps_mode=eps_mode,
+            momentum=momentum,
+            numeric=numeric,
+            biased_running_variance=biased,
+        )
+
     def _advise(self, error: errors.LayerMismatch) -> None:
         """Adds what may have led to a mismatch, where this worker itself has used the name for two layers."""
         change = self._changed_layers.get(error.layer)
@@ -370,6 +383,8 @@ class Worker:
                 raise ValueError(f"layer {layer!r} is unknown: declare it, or give a mean that shows its channels")
             self.declare_layer(layer, means.size)
         channels = self._layers[layer][0] if means is None else means.size
+        if channels != self._layers[layer][0]:
+            self._declare_width(layer, channels)
         with self.handle() as handle:
             return Round(
                 self,
@@ -400,7 +415,8 @@ class Worker:
         """Merges this worker's moments of a layer with those of all other workers.
 
         Args:
-          layer: its name. A layer not declared before is declared with `declare_layer`'s defaults.
+          layer: its name. A layer not declared before is declared with `declare_layer`'s defaults, and one whose mean has
+            another size than before is declared anew.
           count: values in each channel here; 0 for an empty batch, with mean and m2 None.
           mean: [channels].
           m2: [channels], the sum of squared deviations from `mean`.

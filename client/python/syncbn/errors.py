@@ -1,7 +1,8 @@
 """What can go wrong, as exceptions.
 
-Every failure that the library reports is a `syncbn.Error`. The subclasses follow gRPC's codes; five reasons that
-programs treat apart from their code have a class of their own.
+Every failure that the library reports is a `syncbn.Error`. Those that the protocol lists (PROTOCOL.md, section 9) have the
+subclass of their code; reasons that programs treat apart from their code have a class of their own below it. A code of
+another kind, such as INTERNAL or UNIMPLEMENTED, is an `Error` itself.
 """
 
 import enum
@@ -110,6 +111,18 @@ class ResourceExhausted(Error):
     """A limit of the master, which the message names."""
 
 
+class AlreadyExists(Error):
+    """What the call would make exists: see `reason`, which is "PAYLOAD_CHANGED" for a sequence that has been used."""
+
+
+class RankTaken(AlreadyExists):
+    """Another worker, which is alive, has this one's rank; the message names its host and process."""
+
+
+class Unauthenticated(Error):
+    """The certificates of the two sides do not fit, or a file that one is read from cannot be used."""
+
+
 _BY_REASON: Dict[str, Type[Error]] = {
     "WORKER_LOST": WorkerLost,
     "DEADLOCK": Deadlock,
@@ -117,16 +130,19 @@ _BY_REASON: Dict[str, Type[Error]] = {
     "LAYER_SPEC_MISMATCH": LayerMismatch,
     "LAYER_SET_MISMATCH": LayerMismatch,
     "NOT_FINITE": NotFinite,
+    "RANK_TAKEN": RankTaken,
 }
 
 _BY_CODE: Dict[int, Type[Error]] = {
     Code.CANCELLED: Cancelled,
     Code.INVALID_ARGUMENT: InvalidArgument,
     Code.DEADLINE_EXCEEDED: DeadlineExceeded,
+    Code.ALREADY_EXISTS: AlreadyExists,
     Code.RESOURCE_EXHAUSTED: ResourceExhausted,
     Code.FAILED_PRECONDITION: FailedPrecondition,
     Code.ABORTED: Aborted,
     Code.UNAVAILABLE: Unavailable,
+    Code.UNAUTHENTICATED: Unauthenticated,
 }
 
 

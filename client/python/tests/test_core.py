@@ -301,6 +301,87 @@ def test_errors_survive_pickling():
     )
 
 
+def test_every_error_of_the_protocol_has_a_class():
+    """The table of PROTOCOL.md, section 9, by code and by reason. Each is caught by its base, and pickled as it is."""
+    page = (pathlib.Path(__file__).resolve().parents[3] / "proto" / "PROTOCOL.md").read_text()
+    table = page.split("## 9. Errors")[1].split("## 10.")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")[2:4]] for line in table.splitlines() if line.startswith("| ")][1:]
+    listed = [(syncbn.Code[code], "" if reason == "none" else reason) for code, reason in rows if code != "any"]
+    assert len(listed) >= 20
+    of_code = {}
+    for code, reason in listed:
+        error = syncbn.errors.make_error("text", code, reason, "layer", [1])
+        assert type(error) is not syncbn.Error and getattr(syncbn, type(error).__name__) is type(error), (code, reason)
+        assert (error.code, error.reason, error.ranks) == (code, reason, (1,))
+        base = of_code.setdefault(code, type(syncbn.errors.make_error("text", code)))
+        assert isinstance(error, base), (code, reason)
+        assert type(pickle.loads(pickle.dumps(error))) is type(error)
+    assert len(set(of_code.values())) == len(of_code)
+    assert of_code[syncbn.Code.ALREADY_EXISTS] is syncbn.AlreadyExists
+
+
+def test_a_rank_that_is_taken_and_a_payload_that_changed_are_typed(master):
+    with syncbn.Worker(master.target, "taken", 0, 1, description="the holder") as worker:
+        with pytest.raises(syncbn.RankTaken, match="the holder") as caught:
+            syncbn.Worker(master.target, "taken", 0, 1, join_timeout=0.5)
+        assert (caught.value.code, caught.value.reason, caught.value.ranks) == (6, "RANK_TAKEN", (0,))
+        worker.all_reduce("sum", [1.0], sequence=3)
+        with pytest.raises(syncbn.AlreadyExists) as caught:
+            worker.all_reduce("sum", [2.0], sequence=3)
+        assert (caught.value.code, caught.value.reason) == (6, "PAYLOAD_CHANGED")
+
+
+def test_a_sweep_over_widths_under_one_name(group):
+    """Wider, narrower, and the first again; with rounds of two widths in flight, and gone back through in reverse."""
+    widths = [3, 5, 2, 3, 3, 8, 1]
+    rng = np.random.default_rng(SEED)
+    data = [rng.normal(2.0, 3.0, (2, 4, width)) for width in widths]
+
+    def run(worker):
+        rounds = [worker.start_synchronize("layer", *moments(x[worker.rank]), backward=True) for x in data]
+        merged = [one.result() for one in rounds]
+        sums = [
+            worker.synchronize_backward("layer", sequence, data[sequence][worker.rank].sum(0), np.ones(widths[sequence]))
+            for sequence in reversed(range(len(widths)))
+        ]
+        return merged, sums[::-1]
+
+    for merged, sums in group(2, run):
+        for x, forward, backward in zip(data, merged, sums):
+            whole = x.reshape(8, -1)
+            assert forward.count == 8
+            np.testing.assert_allclose(forward.mean, whole.mean(0), rtol=1e-13)
+            np.testing.assert_allclose(forward.var, whole.var(0), rtol=1e-12)
+            np.testing.assert_allclose(backward.sum_dy, whole.sum(0), rtol=1e-12)
+            np.testing.assert_array_equal(backward.sum_dy_xmu, np.full(x.shape[-1], 2.0))
+
+
+def test_a_width_that_one_worker_alone_changes_is_told(group):
+    def run(worker):
+        worker.synchronize("layer", 1, [1.0, 2.0], [0.0, 0.0])
+        width = 2 + worker.rank
+        with pytest.raises(syncbn.LayerMismatch) as caught:
+            worker.synchronize("layer", 1, np.ones(width), np.zeros(width))
+        # Both see the error before either goes, and go on with what they agree upon.
+        worker.all_reduce("end", [0.0])
+        assert worker.synchronize("layer", 1, np.ones(4), np.zeros(4)).count == 2
+        return caught.value.layer, "prefix=" in caught.value.message
+
+    assert group(2, run) == [("layer", False), ("layer", True)]
+
+
+def test_a_new_width_keeps_the_layers_other_options(group):
+    def run(worker):
+        worker.declare_layer("layer", 2, eps=0.5, eps_mode="clamp", momentum=None, numeric="propagate")
+        worker.synchronize("layer", 1, [1.0, 2.0], [0.0, 0.0])
+        if worker.rank == 1:  # Declares all of it; rank 0 gives a mean alone.
+            worker.declare_layer("layer", 3, eps=0.5, eps_mode="clamp", momentum=None, numeric="propagate")
+        return worker.synchronize("layer", 1, [np.nan, 1.0, 3.0], np.zeros(3)).mean
+
+    for mean in group(2, run):
+        np.testing.assert_array_equal(mean, [np.nan, 1.0, 3.0])
+
+
 def test_waiting_for_different_rounds_is_a_deadlock(group):
     def run(worker):
         worker.wait_for_members()
