@@ -597,7 +597,7 @@ def test_scripts_without_batch_normalization_and_quantized_layers_are_left_alone
 
     model = torch.nn.ModuleList([torch.jit.script(torch.nn.ReLU()), quantized.BatchNorm2d(3), torch.nn.BatchNorm2d(3)])
     kinds = [type(m) for m in sync.convert_sync_batchnorm(model)]
-    assert kinds[1:] == [quantized.BatchNorm2d, sync.SyncBatchNorm]
+    assert kinds[1] is quantized.BatchNorm2d and issubclass(kinds[2], sync.SyncBatchNorm)
 
 
 def test_arguments_of_another_type():

@@ -16,7 +16,7 @@ from torch.nn.parallel import replicate
 
 from syncbn.core import Worker, default_worker
 from syncbn.torch import _batches, _replicas, _synchronized, convert
-from syncbn.torch.modules import SyncBatchNorm
+from syncbn.torch.modules import LazySyncBatchNorm, SyncBatchNorm
 
 __all__ = [
     "DataParallelWithCallback",
@@ -50,11 +50,15 @@ class _SynchronizedBatchNorm(SyncBatchNorm):
         momentum: Optional[float] = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
         *,
+        bias: bool = True,
         worker: Optional[Worker] = None,
         layer: Optional[str] = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, worker=worker, layer=layer)
+        options: Any = dict(device=device, dtype=dtype, bias=bias, worker=worker, layer=layer)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         del vars(self)["eps_mode"]
 
     @property
@@ -86,38 +90,84 @@ class _SynchronizedBatchNorm(SyncBatchNorm):
         return torch.nn.functional.batch_norm(input, *running, self.weight, self.bias, True, factor, self.eps)
 
 
-class SynchronizedBatchNorm1d(_SynchronizedBatchNorm):
+class SynchronizedBatchNorm1d(_SynchronizedBatchNorm, torch.nn.BatchNorm1d):
     """For [N, C] and [N, C, L]."""
 
     ranks = "23"
     reverts_to = torch.nn.BatchNorm1d
 
 
-class SynchronizedBatchNorm2d(_SynchronizedBatchNorm):
+class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, torch.nn.BatchNorm2d):
     """For [N, C, H, W]."""
 
     ranks = "4"
     reverts_to = torch.nn.BatchNorm2d
 
 
-class SynchronizedBatchNorm3d(_SynchronizedBatchNorm):
+class SynchronizedBatchNorm3d(_SynchronizedBatchNorm, torch.nn.BatchNorm3d):
     """For [N, C, D, H, W]."""
 
     ranks = "5"
     reverts_to = torch.nn.BatchNorm3d
 
 
-_KINDS = {
+class _LazySynchronizedBatchNorm(LazySyncBatchNorm, _SynchronizedBatchNorm):
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        worker: Optional[Worker] = None,
+        layer: Optional[str] = None,
+    ) -> None:
+        options: Any = dict(bias=bias, worker=worker, layer=layer)
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype, **options)
+        del vars(self)["eps_mode"]
+
+
+class LazySynchronizedBatchNorm1d(_LazySynchronizedBatchNorm, torch.nn.LazyBatchNorm1d):
+    """Becomes a SynchronizedBatchNorm1d with its first input."""
+
+    ranks = "23"
+    cls_to_become = SynchronizedBatchNorm1d
+    reverts_to = torch.nn.LazyBatchNorm1d
+
+
+class LazySynchronizedBatchNorm2d(_LazySynchronizedBatchNorm, torch.nn.LazyBatchNorm2d):
+    """Becomes a SynchronizedBatchNorm2d with its first input."""
+
+    ranks = "4"
+    cls_to_become = SynchronizedBatchNorm2d
+    reverts_to = torch.nn.LazyBatchNorm2d
+
+
+class LazySynchronizedBatchNorm3d(_LazySynchronizedBatchNorm, torch.nn.LazyBatchNorm3d):
+    """Becomes a SynchronizedBatchNorm3d with its first input."""
+
+    ranks = "5"
+    cls_to_become = SynchronizedBatchNorm3d
+    reverts_to = torch.nn.LazyBatchNorm3d
+
+
+_KINDS: Dict[Any, Any] = {
     torch.nn.BatchNorm1d: SynchronizedBatchNorm1d,
     torch.nn.BatchNorm2d: SynchronizedBatchNorm2d,
     torch.nn.BatchNorm3d: SynchronizedBatchNorm3d,
+    torch.nn.LazyBatchNorm1d: LazySynchronizedBatchNorm1d,
+    torch.nn.LazyBatchNorm2d: LazySynchronizedBatchNorm2d,
+    torch.nn.LazyBatchNorm3d: LazySynchronizedBatchNorm3d,
 }
 
 
 def convert_model(module: torch.nn.Module, worker: Optional[Worker] = None) -> torch.nn.Module:
     """Makes torch.nn.BatchNorm*d layers SynchronizedBatchNorm*d, and DataParallel a DataParallelWithCallback, in place.
 
-    As `syncbn.torch.convert_sync_batchnorm` otherwise: a LazyBatchNorm*d becomes a syncbn.torch.LazySyncBatchNorm, and a
+    As `syncbn.torch.convert_sync_batchnorm` otherwise: a LazyBatchNorm*d becomes a LazySynchronizedBatchNorm*d, and a
     subclass with a forward of its own keeps it.
     """
     changes = convert.plan(module, worker, None, None, "", _KINDS)
@@ -134,7 +184,9 @@ def convert_model(module: torch.nn.Module, worker: Optional[Worker] = None) -> t
 
 @contextlib.contextmanager
 def patch_sync_batchnorm() -> Iterator[None]:
-    """Within it, torch.nn.BatchNorm1d, 2d and 3d are the synchronized layers, for models that name torch's own."""
+    """Within it, torch.nn.BatchNorm1d, 2d and 3d, and the lazy ones, are the synchronized layers, for models that name
+    torch's own.
+    """
     before: Dict[str, Any] = {kind.__name__: getattr(torch.nn, kind.__name__) for kind in _KINDS}
     try:
         for plain, synchronized in _KINDS.items():

@@ -13,17 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
 from syncbn.core import Worker
-from syncbn.torch import _naming, _subclasses, _synchronized
+from syncbn.torch import _naming, _subclasses, _synchronized, dimensions
 from syncbn.torch.modules import BatchNorm, LazyBatchNorm, LazySyncBatchNorm, SyncBatchNorm
 
-_PLAIN = {
-    torch.nn.BatchNorm1d,
-    torch.nn.BatchNorm2d,
-    torch.nn.BatchNorm3d,
-    torch.nn.SyncBatchNorm,
-    BatchNorm,
+# What becomes of the classes whose forward is torch's own.
+_KINDS: Dict[Any, Any] = {
+    **dimensions.SYNCHRONIZED,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
+    BatchNorm: SyncBatchNorm,
+    LazyBatchNorm: LazySyncBatchNorm,
 }
-_LAZY = {torch.nn.LazyBatchNorm1d, torch.nn.LazyBatchNorm2d, torch.nn.LazyBatchNorm3d, LazyBatchNorm}
 # Inference alone: they never normalize with a batch's statistics.
 _QUANTIZED = tuple(f"torch.{package}.quantized." for package in ("nn", "ao.nn", "nn.intrinsic", "ao.nn.intrinsic"))
 # What a synchronized layer has beyond what its own class gives it.
@@ -144,11 +143,8 @@ def _convert(module: Any, path: str, name: str, options: Dict[str, Any], kinds: 
     attributes = {"worker": None, "eps_mode": "add", "numeric": "refuse", "original_class": kind}
     attributes.update(options, layer=_naming.PlaceName(name))
     own_forward = vars(module).get("forward")
-    if own_forward is None and kind in kinds:
-        target = kinds[kind]
-        attributes.update(process_group=None, _original_process_group=_Kept(group))
-    elif own_forward is None and kind in _PLAIN | _LAZY:
-        target = LazySyncBatchNorm if kind in _LAZY else SyncBatchNorm
+    if own_forward is None and kind in _KINDS:
+        target = kinds.get(kind, _KINDS[kind])
         attributes.update(process_group=None, _original_process_group=_Kept(group))
     else:
         helper = _subclasses.scripted_helper(module)
@@ -225,10 +221,11 @@ def convert_sync_batchnorm(
 ) -> torch.nn.Module:
     """Makes every batch normalization of a model a synchronized one, in place: all of them, or none and an error.
 
-    A torch.nn.BatchNorm*d or SyncBatchNorm becomes a SyncBatchNorm, a torch.nn.LazyBatchNorm*d a LazySyncBatchNorm. Any
-    other subclass keeps its class, as the base of one made for it, and its forward, whose calls of
-    torch.nn.functional.batch_norm are synchronized in training. Layers stay the same objects, with the same parameters,
-    buffers, hooks, parametrizations and attributes, so an optimizer made before goes on.
+    A torch.nn.BatchNorm*d becomes a layer that is both a SyncBatchNorm and what it was, a LazyBatchNorm*d one that is
+    both a LazySyncBatchNorm and what it was, a torch.nn.SyncBatchNorm a SyncBatchNorm. Any other subclass keeps its
+    class, as the base of one made for it, and its forward, whose calls of torch.nn.functional.batch_norm are
+    synchronized in training. So `isinstance` goes on finding every layer. Layers stay the same objects, with the same
+    parameters, buffers, hooks, parametrizations and attributes, so an optimizer made before goes on.
 
     Layers are named by their path in the model, without what wrappers add (`module`, `_orig_mod`,
     `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`); a shared module keeps its first path. Layers that are
