@@ -1,7 +1,6 @@
 #include "server/stats_server.h"
 
 #include <sys/resource.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <utility>
@@ -15,6 +14,7 @@
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
+#include "plumbing/forked.h"
 #include "plumbing/log.h"
 #include "server/rpc/acceptor.h"
 #include "server/rpc/listen_address.h"
@@ -178,7 +178,7 @@ class MasterServer::Impl {
   size_t max_connections() const { return max_connections_; }
   const std::vector<std::string>& targets() const { return targets_; }
   // A forked child has none of the threads that this object waits for.
-  bool IsForked() const { return getpid() != pid_; }
+  bool IsForked() const { return open_.forked(); }
 
   absl::Status ReloadCertificates() {
     if (tls_ == nullptr)
@@ -202,7 +202,7 @@ class MasterServer::Impl {
     return std::all_of(addresses.begin(), addresses.end(), [](const auto& address) { return address.is_local(); });
   }
 
-  const pid_t pid_ = getpid();
+  const OpenHere open_;  // Until the loop and the server have been taken down.
   rpc::MasterLoop loop_;
   std::shared_ptr<rpc::ServerTls> tls_;
   std::unique_ptr<grpc::Server> server_;
@@ -215,6 +215,7 @@ class MasterServer::Impl {
 };
 
 absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options options) {
+  if (absl::Status status = CheckNotForked(); !status.ok()) return status;
   RouteGrpcLog();
   if (absl::Status status = CheckLimits(options); !status.ok()) return status;
   const auto addresses = ParseAddresses(options);

@@ -68,7 +68,9 @@ class MasterServer {
   };
 
   // Binds every address and starts to serve. Errors: INVALID_ARGUMENT (a malformed or unknown address, a TLS file that
-  // cannot be used, a refusal to listen beyond loopback), UNAVAILABLE (an address that cannot be bound, and why).
+  // cannot be used, a refusal to listen beyond loopback), UNAVAILABLE (an address that cannot be bound, and why);
+  // FAILED_PRECONDITION (FORKED) in a process that was forked from one that has or had a worker or master, directly or
+  // further up.
   static absl::StatusOr<std::unique_ptr<MasterServer>> Start(Options options);
 
   // Shuts down at once, as Shutdown(absl::ZeroDuration()) does.

@@ -19,7 +19,6 @@
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
 #include "kernels/batch_norm.h"
-#include "plumbing/forked.h"
 #include "plumbing/log.h"
 #include "server/stats_server.h"
 
@@ -30,11 +29,6 @@ struct syncbn_error {
 };
 
 struct syncbn_master {
-  ~syncbn_master() {
-    if (open.forked()) (void)server.release();  // Its threads and locks are not in this process.
-  }
-
-  const syncbn::OpenHere open;
   std::unique_ptr<syncbn::MasterServer> server;
   std::string target;
 };
@@ -318,20 +312,16 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   server.tls.key_file = Text(options.key_file);
   server.tls.trusted_ca_file = Text(options.trusted_ca_file);
   server.tls.client_cert_auth = options.client_cert_auth != 0;
-  if (absl::Status status = syncbn::CheckNotForked(); !status.ok()) return Report(status, error);
-  auto master = std::make_unique<syncbn_master>();
   auto started = syncbn::MasterServer::Start(std::move(server));
   if (!started.ok()) return Report(started.status(), error);
-  master->server = *std::move(started);
-  master->target = master->server->target();
-  *out = master.release();
+  std::string target = (*started)->target();
+  *out = new syncbn_master{*std::move(started), std::move(target)};
   return 0;
 }
 
 const char* syncbn_master_target(const syncbn_master* master) { return master->target.c_str(); }
 
 void syncbn_master_shutdown(syncbn_master* master, int64_t grace_ns) {
-  if (master->open.forked()) return;
   master->server->Shutdown(grace_ns < 0 ? absl::InfiniteDuration() : absl::Nanoseconds(grace_ns));
 }
 

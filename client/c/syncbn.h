@@ -178,7 +178,7 @@ SYNCBN_API uint64_t syncbn_worker_run_id(const syncbn_worker* worker);
 SYNCBN_API syncbn_code syncbn_worker_wait_for_members(syncbn_worker* worker, int64_t timeout_ns, syncbn_error** error);
 
 /* Every layer's next automatic sequence, in every phase, becomes `sequence`. After a restart of some workers, all of
- * them call it with one value that is greater than any used before. */
+ * them call it with one value that is greater than any used before. SYNCBN_NEXT_SEQUENCE is none: INVALID_ARGUMENT. */
 SYNCBN_API syncbn_code syncbn_worker_resume_at(syncbn_worker* worker, uint64_t sequence, syncbn_error** error);
 
 /* Ends whatever any thread or CUDA stream waits for with CANCELLED, now: for an interrupt. The worker stays usable. */
@@ -207,14 +207,21 @@ typedef struct syncbn_layer_options {
 } syncbn_layer_options;
 #define SYNCBN_LAYER_OPTIONS_INIT SYNCBN_SIZED(syncbn_layer_options)
 
-/* Makes the layer known to the master, with the next frame, and again after every reconnect. Declaring a layer anew replaces
- * what was declared. */
+/* Makes the layer known to the master, with the next frame, and again after every reconnect.
+ *
+ * Declaring it differently later (other channels, another eps) changes it for the rounds that this worker begins from then on.
+ * Rounds that were begun before keep the declaration that they were begun under, and a backward round has its forward round's.
+ * A round under the new declaration waits until every worker has declared the same and contributed, or for the deadline.
+ * Contributions to one sequence under different declarations fail that round for all, at once, with LAYER_SPEC_MISMATCH: change
+ * a layer at the same sequence everywhere. Before a round of the layer has completed, a first declaration that differs from the
+ * others' is told to all with the same reason. */
 SYNCBN_API syncbn_code syncbn_worker_declare_layer(syncbn_worker* worker, const syncbn_layer_options* layer,
                                                    syncbn_error** error);
 
 /* ---- Rounds over plain vectors ---------------------------------------------------------------------------------- */
 
-/* A sequence to be counted by the worker itself: 0, 1, 2, ... for each (layer, phase). */
+/* A sequence to be counted by the worker itself: 0, 1, 2, ... for each (layer, phase). The greatest sequence is one less; a round
+ * that would be counted after it fails with OUT_OF_RANGE. */
 #define SYNCBN_NEXT_SEQUENCE UINT64_MAX
 
 enum { SYNCBN_BACKWARD_REQUIRED = 1, SYNCBN_BACKWARD_IF_REQUIRED = 2, SYNCBN_BACKWARD_NONE = 3 };

@@ -130,7 +130,8 @@ class Worker {
     TlsOptions tls;
   };
 
-  static constexpr uint64_t kNextSequence = UINT64_MAX;
+  static constexpr uint64_t kNextSequence = UINT64_MAX;  // No sequence: the worker counts.
+  static constexpr uint64_t kGreatestSequence = kNextSequence - 1;
 
   // Connects and joins. Errors: those of Synchronize in statistics.proto; UNAVAILABLE (UNREACHABLE) if the master did
   // not answer in time; UNAUTHENTICATED if TLS fails; INVALID_ARGUMENT for options that cannot be used;
@@ -169,7 +170,8 @@ class Worker {
   // Waits until every rank is present. A pending status (IsPending) if `timeout` passes before.
   absl::Status WaitForMembers(absl::Duration timeout);
 
-  // Every layer's next automatic sequence, in every phase, becomes `sequence`.
+  // Every layer's next automatic sequence, in every phase, becomes `sequence`. INVALID_ARGUMENT beyond
+  // kGreatestSequence.
   absl::Status ResumeAt(uint64_t sequence);
 
   // Ends whatever any thread or CUDA stream waits for with CANCELLED (INTERRUPTED), now. The worker stays usable.
@@ -180,14 +182,22 @@ class Worker {
   // all completed. Does not wait for the streams. StartSum returns such a failure as well, without waiting.
   absl::Status Settle(absl::Duration timeout = absl::InfiniteDuration());
 
-  // Makes the layer known to the master with the next frame, and again after every reconnect. Declaring anew replaces.
+  // Makes the layer known to the master with the next frame, and again after every reconnect.
+  //
+  // Declaring it differently later (other channels, another eps) changes it for the rounds that this worker begins from
+  // then on. Rounds that were begun before keep the declaration that they were begun under, and a backward round has
+  // its forward round's. A round under the new declaration waits until every worker has declared the same and
+  // contributed, or for the deadline. Contributions to one sequence under different declarations fail that round for
+  // all, at once, with LAYER_SPEC_MISMATCH: change a layer at the same sequence everywhere. Before a round of the layer
+  // has completed, a first declaration that differs from the others' is told to all with the same reason.
   absl::Status DeclareLayer(const LayerOptions& layer);
   // What was declared under this name.
   std::optional<LayerOptions> FindLayer(absl::string_view name) const;
 
   // Begin a round; the vectors are copied. Sent with the next wait or flush, in one frame with all that is ready then.
   // `sequence`: kNextSequence counts 0, 1, 2, ... for each layer and phase. Errors: FAILED_PRECONDITION if the layer
-  // was not declared; INVALID_ARGUMENT if the vectors differ in length.
+  // was not declared; INVALID_ARGUMENT if the vectors differ in length; OUT_OF_RANGE if kGreatestSequence has been used
+  // and a sequence after it is asked for.
   absl::StatusOr<Round> StartForward(absl::string_view layer, uint64_t sequence, int64_t count,
                                      absl::Span<const double> mean, absl::Span<const double> m2, BackwardRole role);
   absl::StatusOr<Round> StartBackward(absl::string_view layer, uint64_t sequence, absl::Span<const double> sum_dy,

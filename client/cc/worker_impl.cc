@@ -705,6 +705,10 @@ absl::Status WorkerImpl::WaitForMembers(absl::Duration timeout) {
 absl::Status WorkerImpl::ResumeAt(uint64_t sequence) {
   if (forked()) return ForkedError();
   absl::MutexLock lock(&mutex_);
+  if (sequence == Worker::kNextSequence) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the sequence to resume at is ", sequence, ", the greatest is ", Worker::kGreatestSequence));
+  }
   if (absl::Status status = Enter(); !status.ok()) return status;
   first_sequence_ = sequence;
   next_sequence_.clear();
@@ -762,10 +766,16 @@ std::optional<LayerOptions> WorkerImpl::FindLayer(absl::string_view name) const 
   return it->second.now->options;
 }
 
-uint64_t WorkerImpl::ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence) {
-  const auto it = next_sequence_.try_emplace({layer, phase}, first_sequence_).first;
-  if (sequence == Worker::kNextSequence) return it->second++;
-  it->second = std::max(it->second, sequence + 1);
+absl::StatusOr<uint64_t> WorkerImpl::ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence) {
+  uint64_t& next = next_sequence_.try_emplace({layer, phase}, first_sequence_).first->second;
+  if (sequence == Worker::kNextSequence) {
+    if (next > Worker::kGreatestSequence) {
+      return absl::OutOfRangeError(absl::StrCat("layer \"", layer, "\" has used sequence ", Worker::kGreatestSequence,
+                                                ", and there is none after it"));
+    }
+    return next++;
+  }
+  next = std::max(next, sequence + 1);
   return sequence;
 }
 
@@ -797,7 +807,9 @@ absl::StatusOr<Round> WorkerImpl::Begin(OutgoingContribution contribution) {
   if (layer == layers_.end()) {
     return absl::FailedPreconditionError(absl::StrCat("layer \"", key.layer(), "\" has not been declared"));
   }
-  key.set_sequence(ResolveSequence(key.layer(), key.phase(), key.sequence()));
+  const auto sequence = ResolveSequence(key.layer(), key.phase(), key.sequence());
+  if (!sequence.ok()) return sequence.status();
+  key.set_sequence(*sequence);
   // A backward round is of its forward round's size, and the layer may have another by now.
   const size_t length =
       key.phase() == v1::PHASE_BACKWARD ? contribution.first.size() : layer->second.now->options.channels;
@@ -807,7 +819,7 @@ absl::StatusOr<Round> WorkerImpl::Begin(OutgoingContribution contribution) {
   return MakeRound(shared_from_this(), {*std::move(piece)});
 }
 
-absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value) {
+absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t wanted, absl::Span<const double> value) {
   if (forked()) return ForkedError();
   if (value.empty()) {
     return absl::InvalidArgumentError(absl::StrCat("vector \"", name, "\" is empty; a sum has at least 1 element"));
@@ -815,7 +827,8 @@ absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequ
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = Enter(); !status.ok()) return status;
   const std::string whole(name);
-  sequence = ResolveSequence(whole, v1::PHASE_SUM, sequence);
+  const auto sequence = ResolveSequence(whole, v1::PHASE_SUM, wanted);
+  if (!sequence.ok()) return sequence.status();
   std::vector<std::shared_ptr<Piece>> pieces;
   const auto siblings = value.size() > kPieceElements ? std::make_shared<size_t>(0) : nullptr;
   for (size_t begin = 0; begin < value.size(); begin += kPieceElements) {
@@ -832,7 +845,7 @@ absl::StatusOr<Round> WorkerImpl::BeginSum(absl::string_view name, uint64_t sequ
     OutgoingContribution contribution;
     contribution.key.set_layer(layer.name);
     contribution.key.set_phase(v1::PHASE_SUM);
-    contribution.key.set_sequence(sequence);
+    contribution.key.set_sequence(*sequence);
     contribution.first = part;
     auto piece = AddPiece(std::move(contribution), part.size(), known);
     if (!piece.ok()) return piece.status();

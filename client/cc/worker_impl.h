@@ -84,7 +84,7 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   absl::Status DeclareLayer(const LayerOptions& layer);
   std::optional<LayerOptions> FindLayer(absl::string_view name) const;
   absl::StatusOr<Round> Begin(OutgoingContribution contribution);
-  absl::StatusOr<Round> BeginSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
+  absl::StatusOr<Round> BeginSum(absl::string_view name, uint64_t wanted, absl::Span<const double> value);
   absl::Status Flush();
   absl::Status WaitFor(const std::vector<std::shared_ptr<Piece>>& pieces, absl::Duration timeout);
   bool HasOutcome(const std::vector<std::shared_ptr<Piece>>& pieces) const;
@@ -181,7 +181,7 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   // ---- Calls
   // OK, or why the worker cannot be used; notes which thread calls.
   absl::Status Enter() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  uint64_t ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence)
+  absl::StatusOr<uint64_t> ResolveSequence(const std::string& layer, v1::Phase phase, uint64_t sequence)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // `length`: of the result's vectors.
   absl::StatusOr<std::shared_ptr<Piece>> AddPiece(OutgoingContribution contribution, size_t length, KnownLayer& layer)

@@ -1,5 +1,6 @@
 """syncbn-master as a process: descriptors, signals, and a log that nobody reads."""
 
+import concurrent.futures
 import fcntl
 import gzip
 import os
@@ -11,10 +12,12 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 import time
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
+import syncbn
 from processes import MASTER, PATIENCE, Master, grpcurl
 
 
@@ -94,6 +97,46 @@ def test_more_connections_than_descriptors(
         assert master.terminate() == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_workers_than_descriptors(start: Callable[..., Any]) -> None:
+    """Those that fit work; one that does not hears so, or comes in when another has left."""
+    count, fit = 70, 48
+    master = start(LimitedMaster, "--address", "0.0.0.0:0", "--insecure", descriptors=64)
+    port = master.targets[1].split(":")[1]
+    changed = threading.Condition()
+    joined: List[int] = []
+    worked: List[int] = []
+    may_leave = threading.Event()
+
+    def target(worker: int) -> str:
+        return f"127.0.0.{worker + 1}:{port}"  # Workers of one process and one target would share a connection.
+
+    def work(worker: int) -> None:
+        options = dict(rank=0, world_size=1, timeout=PATIENCE, join_timeout=4 * PATIENCE)
+        with syncbn.Worker(target(worker), f"group {worker}", **options) as member:
+            with changed:
+                joined.append(worker)
+                changed.notify_all()
+            may_leave.wait(4 * PATIENCE)
+            assert member.all_reduce("sum", [float(worker)]) == [float(worker)]
+        worked.append(worker)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        workers = [pool.submit(work, worker) for worker in range(count)]
+        with changed:
+            assert changed.wait_for(lambda: len(joined) == fit, 2 * PATIENCE), sorted(joined)
+        with pytest.raises(syncbn.Unavailable) as caught:
+            syncbn.Worker(target(count), "one too many", rank=0, world_size=1, join_timeout=2.0)
+        assert caught.value.reason == "UNREACHABLE"
+        assert f"no answer from the master at {target(count)} within 2s" in caught.value.message
+        assert len(joined) == fit
+        may_leave.set()
+        for future in workers:
+            future.result(4 * PATIENCE)
+    assert sorted(worked) == list(range(count))
+    serves_in_time(master.target)
+    assert master.terminate() == 0
 
 
 def test_the_limit_of_descriptors_is_raised_and_told(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:

@@ -259,6 +259,15 @@ def test_bad_sequences(worker, sequence, error):
         worker.resume_at(sequence)
 
 
+def test_no_sequence_comes_after_the_greatest(master):
+    with syncbn.Worker(master.target, "the greatest sequence", rank=0, world_size=1, timeout=60) as worker:
+        worker.resume_at(2**64 - 2)
+        assert worker.all_reduce("sum", [1.0]) == [1.0]
+        with pytest.raises(syncbn.Error, match=f"has used sequence {2**64 - 2}") as caught:
+            worker.all_reduce("sum", [1.0])
+        assert caught.value.code == 11
+
+
 @pytest.mark.parametrize("name, error", NAMES)
 def test_bad_names(worker, name, error):
     for call in (

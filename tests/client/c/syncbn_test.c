@@ -29,7 +29,14 @@
     }                                                                        \
   } while (0)
 
-enum { kInvalidArgument = 3, kDeadlineExceeded = 4, kFailedPrecondition = 9, kUnimplemented = 12, kCancelled = 1 };
+enum {
+  kInvalidArgument = 3,
+  kDeadlineExceeded = 4,
+  kFailedPrecondition = 9,
+  kOutOfRange = 11,
+  kUnimplemented = 12,
+  kCancelled = 1
+};
 
 static const char* g_target;
 
@@ -195,6 +202,23 @@ static void TestRounds(void) {
   CHECK_OK(syncbn_round_start_sum(worker, "a", SYNCBN_NEXT_SEQUENCE, value, 3, &first, &error));
   CHECK(syncbn_round_sequence(first) == 100);
   syncbn_round_destroy(first); /* Pending still. */
+  syncbn_worker_destroy(worker);
+}
+
+static void TestNoSequenceComesAfterTheGreatest(void) {
+  syncbn_worker* const worker = Join("sequences", 0, 1, 0);
+  const double value[1] = {1};
+  syncbn_round* round = NULL;
+  syncbn_error* error = NULL;
+  ExpectError(syncbn_worker_resume_at(worker, SYNCBN_NEXT_SEQUENCE, &error), kInvalidArgument, &error,
+              "the greatest is 18446744073709551614");
+  CHECK_OK(syncbn_worker_resume_at(worker, SYNCBN_NEXT_SEQUENCE - 1, &error));
+  CHECK_OK(syncbn_round_start_sum(worker, "v", SYNCBN_NEXT_SEQUENCE, value, 1, &round, &error));
+  CHECK_OK(syncbn_round_wait(round, -1, &error));
+  CHECK(syncbn_round_sequence(round) == SYNCBN_NEXT_SEQUENCE - 1);
+  syncbn_round_destroy(round);
+  ExpectError(syncbn_round_start_sum(worker, "v", SYNCBN_NEXT_SEQUENCE, value, 1, &round, &error), kOutOfRange, &error,
+              "there is none after it");
   syncbn_worker_destroy(worker);
 }
 
@@ -464,6 +488,7 @@ int main(void) {
   g_target = syncbn_master_target(master);
   TestPasses();
   TestRounds();
+  TestNoSequenceComesAfterTheGreatest();
   TestRoundError();
   TestBadInput();
   TestNullHandles();

@@ -143,6 +143,36 @@ TEST_F(WorkerTest, SequencesCountForEachLayerAndPhase) {
   EXPECT_EQ(sequence_of("b", Worker::kNextSequence), 100u);
 }
 
+TEST_F(WorkerTest, NoSequenceComesAfterTheGreatest) {
+  const auto worker = JoinOrDie(WorkerOptions(target(), 0, 1));
+  const LayerOptions layer = {.name = "bn", .channels = 1};
+  ASSERT_TRUE(worker->DeclareLayer(layer).ok());
+  const auto forward = [&](uint64_t sequence) {
+    return worker->StartForward("bn", sequence, 1, std::vector<double>{1.0}, std::vector<double>{0.0},
+                                BackwardRole::kNone);
+  };
+  const absl::Status refused = worker->ResumeAt(Worker::kNextSequence);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("18446744073709551615, the greatest is 18446744073709551614"));
+  auto first = forward(Worker::kNextSequence);
+  ASSERT_TRUE(first.ok()) << first.status();
+  EXPECT_EQ(first->sequence(), 0u) << "a refusal changes nothing";
+  ASSERT_TRUE(worker->ResumeAt(Worker::kGreatestSequence).ok());
+  auto last = forward(Worker::kNextSequence);
+  ASSERT_TRUE(last.ok() && last->Wait().ok()) << last.status();
+  EXPECT_EQ(last->sequence(), Worker::kGreatestSequence);
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_EQ(forward(Worker::kNextSequence).status().code(), absl::StatusCode::kOutOfRange);
+  }
+  auto sum = worker->StartSum("v", Worker::kGreatestSequence, std::vector<double>{2.0});
+  ASSERT_TRUE(sum.ok() && sum->Wait().ok());
+  const absl::Status after = worker->StartSum("v", Worker::kNextSequence, std::vector<double>{2.0}).status();
+  EXPECT_EQ(after.code(), absl::StatusCode::kOutOfRange);
+  EXPECT_THAT(std::string(after.message()), HasSubstr("\"v\" has used sequence 18446744073709551614"));
+  ASSERT_TRUE(worker->ResumeAt(7).ok());
+  EXPECT_EQ(forward(Worker::kNextSequence)->sequence(), 7u);
+}
+
 TEST_F(WorkerTest, VectorsLongerThanAPieceAreSummedWhole) {
   constexpr size_t kElements = (size_t{5} << 19) + 3;
   const auto workers = JoinAll(target(), 2);
