@@ -205,23 +205,6 @@ static void TestRounds(void) {
   syncbn_worker_destroy(worker);
 }
 
-static void TestNoSequenceComesAfterTheGreatest(void) {
-  syncbn_worker* const worker = Join("sequences", 0, 1, 0);
-  const double value[1] = {1};
-  syncbn_round* round = NULL;
-  syncbn_error* error = NULL;
-  ExpectError(syncbn_worker_resume_at(worker, SYNCBN_NEXT_SEQUENCE, &error), kInvalidArgument, &error,
-              "the greatest is 18446744073709551614");
-  CHECK_OK(syncbn_worker_resume_at(worker, SYNCBN_NEXT_SEQUENCE - 1, &error));
-  CHECK_OK(syncbn_round_start_sum(worker, "v", SYNCBN_NEXT_SEQUENCE, value, 1, &round, &error));
-  CHECK_OK(syncbn_round_wait(round, -1, &error));
-  CHECK(syncbn_round_sequence(round) == SYNCBN_NEXT_SEQUENCE - 1);
-  syncbn_round_destroy(round);
-  ExpectError(syncbn_round_start_sum(worker, "v", SYNCBN_NEXT_SEQUENCE, value, 1, &round, &error), kOutOfRange, &error,
-              "there is none after it");
-  syncbn_worker_destroy(worker);
-}
-
 /* ---- Errors ------------------------------------------------------------------------------------------------------ */
 
 static void TestRoundError(void) {
@@ -302,6 +285,23 @@ static void TestBadInput(void) {
   ExpectError(syncbn_round_start_sum(worker, "a", 0, data, 1, &round, &error), kFailedPrecondition, &error, "left");
   syncbn_worker_destroy(worker);
   syncbn_worker_destroy(NULL);
+}
+
+static void TestNoSequenceComesAfterTheGreatest(void) {
+  syncbn_worker* const worker = Join("sequences", 0, 1, 0);
+  const double value[1] = {1};
+  syncbn_round* round = NULL;
+  syncbn_error* error = NULL;
+  ExpectError(syncbn_worker_resume_at(worker, SYNCBN_NEXT_SEQUENCE, &error), kInvalidArgument, &error,
+              "the greatest is 18446744073709551614");
+  CHECK_OK(syncbn_worker_resume_at(worker, SYNCBN_NEXT_SEQUENCE - 1, &error));
+  CHECK_OK(syncbn_round_start_sum(worker, "v", SYNCBN_NEXT_SEQUENCE, value, 1, &round, &error));
+  CHECK_OK(syncbn_round_wait(round, -1, &error));
+  CHECK(syncbn_round_sequence(round) == SYNCBN_NEXT_SEQUENCE - 1);
+  syncbn_round_destroy(round);
+  ExpectError(syncbn_round_start_sum(worker, "v", SYNCBN_NEXT_SEQUENCE, value, 1, &round, &error), kOutOfRange, &error,
+              "there is none after it");
+  syncbn_worker_destroy(worker);
 }
 
 static void TestNullHandles(void) {

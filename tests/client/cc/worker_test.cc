@@ -145,7 +145,9 @@ TEST_F(WorkerTest, SequencesCountForEachLayerAndPhase) {
 
 TEST_F(WorkerTest, NoSequenceComesAfterTheGreatest) {
   const auto worker = JoinOrDie(WorkerOptions(target(), 0, 1));
-  const LayerOptions layer = {.name = "bn", .channels = 1};
+  LayerOptions layer;
+  layer.name = "bn";
+  layer.channels = 1;
   ASSERT_TRUE(worker->DeclareLayer(layer).ok());
   const auto forward = [&](uint64_t sequence) {
     return worker->StartForward("bn", sequence, 1, std::vector<double>{1.0}, std::vector<double>{0.0},
