@@ -1,76 +1,14 @@
 #include "server/rpc/server_tls.h"
 
-#include <openssl/bio.h>
-#include <openssl/err.h>
-#include <openssl/pem.h>
-#include <openssl/x509.h>
-
-#include <cerrno>
-#include <cstring>
-#include <ctime>
-#include <fstream>
-#include <sstream>
 #include <utility>
-#include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 #include "grpc/grpc.h"
+#include "plumbing/pem.h"
 
 namespace syncbn::rpc {
 namespace {
-
-using X509Pointer = std::unique_ptr<X509, decltype(&X509_free)>;
-using KeyPointer = std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)>;
-using BioPointer = std::unique_ptr<BIO, decltype(&BIO_free)>;
-
-absl::Status Unusable(absl::string_view what, const std::string& path, absl::string_view why) {
-  return absl::InvalidArgumentError(absl::StrCat("the ", what, " \"", path, "\" ", why));
-}
-
-absl::StatusOr<std::string> ReadFile(absl::string_view what, const std::string& path) {
-  errno = 0;
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  file.peek();  // A folder can be opened, and not be read.
-  if (file.is_open() && !file.bad() && !file.eof()) text << file.rdbuf();
-  if (!file.is_open() || file.bad()) {
-    const int error = errno;
-    return absl::InvalidArgumentError(absl::StrCat("cannot read the ", what, " \"", path, "\"", error == 0 ? "" : ": ",
-                                                   error == 0 ? "" : absl::AsciiStrToLower(std::strerror(error))));
-  }
-  return text.str();
-}
-
-// All certificates of the text; empty where one of them cannot be parsed.
-std::vector<X509Pointer> ParseCertificates(const std::string& pem) {
-  const BioPointer bio(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())), BIO_free);
-  std::vector<X509Pointer> certificates;
-  while (X509* const certificate = PEM_read_bio_X509(bio.get(), nullptr, nullptr, nullptr)) {
-    certificates.emplace_back(certificate, X509_free);
-  }
-  const unsigned long error = ERR_peek_last_error();
-  ERR_clear_error();
-  if (ERR_GET_REASON(error) != PEM_R_NO_START_LINE) certificates.clear();
-  return certificates;
-}
-
-// Asks nobody for a passphrase, as the library would do on the terminal.
-int NoPassphrase(char*, int, int, void*) { return -1; }
-
-KeyPointer ParseKey(const std::string& pem) {
-  const BioPointer bio(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())), BIO_free);
-  KeyPointer key(PEM_read_bio_PrivateKey(bio.get(), nullptr, NoPassphrase, nullptr), EVP_PKEY_free);
-  ERR_clear_error();
-  return key;
-}
-
-absl::Time TimeOf(const ASN1_TIME* time) {
-  std::tm parts = {};
-  return ASN1_TIME_to_tm(time, &parts) == 1 ? absl::FromTM(parts, absl::UTCTimeZone()) : absl::InfinitePast();
-}
 
 std::string Day(absl::Time time) { return absl::FormatTime("%Y-%m-%d %H:%M:%S UTC", time, absl::UTCTimeZone()); }
 
@@ -141,39 +79,21 @@ absl::Time ServerTls::expiry() const {
 }
 
 absl::StatusOr<ServerTls::Pem> ServerTls::Read(const TlsFiles& files) {
-  Pem pem;
-  auto text = ReadFile("certificate", files.cert_file);
-  if (!text.ok()) return text.status();
-  pem.certificate = *std::move(text);
-  const std::vector<X509Pointer> chain = ParseCertificates(pem.certificate);
-  if (chain.empty()) return Unusable("certificate", files.cert_file, "has no PEM block of a CERTIFICATE, or a bad one");
-  pem.expiry = TimeOf(X509_get0_notAfter(chain.front().get()));
-  if (pem.expiry <= absl::Now()) {
-    return Unusable("certificate", files.cert_file, absl::StrCat("expired on ", Day(pem.expiry)));
+  auto identity = ReadIdentity(files.cert_file, files.key_file);
+  if (!identity.ok()) return identity.status();
+  const absl::Time now = absl::Now();
+  const Certificates& certificate = identity->certificate;
+  const bool expired = certificate.not_after <= now;
+  if (expired || certificate.not_before > now) {
+    return absl::InvalidArgumentError(absl::StrCat("the certificate \"", files.cert_file, "\" ",
+                                                   expired ? "expired on " : "is not valid before ",
+                                                   Day(expired ? certificate.not_after : certificate.not_before)));
   }
-  if (const absl::Time begin = TimeOf(X509_get0_notBefore(chain.front().get())); begin > absl::Now()) {
-    return Unusable("certificate", files.cert_file, absl::StrCat("is not valid before ", Day(begin)));
-  }
-  text = ReadFile("key", files.key_file);
-  if (!text.ok()) return text.status();
-  pem.key = *std::move(text);
-  const KeyPointer key = ParseKey(pem.key);
-  if (key == nullptr) {
-    return Unusable("key", files.key_file, "has no PEM block of a PRIVATE KEY that can be read without a passphrase");
-  }
-  const bool match = X509_check_private_key(chain.front().get(), key.get()) == 1;
-  ERR_clear_error();
-  if (!match) {
-    return Unusable("key", files.key_file,
-                    absl::StrCat("does not belong to the certificate \"", files.cert_file, "\""));
-  }
+  Pem pem = {certificate.pem, std::move(identity->key), "", certificate.not_after};
   if (files.trusted_ca_file.empty()) return pem;
-  text = ReadFile("trusted CA", files.trusted_ca_file);
-  if (!text.ok()) return text.status();
-  pem.trusted_ca = *std::move(text);
-  if (ParseCertificates(pem.trusted_ca).empty()) {
-    return Unusable("trusted CA", files.trusted_ca_file, "has no PEM block of a CERTIFICATE, or a bad one");
-  }
+  auto trusted = ReadCertificates("trusted CA", files.trusted_ca_file);
+  if (!trusted.ok()) return trusted.status();
+  pem.trusted_ca = std::move(trusted->pem);
   return pem;
 }
 
