@@ -135,7 +135,6 @@ def test_more_workers_than_descriptors(start: Callable[..., Any]) -> None:
         for future in workers:
             future.result(4 * PATIENCE)
     assert sorted(worked) == list(range(count))
-    serves_in_time(master.target)
     assert master.terminate() == 0
 
 
