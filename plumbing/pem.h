@@ -26,8 +26,8 @@ struct Identity {
   std::string key;           // PEM.
 };
 
-// A certificate and the key that belongs to it. INVALID_ARGUMENT, naming the file, as above, and where the key cannot be
-// read without a passphrase (nobody is asked for one) or is another certificate's.
+// A certificate and the key that belongs to it. INVALID_ARGUMENT, naming the file, as above, and where the key cannot
+// be read without a passphrase (nobody is asked for one) or is another certificate's.
 absl::StatusOr<Identity> ReadIdentity(const std::string& cert_file, const std::string& key_file);
 
 }  // namespace syncbn
