@@ -600,6 +600,18 @@ def test_scripts_without_batch_normalization_and_quantized_layers_are_left_alone
     assert kinds[1] is quantized.BatchNorm2d and issubclass(kinds[2], sync.SyncBatchNorm)
 
 
+@pytest.mark.parametrize("kind", [torch.nn.BatchNorm1d, AroundSuper])
+def test_scripting_says_what_to_do_and_a_reverted_copy_is_scripted(kind):
+    model = sync.convert_sync_batchnorm(torch.nn.Sequential(filled(kind(CHANNELS)))).eval()
+    with pytest.raises(RuntimeError, match="revert_sync_batchnorm"):
+        torch.jit.script(model)
+    assert isinstance(model[0], sync.SyncBatchNorm if kind is torch.nn.BatchNorm1d else AroundSuper)
+    x = values((4, CHANNELS))
+    close(torch.jit.trace(model, x)(x), model(x))
+    if kind is torch.nn.BatchNorm1d:
+        close(torch.jit.script(sync.revert_sync_batchnorm(copy.deepcopy(model)))(x), model(x))
+
+
 def test_arguments_of_another_type():
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
 

@@ -358,21 +358,6 @@ def test_torch_lazy_and_checkpointed(group):
 
 
 @needs_torch
-def test_torch_has_no_second_derivative_with_a_mask(group):
-    x, dy, _, _, mask = problem()
-
-    def run(worker):
-        layer = torch_layer(worker)
-        leaf = torch.from_numpy(x).requires_grad_()
-        y = layer(leaf, torch.from_numpy(mask))
-        (dx,) = torch.autograd.grad((y * torch.from_numpy(dy)).sum(), leaf, create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivative"):
-            dx.square().sum().backward()
-
-    group(1, run)
-
-
-@needs_torch
 def test_torch_running_variance_without_a_mask(group):
     x = problem()[0]
     parts = np.split(x, PLACES)

@@ -9,13 +9,14 @@ The workers exchange what they exchange without a mask: a count with its moments
 arithmetic of torch, on x's device.
 """
 
-from typing import Any, Optional, Tuple
+import functools
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 
 from syncbn.core import Moments, Worker, default_worker
-from syncbn.torch import _checkpointing, _replicas, _tensors
+from syncbn.torch import _checkpointing, _replicas, _second, _tensors
 from syncbn.torch._second import Statistics, others, spread
 
 _NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) + (
@@ -103,6 +104,17 @@ class _Pass:
         return merged[0], merged[1]
 
 
+class _Saved(NamedTuple):
+    """What forward leaves to backward beside the tensors that autograd saves."""
+
+    state: _Pass
+    x: _tensors.Form
+    counts: _tensors.Form
+    weight: Optional[_tensors.Form]
+    bias: Optional[_tensors.Form]
+    needed: Tuple[bool, bool, bool]  # The gradients of x, weight and bias.
+
+
 class _Normalize(torch.autograd.Function):
     """y = weight * (x - mean) * invstd + bias at all positions; `anchor` makes it differentiable where nothing else does."""
 
@@ -116,7 +128,9 @@ class _Normalize(torch.autograd.Function):
         anchor: Optional[torch.Tensor],
         state: _Pass,
     ) -> torch.Tensor:
-        ctx.state, ctx.forms = state, [None if v is None else _tensors.Form.of(v) for v in (x, counts, weight, bias)]
+        forms: List[Any] = [None if v is None else _tensors.Form.of(v) for v in (x, counts, weight, bias)]
+        needed = ctx.needs_input_grad
+        ctx.saved = _Saved(state, forms[0], forms[1], forms[2], forms[3], (needed[0], needed[2], needed[3]))
         ctx.save_for_backward(x, counts, weight)
         found, weight, bias = state.statistics, _tensors.readable(weight), _tensors.readable(bias)
         y = (x.double() - spread(found.mean, x)) * spread(found.invstd, x)
@@ -126,52 +140,103 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, counts, weight = ctx.saved_tensors
-        with torch.no_grad():
-            gradients = _gradients(ctx, dy, x, counts, weight)
         if torch.is_grad_enabled():  # create_graph.
-            gradients = tuple(g if g is None else _NoSecond.apply(g, dy, x, weight) for g in gradients)
-        dx, d_weight, d_bias = gradients
+            dx, d_weight, d_bias = _Gradients.apply(dy, x, counts, weight, ctx.saved)
+        else:
+            dx, d_weight, d_bias = _gradients(ctx.saved, dy, x, counts, weight)
         return dx, None, d_weight, d_bias, None, None
 
 
+def _part(
+    saved: _Saved,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    counts: torch.Tensor,
+    weight: Optional[torch.Tensor],
+    cotangents: Tuple[Optional[torch.Tensor], ...] = (None, None, None),
+) -> _second.Part:
+    """The tensors as they were, whatever autograd's hooks gave back."""
+    saved.counts.check("the mask", counts)
+    named = zip(cotangents, ("dx", "d_weight", "d_bias"), (saved.x, saved.weight, saved.bias))
+    given: List[Any] = [
+        None if value is None or form is None else _tensors.given_back(f"the gradient of {name}", value, form, False)
+        for value, name, form in named
+    ]
+    return _second.Part(
+        _tensors.given_back("the input", x, saved.x, False),
+        _tensors.given_back("the output's gradient", dy, saved.x, False),
+        _tensors.vector_given_back("the weight", weight, saved.weight),
+        given[0],
+        given[1],
+        given[2],
+        counts,
+    )
+
+
 def _gradients(
-    ctx: Any, dy: torch.Tensor, x: torch.Tensor, counts: torch.Tensor, weight: Optional[torch.Tensor]
+    saved: _Saved, dy: torch.Tensor, x: torch.Tensor, counts: torch.Tensor, weight: Optional[torch.Tensor]
 ) -> Tuple[Optional[torch.Tensor], ...]:
-    of_x, of_counts, of_weight, of_bias = ctx.forms
-    found: Any = ctx.state.statistics
-    dy, x = (_tensors.given_back(name, v, of_x, False) for name, v in (("the output's gradient", dy), ("the input", x)))
-    of_counts.check("the mask", counts)
-    weight = _tensors.vector_given_back("the weight", weight, of_weight)
-    wide, xmu = dy.double(), x.double() - spread(found.mean, x)
-    # Padding may be anything: where it neither counts nor matters to the loss, it has no part in the sum.
-    seen = xmu.masked_fill(~counts & (wide == 0), 0.0)
-    own_dy, own_dy_xmu = wide.sum(others(x)), (wide * seen).sum(others(x))
-    sum_dy, sum_dy_xmu = ctx.state.merged(own_dy, own_dy_xmu)
-    count, invstd = max(1, ctx.state.count), found.invstd
+    """dx, d_weight and d_bias, those that are needed, by one backward round."""
+    part, found = _part(saved, dy, x, counts, weight), saved.state.statistics
+    x, weight, wide, xmu = part.x, part.weight, part.dy.double(), part.centred(found.mean)
+    own_dy, own_dy_xmu = wide.sum(others(x)), (wide * xmu).sum(others(x))
+    sum_dy, sum_dy_xmu = saved.state.merged(own_dy, own_dy_xmu)
+    count, invstd = max(1, saved.state.count), found.invstd
     dx = d_weight = d_bias = None
-    if ctx.needs_input_grad[0]:
-        slope = invstd.square() * sum_dy_xmu.cpu() / count
-        slope = torch.where(found.depends > 0, slope, torch.zeros_like(slope))
-        through = (spread(sum_dy / count, x) + xmu * spread(slope, x)).masked_fill(~counts, 0.0)
-        dx = (wide - through) * spread(invstd, x)
+    if saved.needed[0]:
+        mean_dy: torch.Tensor = torch.div(sum_dy, count)
+        slope: torch.Tensor = invstd.square() * torch.div(sum_dy_xmu.cpu(), count)
+        slope = slope.masked_fill(found.depends == 0, 0.0)
+        dx = (wide - part.masked(spread(mean_dy, x) + xmu * spread(slope, x))) * spread(invstd, x)
         dx = _tensors.rounded(dx if weight is None else dx * spread(weight, x), x.dtype)
-    if of_weight is not None and ctx.needs_input_grad[2]:
-        d_weight = _tensors.rounded(own_dy_xmu * invstd.to(x.device), of_weight.dtype).reshape(of_weight.shape)
-    if of_bias is not None and ctx.needs_input_grad[3]:
-        d_bias = _tensors.rounded(own_dy, of_bias.dtype).reshape(of_bias.shape)
+    if saved.weight is not None and saved.needed[1]:
+        d_weight = _tensors.rounded(own_dy_xmu * invstd.to(x.device), saved.weight.dtype).reshape(saved.weight.shape)
+    if saved.bias is not None and saved.needed[2]:
+        d_bias = _tensors.rounded(own_dy, saved.bias.dtype).reshape(saved.bias.shape)
     return dx, d_weight, d_bias
 
 
-class _NoSecond(torch.autograd.Function):
-    """A gradient that says, when it is differentiated, that it has no derivative."""
+class _Gradients(torch.autograd.Function):
+    """A backward pass as an operation that has a derivative."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, *origins: Optional[torch.Tensor]) -> torch.Tensor:
-        return gradient.clone()
+    def forward(
+        ctx: Any,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        counts: torch.Tensor,
+        weight: Optional[torch.Tensor],
+        saved: _Saved,
+    ) -> Tuple[Optional[torch.Tensor], ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, counts, weight)
+        ctx.saved = saved
+        return _gradients(saved, dy, x, counts, weight)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
-        raise RuntimeError("SyncBatchNorm with a mask has no second derivative: call backward without create_graph")
+    def backward(ctx: Any, *cotangents: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
+        needed = ctx.needs_input_grad
+        function = functools.partial(_second_backward, ctx.saved, (needed[0], needed[1], needed[3]))
+        of_dy, of_x, of_weight = _second.last(function, *ctx.saved_tensors, *cotangents)
+        return of_dy, of_x, None, of_weight, None
+
+
+def _second_backward(
+    saved: _Saved,
+    needed: Tuple[bool, bool, bool],
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    counts: torch.Tensor,
+    weight: Optional[torch.Tensor],
+    *cotangents: Optional[torch.Tensor],
+) -> Tuple[Optional[torch.Tensor], ...]:
+    """The gradients of dy, x and weight, from those of dx, d_weight and d_bias."""
+    part, state = _part(saved, dy, x, counts, weight, cotangents), saved.state
+    local = _second.local_sums(part, state.statistics)
+    sums = local
+    if state.has_round and state.worker is not None:
+        sums = _second.merged(state.worker, state.name, state.sequence, local)
+    return _second.gradients(part, state.statistics, sums, needed)
 
 
 def forward(layer: Any, x: torch.Tensor, mask: Any) -> torch.Tensor:

@@ -17,6 +17,17 @@ then has the gradients
 
 so that seven sums per channel are all that the workers need of each other. a is a worker's own, and differs between
 them. Everything is in float64.
+
+With a mask m, 1 where a position counts and 0 elsewhere, N is the sum of m over all workers, while all positions are
+normalized. Then m is a factor of every mean in dx, of u in mean(u), mean(u * h) and g, and of all in the gradient of x
+that comes through mean and r:
+
+    dx         weight * r * (dy - m * (mean(dy) + d * h * mean(dy * h)))
+    of dy      r * (u - mean(m * u) - d * h * mean(m * u * h)) + a * h + b
+    of weight  sum(v * r * (dy - m * (mean(dy) + d * h * mean(dy * h))))
+    of x       r * (g - m * mean(g)) - m * d * h * (r * mean(g * h) + r^2 * q)
+    with       g = a * dy - d * r * (mean(dy * h) * m * u + mean(m * u * h) * dy),
+               q = mean(u * dy) - mean(m * u) * mean(dy) - d * mean(m * u * h) * mean(dy * h)
 """
 
 from typing import Any, Callable, List, NamedTuple, Optional, Tuple
@@ -47,7 +58,7 @@ def last(function: Callable[..., Any], *tensors: Optional[torch.Tensor]) -> Any:
     return _Last.apply(function, *tensors) if torch.is_grad_enabled() else function(*tensors)
 
 
-# u, u * (x - mean), u * dy, dy, dy * (x - mean); a * sum(dy), a * sum(dy * (x - mean)).
+# m * u, m * u * (x - mean), u * dy, dy, dy * (x - mean); a * sum(dy), a * sum(dy * (x - mean)).
 _SUMS = 7
 _CHECKS = 3
 
@@ -74,7 +85,9 @@ class Statistics(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One worker's, or one replica's, tensors. of_*: the gradients of dx, d_weight and d_bias; None: zero."""
+    """One worker's, or one replica's, tensors. of_*: the gradients of dx, d_weight and d_bias; None: zero. counts: the
+    mask as booleans that broadcast over x; None: all positions count.
+    """
 
     x: torch.Tensor
     dy: torch.Tensor
@@ -82,6 +95,16 @@ class Part(NamedTuple):
     of_dx: Optional[torch.Tensor]
     of_d_weight: Optional[torch.Tensor]
     of_d_bias: Optional[torch.Tensor]
+    counts: Optional[torch.Tensor] = None
+
+    def masked(self, value: torch.Tensor) -> torch.Tensor:
+        """m * value, whatever stands where m is 0."""
+        return value if self.counts is None else value.masked_fill(~self.counts, 0.0)
+
+    def centred(self, mean: torch.Tensor) -> torch.Tensor:
+        """x - mean. Padding may be anything: where it neither counts nor has a part in the loss, it is 0."""
+        xmu = self.x.double() - spread(mean, self.x)
+        return xmu if self.counts is None else xmu.masked_fill(~self.counts & (self.dy == 0), 0.0)
 
 
 def others(x: torch.Tensor) -> List[int]:
@@ -102,10 +125,11 @@ def _u(part: Part) -> Optional[torch.Tensor]:
 def local_sums(part: Part, statistics: Statistics) -> torch.Tensor:
     """[7, C] on the host."""
     dims, dy, u = others(part.x), part.dy.double(), _u(part)
-    xmu = part.x.double() - spread(statistics.mean, part.x)
+    xmu = part.centred(statistics.mean)
     sums = torch.zeros(_SUMS, part.x.size(1), dtype=torch.float64)
     if u is not None:
-        sums[:3] = torch.stack([u.sum(dims), (u * xmu).sum(dims), (u * dy).sum(dims)])
+        counted = part.masked(u)
+        sums[:3] = torch.stack([counted.sum(dims), (counted * part.masked(xmu)).sum(dims), (u * dy).sum(dims)])
     sums[3:5] = torch.stack([dy.sum(dims), (dy * xmu).sum(dims)])
     if part.of_d_weight is not None:
         sums[5:] = sums[3:5] * part.of_d_weight.double().cpu()
@@ -137,7 +161,7 @@ def gradients(
     r, d = statistics.invstd, statistics.depends
     means: torch.Tensor = torch.div(sums, max(1, statistics.values))
     u0, uh, udy, dy0, dyh, g0, gh = means[0], means[1] * r, means[2], means[3], means[4] * r, means[5], means[6] * r
-    h = (x.double() - spread(statistics.mean, x)) * spread(r, x)
+    h = part.centred(statistics.mean) * spread(r, x)
     a = None if part.of_d_weight is None else spread(part.of_d_weight, x)
     zero = torch.zeros((), dtype=torch.float64, device=x.device)
 
@@ -148,18 +172,18 @@ def gradients(
 
     def of_x() -> torch.Tensor:
         g = dy * spread(-d * r * uh, x)
-        g = g if u is None else g - u * spread(d * r * dyh, x)
+        g = g if u is None else g - part.masked(u) * spread(d * r * dyh, x)
         g = g if a is None else g + a * dy
         mean_g, mean_gh = g0 - d * r * (dyh * u0 + uh * dy0), gh - 2 * d * r * dyh * uh
         of_r = udy - u0 * dy0 - d * uh * dyh
         slope = d * (r * mean_gh + r * r * of_r)
-        return spread(r, x) * (g - spread(mean_g, x)) - h * spread(slope, x)
+        return spread(r, x) * g - part.masked(spread(r * mean_g, x) + h * spread(slope, x))
 
     def of_weight() -> torch.Tensor:
         if part.of_dx is None:
             return torch.zeros(x.size(1), dtype=torch.float64, device=x.device)
-        centred = dy - spread(dy0, x) - h * spread(d * dyh, x)
-        return (part.of_dx.double() * centred).sum(others(x)) * r.to(x.device)
+        through = part.masked(spread(dy0, x) + h * spread(d * dyh, x))
+        return (part.of_dx.double() * (dy - through)).sum(others(x)) * r.to(x.device)
 
     types = (part.dy, part.x, part.weight)
     found = [

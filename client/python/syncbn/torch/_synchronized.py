@@ -110,6 +110,13 @@ class Synchronized(torch.nn.Module):
     biased_running_variance: bool = False
     original_class: Optional[type] = None
 
+    def __prepare_scriptable__(self) -> Any:
+        """Asked by torch.jit.script, which cannot compile a round."""
+        raise RuntimeError(
+            f"layer {self.layer!r} is synchronized and cannot become TorchScript: script a copy with torch's own layers, "
+            "torch.jit.script(syncbn.torch.revert_sync_batchnorm(copy.deepcopy(model))), or trace the model in evaluation"
+        )
+
     @outside_of_graphs
     def _normalize_with_others(self, input: torch.Tensor, step: Step) -> torch.Tensor:
         step.check(input)
