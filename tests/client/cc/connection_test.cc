@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "gmock/gmock.h"
@@ -200,6 +201,8 @@ TEST(RefusalTest, ARankIsTakenOverWhenItsHolderGoes) {
   absl::Notification warned;
   SetLogSink([&](LogLevel level, absl::string_view line) {
     if (level != LogLevel::kWarning || warned.HasBeenNotified()) return;
+    // The master is in this process, and its own log comes here too.
+    if (absl::StartsWith(line, "a round is late")) return;
     EXPECT_THAT(std::string(line), AllOf(HasSubstr("rank 0"), HasSubstr("host=node7 pid=4711")));
     warned.Notify();
   });
@@ -292,6 +295,8 @@ TEST(LateRoundTest, AMasterThatWaitsSaysForWhom) {
   absl::Notification warned;
   SetLogSink([&](LogLevel level, absl::string_view line) {
     if (level != LogLevel::kWarning || warned.HasBeenNotified()) return;
+    // The master is in this process, and its own log comes here too.
+    if (absl::StartsWith(line, "a round is late")) return;
     EXPECT_THAT(std::string(line), AllOf(HasSubstr("round 0 of layer \"v\""), HasSubstr("for ranks 1, 2;")));
     warned.Notify();
   });
