@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -53,11 +54,13 @@ size_t EditDistance(absl::string_view a, absl::string_view b) {
   return row.back();
 }
 
-// The known name that is most like the given one, and how like it is.
+// The known name that is most like the given one, but for upper case, and how like it is.
 std::pair<std::string, size_t> Nearest(absl::string_view name, const std::vector<std::string>& known) {
+  const std::string lower = absl::AsciiStrToLower(name);
   std::pair<std::string, size_t> best = {"", std::numeric_limits<size_t>::max()};
   for (const std::string& candidate : known) {
-    if (const size_t distance = EditDistance(name, candidate); distance < best.second) best = {candidate, distance};
+    if (const size_t distance = EditDistance(lower, absl::AsciiStrToLower(candidate)); distance < best.second)
+      best = {candidate, distance};
   }
   return best;
 }
@@ -176,8 +179,15 @@ class Options {
     Named(option, name)->type_name("LEVEL")->default_str("info");
   }
 
+  // CLI11 alone would take any number, and not name what a switch may be.
   void Switch(const std::string& name, bool* value, const std::string& description) {
-    Named(app_->add_flag(name, *value, description), name);
+    Named(app_->add_flag(name, *value, description), name)->check([name](const std::string& text) {
+      const std::string word = absl::AsciiStrToLower(text);
+      for (const char* known : {"true", "false", "on", "off", "yes", "no", "1", "0"}) {
+        if (word == known) return std::string();
+      }
+      return absl::StrCat("\"", text, "\" is not true or false");
+    });
   }
 
   CLI::Option* OnOff(const std::string& name, std::optional<bool>* value, const std::string& description) {

@@ -14,7 +14,7 @@
 namespace syncbn {
 
 // The parts of a list that commas separate, without the spaces around them. INVALID_ARGUMENT if there is none, or if
-// one is empty.
+// one is empty or no address: a URL, or without a port in 1 .. 65535.
 absl::StatusOr<std::vector<std::string>> SplitTargets(absl::string_view list);
 
 // Which target is tried next. Not thread-safe.

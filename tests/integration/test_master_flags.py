@@ -41,6 +41,7 @@ BAD_VALUES = [
     *[(flag, [""], "the name of a file") for flag in ("cert-file", "key-file", "trusted-ca-file")],
     ("log-level", ["", "loud", "INFO", "10"], "debug, info, warning or error"),
     ("reflection", ["", "maybe", "2"], "on or off"),
+    *[(flag, ["maybe", "2", "-1", "10", "yes please"], "true or false") for flag in ("insecure", "client-cert-auth")],
 ]
 BAD = [(flag, value, limit) for flag, values, limit in BAD_VALUES for value in values]
 
@@ -274,6 +275,7 @@ def test_a_config_file_named_by_its_variable(start: Callable[..., Any], tmp_path
         ("client_cert_aut = true", "client_cert_aut", "client-cert-auth"),
         ("max-worker = 3", "max-worker", "max-workers"),
         ("Max-Workers = 3", "Max-Workers", "max-workers"),
+        ("MAX_WORKERS = 3", "MAX_WORKERS", "max-workers"),
         ("[server]\nmax-workers = 3", "server.max-workers", "max-workers"),
         ("config-file = 'other.toml'", "config-file", ""),
         ("version = true", "version", ""),

@@ -74,7 +74,7 @@ def other_processes() -> Optional[str]:
 
     Frameworks are asked only if the program has imported them.
     """
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS"):
         value = text(name)
         if value is not None and value.strip().isdigit() and int(value) > 1:
             return f"{name} is {value.strip()}"

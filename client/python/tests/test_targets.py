@@ -50,6 +50,51 @@ def test_a_function_that_fails_is_asked_again(master, caplog):
     assert len(told) == 6 and "KeyError: 'not registered yet'" in told[0]
 
 
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        ("localhost:99999", ["port 99999", "1 .. 65535"]),
+        ("127.0.0.1:0", ["port 0", "1 .. 65535"]),
+        ("[::1]:65536", ["port 65536"]),
+        ("127.0.0.1:18446744073709551617", ["port 18446744073709551617"]),
+        ("dns:///localhost:70000", ["port 70000"]),
+        ("dns://127.0.0.1:53/localhost", ["no port"]),
+        ("localhost", ["no port"]),
+        ("[::1]", ["no port"]),
+        ("localhost:", ['port ""']),
+        ("localhost:http", ['port "http"']),
+        ("127.0.0.1:-1", ['port "-1"']),
+        ("127.0.0.1:50051/", ['port "50051/"']),
+        ('"127.0.0.1:50051"', ["not a number"]),
+        (":50051", ["no host"]),
+        ("::1:50051", ["brackets"]),
+        ("http://127.0.0.1:50051", ["URL", "HOST:PORT"]),
+        ("grpc://master:50051", ["URL"]),
+        ("tcp://master:50051", ["URL"]),
+        ("127.0.0.1:50051,localhost", ['"localhost"', "no port"]),
+    ],
+)
+def test_a_target_that_is_no_address_is_refused_before_it_is_tried(monkeypatch, target, words):
+    """gRPC would take the port modulo 65536, or 443."""
+    for arguments in (dict(target=target), dict(target=target.split(",")), {}):
+        monkeypatch.setenv("SYNCBN_TARGET", target)
+        with pytest.raises(syncbn.InvalidArgument) as caught:
+            syncbn.Worker(group="no address", rank=0, world_size=1, join_timeout=PATIENCE, **arguments)
+        for word in [target.split(",")[-1], *words]:
+            assert word in caught.value.message
+
+
+@pytest.mark.parametrize("form", ["{}", "dns:{}", "dns:///{}", "ipv4:{}", " {} ", "{}\n", "127.0.0.1:1, {}"])
+def test_grpcs_other_names_of_an_address(master, form):
+    with syncbn.Worker(form.format(master.target), f"form {form}", 0, 1, join_timeout=PATIENCE) as worker:
+        assert sums(worker) == 3.0
+
+
+def test_what_a_function_says_wrongly_is_named_at_the_end():
+    with pytest.raises(syncbn.Unavailable, match="port 99999"):
+        syncbn.Worker(lambda: "localhost:99999", "says wrongly", 0, 1, join_timeout=0.5)
+
+
 def test_a_function_that_always_fails_ends_the_join():
     def find():
         raise LookupError("no master")
