@@ -40,6 +40,13 @@ def integer(name: str, value: Any, least: int, most: int) -> int:
     return number
 
 
+def truth(name: str, value: Any) -> bool:
+    """A bool, or 0 or 1; no text, since "no" would be true."""
+    if not isinstance(value, (bool, int, np.bool_, np.integer)) or value not in (0, 1):
+        raise TypeError(f"{name} is {value!r}, of type {type(value).__name__}; it has to be True or False")
+    return bool(value)
+
+
 def number(name: str, value: Any) -> float:
     """Any real number that is finite."""
     if isinstance(value, (bool, np.bool_, str, bytes)):

@@ -159,7 +159,8 @@ class Master:
         files = {"cert_file": cert_file, "key_file": key_file, "trusted_ca_file": trusted_ca_file}
         options: Dict[str, Any] = {"address": _arguments.text("address", address, 4096)}
         options.update((name, _arguments.path(name, file)) for name, file in files.items())
-        options.update(insecure=bool(insecure), client_cert_auth=bool(client_cert_auth))
+        options.update(insecure=_arguments.truth("insecure", insecure))
+        options.update(client_cert_auth=_arguments.truth("client_cert_auth", client_cert_auth))
         self._process = _Process(options)
         self._target, self._process_id = self._process.target, self._process.pid
         _open.add(self)

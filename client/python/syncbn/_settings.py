@@ -133,7 +133,8 @@ class Settings:
         self.key_file = _file("key_file", key_file)
         if self.target is None:  # A master of its own has no TLS, and is on this host.
             self.trusted_ca_file = self.cert_file = self.key_file = None
-        self.stream_ordered = bool(_first(stream_ordered, lambda: _environment.flag("SYNCBN_STREAM_ORDERED")))
+        ordered = _first(stream_ordered, lambda: _environment.flag("SYNCBN_STREAM_ORDERED"))
+        self.stream_ordered = _arguments.truth("stream_ordered", ordered)
 
     def options(self, target: Union[str, Callable[[], Any]]) -> _library.WorkerOptions:
         """They keep what they point to."""

@@ -323,7 +323,7 @@ class Worker:
             numeric_policy=_arguments.choice("numeric", numeric, _library.NUMERIC_POLICIES),
             has_momentum=momentum is not None,
             momentum=momentum or 0.0,
-            biased_running_variance=bool(biased_running_variance),
+            biased_running_variance=_arguments.truth("biased_running_variance", biased_running_variance),
         )
         with self.handle() as handle:
             call(lib.syncbn_worker_declare_layer, handle, ctypes.byref(options))
@@ -378,6 +378,8 @@ class Worker:
         m2s = None if m2 is None else _arguments.vector("m2", m2)
         if means is not None and m2s is not None and means.size != m2s.size:
             raise ValueError(f"mean has {means.size} elements and m2 has {m2s.size}")
+        if means is None and count > 0:
+            raise _arguments.refused(f"count is {count}, and mean and m2 are absent; they are for an empty batch alone")
         if layer not in self._layers:
             if means is None:
                 raise ValueError(f"layer {layer!r} is unknown: declare it, or give a mean that shows its channels")

@@ -83,10 +83,10 @@ def _floating(value: Any, name: str) -> Any:
     except (TypeError, ValueError) as error:
         kind = type(value).__name__ if given is None else given
         raise TypeError(f"sync_batch_norm: {name} is {kind}; an array of a floating type is needed") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"sync_batch_norm: {name} is {array.dtype if given is None else given}; a floating type is needed")
     if given is not None and np.dtype(given).itemsize > 8:  # JAX would round it without a word.
         raise TypeError(f"sync_batch_norm: {name} is {given}; the widest type is float64")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"sync_batch_norm: {name} is {array.dtype}; a floating type is needed")
     return array
 
 
@@ -326,6 +326,7 @@ def sync_batch_norm(
     momentum, eps = _arguments.fraction("momentum", momentum), _arguments.not_negative("eps", eps)
     _arguments.choice("eps_mode", eps_mode, _library.EPS_MODES)
     _arguments.choice("numeric", numeric, _library.NUMERIC_POLICIES)
+    biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
     if worker is not None and not isinstance(worker, Worker):
         raise TypeError(f"worker is {worker!r}; it has to be a syncbn.Worker")
     channels, wide = x.shape[axis], _wide(x)
@@ -345,9 +346,9 @@ def sync_batch_norm(
         eps_mode,
         momentum,
         numeric,
-        bool(biased_running_variance),
+        biased_running_variance,
         axis,
     )
     with _not_mapped():
         y, found = _normalize(constants, x, scale, bias, counted, faults)
-    return y, None if kept is None else _update(kept, found, momentum, bool(biased_running_variance))
+    return y, None if kept is None else _update(kept, found, momentum, biased_running_variance)

@@ -283,6 +283,7 @@ def forward(
         raise TypeError(f"worker is {worker!r}; it has to be a syncbn.Worker")
     momentum, eps = _arguments.fraction("momentum", momentum), _arguments.not_negative("eps", eps)
     num_threads = _arguments.integer("num_threads", num_threads, 1, _MOST_THREADS)
+    biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
     if sequence is not None:
         sequence = _arguments.integer("sequence", sequence, 0, _arguments.MOST_SEQUENCE)
     values = _tensor(x, channels_last)
@@ -310,7 +311,7 @@ def forward(
         eps_mode=eps_mode,
         momentum=momentum,
         numeric=numeric,
-        biased_running_variance=bool(biased_running_variance),
+        biased_running_variance=biased_running_variance,
     )
     has_residual, clamp = residuals is not None, eps_mode == "clamp"
     if counts is not None:

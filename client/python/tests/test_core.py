@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import syncbn
+import syncbn.numpy
 
 SEED = 20240117
 
@@ -414,6 +415,36 @@ def test_closing_ends_the_waits_of_other_threads(master):
     worker.close()
     thread.join(20)
     assert seen and seen[0] in (syncbn.Code.CANCELLED, syncbn.Code.FAILED_PRECONDITION)
+
+
+@pytest.mark.parametrize("value", ["no", "false", "0", "", 2, -1, 0.0, None, []])
+def test_a_switch_is_true_or_false(master, value):
+    """Text would be true, whatever it says."""
+    with pytest.raises(TypeError, match="insecure is .*True or False"):
+        syncbn.Master(address="127.0.0.1:0", insecure=value)
+    with pytest.raises(TypeError, match="client_cert_auth is .*True or False"):
+        syncbn.Master(address="127.0.0.1:0", client_cert_auth=value)
+    if value is not None:
+        with pytest.raises(TypeError, match="stream_ordered is .*True or False"):
+            syncbn.Worker(master.target, "switches", 0, 1, stream_ordered=value)
+    with syncbn.Worker(master.target, "switches", 0, 1, stream_ordered=np.bool_(False)) as worker:
+        with pytest.raises(TypeError, match="biased_running_variance is .*True or False"):
+            worker.declare_layer("layer", 1, biased_running_variance=value)
+        with pytest.raises(TypeError, match="biased_running_variance is .*True or False"):
+            syncbn.numpy.forward(worker, "layer", np.ones((2, 1)), biased_running_variance=value)
+
+
+def test_a_batch_without_its_moments_is_refused_before_it_is_sent(group):
+    """The others' round goes on, and completes once the argument is mended."""
+
+    def run(worker):
+        worker.declare_layer("layer", 2)
+        if worker.rank == 0:
+            with pytest.raises(ValueError, match="count is 3"):
+                worker.synchronize("layer", 3)
+        return worker.synchronize("layer", 3, [1.0, 2.0], [0.0, 0.0]).count
+
+    assert group(2, run) == [6, 6]
 
 
 def test_what_a_program_leaves_open_is_closed_at_its_end():

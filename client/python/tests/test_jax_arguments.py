@@ -28,6 +28,10 @@ def worker(master):
         (X.astype(np.uint8), "uint8"),
         (X > 3, "bool"),
         (jnp.asarray(X, jnp.complex64), "complex64"),
+        (X.astype(np.complex128), "complex128; a floating type"),
+        (X.astype(np.int64), "int64"),
+        (X.astype("datetime64[s]"), "datetime64"),
+        (jax.random.split(jax.random.key(0), 12).reshape(4, 3), "key<"),
         (X.astype(object), "object"),
         (X.astype(np.longdouble), str(np.dtype(np.longdouble))),
         (X.tolist(), "list"),
@@ -41,6 +45,12 @@ def test_types_that_are_refused(worker, x, name):
             sync.sync_batch_norm(x, None, None, statistics, layer="bn", worker=worker, train=train)
     with pytest.raises(TypeError):
         jax.jit(lambda v: sync.sync_batch_norm(v, layer="bn", worker=worker)[0])(x)
+
+
+@pytest.mark.parametrize("value", ["no", 2, None])
+def test_a_switch_is_true_or_false(worker, value):
+    with pytest.raises(TypeError, match="biased_running_variance is .*True or False"):
+        sync.sync_batch_norm(X, layer="bn", worker=worker, biased_running_variance=value)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float32"])

@@ -6,6 +6,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parameter import is_lazy
 
+from syncbn import _arguments
 from syncbn.core import Worker
 from syncbn.torch import _evaluation, _masked, _naming, _synchronized
 
@@ -84,7 +85,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
         self.worker = worker
         self.eps_mode = eps_mode
         self.layer = _naming.number(worker) if layer is None else layer
-        self.biased_running_variance = bool(biased_running_variance)
+        self.biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
         self.numeric = numeric
 
     def reset_parameters(self) -> None:
@@ -194,7 +195,7 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         self.worker, self.eps_mode, self.numeric = worker, eps_mode, numeric
-        self.biased_running_variance = bool(biased_running_variance)
+        self.biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
         if layer is not None or worker is not None:  # Else SyncBatchNorm's constructor has numbered it.
             self.layer = _naming.number(worker) if layer is None else layer
 
