@@ -432,7 +432,8 @@ def test_a_forward_assigned_to_the_layer(group, kind):
     assert type(model[0]) is kind
 
 
-def test_a_forward_assigned_after_the_conversion(group):
+@pytest.mark.parametrize("kind", [torch.nn.BatchNorm1d, AroundSuper])
+def test_a_forward_assigned_after_the_conversion(group, kind):
     """Also one that was bound before it, as libraries do that put hooks on forward and take them off again."""
 
     def call(model, x, dy):
@@ -443,7 +444,50 @@ def test_a_forward_assigned_after_the_conversion(group):
         finally:
             model[0].forward = functools.partial(type(model[0]).forward, model[0])
 
-    as_on_the_whole_batch(group, lambda: filled(torch.nn.Sequential(AroundSuper(CHANNELS))), call=call, steps=1)
+    models = as_on_the_whole_batch(group, lambda: filled(torch.nn.Sequential(kind(CHANNELS))), call=call, steps=2)
+    assert type(sync.revert_sync_batchnorm(models[0])[0]) is kind
+
+
+def normalized_in_a_function(layer, x):
+    layer.num_batches_tracked.add_(1)
+    vectors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    return torch.nn.functional.batch_norm(x, *vectors, layer.training, 0.5, layer.eps) * 3
+
+
+@pytest.mark.parametrize("layer", ["plain", "made as one"])
+def test_a_forward_of_ones_own_assigned_to_a_synchronized_layer(group, layer):
+    """It normalizes by itself, and may not stay local. Assigning the layer's own forward undoes it."""
+
+    def call(model, x, dy):
+        model[0].forward = functools.partial(normalized_in_a_function, model[0])
+        first = step(model, x, dy)
+        model[0].forward = type(model[0]).forward.__get__(model[0])
+        return (*first, *step(model, x, dy))
+
+    def make():
+        made = sync.SyncBatchNorm(CHANNELS) if layer == "made as one" and threads else torch.nn.BatchNorm1d(CHANNELS)
+        threads.append(1)
+        return filled(torch.nn.Sequential(made))
+
+    threads = []
+    models = as_on_the_whole_batch(group, make, call=call)
+    models[0][0].forward = functools.partial(normalized_in_a_function, models[0][0])
+    models[0][0].worker = None
+    other = pickle.loads(pickle.dumps(models[0]))
+    x = values((4, CHANNELS))
+    close(other.eval()(x), models[0].eval()(x))
+    function = models[0][0].forward.function
+    assert sync.revert_sync_batchnorm(models[0])[0].forward is function
+
+
+def test_a_forward_assigned_to_a_synchronized_layer_that_takes_statistics_by_other_means(group):
+    def run(worker):
+        layer = sync.SyncBatchNorm(CHANNELS, worker=worker)
+        layer.forward = lambda x: (x - x.mean(0)) / x.std(0)
+        with pytest.raises(RuntimeError, match="cannot be synchronized"):
+            layer(values((4, CHANNELS)))
+
+    group(1, run)
 
 
 def test_copies_and_pickles_of_subclasses(group):

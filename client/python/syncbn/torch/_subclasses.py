@@ -6,12 +6,13 @@ synchronized operation. The object stays what it is; its class becomes a subclas
 each, so that `isinstance` holds and every attribute, hook and reference stays.
 """
 
+import contextlib
 import copyreg
 import functools
 import sys
 import threading
 from types import FunctionType
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
@@ -70,24 +71,27 @@ class _Answers(TorchFunctionMode):
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        self._module = module
+        self.module = module
         self._place = _replicas.current()
         self._tracked = module.num_batches_tracked
         self._added: List[Any] = []  # What the forward has added to `num_batches_tracked`.
         self._counted = False
         self._to_be_counted = False
         self._seen = False
+        self._in_own_forward = False
         self._other_statistics = False
         self._versions = self._buffer_versions()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None) -> Any:
         kwargs = kwargs or {}
+        if self._in_own_forward:
+            return func(*args, **kwargs)
         if func in _BATCH_NORMS and self._is_own_call():
             call = _BATCH_NORMS[func](*args, **kwargs)
             if self._is_own_size(call.input):
                 self._seen = True
                 if call.training:
-                    return self._module._normalize_with_others(call.input, self._step(call))
+                    return self.module._normalize_with_others(call.input, self._step(call))
         elif func in _COUNTS and args and args[0] is self._tracked and self._tracked is not None:
             # The replicas of one step are one batch, which the first of them counts.
             if self._place is not None and self._place.replica != 0:
@@ -97,6 +101,15 @@ class _Answers(TorchFunctionMode):
             self._other_statistics = True
         return func(*args, **kwargs)
 
+    @contextlib.contextmanager
+    def own_forward(self) -> Iterator[None]:
+        """The forward of SyncBatchNorm, which synchronizes and counts by itself."""
+        self._seen = self._in_own_forward = True
+        try:
+            yield
+        finally:
+            self._in_own_forward = False
+
     def _step(self, call: _Call) -> _synchronized.Step:
         self._to_be_counted = call.running_mean is not None
 
@@ -105,7 +118,7 @@ class _Answers(TorchFunctionMode):
             return call.momentum
 
         return _synchronized.Step(
-            self._module, call.weight, call.bias, call.running_mean, call.running_var, call.eps, count_batch
+            self.module, call.weight, call.bias, call.running_mean, call.running_var, call.eps, count_batch
         )
 
     def _is_own_call(self) -> bool:
@@ -113,27 +126,27 @@ class _Answers(TorchFunctionMode):
         frame = sys._getframe(2)
         while frame is not None:
             if frame.f_code is run_forward.__code__:
-                return frame.f_locals["module"] is self._module
-            if frame.f_code is _CALL and frame.f_locals.get("self") is not self._module:
+                return frame.f_locals["module"] is self.module
+            if frame.f_code is _CALL and frame.f_locals.get("self") is not self.module:
                 return False
             frame = frame.f_back  # type: ignore[assignment]
         return False
 
     def _is_own_size(self, x: torch.Tensor) -> bool:
-        module = self._module
+        module = self.module
         vectors = [v for v in (module.running_mean, module.weight, module.bias) if v is not None]
         return x.dim() < 2 or x.size(1) == (vectors[0].numel() if vectors else module.num_features)
 
     def _buffer_versions(self) -> List[int]:
-        buffers = (self._module.running_mean, self._module.running_var)
+        buffers = (self.module.running_mean, self.module.running_var)
         return [b._version for b in buffers if b is not None and not b.is_inference()]
 
     def uncount(self) -> None:
         """Takes back what the forward has counted, if the running statistics have not taken the batch."""
         if self._counted or self._tracked is None or not self._to_be_counted:
             return
-        if self._module.num_batches_tracked is not self._tracked:
-            self._module.num_batches_tracked = self._tracked
+        if self.module.num_batches_tracked is not self._tracked:
+            self.module.num_batches_tracked = self._tracked
         with torch.no_grad():
             for added in self._added:
                 self._tracked.sub_(added)
@@ -142,9 +155,9 @@ class _Answers(TorchFunctionMode):
         """Refuses a forward that has normalized by other means."""
         if self._seen or not (self._other_statistics or self._versions != self._buffer_versions()):
             return
-        kind = self._module.original_class
+        kind = self.module.original_class or type(self.module)
         raise RuntimeError(
-            f"layer {self._module.layer!r}: the forward of {kind.__module__}.{kind.__qualname__} normalizes its channels "
+            f"layer {self.module.layer!r}: the forward of {kind.__module__}.{kind.__qualname__} normalizes its channels "
             "without torch.nn.functional.batch_norm, or within torch.jit, so that it cannot be synchronized. Revert the "
             "layer, or let its forward call torch.nn.functional.batch_norm"
         )
@@ -153,10 +166,10 @@ class _Answers(TorchFunctionMode):
 def run_forward(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A forward of the module in training, synchronized."""
     running = _running()
-    if module in running:  # A forward that calls another of the same module: of its class, or what it was patched over.
+    if any(answers.module is module for answers in running):  # A forward that calls another of the same module: of its class, or what it was patched over.
         return function(*args, **kwargs)
     answers = _Answers(module)
-    running.append(module)
+    running.append(answers)
     try:
         with answers:
             result = function(*args, **kwargs)
@@ -171,12 +184,18 @@ _run_outside_of_graphs: Any = _synchronized.outside_of_graphs(run_forward)
 _local = threading.local()
 
 
-def _running() -> List[Any]:
-    """The modules whose synchronized forwards this thread runs."""
+def _running() -> List[_Answers]:
+    """The synchronized forwards that this thread runs."""
     if not hasattr(_local, "running"):
         _local.running = []
-    running: List[Any] = _local.running
+    running: List[_Answers] = _local.running
     return running
+
+
+def in_own_forward(module: Any) -> Any:
+    """A context for the forward of SyncBatchNorm: one that was assigned to the module may call it."""
+    found = [answers for answers in _running() if answers.module is module]
+    return found[0].own_forward() if found else contextlib.nullcontext()
 
 
 class PatchedForward:
@@ -188,6 +207,12 @@ class PatchedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _dispatch(self.module, self.function, args, kwargs)
+
+
+def patched(module: Any, function: Any) -> Any:
+    """What is assigned to a module as its forward, synchronized."""
+    own = getattr(function, "__func__", None) is type(module).forward and function.__self__ is module
+    return function if own or isinstance(function, PatchedForward) else PatchedForward(module, function)
 
 
 def _dispatch(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -203,9 +228,7 @@ class Subclass(_synchronized.Synchronized):
     """Mixed into the classes made here."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "forward" and not isinstance(value, PatchedForward):
-            value = PatchedForward(self, value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, patched(self, value) if name == "forward" else value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made anew where a pickle is read."""

@@ -255,15 +255,15 @@ def _revert(module: Any, path: str) -> Change:
     attributes: Dict[str, Any] = {}
     if issubclass(kind, _subclasses.Subclass):
         target = _subclasses.plain_class(kind)
-        patched = vars(module).get("forward")
-        if isinstance(patched, _subclasses.PatchedForward):
-            attributes["forward"] = patched.function
     else:
         target = module.original_class or kind.reverts_to
         if not kind.__module__.startswith("syncbn.torch."):
             raise ValueError(f"{_described(module, path)} was made from SyncBatchNorm, and nothing is known to revert it to")
         if issubclass(target, _LazyNormBase) and not issubclass(kind, _LazyNormBase):
             target = target.cls_to_become  # It was lazy when it was converted.
+    patched = vars(module).get("forward")
+    if isinstance(patched, _subclasses.PatchedForward):
+        attributes["forward"] = patched.function
     removed = [name for name in _OWN if name != "process_group" or not issubclass(target, torch.nn.SyncBatchNorm)]
     kept = vars(module).get("_original_process_group")
     if kept is not None and issubclass(target, torch.nn.SyncBatchNorm):

@@ -8,10 +8,20 @@ from torch.nn.parameter import is_lazy
 
 from syncbn import _arguments
 from syncbn.core import Worker
-from syncbn.torch import _evaluation, _masked, _naming, _synchronized
+from syncbn.torch import _evaluation, _masked, _naming, _subclasses, _synchronized
 
 
-_masked_forward = _synchronized.outside_of_graphs(_masked.forward)
+@_synchronized.outside_of_graphs
+def _train(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    with _subclasses.in_own_forward(layer):
+        normalized: torch.Tensor = layer._normalize_with_others(input, layer._step())
+        return normalized
+
+
+@_synchronized.outside_of_graphs
+def _masked_forward(layer: Any, input: torch.Tensor, mask: Any) -> torch.Tensor:
+    with _subclasses.in_own_forward(layer):
+        return _masked.forward(layer, input, mask)
 
 
 class BatchNorm(_BatchNorm):
@@ -88,6 +98,9 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
         self.biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
         self.numeric = numeric
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _subclasses.patched(self, value) if name == "forward" else value)
+
     def reset_parameters(self) -> None:
         self.reset_running_stats()
         with torch.no_grad():
@@ -121,7 +134,8 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
             masked: torch.Tensor = _masked_forward(self, input, mask)
             return masked
         if self.training:
-            return self._normalize_with_others(input, self._step())
+            normalized: torch.Tensor = _train(self, input)
+            return normalized
         if self.running_mean is None or self.running_var is None:
             return self._normalize_alone(input)
         return self._evaluate(input, self.running_mean, self.running_var)
