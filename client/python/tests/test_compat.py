@@ -223,6 +223,9 @@ STRUCTURES = {
 }
 
 
+STRUCTURES["deque"] = lambda x: collections.deque([x, [x * 2]], maxlen=3)
+
+
 class Returning(torch.nn.Module):
     def __init__(self, structure):
         super().__init__()
@@ -239,6 +242,8 @@ def plainly(value):
     if isinstance(value, dict):
         factory = value.default_factory if isinstance(value, collections.defaultdict) else None
         return type(value), [(key, plainly(item)) for key, item in value.items()], factory
+    if isinstance(value, collections.deque):
+        return type(value), [plainly(item) for item in value], value.maxlen
     if isinstance(value, (list, tuple)):
         return type(value), [plainly(item) for item in value]
     if dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace):
@@ -294,6 +299,7 @@ def test_slots():
         (lambda y: [y] * int(y[0, 0] + 1), "the output"),
         (lambda y: {str(float(y[0, 0])): y}, "the output"),
         (lambda y: y if y[0, 0] > 0 else None, "the output"),
+        (lambda y: collections.UserList([y]), "the output"),
     ],
 )
 def test_outputs_that_differ_and_cannot_be_joined(structure, place):

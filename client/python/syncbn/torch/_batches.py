@@ -1,5 +1,6 @@
 """Values that hold tensors: cut into parts for replicas, and the replicas' outputs joined."""
 
+import collections
 import copy
 import dataclasses
 import types
@@ -37,12 +38,17 @@ def _rebuilt(values: Sequence[Any], function: Callable[[List[Any], str], Any]) -
         for key in first:
             made[key] = function([value[key] for value in values], f"[{key!r}]")
         return made
-    if isinstance(first, (list, tuple)):
+    if isinstance(first, (list, tuple, collections.deque)):
         elements = [function(list(items), f"[{index}]") for index, items in enumerate(zip(*values))]
         if isinstance(first, list):
             joined_list = copy.copy(first)
             joined_list[:] = elements
             return joined_list
+        if isinstance(first, collections.deque):
+            joined_deque = copy.copy(first)  # With its bound.
+            joined_deque.clear()
+            joined_deque.extend(elements)
+            return joined_deque
         kind = type(first)
         return kind._make(elements) if _is_named_tuple(first) else kind(elements)
     if _is_record(first):
@@ -57,7 +63,7 @@ def _shape(value: Any) -> Any:
     """What values need to have in common to be joined element by element."""
     if isinstance(value, dict):
         return type(value), list(value)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, collections.deque)):
         return type(value), len(value)
     return type(value), _attributes(value) if _is_record(value) else None
 
@@ -130,4 +136,7 @@ def joined(values: List[Any], device: Any = None, path: str = "the output") -> A
 
 
 def _equal(value: Any, other: Any) -> bool:
-    return value is other or bool(np.all(value == other))
+    try:
+        return value is other or bool(np.all(value == other))
+    except (RuntimeError, TypeError, ValueError):  # What holds tensors has no truth value.
+        return False
