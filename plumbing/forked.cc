@@ -1,9 +1,9 @@
 #include "plumbing/forked.h"
 
 #include <pthread.h>
-#include <unistd.h>
 
 #include <atomic>
+#include <cstdint>
 
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
@@ -17,10 +17,18 @@ std::atomic<bool> g_used{false};  // One has been open, in this process or furth
 
 enum class Origin { kOwn, kOpen, kClosed };
 std::atomic<Origin> g_origin{Origin::kOwn};
+std::atomic<uint64_t> g_forks{0};  // Between the first process and this one. A process id would be a system call.
 
 void OnChild() {
+  ++g_forks;
   const bool open = g_open.exchange(0) > 0;
   if (g_origin == Origin::kOwn && g_used) g_origin = open ? Origin::kOpen : Origin::kClosed;
+}
+
+uint64_t Forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, OnChild);
+  (void)registered;
+  return g_forks.load(std::memory_order_relaxed);
 }
 
 absl::Status Error(const char* parent) {
@@ -49,9 +57,7 @@ absl::Status CheckNotForked() {
   return absl::OkStatus();
 }
 
-OpenHere::OpenHere() : pid_(getpid()) {
-  static const int registered = pthread_atfork(nullptr, nullptr, OnChild);
-  (void)registered;
+OpenHere::OpenHere() : forks_(Forks()) {
   g_used = true;
   ++g_open;
 }
@@ -60,6 +66,6 @@ OpenHere::~OpenHere() {
   if (!forked()) --g_open;
 }
 
-bool OpenHere::forked() const { return getpid() != pid_; }
+bool OpenHere::forked() const { return g_forks.load(std::memory_order_relaxed) != forks_; }
 
 }  // namespace syncbn

@@ -6,7 +6,7 @@
 #ifndef SYNCBN_PLUMBING_FORKED_H_
 #define SYNCBN_PLUMBING_FORKED_H_
 
-#include <sys/types.h>
+#include <cstdint>
 
 #include "absl/status/status.h"
 
@@ -29,12 +29,12 @@ class OpenHere {
   OpenHere(const OpenHere&) = delete;
   OpenHere& operator=(const OpenHere&) = delete;
 
-  // Whether this is another process than the one that made it. Nothing of what it belongs to may be touched then, its
-  // locks included: another thread may have held them when the process was forked.
+  // Whether this is another process than the one that made it, forked from it by fork(). Nothing of what it belongs to
+  // may be touched then, its locks included: another thread may have held them when the process was forked.
   bool forked() const;
 
  private:
-  const pid_t pid_;
+  const uint64_t forks_;
 };
 
 }  // namespace syncbn

@@ -108,9 +108,28 @@ std::vector<double> ToVector(const google::protobuf::RepeatedField<double>& fiel
   return std::vector<double>(field.begin(), field.end());
 }
 
+// Whether all are finite: 0 times a number that is not is not 0. Four sums, so that none waits for the one before.
+bool AllFinite(const std::vector<double>& values) {
+  double sums[4] = {};
+  size_t i = 0;
+  for (; i + 4 <= values.size(); i += 4) {
+    for (size_t j = 0; j < 4; ++j) sums[j] += 0.0 * values[i + j];
+  }
+  for (; i < values.size(); ++i) sums[0] += 0.0 * values[i];
+  return sums[0] + sums[1] + sums[2] + sums[3] == 0.0;
+}
+
+bool AnyNegative(const std::vector<double>& values) {
+  int negative = 0;
+  for (const double value : values) negative |= static_cast<int>(value < 0);
+  return negative != 0;
+}
+
 // What no merge of contributions gives, whatever they were.
 absl::Status CheckMoments(const Piece& piece) {
   const RoundResult& result = piece.result;
+  const bool finite = !piece.finite || (AllFinite(result.first) && AllFinite(result.second));
+  if (finite && !AnyNegative(result.second)) return absl::OkStatus();
   const auto bad = [&piece](const char* what, double value, size_t channel) {
     return absl::InternalError(absl::StrCat("the master sent a ", what, " of ", value, " for channel ", channel,
                                             " of layer \"", piece.key.layer(), "\""));

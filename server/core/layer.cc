@@ -91,6 +91,7 @@ void Layer::Observe(const EndedRound& round) {
 
 const EndedRound* Layer::Find(Phase phase, uint64_t sequence) const {
   const History& h = history(phase);
+  if (h.ended == 0 || sequence > h.greatest) return nullptr;  // A round that has not ended, mostly.
   for (const Records* records : {&h.rounds, &h.awaited}) {
     if (const auto it = records->find(sequence); it != records->end()) return it->second.round.get();
   }
@@ -184,6 +185,7 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
   h.rounds[key.sequence] =
       Retained{std::move(record), budget_->Retain({this, key.phase, key.sequence, address, bytes, record_bytes, false}),
                ++h.ended};
+  h.greatest = std::max(h.greatest, key.sequence);
   if (aside) {
     h.aside.push_back(key.sequence);
   } else {

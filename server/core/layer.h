@@ -139,6 +139,7 @@ class Layer {
     // Records that are too old, but for what is awaited of them.
     Records awaited;
     uint64_t ended = 0;
+    uint64_t greatest = 0;  // Sequence that was ever recorded, if any was.
     // Records below this were dropped for the group's limit; those that are there are still good.
     uint64_t floor = 0;
     std::optional<uint64_t> newest_completed;

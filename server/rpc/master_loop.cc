@@ -107,7 +107,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     void* tag = nullptr;
     bool ok = false;
     while (true) {
-      const auto event = queue_->AsyncNext(&tag, &ok, clock_.Deadline(backlog_.empty() ? NextWakeUp() : now_));
+      const auto event = queue_->AsyncNext(&tag, &ok, clock_.Deadline(turns_.empty() ? NextWakeUp() : now_));
       if (event == grpc::CompletionQueue::SHUTDOWN) return;
       now_ = clock_.Now();
       if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
@@ -198,6 +198,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     size_t sessions = 0;
     size_t lagging = 0;
     std::vector<core::StreamId> waiting;  // To be read from, or to have their frames handled.
+    std::deque<core::StreamId> backlog;   // Their frames have more slices.
   };
 
   struct Session {
@@ -318,7 +319,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     if (stream->closed()) {
       session.frame.reset();
     } else if (!done) {
-      backlog_.push_back(stream->id());
+      AddToBacklog(*session.lane, stream->id());  // Without a lane it has not joined, and was closed.
     } else if (silent && !session.answered_since_read) {
       // Writing before reading spares the transport a packet (a window update of its own), so the read of a worker that
       // waits for an answer waits for it too.
@@ -330,11 +331,20 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     }
   }
 
+  void AddToBacklog(Lane& lane, core::StreamId id) {
+    if (lane.backlog.empty()) turns_.push_back(&lane);
+    lane.backlog.push_back(id);
+  }
+
+  // The groups take turns: one slice of a group's, however many streams it has that wait.
   void ServeBacklog() {
     quiet_polls_ = 0;
-    if (backlog_.empty()) return;
-    const core::StreamId id = backlog_.front();
-    backlog_.pop_front();
+    if (turns_.empty()) return;
+    Lane* const lane = turns_.front();
+    turns_.pop_front();
+    const core::StreamId id = lane->backlog.front();
+    lane->backlog.pop_front();
+    if (!lane->backlog.empty()) turns_.push_back(lane);
     const auto it = sessions_.find(id);
     if (it != sessions_.end() && it->second.frame != nullptr && !it->second.stream->closed()) {
       HandleSlice(it->second.stream.get());
@@ -357,7 +367,9 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     Lane* const lane = std::exchange(session.lane, nullptr);
     if (lane == nullptr) return;
     if (std::exchange(session.lags, false)) StopLagging(*lane);
-    if (--lane->sessions == 0) lanes_.erase(core::GroupId(lane->id));
+    if (--lane->sessions != 0) return;
+    turns_.erase(std::remove(turns_.begin(), turns_.end(), lane), turns_.end());
+    lanes_.erase(core::GroupId(lane->id));
   }
 
   // Whether it lags has perhaps changed. Who sends faster than it reads, or than another of its group does, waits.
@@ -382,7 +394,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
       const auto it = sessions_.find(id);
       if (it == sessions_.end()) continue;
       if (it->second.frame != nullptr) {
-        backlog_.push_back(id);
+        AddToBacklog(lane, id);
       } else {
         it->second.stream->ReadNext();
       }
@@ -612,7 +624,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
   absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;
   absl::btree_set<std::tuple<absl::Time, TimerKind, uint64_t>> timers_;
   absl::flat_hash_map<core::GroupId, std::unique_ptr<Lane>> lanes_;
-  std::deque<core::StreamId> backlog_;  // Streams whose frames have more slices.
+  std::deque<Lane*> turns_;  // Those with a backlog, each once.
   absl::Time backlog_served_ = now_;
   int quiet_polls_ = 0;
   std::vector<core::StreamId> retiring_;

@@ -63,8 +63,7 @@ size_t ResidentBytes() {
   return 0;
 }
 
-// Members of the group that have a stream.
-uint32_t Present(const MasterServer& server, const std::string& group) {
+v1::GroupSummary Summary(const MasterServer& server, const std::string& group) {
   const auto stub = v1::InspectionService::NewStub(Connect(server.target()));
   grpc::ClientContext context;
   v1::GetGroupRequest request;
@@ -72,8 +71,11 @@ uint32_t Present(const MasterServer& server, const std::string& group) {
   v1::GetGroupResponse response;
   const grpc::Status status = stub->GetGroup(&context, request, &response);
   EXPECT_TRUE(status.ok()) << status.error_message();
-  return response.summary().present();
+  return response.summary();
 }
+
+// Members of the group that have a stream.
+uint32_t Present(const MasterServer& server, const std::string& group) { return Summary(server, group).present(); }
 
 // ---- Before it is parsed --------------------------------------------------------------------------------------------
 
@@ -218,6 +220,44 @@ TEST(FramePriceTest, PartsOfAFrameMayComeInAnyOrder) {
     EXPECT_EQ(answer->results(i).key().sequence(), static_cast<uint64_t>(i));
     EXPECT_EQ(answer->results(i).moments().mean_size(), 3);
   }
+}
+
+uint32_t RoundsInFlight(const MasterServer& server, const std::string& group) {
+  return Summary(server, group).rounds_in_flight();
+}
+
+// Groups take turns, however many streams of one have frames of many slices: a layer of 65536 channels makes them
+// short.
+TEST(FramePriceTest, AGroupOfManyStreamsHoldsUpNoOther) {
+  constexpr uint32_t kStreams = 24;
+  constexpr uint32_t kRounds = 512;
+  const auto server = StartServer();
+  std::vector<std::unique_ptr<RawStream>> flood;
+  const auto join = [&](const std::string& group, uint32_t rank, uint32_t world_size) {
+    auto stream = std::make_unique<RawStream>(Connect(server->target()));
+    v1::WorkerFrame frame = JoinFrame(group, rank, world_size);
+    *frame.add_layers() = BatchNormLayer("wide", kWidest);
+    *frame.add_layers() = BatchNormLayer("bn", 1);
+    EXPECT_TRUE(stream->Write(frame) && stream->Read().has_value());
+    return stream;
+  };
+  const auto honest = join("honest", 0, 1);
+  for (uint32_t rank = 0; rank < kStreams; ++rank) flood.push_back(join("flood", rank, kStreams + 1));
+  v1::WorkerFrame frame;
+  for (uint32_t i = 0; i < 8192; ++i) AddEmpty("bn", i, &frame);  // All wait for the rank that never comes.
+  const std::string bytes = frame.SerializeAsString();
+  for (const auto& stream : flood) ASSERT_TRUE(stream->WriteBytes(bytes));
+  v1::WorkerFrame honest_frame;
+  for (uint32_t i = 0; i < kRounds; ++i) AddEmpty("bn", i, &honest_frame);
+  const uint32_t before = RoundsInFlight(*server, "flood");
+  ASSERT_TRUE(honest->Write(honest_frame));
+  for (uint32_t ended = 0; ended < kRounds;) {
+    const auto answer = honest->ReadResults();
+    ASSERT_TRUE(answer.has_value());
+    ended += answer->results_size();
+  }
+  // In the order in which the frames came, the flood would have come as far as the honest frame.
+  EXPECT_LT(RoundsInFlight(*server, "flood") - before, kRounds / 2);
 }
 
 // ---- Before it is answered ------------------------------------------------------------------------------------------
