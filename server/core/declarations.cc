@@ -17,9 +17,7 @@ const char* Name(LayerKind kind) { return kind == LayerKind::kSum ? "SUM" : "BAT
 const char* Name(EpsMode mode) { return mode == EpsMode::kClamp ? "CLAMP" : "ADD"; }
 const char* Name(NumericPolicy policy) { return policy == NumericPolicy::kPropagate ? "PROPAGATE" : "REFUSE"; }
 
-DeclarationPtr Make(const LayerSpec& spec, uint64_t ordinal) {
-  return std::make_shared<const Declaration>(Declaration{spec, ordinal});
-}
+DeclarationPtr Make(const LayerSpec& spec) { return std::make_shared<const Declaration>(Declaration{spec}); }
 
 }  // namespace
 
@@ -39,7 +37,7 @@ std::string Difference(const LayerSpec& worker, const LayerSpec& reference) {
   return text;
 }
 
-Declarations::Declarations(const LayerSpec& spec) : current_(Make(spec, 0)) {}
+Declarations::Declarations(const LayerSpec& spec) : current_(Make(spec)) {}
 
 std::vector<Declarations::Side>::iterator Declarations::SideOf(Rank rank) {
   if (!ranks_.contains(rank)) return sides_.end();
@@ -68,7 +66,7 @@ void Declarations::Declare(Rank rank, const LayerSpec& spec, bool returning) {
   if (before == sides_.end() || !says_so(*before)) {
     Quit(rank, /*keep=*/true);
     auto side = std::find_if(sides_.begin(), sides_.end(), says_so);
-    if (side == sides_.end()) side = sides_.insert(side, Side{Make(spec, ++made_), disputed, RankSet(), 0});
+    if (side == sides_.end()) side = sides_.insert(side, Side{Make(spec), disputed, RankSet(), 0});
     side->ranks.insert(rank);
     ++side->size;
     ranks_.insert(rank);
@@ -79,7 +77,7 @@ void Declarations::Declare(Rank rank, const LayerSpec& spec, bool returning) {
 
 void Declarations::Renew(Side& side, const LayerSpec& spec) {
   if (side.declaration->spec.momentum == spec.momentum) return;
-  DeclarationPtr renewed = Make(spec, side.declaration->ordinal);
+  DeclarationPtr renewed = Make(spec);
   if (current_ == side.declaration) current_ = renewed;
   side.declaration = std::move(renewed);
 }

@@ -70,7 +70,6 @@ class Declarations {
   std::deque<DeclarationPtr> past_;
   RankSet ranks_;  // Of all sides.
   DeclarationPtr current_;
-  uint64_t made_ = 0;
   bool agreed_ = false;  // Before, and be it under an earlier master.
 };
 

@@ -76,13 +76,15 @@ void OutcomeBudget::Release(Handle handle) {
 void Layer::Observe(const EndedRound& round) {
   const DeclarationPtr& declaration = round.declaration;
   if (running_of_ != nullptr && declaration->spec.channels != running_of_->spec.channels) {
-    // A round of an older declaration, which ends late, is nothing to the statistics of a newer size.
-    if (declaration->ordinal < running_of_->ordinal) return;
+    // Sequences tell which size is the newer one; declarations do not, since a worker that sends an old round again
+    // declares the old size again. An older round that ends late is nothing to the statistics of a newer size, and a
+    // batch without values begins none.
+    if (round.outcome->key.sequence < newest_forward_sequence_ || round.outcome->count == 0) return;
     running_ = RunningStatistics();
     newest_forward_.reset();
     newest_forward_sequence_ = 0;
   }
-  if (running_of_ == nullptr || declaration->ordinal >= running_of_->ordinal) running_of_ = declaration;
+  if (round.outcome->count != 0) running_of_ = declaration;
   running_.Update(declaration->spec, *round.outcome);
   if (newest_forward_sequence_ > round.outcome->key.sequence) return;
   newest_forward_ = round.outcome;
@@ -216,8 +218,10 @@ LayerView Layer::View() const {
   view.summary = Summary();
   const LayerSpec& spec = view.summary.spec;
   // Not those of a layer that all have since declared to be of another size.
+  if (auto batch = newest_forward_.lock(); batch != nullptr && batch->first.size() == spec.channels) {
+    view.batch = std::move(batch);
+  }
   if (running_of_ != nullptr && running_of_->spec.channels == spec.channels) {
-    view.batch = newest_forward_.lock();
     view.running.updates = running_.updates;
     view.running.mean = running_.mean;
     view.running.var = running_.var;

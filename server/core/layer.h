@@ -175,7 +175,7 @@ class Layer {
   std::weak_ptr<const RoundOutcome> newest_forward_;
   uint64_t newest_forward_sequence_ = 0;
   RunningStatistics running_;
-  DeclarationPtr running_of_;  // The newest declaration that they are of; null before the first round.
+  DeclarationPtr running_of_;  // The declaration of the newest round in them; null before the first.
   uint64_t completed_ = 0;
   uint64_t failed_ = 0;
 };

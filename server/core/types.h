@@ -76,10 +76,9 @@ struct LayerSpec {
   bool biased_running_variance = false;
 };
 
-// A spec that a member has declared. Immutable and shared by all that refer to it. `ordinal` counts those of a layer.
+// A spec that a member has declared. Immutable and shared by all that refer to it.
 struct Declaration {
   LayerSpec spec;
-  uint64_t ordinal = 0;
 };
 using DeclarationPtr = std::shared_ptr<const Declaration>;
 
