@@ -43,10 +43,11 @@ struct Item {
 
 struct Stream {
   size_t life = 0;
-  uint64_t master = 0;  // Which life of the master it leads to.
-  bool dead = false;    // Nothing reaches the worker any more,
-  bool drops = false;   // nor the master.
-  bool gone = false;    // The master has seen it close.
+  uint64_t master = 0;    // Which life of the master it leads to.
+  bool dead = false;      // Nothing reaches the worker any more,
+  bool drops = false;     // nor the master.
+  bool gone = false;      // The master has seen it close.
+  Micros late_until = 0;  // What was on its way when it broke reaches the master then.
   Micros last_to_master = 0;
   Micros last_to_worker = 0;
 };
@@ -297,6 +298,13 @@ void World::Handle(const Item& item) {
 void World::ToMaster(const Item& item) {
   const Stream& stream = StreamOf(item.id);
   if (master_ == nullptr || stream.master != masters_ || stream.gone || stream.drops) return;
+  if (now_ < stream.late_until) {
+    Item later = item;
+    later.at = stream.late_until;
+    later.order = ++pushed_;
+    queue_.push(std::move(later));
+    return;
+  }
   if (keep_log_) {
     std::string text = absl::StrCat("stream ", item.id, " (rank ", lives_[stream.life].worker.rank(), ") says");
     if (item.frame->join.has_value()) absl::StrAppend(&text, " join as ", item.frame->join->incarnation);
@@ -304,6 +312,7 @@ void World::ToMaster(const Item& item) {
       absl::StrAppend(&text, " ", part.key.layer, "/", part.key.sequence, "/", static_cast<int>(part.key.phase));
     }
     if (!item.frame->blocked_on.empty()) absl::StrAppend(&text, " blocked on ", item.frame->blocked_on.size());
+    if (!item.frame->layers.empty()) absl::StrAppend(&text, " declares ", item.frame->layers.front().channels);
     if (item.frame->leave) absl::StrAppend(&text, " leave");
     Log(text);
   }
@@ -382,6 +391,7 @@ void World::Break(StreamId id) {
   Log("stream ", id, " breaks");
   stream.dead = true;
   stream.drops = random_.Chance(0.5);
+  if (random_.Chance(0.5)) stream.late_until = now_ + random_.Between(0, 20'000);
   Schedule(now_ + (random_.Chance(0.3) ? random_.Between(0, 80'000) : Delay()), Kind::kMasterSeesClose, id);
   Push(now_ + Delay(), Kind::kWorkerSeesClose, id).reason = "BROKEN";
   Flush();
@@ -509,13 +519,14 @@ void World::Fault() {
 
 // Someone claims the seat of this life, and has another network.
 void World::Intrude(size_t index) {
-  auto frame = std::make_shared<Frame>(*lives_[index].worker.JoinFrame());
   // Where there is no group, or no run that it could belong to, its layers would be those that count.
   const bool group = std::any_of(lives_.begin(), lives_.end(), [this](const Life& life) {
     return life.joined && life.stream != 0 && StreamOf(life.stream).master == masters_;
   });
   const bool sets = !settings_.redeclared_at.has_value();
-  if (master_ == nullptr || !group || !sets || frame->join->incarnation == 0) return;
+  if (master_ == nullptr || !group || !sets) return;
+  auto frame = std::make_shared<Frame>(*lives_[index].worker.JoinFrame());
+  if (frame->join->incarnation == 0) return;
   frame->join->layers.push_back(testing::BatchNormLayer("z", 1));
   streams_.push_back(Stream{index, masters_});
   Log("stream ", streams_.size(), " claims rank ", lives_[index].worker.rank(), " with other layers");
