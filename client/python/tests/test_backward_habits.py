@@ -224,11 +224,13 @@ def test_gradients_of_parameters_alone_twice_differentiated(group):
 def test_under_anomaly_detection(group):
     def program(layer, x):
         x.requires_grad_()
-        with torch.autograd.detect_anomaly(check_nan=False) if torch.__version__ >= "2" else torch.autograd.detect_anomaly():
-            (g,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
-            return torch.autograd.grad(g.pow(2).sum(), x)
+        (g,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.pow(2).sum(), x)
 
-    compare(group, program)
+    # Around the threads, not within them: the switch is the whole process's, and each block sets back what it found.
+    with torch.autograd.detect_anomaly(check_nan=False) if torch.__version__ >= "2" else torch.autograd.detect_anomaly():
+        compare(group, program)
+    assert not torch.is_anomaly_enabled()
 
 
 def test_batched_backward_passes_say_what_to_do(group):
