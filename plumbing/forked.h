@@ -1,4 +1,4 @@
-// What a process may do that was forked from one with open workers or masters: nothing, and at once.
+// Refuses calls in a process that was forked from one with open workers or masters.
 //
 // gRPC's threads are not in a forked child, but their locks, queues and the kernel's objects that they share with the
 // parent are. A child that used gRPC would wait for ever, and could take the parent's events away from it.
@@ -29,8 +29,8 @@ class OpenHere {
   OpenHere(const OpenHere&) = delete;
   OpenHere& operator=(const OpenHere&) = delete;
 
-  // Whether this is another process than the one that made it, forked from it by fork(). Nothing of what it belongs to
-  // may be touched then, its locks included: another thread may have held them when the process was forked.
+  // Returns whether this is another process than the one that made it, forked from it by fork(). Nothing of what it
+  // belongs to may be touched then, its locks included: another thread may have held them when the process was forked.
   bool forked() const;
 
  private:

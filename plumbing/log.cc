@@ -35,7 +35,7 @@ State& TheState();
 void LockForFork() { TheState().mutex.lock(); }
 void UnlockInParent() { TheState().mutex.unlock(); }
 
-// Of the threads within the sink, only the one that forked is in the child.
+// A forked child has only one of the threads within the sink: the one that forked.
 void UnlockInChild() {
   State& state = TheState();
   if (state.sink != nullptr) state.sink->callers = t_depth;

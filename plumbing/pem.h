@@ -13,7 +13,7 @@ namespace syncbn {
 
 struct Certificates {
   std::string pem;  // The whole file: at least one certificate.
-  // Of the first one. The infinite past where the certificate tells no time.
+  // Expiry of the first certificate. The infinite past where the certificate tells no time.
   absl::Time not_before, not_after;
 };
 

@@ -16,7 +16,7 @@ namespace syncbn {
 struct Flags {
   MasterServer::Options server;
   LogLevel log_level = LogLevel::kInfo;
-  // What workers are given to drain at a signal.
+  // Time that workers are given to drain at a signal.
   absl::Duration exit_timeout = absl::Seconds(5);
   // Infinite: until a signal comes.
   absl::Duration max_lifetime = absl::InfiniteDuration();

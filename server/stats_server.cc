@@ -85,7 +85,7 @@ class DebuggingServices final : public grpc::ServerBuilderOption {
   const bool wanted_;
 };
 
-// What the flags' ranges say too, for programs that set the options themselves.
+// Checks the ranges that the flags check too, for programs that set the options themselves.
 absl::Status CheckLimits(const MasterServer::Options& options) {
   const core::Limits& limits = options.limits;
   for (const auto& [name, value] : {std::pair<const char*, uint64_t>{"max_workers", limits.max_workers},

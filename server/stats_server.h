@@ -19,7 +19,7 @@ namespace syncbn {
 // for all servers of a process or none: a process that wants it calls
 // grpc::channelz::experimental::InitChannelzService().
 //
-// What is worth telling a person goes to Log() of plumbing/log.h. Nothing of the process is changed: neither signals
+// Lines for people go to Log() of plumbing/log.h. Nothing of the process is changed: neither signals
 // nor limits. A child that the process forks holds neither the listening sockets nor the connections, and may destroy
 // the object, which does nothing there.
 //

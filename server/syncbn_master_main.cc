@@ -46,7 +46,7 @@ void RaiseDescriptorLimit() {
   }
 }
 
-// What ends the process, and SIGHUP.
+// The signals that end the process, and SIGHUP.
 sigset_t Signals() {
   sigset_t signals;
   sigemptyset(&signals);

@@ -23,7 +23,7 @@ void KeepLogLine(LogLevel level, absl::string_view text);
 // The oldest line, which is then no longer kept. A forked child begins with none.
 std::optional<LogLine> TakeLogLine();
 
-// Whether TakeLogLine would give one; takes no lock.
+// Returns whether TakeLogLine would give one; takes no lock.
 bool HasLogLine();
 
 }  // namespace syncbn

@@ -1,4 +1,4 @@
-// What a worker shows its master, and by what it knows it.
+// Credentials: what a worker shows its master, and what it recognizes the master by.
 
 #ifndef SYNCBN_CLIENT_CC_CREDENTIALS_H_
 #define SYNCBN_CLIENT_CC_CREDENTIALS_H_
@@ -17,7 +17,7 @@ namespace syncbn {
 // tell of an "empty address list".
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(const Worker::TlsOptions& tls);
 
-// Whether a connection failed because TLS found no agreement, from gRPC's text. Trying again meets the same.
+// Returns whether a connection failed because TLS found no agreement, from gRPC's text. Trying again meets the same.
 bool IsTlsRefusal(absl::string_view message);
 
 }  // namespace syncbn

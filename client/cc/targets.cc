@@ -16,7 +16,7 @@ absl::Status Malformed(absl::string_view target, absl::string_view why) {
   return absl::InvalidArgumentError(absl::StrCat("target \"", target, "\" ", why));
 }
 
-// Whether the target is one of gRPC's names in which no port stands, or not as HOST:PORT.
+// Returns whether the target is one of gRPC's names in which no port stands, or not as HOST:PORT.
 bool IsOtherName(absl::string_view target) {
   for (const absl::string_view scheme :
        {"unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:", "google-c2p:"}) {

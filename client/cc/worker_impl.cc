@@ -28,7 +28,7 @@ constexpr uint32_t kProtocolVersion = 1;
 constexpr size_t kPieceElements = size_t{1} << 20;
 // Frames up to here are read whatever they hold; longer ones only as far as what this worker waits for can fill them.
 constexpr size_t kOrdinaryFrameBytes = size_t{32} << 20;
-// What a round's outcome takes beyond its vectors: names, ranks, an error's text.
+// Bytes that a round's outcome takes beyond its vectors: names, ranks, an error's text.
 constexpr size_t kOutcomeBytes = size_t{64} << 10;
 // How many of them may be unanswered at a time: 32 MiB. By default masters keep 64 MiB for a worker to read, and the
 // newest 4 results, however large, for one that has to ask again.
@@ -46,7 +46,7 @@ constexpr absl::Duration kLongPause = absl::Seconds(1);
 // What an answer may take beyond the round's timeout.
 constexpr absl::Duration kLeastMargin = absl::Seconds(2);
 constexpr absl::Duration kMostMargin = absl::Seconds(5);
-// What a connection to one address may take; less where others may be tried instead.
+// Time that a connection to one address may take; less where others may be tried instead.
 constexpr absl::Duration kConnectTimeout = absl::Seconds(5);
 constexpr absl::Duration kConnectTimeoutOfSeveral = absl::Seconds(2);
 constexpr absl::string_view kRankTaken = "RANK_TAKEN";
@@ -108,7 +108,8 @@ std::vector<double> ToVector(const google::protobuf::RepeatedField<double>& fiel
   return std::vector<double>(field.begin(), field.end());
 }
 
-// Whether all are finite: 0 times a number that is not is not 0. Four sums, so that none waits for the one before.
+// Returns whether all are finite: 0 times a number that is not is not 0. Four sums, so that none waits for the one
+// before.
 bool AllFinite(const std::vector<double>& values) {
   double sums[4] = {};
   size_t i = 0;
@@ -125,7 +126,7 @@ bool AnyNegative(const std::vector<double>& values) {
   return negative != 0;
 }
 
-// What no merge of contributions gives, whatever they were.
+// Returns an error for statistics that no merge of contributions gives.
 absl::Status CheckMoments(const Piece& piece) {
   const RoundResult& result = piece.result;
   const bool finite = !piece.finite || (AllFinite(result.first) && AllFinite(result.second));

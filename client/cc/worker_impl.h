@@ -31,7 +31,7 @@
 
 namespace syncbn {
 
-// What this worker says a layer is, from one point on in the order of all that it begins.
+// A declaration of a layer by this worker, valid from one point on in the order of all that it begins.
 struct DeclaredLayer {
   LayerOptions options;
   uint64_t order = 0;
@@ -50,8 +50,8 @@ struct Piece {
   uint64_t order = 0;   // Of all that this worker has begun.
   size_t length = 0;    // Of the result's vectors; 0 if only the master knows.
   bool finite = false;  // The layer's policy refuses NaN and infinity.
-  // What the master must have been told last of the layer when this arrives. Null for a backward round, which belongs
-  // to its forward round.
+  // The declaration that the master must have been told last of the layer when this arrives. Null for a backward round,
+  // which belongs to its forward round.
   DeclaredLayerPtr declared;
   KnownLayer* layer = nullptr;
   bool sent = false;
@@ -117,11 +117,11 @@ class WorkerImpl : public std::enable_shared_from_this<WorkerImpl> {
   void Connect() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // After a stream that has ended, or could not be opened.
   void ConnectLater(absl::Status why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // What is known about a rank that another worker holds: a warning, once for each holder.
+  // Reports a rank that another worker holds: a warning, once for each holder.
   void NoteRankTaken(const absl::Status& why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // A warning for rounds of which the master says that they wait for long.
   void NoteLateRounds(const v1::MasterFrame& frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // What may be behind a connection that the other side has closed before it said a word; or nothing.
+  // Explains what may be behind a connection that the other side has closed before it said a word; or nothing.
   absl::string_view HintOf(const absl::Status& why) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Logs what there is to say, giving up the lock meanwhile.
   void SayNotices() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -278,7 +278,7 @@ class Coordinator::Impl {
     return x == 0 ? 1 : x;
   }
 
-  // Whether the effect is of the same kind as the newest, for the same streams, and has been added to it.
+  // Returns whether the effect is of the same kind as the newest, for the same streams, and has been added to it.
   static bool AddToLate(Effect& effect, Effects& joined) {
     auto* const late = std::get_if<SendLateRounds>(&effect);
     auto* const newest = joined.empty() ? nullptr : std::get_if<SendLateRounds>(&joined.back());

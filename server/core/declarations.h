@@ -1,4 +1,4 @@
-// What the members of a group say a layer is, and whether they agree.
+// The declarations of a layer by the members of a group, and whether they agree.
 
 #ifndef SYNCBN_SERVER_CORE_DECLARATIONS_H_
 #define SYNCBN_SERVER_CORE_DECLARATIONS_H_
@@ -37,21 +37,21 @@ class Declarations {
   void Declare(Rank rank, const LayerSpec& spec, bool returning);
   // A round of the layer has completed.
   void NoteAgreement() { agreed_ = true; }
-  // What the rank has said counts no more: it has left, or its successor speaks for it.
+  // Drops the rank's declaration: it has left, or its successor speaks for it.
   void Forget(Rank rank);
 
-  // What the rank says; null if it has said nothing.
+  // Returns the rank's declaration; null if it has made none.
   DeclarationPtr Of(Rank rank) const;
-  // What all last said alike.
+  // The declaration that all members last agreed on.
   const DeclarationPtr& current() const { return current_; }
-  // Whether a member says so, or one that stayed has said so not long ago.
+  // Returns whether a member declares this, or a member that stayed has declared it not long ago.
   bool Known(const LayerSpec& spec) const;
   const RankSet& ranks() const { return ranks_; }
   // The dispute, if there is one: LAYER_SPEC_MISMATCH, naming the deviating ranks and the differences.
   std::optional<Error> conflict() const;
 
  private:
-  // Those who say the same.
+  // Members that declare the same.
   struct Side {
     DeclarationPtr declaration;
     bool disputed = false;

@@ -178,7 +178,7 @@ std::optional<Error> Group::CheckLayerSet(const Join& join) const {
       added.push_back(spec.name);
       continue;
     }
-    // Who comes back may have declared it anew meanwhile.
+    // A member that comes back may have declared it anew meanwhile.
     const Declarations& declarations = layers_.at(spec.name)->declarations();
     if (join.incarnation != 0 || declarations.Known(spec)) continue;
     const std::string difference = Difference(spec, declarations.current()->spec);

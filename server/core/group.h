@@ -156,11 +156,12 @@ class Group {
   // Every round, in this turn and those that follow.
   void SettleAll(absl::Time now, Effects& effects);
   void SettleOn(absl::Time now, Effects& effects);
-  // Whether what may complete many rounds waits for readers that lag. Rounds that fail do not: errors are short.
+  // Returns whether events that may complete many rounds wait for readers that lag. Rounds that fail do not: errors are
+  // short.
   bool Held() const { return lagging_ != 0 && (proceeds() || (given_up_ == 0 && refused_.empty())); }
   bool proceeds() const { return config_.missing_policy == MissingPolicy::kProceed; }
   void BeginTurn() { turn_ = limits_.max_turn_bytes; }
-  // What looking through all ranks costs.
+  // The cost of a look at all ranks.
   size_t RanksCost() const { return 512 + sizeof(Rank) * world_size_; }
   void Spend(size_t bytes) { turn_ -= std::min(turn_, bytes); }
   // The round has waited for long: its contributors are told.
@@ -174,7 +175,7 @@ class Group {
   std::string StillDeclaring(PendingRounds::const_iterator round, const std::vector<Rank>& missing) const;
   // Those that have not contributed, of all that the round is for.
   std::vector<Rank> MissingRanks(const RoundKey& key, const PendingRound& round) const;
-  // Those of them that have not left.
+  // The missing ranks that have not left.
   std::vector<Rank> AwaitedRanks(const RoundKey& key, const PendingRound& round) const;
   // With fewer contributions than this, the round may not proceed.
   size_t LeastWorkers(const PendingRound& round) const;

@@ -112,10 +112,11 @@ class Layer {
   // The record of an ended round, or null.
   EndedRound* Find(Phase phase, uint64_t sequence);
   const EndedRound* Find(Phase phase, uint64_t sequence) const;
-  // Whether the key lies so far behind the newest completed one of its phase that it may have been forgotten. A
+  // Returns whether the key lies so far behind the newest completed one of its phase that it may have been forgotten. A
   // backward round that is awaited does not.
   bool Expired(Phase phase, uint64_t sequence) const;
-  // Whether the forward round was forgotten for its group's limit, though its backward round may have been awaited.
+  // Returns whether the forward round was forgotten for its group's limit, though its backward round may have been
+  // awaited.
   bool LostAwaited(uint64_t sequence) const;
   // For OutcomeBudget: the record goes.
   void Drop(Phase phase, uint64_t sequence);
@@ -143,7 +144,7 @@ class Layer {
     // Records below this were dropped for the group's limit; those that are there are still good.
     uint64_t floor = 0;
     std::optional<uint64_t> newest_completed;
-    // What decides how old others are: the newest that workers completed together. A number that one of them alone
+    // The newest sequence that workers completed together decides how old others are. A number that one of them alone
     // believes in, wrong or hostile, does not count, however great it is ...
     uint64_t newest = 0;
     // ... and such rounds are remembered by their number instead: the failed and the lonely, in the order of their

@@ -27,8 +27,8 @@ struct Limits {
   size_t max_rounds_in_frame = 65536;
   // A stream's first frame, in bytes: room for the longest join of max_layers layers. Later frames may be longer.
   size_t max_first_frame_bytes = size_t{4} << 20;
-  // What one event may bring forth at once, in bytes of results and of what they are made of; the rest comes in turns,
-  // so that others' events come in between.
+  // Work that one event may bring forth at once, in bytes of results and of what they are made of; the rest comes in
+  // turns, so that others' events come in between.
   size_t max_turn_bytes = size_t{8} << 20;
   // Contributions held for rounds of a group that have not ended, in bytes.
   size_t max_pending_bytes = size_t{1} << 30;
@@ -36,7 +36,7 @@ struct Limits {
   size_t max_name_bytes = 255;
   size_t max_description_bytes = 1024;
 
-  // What a master remembers of ended rounds: a replay finds its outcome up to this many sequences behind the layer's
+  // Memory of ended rounds: a replay finds its outcome up to this many sequences behind the layer's
   // newest ...
   uint64_t retained_rounds = 128;
   // Rounds that have failed do not make others old. As many are remembered for each layer and phase, the newest.

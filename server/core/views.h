@@ -27,7 +27,7 @@ struct GroupSummary {
   uint64_t rounds_failed = 0;
 };
 
-// What an answer shows of a list that may be long.
+// The part of a list, which may be long, that an answer shows.
 inline constexpr size_t kMostShownRounds = 100;
 inline constexpr size_t kMostShownKeys = 8;
 

@@ -21,13 +21,13 @@
 namespace syncbn::rpc {
 namespace {
 
-// Of one listener before the next has its turn.
+// Connections accepted from one listener before the next has its turn.
 constexpr int kMostAtOnce = 64;
 // Without a descriptor, and not even the spare one.
 constexpr absl::Duration kPause = absl::Milliseconds(50);
 // A listener that does not work is opened again this often, and the others are looked at.
 constexpr absl::Duration kRepairInterval = absl::Seconds(1);
-// What a peer may leave unacknowledged, as gRPC sets it on sockets that it accepts.
+// Time for which a peer may leave data unacknowledged, as gRPC sets it on sockets that it accepts.
 constexpr int kUserTimeoutMs = 20000;
 
 std::string PeerOf(int connection) {
@@ -167,7 +167,7 @@ void Acceptor::Take(int listener, int connection) {
 
 bool Acceptor::HasRoom() {
   if (connections_.size() < max_connections_) return true;
-  // Those that gRPC has closed meanwhile; their numbers may be other files now.
+  // Forget connections that gRPC has closed meanwhile; their numbers may be other files now.
   for (auto it = connections_.begin(); it != connections_.end();) {
     const auto entry = it++;
     if (SocketInode(entry->first) != entry->second) connections_.erase(entry);

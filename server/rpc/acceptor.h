@@ -46,7 +46,7 @@ class Acceptor {
   // Accepts what waits on one socket, within reason. False: the socket does not work.
   bool AcceptFrom(int descriptor);
   void Take(int listener, int connection);
-  // Whether there is room for one more.
+  // Returns whether there is room for one more.
   bool HasRoom();
   // The process is out of descriptors, or the system of memory.
   void Shed(int descriptor, int error);

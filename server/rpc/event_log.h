@@ -1,4 +1,4 @@
-// What a master's log tells of its groups.
+// The lines of a master's log about its groups.
 
 #ifndef SYNCBN_SERVER_RPC_EVENT_LOG_H_
 #define SYNCBN_SERVER_RPC_EVENT_LOG_H_

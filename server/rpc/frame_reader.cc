@@ -22,8 +22,8 @@ using google::protobuf::io::CodedInputStream;
 // The wire types of protobuf that a field of ours may have.
 enum WireType : uint32_t { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
 
-// What a message of ours may have, nested ones counted: enough for any that a worker has reason to send, with some more
-// that a later version might add.
+// Fields that a message of ours may have, nested ones counted: enough for any that a worker has reason to send, with
+// some more that a later version might add.
 constexpr size_t kMostUnknownFields = 1024;
 constexpr size_t kMostFields = 1024;         // Beside:
 constexpr size_t kFieldsOfEachMessage = 16;  // nested ones.

@@ -19,7 +19,7 @@
 
 namespace syncbn::rpc {
 
-// What one slice of a frame may hold. A contribution that is longer than `bytes` is a slice of its own.
+// Limits of one slice of a frame. A contribution that is longer than `bytes` is a slice of its own.
 struct SliceLimits {
   size_t contributions = 256;
   size_t bytes = size_t{1} << 20;
@@ -44,9 +44,9 @@ class FrameReader {
   // After Open. Its contributions are empty.
   const core::FrameReceived& head() const { return head_; }
   size_t contributions() const { return contributions_; }
-  // Whether Next was called.
+  // Returns whether Next was called.
   bool begun() const { return begun_; }
-  // Whether Next has read all contributions.
+  // Returns whether Next has read all contributions.
   bool done() const { return read_ == contributions_; }
 
   // Fills the event with the next contributions, and with what else is in the frame where it belongs: join and layers

@@ -14,14 +14,14 @@
 
 namespace syncbn::rpc {
 
-// What bind() takes.
+// The argument of bind().
 struct SocketAddress {
   sockaddr_storage storage = {};
   socklen_t length = 0;
 
   const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
   int family() const { return storage.ss_family; }
-  // Of TCP addresses.
+  // The port of a TCP address.
   uint16_t port() const;
   void set_port(uint16_t port);
   // Where this host alone reaches it.

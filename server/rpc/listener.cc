@@ -16,7 +16,7 @@
 namespace syncbn::rpc {
 namespace {
 
-// What the system allows at most; it takes the lesser of this and net.core.somaxconn.
+// The longest backlog that the system allows; it takes the lesser of this and net.core.somaxconn.
 constexpr int kBacklog = 4096;
 // A free port of one address may be taken on the next of the same name.
 constexpr int kPortAttempts = 16;

@@ -32,7 +32,7 @@ class Listener {
   // Non-blocking.
   const std::vector<int>& descriptors() const { return descriptors_; }
   const std::string& text() const { return address_.text; }
-  // What a client passes to reach it: the port where any was asked for.
+  // The target that a client passes to reach it: the port where any was asked for.
   std::string target() const;
   // 0 for unix sockets.
   int port() const { return port_; }

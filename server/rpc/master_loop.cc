@@ -35,7 +35,7 @@ namespace {
 
 // A worker that has promised silence is read from again after this long, should its promise not hold.
 constexpr absl::Duration kLongestSilence = absl::Milliseconds(20);
-// What a worker that lags, and makes its group wait for it, may take to read anything.
+// Time within which a worker that lags, and makes its group wait for it, must read something.
 constexpr absl::Duration kLagTimeout = absl::Seconds(5);
 // Results are put into one frame up to this size; a longer one has a frame of its own. It bounds what a worker must be
 // ready to receive, and lets a slow reader show that it reads.
@@ -372,7 +372,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     lanes_.erase(core::GroupId(lane->id));
   }
 
-  // Whether it lags has perhaps changed. Who sends faster than it reads, or than another of its group does, waits.
+  // The stream may lag now, or no longer. A worker that sends faster than it reads, or than another of its group does,
+  // waits.
   void NoteLag(Session& session) {
     if (session.lane == nullptr) return;
     const size_t bound = options_.max_unread_bytes / (session.lags ? 4 : 2);

@@ -14,7 +14,7 @@ std::string Day(absl::Time time) { return absl::FormatTime("%Y-%m-%d %H:%M:%S UT
 
 }  // namespace
 
-// What gRPC's own classes do not offer: credentials that ask at every handshake.
+// Credentials that gRPC's own classes do not offer: ones that ask at every handshake.
 class ServerTls::Credentials final : public grpc::ServerCredentials {
  public:
   explicit Credentials(std::shared_ptr<ServerTls> tls) : tls_(std::move(tls)) {

@@ -49,12 +49,12 @@ class WorkerStream {
 
   // Asks for the next frame, once for each frame. No-op on a stream that is closed.
   void ReadNext();
-  // What has been queued and not been written, in bytes.
+  // Bytes that have been queued and not been written.
   size_t unread_bytes() const { return unread_bytes_; }
   // Frames that have been written.
   uint64_t written() const { return written_; }
-  // Whether a frame of so many bytes may be sent. A worker that would leave more than max_unread_bytes unread is cut
-  // off instead, before the frame is built.
+  // Returns whether a frame of so many bytes may be sent. A worker that would leave more than max_unread_bytes unread
+  // is cut off instead, before the frame is built.
   bool Admits(size_t bytes);
   // Queues a frame that was admitted.
   void Send(const grpc::ByteBuffer& frame);

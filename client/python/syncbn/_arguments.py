@@ -9,7 +9,7 @@ import numpy as np
 
 from syncbn import errors
 
-# What the protocol allows; the master's own limits may be narrower, and it tells them itself.
+# Limits of the protocol; the master's own limits may be narrower, and it tells them itself.
 MOST_UINT32 = 2**32 - 1
 MOST_SEQUENCE = 2**64 - 2  # 2**64 - 1 asks the library to count.
 MOST_COUNT = 2**40

@@ -25,7 +25,7 @@ try:
 except ImportError:  # Before JAX 0.4.36.
     from jax.core import Primitive
 
-# What callbacks raised, oldest first, until `typed_errors` takes it.
+# Errors that callbacks raised, oldest first, until `typed_errors` takes it.
 _failures: Deque[BaseException] = collections.deque(maxlen=64)
 
 MAPPED = (

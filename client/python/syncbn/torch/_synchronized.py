@@ -139,7 +139,7 @@ class Synchronized(torch.nn.Module):
         if forward_pass is None:
             forward_pass = self._run_round(x, step, checkpoint.gradient_follows)
         checkpoint.record(self, forward_pass)
-        # Of a stream-ordered pass it is not known yet, only that it is at least 2: smaller batches are host-driven.
+        # The count of a stream-ordered pass is not known yet, but at least 2: smaller batches are host-driven.
         count = None if forward_pass.stream_ordered else forward_pass.count
         if count == 1:
             raise ValueError(

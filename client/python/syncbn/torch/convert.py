@@ -16,7 +16,7 @@ from syncbn.core import Worker
 from syncbn.torch import _naming, _subclasses, _synchronized, dimensions
 from syncbn.torch.modules import BatchNorm, LazyBatchNorm, LazySyncBatchNorm, SyncBatchNorm
 
-# What becomes of the classes whose forward is torch's own.
+# Targets of the classes whose forward is torch's own.
 _KINDS: Dict[Any, Any] = {
     **dimensions.SYNCHRONIZED,
     torch.nn.SyncBatchNorm: SyncBatchNorm,
@@ -25,7 +25,7 @@ _KINDS: Dict[Any, Any] = {
 }
 # Inference alone: they never normalize with a batch's statistics.
 _QUANTIZED = tuple(f"torch.{package}.quantized." for package in ("nn", "ao.nn", "nn.intrinsic", "ao.nn.intrinsic"))
-# What a synchronized layer has beyond what its own class gives it.
+# Attributes that a synchronized layer has beyond what its own class gives it.
 _OWN = ["worker", "layer", "eps_mode", "numeric", "biased_running_variance", "original_class"]
 _OWN += ["process_group", "_original_process_group"]
 

@@ -63,7 +63,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
     torch.nn.BatchNorm. A global batch without any value changes no state.
     """
 
-    # What becomes of a layer that was never anything else when a conversion is undone.
+    # The class of a layer that was never anything else, once a conversion is undone.
     reverts_to: Any = BatchNorm
 
     def __init__(
