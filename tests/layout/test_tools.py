@@ -10,7 +10,7 @@ from typing import Dict, List
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# What can fetch something. Stand-ins for them come first on the path, and note that they were called.
+# Programs that can fetch something. Stand-ins for them come first on the path, and note that they were called.
 FETCHERS = ["apt-get", "curl", "go", "pip", "pip3", "sudo", "wget"]
 
 

@@ -106,7 +106,7 @@ def test_two_workers_train_as_one(group, name, tolerance, options):
     largest = max(float(parameter.grad.abs().max()) for parameter in whole.parameters())
     for key, parameter in whole.named_parameters():
         gradients = [dict(model.named_parameters())[key].grad for model in models]
-        # That of a bias before a linear layer and another normalization is zero but for rounding.
+        # The gradient of a bias before a linear layer and another normalization is zero but for rounding.
         errors[f"gradient of {key}"] = relative(sum(gradients), parameter.grad, 1e-3 * largest)
     buffers = dict(whole.named_buffers())
     for key, buffer in buffers.items():

@@ -8,7 +8,7 @@ from typing import List, Optional, Tuple
 SYNCHRONIZE = "/syncbn.v1.StatisticsService/Synchronize"
 GET_GROUP = "/syncbn.v1.InspectionService/GetGroup"
 
-# Of protobuf's enums.
+# Values of protobuf's enums.
 FORWARD, REQUIRED, NO_BACKWARD, BATCH_NORM = 1, 1, 3, 1
 
 

@@ -315,7 +315,7 @@ TEST(LateRoundTest, AMasterThatWaitsSaysForWhom) {
 
 // ---- Numbers and sizes
 
-// What becomes of a forward round of two channels that the master answers with these.
+// Returns the outcome of a forward round of two channels that the master answers with these.
 absl::StatusOr<RoundResult> Forward(NumericPolicy policy, int64_t count, double mean, double var) {
   FakeMaster master([&](FakeStream* stream) {
     v1::WorkerFrame frame;

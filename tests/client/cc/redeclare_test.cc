@@ -23,7 +23,7 @@ class RedeclareTest : public ::testing::TestWithParam<uint32_t> {
   }
   uint32_t world_size() const { return GetParam(); }
 
-  // Of the values rank + 1 in each of `channels` channels, once.
+  // Contributes the moments of the value rank + 1 in each of `channels` channels, once.
   Round StartForward(Worker& worker, uint32_t channels) {
     const std::vector<double> mean(channels, worker.rank() + 1.0), m2(channels, 0.0);
     auto round = worker.StartForward("1", Worker::kNextSequence, 1, mean, m2, BackwardRole::kRequired);
@@ -127,7 +127,7 @@ TEST_P(RedeclareTest, EpsMayChangeAfterAStep) {
 INSTANTIATE_TEST_SUITE_P(Workers, RedeclareTest, ::testing::Values(1, 2, 5),
                          [](const auto& info) { return std::to_string(info.param); });
 
-// What is under way when the master goes away is declared as it was, and contributed, before what has been declared
+// Rounds under way when the master goes away are declared as they were, and contributed, before what has been declared
 // since.
 TEST(RedeclareReconnectTest, RoundsOfBothDeclarationsFormAgain) {
   auto master = StartMaster();
