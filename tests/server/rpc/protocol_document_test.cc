@@ -1,4 +1,4 @@
-// The bytes that PROTOCOL.md shows are those that go over the wire.
+// PROTOCOL.md against a master: the bytes that it shows, and statements that no other test covers.
 
 #include <fstream>
 #include <memory>
@@ -60,6 +60,26 @@ TEST(ProtocolDocumentTest, ItsFramesAreWhatTheMessagesSerializeTo) {
     ASSERT_TRUE(frame.ParseFromString(BytesOf(name))) << name;
     EXPECT_EQ(frame.SerializeAsString(), BytesOf(name)) << name;
   }
+}
+
+// Section 1: "A half-close is not a leave: once the call has ended, the worker is lost."
+TEST(ProtocolDocumentTest, AHalfCloseIsALoss) {
+  MasterServer::Options options;
+  options.addresses = {"127.0.0.1:0"};
+  const auto server = MasterServer::Start(options);
+  ASSERT_TRUE(server.ok()) << server.status();
+  RawStream stays(Connect((*server)->target())), goes(Connect((*server)->target()));
+  ASSERT_TRUE(stays.Write(JoinFrame("", 0, 2)));
+  ASSERT_TRUE(stays.Read()->has_joined());
+  ASSERT_TRUE(goes.Write(JoinFrame("", 1, 2)));
+  ASSERT_TRUE(goes.Read()->has_joined());
+  ASSERT_EQ(stays.Read()->membership().present_ranks_size(), 2);
+  ASSERT_TRUE(goes.WritesDone());
+  EXPECT_TRUE(goes.Finish().ok());
+  const auto told = stays.Read();
+  ASSERT_TRUE(told.has_value());
+  EXPECT_EQ(told->membership().present_ranks_size(), 1);
+  EXPECT_EQ(told->membership().left_ranks_size(), 0);
 }
 
 }  // namespace
