@@ -14,8 +14,9 @@
 #include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
+#include "plumbing/channel_arguments.h"
 #include "plumbing/forked.h"
-#include "plumbing/log.h"
+#include "plumbing/grpc_process.h"
 #include "server/rpc/acceptor.h"
 #include "server/rpc/listen_address.h"
 #include "server/rpc/listener.h"
@@ -66,12 +67,12 @@ size_t DefaultMaxConnections() {
   return std::max<size_t>(descriptors - std::min<size_t>(descriptors / 4, 128), 1);
 }
 
-// Reflection and channelz register themselves with every server of the process. They are taken out where they are not
-// wanted.
-class DebuggingServices final : public grpc::ServerBuilderOption {
+// Sets the common channel arguments. Removes reflection and channelz, which register themselves with every server of
+// the process, where they are not wanted.
+class ServerOptions final : public grpc::ServerBuilderOption {
  public:
-  explicit DebuggingServices(bool wanted) : wanted_(wanted) {}
-  void UpdateArguments(grpc::ChannelArguments*) override {}
+  explicit ServerOptions(bool wanted) : wanted_(wanted) {}
+  void UpdateArguments(grpc::ChannelArguments* arguments) override { SetTransportArguments(arguments); }
   void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
     const std::string reflection = grpc::reflection::ProtoServerReflectionPlugin().name();
     const auto ours = [&reflection](const auto& plugin) {
@@ -114,13 +115,8 @@ void Tune(grpc::ServerBuilder* builder, const MasterServer::Options& options) {
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
                               static_cast<int>(std::min(options.limits.max_workers, kMostStreams) + 64));
   builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 5000);
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30000);
-  builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
-  // Larger reads, fewer of them.
-  builder->AddChannelArgument("grpc.experimental.tcp_read_chunk_size", 131072);
-  builder->AddChannelArgument("grpc.experimental.tcp_min_read_chunk_size", 131072);
   // Reflection, channelz and the answer to unknown methods are gRPC's own synchronous services: one thread waits for
   // their calls, and each call has a thread. Beyond that many a call is refused.
   constexpr int kMaxThreads = 4;
@@ -142,7 +138,6 @@ class MasterServer::Impl {
   absl::Status Start(const Options& options, const std::vector<rpc::ListenAddress>& addresses,
                      std::shared_ptr<rpc::ServerTls> tls) {
     static const bool plugins = [] {
-      absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
       grpc::reflection::InitProtoReflectionServerBuilderPlugin();
       return true;
     }();
@@ -158,7 +153,7 @@ class MasterServer::Impl {
     }
     grpc::ServerBuilder builder;
     Tune(&builder, options);
-    builder.SetOption(std::make_unique<DebuggingServices>(options.reflection.value_or(IsLocal(addresses))));
+    builder.SetOption(std::make_unique<ServerOptions>(options.reflection.value_or(IsLocal(addresses))));
     auto sink = builder.experimental().AddExternalConnectionAcceptor(
         grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
         tls_ == nullptr ? grpc::InsecureServerCredentials() : tls_->MakeCredentials());
@@ -216,7 +211,7 @@ class MasterServer::Impl {
 
 absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options options) {
   if (absl::Status status = CheckNotForked(); !status.ok()) return status;
-  RouteGrpcLog();
+  PrepareGrpc();
   if (absl::Status status = CheckLimits(options); !status.ok()) return status;
   const auto addresses = ParseAddresses(options);
   if (!addresses.ok()) return addresses.status();

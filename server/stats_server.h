@@ -19,9 +19,9 @@ namespace syncbn {
 // for all servers of a process or none: a process that wants it calls
 // grpc::channelz::experimental::InitChannelzService().
 //
-// Lines for people go to Log() of plumbing/log.h. Nothing of the process is changed: neither signals
-// nor limits. A child that the process forks holds neither the listening sockets nor the connections, and may destroy
-// the object, which does nothing there.
+// Lines for people go to Log() of plumbing/log.h. The process keeps its signals and limits; gRPC and Abseil are
+// prepared as for a worker (Worker::Join). A child that the process forks holds neither the listening sockets nor the
+// connections, and may destroy the object, which does nothing there.
 //
 //   MasterServer::Options options;
 //   options.addresses = {"127.0.0.1:0"};

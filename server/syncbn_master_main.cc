@@ -11,13 +11,13 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "grpcpp/ext/channelz_service_plugin.h"
+#include "plumbing/grpc_process.h"
 #include "plumbing/log.h"
 #include "server/flags.h"
 #include "server/log/process_log.h"
@@ -106,10 +106,7 @@ std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& fl
   return text;
 }
 
-void TuneProcess() {
-  // Reads into buffers that hold many frames. With those of 8 KB, which gRPC would choose, every other frame of 256
-  // channels arrives in two buffers, and then the first of them sends a window update. There is no other way to say so.
-  setenv("GRPC_EXPERIMENTS", "-tcp_read_chunks", /*overwrite=*/0);
+void TuneAllocator() {
   // A frame of many layers is half a megabyte, and comes from every worker at once. From the heap they would leave
   // holes that outlive them; mapped, they go back. Setting the threshold keeps it from growing by itself. The buffers
   // that are read into stay below it, and a few of them at the heap's end stay there: a page that is given back costs
@@ -122,7 +119,8 @@ void TuneProcess() {
 
 int main(int argc, char** argv) {
   OpenStandardDescriptors();
-  TuneProcess();
+  syncbn::PrepareGrpc();  // Before any thread exists.
+  TuneAllocator();
   // Before any thread exists, so that none of them takes the signals.
   const sigset_t signals = Signals();
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);

@@ -5,31 +5,20 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
-#include <filesystem>
-#include <iterator>
-#include <system_error>
 
-#include "absl/base/call_once.h"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "client/cc/credentials.h"
 #include "grpcpp/create_channel.h"
 #include "grpcpp/security/credentials.h"
+#include "plumbing/channel_arguments.h"
 #include "plumbing/channel_sockets.h"
-#include "plumbing/log.h"
+#include "plumbing/grpc_process.h"
 
 namespace syncbn {
 namespace {
 
 // Twice what a master keeps for a worker to read by default.
 constexpr int kMostFrameBytes = 128 << 20;
-
-bool HasOneThread() {
-  std::error_code error;
-  std::filesystem::directory_iterator tasks("/proc/self/task", error);
-  return !error && std::distance(begin(tasks), end(tasks)) == 1;
-}
 
 // gRPC ends the process if it cannot open what it needs for a first connection.
 absl::Status CheckDescriptors() {
@@ -47,22 +36,10 @@ absl::Status CheckDescriptors() {
                                                    " (limit ", limit.rlim_cur, ", see ulimit -n)"));
 }
 
-// What cannot be said by a channel's arguments.
-void TuneProcess() {
-  RouteGrpcLog();
-  // Debian's Abseil looks for locks taken in an order that could block, in each of the many that gRPC takes: a sixth of
-  // a worker's instructions. Elsewhere it does so in debugging builds alone.
-  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
-  // Reads into buffers that hold many frames: one that arrives in two buffers sends a window update of its own. gRPC
-  // looks for this in the environment, once; only a process of one thread may change that.
-  if (HasOneThread()) setenv("GRPC_EXPERIMENTS", "-tcp_read_chunks", /*overwrite=*/0);
-}
-
 }  // namespace
 
 absl::StatusOr<ChannelMaker> ChannelMaker::Make(const Worker::TlsOptions& tls) {
-  static absl::once_flag once;
-  absl::call_once(once, TuneProcess);
+  PrepareGrpc();
   if (absl::Status status = CheckDescriptors(); !status.ok()) return status;
   auto credentials = MakeCredentials(tls);
   if (!credentials.ok()) return credentials.status();
@@ -79,10 +56,7 @@ std::shared_ptr<grpc::Channel> ChannelMaker::Open(const std::string& target, abs
   // Named for the backoff, it is the time that a connection may take.
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, static_cast<int>(absl::ToInt64Milliseconds(connect_timeout)));
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 30000);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000);
-  arguments.SetInt("grpc.experimental.tcp_read_chunk_size", 131072);
-  arguments.SetInt("grpc.experimental.tcp_min_read_chunk_size", 131072);
+  SetTransportArguments(&arguments);
   GiveUpSocketsInForkedChildren(&arguments);
   return grpc::CreateCustomChannel(target, credentials_, arguments);
 }

@@ -1,4 +1,4 @@
-// Credentials: what a worker shows its master, and what it recognizes the master by.
+// The certificates that a worker shows its master, and by which it recognizes the master.
 
 #ifndef SYNCBN_CLIENT_CC_CREDENTIALS_H_
 #define SYNCBN_CLIENT_CC_CREDENTIALS_H_
@@ -12,12 +12,10 @@
 
 namespace syncbn {
 
-// INVALID_ARGUMENT, naming the file, for one that cannot be read or does not hold what it should, for a certificate
-// without its key, and for a key that belongs to another certificate: gRPC would find that out at each connection, and
-// tell of an "empty address list".
+// Returns credentials without TLS if no file is given. Errors: those of ReadTls.
 absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(const Worker::TlsOptions& tls);
 
-// Returns whether a connection failed because TLS found no agreement, from gRPC's text. Trying again meets the same.
+// Returns whether a connection failed because TLS found no agreement, by gRPC's text. Trying again would not help.
 bool IsTlsRefusal(absl::string_view message);
 
 }  // namespace syncbn

@@ -17,16 +17,12 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "vocabulary/enums.h"
 
 namespace syncbn {
 
 class RoundImpl;
 class WorkerImpl;
-
-enum class LayerKind { kBatchNorm = 1, kSum = 2 };
-enum class NumericPolicy { kRefuse = 1, kPropagate = 2 };
-enum class BackwardRole { kRequired = 1, kIfRequired = 2, kNone = 3 };
-enum class MissingPolicy { kFail = 1, kProceed = 2 };
 
 // A layer as the workers must agree upon it; see LayerSpec in proto/syncbn/v1/statistics.proto.
 struct LayerOptions {

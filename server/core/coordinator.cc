@@ -10,11 +10,11 @@
 #include "server/core/error.h"
 #include "server/core/group.h"
 #include "server/core/layer.h"
+#include "vocabulary/protocol_version.h"
 
 namespace syncbn::core {
 namespace {
 
-constexpr uint32_t kProtocolVersion = 1;
 // Masters count incarnations from 0, or from a time in microseconds, and do not come near it.
 constexpr uint64_t kGreatestIncarnation = uint64_t{1} << 62;
 

@@ -13,10 +13,6 @@ namespace {
 // Declarations that no member makes any more, and that a slower member may still make for the first time.
 constexpr size_t kPast = 16;
 
-const char* Name(LayerKind kind) { return kind == LayerKind::kSum ? "SUM" : "BATCH_NORM"; }
-const char* Name(EpsMode mode) { return mode == EpsMode::kClamp ? "CLAMP" : "ADD"; }
-const char* Name(NumericPolicy policy) { return policy == NumericPolicy::kPropagate ? "PROPAGATE" : "REFUSE"; }
-
 DeclarationPtr Make(const LayerSpec& spec) { return std::make_shared<const Declaration>(Declaration{spec}); }
 
 }  // namespace

@@ -12,8 +12,6 @@ Error Malformed(std::string message) {
   return MakeError(absl::StatusCode::kInvalidArgument, kMalformedFrame, std::move(message));
 }
 
-const char* Name(MissingPolicy policy) { return policy == MissingPolicy::kProceed ? "PROCEED" : "FAIL"; }
-
 // At most `kShown` names, quoted.
 std::string NameList(const std::vector<std::string>& names) {
   constexpr size_t kShown = 5;

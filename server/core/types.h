@@ -16,19 +16,21 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "vocabulary/enums.h"
 
 namespace syncbn::core {
+
+using syncbn::BackwardRole;
+using syncbn::EpsMode;
+using syncbn::LayerKind;
+using syncbn::MissingPolicy;
+using syncbn::NumericPolicy;
+using syncbn::Phase;
 
 using Rank = uint32_t;
 // One worker's stream, for as long as it is open. The transport numbers streams and never uses a number twice.
 using StreamId = uint64_t;
 
-enum class Phase : uint8_t { kForward = 1, kBackward = 2, kSum = 3 };
-enum class MissingPolicy : uint8_t { kFail = 1, kProceed = 2 };
-enum class LayerKind : uint8_t { kBatchNorm = 1, kSum = 2 };
-enum class EpsMode : uint8_t { kAdd = 1, kClamp = 2 };
-enum class NumericPolicy : uint8_t { kRefuse = 1, kPropagate = 2 };
-enum class BackwardRole : uint8_t { kRequired = 1, kIfRequired = 2, kNone = 3 };
 enum class MemberState : uint8_t { kAbsent = 1, kPresent = 2, kLost = 3, kLeft = 4 };
 
 struct RoundKey {

@@ -17,8 +17,8 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/time/time.h"
 #include "grpcpp/server_builder.h"
+#include "plumbing/clock.h"
 #include "server/log/throttle.h"
-#include "server/rpc/clock.h"
 #include "server/rpc/listener.h"
 
 namespace syncbn::rpc {

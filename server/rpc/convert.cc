@@ -3,13 +3,15 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "google/protobuf/duration.pb.h"
-#include "google/protobuf/timestamp.pb.h"
+#include "plumbing/duration.h"
 #include "server/core/error.h"
 #include "server/rpc/status.h"
 
 namespace syncbn::rpc {
 namespace {
+
+using syncbn::FromProto;
+using syncbn::ToProto;
 
 core::Error Malformed(std::string message) {
   return core::MakeError(absl::StatusCode::kInvalidArgument, core::kMalformedFrame, std::move(message));
@@ -25,21 +27,6 @@ void Assign(const std::vector<double>& values, google::protobuf::RepeatedField<d
 
 void Assign(const std::vector<core::Rank>& values, google::protobuf::RepeatedField<uint32_t>* field) {
   field->Add(values.begin(), values.end());
-}
-
-absl::Duration FromProto(const google::protobuf::Duration& duration) {
-  return absl::Seconds(duration.seconds()) + absl::Nanoseconds(duration.nanos());
-}
-
-void ToProto(absl::Duration duration, google::protobuf::Duration* message) {
-  message->set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
-  message->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration)));
-}
-
-void ToProto(absl::Time time, google::protobuf::Timestamp* message) {
-  const int64_t seconds = absl::ToUnixSeconds(time);
-  message->set_seconds(seconds);
-  message->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(time - absl::FromUnixSeconds(seconds))));
 }
 
 // An enum of the wire whose 0 stands for `fallback`; values beyond `last` are not known.

@@ -16,13 +16,12 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/hash/hash.h"
 #include "absl/strings/str_cat.h"
-#include "google/protobuf/arena.h"
-#include "grpc/slice.h"
 #include "grpcpp/alarm.h"
+#include "plumbing/clock.h"
+#include "plumbing/messages.h"
 #include "server/core/coordinator.h"
 #include "server/core/error.h"
 #include "server/rpc/call.h"
-#include "server/rpc/clock.h"
 #include "server/rpc/convert.h"
 #include "server/rpc/event_log.h"
 #include "server/rpc/frame_reader.h"
@@ -48,16 +47,6 @@ constexpr int kQuietPolls = 8;
 constexpr absl::Duration kLongestBacklogPause = absl::Milliseconds(10);
 // What a closed stream's last frames and status may take to be read.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
-
-// A frame of few channels needs nothing from the heap.
-constexpr size_t kArenaBlockBytes = 4096;
-
-grpc::ByteBuffer Serialize(const v1::MasterFrame& frame) {
-  const size_t bytes = frame.ByteSizeLong();
-  const grpc::Slice slice(grpc_slice_malloc(bytes), grpc::Slice::STEAL_REF);
-  frame.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
-  return grpc::ByteBuffer(&slice, 1);
-}
 
 size_t ResultBytes(const core::RoundOutcome& outcome) {
   const size_t error = outcome.error.has_value() ? outcome.error->message.size() : 0;
@@ -107,7 +96,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     void* tag = nullptr;
     bool ok = false;
     while (true) {
-      const auto event = queue_->AsyncNext(&tag, &ok, clock_.Deadline(turns_.empty() ? NextWakeUp() : now_));
+      const auto event = queue_->AsyncNext(&tag, &ok, clock_.QueueDeadline(turns_.empty() ? NextWakeUp() : now_));
       if (event == grpc::CompletionQueue::SHUTDOWN) return;
       now_ = clock_.Now();
       if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
@@ -304,11 +293,10 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     if (session.lane != nullptr && session.lane->lagging != 0 && !joins) {
       return session.lane->waiting.push_back(stream->id());
     }
-    alignas(8) char block[kArenaBlockBytes];
-    google::protobuf::Arena arena(block, sizeof(block));
+    FrameArena arena;
     core::FrameReceived event;
     event.stream = stream->id();
-    if (auto error = session.frame->Next(session.slice, &arena, &event)) return Refuse(stream, *error);
+    if (auto error = session.frame->Next(session.slice, arena.get(), &event)) return Refuse(stream, *error);
     for (const core::Contribution& contribution : event.contributions) {
       session.unanswered.insert(Fingerprint(contribution.key));
     }
@@ -417,9 +405,8 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
 
   void Apply(const core::SendResults& results) {
     for (size_t begin = 0; begin < results.outcomes.size();) {
-      alignas(8) char block[kArenaBlockBytes];
-      google::protobuf::Arena arena(block, sizeof(block));
-      auto* const frame = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
+      FrameArena arena;
+      auto* const frame = arena.Create<v1::MasterFrame>();
       std::vector<size_t> answered;
       size_t bytes = 0;
       size_t end = begin;
@@ -488,7 +475,7 @@ class MasterLoop::Impl final : public WorkerStream::Handler, public Watcher::Han
     for (const core::StreamId id : streams) {
       WorkerStream* const stream = Find(id);
       if (stream == nullptr || !stream->Admits(size)) continue;
-      if (!bytes.has_value()) bytes = Serialize(frame);
+      if (!bytes.has_value()) bytes = SerializeToBuffer(frame);
       stream->Send(*bytes);
     }
     for (const core::StreamId id : streams) {

@@ -1,20 +1,13 @@
 #include "server/rpc/server_tls.h"
 
+#include <string>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "grpc/grpc.h"
-#include "plumbing/pem.h"
 
 namespace syncbn::rpc {
-namespace {
 
-std::string Day(absl::Time time) { return absl::FormatTime("%Y-%m-%d %H:%M:%S UTC", time, absl::UTCTimeZone()); }
-
-}  // namespace
-
-// Credentials that gRPC's own classes do not offer: ones that ask at every handshake.
+// Credentials that fetch the certificates at every handshake, which gRPC's own classes do not offer.
 class ServerTls::Credentials final : public grpc::ServerCredentials {
  public:
   explicit Credentials(std::shared_ptr<ServerTls> tls) : tls_(std::move(tls)) {
@@ -40,10 +33,10 @@ class ServerTls::Credentials final : public grpc::ServerCredentials {
   grpc_ssl_certificate_config_reload_status Fetch(grpc_ssl_server_certificate_config** config) {
     const absl::MutexLock lock(&tls_->mutex_);
     if (fetched_ == tls_->version_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
-    const Pem& pem = tls_->pem_;
-    const grpc_ssl_pem_key_cert_pair pair = {pem.key.c_str(), pem.certificate.c_str()};
-    // gRPC 1.51 insists on roots, though it looks at them only where clients are asked for a certificate.
-    const std::string& roots = pem.trusted_ca.empty() ? pem.certificate : pem.trusted_ca;
+    const TlsMaterial& material = tls_->material_;
+    const grpc_ssl_pem_key_cert_pair pair = {material.key.c_str(), material.certificate.c_str()};
+    // gRPC 1.51 demands roots, though it reads them only if clients are asked for a certificate.
+    const std::string& roots = material.trusted_ca.empty() ? material.certificate : material.trusted_ca;
     *config = grpc_ssl_server_certificate_config_create(roots.c_str(), &pair, 1);
     fetched_ = tls_->version_;
     return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
@@ -65,36 +58,17 @@ std::shared_ptr<grpc::ServerCredentials> ServerTls::MakeCredentials() {
 }
 
 absl::Status ServerTls::Reload() {
-  auto pem = Read(files_);
-  if (!pem.ok()) return pem.status();
+  auto material = ReadTls(files_);
+  if (!material.ok()) return material.status();
   const absl::MutexLock lock(&mutex_);
-  pem_ = *std::move(pem);
+  material_ = *std::move(material);
   ++version_;
   return absl::OkStatus();
 }
 
 absl::Time ServerTls::expiry() const {
   const absl::MutexLock lock(&mutex_);
-  return pem_.expiry;
-}
-
-absl::StatusOr<ServerTls::Pem> ServerTls::Read(const TlsFiles& files) {
-  auto identity = ReadIdentity(files.cert_file, files.key_file);
-  if (!identity.ok()) return identity.status();
-  const absl::Time now = absl::Now();
-  const Certificates& certificate = identity->certificate;
-  const bool expired = certificate.not_after <= now;
-  if (expired || certificate.not_before > now) {
-    return absl::InvalidArgumentError(absl::StrCat("the certificate \"", files.cert_file, "\" ",
-                                                   expired ? "expired on " : "is not valid before ",
-                                                   Day(expired ? certificate.not_after : certificate.not_before)));
-  }
-  Pem pem = {certificate.pem, std::move(identity->key), "", certificate.not_after};
-  if (files.trusted_ca_file.empty()) return pem;
-  auto trusted = ReadCertificates("trusted CA", files.trusted_ca_file);
-  if (!trusted.ok()) return trusted.status();
-  pem.trusted_ca = std::move(trusted->pem);
-  return pem;
+  return material_.expiry;
 }
 
 }  // namespace syncbn::rpc

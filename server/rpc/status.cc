@@ -9,18 +9,6 @@
 namespace syncbn::rpc {
 namespace {
 
-const char* Name(core::Phase phase) {
-  switch (phase) {
-    case core::Phase::kForward:
-      return "FORWARD";
-    case core::Phase::kBackward:
-      return "BACKWARD";
-    case core::Phase::kSum:
-      return "SUM";
-  }
-  return "";
-}
-
 google::rpc::ErrorInfo InfoOf(const core::Error& error) {
   google::rpc::ErrorInfo info;
   info.set_reason(error.reason);

@@ -1,7 +1,7 @@
-// The time that a master's loop lives by.
+// Monotonic time, and its conversion to the deadlines of gRPC's completion queues.
 
-#ifndef SYNCBN_SERVER_RPC_CLOCK_H_
-#define SYNCBN_SERVER_RPC_CLOCK_H_
+#ifndef SYNCBN_PLUMBING_CLOCK_H_
+#define SYNCBN_PLUMBING_CLOCK_H_
 
 #include <chrono>
 
@@ -9,16 +9,18 @@
 #include "absl/time/time.h"
 #include "grpc/support/time.h"
 
-namespace syncbn::rpc {
+namespace syncbn {
 
-// The wall clock's time when it is made, and from then on what the monotonic clock has counted: a deadline comes when
-// it is due, though someone sets the wall clock meanwhile.
+// Starts at the wall clock's time and then advances with the monotonic clock, so that changes of the system time do not
+// move deadlines. Times of two clocks are not comparable.
+//
+// Thread safety: any thread may call any method.
 class Clock {
  public:
   absl::Time Now() const { return wall_ + absl::FromChrono(std::chrono::steady_clock::now() - steady_); }
 
-  // `time` as a completion queue takes it.
-  gpr_timespec Deadline(absl::Time time) const {
+  // Returns `time`, which is one of this clock's, as a completion queue or an alarm takes it.
+  gpr_timespec QueueDeadline(absl::Time time) const {
     if (time == absl::InfiniteFuture()) return gpr_inf_future(GPR_CLOCK_MONOTONIC);
     return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
                         gpr_time_from_nanos(absl::ToInt64Nanoseconds(time - Now()), GPR_TIMESPAN));
@@ -29,6 +31,6 @@ class Clock {
   const std::chrono::steady_clock::time_point steady_ = std::chrono::steady_clock::now();
 };
 
-}  // namespace syncbn::rpc
+}  // namespace syncbn
 
-#endif  // SYNCBN_SERVER_RPC_CLOCK_H_
+#endif  // SYNCBN_PLUMBING_CLOCK_H_
