@@ -1,4 +1,4 @@
-"""How benchmarks report: Markdown tables that say where they come from, kept between markers in a file."""
+"""Reports of benchmarks: Markdown tables with their origin, kept between markers in a file."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
-    # The report itself is not part of what was measured.
+    # The report itself was not measured.
     changed = git("status", "--porcelain", "--", ".", ":(exclude)tests/benchmarks/README.md")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
 

@@ -64,7 +64,7 @@ class WorkerProcess:
 
 
 def grpcurl(target: str, *arguments: str, data: Any = None) -> str:
-    """What grpcurl prints. Fails the test if grpcurl does."""
+    """Returns the output of grpcurl. Fails the test if grpcurl fails."""
     command = [GRPCURL, "-plaintext", *(["-d", json.dumps(data)] if data is not None else []), target, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

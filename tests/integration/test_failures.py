@@ -1,4 +1,4 @@
-"""Workers and masters that die or stall, as processes: the others are told, and nobody hangs."""
+"""Workers and masters that die or stall, as processes: the others get an error, and nobody hangs."""
 
 import os
 import random

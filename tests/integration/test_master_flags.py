@@ -28,7 +28,7 @@ FLAGS = [
     "log-level",
     "config-file",
 ]
-# A flag, values that it refuses, and what the message names beside them.
+# A flag, values that it refuses, and the allowed values in the message.
 BAD_VALUES = [
     *[
         (flag, ["0", "-1", "", "many", "1.5", "1e3", "99999999999999999999", " "], "a whole number in 1 .. ")

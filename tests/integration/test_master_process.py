@@ -22,7 +22,7 @@ from processes import MASTER, PATIENCE, Master, grpcurl
 
 
 class LimitedMaster(Master):
-    """With limits of its own, and its stderr wherever it is wanted."""
+    """A master with limits of its own, whose stderr goes to the given file."""
 
     def __init__(
         self,
@@ -294,7 +294,7 @@ def test_a_pipe_that_nobody_reads(start: Callable[..., Any]) -> None:
     os.close(writer)
     nonsense(master.port, 300)
     assert is_serving(master.target)
-    # Now somebody does, and learns what is missing.
+    # Now somebody reads, and learns the number of dropped lines.
     text = os.read(reader, 4096)
     nonsense(master.port, 5)
     while b"lines of the log are lost" not in text:

@@ -1,4 +1,4 @@
-"""A worker that is told what to do by lines of JSON, and answers with lines of JSON that carry a monotonic stamp."""
+"""A worker that takes commands as lines of JSON, and answers with lines of JSON that carry a monotonic time."""
 
 import json
 import sys

@@ -35,7 +35,7 @@ OURS = re.compile(r"(kernels|plumbing|vocabulary|server|client|tests|syncbn)/")
 
 
 def violations(path: str, text: str) -> List[str]:
-    """What the rule says against the includes of one source, whose path is relative to the root."""
+    """Returns the violations in the includes of one source, whose path is relative to the root."""
     rules = [rule for rule in RULES if path.startswith(rule[0] + "/")]
     if not rules:
         return []

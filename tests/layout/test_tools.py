@@ -1,4 +1,4 @@
-"""What the scripts in tools/ and .bazelrc promise about this tree and this machine."""
+"""Properties of the scripts in tools/ and of .bazelrc that concern this tree and this machine."""
 
 import os
 import pathlib
@@ -63,7 +63,7 @@ def configurations() -> Dict[str, List[str]]:
 
 
 def test_configurations_that_compile_otherwise_have_folders_of_their_own() -> None:
-    """Else each overwrites what the others built, and tools/python loads what was built last."""
+    """Otherwise each overwrites the others' build, and tools/python loads the last one."""
     suffixes = []
     for name, options in configurations().items():
         if not any(option.startswith(("--copt", "--cxxopt", "--linkopt")) for option in options):

@@ -37,7 +37,7 @@ bool IsSocket(int descriptor) {
   return fstat(descriptor, &status) == 0 && S_ISSOCK(status.st_mode);
 }
 
-// What the function returns in a forked child.
+// Calls the function in a forked child and returns its result.
 bool InChild(const std::function<bool()>& function) {
   const pid_t child = fork();
   if (child == 0) _exit(function() ? 0 : 1);
@@ -69,7 +69,7 @@ class LastingChild {
   pid_t child_ = -1;
 };
 
-// Whether the peer of the socket is gone.
+// True if the peer of the socket is gone.
 bool IsEnded(int descriptor) {
   pollfd wait = {descriptor, POLLIN, 0};
   char byte;

@@ -1,5 +1,5 @@
-// What the batch-norm operations should give, computed the plain way in long double over a [batch, channels, spatial]
-// tensor of doubles. Shares no code with the kernels.
+// The expected results of the batch-norm operations, computed the plain way in long double over a
+// [batch, channels, spatial] tensor of doubles. Shares no code with the kernels.
 
 #ifndef SYNCBN_TESTS_TESTING_BATCH_NORM_ORACLE_H_
 #define SYNCBN_TESTS_TESTING_BATCH_NORM_ORACLE_H_
@@ -55,7 +55,7 @@ inline Wide Forward(const OracleShape& shape, const std::vector<double>& x, cons
 
 struct OracleSums {
   Wide sum_dy, sum_dy_xmu;
-  // The sums of the terms' magnitudes: what a tolerance is relative to.
+  // The sums of the terms' magnitudes, to which tolerances are relative.
   Wide magnitude_dy, magnitude_dy_xmu;
 };
 

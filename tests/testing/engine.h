@@ -47,7 +47,7 @@ core::RoundKey Sum(const std::string& layer, uint64_t sequence);
 // Protocol version 1, group "g" of job "j", and nothing else out of the ordinary.
 core::Join MakeJoin(core::Rank rank, uint32_t world_size);
 
-// Whether two outcomes are equal in every bit of every number.
+// True if two outcomes are equal in every bit of every number.
 bool SameOutcome(const core::RoundOutcome& a, const core::RoundOutcome& b);
 
 // "ROUND_TIMEOUT", or "" if the round completed.

@@ -1,4 +1,4 @@
-// What merged statistics should be, in long double and by another formula than the one under test: the pooled mean
+// The expected merged statistics, in long double and by another formula than the one under test: the pooled mean
 // first, then squared deviations from it.
 
 #ifndef SYNCBN_TESTS_TESTING_MOMENTS_ORACLE_H_
@@ -16,7 +16,7 @@ struct ExactMoments {
   long double m2 = 0.0L;
 };
 
-// Of the values themselves.
+// The moments of the values themselves.
 inline ExactMoments MomentsOf(const std::vector<double>& values) {
   ExactMoments exact;
   exact.count = static_cast<int64_t>(values.size());
@@ -28,7 +28,7 @@ inline ExactMoments MomentsOf(const std::vector<double>& values) {
   return exact;
 }
 
-// Of the union of disjoint parts.
+// The moments of the union of disjoint parts.
 inline ExactMoments Pool(const std::vector<ExactMoments>& parts) {
   ExactMoments pooled;
   long double sum = 0.0L;

@@ -1,4 +1,4 @@
-"""What the Python workers have in common: the command line, the inputs, the loop. README.md tells the rules."""
+"""Shared by the Python workers: the command line, the inputs, the loop. README.md has the rules."""
 
 import argparse
 import pathlib
@@ -66,7 +66,7 @@ def initial_parameters() -> np.ndarray:
     return flatten(parts)
 
 
-# Of flat parameters, images and labels: the gradient of the summed cross entropy, flat.
+# The flat gradient of the summed cross entropy, as a function of flat parameters, images and labels.
 Gradient = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 

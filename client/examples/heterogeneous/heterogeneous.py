@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 
 def command_of(kind: str) -> Kind:
-    """How to start a worker of a kind; NumPy steps in for what is not there."""
+    """Returns the command that starts a worker of a kind; NumPy replaces a kind that is not installed."""
     script = lambda name, python=sys.executable: [python, str(_HERE / f"{name}_worker.py")]  # noqa: E731
     if kind == "jax":
         python = os.environ.get("SYNCBN_JAX_PYTHON")

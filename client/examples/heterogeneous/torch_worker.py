@@ -11,7 +11,7 @@ Layers = Tuple[torch.nn.Module, torch.nn.Module]
 
 
 def gradient_through(layers: Layers) -> common.Gradient:
-    """Of the network with these batch normalizations, whose weight and bias are taken from the flat parameters."""
+    """Returns a function: the gradient of the network with these layers, whose weight and bias come from the parameters."""
 
     def gradient(parameters: np.ndarray, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         p = common.unflatten(torch.from_numpy(parameters).clone())
@@ -50,7 +50,7 @@ def make(worker: Any) -> Tuple[common.Gradient, Callable[[], np.ndarray]]:
 
 
 def reference(problem: common.Problem, learning_rate: float) -> np.ndarray:
-    """What one process on the whole of each batch ends with: parameters and running statistics."""
+    """Returns the final parameters and running statistics of one process on the whole of each batch."""
     layer = lambda: torch.nn.BatchNorm1d(common.HIDDEN, common.EPS, common.MOMENTUM, dtype=torch.float64)  # noqa: E731
     layers = layer(), layer()
     gradient, parameters = gradient_through(layers), problem.parameters.copy()

@@ -13,7 +13,7 @@ except ImportError:
 
 
 class _PlainConsole:
-    """As much of rich's Console as the quickstart uses."""
+    """The part of rich's Console that the quickstart uses."""
 
     def print(self, text: Any = "", *, markup: bool = True, **_: Any) -> None:
         print(re.sub(r"\[/?[a-z]+\]", "", str(text)) if markup else text, flush=True)
@@ -24,7 +24,7 @@ console: Any = _PlainConsole() if Console is None else Console()
 
 @contextlib.contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows progress; gives the function to be called with what is done so far."""
+    """Shows progress; yields the function to be called with the number of steps done so far."""
     if Console is None:
         yield lambda done: None
         return

@@ -28,7 +28,7 @@ from output import console, progress, show_table
 _HERE = pathlib.Path(__file__).resolve().parent
 _TIME_LIMIT = 110.0  # Seconds; the master ends itself after 120.
 _READY = "syncbn-master ready on "
-# What the parameters of the synchronized run may differ by at its end, in float64.
+# The largest difference of the parameters of the synchronized run at its end, in float64.
 _TOLERANCE = 1e-9
 
 Records = Dict[str, np.ndarray]

@@ -48,7 +48,7 @@ def make_model(dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
 
 
 def longest_sums() -> int:
-    """How many numbers are added up, one sum into the next, from an image to a gradient of the network above.
+    """Counts the numbers that are added up, one sum into the next, from an image to a gradient of the network above.
 
     Forward: a convolution's products, a channel's values, the pooling, the linear layer. Backward: the same, and each
     weight's gradient over the batch. It is the factor of the rounding unit in the error bound that the launcher prints.
@@ -62,7 +62,7 @@ def images_of(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def snapshot(model: torch.nn.Module, outputs: torch.Tensor) -> Record:
-    """What is compared between runs; gradients are those of the mean over the global batch."""
+    """Returns the values that are compared between runs; gradients are those of the mean over the global batch."""
 
     def join(tensors: Any) -> np.ndarray:
         return np.concatenate([t.detach().cpu().double().reshape(-1).numpy() for t in tensors]).copy()

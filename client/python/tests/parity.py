@@ -1,4 +1,4 @@
-"""How far SyncBatchNorm is from torch.nn.BatchNorm* on the whole batch in float64, for all that it takes.
+"""Measures the error of SyncBatchNorm against torch.nn.BatchNorm* on the whole batch in float64, for every option.
 
     tools/python client/python/tests/parity.py            print the table
     tools/python client/python/tests/parity.py --write    put it into client/python/README.md
@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
 
 
 class Problem(NamedTuple):
-    """What a case starts with; in float64, x and dy exact in the case's type, the rest in `parameter_type`."""
+    """The inputs of a case in float64; x and dy are exact in the case's type, the others in `parameter_type`."""
 
     x: torch.Tensor
     dy: torch.Tensor

@@ -1,4 +1,4 @@
-"""What programs do around a backward pass: checkpoints, many passes, Jacobians, copies, odd batches. Against torch's own
+"""Programs around a backward pass: checkpoints, many passes, Jacobians, copies, odd batches. Against torch's own
 layer on the whole batch."""
 
 import copy
@@ -227,7 +227,7 @@ def test_under_anomaly_detection(group):
         (g,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
         return torch.autograd.grad(g.pow(2).sum(), x)
 
-    # Around the threads, not within them: the switch is the whole process's, and each block sets back what it found.
+    # Around the threads, not within them: the switch belongs to the process, and each block restores the value it found.
     with torch.autograd.detect_anomaly(check_nan=False) if torch.__version__ >= "2" else torch.autograd.detect_anomaly():
         compare(group, program)
     assert not torch.is_anomaly_enabled()

@@ -236,7 +236,7 @@ class Returning(torch.nn.Module):
 
 
 def plainly(value):
-    """A value's type and what it holds, tensors as lists."""
+    """A value's type and contents, with tensors as lists."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return type(value), value.tolist()
     if isinstance(value, dict):
@@ -262,7 +262,7 @@ def test_outputs_are_joined_in_their_own_type(name):
 
 @pytest.mark.parametrize("name", [n for n in STRUCTURES if n not in ("array", "return type of torch")])
 def test_inputs_are_cut_in_their_own_type(name):
-    """What a replica is given is of the type that the model was given."""
+    """Replicas get inputs of the type that the model was given."""
     x = torch.arange(14.0).view(7, 2)
     given = STRUCTURES[name](x)
     kinds = []

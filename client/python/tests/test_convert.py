@@ -89,7 +89,7 @@ def as_on_the_whole_batch(group, make, shape=(6, CHANNELS), sizes=(2, 4), steps=
 
 
 class Activated(torch.nn.BatchNorm1d):
-    """As libraries write it: torch's forward pasted, and an activation behind it."""
+    """A layer as libraries write it: torch's forward pasted, and an activation behind it."""
 
     def __init__(self, channels, slope, **options):
         super().__init__(channels, **options)
@@ -154,7 +154,7 @@ class Slotted(torch.nn.BatchNorm1d):
 
 
 class Nested(torch.nn.BatchNorm1d):
-    """Has batch normalizations within, of the same size, and a helper that normalizes by itself."""
+    """Contains batch normalizations of the same size, and a helper that calls batch_norm itself."""
 
     class Helper(torch.nn.Module):
         def forward(self, x):
@@ -456,7 +456,7 @@ def normalized_in_a_function(layer, x):
 
 @pytest.mark.parametrize("layer", ["plain", "made as one"])
 def test_a_forward_of_ones_own_assigned_to_a_synchronized_layer(group, layer):
-    """It normalizes by itself, and may not stay local. Assigning the layer's own forward undoes it."""
+    """The forward calls batch_norm itself, and must not stay local. Assigning the layer's own forward undoes it."""
 
     def call(model, x, dy):
         model[0].forward = functools.partial(normalized_in_a_function, model[0])

@@ -363,7 +363,7 @@ def test_a_width_that_one_worker_alone_changes_is_told(group):
         width = 2 + worker.rank
         with pytest.raises(syncbn.LayerMismatch) as caught:
             worker.synchronize("layer", 1, np.ones(width), np.zeros(width))
-        # Both see the error before either goes, and go on with what they agree upon.
+        # Both see the error before either goes on, with a declaration that they agree on.
         worker.all_reduce("end", [0.0])
         assert worker.synchronize("layer", 1, np.ones(4), np.zeros(4)).count == 2
         return caught.value.layer, "prefix=" in caught.value.message
@@ -435,7 +435,7 @@ def test_a_switch_is_true_or_false(master, value):
 
 
 def test_a_batch_without_its_moments_is_refused_before_it_is_sent(group):
-    """The others' round goes on, and completes once the argument is mended."""
+    """The others' round goes on, and completes once the argument is corrected."""
 
     def run(worker):
         worker.declare_layer("layer", 2)
@@ -479,7 +479,7 @@ with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="what is preloaded comes first")
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
 def test_libraries_of_the_same_names_do_not_meet(tmp_path):
-    """As TensorFlow, which shows its own gRPC, protobuf and Abseil to the whole process."""
+    """Loads libraries as TensorFlow does, which exposes its own gRPC, protobuf and Abseil to the whole process."""
     source, library = tmp_path / "other.c", tmp_path / "libother.so"
     names = ["grpc_init", "grpc_completion_queue_next"]
     source.write_text("#include <stdlib.h>\n" + "".join(f"void {name}(void) {{ abort(); }}\n" for name in names))

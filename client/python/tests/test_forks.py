@@ -125,7 +125,7 @@ def wait_until_ended(pid):
 _WITH_CHILDREN = """
 import os, signal, syncbn, sys, time
 master = syncbn.Master()
-if os.fork() == 0:  # Holds what it inherits, for as long as it may.
+if os.fork() == 0:  # Keeps everything that it inherits, for as long as it may.
     sys.stdin.read()
     os._exit(0)
 print(master.pid, flush=True)
@@ -291,7 +291,7 @@ def test_many_open_files_are_no_hindrance(tmp_path):
 
 
 def in_child(function):
-    """What a forked child's call of `function` gives: "none", or the error's class and reason."""
+    """Calls `function` in a forked child. Returns "none", or the error's class and reason."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""Converted layers are still what they were to helpers that look for a class or its name."""
+"""Helpers that look for a class or its name still find converted layers."""
 
 import pickle
 

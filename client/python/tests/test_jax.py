@@ -112,7 +112,7 @@ with syncbn.Worker(sys.argv[1], "jax devices", 0, 1) as worker:
             assert "a process for each device" in str(error), error
         else:
             raise AssertionError("not refused")
-    # Nothing was begun by what was refused.
+    # The refused calls have begun nothing.
     assert worker.synchronize("bn", 2, np.zeros(3), np.ones(3)).sequence == 1
 """
 
@@ -135,7 +135,7 @@ with syncbn.Master() as master:
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     worker.close()
-    # JAX 0.4 may still be in the callback's last lines, and an interpreter that ends meanwhile aborts.
+    # JAX 0.4 may still be in the callback's last lines, and an interpreter that ends at that moment aborts.
     os._exit(0)
 """
 

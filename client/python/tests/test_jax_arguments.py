@@ -1,4 +1,4 @@
-"""What the JAX front refuses, by which error, and which types it takes."""
+"""Arguments that the JAX front refuses, with their errors, and the types that it takes."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_types_that_are_taken(worker, dtype):
 
 
 def test_float64_of_numpy_without_x64(worker):
-    """As all of JAX takes it: rounded to float32."""
+    """float64 is rounded to float32, as everywhere in JAX."""
     with sync.typed_errors():
         y = sync.sync_batch_norm(X.astype(np.float64), layer="bn", worker=worker)[0]
     assert y.dtype == jnp.float32
@@ -146,7 +146,7 @@ def test_numbers_that_are_not_finite(master, bad):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_gradients_that_are_not_finite_flow(master, bad):
-    """As plain jax.numpy gives them, whatever the policy for batches: a scaler's overflow is for the scaler."""
+    """They are those of plain jax.numpy, whatever the policy for batches: a loss scaler has to see the overflow."""
     dy = np.random.default_rng(5).normal(size=X.shape).astype(np.float32)
     dy[2, 1] = bad
     plain = lambda v: (v - v.mean(0)) / jnp.sqrt(v.var(0) + 1e-5)
@@ -159,7 +159,7 @@ def test_gradients_that_are_not_finite_flow(master, bad):
 
 
 def test_one_name_for_two_sizes(worker):
-    """One after the other they may share it; a step that goes back through both is told to name them apart."""
+    """One after the other they may share a name; a step that goes back through both gets an error that says so."""
     normalize = lambda v: sync.sync_batch_norm(v, layer="shared", worker=worker)[0]
     with sync.typed_errors():
         for part in (X, X[:, :2], X):

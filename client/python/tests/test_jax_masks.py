@@ -34,7 +34,7 @@ def near(actual, wanted, tolerance=3e-5):
 
 
 def beside(master, name, here, there):
-    """here(worker 0) on this thread and there(worker 1) on another; what they return."""
+    """Calls here(worker 0) on this thread and there(worker 1) on another, and returns both results."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
         def run():

@@ -1,4 +1,4 @@
-"""What the library has to say, through Python's logging."""
+"""The library's log, through Python's logging."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ def test_a_line_reaches_the_logger_with_its_level(master, caplog, level):
 
 
 def test_lines_of_other_threads_are_delivered_while_a_worker_joins(caplog):
-    """Joining is one long call: the thread that waits for it delivers meanwhile."""
+    """Joining is one long call, during which the waiting thread delivers the log."""
     seen = threading.Event()
     handler = logging.Handler()
     handler.emit = lambda record: seen.set()

@@ -197,7 +197,7 @@ def test_wrong_masks(group, mask, error, text):
 
 
 def test_masks_without_any_position_at_all_workers(group):
-    """An error at every worker, of each front; what has no positions at all goes on as without a mask."""
+    """A mask without positions is an error at every worker, in each front; a batch without positions is not."""
     x = np.ones((2, C, 5))
 
     def run(worker):
@@ -237,7 +237,7 @@ def test_what_is_masked_out_may_be_anything(group, garbage):
 
 
 def test_the_master_keeps_the_same_running_variance(group):
-    """The option is part of what a layer is: two workers that differ in it are told."""
+    """The option is part of a layer's declaration: two workers that differ in it get an error."""
 
     def run(worker):
         with pytest.raises(syncbn.Error) as caught:

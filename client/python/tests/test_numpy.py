@@ -298,7 +298,7 @@ def test_wrong_arguments(group, change, error):
     ],
 )
 def test_types_that_are_refused(group, x, name):
-    """By the same error wherever an array is taken."""
+    """Every argument that is an array gives the same error."""
 
     def run(worker):
         with pytest.raises(TypeError, match=name):
@@ -424,7 +424,7 @@ def test_silence_at_exit(master):
 
 
 def test_many_forward_passes_before_the_first_backward_pass(group):
-    """What is awaited is kept: 300 uses of a layer, gone back through from the last to the first."""
+    """Forward rounds that await a backward round are kept: 300 uses of a layer, with backward passes in reverse."""
     rng = np.random.default_rng(SEED)
     x, dy = rng.normal(size=(300, 4, 2)), rng.normal(size=(4, 2))
 

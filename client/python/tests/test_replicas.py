@@ -161,7 +161,7 @@ def test_the_default_worker_is_the_callers(group):
 
 
 class Uneven(torch.nn.Module):
-    """A replica that skips what the other runs, or fails."""
+    """A replica that skips a layer which the other runs, or fails."""
 
     def __init__(self, worker, fails):
         super().__init__()

@@ -1,5 +1,5 @@
-"""What autograd hands to a backward pass: through saved-tensor hooks, from formulas that expand, negate and zero, and
-beside other machinery. Against torch's own layer under the same."""
+"""Tensors that autograd passes to a backward pass: from saved-tensor hooks, formulas that expand, negate and zero, and
+other machinery. The oracle is torch's own layer under the same conditions."""
 
 import threading
 
@@ -249,7 +249,7 @@ def test_the_bias_may_change_between_forward_and_backward_and_the_weight_may_not
 
 
 def test_weights_and_statistics_in_any_memory(group):
-    """As a hypernetwork's outputs and functional_call hand them over."""
+    """Parameters with the strides that a hypernetwork and functional_call produce."""
     generator = torch.Generator().manual_seed(SEED)
     table = torch.rand(CHANNELS, 4, generator=generator, dtype=torch.float64) + 0.5
     vectors = {

@@ -1,4 +1,4 @@
-"""What a worker takes from its arguments and from the environment, and what it refuses of them."""
+"""Settings of a worker, from its arguments and from the environment, and those that it refuses."""
 
 import fractions
 import json
@@ -355,7 +355,7 @@ def test_a_reason_for_leaving_is_a_text(master):
         assert not worker.closed
 
 
-# ---- One worker by itself ----
+# ---- A world of one worker ----
 
 _ALONE = """
 import json, logging, sys

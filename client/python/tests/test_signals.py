@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# How often the order of signal and wait is left to chance. SYNCBN_INTERRUPTS=1000 with all cores busy is the long form.
+# The number of trials with a random order of signal and wait. The long form: SYNCBN_INTERRUPTS=1000, all cores busy.
 TIMES = int(os.environ.get("SYNCBN_INTERRUPTS", "10"))
 
 pytestmark = pytest.mark.skipif(not os.access("/proc/self/syscall", os.R_OK), reason="/proc does not tell system calls")

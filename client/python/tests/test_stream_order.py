@@ -18,7 +18,7 @@ CHANNELS = 4
 
 
 class Late(_passes.ForwardPass):
-    """Stream-ordered to whoever looks; the host waits within `finish`, where the stream would."""
+    """A pass that claims to be stream-ordered; the host waits within `finish`, where the stream would."""
 
     waits = 0  # That the front made, of all passes.
 

@@ -1,4 +1,4 @@
-"""TLS between a worker and its master: what is unusable is named at once, and nothing is tried again in vain."""
+"""TLS between a worker and its master: an unusable file is named at once, and nothing is retried in vain."""
 
 import subprocess
 

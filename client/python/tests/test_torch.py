@@ -811,7 +811,7 @@ def test_layers_without_a_name_are_numbered_as_they_are_made(group):
 @pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch has no compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_models_train_as_on_the_global_batch(group, backend):
-    """What lies between the layers is compiled, forward and backward; evaluation too."""
+    """The parts between the layers are compiled, forward and backward; evaluation too."""
     if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("there is no C++ compiler")
     torch._dynamo.reset()

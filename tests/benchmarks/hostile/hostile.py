@@ -73,7 +73,7 @@ def _empty_rounds(reads: bool) -> Attack:
 
 
 def _gzip_bomb(target: Target, seconds: float) -> int:
-    # An unknown field of zeros, a thousand times as long as what is sent.
+    # An unknown field of zeros, a thousand times as long as its compressed form.
     size = 512 * _MIB
     compressor = zlib.compressobj(6, wbits=31)
     parts = [compressor.compress(wire.varint(15 << 3 | 2) + wire.varint(size))]
@@ -152,7 +152,7 @@ class HonestWorkers:
         ]
 
     def milliseconds(self) -> List[float]:
-        """Of all rounds since the last time, ascending."""
+        """Returns the times of all rounds since the last call, ascending."""
         rounds: List[float] = []
         for process in self._processes:
             assert process.stdin is not None and process.stdout is not None

@@ -1,4 +1,4 @@
-"""What goes over the wire to a master, made by hand: protobuf fields, gRPC messages, HTTP/2 frames. No library is needed."""
+"""Bytes on the wire to a master, made by hand: protobuf fields, gRPC messages, HTTP/2 frames. Needs no library."""
 
 import socket
 import struct
@@ -34,7 +34,7 @@ def key(layer: bytes, sequence: int) -> bytes:
 
 
 def empty_contribution(layer: bytes, sequence: int) -> bytes:
-    """Of a worker whose batch is empty, and which takes no part in the backward round."""
+    """The contribution of a worker whose batch is empty, and which takes no part in the backward round."""
     return piece(3, piece(1, key(layer, sequence)) + piece(2, number(4, NO_BACKWARD)))
 
 
@@ -56,7 +56,7 @@ def message(content: bytes, compressed: bool = False) -> bytes:
 
 
 class Call:
-    """One gRPC call on a connection of its own, which reads what it is sent and drops it; or reads nothing."""
+    """One gRPC call on a connection of its own, which reads and drops all answers, or reads nothing."""
 
     _CHUNK = 16384  # HTTP/2's longest frame unless the peer allows more.
 
@@ -87,7 +87,7 @@ class Call:
         self._send(self._frame(1, 4, 1, block))
 
     def write(self, content: bytes) -> None:
-        """As fast as the peer's windows allow. Returns early if the peer ends the call."""
+        """Sends as fast as the peer's windows allow. Returns early if the peer ends the call."""
         for begin in range(0, len(content), self._CHUNK):
             chunk = content[begin : begin + self._CHUNK]
             with self._changed:

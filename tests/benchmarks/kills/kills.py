@@ -1,4 +1,4 @@
-"""Workers killed in the midst of rounds: how soon the others are told, and whether all are told the same.
+"""Kills workers during rounds, and measures how soon the others receive the error, and whether all receive the same.
 
 `tools/benchmark kills` runs it.
 """
@@ -22,7 +22,7 @@ ROUND_TIMEOUT = 20.0  # What ends a round must be the loss.
 
 
 def work() -> None:
-    """A worker: joins when it is told to, sums until a round fails, says what it saw, and does so again."""
+    """A worker: joins on command, sums until a round fails, reports the outcome, and starts over."""
     import syncbn
 
     def hear() -> Dict[str, Any]:

@@ -19,7 +19,7 @@ def main() -> None:
     mean, m2 = np.full(channels, float(rank)), np.ones(channels)
     before = resident()
 
-    import syncbn  # What it brings is what is measured.
+    import syncbn  # Imported here, since its size is part of the measurement.
 
     with syncbn.Worker(sys.argv[1], group="python", rank=rank, world_size=world_size) as worker:
         for _ in range(rounds):

@@ -1,4 +1,4 @@
-// What the round benchmark measures: one way for a worker to exchange moments with the others.
+// The interface that the round benchmark measures: one way for a worker to exchange moments with the others.
 
 #ifndef SYNCBN_TESTS_BENCHMARKS_ROUND_EXCHANGE_H_
 #define SYNCBN_TESTS_BENCHMARKS_ROUND_EXCHANGE_H_

@@ -15,7 +15,7 @@ VARIANTS = 4
 
 
 def statistics(rank: int, variant: int, channels: int) -> torch.Tensor:
-    """What this rank contributes: differs by rank, channel and variant; exact in float32."""
+    """The contribution of this rank: differs by rank, channel and variant; exact in float32."""
     return torch.arange(2 * channels + 1, dtype=torch.float32) + 10000.0 * rank + 5000.0 * variant
 
 

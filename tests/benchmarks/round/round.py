@@ -40,7 +40,7 @@ class Size(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What one block of rounds took: microseconds of each worker's rounds, and CPU microseconds a worker-round."""
+    """The times of one block of rounds: microseconds of each worker's rounds, and CPU microseconds a worker-round."""
 
     latencies: List[float]
     cpu: float
@@ -54,7 +54,7 @@ def cpu_time(pid: int) -> float:
     """Microseconds that all threads of a process have run."""
     total = 0
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):  # A thread that ends meanwhile.
+        with contextlib.suppress(OSError):  # A thread may end at this moment.
             total += int((task / "schedstat").read_text().split()[0])
     return total / 1e3
 

@@ -1,4 +1,4 @@
-// What the round benchmark's workers contribute, and what must come of it.
+// The contributions of the round benchmark's workers, and the expected results.
 
 #ifndef SYNCBN_TESTS_BENCHMARKS_ROUND_ROUND_DATA_H_
 #define SYNCBN_TESTS_BENCHMARKS_ROUND_ROUND_DATA_H_
@@ -31,7 +31,7 @@ class RoundData {
   RoundData(uint32_t world_size, uint32_t rank, uint32_t channels);
 
   const Contribution& own(uint64_t round) const { return own_[round % kVariants]; }
-  // Whether `result` is what the contributions of all ranks to this round merge to, within rounding.
+  // True if `result` equals the merged contributions of all ranks to this round, within rounding.
   bool Matches(uint64_t round, const MergedView& result) const;
 
  private:
