@@ -8,7 +8,7 @@ from processes import PATIENCE, Master
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Any]]:
-    """start(Class, ...) makes one of the classes of processes.py and ends it with the test."""
+    """Returns start(Class, ...), which makes an object of a class of processes.py and ends it with the test."""
     started: List[Any] = []
 
     def make(kind: Any, *arguments: Any, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional
 
 MASTER = os.environ["SYNCBN_MASTER"]
 GRPCURL = os.environ["SYNCBN_GRPCURL"]
-# Bounds whatever a test waits for. Nothing takes this long unless it hangs.
+# Bounds every wait of a test. Nothing takes this long unless it hangs.
 PATIENCE = 60.0
 
 
@@ -38,7 +38,7 @@ class Master:
 
 
 class WorkerProcess:
-    """worker_process.py: says and does one thing at a time."""
+    """worker_process.py, which runs one command at a time."""
 
     def __init__(self, target: str, rank: int, world_size: int, **options: Any) -> None:
         arguments = json.dumps({"target": target, "rank": rank, "world_size": world_size, **options})
@@ -76,7 +76,7 @@ def inspect(target: str, method: str, **request: Any) -> Dict[str, Any]:
 
 
 def await_arrival(target: str, layer: str, ranks: List[int]) -> None:
-    """Until the master holds the contributions of these ranks to a round of the layer that waits."""
+    """Waits until the master holds the contributions of these ranks to a pending round of the layer."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         for group in inspect(target, "ListGroups").get("groups", []):

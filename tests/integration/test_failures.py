@@ -134,7 +134,7 @@ def test_a_stopped_master_ends_every_wait(master: Master, start: Callable[..., A
             assert (answer["error"], answer["code"], answer["layer"]) == ("UNREACHABLE", "UNAVAILABLE", "loss")
     finally:
         os.kill(master.process.pid, signal.SIGCONT)
-    # Stopped and continued, it serves on.
+    # A master that was stopped and continued goes on serving.
     again = start(WorkerProcess, master.target, 0, 1, group="again")
     again.answer()
     again.ask(sum="v", value=[1.0])

@@ -1,4 +1,4 @@
-"""The master as a person with grpcurl sees it, and the session of PROTOCOL.md."""
+"""The master through grpcurl, and the session of PROTOCOL.md."""
 
 import json
 import pathlib

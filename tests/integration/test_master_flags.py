@@ -62,7 +62,7 @@ def run(*flags: str, **env: str) -> "subprocess.CompletedProcess[str]":
 
 
 def expect_refusal(done: "subprocess.CompletedProcess[str]", *texts: str, code: int = 2) -> None:
-    """Ended with the code and one line of the program's own on stderr, that has the texts; no word of readiness."""
+    """Checks the exit code, and that stderr has one line of the program, with the texts; it was never ready."""
     assert (done.returncode, done.stdout) == (code, ""), done
     lines = [line for line in done.stderr.splitlines() if not re.match(r"\d{4}-\d\d-\d\dT\S+Z info ", line)]
     assert len(lines) == 1, done.stderr

@@ -57,7 +57,7 @@ def is_serving(target: str) -> bool:
 
 
 def serves_in_time(target: str) -> None:
-    """A master that is full closes connections as they come, and grpcurl does not come again."""
+    """Tries again: a full master closes connections as they come, and grpcurl does not try again by itself."""
     end = time.monotonic() + 2 * PATIENCE
     while True:
         try:
@@ -89,7 +89,7 @@ def test_more_connections_than_descriptors(
             connection.close()
         serves_in_time(master.target)
         held = idle_connections(master.port, count)
-        # The last ones were refused at once; who says nothing is closed after some seconds, so that others have room.
+        # The last ones were refused at once. Silent ones are closed after some seconds, which makes room for others.
         serves_in_time(master.target)
         for connection in held:
             connection.close()
@@ -100,7 +100,7 @@ def test_more_connections_than_descriptors(
 
 
 def test_more_workers_than_descriptors(start: Callable[..., Any]) -> None:
-    """Those that fit work; one that does not hears so, or comes in when another has left."""
+    """Connections within the limit work; one beyond it gets an error, or is accepted when another has ended."""
     count, fit = 70, 48
     master = start(LimitedMaster, "--address", "0.0.0.0:0", "--insecure", descriptors=64)
     port = master.targets[1].split(":")[1]
@@ -276,7 +276,7 @@ TALKATIVE = {"GRPC_VERBOSITY": "debug", "GRPC_TRACE": "http"}
 
 
 def nonsense(port: int, count: int) -> None:
-    """Connections that gRPC has many a word about, each, with bytes of the peer's among them."""
+    """Opens connections about each of which gRPC logs many lines, with bytes of the peer among them."""
     for _ in range(count):
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
             connection.sendall(b"\x16\x03\x01 \x1b[31m this is no HTTP/2 \xff\xfe\r\n\r\n" * 4)

@@ -15,7 +15,7 @@ FETCHERS = ["apt-get", "curl", "go", "pip", "pip3", "sudo", "wget"]
 
 
 def stand_ins(folder: pathlib.Path, calls: pathlib.Path) -> None:
-    """Programs that note their names and fail; Python, which installs with -m pip, among them."""
+    """Stand-ins that note their names and fail, also for Python, which installs with -m pip."""
     folder.mkdir()
     for name in [*FETCHERS, "python3"]:
         program = folder / name
@@ -29,7 +29,7 @@ def test_a_check_installs_nothing(tmp_path: pathlib.Path, script: str) -> None:
     stand_ins(folder, calls)
     environment = dict(os.environ, SYNCBN_DEPS=str(deps), PATH=f"{folder}:/usr/bin:/bin", HOME=str(tmp_path / "home"))
     environment["SYNCBN_PYTHON"] = str(folder / "python3")
-    # A compiler of the machine's own would be enough.
+    # A compiler that the machine has already would be enough.
     for name in ("CUDA_HOME", "CUDA_PATH", "SYNCBN_CUDA"):
         environment.pop(name, None)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The cases that torch's distributed tests hold torch.nn.SyncBatchNorm to, under DistributedDataParallel over gloo.
+"""The cases that torch's distributed tests have for torch.nn.SyncBatchNorm, under DistributedDataParallel over gloo.
 
 To be run by torch.distributed.run: `ddp_cases.py FOLDER`. Each rank writes FOLDER/RANK.json: for each case null, or
 what went wrong. test_ddp_cases.py runs it.
@@ -45,7 +45,7 @@ class Net(torch.nn.Module):
 
 
 def normal(*size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The same at every rank and call."""
+    """Returns the same batch at every rank and call."""
     return torch.randn(size, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64).to(dtype)
 
 
@@ -64,7 +64,7 @@ def train_beside_whole(
     process_group: Any = None,
     member: Optional[int] = None,
 ) -> torch.nn.Module:
-    """Three steps of DDP on the rank's part, and of one float64 process on all; the two have to end alike.
+    """Runs three steps of DDP on the rank's part, and of one float64 process on all; both must give the same result.
 
     `member`: the place in the process group, whose batches `sizes` are. Returns the trained model.
     """
@@ -130,13 +130,13 @@ def channels_last_5d(worker: syncbn.Worker) -> None:
 
 @case
 def half(worker: syncbn.Worker) -> None:
-    """float16 inputs beside float32 parameters."""
+    """Inputs are float16, parameters float32."""
     train_beside_whole(worker, torch.nn.BatchNorm1d(3), normal(4 * WORLD, 3, 5), [4] * WORLD, torch.float16, 5e-3)
 
 
 @case
 def half_module(worker: syncbn.Worker) -> None:
-    """float16 parameters too."""
+    """Parameters are float16, too."""
     model = torch.nn.BatchNorm1d(3).half()
     train_beside_whole(worker, model, normal(4 * WORLD, 3), [4] * WORLD, torch.float16, 5e-3)
 
@@ -170,7 +170,7 @@ class Checkpointed(torch.nn.Module):
         self.model, self.reentrant = model, reentrant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The first input needs a gradient, or the reentrant kind would go without.
+        # The first input needs a gradient; without it, the reentrant kind computes none.
         return torch.utils.checkpoint.checkpoint(self.model, x.requires_grad_(), use_reentrant=self.reentrant)
 
 
@@ -207,7 +207,7 @@ if hasattr(torch, "compile"):
 
 @case
 def inference(worker: syncbn.Worker) -> None:
-    """Evaluation is one rank's own affair, also without running statistics."""
+    """Evaluation is local to one rank, also without running statistics."""
     layer = sync.SyncBatchNorm(2, track_running_stats=False, worker=worker, layer="inference")
     parallel, x = torch.nn.parallel.DistributedDataParallel(layer), normal(5, 2, 4, 4, dtype=torch.float32)
     if RANK == 0:

@@ -27,7 +27,7 @@ class HalfBatchNorm2d(torch.nn.BatchNorm2d):
 
 
 class Model(torch.nn.Module):
-    """float16 in and around the batch normalization, as autocast has it on a GPU."""
+    """A model with float16 in and around the batch normalization, as under autocast on a GPU."""
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Model(torch.nn.Module):
 
 
 class Scaler:
-    """torch.amp.GradScaler's rules, for versions that have it on a GPU alone."""
+    """Follows the rules of torch.amp.GradScaler, for versions that have it only on a GPU."""
 
     def __init__(self, device: str, init_scale: float, growth_interval: int) -> None:
         self._scale, self._interval, self._good, self._finite = init_scale, growth_interval, 0, True

@@ -1,4 +1,4 @@
-"""Masked batch normalization of a whole batch in float64, and its gradients by complex steps: no formula of a gradient."""
+"""Masked batch normalization of a whole batch in float64, with gradients by complex steps instead of formulas."""
 
 from typing import Any, Dict
 

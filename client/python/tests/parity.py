@@ -131,7 +131,7 @@ class Results(NamedTuple):
 
 
 class Clamped(torch.nn.modules.batchnorm._BatchNorm):
-    """invstd = 1/sqrt(max(var, eps)), which torch does not have, by autograd."""
+    """Batch normalization by autograd with invstd = 1/sqrt(max(var, eps)), which torch's layer does not have."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
@@ -169,7 +169,7 @@ def oracle(case: Case, given: Problem) -> Results:
 class Extended(NamedTuple):
     results: Results
     sizes: Results
-    """[C] each: what errors are relative to."""
+    """Returns the scales [C] to which errors are relative."""
 
 
 def extended(case: Case, given: Problem) -> Extended:
@@ -241,7 +241,7 @@ def units(actual: np.ndarray, expected: np.ndarray, size: np.ndarray, roundoff: 
 
 
 def errors(dtype: torch.dtype, actual: List[Results], expected: Results, sizes: Results) -> Dict[str, float]:
-    """By quantity, of the workers' results; quantities that the case lacks are absent."""
+    """Returns the errors of the workers' results, by quantity; quantities that the case lacks are absent."""
     tensors, vectors = ROUNDOFF[dtype], ROUNDOFF[parameter_type(dtype)]
     whole = lambda parts: np.concatenate([part for part in parts if part.size])  # noqa: E731
     found = {
@@ -261,7 +261,7 @@ def errors(dtype: torch.dtype, actual: List[Results], expected: Results, sizes: 
 
 
 def compare(case: Case, given: Problem, actual: List[Results]) -> Dict[str, Dict[str, float]]:
-    """By column and quantity."""
+    """Returns the errors by column and quantity."""
     exact, torchs = extended(case, given), oracle(case, given)
     found = {name(case.dtype): errors(case.dtype, actual, torchs, exact.sizes)}
     if case.dtype == torch.float64:

@@ -28,7 +28,7 @@ def make(worker=None, layer="bn", channels=CHANNELS, **options):
 
 
 def compare(group, program, sizes=(2, 3), x=None, tolerance=1e-9, joined=True):
-    """program(layer, x) -> tensors of x's rows; those of the workers, joined, are those of the whole batch."""
+    """Checks that the workers' tensors program(layer, x), row by row, concatenate to those of the whole batch."""
     x = batch(sum(sizes)) if x is None else x
     wanted = program(make(), x.clone())
 
@@ -68,7 +68,7 @@ def test_a_gradient_penalty_through_a_checkpoint(group):
 
 
 def test_many_passes_through_one_forward(group):
-    """More than the master remembers rounds of one name."""
+    """There are more passes than rounds of one name that the master remembers."""
 
     def program(layer, x):
         x.requires_grad_()
@@ -161,7 +161,7 @@ def test_no_value_anywhere_twice_differentiated(group):
 
 
 def test_passes_on_threads_of_ones_own(group):
-    """Two layers that are gone back through on two threads, which come in any order."""
+    """Two layers whose backward passes run on two threads, in any order."""
 
     def program(layer, x):
         x.requires_grad_()
@@ -234,7 +234,7 @@ def test_under_anomaly_detection(group):
 
 
 def test_batched_backward_passes_say_what_to_do(group):
-    """torch runs the rows of a Jacobian as one batch by vmap; a round cannot be."""
+    """torch runs the rows of a Jacobian as one batch by vmap, which a round does not support."""
 
     def run(worker):
         layer = make(worker)

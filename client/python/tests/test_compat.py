@@ -69,11 +69,11 @@ def test_the_epsilon_mode_can_be_set():
         compat.set_sbn_eps_mode("max")
 
 
-# ---- As the original ----
+# ---- The original's behaviour ----
 
 
 def test_the_epsilon_mode_acts_on_layers_that_there_are(group):
-    """It is read when a layer runs. Two values of variance 1, epsilon 4: 1/sqrt(4) clamped, 1/sqrt(5) added."""
+    """The mode is read when a layer runs. Two values of variance 1, epsilon 4: 1/sqrt(4) clamped, 1/sqrt(5) added."""
 
     def run(worker):
         layer = compat.SynchronizedBatchNorm1d(1, eps=4.0, worker=worker, layer=mode)
@@ -91,7 +91,7 @@ def test_the_epsilon_mode_acts_on_layers_that_there_are(group):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_one_replica_of_one_worker_adds_epsilon(group, momentum):
-    """The original's layer is torch's own where it runs in one replica."""
+    """In one replica, the original's layer behaves like torch's own."""
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn((4, 2), generator=generator, dtype=torch.float64)
     plain = torch.nn.BatchNorm1d(2, eps=4.0, momentum=momentum, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_a_converted_model_keeps_subclasses_and_reverts():
     assert type(sync.revert_sync_batchnorm(compat.SynchronizedBatchNorm3d(3))) is torch.nn.BatchNorm3d
 
 
-# ---- What replicas return ----
+# ---- Results of replicas ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Ordered(collections.OrderedDict):
 
 
 class Attributes(dict):
-    """A dictionary whose items are attributes too, as libraries of configurations have it."""
+    """A dictionary whose items are also attributes, as in configuration libraries."""
 
     __getattr__ = dict.__getitem__
 

@@ -56,7 +56,7 @@ def step(model, x, dy):
 
 
 def as_on_the_whole_batch(group, make, shape=(6, CHANNELS), sizes=(2, 4), steps=2, call=step):
-    """Converted models of two workers against the model as it was, on the whole batch."""
+    """Compares converted models of two workers with the original model on the whole batch."""
     batches = [(values((sum(sizes),) + shape[1:], 10 + i), values((sum(sizes),) + shape[1:], 20 + i)) for i in range(steps)]
     whole = make()
     expected = [call(whole, *batch) for batch in batches]
@@ -133,7 +133,7 @@ class OfTorch(torch.nn.BatchNorm1d):
 
 
 class Frozen(torch.nn.BatchNorm1d):
-    """Evaluates whatever mode the model is in."""
+    """Normalizes as in evaluation, whichever mode the model is in."""
 
     def train(self, mode=True):
         return super().train(False)
@@ -335,7 +335,7 @@ def test_a_child_that_normalizes_by_itself_stays_local(group):
         assert both > 1.1 and alone == pytest.approx(1.0, abs=1e-4)
 
 
-# ---- What a layer carries ----
+# ---- Attributes, hooks and buffers ----
 
 
 def test_layers_stay_the_same_objects_with_all_they_carry(group):
@@ -434,7 +434,7 @@ def test_a_forward_assigned_to_the_layer(group, kind):
 
 @pytest.mark.parametrize("kind", [torch.nn.BatchNorm1d, AroundSuper])
 def test_a_forward_assigned_after_the_conversion(group, kind):
-    """Also one that was bound before it, as libraries do that put hooks on forward and take them off again."""
+    """This includes a forward that was bound before, by libraries that wrap forward and unwrap it again."""
 
     def call(model, x, dy):
         original = model[0].forward
@@ -550,7 +550,7 @@ def test_a_lazy_subclass_becomes_a_synchronized_one(group):
     assert type(lazy[0]) is LazyActivated
 
 
-# ---- What is refused ----
+# ---- Refusals ----
 
 
 class Formula(torch.nn.BatchNorm1d):
@@ -708,7 +708,7 @@ def test_numeric_lets_nan_through_or_refuses_it(group):
     group(1, run)
 
 
-# ---- Sizes, as torch ----
+# ---- Sizes, as in torch ----
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])

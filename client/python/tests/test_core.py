@@ -303,7 +303,7 @@ def test_errors_survive_pickling():
 
 
 def test_every_error_of_the_protocol_has_a_class():
-    """The table of PROTOCOL.md, section 9, by code and by reason. Each is caught by its base, and pickled as it is."""
+    """The table of PROTOCOL.md, section 9, by code and reason. Each error is caught by its base, and can be pickled."""
     page = (pathlib.Path(__file__).resolve().parents[3] / "proto" / "PROTOCOL.md").read_text()
     table = page.split("## 9. Errors")[1].split("## 10.")[0]
     rows = [[cell.strip(" `") for cell in line.split("|")[2:4]] for line in table.splitlines() if line.startswith("| ")][1:]
@@ -333,7 +333,7 @@ def test_a_rank_that_is_taken_and_a_payload_that_changed_are_typed(master):
 
 
 def test_a_sweep_over_widths_under_one_name(group):
-    """Wider, narrower, and the first again; with rounds of two widths in flight, and gone back through in reverse."""
+    """Wider, narrower, then the first width; with rounds of two widths in flight, and backward rounds in reverse."""
     widths = [3, 5, 2, 3, 3, 8, 1]
     rng = np.random.default_rng(SEED)
     data = [rng.normal(2.0, 3.0, (2, 4, width)) for width in widths]
@@ -419,7 +419,7 @@ def test_closing_ends_the_waits_of_other_threads(master):
 
 @pytest.mark.parametrize("value", ["no", "false", "0", "", 2, -1, 0.0, None, []])
 def test_a_switch_is_true_or_false(master, value):
-    """Text would be true, whatever it says."""
+    """Any text would count as true."""
     with pytest.raises(TypeError, match="insecure is .*True or False"):
         syncbn.Master(address="127.0.0.1:0", insecure=value)
     with pytest.raises(TypeError, match="client_cert_auth is .*True or False"):
@@ -455,7 +455,7 @@ def test_what_a_program_leaves_open_is_closed_at_its_end():
 
 
 def test_threads_share_a_worker(group):
-    """Each thread has a layer of its own; the threads of the workers run as they like."""
+    """Each thread has a layer of its own; the threads of the workers run in any order."""
 
     def run(worker):
         def layer(index):
@@ -551,7 +551,7 @@ def test_ctrl_c_ends_a_wait_on_another_thread():
     process = subprocess.Popen([sys.executable, "-c", _INTERRUPTED_ELSEWHERE], stdout=subprocess.PIPE, text=True)
     try:
         address = process.stdout.readline().strip()
-        # Until its main thread waits for the mutex: a futex call, whose first argument is the address.
+        # Wait until its main thread waits for the mutex: a futex call, whose first argument is the address.
         while address not in pathlib.Path(f"/proc/{process.pid}/syscall").read_text().split():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)

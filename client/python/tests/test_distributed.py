@@ -34,7 +34,7 @@ def free_port():
 
 
 def torchrun(processes, script, *arguments, launch=None, **environment):
-    """Its output and code. What it leaves running after a failure is ended."""
+    """Returns its output and code. Processes that it leaves running after a failure are ended."""
     # --standalone has a port of its own only in later versions: in torch 1.13 it is always 29400.
     launch = launch or ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--rdzv_id", str(uuid.uuid4())]
     command = [sys.executable, "-m", "torch.distributed.run", *launch, "--nproc_per_node", str(processes)]
@@ -58,7 +58,7 @@ def torchrun(processes, script, *arguments, launch=None, **environment):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """By rank: what each case came to."""
+    """Returns the outcome of each case, by rank."""
     folder = tmp_path_factory.mktemp("ddp")
     output, code = torchrun(WORLD, TESTS / "ddp_cases.py", folder)
     assert code == 0, output
@@ -158,7 +158,7 @@ with syncbn.Worker() as worker:
 
 
 def test_two_launches_without_an_id_share_a_master(master, tmp_path):
-    """torchrun calls both of them "none"."""
+    """torchrun gives both the run id "none"."""
     script = tmp_path / "both.py"
     script.write_text(_BOTH)
 

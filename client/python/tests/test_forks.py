@@ -233,7 +233,7 @@ def test_a_working_directory_that_is_gone(tmp_path):
 
 
 def test_paths_relative_to_a_directory_that_the_program_leaves(tmp_path):
-    """The package's own, and the library's."""
+    """The check of the package, and that of the library."""
     package = os.path.relpath(pathlib.Path(syncbn.__file__).parents[1], tmp_path)
     library = os.environ.get("SYNCBN_LIBRARY")
     environment = {"PYTHONPATH": os.pathsep.join([package, *sys.path])}
@@ -246,7 +246,7 @@ def test_paths_relative_to_a_directory_that_the_program_leaves(tmp_path):
 
 
 def test_modules_of_the_programs_that_are_named_as_the_standard_librarys(tmp_path):
-    """They are none of the master's business."""
+    """The master ignores them."""
     folder = tmp_path / "shadows"
     folder.mkdir()
     for name in ("types", "json", "select", "ctypes"):

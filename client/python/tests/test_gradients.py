@@ -18,7 +18,7 @@ class Parameters(torch.nn.Module):
 
 
 def reduced(group, make, weights=(1.0, 3.0)):
-    """make(rank) -> a module with gradients; the gradients of each worker afterwards."""
+    """Reduces the gradients of the modules make(rank), and returns the gradients of each worker afterwards."""
 
     def run(worker):
         model = make(worker.rank)

@@ -267,7 +267,7 @@ def test_several_devices_of_a_process(master):
 
 
 def test_a_loop_in_the_program(master):
-    """lax.scan: a round for each turn, in order, forward and backward."""
+    """lax.scan has a round for each iteration, in order, forward and backward."""
     x = jnp.asarray(np.random.default_rng(SEED).normal(size=(3, 5, 2)), jnp.float32)
     with syncbn.Worker(master.target, "jax scan", 0, 1) as worker:
         normalize = lambda v: sync.sync_batch_norm(v, layer="bn", worker=worker)[0] ** 3
@@ -302,7 +302,7 @@ def test_forward_mode_and_checkpoints_are_refused(master):
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_an_error_of_a_round_is_typed(master, compiled, phase):
-    """Rank 1 takes part in nothing, or ends after the forward round: by an event, since compiling may take long."""
+    """Rank 1 takes part in nothing, or ends after the forward round, at an event, since compiling may take long."""
     expected = {"forward": (4, "ROUND_TIMEOUT", "bn", (1,)), "backward": (14, "WORKER_LOST", "bn", (1,))}[phase]
     timeout = 0.5 if phase == "forward" else 60.0
     with contextlib.ExitStack() as stack:

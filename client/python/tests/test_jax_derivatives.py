@@ -52,7 +52,7 @@ def test_going_back_twice(ours):
 
 
 def test_going_back_twice_on_two_workers(master):
-    """Beside a NumPy worker, whose state goes back as often."""
+    """The other worker runs NumPy, and goes back through its state as often."""
     rng = np.random.default_rng(SEED)
     x, dys = rng.normal(size=(4, 3, 2)).astype(np.float32), rng.normal(size=(3, 4, 3, 2)).astype(np.float32)
     ones, zeros = jnp.ones(2), jnp.zeros(2)
@@ -144,7 +144,7 @@ def test_a_gradient_penalty_on_two_workers(master, tmp_path):
 
 @pytest.mark.parametrize("turns", [129, 300])
 def test_a_long_loop_under_grad(ours, turns):
-    """Forward rounds that backward rounds are awaited for are kept, however many there are."""
+    """Forward rounds that await a backward round are kept, however many there are."""
     _, scale, bias, _ = problem()
     x = jnp.asarray(np.random.default_rng(SEED).normal(size=(turns, 2, 1, 2)), jnp.float32)
     total = lambda f: lambda v: jax.lax.scan(lambda sum, part: (sum + (f(part, scale, bias) ** 3).sum(), None), 0.0, v)[0]

@@ -1,4 +1,4 @@
-"""Names of layers that were given none: the same at every worker, whatever is used first and wraps the model."""
+"""Layers without a given name: numbered alike at every worker, whichever is used first and whatever wraps the model."""
 
 import concurrent.futures
 import copy
@@ -162,7 +162,7 @@ def test_numbers_of_two_threads_do_not_meet_in_one_worker(master):
 
 
 def test_workers_that_built_different_models_are_told(group):
-    """One worker that has made a layer more than the other waits for nobody: both learn of it."""
+    """If one worker has made a layer more than the other, neither waits: both get an error."""
 
     def run(worker):
         if worker.rank == 0:

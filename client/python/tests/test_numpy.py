@@ -21,7 +21,7 @@ EPS = 0.01
 
 
 def oracle(x, weight, bias, dy, residual, relu, mode, eps=EPS):
-    """Everything by central formulas over [N, C, ...] in float64."""
+    """Computes everything by the central formulas over [N, C, ...] in float64."""
     axes = tuple(a for a in range(x.ndim) if a != 1)
     wide = lambda v: v.reshape([1, -1] + [1] * (x.ndim - 2))
     n = x.size // x.shape[1]
@@ -110,7 +110,7 @@ def test_what_is_not_contiguous_is_copied(group):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_dense_memory_is_taken_as_it_lies(group, channels_last):
-    """In either order of the channels, for either meaning of the axes: no copy, and results in the same order."""
+    """Channels first and last, for either meaning of the axes: no copy, and results in the same memory order."""
     rng = np.random.default_rng(SEED)
     x, dy = rng.normal(size=(3, 5, 2, C)), rng.normal(size=(3, 5, 2, C))
     for order in ("channels innermost", "channels second"):
@@ -231,7 +231,7 @@ def test_memory_of_a_gpu_is_refused(x):
 
 
 def test_old_and_new_capsules_and_their_owners():
-    """With and without a version; the memory lives as long as the array, and is let go after it."""
+    """With and without a version; the memory lives as long as the array, and is released after it."""
 
     class Exporter:
         def __init__(self, array, version):
@@ -387,7 +387,7 @@ def test_going_back_several_times(group, size):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("mask", [None, True])
 def test_numbers_that_are_not_finite(group, bad, mask):
-    """In a batch: refused, or let through. In a gradient: always let through, for its channel alone."""
+    """In a batch the policy refuses or propagates them. In a gradient they always propagate, within their channel."""
     x, dy = MATRIX.copy(), np.random.default_rng(SEED).normal(size=MATRIX.shape)
     x[1, 1], dy[2, 2] = bad, bad
 

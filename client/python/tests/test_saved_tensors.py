@@ -315,7 +315,7 @@ def test_backward_on_another_thread(group):
     torch.testing.assert_close(group(1, run)[0], wanted[0], rtol=1e-10, atol=1e-10)
 
 
-# ---- What cannot be synchronized says so, before any round ----
+# ---- Tensors that cannot be synchronized are refused before any round ----
 
 
 def refused(master, name, function, match):

@@ -91,7 +91,7 @@ def test_the_environment_is_where_arguments_are_absent(master, monkeypatch):
     )
     with syncbn.Worker() as worker:
         assert (worker.group, worker.job, worker.rank) == ("group of environment", "job of environment", 1)
-        # The same for all of a group: else it is refused.
+        # The same for all of a group; otherwise the join is refused.
         with syncbn.Worker(rank=0, timeout=7.5):
             pass
         with pytest.raises(syncbn.Error, match="timeout"):
@@ -431,7 +431,7 @@ def test_a_converted_model_without_a_launcher():
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_one_of_several_processes_does_not_take_itself_for_all(monkeypatch, name):
-    """Each would normalize over its own batches, and nobody would notice."""
+    """Otherwise each would normalize over its own batches, and nobody would notice."""
     environment(monkeypatch, **{name: "4"})
     with pytest.raises(ValueError, match=f"{name} is 4.*SYNCBN_TARGET"):
         syncbn.Worker()
@@ -469,7 +469,7 @@ def test_a_process_group_without_variables_is_several_processes(tmp_path):
 
 
 def test_a_name_for_two_layers_is_told_to_use_a_prefix(group):
-    """Where the workers come to them in different orders, so that their rounds fail."""
+    """The workers run them in different orders, so that their rounds fail."""
 
     def run(worker):
         worker.wait_for_members()

@@ -48,7 +48,7 @@ with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=
 
 @pytest.mark.parametrize("order, times", [("gated", 3), ("free", TIMES)])
 def test_a_wait_hears_ctrl_c(order, times):
-    """Also (gated) a wait that begins after the signal has come, which the main thread has not answered yet."""
+    """If gated, the wait begins after the signal has come, and before the main thread has answered it."""
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, order, str(times)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -56,7 +56,7 @@ def test_a_wait_hears_ctrl_c(order, times):
         address = process.stdout.readline().strip()
         for _ in range(times):
             assert process.stdout.readline() == "ready\n"
-            # Until its main thread waits for the mutex: a futex call, whose first argument is the address.
+            # Wait until its main thread waits for the mutex: a futex call, whose first argument is the address.
             while address not in pathlib.Path(f"/proc/{process.pid}/syscall").read_text().split():
                 assert process.poll() is None
             process.send_signal(signal.SIGINT)

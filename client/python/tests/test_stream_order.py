@@ -1,4 +1,4 @@
-"""Stream-ordered workers: what Python does about them without a GPU.
+"""Stream-ordered workers: the part of Python, without a GPU.
 
 A stand-in plays the stream-ordered pass on the CPU: it is finished without a wait, its results are known after one.
 """

@@ -1,4 +1,4 @@
-"""Where the master is: several addresses, or a function that is asked at each attempt to connect; and late workers."""
+"""Targets: several addresses, or a function that is called at each attempt to connect; and late workers."""
 
 import logging
 import os

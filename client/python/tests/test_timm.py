@@ -22,7 +22,7 @@ FAMILIES = 58  # Of timm 1.0.31.
 
 
 def families():
-    """The models of each family (a module of timm) that may have batch normalization, by what its source names."""
+    """Returns, by family (a module of timm), the models that may have batch normalization, judging by its source."""
     entrypoint = timm.models.model_entrypoint
     names = collections.defaultdict(list)
     for name in timm.list_models():
@@ -68,7 +68,7 @@ def test_every_family_converts_and_reverts():
 
 
 def relative(actual, expected, scale=0.0):
-    """The largest error, relative to the largest value that is expected, or to a scale that is larger."""
+    """Returns the largest error, relative to the largest expected value, or to a scale that is larger."""
     return float((actual - expected).abs().max()) / max(scale, float(expected.abs().max()))
 
 

@@ -162,7 +162,7 @@ def test_half_inputs_with_parameters_of_another_type(group, dtype, parameters):
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None])
 def test_options(group, affine, tracked, momentum):
     if not tracked:
-        # Evaluation then takes the local batch's statistics: a test of its own.
+        # Evaluation then takes the local batch's statistics, which another test checks.
         check_without_tracking(group, affine, momentum)
     else:
         check(group, (2, 1), affine=affine, momentum=momentum)
@@ -290,7 +290,7 @@ def test_evaluation_gradients_with_half_inputs():
     close(layer.bias.grad, whole.bias.grad, torch.float32)
 
 
-# ---- Who takes part in backward rounds ----
+# ---- Participation in backward rounds ----
 
 
 def test_no_grad_in_training_updates_statistics_and_needs_no_backward(group):
@@ -306,7 +306,7 @@ def test_no_grad_in_training_updates_statistics_and_needs_no_backward(group):
 
 
 def test_the_first_layer_has_no_backward_round(group):
-    """Its input needs no gradient at any worker, so one that never calls backward holds nobody up."""
+    """Its input needs no gradient at any worker, so a worker that never calls backward blocks nobody."""
 
     def run(worker):
         layer = sync.SyncBatchNorm(2, worker=worker, layer="bn")
