@@ -42,7 +42,7 @@ def broken_links(page: pathlib.Path, text: str) -> List[str]:
 
 def unknown_paths(page: pathlib.Path, text: str) -> List[str]:
     """Paths in backquotes, from the root of the repository, that do not exist."""
-    folders = "client|docs|kernels|plumbing|proto|server|tests|third_party|tools"
+    folders = "client|docs|kernels|plumbing|proto|server|tests|third_party|tools|vocabulary"
     named = re.findall(rf"`((?:{folders})/[\w./-]+)`", without_code(text))
     return [f"{page.relative_to(ROOT)} names {name}" for name in named if not (ROOT / name).exists()]
 
