@@ -167,7 +167,7 @@ absl::Status ReadPassOptions(const syncbn_pass_options* given, syncbn::PassOptio
   if (absl::Status status = ReadOptions(given, &options); !status.ok()) return status;
   if (options.num_threads != 0) pass->num_threads = options.num_threads;
   pass->stream = options.stream;
-  if (options.sequence_plus_one != 0) pass->sequence = options.sequence_plus_one - 1;
+  if (options.has_sequence != 0) pass->sequence = options.sequence;
   pass->stream_ordered = options.stream_ordered != 0;
   pass->again = options.again != 0;
   return ReadRole(options.backward_role, &pass->backward_role);

@@ -72,3 +72,21 @@ def test_configurations_that_compile_otherwise_have_folders_of_their_own() -> No
         assert len(suffixes[-1]) == 1, name
         assert "--experimental_convenience_symlinks=ignore" in options, name
     assert len({suffix for (suffix,) in suffixes}) == len(suffixes) >= 2
+
+
+def starlark_list(name: str) -> List[str]:
+    """A list of third_party/cuda/defs.bzl, read as Bazel reads it: up to its rules, the file is Python too."""
+    found: Dict[str, List[str]] = {}
+    text = (ROOT / "third_party/cuda/defs.bzl").read_text()
+    exec(text[text.index("ARCHITECTURES =") : text.index("def _cc_headers_impl")], found)
+    return found[name]
+
+
+@pytest.mark.parametrize("name", ["CODE_FLAGS", "HOST_COMPILER_FLAGS"])
+def test_gpu_check_compiles_with_the_flags_of_the_build(name: str) -> None:
+    [function] = re.findall(r"^bazel_list\(\) \{.*?^\}$", (ROOT / "tools/gpu_check").read_text(), re.DOTALL | re.MULTILINE)
+    done = subprocess.run(
+        ["bash", "-c", f"{function}\nbazel_list {name}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == starlark_list(name) != []
+    assert set(starlark_list(name)) < set(starlark_list("NVCC_FLAGS"))

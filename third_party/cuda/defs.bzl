@@ -10,17 +10,24 @@ load("@cuda//:config.bzl", "CUDA_ROOT", "HAVE_CUDA")
 # 75 Turing, 80 and 86 Ampere, 89 Ada, 90 Hopper, 100 and 120 Blackwell. CUDA 13 knows them all.
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
-# -fmad=false: a multiplication and an addition are fused only where the source says fma, as on the host, so that a CPU
-# computes the same bits. -Xptxas -v: the resources of each kernel, for a test to read. -compress-mode=size: the objects
-# are a seventh as large as by default, 4 MB for all kernels, and take no longer to compile.
-NVCC_FLAGS = [
+# What the code means, the same wherever it is compiled: tools/gpu_check reads these two lists. -fmad=false: a
+# multiplication and an addition are fused only where the source says fma, as on the host, so that a CPU computes the
+# same bits.
+CODE_FLAGS = [
     "-std=c++17",
     "-O3",
     "-fmad=false",
+]
+HOST_COMPILER_FLAGS = [
+    "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas,-ffp-contract=off",
+]
+
+# -Xptxas -v: the resources of each kernel, for a test to read. -compress-mode=size: the objects are a seventh as large
+# as by default, 4 MB for all kernels, and take no longer to compile.
+NVCC_FLAGS = CODE_FLAGS + [
     "-compress-mode=size",
     "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
-    "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-unknown-pragmas,-ffp-contract=off",
-] + [
+] + HOST_COMPILER_FLAGS + [
     "-gencode=arch=compute_%s,code=sm_%s" % (arch, arch)
     for arch in ARCHITECTURES
 ] + [

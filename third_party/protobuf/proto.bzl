@@ -1,5 +1,8 @@
 """C++ from .proto files with Debian's protoc and gRPC plugin."""
 
+# The option of protoc that names the plugin behind --grpc_out.
+GRPC_PLUGIN = "--plugin=protoc-gen-grpc=/usr/bin/grpc_cpp_plugin"
+
 def cc_proto_sources(name, srcs, outs_prefix, import_roots, grpc_srcs = [], imports = []):
     """Generates, as target NAME, the .pb.{h,cc} of every source and the .grpc.pb.{h,cc} of those with services.
 
@@ -23,8 +26,9 @@ def cc_proto_sources(name, srcs, outs_prefix, import_roots, grpc_srcs = [], impo
         " ".join(["$(location %s)" % src for src in srcs]),
     )
     if grpc_srcs:
-        command += " && protoc %s --grpc_out=$(RULEDIR) --plugin=protoc-gen-grpc=/usr/bin/grpc_cpp_plugin %s" % (
+        command += " && protoc %s --grpc_out=$(RULEDIR) %s %s" % (
             roots,
+            GRPC_PLUGIN,
             " ".join(["$(location %s)" % src for src in grpc_srcs]),
         )
     native.genrule(

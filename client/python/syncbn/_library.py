@@ -110,7 +110,8 @@ class PassOptions(_Options):
         ("num_threads", c_int32),
         ("stream", c_void_p),
         ("backward_role", c_int32),
-        ("sequence_plus_one", c_uint64),
+        ("has_sequence", c_int32),
+        ("sequence", c_uint64),
         ("stream_ordered", c_int32),
         ("again", c_int64),
     ]

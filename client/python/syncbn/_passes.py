@@ -57,7 +57,8 @@ class ForwardPass:
             num_threads=num_threads,
             stream=stream,
             backward_role=role,
-            sequence_plus_one=0 if sequence is None else sequence + 1,
+            has_sequence=sequence is not None,
+            sequence=sequence or 0,
             stream_ordered=worker.stream_ordered and on_gpu,
         )
         with worker.handle() as handle:

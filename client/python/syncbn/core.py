@@ -160,7 +160,7 @@ class Worker:
             raise _forks.error()
         with self._idle:
             if self._handle is None:
-                raise errors.make_error("the worker has been closed", 9, "LEFT")
+                raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
             self._users += 1
             handle = self._handle
         try:

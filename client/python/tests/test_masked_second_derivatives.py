@@ -4,23 +4,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import second_derivatives
 import syncbn.torch as sync
+from second_derivatives import CHANNELS, close, random
 
 SEED = 6161
-CHANNELS = 3
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
-
-
-def random(shape, generator):
-    return torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5 + 1
-
-
-def close(actual, expected, dtype=torch.float64):
-    scale = max(1.0, float(expected.detach().abs().max()))
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(
-        actual.detach().double(), expected.detach(), rtol=tolerance, atol=tolerance * scale, check_stride=False
-    )
 
 
 def whole_normalize(x, mask, mode, eps):
@@ -31,56 +19,14 @@ def whole_normalize(x, mask, mode, eps):
     return (x - mean) / (var.clamp(min=eps) if mode == "clamp" else var + eps).sqrt()
 
 
-def loss_of(gradients, factors):
-    """A number whose gradient needs the derivative of each of the gradients of x, weight and bias."""
-    loss = gradients[0].double().sin().sum()
-    for gradient, factor in zip(gradients[1:], factors):
-        loss = loss + (gradient.double() * factor).sum()
-    return loss
-
-
-def check(group, sizes, shape=(4,), *, dtype=torch.float64, affine=True, mode="add", eps=1e-5, dy_needs=True, full=False):
-    generator = torch.Generator().manual_seed(SEED)
+def check(group, sizes, shape=(4,), *, mode="add", eps=1e-5, full=False, **options):
     print("seed", SEED)
-    x, c = (random((sum(sizes), CHANNELS) + shape, generator).to(dtype) for _ in range(2))
+    generator = torch.Generator().manual_seed(SEED)
     mask = torch.rand((sum(sizes), 1) + shape, generator=generator) < (2.0 if full else 0.6)
-    weights = (torch.rand(CHANNELS, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
-    factors = random((len(sizes), 2, CHANNELS), generator)
-
-    # The oracle: each worker's weight and bias as vectors of their own, so that their gradients come apart.
-    rows = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    trailing = (...,) + (None,) * len(shape)
-    leaves = [x.double().clone().requires_grad_(), c.double().clone().requires_grad_(dy_needs)]
-    own = [weights.double().repeat(len(sizes), 1).requires_grad_(), torch.zeros(len(sizes), CHANNELS).double()]
-    own[1].requires_grad_()
-    y = whole_normalize(leaves[0], mask.double(), mode, eps)
-    if affine:
-        y = y * own[0][rows][trailing] + own[1][rows][trailing]
-    first = torch.autograd.grad((y * leaves[1]).sum(), [leaves[0], *(own if affine else [])], create_graph=True)
-    loss_of(first, [factors[:, 0], factors[:, 1]]).backward()
-
-    def run(worker):
-        layer = sync.SyncBatchNorm(
-            CHANNELS, eps=eps, affine=affine, worker=worker, layer="bn", eps_mode=mode, dtype=dtype
-        )
-        if affine:
-            with torch.no_grad():
-                layer.weight.copy_(weights)
-        part, dy, own_mask = (v.split(list(sizes))[worker.rank].clone() for v in (x, c, mask))
-        part.requires_grad_(), dy.requires_grad_(dy_needs)
-        gradients = torch.autograd.grad(
-            (layer(part, own_mask) * dy).sum(), [part, *layer.parameters()], create_graph=True
-        )
-        loss_of(gradients, factors[worker.rank]).backward()
-        return gradients, part.grad, dy.grad, layer.weight.grad if affine else None
-
-    results = group(len(sizes), run)
-    close(torch.cat([r[0][0] for r in results]), first[0], dtype)
-    close(torch.cat([r[1] for r in results]), leaves[0].grad, dtype)
-    if dy_needs:
-        close(torch.cat([r[2] for r in results]), leaves[1].grad, dtype)
-    if affine:
-        close(sum(r[3].double() for r in results), own[0].grad.sum(0), dtype)
+    second_derivatives.check(
+        group, sizes, shape, lambda x: whole_normalize(x, mask.double(), mode, eps), generator, mask=mask, mode=mode,
+        eps=eps, **options,
+    )
 
 
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 4, 2), (0, 4, 1)])

@@ -7,24 +7,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import second_derivatives
 import syncbn.torch as sync
+from second_derivatives import CHANNELS, TOLERANCE, close, random
 from syncbn.torch import compat
 
 SEED = 4242
-CHANNELS = 3
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def close(actual, expected, dtype=torch.float64):
-    tolerance = TOLERANCE[dtype]
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(
-        actual.detach().double(), expected.detach(), rtol=tolerance, atol=tolerance * scale, check_stride=False
-    )
-
-
-def random(shape, generator):
-    return torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5 + 1
 
 
 def whole_normalize(x, mode, eps):
@@ -36,58 +24,12 @@ def whole_normalize(x, mode, eps):
     return (x - mean) / var.clamp(min=eps).sqrt()
 
 
-def second_loss(gradients, factors):
-    """A number whose gradient needs the derivative of each of the gradients of x, weight and bias."""
-    loss = gradients[0].double().sin().sum()
-    for gradient, factor in zip(gradients[1:], factors):
-        loss = loss + (gradient.double() * factor).sum()
-    return loss
-
-
-def check(group, sizes, shape=(2,), *, dtype=torch.float64, affine=True, mode="add", eps=1e-5, layout=None, dy_needs=True):
-    generator = torch.Generator().manual_seed(SEED)
+def check(group, sizes, shape=(2,), *, mode="add", eps=1e-5, **options):
     print("seed", SEED)
-    x, c = (random((sum(sizes), CHANNELS) + shape, generator).to(dtype) for _ in range(2))
-    weights = (torch.rand(CHANNELS, generator=generator, dtype=torch.float64) + 0.5).float()
-    factors = random((len(sizes), 2, CHANNELS), generator)
-
-    # The oracle: each worker's weight and bias as vectors of their own, so that their gradients come apart.
-    rows = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    trailing = (...,) + (None,) * len(shape)
-    leaves = [x.double().clone().requires_grad_(), c.double().clone().requires_grad_(dy_needs)]
-    own = [weights.double().repeat(len(sizes), 1).requires_grad_(), torch.zeros(len(sizes), CHANNELS).double()]
-    own[1].requires_grad_()
-    y = whole_normalize(leaves[0], mode, eps)
-    if affine:
-        y = y * own[0][rows][trailing] + own[1][rows][trailing]
-    parameters = own if affine else []
-    first = torch.autograd.grad((y * leaves[1]).sum(), [leaves[0], *parameters], create_graph=True)
-    second_loss(first, [factors[:, 0], factors[:, 1]]).backward()
-
-    def run(worker):
-        layer = sync.SyncBatchNorm(
-            CHANNELS, eps=eps, affine=affine, worker=worker, layer="bn", eps_mode=mode, dtype=max(dtype, torch.float32, key=str)
-        )
-        if affine:
-            with torch.no_grad():
-                layer.weight.copy_(weights)
-        part, dy = (v.split(list(sizes))[worker.rank].clone() for v in (x, c))
-        if layout == "channels_last":
-            part = part.movedim(1, -1).contiguous().movedim(-1, 1)
-        part.requires_grad_(), dy.requires_grad_(dy_needs)
-        gradients = torch.autograd.grad((layer(part) * dy).sum(), [part, *layer.parameters()], create_graph=True)
-        second_loss(gradients, factors[worker.rank]).backward()
-        return gradients, part.grad, dy.grad, layer.weight.grad if affine else None
-
-    results = group(len(sizes), run)
-    close(torch.cat([r[0][0] for r in results]), first[0], dtype)
-    close(torch.cat([r[1] for r in results]), leaves[0].grad, dtype)
-    if dy_needs:
-        close(torch.cat([r[2] for r in results]), leaves[1].grad, dtype)
-    else:
-        assert all(r[2] is None for r in results)
-    if affine:
-        close(sum(r[3].double() for r in results), own[0].grad.sum(0), dtype)
+    second_derivatives.check(
+        group, sizes, shape, lambda x: whole_normalize(x, mode, eps), torch.Generator().manual_seed(SEED), mode=mode,
+        eps=eps, **options,
+    )
 
 
 @pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 4, 2), (0, 4, 1), (3, 0)])

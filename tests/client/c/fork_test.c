@@ -10,42 +10,11 @@
 #include <unistd.h>
 
 #include "client/c/syncbn.h"
-
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      exit(1);                                                        \
-    }                                                                 \
-  } while (0)
-
-/* The call fails with this code and reason. */
-#define CHECK_FAILS(call, expected_code, reason)                                                              \
-  do {                                                                                                        \
-    syncbn_error* error = NULL;                                                                               \
-    const syncbn_code code = (call);                                                                          \
-    if (code != (expected_code) || error == NULL || strcmp(syncbn_error_reason(error), (reason)) != 0) {      \
-      fprintf(stderr, "%s:%d: code %d, %s: %s\n", __FILE__, __LINE__, (int)code,                              \
-              error == NULL ? "" : syncbn_error_reason(error), error ? syncbn_error_message(error) : "none"); \
-      exit(1);                                                                                                \
-    }                                                                                                         \
-    syncbn_error_destroy(error);                                                                              \
-  } while (0)
+#include "tests/client/c/check.h"
 
 #define CHECK_FORKED(call) CHECK_FAILS(call, kFailedPrecondition, "FORKED")
 
-#define CHECK_OK(call)                                                       \
-  do {                                                                       \
-    syncbn_error* error = NULL;                                              \
-    const syncbn_code code = (call);                                         \
-    if (code != 0) {                                                         \
-      fprintf(stderr, "%s:%d: code %d: %s\n", __FILE__, __LINE__, (int)code, \
-              error == NULL ? "" : syncbn_error_message(error));             \
-      exit(1);                                                               \
-    }                                                                        \
-  } while (0)
-
-enum { kFailedPrecondition = 9, kUnavailable = 14, kPatience = 300 };
+enum { kPatience = 300 };
 
 static const int64_t kLong = 600000000000; /* 10 minutes. */
 

@@ -9,34 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      exit(1);                                                        \
-    }                                                                 \
-  } while (0)
-
-/* OK, or the error's message on stderr and out. */
-#define CHECK_OK(call)                                                       \
-  do {                                                                       \
-    syncbn_error* error = NULL;                                              \
-    const syncbn_code code = (call);                                         \
-    if (code != 0) {                                                         \
-      fprintf(stderr, "%s:%d: code %d: %s\n", __FILE__, __LINE__, (int)code, \
-              error == NULL ? "" : syncbn_error_message(error));             \
-      exit(1);                                                               \
-    }                                                                        \
-  } while (0)
-
-enum {
-  kInvalidArgument = 3,
-  kDeadlineExceeded = 4,
-  kFailedPrecondition = 9,
-  kOutOfRange = 11,
-  kUnimplemented = 12,
-  kCancelled = 1
-};
+#include "tests/client/c/check.h"
 
 static const char* g_target;
 
@@ -366,7 +339,28 @@ static void TestEvaluation(void) {
   CHECK(dx[0] == 0 && dx[1] == 0 && dx[2] == 2 && d_weight[0] == 4);
 }
 
-/* Without a GPU there is no stream-ordered pass; what asks for one, or after one, works all the same. */
+/* A forward pass has the sequence that its options give, if they give one. */
+static void TestSequencesOfPasses(void) {
+  syncbn_worker* const worker = Join("pass_sequences", 0, 1, 0);
+  Declare(worker, "given", 1);
+  Declare(worker, "counted", 1);
+  float data[2] = {1, 2};
+  const syncbn_tensor x = {data, 2, 1, 1, SYNCBN_FLOAT32, SYNCBN_CHANNELS_LAST, SYNCBN_DEVICE_CPU, 0};
+  syncbn_pass_options options = SYNCBN_PASS_OPTIONS_INIT;
+  for (int given = 1; given >= 0; --given) {
+    options.has_sequence = given;
+    options.sequence = 7;
+    syncbn_forward* forward = NULL;
+    CHECK_OK(syncbn_forward_start(worker, given ? "given" : "counted", &x, &options, &forward, &error));
+    CHECK_OK(syncbn_forward_wait(forward, -1, &error));
+    CHECK(syncbn_forward_sequence(forward) == (given ? 7 : 0));
+    syncbn_forward_destroy(forward);
+  }
+  CHECK_OK(syncbn_worker_leave(worker, "done", &error));
+  syncbn_worker_destroy(worker);
+}
+
+/* Without a GPU there is no stream-ordered pass; calls that ask for one, or wait for one, work nevertheless. */
 static void TestStreamOrder(void) {
   syncbn_worker* worker = Join("stream_order", 0, 1, 0);
   Declare(worker, "bn", 1);
@@ -494,6 +488,7 @@ int main(void) {
   TestNullHandles();
   TestPassThatOutlivesItsWorker();
   TestEvaluation();
+  TestSequencesOfPasses();
   TestStreamOrder();
   TestLog();
   TestTargets();
