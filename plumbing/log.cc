@@ -16,7 +16,7 @@
 namespace syncbn {
 namespace {
 
-// How many sinks this thread is within.
+// The number of sinks that this thread is within.
 thread_local int t_depth = 0;
 
 struct Sink {

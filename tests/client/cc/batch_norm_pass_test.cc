@@ -53,7 +53,7 @@ struct Tensor {
 
 VectorView View(std::vector<double>& values) { return {values.data(), kernels::DataType::kFloat64}; }
 
-// What one worker brought home.
+// The results of one worker.
 struct Outcome {
   std::vector<double> y, dx, running_mean, running_var, d_weight, d_bias;
 };

@@ -1,4 +1,4 @@
-// How a worker finds its master, what it makes of a refusal, and what it takes from a master that lies.
+// Workers that look for their master, that are refused, and whose master lies.
 
 #include <atomic>
 #include <cmath>

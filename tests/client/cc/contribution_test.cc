@@ -18,7 +18,7 @@ OutgoingContribution To(const std::string& layer, uint64_t sequence, v1::Phase p
   return contribution;
 }
 
-// What protobuf makes of the same contribution.
+// Returns protobuf's encoding of the same contribution.
 std::string Serialized(const OutgoingContribution& contribution) {
   v1::WorkerFrame frame;
   v1::Contribution* const out = frame.add_contributions();

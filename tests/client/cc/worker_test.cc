@@ -473,7 +473,7 @@ TEST_F(WorkerTest, ALayerSetThatDiffersIsRefusedAtTheJoin) {
   const absl::Status status = Worker::Join(options).status();
   ExpectError(status, absl::StatusCode::kFailedPrecondition, "LAYER_SET_MISMATCH");
   EXPECT_THAT(std::string(status.message()), HasSubstr("it alone has \"c\"; it lacks \"b\""));
-  // What waits for the refused worker would wait in vain.
+  // Rounds that wait for the refused worker would wait in vain.
   ExpectError(Sum(*first, "v", {1.0}).status(), absl::StatusCode::kFailedPrecondition, "LAYER_SET_MISMATCH");
   options.layers = {BatchNormOptions("a", 1), BatchNormOptions("b", 1)};
   const auto second = JoinOrDie(options);

@@ -28,7 +28,7 @@ using testing::ReasonOf;
 using testing::Sum;
 using testing::SumLayer;
 
-// Of `channels` channels, with count 4 and mean and M2 that depend on the rank.
+// Numbers of `channels` channels, with count 4 and mean and M2 that depend on the rank.
 Numbers Moments(uint32_t channels, Rank rank = 0) {
   return {4, std::vector<double>(channels, 1.0 + rank), std::vector<double>(channels, 0.5)};
 }

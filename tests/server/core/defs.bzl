@@ -1,4 +1,4 @@
-"""What the engine's tests have in common."""
+"""The rule for tests of the round engine."""
 
 def engine_test(name, **kwargs):
     """A test that drives a coordinator on a virtual clock; without gRPC, so it runs under tsan too."""

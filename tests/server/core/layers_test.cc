@@ -1,4 +1,4 @@
-// What workers agree upon about layers, and the running statistics of those.
+// Declarations of layers that agree and disagree, and the running statistics of layers.
 
 #include <cmath>
 #include <optional>
@@ -56,7 +56,7 @@ TEST(LayerSetTest, TheDifferenceIsSaidToBothAtOnce) {
   EXPECT_THAT(message, HasSubstr("layer \"a\" has channels 32 instead of 64"));
   EXPECT_THAT(message, HasSubstr("it alone has \"c\", \"d\""));
   EXPECT_THAT(message, HasSubstr("it lacks \"b\""));
-  // Who knows "a" learns of the disagreement about it; all learn of the refused worker.
+  // Workers that know "a" learn of the disagreement about it; all learn of the refused worker.
   ASSERT_EQ(engine.log(first).layer_errors.size(), 2u);
   EXPECT_EQ(engine.log(first).layer_errors[0].layer, "a");
   EXPECT_STREQ(engine.log(first).layer_errors[0].error.reason, kLayerSpecMismatch);

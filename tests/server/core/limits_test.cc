@@ -162,7 +162,7 @@ TEST(LimitsTest, MaxPendingBytes) {
   EXPECT_EQ(engine.View().summary.rounds_in_flight, 1u) << "the bytes of ended rounds are free again";
 }
 
-// What is held already takes no more room when it is sent again.
+// A contribution that is held already takes no more room when it is sent again.
 TEST(LimitsTest, MaxPendingBytesDoesNotRefuseReplays) {
   Limits limits;
   limits.max_pending_bytes = 64;

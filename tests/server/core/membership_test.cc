@@ -1,4 +1,4 @@
-// Who is in a group: joining, coming back, being lost, being replaced, ending.
+// Membership of a group: joining, coming back, being lost, being replaced, ending.
 
 #include <string>
 #include <vector>

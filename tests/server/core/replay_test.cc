@@ -1,4 +1,4 @@
-// Contributions that come again: the same numbers, others, too late.
+// Repeated contributions: with the same numbers, with others, and too late.
 
 #include <cmath>
 #include <memory>
@@ -191,7 +191,7 @@ TEST_P(RecurrentTest, AwaitedForwardRoundsAreKept) {
   const StreamId again = workers_[0] = engine_.Reconnect(workers_[0]);
   engine_.Contribute(again, Backward("bn", 5), {0, {1.0, 5.0}, {1.0, 1.0}});
   EXPECT_EQ(engine_.Outcome(again, Backward("bn", 5)), engine_.Outcome(workers_[1], Backward("bn", 5)));
-  // What has had its backward round is forgotten as ever.
+  // A forward round that has had its backward round is forgotten like others.
   CompleteForward(uses + 500);
   engine_.Contribute(again, Forward("bn", 0), kNumbers);
   EXPECT_EQ(ReasonOf(*engine_.Outcome(again, Forward("bn", 0))), kRoundExpired);

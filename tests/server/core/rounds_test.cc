@@ -1,4 +1,4 @@
-// How rounds begin, fill and end.
+// Rounds from their first contribution to their end.
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// What can be seen of the engine from outside.
+// Views of the engine from outside.
 
 #include <string>
 #include <vector>

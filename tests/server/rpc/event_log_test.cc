@@ -1,4 +1,4 @@
-// What a master's log tells of its groups.
+// The lines of a master's log about its groups.
 
 #include <memory>
 #include <string>

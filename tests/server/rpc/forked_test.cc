@@ -27,7 +27,7 @@ absl::StatusOr<std::unique_ptr<MasterServer>> Start(const std::string& address) 
   return MasterServer::Start(std::move(options));
 }
 
-// What the child says: empty if all is as it should be.
+// The child's report: empty if everything is right.
 std::string InChild(const std::function<std::string()>& body) {
   int ends[2];
   EXPECT_EQ(pipe(ends), 0);

@@ -1,4 +1,4 @@
-// What a frame may cost: its price is known before it is parsed, merged or answered, and readers that read are waited
+// The cost of frames: it is known before a frame is parsed, merged or answered, and readers that read are waited
 // for.
 
 #include <algorithm>
@@ -104,7 +104,7 @@ struct Flood {
 
 class FloodTest : public ::testing::TestWithParam<Flood> {};
 
-// Of a member: a field for each two bytes.
+// From a member: a field for each two bytes.
 TEST_P(FloodTest, IsRefusedByItsNumber) {
   const auto server = StartServer();
   RawStream stream(Connect(server->target()));
@@ -142,7 +142,7 @@ INSTANTIATE_TEST_SUITE_P(
                             "not a syncbn.v1.WorkerFrame"}),
     [](const auto& info) { return info.param.name; });
 
-// What lies in one contribution, of a group whose layers are wide enough for it.
+// Within one contribution, to a group whose layers are wide enough for it.
 TEST(FramePriceTest, FloodsWithinAContribution) {
   const auto server = StartServer();
   for (const std::string& inner : {Bytes({0x50, 0}), Bytes({0x0a, 0}), Bytes({0x12, 0}), Bytes({0x12, 2, 0x50, 0})}) {

@@ -1,4 +1,4 @@
-// What the library logs while a test runs.
+// Collects the library's log while a test runs.
 
 #ifndef SYNCBN_TESTS_SERVER_RPC_LOG_COLLECTOR_H_
 #define SYNCBN_TESTS_SERVER_RPC_LOG_COLLECTOR_H_

@@ -1,4 +1,4 @@
-// What the gRPC layer adds to the round engine: frames that are not frames, streams that end, readers that do not read.
+// The gRPC layer around the round engine: frames that are not frames, streams that end, readers that do not read.
 
 #include <atomic>
 #include <cstdio>
@@ -420,7 +420,7 @@ TEST(WorkerStreamTest, ASlowReaderIsCutOffAndTheOthersLearnOfIt) {
     cut = true;
   }
   EXPECT_TRUE(cut) << rounds << " rounds";
-  // What got into the transport's buffers is still read; then the call is over.
+  // The bytes in the transport's buffers are still read; then the call is over.
   EXPECT_FALSE(slow.Finish().ok());
 }
 
