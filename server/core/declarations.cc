@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/string_view.h"
 #include "server/core/error.h"
 
 namespace syncbn::core {
@@ -19,17 +18,9 @@ DeclarationPtr Make(const LayerSpec& spec) { return std::make_shared<const Decla
 
 std::string Difference(const LayerSpec& worker, const LayerSpec& reference) {
   std::string text;
-  const auto compare = [&text](const char* field, const auto& mine, const auto& theirs) {
-    if (mine == theirs) return;
-    absl::StrAppend(&text, text.empty() ? "" : ", ", field, " ", mine, " instead of ", theirs);
-  };
-  compare("channels", worker.channels, reference.channels);
-  compare("kind", absl::string_view(Name(worker.kind)), absl::string_view(Name(reference.kind)));
-  compare("eps", worker.eps, reference.eps);
-  compare("eps_mode", absl::string_view(Name(worker.eps_mode)), absl::string_view(Name(reference.eps_mode)));
-  compare("numeric_policy", absl::string_view(Name(worker.numeric_policy)),
-          absl::string_view(Name(reference.numeric_policy)));
-  compare("biased_running_variance", int{worker.biased_running_variance}, int{reference.biased_running_variance});
+  for (const FieldDifference& field : Differences(kLayerSpecFields, worker, reference)) {
+    absl::StrAppend(&text, text.empty() ? "" : ", ", field.name, " ", field.mine, " instead of ", field.theirs);
+  }
   return text;
 }
 
@@ -49,7 +40,7 @@ DeclarationPtr Declarations::Of(Rank rank) const {
 }
 
 bool Declarations::Known(const LayerSpec& spec) const {
-  const auto same = [&spec](const DeclarationPtr& said) { return Difference(spec, said->spec).empty(); };
+  const auto same = [&spec](const DeclarationPtr& said) { return Agree(kLayerSpecFields, spec, said->spec); };
   return std::any_of(sides_.begin(), sides_.end(), [&](const Side& side) { return same(side.declaration); }) ||
          std::any_of(past_.begin(), past_.end(), same);
 }
@@ -57,7 +48,7 @@ bool Declarations::Known(const LayerSpec& spec) const {
 void Declarations::Declare(Rank rank, const LayerSpec& spec, bool returning) {
   agreed_ = agreed_ || returning;
   const bool disputed = !agreed_ && !ranks_.contains(rank) && !sides_.empty() && !Known(spec);
-  const auto says_so = [&](const Side& side) { return Difference(spec, side.declaration->spec).empty(); };
+  const auto says_so = [&](const Side& side) { return Agree(kLayerSpecFields, spec, side.declaration->spec); };
   const auto before = SideOf(rank);
   if (before == sides_.end() || !says_so(*before)) {
     Quit(rank, /*keep=*/true);

@@ -15,7 +15,7 @@
 
 namespace syncbn::core {
 
-// In what `worker` deviates from `reference` ("channels 32 instead of 64"); empty if they agree. Momentum is not
+// Returns where `worker` deviates from `reference` ("channels 32 instead of 64"); empty if they agree. Momentum is not
 // compared.
 std::string Difference(const LayerSpec& worker, const LayerSpec& reference);
 

@@ -17,12 +17,15 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "vocabulary/enums.h"
+#include "vocabulary/layer_spec.h"
 
 namespace syncbn::core {
 
 using syncbn::BackwardRole;
 using syncbn::EpsMode;
+using syncbn::GroupConfig;
 using syncbn::LayerKind;
+using syncbn::LayerSpec;
 using syncbn::MissingPolicy;
 using syncbn::NumericPolicy;
 using syncbn::Phase;
@@ -58,24 +61,6 @@ struct GroupId {
   friend H AbslHashValue(H h, const GroupId& id) {
     return H::combine(std::move(h), id.job, id.group);
   }
-};
-
-struct GroupConfig {
-  std::optional<absl::Duration> round_timeout;
-  MissingPolicy missing_policy = MissingPolicy::kFail;
-  uint32_t min_workers = 0;
-  std::optional<absl::Duration> rejoin_grace;
-};
-
-struct LayerSpec {
-  std::string name;
-  uint32_t channels = 0;
-  LayerKind kind = LayerKind::kBatchNorm;
-  double eps = 0.0;
-  EpsMode eps_mode = EpsMode::kAdd;
-  NumericPolicy numeric_policy = NumericPolicy::kRefuse;
-  std::optional<double> momentum;
-  bool biased_running_variance = false;
 };
 
 // A spec that a member has declared. Immutable and shared by all that refer to it.

@@ -6,12 +6,13 @@
 #include "plumbing/duration.h"
 #include "server/core/error.h"
 #include "server/rpc/status.h"
+#include "vocabulary/wire/convert.h"
 
 namespace syncbn::rpc {
 namespace {
 
-using syncbn::FromProto;
 using syncbn::ToProto;
+using wire::ToProto;
 
 core::Error Malformed(std::string message) {
   return core::MakeError(absl::StatusCode::kInvalidArgument, core::kMalformedFrame, std::move(message));
@@ -29,36 +30,15 @@ void Assign(const std::vector<core::Rank>& values, google::protobuf::RepeatedFie
   field->Add(values.begin(), values.end());
 }
 
-// An enum of the wire whose 0 stands for `fallback`; values beyond `last` are not known.
-template <typename To, typename From>
-std::optional<core::Error> FromEnum(From value, From last, To fallback, const char* field, To* out) {
-  if (value < 0 || value > last) return Malformed(absl::StrCat(field, " = ", static_cast<int>(value), " is not known"));
-  *out = value == 0 ? fallback : static_cast<To>(value);
-  return std::nullopt;
+std::optional<core::Error> MalformedIf(const absl::Status& status) {
+  if (status.ok()) return std::nullopt;
+  return Malformed(std::string(status.message()));
 }
 
 void ToProto(const core::RoundKey& key, v1::RoundKey* message) {
   message->set_layer(key.layer);
   message->set_sequence(key.sequence);
-  message->set_phase(static_cast<v1::Phase>(key.phase));
-}
-
-void ToProto(const core::GroupConfig& config, v1::GroupConfig* message) {
-  ToProto(*config.round_timeout, message->mutable_round_timeout());
-  ToProto(*config.rejoin_grace, message->mutable_rejoin_grace());
-  message->set_missing_policy(static_cast<v1::MissingPolicy>(config.missing_policy));
-  message->set_min_workers(config.min_workers);
-}
-
-void ToProto(const core::LayerSpec& spec, v1::LayerSpec* message) {
-  message->set_name(spec.name);
-  message->set_channels(spec.channels);
-  message->set_kind(static_cast<v1::LayerKind>(spec.kind));
-  message->set_eps(spec.eps);
-  message->set_eps_mode(static_cast<v1::EpsMode>(spec.eps_mode));
-  message->set_numeric_policy(static_cast<v1::NumericPolicy>(spec.numeric_policy));
-  if (spec.momentum.has_value()) message->set_momentum(*spec.momentum);
-  message->set_biased_running_variance(spec.biased_running_variance);
+  message->set_phase(wire::ToProto(key.phase));
 }
 
 void ToProto(const core::RoundOutcome& outcome, v1::MergedMoments* message) {
@@ -92,20 +72,7 @@ std::optional<core::Error> FromProto(const v1::RoundKey& message, core::RoundKey
 }
 
 std::optional<core::Error> FromProto(const v1::LayerSpec& message, core::LayerSpec* spec) {
-  spec->name = message.name();
-  spec->channels = message.channels();
-  if (message.kind() == v1::LAYER_KIND_UNSPECIFIED || !v1::LayerKind_IsValid(message.kind())) {
-    return Malformed(absl::StrCat("layer \"", message.name(), "\" has kind ", static_cast<int>(message.kind())));
-  }
-  spec->kind = static_cast<core::LayerKind>(message.kind());
-  spec->eps = message.eps();
-  if (message.has_momentum()) spec->momentum = message.momentum();
-  spec->biased_running_variance = message.biased_running_variance();
-  if (auto error = FromEnum(message.eps_mode(), v1::EPS_MODE_CLAMP, core::EpsMode::kAdd, "eps_mode", &spec->eps_mode)) {
-    return error;
-  }
-  return FromEnum(message.numeric_policy(), v1::NUMERIC_POLICY_PROPAGATE, core::NumericPolicy::kRefuse,
-                  "numeric_policy", &spec->numeric_policy);
+  return MalformedIf(wire::FromProto(message, spec));
 }
 
 std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) {
@@ -118,14 +85,7 @@ std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) 
   join->run_id = message.run_id();
   join->generation = message.generation();
   join->description = message.description();
-  const v1::GroupConfig& config = message.config();
-  if (config.has_round_timeout()) join->config.round_timeout = FromProto(config.round_timeout());
-  if (config.has_rejoin_grace()) join->config.rejoin_grace = FromProto(config.rejoin_grace());
-  join->config.min_workers = config.min_workers();
-  if (auto error = FromEnum(config.missing_policy(), v1::MISSING_POLICY_PROCEED, core::MissingPolicy::kFail,
-                            "missing_policy", &join->config.missing_policy)) {
-    return error;
-  }
+  if (auto error = MalformedIf(wire::FromProto(message.config(), &join->config))) return error;
   join->layers.reserve(message.layers_size());
   for (const v1::LayerSpec& layer : message.layers()) {
     if (auto error = FromProto(layer, &join->layers.emplace_back())) return error;
@@ -145,8 +105,7 @@ std::optional<core::Error> FromProto(const v1::Contribution& message, core::Cont
       contribution->count = message.moments().count();
       contribution->first = View(message.moments().mean());
       contribution->second = View(message.moments().m2());
-      return FromEnum(message.moments().backward_role(), v1::BACKWARD_ROLE_NONE, core::BackwardRole::kRequired,
-                      "backward_role", &contribution->backward_role);
+      return MalformedIf(wire::FromProto(message.moments().backward_role(), &contribution->backward_role));
     case core::Phase::kBackward:
       if (!message.has_gradient_sums()) return wrong("gradient_sums");
       contribution->first = View(message.gradient_sums().sum_dy());
