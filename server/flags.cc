@@ -23,6 +23,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
+#include "vocabulary/version.h"
 
 namespace syncbn {
 namespace {
@@ -130,7 +131,7 @@ class Options {
     app_->set_config("--config-file", "", "read flags from this file (TOML or INI)")
         ->envname(VariableOf("--config-file"))
         ->type_name("FILE");
-    app_->set_version_flag("--version", "syncbn-master 0.1.0");
+    app_->set_version_flag("--version", absl::StrCat("syncbn-master ", kVersion));
     app_->config_formatter(std::make_shared<StrictConfig>(names_));
   }
 

@@ -22,6 +22,7 @@
 #include "server/rpc/listener.h"
 #include "server/rpc/master_loop.h"
 #include "server/rpc/server_tls.h"
+#include "vocabulary/version.h"
 
 namespace syncbn {
 namespace {
@@ -222,7 +223,7 @@ absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options option
   loop.max_unread_bytes = options.max_unread_bytes;
   loop.join_timeout = options.join_timeout;
   loop.max_watchers = options.max_watchers;
-  loop.description = options.description.empty() ? "syncbn-master/0.1.0" : options.description;
+  loop.description = options.description.empty() ? absl::StrCat("syncbn-master/", kVersion) : options.description;
   auto impl = std::make_unique<Impl>(std::move(loop));
   if (absl::Status status = impl->Start(options, *addresses, *std::move(tls)); !status.ok()) return status;
   return std::unique_ptr<MasterServer>(new MasterServer(std::move(impl)));

@@ -63,7 +63,7 @@ class MasterServer {
     size_t max_connections = 0;
     // Serves gRPC's reflection. By default, only if every address is reachable from this host alone.
     std::optional<bool> reflection;
-    // "syncbn-master/0.1.0": what workers are told about this process.
+    // "syncbn-master/" and the version: what workers are told about this process.
     std::string description;
   };
 

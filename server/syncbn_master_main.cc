@@ -22,6 +22,7 @@
 #include "server/flags.h"
 #include "server/log/process_log.h"
 #include "server/stats_server.h"
+#include "vocabulary/version.h"
 
 namespace {
 
@@ -93,7 +94,8 @@ std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
 
 std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& flags) {
   const auto& tls = flags.server.tls;
-  std::string text = absl::StrCat("syncbn-master 0.1.0 listens on ", absl::StrJoin(server.targets(), " "));
+  std::string text =
+      absl::StrCat("syncbn-master ", syncbn::kVersion, " listens on ", absl::StrJoin(server.targets(), " "));
   if (tls.cert_file.empty()) {
     absl::StrAppend(&text, "; no TLS");
   } else {

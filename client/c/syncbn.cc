@@ -21,6 +21,7 @@
 #include "kernels/batch_norm.h"
 #include "plumbing/log.h"
 #include "server/stats_server.h"
+#include "vocabulary/version.h"
 
 struct syncbn_error {
   absl::Status status;
@@ -258,7 +259,7 @@ size_t Ranks(const std::vector<uint32_t>& from, const uint32_t** ranks) {
 
 uint32_t syncbn_api_version(void) { return (SYNCBN_API_VERSION_MAJOR << 16) | SYNCBN_API_VERSION_MINOR; }
 
-const char* syncbn_version(void) { return "0.1.0"; }
+const char* syncbn_version(void) { return syncbn::kVersion; }
 
 const char* syncbn_build_info(void) {
   static const std::string* const info = [] {

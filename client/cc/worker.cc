@@ -13,6 +13,7 @@
 #include "client/cc/targets.h"
 #include "client/cc/worker_impl.h"
 #include "plumbing/forked.h"
+#include "vocabulary/version.h"
 
 namespace syncbn {
 namespace {
@@ -108,7 +109,7 @@ absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
   if (options.description.empty()) {
     char host[256] = "";
     gethostname(host, sizeof(host) - 1);
-    options.description = absl::StrCat("syncbn-cc/0.1.0 host=", host, " pid=", getpid());
+    options.description = absl::StrCat("syncbn-cc/", kVersion, " host=", host, " pid=", getpid());
   }
   auto channels = ChannelMaker::Make(options.tls);
   if (!channels.ok()) return channels.status();

@@ -81,7 +81,8 @@ def test_help_names_every_flag_and_its_variable() -> None:
 
 def test_version() -> None:
     done = run("--version")
-    assert (done.returncode, done.stdout) == (0, "syncbn-master 0.1.0\n")
+    version = (pathlib.Path(__file__).resolve().parents[2] / "VERSION").read_text()
+    assert (done.returncode, done.stdout) == (0, f"syncbn-master {version}")
 
 
 # ---- Bad values ------------------------------------------------------------------------------------------------------

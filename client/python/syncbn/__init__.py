@@ -7,7 +7,6 @@
 """
 
 from syncbn._library import lib as _lib
-from syncbn._version import __version__
 from syncbn.core import GradientSums, Master, Moments, Round, Worker, default_worker
 from syncbn.errors import (
     Aborted,
@@ -56,6 +55,8 @@ __all__ = [
     "build_info",
     "default_worker",
 ]
+
+__version__ = str(_lib.syncbn_version().decode())
 
 
 def build_info() -> str:
