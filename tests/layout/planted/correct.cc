@@ -1,0 +1,20 @@
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+
+namespace syncbn::testing {
+
+class Counter {
+ public:
+  int value() const {
+    const absl::MutexLock lock(&mutex_);
+    return value_;
+  }
+
+ private:
+  mutable absl::Mutex mutex_;
+  int value_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+int Read(const Counter& counter) { return counter.value(); }
+
+}  // namespace syncbn::testing
