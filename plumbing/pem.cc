@@ -56,7 +56,7 @@ std::vector<X509Pointer> ParseCertificates(const std::string& pem) {
   while (X509* const certificate = PEM_read_bio_X509(bio.get(), nullptr, NoPassphrase, nullptr)) {
     certificates.emplace_back(certificate, X509_free);
   }
-  const unsigned long error = ERR_peek_last_error();
+  const auto error = ERR_peek_last_error();
   ERR_clear_error();
   if (ERR_GET_REASON(error) != PEM_R_NO_START_LINE) certificates.clear();
   return certificates;

@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 SYNCBN_DEPS="${SYNCBN_DEPS:-$HOME/.cache/syncbn}"
 export SYNCBN_DEPS
-# Debian's interpreter: it is the one that Debian's torch belongs to.
+# Debian's interpreter, for which Debian's torch is built.
 PYTHON="${SYNCBN_PYTHON:-/usr/bin/python3}"
 export PYTHONDONTWRITEBYTECODE=1
 
@@ -16,7 +16,7 @@ die() {
   exit 1
 }
 
-# Bazel, building or running. Its messages go to stderr, and only what matters of them.
+# bazel_quietly COMMAND ARGS...: runs Bazel; warnings and errors alone go to stderr.
 bazel_quietly() {
   local command=$1
   shift

@@ -1,6 +1,7 @@
 """tools/tidy finds what clang's analysis of locks and clang-tidy's checks object to, in headers too."""
 
 import pathlib
+import re
 import subprocess
 from typing import Optional
 
@@ -12,8 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     "target, found",
     [
-        ("unguarded", "unguarded.cc:9:30: error: reading variable 'value_' requires holding mutex 'mutex_'"),
-        ("copying", "copying.h:13:26: error: loop variable is copied but only used as const reference"),
+        ("unguarded", r"unguarded\.cc:9:.* requires holding mutex 'mutex_' \[clang-diagnostic-thread-safety-analysis"),
+        ("copying", r"copying\.h:13:.* this creates a copy .*\[performance-for-range-copy"),
         ("correct", None),
     ],
 )
@@ -22,4 +23,4 @@ def test_planted_errors_are_found(target: str, found: Optional[str]) -> None:
         [ROOT / "tools/tidy", f"//tests/layout/planted:{target}"], capture_output=True, text=True, timeout=600
     )
     assert (done.returncode != 0) == (found is not None), done.stderr
-    assert found is None or found in done.stderr
+    assert found is None or re.search(found, done.stderr), done.stderr

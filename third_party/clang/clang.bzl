@@ -40,7 +40,7 @@ def _clang_tidy_impl(target, ctx):
         ctx.actions.run_shell(
             outputs = [report],
             inputs = depset([source, ctx.file._config], transitive = [context.headers]),
-            command = 'clang-tidy --quiet "$1" -- "${@:3}" >"$2" 2>&1 || { cat "$2" >&2; exit 1; }',
+            command = 'clang-tidy --quiet "$1" -- "${@:3}" >"$2" 2>&1 || { sed "s|$PWD/||g" "$2" >&2; exit 1; }',
             arguments = [source.path, report.path] + _LANGUAGES[source.extension] + _WARNINGS + _ANALYZER +
                         flags,
             mnemonic = "ClangTidy",

@@ -20,18 +20,18 @@ test "$(grep -c '^  CHECK_' modes.c)" -gt 6
 flags="-pedantic-errors -Wall -Wextra -Werror -I$folder"
 count=0
 try() { # compiler, mode, source
-  command -v "$1" > /dev/null || return 0
+  command -v "$1" >/dev/null || return 0
   # shellcheck disable=SC2086
   "$1" -std="$2" $flags -c "$3" -o modes.o
   count=$((count + 1))
 }
 for mode in c99 c11 c17; do
   try gcc "$mode" modes.c
-  try clang "$mode" modes.c
+  try clang-14 "$mode" modes.c
 done
 for mode in c++11 c++14 c++17 c++20; do
   try g++ "$mode" modes.cc
-  try clang++ "$mode" modes.cc
+  try clang++-14 "$mode" modes.cc
 done
 test "$count" -ge 7
 gcc -std=c99 $flags modes.c -o in_c && ./in_c
