@@ -4,20 +4,22 @@
 #include <cstring>
 
 #include "google/protobuf/io/coded_stream.h"
-#include "google/protobuf/wire_format_lite.h"
-#include "grpc/slice.h"
+#include "plumbing/check.h"
+#include "syncbn/v1/statistics.pb.h"
 
 namespace syncbn {
 namespace {
 
-using google::protobuf::internal::WireFormatLite;
 using google::protobuf::io::CodedOutputStream;
 
 // The wire has doubles as the memory of all machines that this is built for has them.
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
 
-// All of the protocol's numbers of fields here are below 16.
+// A field's tag takes one byte: all field numbers of these messages are below 16.
 constexpr size_t kTagBytes = 1;
+
+// A field's type in its tag.
+enum WireType { kVarint = 0, kLengthDelimited = 2 };
 
 // The payload of a phase: a field of the contribution, whose message has one or two vectors.
 struct PayloadFields {
@@ -26,64 +28,80 @@ struct PayloadFields {
   int second;
 };
 
-PayloadFields FieldsOf(v1::Phase phase) {
+PayloadFields FieldsOf(Phase phase) {
   switch (phase) {
-    case v1::PHASE_BACKWARD:
+    case Phase::kBackward:
       return {v1::Contribution::kGradientSumsFieldNumber, v1::GradientSums::kSumDyFieldNumber,
               v1::GradientSums::kSumDyXmuFieldNumber};
-    case v1::PHASE_SUM:
+    case Phase::kSum:
       return {v1::Contribution::kVectorFieldNumber, v1::Vector::kValueFieldNumber, 0};
     default:
       return {v1::Contribution::kMomentsFieldNumber, v1::Moments::kMeanFieldNumber, v1::Moments::kM2FieldNumber};
   }
 }
 
-size_t VarintBytes(size_t value) { return CodedOutputStream::VarintSize64(value); }
-// Of a field whose value has a length in front.
-size_t FieldBytes(size_t length) { return kTagBytes + VarintBytes(length) + length; }
-// Absent if it is empty.
+// Returns the bytes of a field with a length in front.
+size_t DelimitedBytes(size_t length) { return kTagBytes + CodedOutputStream::VarintSize64(length) + length; }
+// Returns the bytes of a number's field, which is absent if the number is 0, and of a vector's, which is absent if it
+// is empty.
+size_t VarintBytes(uint64_t value) { return value == 0 ? 0 : kTagBytes + CodedOutputStream::VarintSize64(value); }
 size_t VectorBytes(absl::Span<const double> vector) {
-  return vector.empty() ? 0 : FieldBytes(vector.size() * sizeof(double));
+  return vector.empty() ? 0 : DelimitedBytes(vector.size() * sizeof(double));
+}
+
+uint8_t* WriteTag(int field, WireType type, uint8_t* to) {
+  *to = static_cast<uint8_t>(field << 3 | type);
+  return to + kTagBytes;
+}
+
+uint8_t* WriteVarint(int field, uint64_t value, uint8_t* to) {
+  if (value == 0) return to;
+  return CodedOutputStream::WriteVarint64ToArray(value, WriteTag(field, kVarint, to));
 }
 
 uint8_t* WriteHead(int field, size_t length, uint8_t* to) {
-  to = WireFormatLite::WriteTagToArray(field, WireFormatLite::WIRETYPE_LENGTH_DELIMITED, to);
-  return CodedOutputStream::WriteVarint64ToArray(length, to);
+  return CodedOutputStream::WriteVarint64ToArray(length, WriteTag(field, kLengthDelimited, to));
+}
+
+uint8_t* WriteBytes(int field, const void* from, size_t bytes, uint8_t* to) {
+  if (bytes == 0) return to;
+  to = WriteHead(field, bytes, to);
+  std::memcpy(to, from, bytes);
+  return to + bytes;
 }
 
 uint8_t* WriteVector(int field, absl::Span<const double> vector, uint8_t* to) {
-  if (vector.empty()) return to;
-  const size_t bytes = vector.size() * sizeof(double);
-  to = WriteHead(field, bytes, to);
-  std::memcpy(to, vector.data(), bytes);
-  return to + bytes;
+  return WriteBytes(field, vector.data(), vector.size() * sizeof(double), to);
 }
 
 }  // namespace
 
-grpc::Slice Encode(const OutgoingContribution& contribution) {
-  const PayloadFields fields = FieldsOf(contribution.key.phase());
-  const size_t count_bytes = contribution.count == 0 ? 0 : kTagBytes + WireFormatLite::Int64Size(contribution.count);
-  const size_t role_bytes =
-      contribution.backward_role == 0 ? 0 : kTagBytes + WireFormatLite::EnumSize(contribution.backward_role);
-  const size_t key_bytes = contribution.key.ByteSizeLong();
+Buffer EncodeContribution(const RoundKey& key, const Payload& payload) {
+  const PayloadFields fields = FieldsOf(key.phase);
+  const bool forward = key.phase == Phase::kForward;
+  const uint64_t count = forward ? static_cast<uint64_t>(payload.count) : 0;
+  const uint64_t role = forward ? static_cast<uint64_t>(payload.backward_role) : 0;
+  const uint64_t phase = static_cast<uint64_t>(key.phase);
+  const size_t layer_bytes = key.layer.empty() ? 0 : DelimitedBytes(key.layer.size());
+  const size_t key_bytes = layer_bytes + VarintBytes(key.sequence) + VarintBytes(phase);
   const size_t payload_bytes =
-      count_bytes + VectorBytes(contribution.first) + VectorBytes(contribution.second) + role_bytes;
-  const size_t contribution_bytes = FieldBytes(key_bytes) + FieldBytes(payload_bytes);
+      VarintBytes(count) + VectorBytes(payload.first) + VectorBytes(payload.second) + VarintBytes(role);
+  const size_t contribution_bytes = DelimitedBytes(key_bytes) + DelimitedBytes(payload_bytes);
 
-  const grpc::Slice slice(grpc_slice_malloc(FieldBytes(contribution_bytes)), grpc::Slice::STEAL_REF);
-  uint8_t* to = const_cast<uint8_t*>(slice.begin());
+  Buffer buffer(DelimitedBytes(contribution_bytes));
+  uint8_t* to = buffer.data();
   to = WriteHead(v1::WorkerFrame::kContributionsFieldNumber, contribution_bytes, to);
   to = WriteHead(v1::Contribution::kKeyFieldNumber, key_bytes, to);
-  to = contribution.key.SerializeWithCachedSizesToArray(to);
+  to = WriteBytes(v1::RoundKey::kLayerFieldNumber, key.layer.data(), key.layer.size(), to);
+  to = WriteVarint(v1::RoundKey::kSequenceFieldNumber, key.sequence, to);
+  to = WriteVarint(v1::RoundKey::kPhaseFieldNumber, phase, to);
   to = WriteHead(fields.payload, payload_bytes, to);
-  if (count_bytes != 0) to = WireFormatLite::WriteInt64ToArray(v1::Moments::kCountFieldNumber, contribution.count, to);
-  to = WriteVector(fields.first, contribution.first, to);
-  to = WriteVector(fields.second, contribution.second, to);
-  if (role_bytes != 0) {
-    WireFormatLite::WriteEnumToArray(v1::Moments::kBackwardRoleFieldNumber, contribution.backward_role, to);
-  }
-  return slice;
+  to = WriteVarint(v1::Moments::kCountFieldNumber, count, to);
+  to = WriteVector(fields.first, payload.first, to);
+  to = WriteVector(fields.second, payload.second, to);
+  to = WriteVarint(v1::Moments::kBackwardRoleFieldNumber, role, to);
+  SYNCBN_CHECK(to == buffer.data() + buffer.size());
+  return buffer;
 }
 
 }  // namespace syncbn

@@ -6,24 +6,23 @@
 #include <cstdint>
 
 #include "absl/types/span.h"
-#include "grpcpp/support/slice.h"
-#include "syncbn/v1/statistics.pb.h"
+#include "client/cc/buffer.h"
+#include "client/cc/session/types.h"
 
 namespace syncbn {
 
-// What a worker contributes to the round `key`. `first` and `second` are, by phase: mean and m2; sum_dy and sum_dy_xmu;
-// the vector, and nothing. They point into the caller's memory.
-struct OutgoingContribution {
-  v1::RoundKey key;
-  int64_t count = 0;                                               // Forward only.
-  v1::BackwardRole backward_role = v1::BACKWARD_ROLE_UNSPECIFIED;  // Forward only.
+// The numbers of a contribution. `first` and `second` are, by phase: mean and m2; sum_dy and sum_dy_xmu; the vector,
+// and nothing. They point into the caller's memory.
+struct Payload {
+  int64_t count = 0;                                     // Forward only.
+  BackwardRole backward_role = BackwardRole::kRequired;  // Forward only.
   absl::Span<const double> first;
   absl::Span<const double> second;
 };
 
-// A v1::WorkerFrame with this contribution alone, as protobuf would serialize it, but with one copy of the vectors
-// instead of two.
-grpc::Slice Encode(const OutgoingContribution& contribution);
+// Returns a v1::WorkerFrame with this contribution alone, as protobuf would serialize it, but with one copy of the
+// vectors instead of two. Such frames may follow each other in one: their parts add up.
+Buffer EncodeContribution(const RoundKey& key, const Payload& payload);
 
 }  // namespace syncbn
 

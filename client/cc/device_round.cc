@@ -17,9 +17,6 @@
 
 namespace syncbn {
 
-// In worker.cc.
-absl::Status PendingStatus();
-
 namespace {
 
 // A reduction takes microseconds once the stream has reached it: this long the thread only looks at the flag.
@@ -28,14 +25,6 @@ constexpr absl::Duration kSpinning = absl::Microseconds(200);
 constexpr absl::Duration kYielding = absl::Milliseconds(2);
 constexpr absl::Duration kSleep = absl::Microseconds(50);
 constexpr absl::Duration kBetweenQueries = absl::Milliseconds(1);
-
-absl::Status ClosedStatus() {
-  return MakeStatus(absl::StatusCode::kCancelled, "this worker has been closed", {"CLOSED", "", {}});
-}
-
-absl::Status InterruptedStatus() {
-  return MakeStatus(absl::StatusCode::kCancelled, "the wait was interrupted", {"INTERRUPTED", "", {}});
-}
 
 void Pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -162,7 +151,7 @@ bool DeviceRound::BelongsTo(Worker& worker) const { return rounds_ == DeviceRoun
 
 std::shared_ptr<DeviceRounds> DeviceRounds::Of(Worker& worker) {
   return std::static_pointer_cast<DeviceRounds>(
-      worker.Attach([&worker] { return std::make_shared<DeviceRounds>(&worker); }));
+      WorkerInternal::Attach(worker, [&worker] { return std::make_shared<DeviceRounds>(&worker); }));
 }
 
 absl::Status DeviceRounds::Check() {
@@ -174,7 +163,7 @@ absl::Status DeviceRounds::Check() {
 void DeviceRounds::Add(std::shared_ptr<DeviceRound> round) {
   absl::MutexLock lock(&mutex_);
   if (worker_ == nullptr) {
-    round->status_ = ClosedStatus();
+    round->status_ = ClosedError();
     retired_.push_back(std::move(round->lease_));
     return;
   }
@@ -184,7 +173,7 @@ void DeviceRounds::Add(std::shared_ptr<DeviceRound> round) {
 absl::Status DeviceRounds::AddStreamOrdered(std::shared_ptr<DeviceRound> round) {
   {
     absl::MutexLock lock(&mutex_);
-    if (worker_ == nullptr) return ClosedStatus();
+    if (worker_ == nullptr) return ClosedError();
     // One that came between the caller's check and now: what is to be enqueued would be ahead of a failure.
     if (!failure_.ok()) return TakeFailure();
     if (!has_thread_) {
@@ -224,7 +213,7 @@ absl::Status DeviceRounds::WaitUntilBegun(const DeviceRound& round, absl::Time d
       DropRetired();
       return absl::OkStatus();
     }
-    if (interrupts_.load() != interrupts) return InterruptedStatus();
+    if (interrupts_.load() != interrupts) return InterruptedError();
     if (now >= deadline) return PendingStatus();
     PauseAfter(now - begin);
   }
@@ -276,7 +265,7 @@ void DeviceRounds::OnInterrupt() {
   interrupts_.fetch_add(1);
   {
     absl::MutexLock lock(&mutex_);
-    FailStreamOrdered(InterruptedStatus(), true);
+    FailStreamOrdered(InterruptedError(), true);
   }
   WakeThread();
 }
@@ -284,8 +273,8 @@ void DeviceRounds::OnInterrupt() {
 void DeviceRounds::OnClose() {
   absl::MutexLock lock(&mutex_);
   if (std::exchange(worker_, nullptr) == nullptr) return;  // The owner may be gone.
-  FailStreamOrdered(ClosedStatus(), true);
-  while (!waiting_.empty()) FailFirst(ClosedStatus());
+  FailStreamOrdered(ClosedError(), true);
+  while (!waiting_.empty()) FailFirst(ClosedError());
   changed_.SignalAll();
   WakeThread();
 }
@@ -429,7 +418,7 @@ bool DeviceRounds::IsHeldBack(const DeviceRound& round) const {
 
 void DeviceRounds::WakeThread() {
   changes_.fetch_add(1);
-  owner_->Wake();
+  WorkerInternal::Wake(*owner_);
 }
 
 bool DeviceRounds::EndInFlight() {
@@ -484,8 +473,9 @@ void DeviceRounds::Run() {
       PauseAfter(now - since);
       continue;
     }
-    owner_->WaitForAny(
-        rounds, [&] { return changes_.load() != changes; }, watching ? absl::ZeroDuration() : absl::InfiniteDuration());
+    WorkerInternal::WaitForAny(
+        *owner_, rounds, [&] { return changes_.load() != changes; },
+        watching ? absl::ZeroDuration() : absl::InfiniteDuration());
     if (watching) PauseAfter(now - since);
   }
 }

@@ -34,6 +34,7 @@
 #include "absl/time/time.h"
 #include "client/cc/device_memory.h"
 #include "client/cc/worker.h"
+#include "client/cc/worker_internal.h"
 
 namespace syncbn {
 

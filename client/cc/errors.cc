@@ -44,6 +44,18 @@ absl::Status MakeStatus(absl::StatusCode code, absl::string_view message, const 
   return status;
 }
 
+absl::Status LeftError() {
+  return MakeStatus(absl::StatusCode::kFailedPrecondition, "this worker has left its group", {"LEFT", "", {}});
+}
+
+absl::Status ClosedError() {
+  return MakeStatus(absl::StatusCode::kCancelled, "this worker has been closed", {"CLOSED", "", {}});
+}
+
+absl::Status InterruptedError() {
+  return MakeStatus(absl::StatusCode::kCancelled, "the wait was interrupted", {"INTERRUPTED", "", {}});
+}
+
 absl::Status FromSerializedStatus(absl::string_view serialized) {
   google::rpc::Status message;
   if (!message.ParseFromArray(serialized.data(), static_cast<int>(serialized.size()))) {

@@ -26,6 +26,11 @@ ErrorDetails DetailsOf(const absl::Status& status);
 
 absl::Status MakeStatus(absl::StatusCode code, absl::string_view message, const ErrorDetails& details);
 
+// The answers of a worker that has left or was closed, and of a wait that was interrupted.
+absl::Status LeftError();
+absl::Status ClosedError();
+absl::Status InterruptedError();
+
 // From the wire: the fields of a google.rpc.Status, whose details are serialized messages of type Any.
 absl::Status FromSerializedStatus(absl::string_view serialized_google_rpc_status);
 

@@ -3,22 +3,29 @@
 #include <unistd.h>
 
 #include <cstddef>
+#include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "client/cc/clock.h"
+#include "client/cc/connection.h"
 #include "client/cc/contribution.h"
 #include "client/cc/errors.h"
-#include "client/cc/targets.h"
+#include "client/cc/grpc_transport.h"
+#include "client/cc/session/targets.h"
 #include "client/cc/worker_impl.h"
+#include "client/cc/worker_internal.h"
 #include "plumbing/forked.h"
 #include "vocabulary/version.h"
 
 namespace syncbn {
 namespace {
 
-constexpr absl::string_view kPendingMessage = "the round goes on";
+// The payload by which IsPending recognizes a status.
+constexpr char kPendingUrl[] = "syncbn/pending";
 
 absl::Status CheckOptions(const Worker::Options& options) {
   if (options.find_target == nullptr) {
@@ -32,14 +39,6 @@ absl::Status CheckOptions(const Worker::Options& options) {
   return absl::OkStatus();
 }
 
-v1::RoundKey MakeKey(absl::string_view layer, v1::Phase phase, uint64_t sequence) {
-  v1::RoundKey key;
-  key.set_layer(std::string(layer));
-  key.set_phase(phase);
-  key.set_sequence(sequence);
-  return key;
-}
-
 absl::Status DifferentLengths(absl::string_view layer, const char* first, size_t a, const char* second, size_t b) {
   return absl::InvalidArgumentError(
       absl::StrCat("layer \"", layer, "\": ", first, " has ", a, " elements and ", second, " has ", b));
@@ -49,13 +48,13 @@ absl::Status DifferentLengths(absl::string_view layer, const char* first, size_t
 
 class RoundImpl {
  public:
-  RoundImpl(std::shared_ptr<WorkerImpl> worker, std::vector<std::shared_ptr<Piece>> pieces)
-      : worker_(std::move(worker)), pieces_(std::move(pieces)) {}
+  RoundImpl(std::shared_ptr<WorkerImpl> worker, PendingRounds rounds)
+      : worker_(std::move(worker)), rounds_(std::move(rounds)) {}
 
-  uint64_t sequence() const { return pieces_.front()->key.sequence(); }
+  uint64_t sequence() const { return rounds_.front()->key().sequence; }
 
   absl::Status Wait(absl::Duration timeout) {
-    absl::Status status = worker_->WaitFor(pieces_, timeout);
+    absl::Status status = worker_->WaitFor(rounds_, timeout);
     if (status.ok() && !gathered_) Gather();
     return status;
   }
@@ -63,18 +62,18 @@ class RoundImpl {
   // The result's vector is two of half its length.
   void SplitInHalves() { halves_ = true; }
 
-  const RoundResult& result() const { return pieces_.size() == 1 && !halves_ ? pieces_.front()->result : whole_; }
-  bool HasOutcome() const { return worker_->HasOutcome(pieces_); }
-  const std::vector<std::shared_ptr<Piece>>& pieces() const { return pieces_; }
+  const RoundResult& result() const { return rounds_.size() == 1 && !halves_ ? rounds_.front()->result : whole_; }
+  bool HasOutcome() const { return worker_->HasOutcome(rounds_); }
+  const PendingRounds& rounds() const { return rounds_; }
 
  private:
   void Gather() {
     gathered_ = true;
-    if (pieces_.size() == 1 && !halves_) return;
-    for (const std::shared_ptr<Piece>& piece : pieces_) {
-      whole_.first.insert(whole_.first.end(), piece->result.first.begin(), piece->result.first.end());
+    if (rounds_.size() == 1 && !halves_) return;
+    for (const std::shared_ptr<PendingRound>& chunk : rounds_) {
+      whole_.first.insert(whole_.first.end(), chunk->result.first.begin(), chunk->result.first.end());
     }
-    whole_.missing_ranks = pieces_.front()->result.missing_ranks;
+    whole_.missing_ranks = rounds_.front()->result.missing_ranks;
     if (!halves_) return;
     const auto middle = whole_.first.begin() + static_cast<std::ptrdiff_t>(whole_.first.size() / 2);
     whole_.second.assign(middle, whole_.first.end());
@@ -82,21 +81,23 @@ class RoundImpl {
   }
 
   const std::shared_ptr<WorkerImpl> worker_;
-  const std::vector<std::shared_ptr<Piece>> pieces_;
-  RoundResult whole_;  // Where it is not that of the one piece.
+  const PendingRounds rounds_;
+  RoundResult whole_;  // Unless it is that of the one round.
   bool halves_ = false;
   bool gathered_ = false;
 };
 
-Round MakeRound(std::shared_ptr<WorkerImpl> worker, std::vector<std::shared_ptr<Piece>> pieces) {
-  return Round(std::make_shared<RoundImpl>(std::move(worker), std::move(pieces)));
+absl::Status PendingStatus() {
+  static const absl::Status* const pending = [] {
+    auto* const status =
+        new absl::Status(absl::StatusCode::kDeadlineExceeded, "the round goes on");  // Never destroyed.
+    status->SetPayload(kPendingUrl, absl::Cord());
+    return status;
+  }();
+  return *pending;
 }
 
-absl::Status PendingStatus() { return absl::DeadlineExceededError(kPendingMessage); }
-
-bool IsPending(const absl::Status& status) {
-  return status.code() == absl::StatusCode::kDeadlineExceeded && status.message() == kPendingMessage;
-}
+bool IsPending(const absl::Status& status) { return status.GetPayload(kPendingUrl).has_value(); }
 
 uint64_t Round::sequence() const { return impl_->sequence(); }
 absl::Status Round::Wait(absl::Duration timeout) { return impl_->Wait(timeout); }
@@ -106,14 +107,19 @@ bool Round::HasOutcome() const { return impl_->HasOutcome(); }
 absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
   if (absl::Status status = CheckNotForked(); !status.ok()) return status;
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
+  auto channels = ChannelMaker::Make(options.tls);
+  if (!channels.ok()) return channels.status();
+  return WorkerInternal::Join(std::move(options), std::make_unique<GrpcTransport>(*std::move(channels)));
+}
+
+absl::StatusOr<std::unique_ptr<Worker>> WorkerInternal::Join(Worker::Options options,
+                                                             std::unique_ptr<Transport> transport) {
   if (options.description.empty()) {
     char host[256] = "";
     gethostname(host, sizeof(host) - 1);
     options.description = absl::StrCat("syncbn-cc/", kVersion, " host=", host, " pid=", getpid());
   }
-  auto channels = ChannelMaker::Make(options.tls);
-  if (!channels.ok()) return channels.status();
-  const std::shared_ptr<WorkerImpl> impl(new WorkerImpl(std::move(options), *std::move(channels)), WorkerImpl::Abandon);
+  const std::shared_ptr<WorkerImpl> impl(new WorkerImpl(std::move(options), std::move(transport)), WorkerImpl::Abandon);
   if (absl::Status status = impl->Join(); !status.ok()) return status;
   return std::unique_ptr<Worker>(new Worker(impl));
 }
@@ -121,7 +127,7 @@ absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
 Worker::Worker(std::shared_ptr<WorkerImpl> impl) : impl_(std::move(impl)) {}
 
 Worker::~Worker() {
-  // The threads and locks of the parent's connection are not in this process: what remains of it can only be abandoned.
+  // The threads of the parent's attachment are not in this process, and its locks may never open: leak it.
   if (impl_->forked()) new std::shared_ptr<WorkerAttachment>(std::move(attachment_));
   Close();
 }
@@ -171,30 +177,25 @@ absl::Status Worker::Flush() {
   return impl_->Flush();
 }
 
-std::shared_ptr<WorkerAttachment> Worker::Attach(const std::function<std::shared_ptr<WorkerAttachment>()>& make) {
-  absl::MutexLock lock(&attachment_mutex_);
-  if (attachment_ == nullptr) attachment_ = make();
-  return attachment_;
-}
-
 std::shared_ptr<WorkerAttachment> Worker::attachment() const {
   absl::MutexLock lock(&attachment_mutex_);
   return attachment_;
+}
+
+// ---- Rounds ---------------------------------------------------------------------------------------------------------
+
+absl::StatusOr<Round> Worker::Start(RoundKey key, const Payload& payload) {
+  absl::StatusOr<PendingRounds> rounds = impl_->Begin(std::move(key), payload);
+  if (!rounds.ok()) return rounds.status();
+  return Round(std::make_shared<RoundImpl>(impl_, *std::move(rounds)));
 }
 
 absl::StatusOr<Round> Worker::StartForward(absl::string_view layer, uint64_t sequence, int64_t count,
                                            absl::Span<const double> mean, absl::Span<const double> m2,
                                            BackwardRole role) {
   if (mean.size() != m2.size()) return DifferentLengths(layer, "mean", mean.size(), "m2", m2.size());
-  OutgoingContribution contribution;
-  contribution.key = MakeKey(layer, v1::PHASE_FORWARD, sequence);
-  contribution.count = count;
-  contribution.backward_role = static_cast<v1::BackwardRole>(role);
-  if (count != 0) {
-    contribution.first = mean;
-    contribution.second = m2;
-  }
-  return impl_->Begin(std::move(contribution));
+  if (count == 0) mean = m2 = {};
+  return Start({std::string(layer), sequence, Phase::kForward}, {count, role, mean, m2});
 }
 
 absl::StatusOr<Round> Worker::StartBackward(absl::string_view layer, uint64_t sequence, absl::Span<const double> sum_dy,
@@ -202,11 +203,7 @@ absl::StatusOr<Round> Worker::StartBackward(absl::string_view layer, uint64_t se
   if (sum_dy.size() != sum_dy_xmu.size()) {
     return DifferentLengths(layer, "sum_dy", sum_dy.size(), "sum_dy_xmu", sum_dy_xmu.size());
   }
-  OutgoingContribution contribution;
-  contribution.key = MakeKey(layer, v1::PHASE_BACKWARD, sequence);
-  contribution.first = sum_dy;
-  contribution.second = sum_dy_xmu;
-  return impl_->Begin(std::move(contribution));
+  return Start({std::string(layer), sequence, Phase::kBackward}, {0, BackwardRole::kNone, sum_dy, sum_dy_xmu});
 }
 
 absl::StatusOr<Round> Worker::StartBackwardAgain(absl::string_view layer, absl::Span<const double> sum_dy,
@@ -216,7 +213,8 @@ absl::StatusOr<Round> Worker::StartBackwardAgain(absl::string_view layer, absl::
   }
   std::vector<double> both(sum_dy.begin(), sum_dy.end());
   both.insert(both.end(), sum_dy_xmu.begin(), sum_dy_xmu.end());
-  absl::StatusOr<Round> round = impl_->BeginSum(absl::StrCat(layer, "/retained"), kNextSequence, both);
+  absl::StatusOr<Round> round =
+      Start({absl::StrCat(layer, "/retained"), kNextSequence, Phase::kSum}, {0, BackwardRole::kNone, both, {}});
   if (round.ok()) round->impl_->SplitInHalves();
   return round;
 }
@@ -224,15 +222,25 @@ absl::StatusOr<Round> Worker::StartBackwardAgain(absl::string_view layer, absl::
 absl::StatusOr<Round> Worker::StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value) {
   // A sum of gradients that a failed pass has made NaN would hide why they are.
   if (absl::Status status = Settle(absl::ZeroDuration()); !status.ok() && !IsPending(status)) return status;
-  return impl_->BeginSum(name, sequence, value);
+  return Start({std::string(name), sequence, Phase::kSum}, {0, BackwardRole::kNone, value, {}});
 }
 
-void Worker::WaitForAny(absl::Span<const Round> rounds, const std::function<bool()>& woken, absl::Duration timeout) {
-  std::vector<const std::vector<std::shared_ptr<Piece>>*> pieces;
-  for (const Round& round : rounds) pieces.push_back(&round.impl_->pieces());
-  impl_->WaitForAny(pieces, woken, timeout);
+// ---- For the rest of the client -------------------------------------------------------------------------------------
+
+std::shared_ptr<WorkerAttachment> WorkerInternal::Attach(
+    Worker& worker, const std::function<std::shared_ptr<WorkerAttachment>()>& make) {
+  absl::MutexLock lock(&worker.attachment_mutex_);
+  if (worker.attachment_ == nullptr) worker.attachment_ = make();
+  return worker.attachment_;
 }
 
-void Worker::Wake() { impl_->Wake(); }
+void WorkerInternal::WaitForAny(Worker& worker, absl::Span<const Round> rounds, const std::function<bool()>& woken,
+                                absl::Duration timeout) {
+  std::vector<const PendingRounds*> pending;
+  for (const Round& round : rounds) pending.push_back(&round.impl_->rounds());
+  worker.impl_->WaitForAny(pending, woken, timeout);
+}
+
+void WorkerInternal::Wake(Worker& worker) { worker.impl_->Wake(); }
 
 }  // namespace syncbn

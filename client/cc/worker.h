@@ -17,33 +17,14 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
-#include "vocabulary/enums.h"
+#include "client/cc/session/types.h"
 
 namespace syncbn {
 
 class RoundImpl;
+class WorkerAttachment;
 class WorkerImpl;
-
-// A layer as the workers must agree upon it; see LayerSpec in proto/syncbn/v1/statistics.proto.
-struct LayerOptions {
-  std::string name;
-  uint32_t channels = 0;
-  LayerKind kind = LayerKind::kBatchNorm;
-  double eps = 0.0;
-  bool clamp_eps = false;  // 1/sqrt(max(var, eps)) instead of 1/sqrt(var + eps).
-  NumericPolicy numeric_policy = NumericPolicy::kRefuse;
-  std::optional<double> momentum;  // Of the master's running statistics; absent: cumulative average.
-  bool biased_running_variance = false;
-};
-
-// What became of a round that completed.
-struct RoundResult {
-  int64_t count = 0;           // Forward and backward: values in each channel, over all workers.
-  std::vector<double> first;   // mean; sum_dy; the summed vector.
-  std::vector<double> second;  // var (biased); sum_dy_xmu; empty.
-  bool backward_required = false;
-  std::vector<uint32_t> missing_ranks;
-};
+struct Payload;
 
 // A round that has begun. Copies stand for the same round. One thread at a time.
 class Round {
@@ -68,25 +49,12 @@ class Round {
 
  private:
   friend class Worker;
+  friend struct WorkerInternal;
   std::shared_ptr<RoundImpl> impl_;
 };
 
 // Whether a Wait ended because its time was up, the round still going on.
 bool IsPending(const absl::Status& status);
-
-// What another part of the client keeps with a worker; see Worker::Attach.
-class WorkerAttachment {
- public:
-  virtual ~WorkerAttachment() = default;
-  virtual void OnFlush() = 0;
-  virtual void OnInterrupt() = 0;
-  // The worker is closing: it must not be used from here on. May be called more than once.
-  virtual void OnClose() = 0;
-  // The connection has ended, and nothing waits for it any more: time to end threads. May be called more than once.
-  virtual void OnClosed() = 0;
-  // See Worker::Settle; `deadline` is a time of clock.h.
-  virtual absl::Status OnSettle(absl::Time deadline) = 0;
-};
 
 // Thread safety: any thread may call any method. Waiting threads drive the connection; a worker has no thread of its
 // own, but for the one that its first stream-ordered pass starts (batch_norm_pass.h).
@@ -126,8 +94,8 @@ class Worker {
     TlsOptions tls;
   };
 
-  static constexpr uint64_t kNextSequence = UINT64_MAX;  // No sequence: the worker counts.
-  static constexpr uint64_t kGreatestSequence = kNextSequence - 1;
+  static constexpr uint64_t kNextSequence = syncbn::kNextSequence;  // No sequence: the worker counts.
+  static constexpr uint64_t kGreatestSequence = syncbn::kGreatestSequence;
 
   // Connects and joins. Errors: those of Synchronize in statistics.proto; UNAVAILABLE (UNREACHABLE) if the master did
   // not answer in time; UNAUTHENTICATED if TLS fails; INVALID_ARGUMENT for options that cannot be used;
@@ -211,20 +179,15 @@ class Worker {
   // with the next wait or flush.
   absl::Status Flush();
 
-  // The worker's one attachment, made by `make` at the first call. It is told of flushes, interrupts and the close.
-  std::shared_ptr<WorkerAttachment> Attach(const std::function<std::shared_ptr<WorkerAttachment>()>& make);
-
-  // For a thread of the attachment's: drives the connection, for at most `timeout` (zero: looks at what has arrived),
-  // until one of `rounds` has its outcome, `woken` says so, or an interrupt. `woken` must not call the worker; what
-  // makes it true calls Wake afterwards. The caller finds out which of them it was.
-  void WaitForAny(absl::Span<const Round> rounds, const std::function<bool()>& woken, absl::Duration timeout);
-  void Wake();
-
  private:
+  friend struct WorkerInternal;  // worker_internal.h
+
   // Null if there is none.
   std::shared_ptr<WorkerAttachment> attachment() const;
 
   explicit Worker(std::shared_ptr<WorkerImpl> impl);
+  absl::StatusOr<Round> Start(RoundKey key, const Payload& payload);
+
   std::shared_ptr<WorkerImpl> impl_;
   mutable absl::Mutex attachment_mutex_;
   std::shared_ptr<WorkerAttachment> attachment_ ABSL_GUARDED_BY(attachment_mutex_);

@@ -28,6 +28,11 @@ RULES = [
     ("server/rpc", r"server/(core|log|rpc)/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     ("server", r"server/|vocabulary/|plumbing/", r"$^"),
     ("client/cc", r"client/cc/|kernels/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
+    (
+        "client/cc/session",
+        r"client/cc/(session/|errors\.h$)|vocabulary/|plumbing/check\.h$",
+        rf"{GRPC}|{CONCURRENCY}|{ABSL}(synchronization/|time/clock\.h)",
+    ),
     ("client/c", r"client/(cc|c)/|kernels/|vocabulary/|plumbing/|server/stats_server\.h$", r"$^"),
     ("client/examples", r"client/(cc|c)/|kernels/", r"$^"),
 ]
@@ -67,6 +72,9 @@ def test_sources() -> None:
         ("server/core/a.cc", '#include "kernels/batch_norm.h"'),
         ("server/core/a.cc", '#include "plumbing/log.h"'),
         ("client/cc/a.h", '#include "server/core/types.h"'),
+        ("client/cc/session/a.h", '#include "absl/synchronization/mutex.h"'),
+        ("client/cc/session/a.cc", '#include "client/cc/clock.h"'),
+        ("client/cc/session/a.cc", '#include "syncbn/v1/statistics.pb.h"'),
         ("server/log/a.cc", '#include "grpcpp/server.h"'),
         ("plumbing/a.h", '#include "client/cc/worker.h"'),
         ("vocabulary/a.h", '#include "syncbn/v1/statistics.pb.h"'),

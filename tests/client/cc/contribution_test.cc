@@ -4,39 +4,34 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "syncbn/v1/statistics.pb.h"
 
 namespace syncbn {
 namespace {
 
-std::string Bytes(const grpc::Slice& slice) { return {slice.begin(), slice.end()}; }
+std::string Bytes(const Buffer& buffer) { return {buffer.data(), buffer.data() + buffer.size()}; }
 
-OutgoingContribution To(const std::string& layer, uint64_t sequence, v1::Phase phase) {
-  OutgoingContribution contribution;
-  contribution.key.set_layer(layer);
-  contribution.key.set_sequence(sequence);
-  contribution.key.set_phase(phase);
-  return contribution;
-}
-
-// Returns protobuf's encoding of the same contribution.
-std::string Serialized(const OutgoingContribution& contribution) {
+// What protobuf makes of the same contribution.
+std::string Serialized(const RoundKey& key, const Payload& payload) {
   v1::WorkerFrame frame;
   v1::Contribution* const out = frame.add_contributions();
-  *out->mutable_key() = contribution.key;
+  out->mutable_key()->set_layer(key.layer);
+  out->mutable_key()->set_sequence(key.sequence);
+  out->mutable_key()->set_phase(static_cast<v1::Phase>(key.phase));
   const auto assign = [](absl::Span<const double> from, auto* to) { to->Add(from.begin(), from.end()); };
-  switch (contribution.key.phase()) {
-    case v1::PHASE_BACKWARD:
-      assign(contribution.first, out->mutable_gradient_sums()->mutable_sum_dy());
-      assign(contribution.second, out->mutable_gradient_sums()->mutable_sum_dy_xmu());
+  switch (key.phase) {
+    case Phase::kBackward:
+      assign(payload.first, out->mutable_gradient_sums()->mutable_sum_dy());
+      assign(payload.second, out->mutable_gradient_sums()->mutable_sum_dy_xmu());
       break;
-    case v1::PHASE_SUM:
-      assign(contribution.first, out->mutable_vector()->mutable_value());
+    case Phase::kSum:
+      assign(payload.first, out->mutable_vector()->mutable_value());
       break;
     default:
-      out->mutable_moments()->set_count(contribution.count);
-      assign(contribution.first, out->mutable_moments()->mutable_mean());
-      assign(contribution.second, out->mutable_moments()->mutable_m2());
-      out->mutable_moments()->set_backward_role(contribution.backward_role);
+      out->mutable_moments()->set_count(payload.count);
+      assign(payload.first, out->mutable_moments()->mutable_mean());
+      assign(payload.second, out->mutable_moments()->mutable_m2());
+      out->mutable_moments()->set_backward_role(static_cast<v1::BackwardRole>(payload.backward_role));
   }
   return frame.SerializeAsString();
 }
@@ -52,23 +47,17 @@ TEST_P(EncodeTest, WritesWhatProtobufWould) {
   }
   for (const std::string& layer : {std::string("bn"), std::string(200, 'x')}) {
     for (const uint64_t sequence : {uint64_t{0}, uint64_t{127}, uint64_t{1} << 40}) {
-      OutgoingContribution forward = To(layer, sequence, v1::PHASE_FORWARD);
-      forward.first = first;
-      forward.second = second;
+      const RoundKey forward = {layer, sequence, Phase::kForward};
       for (const int64_t count : {int64_t{-1}, int64_t{0}, int64_t{1}, int64_t{128}, int64_t{1} << 40}) {
-        for (const auto role : {v1::BACKWARD_ROLE_UNSPECIFIED, v1::BACKWARD_ROLE_NONE}) {
-          forward.count = count;
-          forward.backward_role = role;
-          EXPECT_EQ(Bytes(Encode(forward)), Serialized(forward)) << "count " << count << ", role " << role;
+        for (const auto role : {BackwardRole::kRequired, BackwardRole::kNone}) {
+          const Payload moments = {count, role, first, second};
+          EXPECT_EQ(Bytes(EncodeContribution(forward, moments)), Serialized(forward, moments)) << "count " << count;
         }
       }
-      OutgoingContribution backward = To(layer, sequence, v1::PHASE_BACKWARD);
-      backward.first = first;
-      backward.second = second;
-      EXPECT_EQ(Bytes(Encode(backward)), Serialized(backward));
-      OutgoingContribution sum = To(layer, sequence, v1::PHASE_SUM);
-      sum.first = first;
-      EXPECT_EQ(Bytes(Encode(sum)), Serialized(sum));
+      const Payload sums = {0, BackwardRole::kNone, first, second}, vector = {0, BackwardRole::kNone, first, {}};
+      const RoundKey backward = {layer, sequence, Phase::kBackward}, sum = {layer, sequence, Phase::kSum};
+      EXPECT_EQ(Bytes(EncodeContribution(backward, sums)), Serialized(backward, sums));
+      EXPECT_EQ(Bytes(EncodeContribution(sum, vector)), Serialized(sum, vector));
     }
   }
 }

@@ -13,6 +13,7 @@
 
 #include "absl/time/clock.h"
 #include "client/cc/errors.h"
+#include "client/cc/worker_internal.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/client/cc/worker_group.h"
@@ -355,23 +356,23 @@ TEST_F(WorkerTest, WaitForAnyEndsWithAnOutcomeOrAWake) {
   ASSERT_TRUE(lonely.ok() && common.ok());
   const std::vector<Round> rounds = {*lonely, *common};
   const auto never = [] { return false; };
-  workers[0]->WaitForAny(rounds, never, absl::ZeroDuration());
+  WorkerInternal::WaitForAny(*workers[0], rounds, never, absl::ZeroDuration());
   EXPECT_FALSE(lonely->HasOutcome() || common->HasOutcome());
   std::thread peer([&] { EXPECT_TRUE(Sum(*workers[1], "common", {2.0}).ok()); });
-  workers[0]->WaitForAny(rounds, never, absl::InfiniteDuration());
+  WorkerInternal::WaitForAny(*workers[0], rounds, never, absl::InfiniteDuration());
   EXPECT_TRUE(common->HasOutcome());
   peer.join();
   std::atomic<bool> woken{false};
   std::thread waker([&] {
     woken = true;
-    workers[0]->Wake();
+    WorkerInternal::Wake(*workers[0]);
   });
-  workers[0]->WaitForAny(
-      {*lonely}, [&] { return woken.load(); }, absl::InfiniteDuration());
+  WorkerInternal::WaitForAny(
+      *workers[0], {*lonely}, [&] { return woken.load(); }, absl::InfiniteDuration());
   waker.join();
   EXPECT_FALSE(lonely->HasOutcome());
   workers[0]->Close();
-  workers[0]->WaitForAny({*lonely}, never, absl::InfiniteDuration());
+  WorkerInternal::WaitForAny(*workers[0], {*lonely}, never, absl::InfiniteDuration());
   EXPECT_TRUE(lonely->HasOutcome());
 }
 
@@ -558,7 +559,7 @@ TEST_F(WorkerTest, BadNumbersAreNamed) {
 TEST(WorkerWithoutMasterTest, SaysThatNobodyAnswersAndWhy) {
   const std::string target = StartMaster()->target();  // Free again.
   Worker::Options options = WorkerOptions(target, 0, 1);
-  options.join_timeout = absl::Milliseconds(50);
+  options.join_timeout = absl::Seconds(1);
   const absl::Status status = Worker::Join(options).status();
   ExpectError(status, absl::StatusCode::kUnavailable, "UNREACHABLE");
   EXPECT_THAT(std::string(status.message()), HasSubstr(target));

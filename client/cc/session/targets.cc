@@ -1,4 +1,4 @@
-#include "client/cc/targets.h"
+#include "client/cc/session/targets.h"
 
 #include <algorithm>
 
@@ -16,7 +16,7 @@ absl::Status Malformed(absl::string_view target, absl::string_view why) {
   return absl::InvalidArgumentError(absl::StrCat("target \"", target, "\" ", why));
 }
 
-// Returns whether the target is one of gRPC's names in which no port stands, or not as HOST:PORT.
+// Returns true for a name of gRPC's that has no port, or has it otherwise than as HOST:PORT.
 bool IsOtherName(absl::string_view target) {
   for (const absl::string_view scheme :
        {"unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:", "google-c2p:"}) {
@@ -25,8 +25,8 @@ bool IsOtherName(absl::string_view target) {
   return false;
 }
 
-// gRPC takes a port modulo 65536, and for one that is absent 443: a worker would look for its master at an address that
-// nobody has written.
+// Checks what gRPC does not: it takes a port modulo 65536, and 443 for an absent one, so that a worker would look for
+// its master at an address that nobody has written.
 absl::Status CheckTarget(absl::string_view target) {
   if (IsOtherName(target)) return absl::OkStatus();
   absl::string_view address = target;

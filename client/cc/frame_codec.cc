@@ -1,0 +1,201 @@
+#include "client/cc/frame_codec.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "client/cc/errors.h"
+#include "google/protobuf/arena.h"
+#include "google/protobuf/io/zero_copy_stream.h"
+#include "plumbing/duration.h"
+#include "syncbn/v1/statistics.pb.h"
+#include "vocabulary/protocol_version.h"
+#include "vocabulary/wire/convert.h"
+
+namespace syncbn {
+namespace {
+
+using syncbn::FromProto;  // Of durations.
+
+// A frame of few channels needs nothing from the heap.
+constexpr size_t kArenaBlockBytes = 4096;
+
+// ---- To the master --------------------------------------------------------------------------------------------------
+
+Buffer Encode(const v1::WorkerFrame& frame) {
+  Buffer buffer(frame.ByteSizeLong());
+  frame.SerializeWithCachedSizesToArray(buffer.data());
+  return buffer;
+}
+
+void ToProto(const LayerOptions& layer, v1::LayerSpec* spec) {
+  spec->set_name(layer.name);
+  spec->set_channels(layer.channels);
+  spec->set_kind(static_cast<v1::LayerKind>(layer.kind));
+  spec->set_eps(layer.eps);
+  spec->set_eps_mode(layer.clamp_eps ? v1::EPS_MODE_CLAMP : v1::EPS_MODE_ADD);
+  spec->set_numeric_policy(static_cast<v1::NumericPolicy>(layer.numeric_policy));
+  if (layer.momentum.has_value()) spec->set_momentum(*layer.momentum);
+  spec->set_biased_running_variance(layer.biased_running_variance);
+}
+
+void ToProto(const session::Join& from, const Worker::Options& options, v1::Join* join) {
+  join->set_min_protocol_version(kProtocolVersion);
+  join->set_max_protocol_version(kProtocolVersion);
+  join->set_job(options.job);
+  join->set_group(options.group);
+  join->set_rank(options.rank);
+  join->set_world_size(options.world_size);
+  join->set_incarnation(from.incarnation);
+  join->set_run_id(from.run_id);
+  join->set_generation(options.generation);
+  join->set_description(options.description);
+  wire::ToProto({options.round_timeout, options.missing_policy, options.min_workers, options.rejoin_grace},
+                join->mutable_config());
+  for (const auto& layer : from.layers) ToProto(*layer, join->add_layers());
+}
+
+// ---- From the master ------------------------------------------------------------------------------------------------
+
+// Reads the parts of a frame one after the other.
+class PartsStream final : public google::protobuf::io::ZeroCopyInputStream {
+ public:
+  explicit PartsStream(absl::Span<const absl::string_view> parts) : rest_(parts) {}
+
+  bool Next(const void** data, int* size) override {
+    while (position_ == part_.size()) {
+      if (rest_.empty()) return false;
+      part_ = rest_.front();
+      rest_.remove_prefix(1);
+      position_ = 0;
+    }
+    *data = part_.data() + position_;
+    *size = static_cast<int>(part_.size() - position_);
+    count_ += *size;
+    position_ = part_.size();
+    return true;
+  }
+
+  void BackUp(int count) override {
+    position_ -= static_cast<size_t>(count);
+    count_ -= count;
+  }
+
+  bool Skip(int count) override {
+    const void* data = nullptr;
+    int size = 0;
+    while (count > 0) {
+      if (!Next(&data, &size)) return false;
+      if (size > count) BackUp(size - count);
+      count -= std::min(size, count);
+    }
+    return true;
+  }
+
+  int64_t ByteCount() const override { return count_; }
+
+ private:
+  absl::Span<const absl::string_view> rest_;
+  absl::string_view part_;
+  size_t position_ = 0;  // In part_.
+  int64_t count_ = 0;
+};
+
+RoundKey FromProto(v1::RoundKey* key) {
+  return {std::move(*key->mutable_layer()), key->sequence(), static_cast<Phase>(key->phase())};
+}
+
+template <typename T>
+std::vector<T> FromProto(const google::protobuf::RepeatedField<T>& field) {
+  return std::vector<T>(field.begin(), field.end());
+}
+
+session::Joined FromProto(const v1::Joined& joined) {
+  return {joined.incarnation(), joined.run_id(), FromProto(joined.config().round_timeout()),
+          static_cast<size_t>(joined.membership().present_ranks_size())};
+}
+
+session::LateRound FromProto(v1::LateRound* late) {
+  return {FromProto(late->mutable_key()), FromProto(late->age()), FromProto(late->missing_ranks()), late->missing()};
+}
+
+session::Outcome FromProto(v1::RoundResult* message) {
+  session::Outcome outcome;
+  outcome.key = FromProto(message->mutable_key());
+  RoundResult& result = outcome.result;
+  result.missing_ranks = FromProto(message->missing_ranks());
+  switch (message->outcome_case()) {
+    case v1::RoundResult::kMoments:
+      outcome.payload = Phase::kForward;
+      result.count = message->moments().count();
+      result.first = FromProto(message->moments().mean());
+      result.second = FromProto(message->moments().var());
+      result.backward_required = message->moments().backward_required();
+      break;
+    case v1::RoundResult::kGradientSums:
+      outcome.payload = Phase::kBackward;
+      result.count = message->gradient_sums().count();
+      result.first = FromProto(message->gradient_sums().sum_dy());
+      result.second = FromProto(message->gradient_sums().sum_dy_xmu());
+      break;
+    case v1::RoundResult::kVector:
+      outcome.payload = Phase::kSum;
+      result.first = FromProto(message->vector().value());
+      break;
+    case v1::RoundResult::kError:
+      outcome.status = FromSerializedStatus(message->error().SerializeAsString());
+      if (outcome.status.ok()) outcome.status = absl::InternalError("the master sent an error without a code");
+      break;
+    case v1::RoundResult::OUTCOME_NOT_SET:
+      outcome.status = absl::InternalError("the master sent a round's result without an outcome");
+      break;
+  }
+  return outcome;
+}
+
+}  // namespace
+
+void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, std::vector<Buffer>* parts) {
+  if (frame.join.has_value() || !frame.layers.empty()) {
+    v1::WorkerFrame head;
+    if (frame.join.has_value()) ToProto(*frame.join, options, head.mutable_join());
+    for (const auto& layer : frame.layers) ToProto(*layer, head.add_layers());
+    parts->push_back(Encode(head));
+  }
+  for (const session::ContributionPtr& contribution : frame.contributions) {
+    parts->push_back(static_cast<const EncodedContribution&>(*contribution).encoded());
+  }
+  if (!parts->empty() && frame.blocked_on == nullptr && !frame.leave.has_value()) return;
+  v1::WorkerFrame tail;
+  if (frame.blocked_on != nullptr) {
+    const RoundKey& key = frame.blocked_on->key();
+    v1::RoundKey* const blocked_on = tail.add_blocked_on();
+    blocked_on->set_layer(key.layer);
+    blocked_on->set_sequence(key.sequence);
+    blocked_on->set_phase(wire::ToProto(key.phase));
+  }
+  if (frame.leave.has_value()) tail.mutable_leave()->set_reason(*frame.leave);
+  parts->push_back(Encode(tail));
+}
+
+absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> bytes) {
+  alignas(8) char block[kArenaBlockBytes];
+  google::protobuf::Arena arena(block, sizeof(block));
+  auto* const message = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
+  PartsStream stream(bytes);
+  if (!message->ParseFromZeroCopyStream(&stream)) {
+    return absl::InternalError("the master sent a frame that is not a syncbn.v1.MasterFrame");
+  }
+  session::ServerFrame frame;
+  if (message->has_joined()) frame.joined = FromProto(message->joined());
+  if (message->has_membership()) frame.present_ranks = message->membership().present_ranks_size();
+  for (v1::LateRound& late : *message->mutable_late_rounds()) frame.late_rounds.push_back(FromProto(&late));
+  // Layer errors are for people: the rounds that they concern have their outcomes among the results.
+  frame.outcomes.reserve(static_cast<size_t>(message->results_size()));
+  for (v1::RoundResult& result : *message->mutable_results()) frame.outcomes.push_back(FromProto(&result));
+  return frame;
+}
+
+}  // namespace syncbn

@@ -1,0 +1,64 @@
+#include "client/cc/session/results.h"
+
+#include <cmath>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+
+namespace syncbn::session {
+namespace {
+
+// Returns true if all are finite: 0 times a number that is not is not 0. Four sums run in parallel.
+bool AllFinite(const std::vector<double>& values) {
+  double sums[4] = {};
+  size_t i = 0;
+  for (; i + 4 <= values.size(); i += 4) {
+    for (size_t j = 0; j < 4; ++j) sums[j] += 0.0 * values[i + j];
+  }
+  for (; i < values.size(); ++i) sums[0] += 0.0 * values[i];
+  return sums[0] + sums[1] + sums[2] + sums[3] == 0.0;
+}
+
+bool AnyNegative(const std::vector<double>& values) {
+  int negative = 0;
+  for (const double value : values) negative |= static_cast<int>(value < 0);
+  return negative != 0;
+}
+
+// Checks means and variances. The loops over channels have no early exit so that they vectorize; the channel to name is
+// searched only after a check has failed.
+absl::Status CheckMoments(const RoundKey& key, bool must_be_finite, const RoundResult& result) {
+  const bool finite = !must_be_finite || (AllFinite(result.first) && AllFinite(result.second));
+  if (finite && !AnyNegative(result.second)) return absl::OkStatus();
+  const auto bad = [&key](const char* what, double value, size_t channel) {
+    return absl::InternalError(absl::StrCat("the master sent a ", what, " of ", value, " for channel ", channel,
+                                            " of layer \"", key.layer, "\""));
+  };
+  for (size_t i = 0; i < result.first.size(); ++i) {
+    if (must_be_finite && !std::isfinite(result.first[i])) return bad("mean", result.first[i], i);
+  }
+  for (size_t i = 0; i < result.second.size(); ++i) {
+    const double variance = result.second[i];
+    if (variance < 0 || (must_be_finite && !std::isfinite(variance))) return bad("variance", variance, i);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckResult(const RoundKey& key, Phase payload, size_t length, bool finite, const RoundResult& result) {
+  if (payload == Phase::kForward) {
+    if (absl::Status status = CheckMoments(key, finite, result); !status.ok()) return status;
+  }
+  if (result.count < 0) {
+    return absl::InternalError(
+        absl::StrCat("the master sent a count of ", result.count, " for layer \"", key.layer, "\""));
+  }
+  const size_t first = length != 0 ? length : result.first.size();
+  const size_t second = key.phase == Phase::kSum ? 0 : first;
+  if (result.first.size() == first && result.second.size() == second) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("the master sent ", result.first.size(), " and ", result.second.size(),
+                                          " elements as the result of layer \"", key.layer, "\", which has ", first));
+}
+
+}  // namespace syncbn::session

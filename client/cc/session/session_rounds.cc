@@ -1,0 +1,258 @@
+// The rounds of a session: how they begin, what goes into a frame, and what an outcome ends.
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "client/cc/session/results.h"
+#include "client/cc/session/session.h"
+#include "plumbing/check.h"
+
+namespace syncbn::session {
+namespace {
+
+// How many chunks may be unanswered at a time: 32 MiB. By default masters keep 64 MiB for a worker to read, and the
+// newest 4 results, however large, for one that has to ask again.
+constexpr size_t kChunksUnderWay = 4;
+// Contributions beyond this many bytes go into another frame; masters take frames of 64 MiB by default.
+constexpr size_t kFullFrameBytes = size_t{16} << 20;
+// And beyond as many contributions; masters take 65536 by default.
+constexpr size_t kFullFrameRounds = 16384;
+// How long a worker is blocked before that is worth a frame of its own.
+constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
+// The same where nothing has shown yet that one thread alone uses the worker: others may have yet to start.
+constexpr absl::Duration kSayBlockedIfUnsureAfter = absl::Milliseconds(200);
+
+absl::Status CheckLayer(const LayerOptions& layer) {
+  if (layer.name.empty() || layer.name.size() > 255) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a layer's name has 1 to 255 bytes; this one has ", layer.name.size()));
+  }
+  if (layer.channels == 0) {
+    return absl::InvalidArgumentError(absl::StrCat("layer \"", layer.name, "\" has 0 channels; at least 1 is needed"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PendingAlready(const RoundKey& key) {
+  return absl::AlreadyExistsError(
+      absl::StrCat("a round of layer \"", key.layer, "\" with sequence ", key.sequence, " is pending already"));
+}
+
+}  // namespace
+
+// ---- Beginning ------------------------------------------------------------------------------------------------------
+
+absl::Status Session::Declare(const LayerOptions& layer) {
+  if (absl::Status status = CheckLayer(layer); !status.ok()) return status;
+  declarations_.Declare(layer);
+  return absl::OkStatus();
+}
+
+std::shared_ptr<const LayerOptions> Session::FindLayer(absl::string_view name) const {
+  const KnownLayer* const layer = declarations_.Find(name);
+  return layer == nullptr ? nullptr : OptionsOf(layer->now);
+}
+
+absl::Status Session::ResumeAt(uint64_t sequence) {
+  if (sequence > kGreatestSequence) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the sequence to resume at is ", sequence, ", the greatest is ", kGreatestSequence));
+  }
+  first_sequence_ = sequence;
+  next_sequence_.clear();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<uint64_t> Session::ResolveSequence(const std::string& layer, Phase phase, uint64_t sequence) {
+  auto found = next_sequence_.find(layer);
+  if (found == next_sequence_.end()) {
+    found = next_sequence_.emplace(layer, std::array<uint64_t, 3>()).first;
+    found->second.fill(first_sequence_);
+  }
+  uint64_t& next = found->second[static_cast<size_t>(phase) - 1];
+  if (sequence == kNextSequence) {
+    if (next > kGreatestSequence) {
+      return absl::OutOfRangeError(
+          absl::StrCat("layer \"", layer, "\" has used sequence ", kGreatestSequence, ", and there is none after it"));
+    }
+    return next++;
+  }
+  next = std::max(next, sequence + 1);
+  return sequence;
+}
+
+absl::Status Session::Begin(RoundKey key, size_t length, MakeContribution make) {
+  SYNCBN_CHECK(state_ != State::kEnded, "a round begins in a session that has ended");
+  if (key.phase == Phase::kSum) return BeginSum(std::move(key), length, make);
+  KnownLayer* const layer = declarations_.Find(key.layer);
+  if (layer == nullptr) {
+    return absl::FailedPreconditionError(absl::StrCat("layer \"", key.layer, "\" has not been declared"));
+  }
+  const auto sequence = ResolveSequence(key.layer, key.phase, key.sequence);
+  if (!sequence.ok()) return sequence.status();
+  key.sequence = *sequence;
+  if (pending_.contains(key)) return PendingAlready(key);
+  const LayerOptions& options = layer->now->options;
+  const bool backward = key.phase == Phase::kBackward;
+  ContributionRef contribution = make(std::move(key), 0, length);
+  contribution->finite_ = options.numeric_policy == NumericPolicy::kRefuse;
+  if (!backward) contribution->declared_ = layer->now;
+  // A backward round is of its forward round's size, and the layer may have another by now.
+  Enqueue(std::move(contribution), *layer, backward ? length : options.channels);
+  return absl::OkStatus();
+}
+
+absl::Status Session::BeginSum(RoundKey key, size_t length, MakeContribution make) {
+  if (length == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("vector \"", key.layer, "\" is empty; a sum has at least 1 element"));
+  }
+  const auto sequence = ResolveSequence(key.layer, key.phase, key.sequence);
+  if (!sequence.ok()) return sequence.status();
+  key.sequence = *sequence;
+  const bool several = length > options_.chunk_elements;
+  absl::InlinedVector<RoundKey, 1> keys;
+  for (size_t begin = 0; begin < length; begin += options_.chunk_elements) {
+    keys.push_back(key);
+    if (several) absl::StrAppend(&keys.back().layer, "#", keys.size() - 1);
+    if (pending_.contains(keys.back())) return PendingAlready(keys.back());
+  }
+  const auto siblings = several ? std::make_shared<size_t>(0) : nullptr;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const size_t begin = i * options_.chunk_elements;
+    const size_t part = std::min(length - begin, options_.chunk_elements);
+    LayerOptions options;
+    const KnownLayer* const before = declarations_.Find(keys[i].layer);
+    if (before != nullptr && before->now->options.kind == LayerKind::kSum) {
+      options = before->now->options;  // Its policy is the caller's.
+    } else {
+      options.name = keys[i].layer;
+      options.kind = LayerKind::kSum;
+    }
+    options.channels = static_cast<uint32_t>(part);
+    KnownLayer& layer = declarations_.Declare(options);
+    ContributionRef contribution = make(std::move(keys[i]), begin, part);
+    contribution->declared_ = layer.now;
+    contribution->siblings_under_way_ = siblings;
+    Enqueue(std::move(contribution), layer, part);
+  }
+  return absl::OkStatus();
+}
+
+void Session::Enqueue(ContributionRef contribution, KnownLayer& layer, size_t length) {
+  contribution->order_ = declarations_.NextOrder();
+  contribution->length_ = length;
+  contribution->layer_ = &layer;
+  const bool inserted = pending_.insert(contribution).second;
+  SYNCBN_CHECK(inserted, "round ", contribution->key().sequence, " of layer ", contribution->key().layer);
+  unsent_.push_back(std::move(contribution));
+}
+
+// ---- Sending --------------------------------------------------------------------------------------------------------
+
+Effects Session::Send(absl::Time now) {
+  if (state_ != State::kJoined || writing_) return {};
+  ClientFrame frame;
+  FillFrame(now, &frame);
+  const bool news = !frame.layers.empty() || !frame.contributions.empty();
+  if (unsent_.empty() && HasBlockedToSay() && ((blocked_surely_ && news) || now >= say_blocked_at_)) {
+    frame.blocked_on = blocked_on_;
+    blocked_said_ = true;
+  }
+  if (unsent_.empty() && leaving_.has_value() && !leave_sent_) {
+    frame.leave = leaving_;
+    leave_sent_ = true;
+  }
+  // Any frame takes back that the worker is blocked; one without any part does no more than that.
+  const bool retract = std::exchange(retract_, false);
+  if (!news && frame.blocked_on == nullptr && !frame.leave.has_value() && !retract) return {};
+  writing_ = true;
+  Effects effects;
+  effects.push_back(Write{std::move(frame)});
+  return effects;
+}
+
+void Session::FillFrame(absl::Time now, ClientFrame* frame) {
+  std::vector<ContributionRef> held_back;
+  size_t taken = 0;
+  for (size_t bytes = 0; taken < unsent_.size() && bytes < kFullFrameBytes && taken < kFullFrameRounds; ++taken) {
+    ContributionRef& contribution = unsent_[taken];
+    if (contribution->ended_) continue;
+    if (MustWait(*contribution)) {
+      held_back.push_back(std::move(contribution));
+      continue;
+    }
+    if (!declarations_.AddBefore(*contribution, frame)) break;
+    SetUnderWay(*contribution, true);
+    ExpectAnswer(*contribution, now);
+    bytes += contribution->bytes();
+    frame->contributions.push_back(std::move(contribution));
+  }
+  if (taken == unsent_.size()) declarations_.AddRest(frame);
+  unsent_.erase(unsent_.begin(), unsent_.begin() + static_cast<ptrdiff_t>(taken));
+  unsent_.insert(unsent_.begin(), std::make_move_iterator(held_back.begin()), std::make_move_iterator(held_back.end()));
+}
+
+bool Session::MustWait(const Contribution& contribution) const {
+  return contribution.siblings_under_way_ != nullptr && *contribution.siblings_under_way_ > 0 &&
+         under_way_ >= kChunksUnderWay && !leaving_.has_value();
+}
+
+void Session::SetUnderWay(Contribution& contribution, bool under_way) {
+  if (contribution.siblings_under_way_ == nullptr || contribution.under_way_ == under_way) return;
+  contribution.under_way_ = under_way;
+  if (under_way) {
+    ++*contribution.siblings_under_way_;
+    ++under_way_;
+  } else {
+    --*contribution.siblings_under_way_;
+    --under_way_;
+  }
+}
+
+std::vector<Session::ContributionRef> Session::PendingInOrder() const {
+  std::vector<ContributionRef> pending(pending_.begin(), pending_.end());
+  std::sort(pending.begin(), pending.end(), [](const auto& a, const auto& b) { return a->order_ < b->order_; });
+  return pending;
+}
+
+// ---- Blocked --------------------------------------------------------------------------------------------------------
+
+void Session::Blocked(const ContributionPtr& contribution, bool sure, absl::Time now) {
+  if (blocked_on_ == contribution) return;
+  blocked_on_ = contribution;
+  blocked_said_ = false;
+  blocked_surely_ = sure;
+  say_blocked_at_ = now + (sure ? kSayBlockedAfter : kSayBlockedIfUnsureAfter);
+}
+
+void Session::Unblocked(bool retract) {
+  if (retract && blocked_on_ != nullptr && blocked_said_ && !blocked_on_->ended_) retract_ = true;
+  blocked_on_ = nullptr;
+}
+
+bool Session::HasBlockedToSay() const {
+  return blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent_ && !blocked_on_->ended_;
+}
+
+// ---- Outcomes -------------------------------------------------------------------------------------------------------
+
+void Session::OnOutcome(Outcome outcome, Effects* effects) {
+  const auto found = pending_.find(outcome.key);
+  if (found == pending_.end()) return;  // A replay that nobody waits for.
+  const ContributionRef contribution = *found;
+  pending_.erase(found);
+  attempts_.Answered();
+  SetUnderWay(*contribution, false);
+  contribution->ended_ = true;
+  absl::Status status = std::move(outcome.status);
+  if (status.ok()) {
+    status =
+        CheckResult(contribution->key(), outcome.payload, contribution->length_, contribution->finite_, outcome.result);
+  }
+  effects->push_back(Complete{contribution, std::move(status), std::move(outcome.result)});
+}
+
+}  // namespace syncbn::session
