@@ -49,7 +49,9 @@ absl::Time Session::NextTimer() const {
   absl::Time next = NextCheck();
   if (state_ == State::kWaiting) next = std::min(next, attempts_.retry_at());
   if (state_ == State::kConnecting || state_ == State::kWaiting) next = std::min(next, attempts_.give_up_at());
-  if (state_ == State::kJoined && !writing_ && HasBlockedToSay()) next = std::min(next, say_blocked_at_);
+  if (state_ == State::kJoined && !writing_ && IsBlocked() && told_ != blocked_on_) {
+    next = std::min(next, say_blocked_at_);
+  }
   return next;
 }
 
@@ -150,7 +152,7 @@ void Session::OnJoined(const Joined& joined, absl::Time now) {
   // vector go in the same order everywhere: else workers could wait for each other's.
   unsent_ = PendingInOrder();
   for (const ContributionRef& contribution : unsent_) SetUnderWay(*contribution, false);
-  blocked_said_ = false;
+  told_ = nullptr;
   retract_ = false;
 }
 
@@ -191,7 +193,7 @@ Effects Session::End(absl::Status why) {
   }
   pending_.clear();
   unsent_.clear();
-  blocked_on_ = nullptr;
+  blocked_on_ = told_ = nullptr;
   if (stream_open_) effects.push_back(CloseStream{});
   effects.push_back(Ended{end_});
   return effects;

@@ -181,9 +181,9 @@ class Session {
 
   // The worker does nothing else until the contribution's round has ended. The master is told so with the next frame,
   // or in a frame of its own after a short while. `sure`: earlier rounds have shown that one thread alone uses the
-  // worker; otherwise the while is longer. Says nothing new if the worker is blocked on it already.
+  // worker; otherwise the while is longer. Holds until another round begins or a layer is declared.
   void Blocked(const ContributionPtr& contribution, bool sure, absl::Time now);
-  // It may do something else. `retract`: a master that has been told otherwise is told that, too.
+  // The worker may do something else. `retract`: a master that has been told otherwise is told that, too.
   void Unblocked(bool retract);
 
   // Sends what was begun, and then that the worker leaves. The master ends the stream; then the session ends with
@@ -234,8 +234,8 @@ class Session {
   // may send vectors in another order.
   bool MustWait(const Contribution& contribution) const;
   void SetUnderWay(Contribution& contribution, bool under_way);
-  // The worker is blocked, and the master does not know it yet.
-  bool HasBlockedToSay() const;
+  // The worker is blocked, and has sent all that it has begun.
+  bool IsBlocked() const;
 
   // ---- A master that has stopped without closing its connections
   // Notes that the contribution was sent, so that the master must answer it.
@@ -267,10 +267,10 @@ class Session {
   uint64_t first_sequence_ = 0;
 
   ContributionPtr blocked_on_;
-  bool blocked_said_ = false;
+  ContributionPtr told_;  // What the newest frame has told the master that the worker is blocked on.
   bool blocked_surely_ = false;
   absl::Time say_blocked_at_;
-  bool retract_ = false;  // The master has been told that the worker is blocked, which no longer holds.
+  bool retract_ = false;  // What told_ says no longer holds.
 
   std::optional<std::string> leaving_;
   bool leave_sent_ = false;

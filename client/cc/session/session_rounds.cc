@@ -47,6 +47,7 @@ absl::Status PendingAlready(const RoundKey& key) {
 absl::Status Session::Declare(const LayerOptions& layer) {
   if (absl::Status status = CheckLayer(layer); !status.ok()) return status;
   declarations_.Declare(layer);
+  blocked_on_ = nullptr;
   return absl::OkStatus();
 }
 
@@ -148,6 +149,7 @@ void Session::Enqueue(ContributionRef contribution, KnownLayer& layer, size_t le
   const bool inserted = pending_.insert(contribution).second;
   SYNCBN_CHECK(inserted, "round ", contribution->key().sequence, " of layer ", contribution->key().layer);
   unsent_.push_back(std::move(contribution));
+  blocked_on_ = nullptr;
 }
 
 // ---- Sending --------------------------------------------------------------------------------------------------------
@@ -157,18 +159,17 @@ Effects Session::Send(absl::Time now) {
   ClientFrame frame;
   FillFrame(now, &frame);
   const bool news = !frame.layers.empty() || !frame.contributions.empty();
-  if (unsent_.empty() && HasBlockedToSay() && ((blocked_surely_ && news) || now >= say_blocked_at_)) {
-    frame.blocked_on = blocked_on_;
-    blocked_said_ = true;
-  }
+  // Any frame takes back what an earlier one has told the master, so one with news says it again.
+  const bool say_blocked = told_ == blocked_on_ ? news : (blocked_surely_ && news) || now >= say_blocked_at_;
+  if (say_blocked && IsBlocked()) frame.blocked_on = blocked_on_;
   if (unsent_.empty() && leaving_.has_value() && !leave_sent_) {
     frame.leave = leaving_;
     leave_sent_ = true;
   }
-  // Any frame takes back that the worker is blocked; one without any part does no more than that.
   const bool retract = std::exchange(retract_, false);
   if (!news && frame.blocked_on == nullptr && !frame.leave.has_value() && !retract) return {};
   writing_ = true;
+  told_ = frame.blocked_on;
   Effects effects;
   effects.push_back(Write{std::move(frame)});
   return effects;
@@ -223,18 +224,17 @@ std::vector<Session::ContributionRef> Session::PendingInOrder() const {
 void Session::Blocked(const ContributionPtr& contribution, bool sure, absl::Time now) {
   if (blocked_on_ == contribution) return;
   blocked_on_ = contribution;
-  blocked_said_ = false;
   blocked_surely_ = sure;
   say_blocked_at_ = now + (sure ? kSayBlockedAfter : kSayBlockedIfUnsureAfter);
 }
 
 void Session::Unblocked(bool retract) {
-  if (retract && blocked_on_ != nullptr && blocked_said_ && !blocked_on_->ended_) retract_ = true;
+  if (retract && told_ != nullptr && !told_->ended_) retract_ = true;
   blocked_on_ = nullptr;
 }
 
-bool Session::HasBlockedToSay() const {
-  return blocked_on_ != nullptr && !blocked_said_ && blocked_on_->sent_ && !blocked_on_->ended_;
+bool Session::IsBlocked() const {
+  return blocked_on_ != nullptr && blocked_on_->sent_ && !blocked_on_->ended_ && unsent_.empty();
 }
 
 // ---- Outcomes -------------------------------------------------------------------------------------------------------

@@ -284,6 +284,42 @@ TEST_F(RoundsTest, AMasterThatWasToldIsToldThatItIsOver) {
   EXPECT_EQ(harness_.frames.size(), before + 1) << "once";
 }
 
+TEST_F(RoundsTest, AMasterIsToldAgainAfterAFrameThatTookItBack) {
+  const ContributionPtr first = harness_.Sum("v");
+  harness_.session().Blocked(first, true, harness_.now());
+  harness_.SendAndWrite();
+  harness_.Sum("w");  // The wait was over before its round.
+  EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("declare w:1", "w/0"));
+  harness_.Advance(absl::Seconds(10));
+  EXPECT_THAT(harness_.Send(), IsEmpty()) << "nobody waits for the first now";
+  harness_.session().Blocked(first, true, harness_.now());
+  harness_.Advance(absl::Milliseconds(20));
+  EXPECT_THAT(Words(harness_.frames.back()), ElementsAre("blocked v/0"));
+}
+
+TEST_F(RoundsTest, AWaitThatGoesOnSaysNothingNew) {
+  const ContributionPtr round = harness_.Sum("v");
+  harness_.session().Blocked(round, true, harness_.now());
+  harness_.SendAndWrite();
+  harness_.session().Unblocked(/*retract=*/false);  // A short wait between.
+  harness_.session().Blocked(round, true, harness_.now());
+  const size_t before = harness_.frames.size();
+  harness_.Advance(absl::Seconds(1));
+  EXPECT_EQ(harness_.frames.size(), before);
+  harness_.session().Unblocked(false);
+  harness_.session().Unblocked(true);
+  harness_.SendAndWrite();
+  EXPECT_EQ(harness_.frames.size(), before + 1) << "the master still took it for blocked";
+}
+
+TEST_F(RoundsTest, ABlockedWorkerWhoseChunksMustWaitHasNoTimer) {
+  harness_.Sum("v", 6);
+  const ContributionPtr last = harness_.Sum("w");
+  harness_.session().Blocked(last, true, harness_.now());
+  harness_.SendAndWrite();
+  EXPECT_GT(harness_.session().NextTimer(), harness_.now() + absl::Seconds(1)) << "it would be due for ever";
+}
+
 TEST_F(RoundsTest, NothingIsTakenBackThatWasNotSaid) {
   const ContributionPtr round = harness_.Sum("v");
   harness_.SendAndWrite();
