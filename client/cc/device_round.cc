@@ -14,6 +14,7 @@
 #include "absl/time/clock.h"
 #include "client/cc/clock.h"
 #include "client/cc/errors.h"
+#include "plumbing/check.h"
 
 namespace syncbn {
 
@@ -42,21 +43,21 @@ void PauseAfter(absl::Duration waited) {
   }
 }
 
-// The rounds that have a thread. A process that exits without closing its workers releases their streams all the same:
-// CUDA's own end may wait for them.
-class Threads {
+// Closes the rounds that have a thread when the process exits. Streams are released even if the program has not closed
+// its workers: CUDA's own end may wait for them.
+class OpenRoundsAtExit {
  public:
-  // Never destroyed: the end of the process uses it.
-  static Threads& Get() {
-    static Threads* const threads = new Threads;
-    return *threads;
+  // A leak: the end of the process uses it.
+  static OpenRoundsAtExit& Get() {
+    static OpenRoundsAtExit* const open = new OpenRoundsAtExit;
+    return *open;
   }
 
   void Add(std::weak_ptr<DeviceRounds> rounds) {
     absl::MutexLock lock(&mutex_);
-    if (pid_.exchange(getpid()) != getpid()) {  // The first of a process, a forked one or not.
+    if (pid_.exchange(getpid()) != getpid()) {  // The first of a process, be it a forked one.
       rounds_.clear();
-      // After CUDA's own, hence before it in the order of the end: there has been a pass on a GPU.
+      // A pass on a GPU has registered CUDA's own handler before, so this one runs first.
       std::atexit([] { Get().CloseAll(); });
     }
     rounds_.erase(std::remove_if(rounds_.begin(), rounds_.end(), [](const auto& other) { return other.expired(); }),
@@ -85,7 +86,7 @@ class Threads {
   std::vector<std::weak_ptr<DeviceRounds>> rounds_ ABSL_GUARDED_BY(mutex_);
 };
 
-// A thread that takes no signals: they are for the program's own.
+// Starts a thread that takes no signals, which are for the program's own threads.
 std::thread StartThread(std::function<void()> run) {
   sigset_t all, before;
   sigfillset(&all);
@@ -129,8 +130,21 @@ absl::StatusOr<std::shared_ptr<DeviceRound>> DeviceRound::StartStreamOrdered(Wor
 
 absl::Status DeviceRound::Wait(absl::Duration timeout) {
   const absl::Time deadline = Now() + timeout;
-  if (stream_ordered()) return rounds_->WaitUntilEnded(*this, deadline);
-  if (absl::Status status = rounds_->WaitUntilBegun(*this, deadline); !status.ok()) return status;
+  if (stream_ordered()) {
+    const auto ended = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(rounds_->mutex_) -> absl::optional<absl::Status> {
+      if (!ended_) return absl::nullopt;
+      // The caller learns of this failure, or of one that follows from it.
+      if (!status_.ok()) rounds_->ConsumeFailure().IgnoreError();
+      return status_;
+    };
+    return rounds_->Await(DeviceRounds::Watch::kThread, ended, deadline);
+  }
+  const auto begun = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(rounds_->mutex_) -> absl::optional<absl::Status> {
+    if (!round_.has_value() && status_.ok()) return absl::nullopt;
+    return status_;
+  };
+  if (absl::Status status = rounds_->Await(DeviceRounds::Watch::kFlags, begun, deadline); !status.ok()) return status;
+  rounds_->DropRetired();
   return round_->Wait(timeout == absl::InfiniteDuration() ? timeout : deadline - Now());
 }
 
@@ -140,6 +154,7 @@ absl::Status DeviceRound::failure() const {
 }
 
 absl::StatusOr<uint64_t> DeviceRound::SequenceAtBegin() const {
+  rounds_->mutex_.AssertHeld();
   if (!status_.ok()) return status_;
   if (!ended_) return absl::InternalError("a backward pass came before the end of its forward pass");
   return round_->sequence();
@@ -150,14 +165,16 @@ bool DeviceRound::BelongsTo(Worker& worker) const { return rounds_ == DeviceRoun
 // ---- Starting and waiting -------------------------------------------------------------------------------------------
 
 std::shared_ptr<DeviceRounds> DeviceRounds::Of(Worker& worker) {
-  return std::static_pointer_cast<DeviceRounds>(
+  const auto rounds = std::dynamic_pointer_cast<DeviceRounds>(
       WorkerInternal::Attach(worker, [&worker] { return std::make_shared<DeviceRounds>(&worker); }));
+  SYNCBN_CHECK(rounds != nullptr, "a worker has an attachment of another kind");
+  return rounds;
 }
 
 absl::Status DeviceRounds::Check() {
   DropRetired();
   absl::MutexLock lock(&mutex_);
-  return TakeFailure();
+  return ConsumeFailure();
 }
 
 void DeviceRounds::Add(std::shared_ptr<DeviceRound> round) {
@@ -174,26 +191,27 @@ absl::Status DeviceRounds::AddStreamOrdered(std::shared_ptr<DeviceRound> round) 
   {
     absl::MutexLock lock(&mutex_);
     if (worker_ == nullptr) return ClosedError();
-    // One that came between the caller's check and now: what is to be enqueued would be ahead of a failure.
-    if (!failure_.ok()) return TakeFailure();
+    // A failure may have come since the caller's check: what the caller enqueues next would be ahead of it.
+    if (!failure_.ok()) return ConsumeFailure();
     if (!has_thread_) {
       thread_ = StartThread([this] { Run(); });
       if (!thread_.joinable())
         return absl::ResourceExhaustedError("no thread can be started for stream-ordered passes");
       has_thread_ = true;
-      Threads::Get().Add(weak_from_this());
+      OpenRoundsAtExit::Get().Add(weak_from_this());
     }
     ++stream_ordered_;
     const bool held_back = IsHeldBack(*round);
     waiting_.push_back(std::move(round));
     changed_.SignalAll();
-    if (held_back) return absl::OkStatus();  // The thread looks when it has released the stream.
+    if (held_back) return absl::OkStatus();  // The thread looks once it has released the stream.
   }
   WakeThread();
   return absl::OkStatus();
 }
 
-absl::Status DeviceRounds::WaitUntilBegun(const DeviceRound& round, absl::Time deadline) {
+absl::Status DeviceRounds::Await(Watch watch, absl::FunctionRef<absl::optional<absl::Status>()> answer,
+                                 absl::Time deadline) {
   const uint64_t interrupts = interrupts_.load();
   const absl::Time begin = Now();
   absl::Time next_query = begin + kBetweenQueries;
@@ -202,55 +220,30 @@ absl::Status DeviceRounds::WaitUntilBegun(const DeviceRound& round, absl::Time d
       LookForErrors();
       next_query = now + kBetweenQueries;
     }
-    bool begun = false;
     {
       absl::MutexLock lock(&mutex_);
-      BeginReady();
-      begun = round.round_.has_value();
-      if (!begun && !round.status_.ok()) return round.status_;
-    }
-    if (begun) {
-      DropRetired();
-      return absl::OkStatus();
-    }
-    if (interrupts_.load() != interrupts) return InterruptedError();
-    if (now >= deadline) return PendingStatus();
-    PauseAfter(now - begin);
-  }
-}
-
-absl::Status DeviceRounds::WaitUntilEnded(const DeviceRound& round, absl::Time deadline) {
-  while (true) {
-    {
-      absl::MutexLock lock(&mutex_);
-      const absl::Time now = Now();
-      if (!round.ended_ && now < deadline) {
+      if (watch == Watch::kFlags) BeginReady();
+      absl::optional<absl::Status> status = answer();
+      if (!status.has_value() && watch == Watch::kThread && now < deadline) {
         changed_.WaitWithTimeout(&mutex_, std::min(deadline - now, kBetweenQueries));
+        status = answer();
       }
-      if (round.ended_) {
-        if (!round.status_.ok()) TakeFailure().IgnoreError();  // The caller learns of it, or of what followed from it.
-        return round.status_;
-      }
-      if (now >= deadline) return PendingStatus();
+      if (status.has_value()) return *std::move(status);
     }
-    LookForErrors();
+    // An interrupt ends stream-ordered rounds by itself.
+    if (watch == Watch::kFlags && interrupts_.load() != interrupts) return InterruptedError();
+    if (now >= deadline) return PendingStatus();
+    if (watch == Watch::kFlags) PauseAfter(now - begin);
   }
 }
 
 absl::Status DeviceRounds::OnSettle(absl::Time deadline) {
   DropRetired();
-  while (true) {
-    {
-      absl::MutexLock lock(&mutex_);
-      const absl::Time now = Now();
-      if (failure_.ok() && stream_ordered_ > 0 && now < deadline) {
-        changed_.WaitWithTimeout(&mutex_, std::min(deadline - now, kBetweenQueries));
-      }
-      if (!failure_.ok() || stream_ordered_ == 0) return TakeFailure();
-      if (now >= deadline) return PendingStatus();
-    }
-    LookForErrors();
-  }
+  const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) -> absl::optional<absl::Status> {
+    if (failure_.ok() && stream_ordered_ > 0) return absl::nullopt;
+    return ConsumeFailure();
+  };
+  return Await(Watch::kThread, settled, deadline);
 }
 
 void DeviceRounds::OnFlush() {
@@ -299,40 +292,54 @@ bool DeviceRounds::BeginReady() {
   std::vector<const StreamMemory*> held_back;  // Streams that cannot have raised a later flag, or not to the end.
   for (const std::shared_ptr<DeviceRound>& round : in_flight_) held_back.push_back(&round->lease_->memory());
   for (size_t i = 0; i < waiting_.size();) {
-    const StreamMemory* const memory = &waiting_[i]->lease_->memory();
-    const auto of_layer = [&](const auto& other) { return other->layer_ == waiting_[i]->layer_; };
-    const auto here = waiting_.begin() + static_cast<ptrdiff_t>(i);
-    if (std::find(held_back.begin(), held_back.end(), memory) != held_back.end()) {
-      ++i;
-      continue;
-    }
-    if (!waiting_[i]->lease_->slot().Raised() || std::any_of(waiting_.begin(), here, of_layer)) {
-      held_back.push_back(memory);
+    if (!IsReady(i, &held_back)) {
       ++i;
       continue;
     }
     any = true;
     const std::shared_ptr<DeviceRound> round = std::move(waiting_[i]);
-    waiting_.erase(here);
-    const DeviceSlot& slot = round->lease_->slot();
-    absl::StatusOr<Round> begun = round->begin_(*worker_, slot.local[0], slot.local[1]);
-    if (begun.ok()) {
-      round->round_ = *std::move(begun);
-    } else if (!round->stream_ordered()) {
-      round->status_ = begun.status();
-    }
+    waiting_.erase(waiting_.begin() + static_cast<ptrdiff_t>(i));
     if (!round->stream_ordered()) {
-      retired_.push_back(std::move(round->lease_));
-    } else if (begun.ok()) {
-      in_flight_.push_back(round);
-      held_back.push_back(memory);
+      BeginHostDriven(*round);
+    } else if (BeginStreamOrdered(round)) {
+      held_back.push_back(&round->lease_->memory());
     } else {
-      End(*round, begun.status());
-      FailStreamOrdered(begun.status(), false);
       break;
     }
   }
   return any;
+}
+
+bool DeviceRounds::IsReady(size_t index, std::vector<const StreamMemory*>* held_back) {
+  const DeviceRound& round = *waiting_[index];
+  const StreamMemory* const memory = &round.lease_->memory();
+  if (std::find(held_back->begin(), held_back->end(), memory) != held_back->end()) return false;
+  const auto of_layer = [&round](const auto& other) { return other->layer_ == round.layer_; };
+  const auto here = waiting_.begin() + static_cast<ptrdiff_t>(index);
+  if (round.lease_->slot().Raised() && std::none_of(waiting_.begin(), here, of_layer)) return true;
+  held_back->push_back(memory);
+  return false;
+}
+
+void DeviceRounds::BeginHostDriven(DeviceRound& round) {
+  const DeviceSlot& slot = round.lease_->slot();
+  absl::StatusOr<Round> begun = round.begin_(*worker_, slot.local[0], slot.local[1]);
+  round.status_ = begun.status();
+  if (begun.ok()) round.round_ = *std::move(begun);
+  retired_.push_back(std::move(round.lease_));
+}
+
+bool DeviceRounds::BeginStreamOrdered(const std::shared_ptr<DeviceRound>& round) {
+  const DeviceSlot& slot = round->lease_->slot();
+  absl::StatusOr<Round> begun = round->begin_(*worker_, slot.local[0], slot.local[1]);
+  if (begun.ok()) {
+    round->round_ = *std::move(begun);
+    in_flight_.push_back(round);
+    return true;
+  }
+  End(*round, begun.status());
+  FailStreamOrdered(begun.status(), false);
+  return false;
 }
 
 void DeviceRounds::LookForErrors() {
@@ -344,7 +351,7 @@ void DeviceRounds::LookForErrors() {
     first = waiting_.front();
     lease = first->lease_;
   }
-  // CUDA is asked without the lock, which the thread needs to release streams.
+  // Ask CUDA without the lock, which the background thread needs to release streams.
   absl::Status status;
   {
     const DeviceScope scope(lease->runtime(), lease->memory().device());
@@ -383,7 +390,7 @@ void DeviceRounds::DropRetired() {
 // ---- Stream-ordered -------------------------------------------------------------------------------------------------
 
 void DeviceRounds::End(DeviceRound& round, absl::Status status) {
-  // Before the release: whoever has waited for the stream, and then asks, learns of the failure.
+  // Recorded before the release, so that a caller who has waited for the stream and then asks learns of it.
   if (!status.ok() && failure_.ok()) failure_ = status;
   round.status_ = std::move(status);
   round.ended_ = true;
@@ -407,7 +414,7 @@ void DeviceRounds::FailStreamOrdered(const absl::Status& why, bool in_flight_too
   for (const std::shared_ptr<DeviceRound>& round : std::exchange(in_flight_, {})) End(*round, why);
 }
 
-absl::Status DeviceRounds::TakeFailure() { return std::exchange(failure_, absl::OkStatus()); }
+absl::Status DeviceRounds::ConsumeFailure() { return std::exchange(failure_, absl::OkStatus()); }
 
 bool DeviceRounds::IsHeldBack(const DeviceRound& round) const {
   const auto holds_back = [&round](const std::shared_ptr<DeviceRound>& other) {
@@ -447,7 +454,7 @@ bool DeviceRounds::EndInFlight() {
 }
 
 void DeviceRounds::Run() {
-  absl::Time since = Now();  // When something last happened.
+  absl::Time since = Now();  // The time at which something happened last.
   while (true) {
     const uint64_t changes = changes_.load();
     std::vector<Round> rounds;
