@@ -1,12 +1,14 @@
 #include "server/core/coordinator.h"
 
 #include <algorithm>
+#include <iterator>
+#include <string>
 #include <utility>
+#include <variant>
 
-#include "absl/container/btree_map.h"
-#include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "plumbing/check.h"
 #include "server/core/error.h"
 #include "server/core/group.h"
 #include "server/core/layer.h"
@@ -15,26 +17,20 @@
 namespace syncbn::core {
 namespace {
 
-// Masters count incarnations from 0, or from a time in microseconds, and do not come near it.
+// Masters count incarnations from 0, or from a time in microseconds, and stay far below this.
 constexpr uint64_t kGreatestIncarnation = uint64_t{1} << 62;
-
-Error Malformed(std::string message) {
-  return MakeError(absl::StatusCode::kInvalidArgument, kMalformedFrame, std::move(message));
-}
 
 std::optional<Error> CheckVersions(const Join& join) {
   if (join.min_protocol_version > join.max_protocol_version) {
-    return Malformed(absl::StrCat("min_protocol_version ", join.min_protocol_version, " exceeds max_protocol_version ",
-                                  join.max_protocol_version));
+    return MalformedError(absl::StrCat("min_protocol_version ", join.min_protocol_version,
+                                       " exceeds max_protocol_version ", join.max_protocol_version));
   }
   if (join.min_protocol_version <= kProtocolVersion && kProtocolVersion <= join.max_protocol_version)
     return std::nullopt;
-  return MakeError(absl::StatusCode::kFailedPrecondition, kVersionUnsupported,
-                   absl::StrCat("the worker speaks protocol versions ", join.min_protocol_version, " to ",
-                                join.max_protocol_version, ", this master version ", kProtocolVersion));
+  return VersionError(join, kProtocolVersion);
 }
 
-// What can be said of a join without looking at its group.
+// Checks what needs no knowledge of the join's group.
 std::optional<Error> CheckAlone(const Join& join, const Limits& limits) {
   if (auto error = CheckVersions(join)) return error;
   for (const std::string* name : {&join.id.job, &join.id.group}) {
@@ -46,15 +42,16 @@ std::optional<Error> CheckAlone(const Join& join, const Limits& limits) {
     return LimitError(join.description.size(), "bytes of description", "max_description_bytes",
                       limits.max_description_bytes);
   }
-  if (join.world_size == 0) return Malformed("world_size is 0; a group has at least 1 worker");
+  if (join.world_size == 0) return MalformedError("world_size is 0; a group has at least 1 worker");
   if (join.world_size > limits.max_workers) {
     return LimitError(join.world_size, "workers", "max_workers", limits.max_workers);
   }
   if (join.rank >= join.world_size) {
-    return Malformed(absl::StrCat("rank ", join.rank, " is not below the world size of ", join.world_size));
+    return MalformedError(absl::StrCat("rank ", join.rank, " is not below the world size of ", join.world_size));
   }
   if (join.incarnation > kGreatestIncarnation) {
-    return Malformed(absl::StrCat("incarnation ", join.incarnation, " was never given; none is greater than 2^62"));
+    return MalformedError(
+        absl::StrCat("incarnation ", join.incarnation, " was never given; none is greater than 2^62"));
   }
   if (join.layers.size() > limits.max_layers) {
     return LimitError(join.layers.size(), "layers", "max_layers", limits.max_layers);
@@ -65,285 +62,251 @@ std::optional<Error> CheckAlone(const Join& join, const Limits& limits) {
   return std::nullopt;
 }
 
+// Appends the effect's rounds to the newest effect if that is a SendLateRounds to the same streams of the same group.
+// Returns whether it did.
+bool AddToLate(Effect& effect, Effects& joined) {
+  auto* const late = std::get_if<SendLateRounds>(&effect);
+  auto* const newest = joined.empty() ? nullptr : std::get_if<SendLateRounds>(&joined.back());
+  if (late == nullptr || newest == nullptr || !(newest->group == late->group) || newest->streams != late->streams) {
+    return false;
+  }
+  std::move(late->rounds.begin(), late->rounds.end(), std::back_inserter(newest->rounds));
+  return true;
+}
+
+// Joins neighbouring results for the same streams into one frame, and late rounds likewise. Effects that are not sent
+// to workers do not separate neighbours.
+Effects Coalesce(Effects effects) {
+  constexpr size_t kNone = SIZE_MAX;
+  Effects joined;
+  size_t open = kNone;  // Where the newest SendResults lies, while it may still grow.
+  for (Effect& effect : effects) {
+    if (AddToLate(effect, joined)) continue;
+    auto* const results = std::get_if<SendResults>(&effect);
+    if (results == nullptr) {
+      if (!std::holds_alternative<RoundEnded>(effect)) open = kNone;
+    } else if (open != kNone && std::get<SendResults>(joined[open]).streams == results->streams) {
+      std::move(results->outcomes.begin(), results->outcomes.end(),
+                std::back_inserter(std::get<SendResults>(joined[open]).outcomes));
+      continue;
+    } else {
+      open = joined.size();
+    }
+    joined.push_back(std::move(effect));
+  }
+  return joined;
+}
+
 }  // namespace
 
-class Coordinator::Impl {
- public:
-  explicit Impl(Limits limits) : limits_(std::move(limits)) {}
-
-  Effects On(const Event& event, absl::Time now) {
-    Effects effects;
-    std::visit([&](const auto& e) { Handle(e, now, effects); }, event);
-    for (const Effect& effect : effects) {
-      if (const auto* close = std::get_if<CloseStream>(&effect)) streams_.erase(close->stream);
-    }
-    return Coalesce(std::move(effects));
-  }
-
-  absl::Time NextDeadline() const { return alarms_.empty() ? absl::InfiniteFuture() : alarms_.begin()->first; }
-
-  std::vector<GroupSummary> ListGroups() const {
-    std::vector<GroupSummary> summaries;
-    for (const auto& [id, slot] : groups_) summaries.push_back(slot.group->Summary());
-    return summaries;
-  }
-
-  size_t LongestResult(const GroupId& id) const {
-    const auto it = groups_.find(id);
-    return it == groups_.end() ? 0 : it->second.group->longest_result();
-  }
-
-  absl::StatusOr<const Group*> Find(const GroupId& id) const {
-    const auto it = groups_.find(id);
-    if (it != groups_.end()) return it->second.group.get();
-    constexpr size_t kShown = 10;
-    std::vector<std::string> names;
-    for (const auto& [known, slot] : groups_) {
-      if (names.size() == kShown) {
-        names.push_back("...");
-        break;
-      }
-      names.push_back(absl::StrCat("\"", known.job, "\"/\"", known.group, "\""));
-    }
-    return absl::NotFoundError(absl::StrCat("there is no group \"", id.group, "\" of job \"", id.job,
-                                            "\"; there are: ", names.empty() ? "none" : absl::StrJoin(names, ", ")));
-  }
-
- private:
-  struct Slot {
-    std::unique_ptr<Group> group;
-    absl::Time alarm = absl::InfiniteFuture();
-  };
-  using Groups = absl::btree_map<GroupId, Slot>;
-
-  void Handle(const FrameReceived& frame, absl::Time now, Effects& effects) {
-    const auto known = streams_.find(frame.stream);
-    if (known == streams_.end()) {
-      HandleFirstFrame(frame, now, effects);
-      return;
-    }
-    const Groups::iterator slot = groups_.find(known->second);
-    if (frame.join.has_value()) {
-      effects.push_back(CloseStream{frame.stream, MakeError(absl::StatusCode::kInvalidArgument, kJoinRequired,
-                                                            "only a stream's first frame carries a join")});
-      slot->second.group->OnStreamClosed(frame.stream, now, effects);
-    } else {
-      slot->second.group->OnFrame(frame.stream, frame, now, effects);
-    }
-    SetAlarm(slot);
-  }
-
-  void HandleFirstFrame(const FrameReceived& frame, absl::Time now, Effects& effects) {
-    const auto refuse = [&](Error error) { effects.push_back(CloseStream{frame.stream, std::move(error)}); };
-    if (shutting_down_) return refuse(GoingAway());
-    if (!frame.join.has_value()) {
-      return refuse(
-          MakeError(absl::StatusCode::kInvalidArgument, kJoinRequired, "a stream's first frame must carry a join"));
-    }
-    const Join& join = *frame.join;
-    GroupConfig filled;
-    if (auto error = CheckAlone(join, limits_)) return refuse(std::move(*error));
-    if (auto error = FillConfig(join.config, join.world_size, limits_, filled)) return refuse(std::move(*error));
-    if (auto error = MakeWay(join, now, effects)) return refuse(std::move(*error));
-    Groups::iterator slot = groups_.find(join.id);
-    const bool first = slot == groups_.end();
-    if (first) {
-      slot =
-          groups_.emplace(join.id, Slot{std::make_unique<Group>(join, filled, RunId(join, now), limits_, now)}).first;
-    }
-    if (slot->second.group->OnJoin(frame.stream, join, filled, kProtocolVersion, now, effects)) {
-      streams_[frame.stream] = join.id;
-      slot->second.group->OnFrame(frame.stream, frame, now, effects);
-    } else if (first) {
-      groups_.erase(slot);  // It has never had a member, and its run would stand against those who come back.
-      return;
-    }
-    SetAlarm(slot);
-  }
-
-  // Ends the group that the join's name belongs to, where the join begins a new one; refuses a join that is outdated.
-  std::optional<Error> MakeWay(const Join& join, absl::Time now, Effects& effects) {
-    const auto slot = groups_.find(join.id);
-    if (slot == groups_.end()) return MakeRoom(now, effects);
-    const Group& group = *slot->second.group;
-    if (join.generation < group.generation()) {
-      return MakeError(absl::StatusCode::kFailedPrecondition, kGenerationSuperseded,
-                       absl::StrCat("rank ", join.rank, " joins generation ", join.generation, " of group \"",
-                                    join.id.group, "\", which is at generation ", group.generation()));
-    }
-    if (join.generation > group.generation()) {
-      EndGroup(slot,
-               MakeError(absl::StatusCode::kFailedPrecondition, kGenerationSuperseded,
-                         absl::StrCat("generation ", join.generation, " of group \"", join.id.group, "\" has begun")),
-               now, effects);
-    } else if (group.empty() && join.incarnation == 0) {
-      EndGroup(slot,
-               MakeError(absl::StatusCode::kFailedPrecondition, kRunSuperseded,
-                         absl::StrCat("a new run of group \"", join.id.group, "\" has begun")),
-               now, effects);
-    }
-    return std::nullopt;
-  }
-
-  // Where there are too many groups, the one that has been empty for longest goes.
-  std::optional<Error> MakeRoom(absl::Time now, Effects& effects) {
-    if (groups_.size() < limits_.max_groups) return std::nullopt;
-    const auto oldest = std::min_element(groups_.begin(), groups_.end(), [](const auto& a, const auto& b) {
-      return a.second.group->linger_until() < b.second.group->linger_until();
-    });
-    if (oldest == groups_.end() || !oldest->second.group->empty()) {
-      return LimitError(groups_.size() + 1, "groups", "max_groups", limits_.max_groups);
-    }
-    EndGroup(oldest, Outlived(oldest->first), now, effects);
-    return std::nullopt;
-  }
-
-  void Handle(const StreamClosed& closed, absl::Time now, Effects& effects) {
-    const auto known = streams_.find(closed.stream);
-    if (known == streams_.end()) return;
-    const Groups::iterator slot = groups_.find(known->second);
-    streams_.erase(known);
-    slot->second.group->OnStreamClosed(closed.stream, now, effects);
-    SetAlarm(slot);
-  }
-
-  void Handle(const ReaderLags& reader, absl::Time, Effects&) {
-    const auto known = streams_.find(reader.stream);
-    if (known == streams_.end()) return;
-    const Groups::iterator slot = groups_.find(known->second);
-    slot->second.group->OnReaderLags(reader.stream, reader.lags);
-    SetAlarm(slot);
-  }
-
-  // One turn of each group that something is due of: a group that is not done with it stays due.
-  void Handle(const TimePassed&, absl::Time now, Effects& effects) {
-    std::vector<GroupId> due;
-    for (auto alarm = alarms_.begin(); alarm != alarms_.end() && alarm->first <= now; ++alarm) {
-      due.push_back(alarm->second);
-    }
-    for (const GroupId& id : due) {
-      const Groups::iterator slot = groups_.find(id);
-      Group& group = *slot->second.group;
-      group.OnTimePassed(now, effects);
-      if (group.linger_until() <= now) {
-        EndGroup(slot, Outlived(slot->first), now, effects);
-      } else {
-        SetAlarm(slot);
-      }
-    }
-  }
-
-  void Handle(const Shutdown&, absl::Time, Effects& effects) {
-    // The rounds in flight are not failed: their workers resend them to the master that comes next.
-    shutting_down_ = true;
-    for (const auto& [id, slot] : groups_) {
-      for (const StreamId stream : slot.group->Streams()) effects.push_back(CloseStream{stream, GoingAway()});
-      effects.push_back(GroupEnded{id});
-    }
-    groups_.clear();
-    alarms_.clear();
-  }
-
-  void EndGroup(Groups::iterator slot, const Error& why, absl::Time now, Effects& effects) {
-    slot->second.group->End(why, now, effects);
-    alarms_.erase({slot->second.alarm, slot->first});
-    groups_.erase(slot);
-  }
-
-  static Error GoingAway() {
-    return MakeError(absl::StatusCode::kUnavailable, kShuttingDown, "the master is shutting down");
-  }
-
-  static Error Outlived(const GroupId& id) {
-    return MakeError(absl::StatusCode::kCancelled, kGroupEnded,
-                     absl::StrCat("nobody came back to group \"", id.group, "\""));
-  }
-
-  void SetAlarm(Groups::iterator slot) {
-    const absl::Time next = slot->second.group->NextDeadline();
-    if (next == slot->second.alarm) return;
-    alarms_.erase({slot->second.alarm, slot->first});
-    slot->second.alarm = next;
-    if (next != absl::InfiniteFuture()) alarms_.insert({next, slot->first});
-  }
-
-  // A worker that comes back to a restarted master brings its run along. Else a number that no run before it had: the
-  // time mixes in what an earlier master cannot have used (splitmix64's finalizer).
-  uint64_t RunId(const Join& join, absl::Time now) {
-    if (join.run_id != 0) return join.run_id;
-    uint64_t x = static_cast<uint64_t>(absl::ToUnixNanos(now)) + ++runs_ * 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    x ^= x >> 31;
-    return x == 0 ? 1 : x;
-  }
-
-  // Returns whether the effect is of the same kind as the newest, for the same streams, and has been added to it.
-  static bool AddToLate(Effect& effect, Effects& joined) {
-    auto* const late = std::get_if<SendLateRounds>(&effect);
-    auto* const newest = joined.empty() ? nullptr : std::get_if<SendLateRounds>(&joined.back());
-    if (late == nullptr || newest == nullptr || newest->group < late->group || late->group < newest->group ||
-        newest->streams != late->streams) {
-      return false;
-    }
-    std::move(late->rounds.begin(), late->rounds.end(), std::back_inserter(newest->rounds));
-    return true;
-  }
-
-  // Neighbouring results for the same streams make one frame, and so do late rounds; what is not sent to workers does
-  // not part neighbours.
-  static Effects Coalesce(Effects effects) {
-    constexpr size_t kNone = SIZE_MAX;
-    Effects joined;
-    size_t open = kNone;  // Where the newest SendResults lies, while it may still grow.
-    for (Effect& effect : effects) {
-      if (AddToLate(effect, joined)) continue;
-      auto* const results = std::get_if<SendResults>(&effect);
-      if (results == nullptr) {
-        if (!std::holds_alternative<RoundEnded>(effect)) open = kNone;
-      } else if (open != kNone && std::get<SendResults>(joined[open]).streams == results->streams) {
-        std::move(results->outcomes.begin(), results->outcomes.end(),
-                  std::back_inserter(std::get<SendResults>(joined[open]).outcomes));
-        continue;
-      } else {
-        open = joined.size();
-      }
-      joined.push_back(std::move(effect));
-    }
-    return joined;
-  }
-
-  const Limits limits_;
-  Groups groups_;
-  absl::flat_hash_map<StreamId, GroupId> streams_;
-  absl::btree_set<std::pair<absl::Time, GroupId>> alarms_;
-  uint64_t runs_ = 0;
-  bool shutting_down_ = false;
-};
-
-Coordinator::Coordinator(Limits limits) : impl_(std::make_unique<Impl>(std::move(limits))) {}
+Coordinator::Coordinator(Limits limits) : limits_(std::move(limits)) {}
 Coordinator::~Coordinator() = default;
 
-Effects Coordinator::On(const Event& event, absl::Time now) { return impl_->On(event, now); }
-absl::Time Coordinator::NextDeadline() const { return impl_->NextDeadline(); }
-std::vector<GroupSummary> Coordinator::ListGroups() const { return impl_->ListGroups(); }
+Effects Coordinator::On(const Event& event, absl::Time now) {
+  Effects effects;
+  std::visit([&](const auto& e) { Handle(e, now, effects); }, event);
+  for (const Effect& effect : effects) {
+    if (const auto* close = std::get_if<CloseStream>(&effect)) streams_.erase(close->stream);
+  }
+  return Coalesce(std::move(effects));
+}
 
-size_t Coordinator::LongestResult(const GroupId& id) const { return impl_->LongestResult(id); }
+absl::Time Coordinator::NextDeadline() const {
+  return alarms_.empty() ? absl::InfiniteFuture() : alarms_.begin()->first;
+}
+
+Coordinator::Groups::iterator Coordinator::SlotOf(StreamId stream, const GroupId& id) {
+  const auto slot = groups_.find(id);
+  SYNCBN_CHECK(slot != groups_.end(), "stream ", stream, " belongs to group \"", id.group, "\", which is gone");
+  return slot;
+}
+
+// ---- Frames ---------------------------------------------------------------------------------------------------------
+
+void Coordinator::Handle(const FrameReceived& frame, absl::Time now, Effects& effects) {
+  const auto known = streams_.find(frame.stream);
+  if (known == streams_.end()) {
+    HandleFirstFrame(frame, now, effects);
+    return;
+  }
+  const Groups::iterator slot = SlotOf(frame.stream, known->second);
+  if (frame.join.has_value()) {
+    effects.push_back(CloseStream{frame.stream, SecondJoinError()});
+    slot->second.group->OnStreamClosed(frame.stream, now, effects);
+  } else {
+    slot->second.group->OnFrame(frame.stream, frame, now, effects);
+  }
+  SetAlarm(slot);
+}
+
+void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, Effects& effects) {
+  const auto refuse = [&](Error error) { effects.push_back(CloseStream{frame.stream, std::move(error)}); };
+  if (shutting_down_) return refuse(ShuttingDownError());
+  if (!frame.join.has_value()) return refuse(NoJoinError());
+  const Join& join = *frame.join;
+  GroupConfig filled;
+  if (auto error = CheckAlone(join, limits_)) return refuse(std::move(*error));
+  if (auto error = FillConfig(join.config, join.world_size, limits_, filled)) return refuse(std::move(*error));
+  if (auto error = EndSuperseded(join, now, effects)) return refuse(std::move(*error));
+  Groups::iterator slot = groups_.find(join.id);
+  const bool first = slot == groups_.end();
+  if (first) {
+    if (auto error = MakeRoom(now, effects)) return refuse(std::move(*error));
+    // A worker that comes back to a restarted master brings its run along.
+    const uint64_t run_id = join.run_id != 0 ? join.run_id : NewRunId(now);
+    auto group = std::make_unique<Group>(join, filled, run_id, limits_, now);
+    slot = groups_.emplace(join.id, Slot{std::move(group), absl::InfiniteFuture()}).first;
+  }
+  if (slot->second.group->OnJoin(frame.stream, join, filled, kProtocolVersion, now, effects)) {
+    streams_[frame.stream] = join.id;
+    slot->second.group->OnFrame(frame.stream, frame, now, effects);
+  } else if (first) {
+    groups_.erase(slot);  // It has never had a member, and its run would refuse the workers of the real one.
+    return;
+  }
+  SetAlarm(slot);
+}
+
+std::optional<Error> Coordinator::EndSuperseded(const Join& join, absl::Time now, Effects& effects) {
+  const auto slot = groups_.find(join.id);
+  if (slot == groups_.end()) return std::nullopt;
+  const Group& group = *slot->second.group;
+  if (join.generation < group.generation()) return OutdatedGenerationError(join, group.generation());
+  if (join.generation > group.generation()) {
+    EndGroup(slot, NewGenerationError(join), now, effects);
+  } else if (group.empty() && join.incarnation == 0) {
+    EndGroup(slot, NewRunError(join), now, effects);
+  }
+  return std::nullopt;
+}
+
+std::optional<Error> Coordinator::MakeRoom(absl::Time now, Effects& effects) {
+  if (groups_.size() < limits_.max_groups) return std::nullopt;
+  const auto oldest = std::min_element(groups_.begin(), groups_.end(), [](const auto& a, const auto& b) {
+    return a.second.group->linger_until() < b.second.group->linger_until();
+  });
+  if (oldest == groups_.end() || !oldest->second.group->empty()) {
+    return LimitError(groups_.size() + 1, "groups", "max_groups", limits_.max_groups);
+  }
+  EndGroup(oldest, AbandonedError(oldest->first), now, effects);
+  return std::nullopt;
+}
+
+// The time mixes in what an earlier master cannot have used (splitmix64's finalizer).
+uint64_t Coordinator::NewRunId(absl::Time now) {
+  uint64_t x = static_cast<uint64_t>(absl::ToUnixNanos(now)) + ++runs_ * 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  x ^= x >> 31;
+  return x == 0 ? 1 : x;
+}
+
+// ---- Other events ---------------------------------------------------------------------------------------------------
+
+void Coordinator::Handle(const StreamClosed& closed, absl::Time now, Effects& effects) {
+  const auto known = streams_.find(closed.stream);
+  if (known == streams_.end()) return;
+  const Groups::iterator slot = SlotOf(closed.stream, known->second);
+  streams_.erase(known);
+  slot->second.group->OnStreamClosed(closed.stream, now, effects);
+  SetAlarm(slot);
+}
+
+void Coordinator::Handle(const ReaderLags& reader, absl::Time, Effects&) {
+  const auto known = streams_.find(reader.stream);
+  if (known == streams_.end()) return;
+  const Groups::iterator slot = SlotOf(reader.stream, known->second);
+  slot->second.group->OnReaderLags(reader.stream, reader.lags);
+  SetAlarm(slot);
+}
+
+// Gives one turn to each group for which something is due. A group that does not finish in its turn stays due.
+void Coordinator::Handle(const TimePassed&, absl::Time now, Effects& effects) {
+  std::vector<GroupId> due;
+  for (auto alarm = alarms_.begin(); alarm != alarms_.end() && alarm->first <= now; ++alarm) {
+    due.push_back(alarm->second);
+  }
+  for (const GroupId& id : due) {
+    const Groups::iterator slot = groups_.find(id);
+    SYNCBN_CHECK(slot != groups_.end(), "an alarm is set for group \"", id.group, "\", which is gone");
+    Group& group = *slot->second.group;
+    group.OnTimePassed(now, effects);
+    if (group.linger_until() <= now) {
+      EndGroup(slot, AbandonedError(slot->first), now, effects);
+    } else {
+      SetAlarm(slot);
+    }
+  }
+}
+
+// Rounds in flight do not fail: their workers resend them to the next master.
+void Coordinator::Handle(const Shutdown&, absl::Time, Effects& effects) {
+  shutting_down_ = true;
+  for (const auto& [id, slot] : groups_) {
+    for (const StreamId stream : slot.group->Streams()) effects.push_back(CloseStream{stream, ShuttingDownError()});
+    effects.push_back(GroupEnded{id});
+  }
+  groups_.clear();
+  alarms_.clear();
+}
+
+void Coordinator::EndGroup(Groups::iterator slot, const Error& why, absl::Time now, Effects& effects) {
+  slot->second.group->End(why, now, effects);
+  alarms_.erase({slot->second.alarm, slot->first});
+  groups_.erase(slot);
+}
+
+void Coordinator::SetAlarm(Groups::iterator slot) {
+  const absl::Time next = slot->second.group->NextDeadline();
+  if (next == slot->second.alarm) return;
+  alarms_.erase({slot->second.alarm, slot->first});
+  slot->second.alarm = next;
+  if (next != absl::InfiniteFuture()) alarms_.insert({next, slot->first});
+}
+
+// ---- Views ----------------------------------------------------------------------------------------------------------
+
+absl::StatusOr<const Group*> Coordinator::Find(const GroupId& id) const {
+  const auto it = groups_.find(id);
+  if (it != groups_.end()) return it->second.group.get();
+  constexpr size_t kShown = 10;
+  std::vector<std::string> names;
+  for (const auto& [known, slot] : groups_) {
+    if (names.size() == kShown) {
+      names.push_back("...");
+      break;
+    }
+    names.push_back(absl::StrCat("\"", known.job, "\"/\"", known.group, "\""));
+  }
+  return absl::NotFoundError(absl::StrCat("there is no group \"", id.group, "\" of job \"", id.job,
+                                          "\"; there are: ", names.empty() ? "none" : absl::StrJoin(names, ", ")));
+}
+
+size_t Coordinator::LongestResult(const GroupId& id) const {
+  const auto it = groups_.find(id);
+  return it == groups_.end() ? 0 : it->second.group->longest_result();
+}
+
+std::vector<GroupSummary> Coordinator::ListGroups() const {
+  std::vector<GroupSummary> summaries;
+  for (const auto& [id, slot] : groups_) summaries.push_back(slot.group->Summary());
+  return summaries;
+}
 
 absl::StatusOr<GroupView> Coordinator::GetGroup(const GroupId& id, absl::Time now) const {
-  const absl::StatusOr<const Group*> group = impl_->Find(id);
+  const absl::StatusOr<const Group*> group = Find(id);
   if (!group.ok()) return group.status();
   return (*group)->View(now);
 }
 
 absl::StatusOr<std::vector<LayerSummary>> Coordinator::ListLayers(const GroupId& id) const {
-  const absl::StatusOr<const Group*> group = impl_->Find(id);
+  const absl::StatusOr<const Group*> group = Find(id);
   if (!group.ok()) return group.status();
-  return (*group)->Layers();
+  return (*group)->LayerSummaries();
 }
 
 absl::StatusOr<LayerView> Coordinator::GetLayer(const GroupId& id, absl::string_view layer) const {
-  const absl::StatusOr<const Group*> group = impl_->Find(id);
+  const absl::StatusOr<const Group*> group = Find(id);
   if (!group.ok()) return group.status();
   if (const Layer* const found = (*group)->FindLayer(layer)) return found->View();
   return absl::NotFoundError(absl::StrCat("group \"", id.group, "\" of job \"", id.job, "\" has no layer \"", layer,

@@ -1,8 +1,9 @@
-// How the engine words its refusals: one function for each reason that needs more than a sentence.
+// The engine's refusals and failures: one function for each, so that the code that decides is read without their texts.
 
 #ifndef SYNCBN_SERVER_CORE_ERROR_H_
 #define SYNCBN_SERVER_CORE_ERROR_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
 #include "server/core/types.h"
 
 namespace syncbn::core {
@@ -41,8 +43,8 @@ inline constexpr char kGroupEnded[] = "GROUP_ENDED";
 inline constexpr char kGroupUnknown[] = "GROUP_UNKNOWN";
 inline constexpr char kLayerUnknown[] = "LAYER_UNKNOWN";
 
-// Ranks that an error or a late round names one by one; of more it tells the number. A group has thousands of ranks and
-// of rounds, and they may all be missing at once.
+// The most ranks that an error or a late round lists; beyond that it gives their number. A group has thousands of ranks
+// and of rounds, and all ranks may be missing from all rounds at once.
 inline constexpr size_t kMostNamedRanks = 64;
 
 inline Error MakeError(absl::StatusCode code, const char* reason, std::string message, std::vector<Rank> ranks = {}) {
@@ -60,12 +62,85 @@ std::string RankList(const std::vector<Rank>& ranks);
 // "forward round 7 of layer \"bn1\"".
 std::string Describe(const RoundKey& key);
 
-// RESOURCE_EXHAUSTED, LIMIT_EXCEEDED: "2000 channels exceed max_channels = 1024".
+// ---- Any frame ------------------------------------------------------------------------------------------------------
+
+// INVALID_ARGUMENT, MALFORMED_FRAME.
+Error MalformedError(std::string message);
+
+// RESOURCE_EXHAUSTED, LIMIT_EXCEEDED: "2000 channels exceed the master's limit max_channels = 1024".
 template <typename Value, typename Limit>
 Error LimitError(Value value, absl::string_view what, absl::string_view limit_name, Limit limit) {
   return MakeError(absl::StatusCode::kResourceExhausted, kLimitExceeded,
                    absl::StrCat(value, " ", what, " exceed the master's limit ", limit_name, " = ", limit));
 }
+
+Error ShuttingDownError();
+
+// ---- A join ---------------------------------------------------------------------------------------------------------
+
+Error NoJoinError();
+Error SecondJoinError();
+Error VersionError(const Join& join, uint32_t supported);
+// `what` is the name of the field that differs.
+Error ConfigMismatchError(const Join& join, absl::string_view what, const absl::AlphaNum& joins_with,
+                          const absl::AlphaNum& group_has);
+// The join names a run other than the group's.
+Error WrongRunError(const Join& join, uint64_t run_id);
+Error OutdatedGenerationError(const Join& join, uint64_t generation);
+Error NewGenerationError(const Join& join);
+Error NewRunError(const Join& join);
+// The join's incarnation is older than the rank's newest.
+Error OutdatedIncarnationError(const Join& join, uint64_t newest);
+// For the stream that the rank's newer incarnation has replaced.
+Error ReplacedStreamError(Rank rank, uint64_t incarnation);
+// `holder` is the description of the member that is connected as the rank.
+Error RankTakenError(const Join& join, uint64_t incarnation, absl::string_view holder);
+Error UnknownIncarnationError(const Join& join, uint64_t newest);
+// The group's last member left or was lost long ago.
+Error AbandonedError(const GroupId& id);
+
+// How the layers of a join differ from those of the group.
+struct LayerSetDifference {
+  std::vector<std::string> different;  // "layer \"a\" has channels 32 instead of 64".
+  std::vector<std::string> added;      // Names that the join alone has.
+  std::vector<std::string> absent;     // Names that the join lacks.
+
+  bool empty() const { return different.empty() && added.empty() && absent.empty(); }
+};
+Error LayerSetError(Rank rank, Rank reference, const LayerSetDifference& difference);
+
+// ---- A contribution that is rejected, and its round goes on without it
+// -------------------------------------------------
+
+Error UndeclaredLayerError(Rank rank, const RoundKey& key);
+Error LayerKindError(Rank rank, const RoundKey& key);
+// The rank has contributed other numbers to a round that is in flight.
+Error ChangedPayloadError(Rank rank, const RoundKey& key);
+// The rank has contributed other numbers to a round that has ended; `restarted` if it was an earlier incarnation.
+Error ChangedReplayError(Rank rank, const RoundKey& key, bool restarted);
+Error OutcomeForgottenError(const RoundKey& key, size_t max_retained_bytes);
+Error RoundTooOldError(const RoundKey& key, uint64_t retained_rounds);
+Error ForwardForgottenError(const RoundKey& key, size_t max_awaited_bytes);
+// `failed`: the forward round has ended with an error.
+Error ForwardUnknownError(const RoundKey& key, bool failed);
+Error NotAContributorError(Rank rank, const RoundKey& key, absl::string_view why);
+
+// ---- A round that fails ---------------------------------------------------------------------------------------------
+
+Error DeclarationMismatchError(Rank rank, const RoundKey& key, absl::string_view difference);
+Error WorkersLostError(const RoundKey& key, const std::vector<Rank>& lost);
+Error WorkerRestartedError(const RoundKey& key, Rank rank);
+// `possible`: the contributions that the round has or may still get.
+Error TooFewWorkersError(const RoundKey& key, size_t possible, size_t least, uint32_t min_workers,
+                         const std::vector<Rank>& lost);
+// `when`: " within 30s of ...".
+Error TooFewContributedError(const RoundKey& key, size_t contributed, absl::string_view when, uint32_t min_workers,
+                             const std::vector<Rank>& missing);
+// `hint` is appended to the message.
+Error RoundTimeoutError(const RoundKey& key, const std::vector<Rank>& missing, absl::string_view when,
+                        absl::string_view hint);
+Error DeadlockError(const std::string& waiters, const std::vector<Rank>& missing);
+Error GroupEndedError(const RoundKey& key, const Error& why);
 
 }  // namespace syncbn::core
 

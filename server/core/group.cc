@@ -513,7 +513,7 @@ PendingRoundView Group::ViewOf(const RoundKey& key, const PendingRound& round, a
   return view;
 }
 
-std::vector<LayerSummary> Group::Layers() const {
+std::vector<LayerSummary> Group::LayerSummaries() const {
   std::vector<LayerSummary> summaries;
   for (const auto& [name, layer] : layers_) summaries.push_back(layer->Summary());
   return summaries;

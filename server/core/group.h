@@ -18,7 +18,8 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
-#include "server/core/coordinator.h"
+#include "server/core/effects.h"
+#include "server/core/events.h"
 #include "server/core/layer.h"
 #include "server/core/limits.h"
 #include "server/core/merge.h"
@@ -68,7 +69,7 @@ class Group {
 
   GroupSummary Summary() const;
   GroupView View(absl::Time now) const;
-  std::vector<LayerSummary> Layers() const;
+  std::vector<LayerSummary> LayerSummaries() const;
   const Layer* FindLayer(absl::string_view name) const;
 
  private:

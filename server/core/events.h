@@ -1,0 +1,48 @@
+// The events that the round engine reacts to.
+
+#ifndef SYNCBN_SERVER_CORE_EVENTS_H_
+#define SYNCBN_SERVER_CORE_EVENTS_H_
+
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "server/core/types.h"
+
+namespace syncbn::core {
+
+// A frame arrived on a stream. The first frame of a stream must have `join`.
+struct FrameReceived {
+  StreamId stream = 0;
+  std::optional<Join> join;
+  std::vector<LayerSpec> layers;
+  std::vector<Contribution> contributions;
+  std::vector<RoundKey> blocked_on;
+  std::optional<std::string> leave;  // The reason.
+};
+
+// A stream broke or was ended by the worker. Ignored for streams that the coordinator has closed.
+struct StreamClosed {
+  StreamId stream = 0;
+};
+
+// The reader of a stream has fallen behind with what it was sent, or has caught up. While any reader of a group lags,
+// steps that could complete many rounds at once wait.
+struct ReaderLags {
+  StreamId stream = 0;
+  bool lags = false;
+};
+
+// The time named by NextDeadline() has come. Harmless if early.
+struct TimePassed {};
+
+// The master shuts down. Every stream is closed with SHUTTING_DOWN, and so is every stream that joins afterwards.
+// Rounds in flight get no outcome: their workers resend them to the next master.
+struct Shutdown {};
+
+using Event = std::variant<FrameReceived, StreamClosed, ReaderLags, TimePassed, Shutdown>;
+
+}  // namespace syncbn::core
+
+#endif  // SYNCBN_SERVER_CORE_EVENTS_H_
