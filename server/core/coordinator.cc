@@ -313,4 +313,24 @@ absl::StatusOr<LayerView> Coordinator::GetLayer(const GroupId& id, absl::string_
                                           "\" among its ", (*group)->Summary().layers));
 }
 
+void Coordinator::CheckInvariants() const {
+  size_t present = 0, alarms = 0;
+  for (const auto& [id, slot] : groups_) {
+    slot.group->CheckInvariants();
+    SYNCBN_CHECK(slot.group->id() == id, "group \"", id.group, "\"");
+    SYNCBN_CHECK(slot.alarm == slot.group->NextDeadline(), "group \"", id.group, "\"");
+    if (slot.alarm != absl::InfiniteFuture()) {
+      SYNCBN_CHECK(alarms_.contains({slot.alarm, id}), "group \"", id.group, "\"");
+      ++alarms;
+    }
+    present += slot.group->present();
+  }
+  SYNCBN_CHECK(alarms_.size() == alarms, alarms_.size(), ", not ", alarms);
+  SYNCBN_CHECK(streams_.size() == present, streams_.size(), ", not ", present);
+  for (const auto& [stream, id] : streams_) {
+    const auto slot = groups_.find(id);
+    SYNCBN_CHECK(slot != groups_.end() && slot->second.group->Owns(stream), "stream ", stream);
+  }
+}
+
 }  // namespace syncbn::core

@@ -59,7 +59,13 @@ class Coordinator {
   absl::StatusOr<std::vector<LayerSummary>> ListLayers(const GroupId& id) const;
   absl::StatusOr<LayerView> GetLayer(const GroupId& id, absl::string_view layer) const;
 
+  // Aborts unless every counter and index of every group agrees with what it counts. For tests, after each event: it
+  // looks at everything that there is.
+  void CheckInvariants() const;
+
  private:
+  friend struct InvariantsPeer;
+
   struct Slot {
     std::unique_ptr<Group> group;
     absl::Time alarm;  // The group's NextDeadline().

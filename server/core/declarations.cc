@@ -4,12 +4,13 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "plumbing/check.h"
 #include "server/core/error.h"
 
 namespace syncbn::core {
 namespace {
 
-// Declarations that no member makes any more, and that a slower member may still make for the first time.
+// Replaced declarations that are remembered: a slower member may still make one of them for the first time.
 constexpr size_t kPast = 16;
 
 DeclarationPtr Make(const LayerSpec& spec) { return std::make_shared<const Declaration>(Declaration{spec}); }
@@ -51,25 +52,25 @@ void Declarations::Declare(Rank rank, const LayerSpec& spec, bool returning) {
   const auto says_so = [&](const Side& side) { return Agree(kLayerSpecFields, spec, side.declaration->spec); };
   const auto before = SideOf(rank);
   if (before == sides_.end() || !says_so(*before)) {
-    Quit(rank, /*keep=*/true);
+    RemoveFromSide(rank, /*remember=*/true);
     auto side = std::find_if(sides_.begin(), sides_.end(), says_so);
     if (side == sides_.end()) side = sides_.insert(side, Side{Make(spec), disputed, RankSet(), 0});
     side->ranks.insert(rank);
     ++side->size;
     ranks_.insert(rank);
   }
-  Renew(*SideOf(rank), spec);
-  Settle();
+  AdoptMomentum(*SideOf(rank), spec);
+  AdoptUnanimous();
 }
 
-void Declarations::Renew(Side& side, const LayerSpec& spec) {
+void Declarations::AdoptMomentum(Side& side, const LayerSpec& spec) {
   if (side.declaration->spec.momentum == spec.momentum) return;
   DeclarationPtr renewed = Make(spec);
   if (current_ == side.declaration) current_ = renewed;
   side.declaration = std::move(renewed);
 }
 
-void Declarations::Quit(Rank rank, bool keep) {
+void Declarations::RemoveFromSide(Rank rank, bool remember) {
   const auto side = SideOf(rank);
   if (side == sides_.end()) return;
   side->ranks.erase(rank);
@@ -77,21 +78,34 @@ void Declarations::Quit(Rank rank, bool keep) {
   if (--side->size != 0) return;
   const DeclarationPtr abandoned = std::move(side->declaration);
   sides_.erase(side);
-  if (!keep || Known(abandoned->spec)) return;
+  if (!remember || Known(abandoned->spec)) return;
   past_.push_back(abandoned);
   if (past_.size() > kPast) past_.pop_front();
 }
 
 void Declarations::Forget(Rank rank) {
   if (!ranks_.contains(rank)) return;
-  Quit(rank, /*keep=*/false);
-  Settle();
+  RemoveFromSide(rank, /*remember=*/false);
+  AdoptUnanimous();
 }
 
-void Declarations::Settle() {
+void Declarations::AdoptUnanimous() {
   if (sides_.size() != 1) return;
   sides_.front().disputed = false;
   current_ = sides_.front().declaration;
+}
+
+void Declarations::CheckInvariants() const {
+  size_t ranks = 0;
+  for (const Side& side : sides_) {
+    const std::vector<Rank> on_this_side = side.ranks.ToVector();
+    SYNCBN_CHECK(side.size == on_this_side.size() && side.size != 0, side.size, ", not ", on_this_side.size());
+    for (const Rank rank : on_this_side) SYNCBN_CHECK(Of(rank) == side.declaration, "rank ", rank, " is on two sides");
+    ranks += side.size;
+  }
+  SYNCBN_CHECK(ranks_.ToVector().size() == ranks, ranks_.ToVector().size(), ", not ", ranks);
+  SYNCBN_CHECK(current_ != nullptr && past_.size() <= kPast);
+  SYNCBN_CHECK(sides_.size() != 1 || (!sides_[0].disputed && current_ == sides_[0].declaration));
 }
 
 std::optional<Error> Declarations::conflict() const {

@@ -19,39 +19,45 @@ namespace syncbn::core {
 // compared.
 std::string Difference(const LayerSpec& worker, const LayerSpec& reference);
 
-// The declarations of one layer. Each member has one at a time, and may replace it: its contributions belong to the one
-// that it had made when it sent them. So members may be under way from one declaration to the next, each in its own
-// time, and no rule but that of rounds holds them together: all contributions to a key are made under one declaration.
+// The declarations of one layer. Each member has one at a time and may replace it; its contributions are made under the
+// one that it has when it sends them. Members move from one declaration to the next at their own pace, and only rounds
+// hold them together: all contributions to a round are made under the same declaration.
 //
-// A dispute is something else: a member's first word on a layer upon which none have agreed yet, which is neither what
-// another member says nor what one has said before. It lasts until all say the same. Once they have agreed, a first
-// word comes from a rank that has restarted, and may be ahead of the others or behind them.
+// A dispute is different. It begins when a member's first declaration of a layer on which none have agreed yet equals
+// neither what another member declares nor an earlier declaration, and it lasts until all declare the same. Once
+// members have agreed, a first declaration comes from a rank that has restarted, and may be ahead of the others or
+// behind them.
 //
-// Not thread-safe; pure.
+// Thread safety: none; pure.
 class Declarations {
  public:
   explicit Declarations(const LayerSpec& spec);
 
-  // A rank says what the layer is. One that is `returning` may have declared the layer before, to a master that has
-  // lost its memory; its word begins no dispute.
+  // Declares the layer for the rank. A rank that is `returning` may have declared the layer before, to a master that
+  // has lost its memory; it begins no dispute.
   void Declare(Rank rank, const LayerSpec& spec, bool returning);
-  // A round of the layer has completed.
+  // Notes that a round of the layer has completed.
   void NoteAgreement() { agreed_ = true; }
-  // Drops the rank's declaration: it has left, or its successor speaks for it.
+  // Drops the rank's declaration, after a leave or a restart.
   void Forget(Rank rank);
 
   // Returns the rank's declaration; null if it has made none.
   DeclarationPtr Of(Rank rank) const;
   // The declaration that all members last agreed on.
   const DeclarationPtr& current() const { return current_; }
-  // Returns whether a member declares this, or a member that stayed has declared it not long ago.
+  // Returns true if a member declares this, or replaced this declaration not long ago.
   bool Known(const LayerSpec& spec) const;
   const RankSet& ranks() const { return ranks_; }
-  // The dispute, if there is one: LAYER_SPEC_MISMATCH, naming the deviating ranks and the differences.
+  // Returns the dispute, if there is one: LAYER_SPEC_MISMATCH, naming the deviating ranks and the differences.
   std::optional<Error> conflict() const;
 
+  // Aborts unless each rank is on one side, and the sides agree with their counts.
+  void CheckInvariants() const;
+
  private:
-  // Members that declare the same.
+  friend struct InvariantsPeer;
+
+  // The members that declare the same.
   struct Side {
     DeclarationPtr declaration;
     bool disputed = false;
@@ -60,17 +66,18 @@ class Declarations {
   };
 
   std::vector<Side>::iterator SideOf(Rank rank);
-  // Takes the rank from its side. What nobody says any more then is remembered if `keep`.
-  void Quit(Rank rank, bool keep);
-  // The momentum that was declared last counts.
-  void Renew(Side& side, const LayerSpec& spec);
-  void Settle();
+  // Takes the rank from its side. The declaration of a side that is empty then is remembered if `remember`.
+  void RemoveFromSide(Rank rank, bool remember);
+  // Adopts the momentum that was declared last: it may change without a new declaration.
+  void AdoptMomentum(Side& side, const LayerSpec& spec);
+  // Ends the dispute, if only one side is left.
+  void AdoptUnanimous();
 
   std::vector<Side> sides_;  // Oldest first.
   std::deque<DeclarationPtr> past_;
   RankSet ranks_;  // Of all sides.
   DeclarationPtr current_;
-  bool agreed_ = false;  // Before, and be it under an earlier master.
+  bool agreed_ = false;  // Members have agreed before, under this master or an earlier one.
 };
 
 }  // namespace syncbn::core

@@ -206,6 +206,53 @@ Error NotAContributorError(Rank rank, const RoundKey& key, absl::string_view why
                    StrCat("rank ", rank, " contributes to the ", Describe(key), ", but ", why), {rank});
 }
 
+// ---- A contribution whose numbers fail its round
+// ---------------------------------------------------------------------
+
+Error VectorLengthError(Rank rank, const RoundKey& key, absl::string_view vector, size_t length, uint32_t channels) {
+  return MakeError(StatusCode::kInvalidArgument, kInvalidContribution,
+                   StrCat("rank ", rank, " sent ", length, " elements of ", vector, " to the ", Describe(key),
+                          ", which has ", channels),
+                   {rank});
+}
+
+Error UnequalLengthsError(Rank rank, const Contribution& contribution, absl::string_view first,
+                          absl::string_view second) {
+  return MakeError(StatusCode::kInvalidArgument, kInvalidContribution,
+                   StrCat("rank ", rank, " sent ", contribution.first.size(), " elements of ", first, " and ",
+                          contribution.second.size(), " of ", second, " to the ", Describe(contribution.key),
+                          "; both are empty or neither"),
+                   {rank});
+}
+
+Error CountError(Rank rank, const RoundKey& key, int64_t count, int64_t max_count) {
+  return MakeError(StatusCode::kInvalidArgument, kInvalidContribution,
+                   StrCat("rank ", rank, " sent count = ", count, " to the ", Describe(key),
+                          "; a count is within 0 and ", max_count),
+                   {rank});
+}
+
+Error NegativeM2Error(Rank rank, const RoundKey& key, size_t channel, double value) {
+  return MakeError(StatusCode::kInvalidArgument, kInvalidContribution,
+                   StrCat("rank ", rank, " sent m2[", channel, "] = ", value, " to the ", Describe(key),
+                          "; a sum of squares is not negative"),
+                   {rank});
+}
+
+Error MagnitudeError(Rank rank, const RoundKey& key, absl::string_view vector, size_t channel, double value,
+                     double bound) {
+  return MakeError(StatusCode::kInvalidArgument, kNotFinite,
+                   StrCat("rank ", rank, " sent ", vector, "[", channel, "] = ", value, " to the ", Describe(key),
+                          "; the greatest magnitude that can be merged is ", bound),
+                   {rank});
+}
+
+Error OverflowError(const RoundKey& key, absl::string_view vector, size_t channel) {
+  return MakeError(
+      StatusCode::kInvalidArgument, kNotFinite,
+      StrCat("merging ", vector, "[", channel, "] of the ", Describe(key), " overflows, though no worker's part does"));
+}
+
 // ---- A round that fails ---------------------------------------------------------------------------------------------
 
 Error DeclarationMismatchError(Rank rank, const RoundKey& key, absl::string_view difference) {

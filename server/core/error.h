@@ -99,7 +99,7 @@ Error UnknownIncarnationError(const Join& join, uint64_t newest);
 // The group's last member left or was lost long ago.
 Error AbandonedError(const GroupId& id);
 
-// How the layers of a join differ from those of the group.
+// The differences between the layers of a join and those of the group.
 struct LayerSetDifference {
   std::vector<std::string> different;  // "layer \"a\" has channels 32 instead of 64".
   std::vector<std::string> added;      // Names that the join alone has.
@@ -124,6 +124,19 @@ Error ForwardForgottenError(const RoundKey& key, size_t max_awaited_bytes);
 // `failed`: the forward round has ended with an error.
 Error ForwardUnknownError(const RoundKey& key, bool failed);
 Error NotAContributorError(Rank rank, const RoundKey& key, absl::string_view why);
+
+// ---- A contribution whose numbers fail its round
+// ---------------------------------------------------------------------
+
+Error VectorLengthError(Rank rank, const RoundKey& key, absl::string_view vector, size_t length, uint32_t channels);
+Error UnequalLengthsError(Rank rank, const Contribution& contribution, absl::string_view first,
+                          absl::string_view second);
+Error CountError(Rank rank, const RoundKey& key, int64_t count, int64_t max_count);
+Error NegativeM2Error(Rank rank, const RoundKey& key, size_t channel, double value);
+Error MagnitudeError(Rank rank, const RoundKey& key, absl::string_view vector, size_t channel, double value,
+                     double bound);
+// Every contribution is finite, and their merge is not.
+Error OverflowError(const RoundKey& key, absl::string_view vector, size_t channel);
 
 // ---- A round that fails ---------------------------------------------------------------------------------------------
 

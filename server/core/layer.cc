@@ -5,20 +5,18 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "plumbing/check.h"
 #include "server/core/error.h"
 
 namespace syncbn::core {
 
 std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
-  const auto malformed = [](std::string message) {
-    return MakeError(absl::StatusCode::kInvalidArgument, kMalformedFrame, std::move(message));
-  };
-  if (spec.name.empty()) return malformed("a layer's name is empty");
+  if (spec.name.empty()) return MalformedError("a layer's name is empty");
   if (spec.name.size() > limits.max_name_bytes) {
     return LimitError(spec.name.size(), "bytes of a layer's name", "max_name_bytes", limits.max_name_bytes);
   }
   if (spec.channels == 0)
-    return malformed(absl::StrCat("layer \"", spec.name, "\" has 0 channels; at least 1 is needed"));
+    return MalformedError(absl::StrCat("layer \"", spec.name, "\" has 0 channels; at least 1 is needed"));
   if (spec.kind == LayerKind::kBatchNorm && spec.channels > limits.max_channels) {
     return LimitError(spec.channels, absl::StrCat("channels of layer \"", spec.name, "\""), "max_channels",
                       limits.max_channels);
@@ -28,57 +26,20 @@ std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
                       limits.max_vector_elements);
   }
   if (!(spec.eps >= 0.0) || !std::isfinite(spec.eps)) {
-    return malformed(absl::StrCat("layer \"", spec.name, "\" has eps = ", spec.eps, "; it is finite and not negative"));
+    return MalformedError(
+        absl::StrCat("layer \"", spec.name, "\" has eps = ", spec.eps, "; it is finite and not negative"));
   }
   if (spec.momentum.has_value() && !std::isfinite(*spec.momentum)) {
-    return malformed(absl::StrCat("layer \"", spec.name, "\" has momentum = ", *spec.momentum, "; it is finite"));
+    return MalformedError(absl::StrCat("layer \"", spec.name, "\" has momentum = ", *spec.momentum, "; it is finite"));
   }
   return std::nullopt;
-}
-
-const Contributor* EndedRound::Find(Rank rank) const {
-  const auto it = std::lower_bound(roster->begin(), roster->end(), rank,
-                                   [](const Contributor& contributor, Rank r) { return contributor.rank < r; });
-  return it != roster->end() && it->rank == rank ? &*it : nullptr;
-}
-
-OutcomeBudget::Handle OutcomeBudget::Retain(Entry entry) {
-  remembered_.push_back(entry);
-  bytes_ += entry.bytes;
-  record_bytes_ += entry.record_bytes;
-  while (bytes_ > max_bytes_ && remembered_.size() > min_outcomes_) {
-    Entry& oldest = remembered_.front();
-    oldest.round->outcome.reset();
-    oldest.forgotten = true;
-    bytes_ -= oldest.bytes;
-    forgotten_.splice(forgotten_.end(), remembered_, remembered_.begin());
-  }
-  return std::prev(remembered_.end());
-}
-
-void OutcomeBudget::Trim() {
-  while (record_bytes_ > max_record_bytes_ && !forgotten_.empty()) {
-    const Entry oldest = forgotten_.front();
-    oldest.layer->Drop(oldest.phase, oldest.sequence);
-  }
-}
-
-void OutcomeBudget::Release(Handle handle) {
-  record_bytes_ -= handle->record_bytes;
-  if (handle->forgotten) {
-    forgotten_.erase(handle);
-    return;
-  }
-  bytes_ -= handle->bytes;
-  remembered_.erase(handle);
 }
 
 void Layer::Observe(const EndedRound& round) {
   const DeclarationPtr& declaration = round.declaration;
   if (running_of_ != nullptr && declaration->spec.channels != running_of_->spec.channels) {
-    // Sequences tell which size is the newer one; declarations do not, since a worker that sends an old round again
-    // declares the old size again. An older round that ends late is nothing to the statistics of a newer size, and a
-    // batch without values begins none.
+    // Sequences tell which size is newer. Declarations do not: a worker that resends an old round declares the old size
+    // again. Ignore an older round that ends late, and do not begin statistics with an empty batch.
     if (round.outcome->key.sequence < newest_forward_sequence_ || round.outcome->count == 0) return;
     running_ = RunningStatistics();
     newest_forward_.reset();
@@ -93,7 +54,7 @@ void Layer::Observe(const EndedRound& round) {
 
 const EndedRound* Layer::Find(Phase phase, uint64_t sequence) const {
   const History& h = history(phase);
-  if (h.ended == 0 || sequence > h.greatest) return nullptr;  // A round that has not ended, mostly.
+  if (h.ended == 0 || sequence > h.greatest) return nullptr;  // The common case: a round in flight.
   for (const Records* records : {&h.rounds, &h.awaited}) {
     if (const auto it = records->find(sequence); it != records->end()) return it->second.round.get();
   }
@@ -127,7 +88,7 @@ void Layer::Drop(Phase phase, uint64_t sequence) {
 }
 
 void Layer::Erase(Records& records, Records::iterator record) {
-  budget_->Release(record->second.handle);
+  budget_->Refund(record->second.handle);
   records.erase(record);
 }
 
@@ -135,7 +96,7 @@ void Layer::Prune(Phase phase) {
   History& h = history(phase);
   while (!h.rounds.empty() && FarBehind(h, h.rounds.begin()->first)) {
     const auto oldest = h.rounds.begin();
-    // Backward passes run in reverse: what has just ended is kept, though it is far behind.
+    // Backward passes run in reverse order of their sequences, so a record far behind may be a recent one. Keep it.
     if (phase == Phase::kBackward && oldest->second.number + retained_rounds_ >= h.ended) return;
     Retire(h, oldest);
   }
@@ -159,6 +120,10 @@ void Layer::EndAwaiting(uint64_t sequence) {
 }
 
 void Layer::Record(const RoundKey& key, EndedRound round) {
+  SYNCBN_CHECK(key.layer == name() && round.outcome != nullptr && round.declaration != nullptr, Describe(key));
+  SYNCBN_CHECK(round.roster != nullptr && round.roster->size() == round.digests.size(), Describe(key));
+  SYNCBN_CHECK(round.failed == round.outcome->error.has_value(), Describe(key));
+  SYNCBN_CHECK(Find(key.phase, key.sequence) == nullptr, "the ", Describe(key), " has ended twice");
   History& h = history(key.phase);
   const RoundOutcome& outcome = *round.outcome;
   if (round.failed) {
@@ -177,15 +142,15 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
       (outcome.first.size() + outcome.second.size()) * sizeof(double) + outcome.missing_ranks.size() * sizeof(Rank);
   if (round.failed) bytes += outcome.error->message.size() + outcome.error->ranks.size() * sizeof(Rank);
   const bool aside = round.failed || round.alone;
-  // A roster that is shared costs next to nothing.
   constexpr size_t kMapBytes = 64;
   size_t record_bytes = sizeof(EndedRound) + sizeof(OutcomeBudget::Entry) + kMapBytes;
   record_bytes += round.digests.size() * sizeof(uint64_t);
+  // A shared roster costs next to nothing. Two of its owners are this record and the group's newest roster.
   if (round.roster.use_count() <= 2) record_bytes += round.roster->size() * sizeof(Contributor);
   auto record = std::make_unique<EndedRound>(std::move(round));
   EndedRound* const address = record.get();
   h.rounds[key.sequence] =
-      Retained{std::move(record), budget_->Retain({this, key.phase, key.sequence, address, bytes, record_bytes, false}),
+      Retained{std::move(record), budget_->Charge({this, key.phase, key.sequence, address, bytes, record_bytes, false}),
                ++h.ended};
   h.greatest = std::max(h.greatest, key.sequence);
   if (aside) {
@@ -200,6 +165,26 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
     if (oldest != h.rounds.end()) Retire(h, oldest);
   }
   budget_->Trim();
+}
+
+size_t Layer::CheckInvariants() const {
+  declarations_.CheckInvariants();
+  size_t records = 0;
+  for (const Phase phase : {Phase::kForward, Phase::kBackward, Phase::kSum}) {
+    const History& h = history(phase);
+    for (const Records* list : {&h.rounds, &h.awaited}) {
+      for (const auto& [sequence, retained] : *list) {
+        const EndedRound& round = *retained.round;
+        SYNCBN_CHECK(retained.handle->round == &round && retained.handle->sequence == sequence, name(), " ", sequence);
+        SYNCBN_CHECK(sequence <= h.greatest && retained.number <= h.ended, name(), " ", sequence);
+        SYNCBN_CHECK(!round.awaited || (phase == Phase::kForward && round.backward_required), name(), " ", sequence);
+        SYNCBN_CHECK(round.awaited || list == &h.rounds, name(), " ", sequence);
+      }
+      records += list->size();
+    }
+    SYNCBN_CHECK(h.newest <= h.greatest && h.aside.size() <= retained_failures_, name());
+  }
+  return records;
 }
 
 LayerSummary Layer::Summary() const {
@@ -217,7 +202,7 @@ LayerView Layer::View() const {
   LayerView view;
   view.summary = Summary();
   const LayerSpec& spec = view.summary.spec;
-  // Not those of a layer that all have since declared to be of another size.
+  // Omit results of a size that the layer no longer has.
   if (auto batch = newest_forward_.lock(); batch != nullptr && batch->first.size() == spec.channels) {
     view.batch = std::move(batch);
   }

@@ -1,4 +1,5 @@
-// Every limit of a master, in one place. Going past one is RESOURCE_EXHAUSTED, LIMIT_EXCEEDED, naming the field below.
+// Every limit of a master, in one place. Exceeding one gives RESOURCE_EXHAUSTED, LIMIT_EXCEEDED, naming the field
+// below.
 
 #ifndef SYNCBN_SERVER_CORE_LIMITS_H_
 #define SYNCBN_SERVER_CORE_LIMITS_H_
@@ -19,7 +20,7 @@ struct Limits {
   size_t max_layers = 8192;
   // Channels of a batch-norm layer.
   uint32_t max_channels = 1u << 16;
-  // Elements of one PHASE_SUM vector. Clients send longer ones in pieces.
+  // Elements of one PHASE_SUM vector. Clients send longer vectors in chunks.
   uint32_t max_vector_elements = 1u << 20;
   // Rounds of a group that have begun and not ended.
   size_t max_rounds_in_flight = 8192;
@@ -27,8 +28,8 @@ struct Limits {
   size_t max_rounds_in_frame = 65536;
   // A stream's first frame, in bytes: room for the longest join of max_layers layers. Later frames may be longer.
   size_t max_first_frame_bytes = size_t{4} << 20;
-  // Work that one event may bring forth at once, in bytes of results and of what they are made of; the rest comes in
-  // turns, so that others' events come in between.
+  // Work that one event may cause at once, in bytes of results and contributions. The rest follows in turns, so that
+  // other events are handled in between.
   size_t max_turn_bytes = size_t{8} << 20;
   // Contributions held for rounds of a group that have not ended, in bytes.
   size_t max_pending_bytes = size_t{1} << 30;
@@ -36,39 +37,37 @@ struct Limits {
   size_t max_name_bytes = 255;
   size_t max_description_bytes = 1024;
 
-  // Memory of ended rounds: a replay finds its outcome up to this many sequences behind the layer's
-  // newest ...
+  // The retention window: a replay finds its outcome up to this many sequences behind the layer's newest completed
+  // round, within the limits below.
   uint64_t retained_rounds = 128;
-  // Rounds that have failed do not make others old. As many are remembered for each layer and phase, the newest.
+  // Failed rounds do not make others old. This many are remembered for each layer and phase, the newest.
   size_t retained_failures = 1024;
-  // ... but outcomes (vectors, errors, missing ranks) are forgotten, oldest first, where those of a group exceed this
-  // many bytes.
+  // Outcomes (vectors, errors, missing ranks) of a group beyond this many bytes are forgotten, oldest first.
   size_t max_retained_bytes = size_t{4} << 20;
   // A forward round whose backward round is required is remembered (its contributors and its count) until that has
-  // ended, however far behind. Where those of a group that would be forgotten otherwise exceed this many bytes, the
-  // oldest go.
+  // ended, however old it is. Beyond this many bytes in a group, the oldest are dropped.
   size_t max_awaited_bytes = size_t{64} << 20;
-  // The newest are kept whatever their size: as many as a client has pieces of a long vector under way, all of which it
-  // may ask for again after a reconnect.
+  // The newest outcomes are kept whatever their size: as many as a client has chunks of a long vector in flight, all of
+  // which it may ask for again after a reconnect.
   size_t min_retained_outcomes = 4;
 
   // Bounds of what a group may declare.
   absl::Duration min_round_timeout = absl::Milliseconds(10);
   absl::Duration max_round_timeout = absl::Hours(24);
-  // Longer than any pause that training makes by itself (a validation, a checkpoint): what is broken is told at once,
-  // and what is late after late_round_after.
+  // Longer than any pause of training itself (a validation, a checkpoint). Losses are reported at once, and late rounds
+  // after late_round_after.
   absl::Duration default_round_timeout = absl::Minutes(10);
   absl::Duration max_rejoin_grace = absl::Minutes(10);
   absl::Duration default_rejoin_grace = absl::Milliseconds(50);
-  // A round that has waited this long is told to those who have contributed, once, with whom it waits for.
+  // The contributors of a round that has waited this long are told once, with the ranks that it waits for.
   absl::Duration late_round_after = absl::Seconds(10);
   // A group without a live stream is kept this long for its workers to come back to.
   absl::Duration group_linger = absl::Minutes(1);
 
-  // What a mean, an M2 or a sum may measure before merging it could overflow: 2^500, and its square for M2.
+  // The greatest magnitude of a mean or a sum that can be merged without overflow, 2^500; for M2, its square.
   double max_magnitude = 3.2733906078961419e150;
-  // What a count may be before the counts of max_workers workers could no longer be added, or told apart in float64.
-  // Beyond it a contribution is INVALID_CONTRIBUTION, by every numeric policy.
+  // The greatest count: the sum over max_workers workers is exact in float64. Beyond it a contribution is
+  // INVALID_CONTRIBUTION, whatever the numeric policy.
   int64_t max_count = int64_t{1} << 40;
 };
 

@@ -5,9 +5,9 @@
 #include <limits>
 
 #include "absl/hash/hash.h"
-#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "kernels/moments.h"
+#include "plumbing/check.h"
 #include "server/core/error.h"
 
 namespace syncbn::core {
@@ -22,7 +22,7 @@ uint64_t DigestOf(int64_t count, BackwardRole role, absl::Span<const double> fir
       {count, static_cast<int>(role), Bytes(first), Bytes(second)});
 }
 
-// What the two vectors of a phase are called where they are refused.
+// The names of a phase's two vectors in error messages.
 struct VectorNames {
   const char* first;
   const char* second;
@@ -45,14 +45,11 @@ std::optional<Error> CheckLength(const Contribution& contribution, absl::Span<co
   const bool may_be_empty = contribution.key.phase == Phase::kBackward ||
                             (contribution.key.phase == Phase::kForward && contribution.count == 0);
   if (vector.size() == spec.channels || (vector.empty() && may_be_empty)) return std::nullopt;
-  return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
-                   absl::StrCat("rank ", rank, " sent ", vector.size(), " elements of ", name, " to the ",
-                                Describe(contribution.key), ", which has ", spec.channels),
-                   {rank});
+  return VectorLengthError(rank, contribution.key, name, vector.size(), spec.channels);
 }
 
-// Loops over channels have no way out of their middle, so that the compiler makes vectors of them; what is wrong, and
-// where, is looked for only once something is.
+// Loops over channels have no early exit, so that they vectorize. The offending channel is searched for only after a
+// check has failed.
 
 int64_t BitsOf(double value) {
   int64_t bits = 0;
@@ -60,8 +57,8 @@ int64_t BitsOf(double value) {
   return bits;
 }
 
-// Whether |value| <= bound throughout; NaN is not. As integers, without their signs, doubles have the order of their
-// magnitudes, and NaN is the greatest.
+// Returns true if |value| <= bound for all values; NaN fails. As integers without their signs, doubles are ordered by
+// magnitude, and NaN is the greatest.
 bool AllWithin(absl::Span<const double> vector, double bound) {
   const int64_t greatest = BitsOf(bound);
   int64_t signs = 0;
@@ -69,7 +66,7 @@ bool AllWithin(absl::Span<const double> vector, double bound) {
   return signs >= 0;
 }
 
-// Whether all signs are positive. What is not negative may have the other sign too: -0 and NaN.
+// Returns true if no value has its sign bit set. False does not imply a negative value: -0 and NaN may have it too.
 bool AllPositive(absl::Span<const double> vector) {
   int64_t signs = 0;
   for (const double value : vector) signs |= BitsOf(value);
@@ -92,40 +89,31 @@ void MergeChannels(const MergeWeights& weights, const Payload& payload, RoundOut
   for (size_t c = 0; c < channels; ++c) MergeInto(weights, from_mean[c], from_m2[c], mean[c], m2[c]);
 }
 
-// Gradients overflow in the ordinary course of mixed-precision training, where a loss scaler looks for infinities and
-// skips the step: only forward rounds may refuse them.
+// Only forward rounds may refuse infinities: in mixed-precision training gradients overflow regularly, and a loss
+// scaler looks for infinities to skip the step.
 bool Propagates(Phase phase, const LayerSpec& spec) {
   return phase != Phase::kForward || spec.numeric_policy == NumericPolicy::kPropagate;
 }
 
-// |value| must stay below `bound`, unless the round propagates what IEEE 754 makes of it.
+// Returns an error unless |value| <= bound for all values, or the round propagates what IEEE 754 makes of them.
 std::optional<Error> CheckMagnitude(const Contribution& contribution, absl::Span<const double> vector, const char* name,
                                     const LayerSpec& spec, Rank rank, double bound) {
   if (Propagates(contribution.key.phase, spec) || AllWithin(vector, bound)) return std::nullopt;
   for (size_t channel = 0; channel < vector.size(); ++channel) {
     if (std::fabs(vector[channel]) <= bound) continue;
-    return MakeError(absl::StatusCode::kInvalidArgument, kNotFinite,
-                     absl::StrCat("rank ", rank, " sent ", name, "[", channel, "] = ", vector[channel], " to the ",
-                                  Describe(contribution.key), "; the greatest magnitude that can be merged is ", bound),
-                     {rank});
+    return MagnitudeError(rank, contribution.key, name, channel, vector[channel], bound);
   }
   return std::nullopt;
 }
 
 std::optional<Error> CheckMoments(const Contribution& contribution, Rank rank, int64_t max_count) {
   if (contribution.count < 0 || contribution.count > max_count) {
-    return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
-                     absl::StrCat("rank ", rank, " sent count = ", contribution.count, " to the ",
-                                  Describe(contribution.key), "; a count is within 0 and ", max_count),
-                     {rank});
+    return CountError(rank, contribution.key, contribution.count, max_count);
   }
   if (AllPositive(contribution.second)) return std::nullopt;
   for (size_t channel = 0; channel < contribution.second.size(); ++channel) {
     if (!(contribution.second[channel] < 0.0)) continue;
-    return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
-                     absl::StrCat("rank ", rank, " sent m2[", channel, "] = ", contribution.second[channel], " to the ",
-                                  Describe(contribution.key), "; a sum of squares is not negative"),
-                     {rank});
+    return NegativeM2Error(rank, contribution.key, channel, contribution.second[channel]);
   }
   return std::nullopt;
 }
@@ -154,11 +142,7 @@ std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerS
     if (auto error = CheckLength(contribution, contribution.second, names.second, spec, rank)) return error;
   }
   if (contribution.key.phase != Phase::kSum && contribution.first.size() != contribution.second.size()) {
-    return MakeError(absl::StatusCode::kInvalidArgument, kInvalidContribution,
-                     absl::StrCat("rank ", rank, " sent ", contribution.first.size(), " elements of ", names.first,
-                                  " and ", contribution.second.size(), " of ", names.second, " to the ",
-                                  Describe(contribution.key), "; both are empty or neither"),
-                     {rank});
+    return UnequalLengthsError(rank, contribution, names.first, names.second);
   }
   if (forward) {
     if (auto error = CheckMoments(contribution, rank, limits.max_count)) return error;
@@ -169,6 +153,7 @@ std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerS
 }
 
 void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome) {
+  SYNCBN_CHECK(outcome.key.phase == Phase::kForward && !payloads.empty(), Describe(outcome.key));
   int64_t count = 0;
   for (const auto& [rank, payload] : payloads) {
     if (payload.backward_role == BackwardRole::kRequired) outcome.backward_required = true;
@@ -191,6 +176,7 @@ void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& out
 }
 
 void MergeSums(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome) {
+  SYNCBN_CHECK(outcome.key.phase != Phase::kForward && !payloads.empty(), Describe(outcome.key));
   const bool two = outcome.key.phase == Phase::kBackward;
   outcome.first.assign(channels, 0.0);
   outcome.second.assign(two ? channels : 0, 0.0);
@@ -207,9 +193,7 @@ std::optional<Error> CheckMerged(const RoundOutcome& outcome, const LayerSpec& s
     if (AllWithin(vector, std::numeric_limits<double>::max())) return std::nullopt;
     for (size_t channel = 0; channel < vector.size(); ++channel) {
       if (std::isfinite(vector[channel])) continue;
-      return MakeError(absl::StatusCode::kInvalidArgument, kNotFinite,
-                       absl::StrCat("merging ", name, "[", channel, "] of the ", Describe(outcome.key),
-                                    " overflows, though no worker's part does"));
+      return OverflowError(outcome.key, name, channel);
     }
     return std::nullopt;
   };

@@ -1,4 +1,4 @@
-// The arithmetic of a round: are a contribution's numbers sound, and what do the contributions of all ranks make.
+// The arithmetic of a round: checks of a contribution's numbers, and the merge of all contributions.
 
 #ifndef SYNCBN_SERVER_CORE_MERGE_H_
 #define SYNCBN_SERVER_CORE_MERGE_H_
@@ -13,10 +13,10 @@
 
 namespace syncbn::core {
 
-// What the engine keeps of a contribution until its round ends.
+// A contribution, as the engine keeps it until its round ends.
 struct Payload {
   uint64_t incarnation = 0;
-  DeclarationPtr declaration;  // Under which it was made.
+  DeclarationPtr declaration;  // The one under which it was made.
   int64_t count = 0;
   BackwardRole backward_role = BackwardRole::kRequired;
   std::vector<double> first;
@@ -25,29 +25,30 @@ struct Payload {
   size_t bytes() const { return (first.size() + second.size()) * sizeof(double); }
 };
 
-// Whether two payloads are the same, bit for bit (NaN equals itself; 0 and -0 differ).
+// Returns true if both have the same numbers, bit for bit: NaN equals itself, 0 and -0 differ.
 bool SameNumbers(const Payload& payload, const Contribution& contribution);
 
-// A number that stands for all bits of a payload, to recognize a replay when the payload is gone. Stable within a
+// Returns a hash of all bits of the numbers, by which a replay is recognized when the payload is gone. Stable within a
 // process.
 uint64_t Digest(const Payload& payload);
 uint64_t Digest(const Contribution& contribution);
 
-// What is wrong with a contribution to a round of this layer (INVALID_CONTRIBUTION, NOT_FINITE), naming rank, channel
-// and value; nothing if it can be merged. Backward rounds and sums take any value.
+// Returns why a contribution to a round of this layer cannot be merged (INVALID_CONTRIBUTION, NOT_FINITE), naming rank,
+// channel and value; nothing if it can. Backward rounds and sums take any value.
 std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerSpec& spec, Rank rank,
                                   const Limits& limits);
 
 // By rank, so that merging in order of iteration is merging in order of rank.
 using Payloads = absl::btree_map<Rank, Payload>;
 
-// Fills the outcome's count and vectors. Forward: moments merged channel by channel (kernels/moments.h), `second` being
-// the biased variance. Else: sums. `channels` is the length of the result's vectors.
+// Fill the outcome's count and vectors, of length `channels`. Payloads are added in order of rank, so the result has
+// the same bits for every order of arrival. MergeForward merges moments channel by channel (kernels/moments.h) and
+// leaves mean and biased variance; MergeSums adds vectors.
 void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome);
 void MergeSums(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome);
 
-// Moments that are finite one by one may overflow together. NOT_FINITE, naming the channel, unless the layer
-// propagates; never of a backward round or a sum.
+// Returns NOT_FINITE, naming the channel, if finite moments have overflowed in their merge. Layers that propagate,
+// backward rounds and sums may have any result.
 std::optional<Error> CheckMerged(const RoundOutcome& outcome, const LayerSpec& spec);
 
 }  // namespace syncbn::core

@@ -1,4 +1,4 @@
-// What can be seen of the round engine from outside: the messages of inspection.proto as plain values.
+// Views of the round engine for inspection: the messages of inspection.proto as plain values.
 
 #ifndef SYNCBN_SERVER_CORE_VIEWS_H_
 #define SYNCBN_SERVER_CORE_VIEWS_H_
@@ -27,7 +27,7 @@ struct GroupSummary {
   uint64_t rounds_failed = 0;
 };
 
-// The part of a list, which may be long, that an answer shows.
+// The most entries that a view shows of a list that may be long.
 inline constexpr size_t kMostShownRounds = 100;
 inline constexpr size_t kMostShownKeys = 8;
 
@@ -39,16 +39,16 @@ struct MemberView {
   uint64_t contributions = 0;
   uint64_t last_arrivals = 0;
   absl::Time joined_at;
-  std::vector<RoundKey> blocked_on;  // The first kMostShownKeys,
-  size_t blocked_on_count = 0;       // of so many.
+  std::vector<RoundKey> blocked_on;  // The first kMostShownKeys.
+  size_t blocked_on_count = 0;       // Of all.
 };
 
 struct PendingRoundView {
   RoundKey key;
-  std::vector<Rank> arrived_ranks;  // The first kMostNamedRanks,
-  size_t arrived = 0;               // of so many.
-  std::vector<Rank> missing_ranks;  // Likewise.
-  size_t missing = 0;
+  std::vector<Rank> arrived_ranks;  // The first kMostNamedRanks.
+  size_t arrived = 0;               // Of all.
+  std::vector<Rank> missing_ranks;  // The first kMostNamedRanks.
+  size_t missing = 0;               // Of all.
   absl::Duration age;
   absl::Duration time_left;
 };

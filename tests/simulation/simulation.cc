@@ -321,6 +321,7 @@ void World::ToMaster(const Item& item) {
 }
 
 void World::Feed(const core::Effects& effects) {
+  master_->coordinator().CheckInvariants();
   model_->After(effects, master_->coordinator(), Now());
   for (const core::Effect& effect : effects) {
     if (const auto* joined = std::get_if<core::SendJoined>(&effect)) {

@@ -76,6 +76,7 @@ Engine::Engine(core::Limits limits) : coordinator_(limits), now_(absl::FromUnixS
 
 core::Effects Engine::On(const core::Event& event) {
   core::Effects effects = coordinator_.On(event, now_);
+  coordinator_.CheckInvariants();
   for (const core::Effect& effect : effects) Record(effect);
   return effects;
 }

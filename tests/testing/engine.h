@@ -53,8 +53,8 @@ bool SameOutcome(const core::RoundOutcome& a, const core::RoundOutcome& b);
 // "ROUND_TIMEOUT", or "" if the round completed.
 std::string ReasonOf(const core::RoundOutcome& outcome);
 
-// Every effect is checked on its way: nothing may be sent to a stream that was closed, by either side, and the first
-// thing that a stream is sent is `joined`.
+// Checks every effect on its way: nothing may be sent to a stream that was closed, by either side, and the first thing
+// that a stream is sent is `joined`. Checks the coordinator's invariants after every event.
 class Engine {
  public:
   explicit Engine(core::Limits limits = core::Limits());

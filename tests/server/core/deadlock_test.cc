@@ -1,4 +1,4 @@
-// Every member waits, and on different rounds: known at once, not at a deadline.
+// Deadlocks: every member waits, and on different rounds. They end at once, not at a deadline.
 
 #include <string>
 #include <vector>
@@ -89,7 +89,7 @@ TEST_F(DeadlockTest, NotWhileSomeoneIsLost) {
   Block(0, Forward("a", 0));
   Block(1, Forward("b", 0));
   EXPECT_THAT(engine_.ended(), IsEmpty());
-  // Come back, it blocks with the others.
+  // After its return it blocks like the others.
   workers_[2] = engine_.Reconnect(workers_[2]);
   Block(2, Forward("a", 0));
   EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("b", 0))), kDeadlock);
@@ -158,7 +158,7 @@ TEST_F(DeadlockTest, ManyWorkersAreNamedInPart) {
   EXPECT_THAT(outcome->error->message, HasSubstr("; and 4 more workers"));
 }
 
-// An earlier master told rank 1 an outcome, and died before it told the others.
+// An earlier master told rank 1 an outcome and died before it told the others.
 class SplitOutcomeTest : public ::testing::Test {
  protected:
   void JoinAll(const GroupConfig& config) {
@@ -189,7 +189,7 @@ TEST_F(SplitOutcomeTest, IsNoDeadlock) {
     EXPECT_THAT(outcome->error->message, ::testing::HasSubstr("the master has restarted"));
   }
   EXPECT_EQ(testing::ReasonOf(*engine_.Outcome(workers_[1], testing::Forward("a", 5))), kRoundTimeout);
-  // From here on the orders are the workers' own.
+  // From here on each worker has an order of its own.
   for (const StreamId worker : workers_) {
     engine_.ContributeAndBlock(worker, testing::Forward("a", worker == workers_[1] ? 7 : 6), {4, {1.0}, {0.5}});
   }

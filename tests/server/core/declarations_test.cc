@@ -1,4 +1,4 @@
-// Layers that all workers declare anew: another width, another eps, a sum of another length.
+// Layers that all workers redeclare: with another width or eps, or a sum of another length.
 
 #include <algorithm>
 #include <cstdio>
@@ -51,7 +51,8 @@ std::vector<StreamId> JoinAll(Engine& engine, uint32_t world_size, const LayerSp
 
 class AllRedeclareTest : public ::testing::TestWithParam<uint32_t> {};
 
-// Each worker's steps in their order, and the workers in any: every round completes, and nobody is told of a mismatch.
+// Each worker takes its steps in order, and the workers interleave at random: every round completes, without a
+// mismatch.
 TEST_P(AllRedeclareTest, ASumOfAnotherLengthInAnyOrderOfArrival) {
   const uint32_t world_size = GetParam();
   for (uint32_t seed = 1; seed <= 50; ++seed) {
@@ -114,7 +115,7 @@ TEST(RedeclareTest, TwoModelsOfOneNameTakeTurns) {
       engine.Declare(worker, {BatchNormLayer("1", 5)});
       engine.Contribute(worker, Forward("1", step + 1), Moments(5));
     }
-    // The backward rounds go the other way, and each is of its forward round's size.
+    // Backward rounds go the other way, and each has the size of its forward round.
     for (const StreamId worker : workers) {
       engine.Contribute(worker, Backward("1", step + 1), Gradients(5));
       engine.Contribute(worker, Backward("1", step), Gradients(2));
@@ -195,7 +196,7 @@ TEST(RedeclareTest, AnEndedRoundOfTheOldDeclarationAnswersReplays) {
   EXPECT_EQ(engine.Outcome(again, Sum("g", 0)), outcome);
 }
 
-// It sends again what it had under way, under the declaration that it then had, and goes on.
+// The worker resends the rounds that were in flight, under the declaration that it had then, and goes on.
 TEST(RedeclareTest, AReconnectGoesThroughTheDeclarationsAgain) {
   Engine engine;
   const auto workers = JoinAll(engine, 2, SumLayer("g", 2));
@@ -215,7 +216,7 @@ TEST(RedeclareTest, AReconnectGoesThroughTheDeclarationsAgain) {
   EXPECT_EQ(engine.Outcome(again, Sum("g", 1))->first, std::vector<double>(3, 3.0));
 }
 
-// One of them has gone on to the new declaration, the other has not; the master has forgotten both.
+// One worker has moved on to the new declaration and the other has not; the master has forgotten both declarations.
 TEST(RedeclareTest, ARestartedMasterMeetsWorkersOnEitherSide) {
   Engine engine;
   engine.Advance(absl::Hours(1));
@@ -236,7 +237,7 @@ TEST(RedeclareTest, ARestartedMasterMeetsWorkersOnEitherSide) {
   EXPECT_EQ(engine.Outcome(workers[0], Sum("g", 5))->first, std::vector<double>(3, 3.0));
 }
 
-// The faster of two equal programs has declared both before the slower one speaks.
+// Of two equal programs, the faster one has made both declarations before the slower one makes any.
 TEST(RedeclareTest, AFirstWordThatAnotherHasSaidBeforeIsNoDispute) {
   Engine engine;
   const StreamId fast = engine.Join(0, 2, {BatchNormLayer("a", 1)});
@@ -252,7 +253,7 @@ TEST(RedeclareTest, AFirstWordThatAnotherHasSaidBeforeIsNoDispute) {
   EXPECT_EQ(engine.Outcome(fast, Forward("a", 1))->count, 8);
 }
 
-// It restarts where the others will be in a moment.
+// The worker restarts with the declaration that the others are about to make.
 TEST(RedeclareTest, ARestartedRankMayBeAheadOfTheOthers) {
   Engine engine;
   const auto workers = JoinAll(engine, 2, SumLayer("g", 2));

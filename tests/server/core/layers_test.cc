@@ -87,7 +87,7 @@ TEST(LayerSetTest, RoundsThatWaitForTheRefusedFailAtOnceAndUntilItIsMended) {
   EXPECT_EQ(ReasonOf(*before), kLayerSetMismatch);
   EXPECT_THAT(before->error->message, HasSubstr("it alone has \"b\""));
   EXPECT_THAT(before->error->ranks, ElementsAre(2u));
-  // The others' contributions to it meet the same outcome, and so does a round that begins now.
+  // Contributions of the others get the same outcome, and so does a round that begins now.
   engine.Contribute(second, Forward("a", 0), kNumbers);
   EXPECT_EQ(ReasonOf(*engine.Outcome(second, Forward("a", 0))), kLayerSetMismatch);
   engine.Contribute(second, Forward("a", 1), kNumbers);
@@ -259,10 +259,10 @@ TEST(ConflictTest, AllMayAgreeUponTheOther) {
   EXPECT_EQ(engine.Outcome(a, Forward("a", 5))->first.size(), 2u);
 }
 
-// Nobody else knows the layer, so its word alone makes it another one, and there is no conflict to announce.
+// Nobody else knows the layer, so a single declaration changes it, and there is no conflict to announce.
 TEST(ConflictTest, ARestartWithOtherLayersIsRefusedOnceAndTakenThen) {
   Engine engine;
-  engine.Join(MakeJoin(1, 2));  // So that the restart begins no new run.
+  engine.Join(MakeJoin(1, 2));  // Keeps the restart from beginning a new run.
   engine.Close(engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 1)})));
   EXPECT_EQ(engine.log(engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 2)}))).close_reason(), kLayerSetMismatch);
   EXPECT_FALSE(engine.log(engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 2)}))).closed);

@@ -1,4 +1,5 @@
-// Each limit of limits.h: what reaches it is taken, what goes past it is LIMIT_EXCEEDED and names it.
+// Each limit of limits.h: input up to the limit is accepted; beyond it the answer is LIMIT_EXCEEDED and names the
+// limit.
 
 #include <string>
 #include <vector>
@@ -51,7 +52,7 @@ TEST(LimitsTest, MaxGroups) {
   engine.Join(join);
   join.id.group = "third";
   ExpectLimit(engine.log(engine.Join(join)).closed_with, "max_groups = 2");
-  // A group that nobody is connected to makes room.
+  // An empty group makes room.
   engine.Close(first);
   EXPECT_FALSE(engine.log(engine.Join(join)).closed);
   EXPECT_EQ(engine.groups_ended(), 1u);
@@ -173,7 +174,7 @@ TEST(LimitsTest, MaxPendingBytesDoesNotRefuseReplays) {
   const StreamId again = engine.Reconnect(a);
   engine.Contribute(again, Sum("s", 0), full);
   EXPECT_THAT(engine.log(again).outcomes, IsEmpty());
-  // Nor does the successor's part, which takes its predecessor's place.
+  // Neither does a successor's contribution, which replaces its predecessor's.
   const StreamId reborn = engine.Join(0, 2);
   engine.Contribute(reborn, Sum("s", 0), {0, std::vector<double>(8, 2.0), {}});
   EXPECT_THAT(engine.log(reborn).outcomes, IsEmpty());
@@ -218,10 +219,9 @@ TEST(LimitsTest, KeysNameLayersByOneTo255Bytes) {
   }
 }
 
-// ---- What one event may bring forth
-// -----------------------------------------------------------------------------------
+// ---- The work of one event ------------------------------------------------------------------------------------------
 
-// Rounds that end together, more than a turn has room for, end in turns: each at once, and none is lost.
+// If more rounds end together than a turn has room for, they end in several turns: each once, and none is lost.
 TEST(TurnTest, RoundsThatALeaveCompletesComeInTurns) {
   Limits limits;
   limits.max_turn_bytes = 20'000;

@@ -357,7 +357,7 @@ TEST(SeatTest, AGreaterGenerationTakesAllOfThem) {
   EXPECT_EQ(engine.log(workers[1]).close_reason(), kGenerationSuperseded);
 }
 
-// An earlier master may have given the greater one, and still the holder is not thrown out: it would have been told.
+// An earlier master may have given out the greater incarnation. The holder stays: it would have been told.
 TEST(SeatTest, AtARestartedMasterWhoComesFirstHoldsItUntilItGoes) {
   Engine engine;
   engine.Advance(absl::Hours(1));
@@ -373,7 +373,7 @@ TEST(SeatTest, AtARestartedMasterWhoComesFirstHoldsItUntilItGoes) {
   EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kFenced);
 }
 
-// Else the next worker that comes back would find another run in its place.
+// Otherwise the next worker that comes back would find another run in place of its own.
 TEST(SeatTest, ARefusedFirstJoinLeavesNoGroup) {
   Engine engine;
   Join join = MakeJoin(0, 2);
@@ -386,7 +386,7 @@ TEST(SeatTest, ARefusedFirstJoinLeavesNoGroup) {
   EXPECT_TRUE(engine.log(engine.Join(join)).joined.has_value());
 }
 
-// Incarnations are given by masters: none is taken that would leave no greater one.
+// Incarnations are given out by masters. One that would leave no room for a greater one is refused.
 TEST(SeatTest, AnIncarnationThatWasNeverGivenIsRefused) {
   Engine engine;
   const auto workers = JoinAll(engine, 2);
@@ -560,7 +560,7 @@ TEST(GenerationTest, ANewerOneEndsTheGroup) {
   Engine engine;
   const auto workers = JoinAll(engine, 2);
   engine.Contribute(workers[0], Forward("bn", 0), kNumbers);
-  Join join = MakeJoin(0, 3);  // It need not be as large.
+  Join join = MakeJoin(0, 3);  // Its size may differ.
   join.generation = 1;
   const StreamId next = engine.Join(join);
   EXPECT_EQ(ReasonOf(*engine.Outcome(workers[0], Forward("bn", 0))), kGroupEnded);
@@ -622,7 +622,7 @@ TEST(ShutdownTest, ClosesEveryStreamAndEveryOneThatJoinsAfterwards) {
   EXPECT_EQ(engine.log(engine.Join(MakeJoin(0, 2))).close_reason(), kShuttingDown);
 }
 
-// The master that comes next has not seen the incarnations that the one before gave out.
+// The next master has not seen the incarnations that the previous one gave out.
 TEST(RunTest, ARestartedMasterStillFencesThoseOfBefore) {
   Engine before;
   const StreamId other = before.Join(MakeJoin(0, 2));

@@ -117,14 +117,14 @@ TEST(MergeForwardTest, CountOneHasVarianceZero) {
 TEST(MergeForwardTest, EmptyBatchIsTheIdentityBitForBit) {
   const Payload part = Moments(7, {0.1}, {0.3});
   const RoundOutcome alone = Merged(Phase::kForward, {{1, part}}, 1);
-  // Whatever an empty batch says of its mean has no weight.
+  // The mean of an empty batch has no weight.
   const RoundOutcome with_empties =
       Merged(Phase::kForward, {{0, Moments(0, {}, {})}, {1, part}, {2, Moments(0, {1e9}, {1e9})}}, 1);
   EXPECT_EQ(alone.first, with_empties.first);
   EXPECT_EQ(alone.second, with_empties.second);
 }
 
-// Several channels may be worked on at a time, and those at the end one by one; no bit may tell.
+// Channels are computed several at a time, and the last ones singly. The bits must be the same.
 TEST(MergeForwardTest, AChannelsBitsDependOnThatChannelAlone) {
   constexpr unsigned kSeed = 7;
   SCOPED_TRACE(kSeed);
@@ -188,7 +188,7 @@ TEST(MergeSumsTest, VectorHasNoSecondPart) {
   EXPECT_TRUE(outcome.second.empty());
 }
 
-// ---- What is refused ------------------------------------------------------------------------------------------------
+// ---- Refusals -------------------------------------------------------------------------------------------------------
 
 struct BadCase {
   std::string name;
@@ -196,7 +196,7 @@ struct BadCase {
   int64_t count;
   std::vector<double> first;
   std::vector<double> second;
-  const char* reason;  // Empty if it is to be taken.
+  const char* reason;  // Empty if the contribution is acceptable.
   std::string named;   // Part of the message.
 };
 
@@ -290,7 +290,7 @@ TEST(CheckNumbersPolicyTest, PropagatingLayersTakeAnyMagnitudeButNoNegativeSquar
 }
 
 TEST(CheckMergedTest, SaysWhichChannelOverflows) {
-  // Each is within bounds; the square of their distance, times 2^39, is not.
+  // Each mean is within bounds; the square of their distance, times 2^39, is not.
   const int64_t count = int64_t{1} << 40;
   const Payloads payloads = {{0, Moments(count, {1.0, 0x1p500}, {0, 0})}, {1, Moments(count, {1.0, -0x1p500}, {0, 0})}};
   const RoundOutcome outcome = Merged(Phase::kForward, payloads, 2);

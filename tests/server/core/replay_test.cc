@@ -143,7 +143,7 @@ TEST_F(ReplayTest, WhatAPredecessorSentStandsUntilItIsReplaced) {
   EXPECT_EQ(engine_.Outcome(reborn, Forward("bn", 0))->count, 8);
 }
 
-// ---- What has been forgotten ----------------------------------------------------------------------------------------
+// ---- Forgotten rounds -----------------------------------------------------------------------------------------------
 
 class ShortMemoryTest : public ReplayTest {
  protected:
@@ -158,7 +158,7 @@ class ShortMemoryTest : public ReplayTest {
 TEST_F(ShortMemoryTest, RoundsFarBehindTheNewestAreExpired) {
   JoinAll(2);
   Numbers numbers = kNumbers;
-  numbers.role = BackwardRole::kNone;  // Nothing is awaited of it.
+  numbers.role = BackwardRole::kNone;  // No backward round is awaited.
   for (uint64_t sequence = 0; sequence < 6; ++sequence) {
     for (const StreamId worker : workers_) engine_.Contribute(worker, Forward("bn", sequence), numbers);
   }
@@ -172,7 +172,7 @@ TEST_F(ShortMemoryTest, RoundsFarBehindTheNewestAreExpired) {
   EXPECT_THAT(engine_.View().pending, IsEmpty());
 }
 
-// A layer that is used often before the backward pass, which comes in reverse: recurrent networks.
+// A recurrent network uses a layer many times before the backward pass, which runs in reverse.
 class RecurrentTest : public ReplayTest, public ::testing::WithParamInterface<uint64_t> {};
 
 TEST_P(RecurrentTest, AwaitedForwardRoundsAreKept) {
@@ -187,7 +187,7 @@ TEST_P(RecurrentTest, AwaitedForwardRoundsAreKept) {
     EXPECT_EQ(outcome->count, 8);
     EXPECT_THAT(outcome->first, ElementsAre(2.0, 2.0 * sequence));
   }
-  // The newest ends can be asked for again, far behind though they are.
+  // The rounds that ended last can be replayed, although their sequences are far behind.
   const StreamId again = workers_[0] = engine_.Reconnect(workers_[0]);
   engine_.Contribute(again, Backward("bn", 5), {0, {1.0, 5.0}, {1.0, 1.0}});
   EXPECT_EQ(engine_.Outcome(again, Backward("bn", 5)), engine_.Outcome(workers_[1], Backward("bn", 5)));
@@ -227,7 +227,7 @@ TEST_F(ShortMemoryTest, ARoundInFlightIsNotExpiredByNewerOnes) {
 
 // ---- Numbers far ahead ----------------------------------------------------------------------------------------------
 
-// One worker alone believes in a number, by malice or because it resumed at a wrong one: the others' rounds go on.
+// A single worker uses a sequence far ahead, by malice or because it resumed wrongly: the rounds of the others go on.
 class FarAheadTest : public ReplayTest, public ::testing::WithParamInterface<uint64_t> {};
 
 TEST_P(FarAheadTest, AFailedForwardRoundMakesNoOtherOld) {
@@ -240,7 +240,7 @@ TEST_P(FarAheadTest, AFailedForwardRoundMakesNoOtherOld) {
   EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("bn", 1))), "");
   for (const StreamId worker : workers_) engine_.Contribute(worker, Backward("bn", 1), {0, {1.0, 1.0}, {1.0, 1.0}});
   EXPECT_EQ(engine_.Outcome(workers_[0], Backward("bn", 1))->count, 8);
-  // The failure is remembered all the same.
+  // The failure is still remembered.
   engine_.Contribute(workers_[0], Forward("bn", GetParam()), kNumbers);
   EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[0], Forward("bn", GetParam()))), kRoundTimeout);
   EXPECT_THAT(engine_.View().pending, IsEmpty());
@@ -265,7 +265,7 @@ TEST_P(FarAheadTest, ABackwardRoundNeedsItsForwardRoundThere) {
   EXPECT_EQ(engine_.Outcome(workers_[0], Backward("bn", 0))->count, 8);
 }
 
-// By a policy that lets one worker complete a round alone.
+// Under a policy that lets one worker complete a round alone.
 TEST_P(FarAheadTest, NorDoesOneThatAProceedingGroupCompletesWithItsSenderAlone) {
   GroupConfig config;
   config.missing_policy = MissingPolicy::kProceed;
@@ -301,7 +301,7 @@ TEST_F(ReplayTest, ManyFailuresAreForgottenOldestFirst) {
 
 class SmallMemoryTest : public ReplayTest {
  protected:
-  // The vectors of a round of two channels are 32 bytes, and what is kept of its two contributors some more.
+  // The vectors of a round of two channels take 32 bytes, and the record of its two contributors some more.
   static Limits FewBytes() {
     Limits limits;
     limits.max_retained_bytes = 250;
@@ -320,11 +320,11 @@ TEST_F(SmallMemoryTest, ResultsAreForgottenOldestFirstButNotWhoContributed) {
   EXPECT_THAT(expired->error->message, HasSubstr("max_retained_bytes = 250"));
   engine_.Contribute(again, Forward("bn", 9), kNumbers);
   EXPECT_EQ(ReasonOf(*engine_.Outcome(again, Forward("bn", 9))), "");
-  // Its forward round's contributors and count are still known, so a backward round goes on.
+  // The forward round's contributors and count are still known, so its backward round can begin.
   engine_.Contribute(again, Backward("bn", 0), {0, {1.0, 1.0}, {1.0, 1.0}});
   engine_.Contribute(workers_[1], Backward("bn", 0), {0, {1.0, 1.0}, {1.0, 1.0}});
   EXPECT_EQ(engine_.Outcome(again, Backward("bn", 0))->count, 8);
-  // And changed numbers are told from the same ones.
+  // Changed numbers are still distinguished from the same ones.
   engine_.Contribute(workers_[1], Forward("bn", 0), kOthers);
   EXPECT_EQ(ReasonOf(*engine_.log(workers_[1]).outcomes.back()), kPayloadChanged);
 }
@@ -360,8 +360,8 @@ TEST_F(ReplayTest, InFlightOtherNumbersAreRefusedBeforeTheyAreChecked) {
   EXPECT_EQ(engine_.Outcome(workers_[1], Forward("bn", 0))->first, kNumbers.first);
 }
 
-// Its second life has contributed too, though with the numbers of the first; who waits for it must learn that it is
-// gone.
+// The second incarnation has contributed too, though with the numbers of the first. Workers that wait for it must learn
+// that it is gone.
 TEST_F(ReplayTest, ARestartedWorkerThatResendsHasContributed) {
   JoinAll(2);
   engine_.Contribute(workers_[0], Forward("bn", 0), kNumbers);

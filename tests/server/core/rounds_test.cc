@@ -333,7 +333,7 @@ TEST(BadNumbersTest, TheRoundFailsForAllNamingTheSender) {
   EXPECT_EQ(engine.Outcome(workers[2], Forward("bn", 0)), outcome);
   engine.Contribute(workers[1], Forward("bn", 0), kFew);
   EXPECT_EQ(engine.Outcome(workers[1], Forward("bn", 0)), outcome);
-  // The next round is none the worse for it.
+  // The next round is not affected.
   for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 1), kFew);
   EXPECT_EQ(ReasonOf(*engine.Outcome(workers[2], Forward("bn", 1))), "");
 }
@@ -556,7 +556,7 @@ TEST_F(BackwardTest, EmptyBatchSendsNothing) {
   EXPECT_THAT(Outcome(0)->first, ElementsAre(2.0));
 }
 
-// The forward round may be forgotten while its backward round waits; that one still knows whom it waits for.
+// The forward round may be forgotten while its backward round waits, which still knows the ranks that it waits for.
 TEST(ForgottenForwardTest, BackwardRoundStandsOnItsOwn) {
   Limits limits;
   limits.retained_rounds = 2;
@@ -589,7 +589,7 @@ TEST(ForgottenForwardTest, TheLostAreStillWaitedFor) {
   EXPECT_THAT(outcome->error->ranks, ElementsAre(2));
 }
 
-// min_workers bounds what may be missing. Who announced NONE is not missing.
+// min_workers bounds the number of missing ranks. Ranks that announced NONE are not missing.
 TEST_F(BackwardTest, MinWorkersDoesNotCountWhoAnnouncedNone) {
   RunForward({kRequired, kNone, kNone}, Proceed(2));
   Send(0);

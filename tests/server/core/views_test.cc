@@ -129,7 +129,7 @@ TEST(ViewsTest, OfManyRoundsAndRanksTheFirstAreShownAndAllCounted) {
   EXPECT_EQ(view.members[0].blocked_on_count, 500u);
 }
 
-// 8 bytes in a frame may have the zeros of a wide layer as their result: those of many layers are not kept.
+// A frame of 8 bytes may result in the zeros of a wide layer: those of many layers are not all kept.
 TEST(ViewsTest, ABatchIsForgottenLikeAnyOtherResult) {
   Limits limits;
   limits.max_retained_bytes = 1000;
@@ -141,7 +141,7 @@ TEST(ViewsTest, ABatchIsForgottenLikeAnyOtherResult) {
   for (const LayerSpec& layer : frame.layers) {
     frame.contributions.push_back({Forward(layer.name, 0), 0, BackwardRole::kNone, {}, {}});
   }
-  coordinator.On(frame, absl::UnixEpoch());  // Nobody but the engine keeps what comes of it.
+  coordinator.On(frame, absl::UnixEpoch());  // Drops the effects: only the engine keeps the outcomes.
   int kept = 0;
   for (const LayerSpec& layer : frame.layers) {
     const auto view = coordinator.GetLayer(Engine::group(), layer.name);

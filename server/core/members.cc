@@ -1,0 +1,212 @@
+#include "server/core/members.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "plumbing/check.h"
+#include "server/core/error.h"
+
+namespace syncbn::core {
+
+Members::Members(uint32_t world_size, uint64_t incarnation_floor)
+    : members_(world_size), incarnation_floor_(incarnation_floor) {
+  SYNCBN_CHECK(world_size != 0);
+}
+
+std::optional<Rank> Members::RankOf(StreamId stream) const {
+  const auto it = ranks_.find(stream);
+  if (it == ranks_.end()) return std::nullopt;
+  return it->second;
+}
+
+std::vector<StreamId> Members::Streams(std::optional<Rank> except) const {
+  std::vector<StreamId> streams;
+  for (Rank rank = 0; rank < world_size(); ++rank) {
+    if (members_[rank].state == MemberState::kPresent && rank != except) streams.push_back(members_[rank].stream);
+  }
+  return streams;
+}
+
+Membership Members::Snapshot() const {
+  Membership membership;
+  membership.world_size = world_size();
+  for (Rank rank = 0; rank < world_size(); ++rank) {
+    if (members_[rank].state == MemberState::kPresent) membership.present_ranks.push_back(rank);
+    if (members_[rank].state == MemberState::kLeft) membership.left_ranks.push_back(rank);
+  }
+  return membership;
+}
+
+bool Members::Vacant(Rank rank) const {
+  const MemberState state = members_[rank].state;
+  return state == MemberState::kAbsent || state == MemberState::kLost;
+}
+
+// ---- Joining --------------------------------------------------------------------------------------------------------
+
+std::optional<Error> Members::CheckClaim(const Join& join) const {
+  const Member& member = members_[join.rank];
+  if (join.incarnation != 0 && join.incarnation < member.incarnation) {
+    return OutdatedIncarnationError(join, member.incarnation);
+  }
+  // The same incarnation comes back: whatever its old stream looks like, nobody else is at the other end.
+  if (join.incarnation != 0 && join.incarnation == member.incarnation) return std::nullopt;
+  if (member.state == MemberState::kPresent) return RankTakenError(join, member.incarnation, member.description);
+  // This master knows every incarnation that it has given out; an earlier master of the run may have given out others.
+  if (incarnation_floor_ != 0 || join.incarnation <= member.incarnation) return std::nullopt;
+  return UnknownIncarnationError(join, member.incarnation);
+}
+
+Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now) {
+  Member& member = members_[join.rank];
+  Seated seated;
+  if (member.state == MemberState::kPresent) seated.replaced = member.stream;
+  seated.reborn = join.incarnation == 0 || join.incarnation > member.incarnation;
+  seated.predecessor_contributed = member.has_contributed;
+  // The first that this master sees of an incarnation that an earlier master gave out.
+  if (join.incarnation != member.incarnation) member.resuming = join.incarnation != 0;
+  Detach(join.rank);
+  if (seated.reborn) {
+    member.has_contributed = false;
+    member.incarnation =
+        join.incarnation != 0 ? join.incarnation : std::max(member.incarnation, incarnation_floor_) + 1;
+  }
+  member.state = MemberState::kPresent;
+  member.stream = stream;
+  member.description = join.description;
+  member.joined_at = now;
+  const bool inserted = ranks_.emplace(stream, join.rank).second;
+  SYNCBN_CHECK(inserted, "stream ", stream, " joins as rank ", join.rank, " and is another rank's already");
+  ++present_;
+  layer_set_errors_.erase(join.rank);
+  return seated;
+}
+
+void Members::NoteLayerSetError(Rank rank, Error error) {
+  SYNCBN_CHECK(Vacant(rank), "rank ", rank);
+  layer_set_errors_.insert_or_assign(rank, std::move(error));
+}
+
+const Error* Members::LayerSetErrorOf(Rank rank) const {
+  const auto it = layer_set_errors_.find(rank);
+  return it == layer_set_errors_.end() ? nullptr : &it->second;
+}
+
+// ---- Losses and leaves ----------------------------------------------------------------------------------------------
+
+void Members::Detach(Rank rank) {
+  Member& member = members_[rank];
+  Unblock(rank);
+  switch (member.state) {
+    case MemberState::kPresent:
+      ranks_.erase(member.stream);
+      --present_;
+      SetLags(rank, false);
+      break;
+    case MemberState::kLost:
+      graces_.erase({member.grace_until, rank});
+      given_up_ -= std::exchange(member.given_up, false) ? 1 : 0;
+      break;
+    case MemberState::kLeft:
+      --left_;
+      break;
+    case MemberState::kAbsent:
+      break;
+  }
+}
+
+void Members::Lose(Rank rank, absl::Time grace_until) {
+  SYNCBN_CHECK(members_[rank].state == MemberState::kPresent, "rank ", rank);
+  Detach(rank);
+  members_[rank].state = MemberState::kLost;
+  members_[rank].grace_until = grace_until;
+  graces_.insert({grace_until, rank});
+}
+
+void Members::Leave(Rank rank) {
+  SYNCBN_CHECK(members_[rank].state == MemberState::kPresent, "rank ", rank);
+  Detach(rank);
+  members_[rank].state = MemberState::kLeft;
+  ++left_;
+}
+
+bool Members::GiveUpOverdue(absl::Time now) {
+  bool any = false;
+  while (NextGrace() <= now) {
+    Member& member = members_[graces_.begin()->second];
+    SYNCBN_CHECK(member.state == MemberState::kLost && !member.given_up, "rank ", graces_.begin()->second);
+    graces_.erase(graces_.begin());
+    member.given_up = true;
+    ++given_up_;
+    any = true;
+  }
+  return any;
+}
+
+absl::Time Members::NextGrace() const { return graces_.empty() ? absl::InfiniteFuture() : graces_.begin()->first; }
+
+void Members::SetLags(Rank rank, bool lags) {
+  if (members_[rank].lags == lags) return;
+  members_[rank].lags = lags;
+  lagging_ += lags ? 1 : -1;
+}
+
+// ---- Rounds ---------------------------------------------------------------------------------------------------------
+
+void Members::Block(Rank rank, std::vector<RoundKey> keys) {
+  Member& member = members_[rank];
+  SYNCBN_CHECK(member.state == MemberState::kPresent && member.blocked_on.empty() && !keys.empty(), "rank ", rank);
+  std::sort(keys.begin(), keys.end());
+  keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+  keys.shrink_to_fit();
+  member.blocked_on = std::move(keys);
+  ++blocked_;
+}
+
+void Members::Unblock(Rank rank) {
+  if (members_[rank].blocked_on.empty()) return;
+  members_[rank].blocked_on.clear();
+  --blocked_;
+}
+
+void Members::NoteContribution(Rank rank, bool fresh) {
+  members_[rank].has_contributed = true;
+  if (fresh) ++members_[rank].contributions;
+}
+
+void Members::NoteOutcome(Rank rank, const RoundKey& key) {
+  Member& member = members_[rank];
+  member.resuming = false;
+  if (std::binary_search(member.blocked_on.begin(), member.blocked_on.end(), key)) Unblock(rank);
+}
+
+void Members::CheckInvariants() const {
+  uint32_t present = 0, left = 0, given_up = 0, blocked = 0, lagging = 0, graces = 0;
+  for (Rank rank = 0; rank < world_size(); ++rank) {
+    const Member& member = members_[rank];
+    const bool is_present = member.state == MemberState::kPresent;
+    const bool is_lost = member.state == MemberState::kLost;
+    if (is_present) SYNCBN_CHECK(RankOf(member.stream) == rank, "rank ", rank, ", stream ", member.stream);
+    if (is_lost && !member.given_up) {
+      SYNCBN_CHECK(graces_.contains({member.grace_until, rank}), "rank ", rank);
+      ++graces;
+    }
+    SYNCBN_CHECK(is_lost || !member.given_up, "rank ", rank);
+    SYNCBN_CHECK(is_present || (!member.lags && member.blocked_on.empty()), "rank ", rank);
+    SYNCBN_CHECK((member.state == MemberState::kAbsent) == (member.incarnation == 0), "rank ", rank);
+    present += is_present;
+    left += member.state == MemberState::kLeft;
+    given_up += member.given_up;
+    blocked += !member.blocked_on.empty();
+    lagging += member.lags;
+  }
+  SYNCBN_CHECK(present_ == present && ranks_.size() == present, present_, " and ", ranks_.size(), ", not ", present);
+  SYNCBN_CHECK(left_ == left, left_, ", not ", left);
+  SYNCBN_CHECK(given_up_ == given_up, given_up_, ", not ", given_up);
+  SYNCBN_CHECK(blocked_ == blocked, blocked_, ", not ", blocked);
+  SYNCBN_CHECK(lagging_ == lagging, lagging_, ", not ", lagging);
+  SYNCBN_CHECK(graces_.size() == graces, graces_.size(), ", not ", graces);
+  for (const auto& [rank, error] : layer_set_errors_) SYNCBN_CHECK(rank < world_size() && Vacant(rank), "rank ", rank);
+}
+
+}  // namespace syncbn::core

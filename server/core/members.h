@@ -1,0 +1,126 @@
+// The members of a group: which worker is connected as which rank.
+//
+//   absent --Seat--> present --Lose--> lost --GiveUpOverdue--> lost and given up
+//                    present --Leave--> left
+//
+// Seat leads from every state to present: a worker reconnects, or its successor takes the rank. Only a lost member may
+// be given up: from then on no round waits for it, until it is seated again.
+
+#ifndef SYNCBN_SERVER_CORE_MEMBERS_H_
+#define SYNCBN_SERVER_CORE_MEMBERS_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/container/btree_map.h"
+#include "absl/container/btree_set.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/time/time.h"
+#include "server/core/types.h"
+
+namespace syncbn::core {
+
+struct Member {
+  MemberState state = MemberState::kAbsent;
+  StreamId stream = 0;       // While present.
+  uint64_t incarnation = 0;  // The newest; 0 before the first.
+  std::string description;
+  uint64_t contributions = 0;
+  uint64_t last_arrivals = 0;  // Completed rounds to which it was the last to contribute.
+  absl::Time joined_at;
+  bool has_contributed = false;  // In this incarnation.
+  // Came back from an earlier master and has been told no outcome since. That master may have completed rounds that the
+  // member contributes to now.
+  bool resuming = false;
+  absl::Time grace_until;            // While lost: when it is given up.
+  bool given_up = false;             // While lost.
+  bool lags = false;                 // While present: has not read what it was sent.
+  std::vector<RoundKey> blocked_on;  // While present: sends nothing until one of these rounds ends. Ascending.
+};
+
+// Thread safety: none; pure.
+class Members {
+ public:
+  // New incarnations are greater than `incarnation_floor`. If it is not 0, an earlier master of the same run may have
+  // given out incarnations that this one has not seen.
+  Members(uint32_t world_size, uint64_t incarnation_floor);
+
+  uint32_t world_size() const { return static_cast<uint32_t>(members_.size()); }
+  const Member& operator[](Rank rank) const { return members_[rank]; }
+  uint32_t present() const { return present_; }
+  uint32_t left() const { return left_; }
+  uint32_t given_up() const { return given_up_; }
+  uint32_t blocked() const { return blocked_; }
+  bool any_lags() const { return lagging_ != 0; }
+
+  // Returns the rank that is connected by the stream, if any.
+  std::optional<Rank> RankOf(StreamId stream) const;
+  // Returns the streams of the present members, by rank.
+  std::vector<StreamId> Streams(std::optional<Rank> except = std::nullopt) const;
+  Membership Snapshot() const;
+  // Returns true if a join of the rank displaces nobody: it is absent or lost.
+  bool Vacant(Rank rank) const;
+
+  // ---- Joining
+  // Returns why the join may not have its rank: a newer incarnation exists (FENCED), another worker is connected
+  // (RANK_TAKEN), or the incarnation was never given out (MALFORMED_FRAME).
+  std::optional<Error> CheckClaim(const Join& join) const;
+  struct Seated {
+    std::optional<StreamId> replaced;      // The stream that the same rank was connected by until now.
+    bool reborn = false;                   // A new incarnation.
+    bool predecessor_contributed = false;  // The rank had contributed, in the incarnation that ends here.
+  };
+  // Connects the rank by the stream. CheckClaim has found nothing against it.
+  Seated Seat(StreamId stream, const Join& join, absl::Time now);
+  // Keeps the error of a join that was refused for the set of its layers. The rank must be vacant. Rounds do not wait
+  // for it: it will not contribute before it joins with other layers.
+  void NoteLayerSetError(Rank rank, Error error);
+  const Error* LayerSetErrorOf(Rank rank) const;
+  bool any_layer_set_errors() const { return !layer_set_errors_.empty(); }
+
+  // ---- Losses and leaves
+  void Lose(Rank rank, absl::Time grace_until);
+  void Leave(Rank rank);
+  // Gives up the lost members whose grace is over. Returns whether there were any.
+  bool GiveUpOverdue(absl::Time now);
+  // Returns when GiveUpOverdue is next due; InfiniteFuture if no grace is running.
+  absl::Time NextGrace() const;
+  void SetLags(Rank rank, bool lags);
+
+  // ---- Rounds
+  // Marks the member as blocked on the keys, each of which it has contributed to and awaits.
+  void Block(Rank rank, std::vector<RoundKey> keys);
+  void Unblock(Rank rank);
+  // `fresh`: not a repetition of what the round already held.
+  void NoteContribution(Rank rank, bool fresh);
+  // The member is told how a round that it contributed to has ended.
+  void NoteOutcome(Rank rank, const RoundKey& key);
+  void NoteLastArrival(Rank rank) { ++members_[rank].last_arrivals; }
+
+  // Aborts unless every counter and index agrees with the members.
+  void CheckInvariants() const;
+
+ private:
+  friend struct InvariantsPeer;
+
+  // Ends what the rank's state implies: its stream, its grace, its block.
+  void Detach(Rank rank);
+
+  std::vector<Member> members_;  // By rank.
+  const uint64_t incarnation_floor_;
+  absl::flat_hash_map<StreamId, Rank> ranks_;  // Of present members.
+  uint32_t present_ = 0;
+  uint32_t left_ = 0;
+  uint32_t given_up_ = 0;
+  uint32_t blocked_ = 0;  // Members whose blocked_on is not empty.
+  uint32_t lagging_ = 0;
+  absl::btree_set<std::pair<absl::Time, Rank>> graces_;  // Of lost members that are not given up.
+  absl::btree_map<Rank, Error> layer_set_errors_;        // Of vacant ranks.
+};
+
+}  // namespace syncbn::core
+
+#endif  // SYNCBN_SERVER_CORE_MEMBERS_H_

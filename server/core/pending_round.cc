@@ -1,0 +1,51 @@
+#include "server/core/pending_round.h"
+
+#include <algorithm>
+
+#include "plumbing/check.h"
+
+namespace syncbn::core {
+
+bool PendingRound::Expects(Rank rank) const {
+  return expected.empty() || std::binary_search(expected.begin(), expected.end(), rank);
+}
+
+std::vector<Rank> PendingRound::MissingRanks(uint32_t world_size) const {
+  std::vector<Rank> missing;
+  SYNCBN_CHECK(payloads.size() <= needed, payloads.size(), " of ", needed);
+  if (payloads.size() == needed) return missing;
+  missing.reserve(needed - payloads.size());
+  // Contributors are a subset of the expected ranks, and both are ascending.
+  auto contributed = payloads.begin();
+  const auto visit = [&](Rank rank) {
+    if (contributed != payloads.end() && contributed->first == rank) {
+      ++contributed;
+    } else {
+      missing.push_back(rank);
+    }
+  };
+  if (expected.empty()) {
+    for (Rank rank = 0; rank < world_size; ++rank) visit(rank);
+  } else {
+    for (const Rank rank : expected) visit(rank);
+  }
+  SYNCBN_CHECK(missing.size() + payloads.size() == needed, missing.size(), " missing of ", needed);
+  return missing;
+}
+
+void PendingRound::CheckInvariants(uint32_t world_size) const {
+  SYNCBN_CHECK(!payloads.empty() && payloads.contains(last_rank), "rank ", last_rank);
+  SYNCBN_CHECK(declaration != nullptr);
+  SYNCBN_CHECK(begun <= alarm && alarm <= deadline);
+  SYNCBN_CHECK(needed == (expected.empty() ? world_size : expected.size()), needed);
+  SYNCBN_CHECK(std::is_sorted(expected.begin(), expected.end()));
+  size_t sum = 0;
+  for (const auto& [rank, payload] : payloads) {
+    SYNCBN_CHECK(rank < world_size && Expects(rank), "rank ", rank);
+    SYNCBN_CHECK(payload.declaration != nullptr && payload.incarnation != 0, "rank ", rank);
+    sum += payload.bytes();
+  }
+  SYNCBN_CHECK(bytes == sum, bytes, ", not ", sum);
+}
+
+}  // namespace syncbn::core

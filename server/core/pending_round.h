@@ -1,0 +1,41 @@
+// A round in flight: what has been contributed to it, and what it waits for.
+
+#ifndef SYNCBN_SERVER_CORE_PENDING_ROUND_H_
+#define SYNCBN_SERVER_CORE_PENDING_ROUND_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "server/core/merge.h"
+#include "server/core/types.h"
+
+namespace syncbn::core {
+
+struct PendingRound {
+  absl::Time begun;
+  absl::Time deadline;
+  absl::Time alarm;            // When time next matters: when the round becomes late, then its deadline.
+  bool straddles = false;      // Some of its contributions may be of the time before the master's restart.
+  DeclarationPtr declaration;  // Of its first contribution. All others must be made under the same one.
+  size_t bytes = 0;            // Of the payloads.
+  size_t needed = 0;           // Contributions, if nobody leaves.
+  // Backward rounds: the ranks that are to contribute, ascending. Empty in other rounds, which every rank contributes
+  // to.
+  std::vector<Rank> expected;
+  int64_t count = 0;  // Backward rounds: of the forward round, which may be forgotten before this one ends.
+  Payloads payloads;
+  Rank last_rank = 0;  // The newest contributor.
+
+  bool Expects(Rank rank) const;
+  // Returns the ranks that are to contribute and have not, ascending. Ranks that have left are among them.
+  std::vector<Rank> MissingRanks(uint32_t world_size) const;
+
+  // Aborts unless counts and payloads agree.
+  void CheckInvariants(uint32_t world_size) const;
+};
+
+}  // namespace syncbn::core
+
+#endif  // SYNCBN_SERVER_CORE_PENDING_ROUND_H_

@@ -1,0 +1,372 @@
+#include "server/core/rounds.h"
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "plumbing/check.h"
+#include "server/core/error.h"
+#include "server/core/merge.h"
+
+namespace syncbn::core {
+
+// ---- A round is decided ---------------------------------------------------------------------------------------------
+
+size_t Rounds::LeastWorkers(const PendingRound& round) const {
+  if (!proceeds()) return 0;
+  // Ranks that announced BACKWARD_ROLE_NONE are not missing from a backward round.
+  return std::min<size_t>(config_.min_workers, round.needed);
+}
+
+bool Rounds::MayBeDecided(const PendingRound& round) const {
+  if (!proceeds() && AnyRankFailsRounds()) return true;
+  const size_t gone = members_.left() + (proceeds() ? members_.given_up() : 0);
+  const bool all_may_be_in = round.payloads.size() + gone >= round.needed;
+  const bool too_few_may_remain = LeastWorkers(round) + gone > round.needed;
+  return all_may_be_in || too_few_may_remain;
+}
+
+Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing) const {
+  std::vector<Rank> lost;
+  size_t awaited = 0;
+  for (const Rank rank : missing) {
+    const Member& member = members_[rank];
+    if (member.state == MemberState::kLeft) continue;
+    const Error* const layer_set_error = members_.LayerSetErrorOf(rank);
+    if (layer_set_error != nullptr && !proceeds()) return {true, *layer_set_error};
+    if (member.given_up) {
+      lost.push_back(rank);
+    } else {
+      ++awaited;
+    }
+  }
+  if (!lost.empty() && !proceeds()) return {true, WorkersLostError(key, lost)};
+  const size_t possible = round.payloads.size() + awaited;
+  const size_t least = LeastWorkers(round);
+  if (possible < least) return {true, TooFewWorkersError(key, possible, least, config_.min_workers, lost)};
+  return {awaited == 0, std::nullopt};
+}
+
+void Rounds::MaybeEnd(Pending::iterator round, absl::Time now, Effects& effects) {
+  if (!MayBeDecided(round->second)) return;
+  Spend(RanksCost());
+  std::vector<Rank> missing = round->second.MissingRanks(members_.world_size());
+  Fate fate = FateOf(round->first, round->second, missing);
+  if (!fate.decided) return;
+  if (fate.error.has_value()) {
+    Fail(round, *std::move(fate.error), now, effects);
+  } else {
+    Complete(round, std::move(missing), now, effects);
+  }
+}
+
+void Rounds::BeginReview(absl::Time now, Effects& effects) {
+  review_.emplace(RoundKey(), now);
+  ContinueReview(now, effects);
+}
+
+void Rounds::ContinueReview(absl::Time now, Effects& effects) {
+  if (!review_.has_value()) return;
+  for (auto round = pending_.lower_bound(review_->first); round != pending_.end();) {
+    if (turn_ == 0 || WaitsForReaders()) {
+      review_->first = round->first;
+      return;
+    }
+    const auto next = std::next(round);
+    MaybeEnd(round, now, effects);
+    round = next;
+  }
+  review_.reset();
+}
+
+// ---- Time passes ----------------------------------------------------------------------------------------------------
+
+absl::Time Rounds::NextDeadline() const {
+  absl::Time next = absl::InfiniteFuture();
+  if (!alarms_.empty() && !DeadlinesWait()) next = alarms_.begin()->first;
+  if (review_.has_value() && !WaitsForReaders()) next = std::min(next, review_->second);
+  return next;
+}
+
+void Rounds::OnTimePassed(absl::Time now, Effects& effects) {
+  while (turn_ != 0 && !alarms_.empty() && alarms_.begin()->first <= now && !DeadlinesWait()) {
+    const auto round = pending_.find(alarms_.begin()->second);
+    SYNCBN_CHECK(round != pending_.end(), "an alarm is set for the ", Describe(alarms_.begin()->second));
+    if (round->second.deadline <= now) {
+      Expire(round, now, effects);
+    } else {
+      AnnounceLate(round, now, effects);
+    }
+  }
+}
+
+std::vector<Rank> Rounds::WithoutLeft(std::vector<Rank> ranks) const {
+  const auto left = [this](Rank rank) { return members_[rank].state == MemberState::kLeft; };
+  ranks.erase(std::remove_if(ranks.begin(), ranks.end(), left), ranks.end());
+  return ranks;
+}
+
+void Rounds::AnnounceLate(Pending::iterator round, absl::Time now, Effects& effects) {
+  PendingRound& pending = round->second;
+  alarms_.erase({pending.alarm, round->first});
+  pending.alarm = pending.deadline;
+  alarms_.insert({pending.alarm, round->first});
+  LateRound late;
+  late.key = round->first;
+  late.age = now - pending.begun;
+  late.missing_ranks = WithoutLeft(pending.MissingRanks(members_.world_size()));
+  late.missing = static_cast<uint32_t>(late.missing_ranks.size());
+  late.missing_ranks.resize(std::min(late.missing_ranks.size(), kMostNamedRanks));
+  Spend(RanksCost());
+  std::vector<StreamId> streams;
+  for (const auto& [rank, payload] : pending.payloads) {
+    if (members_[rank].state == MemberState::kPresent) streams.push_back(members_[rank].stream);
+  }
+  effects.push_back(SendLateRounds{id_, std::move(streams), {std::move(late)}});
+}
+
+void Rounds::Expire(Pending::iterator round, absl::Time now, Effects& effects) {
+  const std::string timeout = absl::FormatDuration(*config_.round_timeout);
+  EndWithoutMissing(round, absl::StrCat(" within ", timeout, " of its first contribution"), now, effects);
+}
+
+void Rounds::EndWithoutMissing(Pending::iterator round, absl::string_view when, absl::Time now, Effects& effects) {
+  std::vector<Rank> missing = round->second.MissingRanks(members_.world_size());
+  const std::vector<Rank> awaited = WithoutLeft(missing);
+  Spend(RanksCost());
+  const size_t contributed = round->second.payloads.size();
+  if (!proceeds()) {
+    Fail(round, RoundTimeoutError(round->first, awaited, when, DeclarationHint(round, awaited)), now, effects);
+  } else if (contributed < LeastWorkers(round->second)) {
+    Fail(round, TooFewContributedError(round->first, contributed, when, config_.min_workers, awaited), now, effects);
+  } else {
+    Complete(round, std::move(missing), now, effects);
+  }
+}
+
+std::string Rounds::DeclarationHint(Pending::const_iterator round, const std::vector<Rank>& missing) const {
+  const Declarations& declarations = std::as_const(layers_).Get(round->first.layer).declarations();
+  for (const Rank rank : missing) {
+    const DeclarationPtr declared = declarations.Of(rank);
+    if (declared == nullptr || declared == round->second.declaration) continue;
+    const std::string difference = Difference(declared->spec, round->second.declaration->spec);
+    if (!difference.empty()) return absl::StrCat("; to rank ", rank, " the layer has ", difference);
+  }
+  return "";
+}
+
+// ---- A round ends ---------------------------------------------------------------------------------------------------
+
+void Rounds::FailLayer(absl::string_view layer, const Error& error, absl::Time now, Effects& effects) {
+  const RoundKey first{std::string(layer), 0, Phase::kForward};
+  for (auto round = pending_.lower_bound(first); round != pending_.end() && round->first.layer == first.layer;) {
+    const auto next = std::next(round);
+    Fail(round, error, now, effects);
+    round = next;
+  }
+}
+
+void Rounds::FailAwaiting(Rank rank, absl::Time now, Effects& effects) {
+  for (auto round = pending_.begin(); round != pending_.end();) {
+    const auto next = std::next(round);
+    if (round->second.Expects(rank) && !round->second.payloads.contains(rank)) {
+      Fail(round, WorkerRestartedError(round->first, rank), now, effects);
+    }
+    round = next;
+  }
+}
+
+void Rounds::FailAll(const Error& why, absl::Time now, Effects& effects) {
+  while (!pending_.empty()) {
+    const auto round = pending_.begin();
+    Fail(round, GroupEndedError(round->first, why), now, effects);
+  }
+}
+
+void Rounds::Complete(Pending::iterator round, std::vector<Rank> missing, absl::Time now, Effects& effects) {
+  const PendingRound& pending = round->second;
+  const LayerSpec& spec = pending.declaration->spec;
+  auto outcome = std::make_shared<RoundOutcome>();
+  outcome->key = round->first;
+  outcome->missing_ranks = std::move(missing);
+  if (round->first.phase == Phase::kForward) {
+    MergeForward(pending.payloads, spec.channels, *outcome);
+  } else {
+    MergeSums(pending.payloads, spec.channels, *outcome);
+  }
+  if (auto error = CheckMerged(*outcome, spec)) return Fail(round, *std::move(error), now, effects);
+  if (round->first.phase == Phase::kBackward) outcome->count = pending.count;
+  Finish(round, std::move(outcome), now, effects);
+}
+
+void Rounds::Fail(Pending::iterator round, Error error, absl::Time now, Effects& effects) {
+  auto outcome = std::make_shared<RoundOutcome>();
+  outcome->key = round->first;
+  outcome->error = std::move(error);
+  Finish(round, std::move(outcome), now, effects);
+}
+
+void Rounds::Finish(Pending::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now,
+                    Effects& effects) {
+  const PendingRound& pending = round->second;
+  const bool failed = outcome->error.has_value();
+  Spend((outcome->first.size() + outcome->second.size()) * sizeof(double) + pending.bytes / 2);
+  EndedRound ended;
+  ended.outcome = outcome;
+  ended.failed = failed;
+  ended.alone = pending.payloads.size() == 1 && members_.present() > 1;
+  ended.backward_required = outcome->backward_required;
+  ended.count = outcome->count;
+  ended.declaration = pending.declaration;
+  ended.roster = RosterOf(round->first.phase, pending.payloads);
+  ended.digests.reserve(pending.payloads.size());
+  std::vector<StreamId> streams;
+  streams.reserve(pending.payloads.size());
+  for (const auto& [rank, payload] : pending.payloads) {
+    ended.digests.push_back(Digest(payload));
+    if (members_[rank].state != MemberState::kPresent) continue;
+    streams.push_back(members_[rank].stream);
+    members_.NoteOutcome(rank, round->first);
+  }
+  ++(failed ? failed_ : completed_);
+  if (!failed) members_.NoteLastArrival(pending.last_rank);
+  const auto contributors = static_cast<uint32_t>(pending.payloads.size());
+  effects.push_back(RoundEnded{id_, outcome, now - pending.begun, contributors, pending.last_rank});
+  layers_.Get(round->first.layer).Record(round->first, std::move(ended));
+  SYNCBN_CHECK(pending.bytes <= pending_bytes_, pending.bytes, " of ", pending_bytes_);
+  pending_bytes_ -= pending.bytes;
+  alarms_.erase({pending.alarm, round->first});
+  pending_.erase(round);
+  if (!streams.empty()) effects.push_back(SendResults{std::move(streams), {std::move(outcome)}});
+}
+
+std::shared_ptr<const Roster> Rounds::RosterOf(Phase phase, const Payloads& payloads) {
+  Roster roster;
+  roster.reserve(payloads.size());
+  for (const auto& [rank, payload] : payloads) {
+    roster.push_back({rank, payload.backward_role, Contributor::LowBits(payload.incarnation)});
+  }
+  std::shared_ptr<const Roster>& newest = newest_rosters_[static_cast<size_t>(phase) - 1];
+  if (newest == nullptr || *newest != roster) newest = std::make_shared<const Roster>(std::move(roster));
+  return newest;
+}
+
+// ---- Deadlock -------------------------------------------------------------------------------------------------------
+
+void Rounds::OnBlocked(Rank rank, const std::vector<RoundKey>& keys) {
+  if (keys.empty() || members_[rank].state != MemberState::kPresent) return;
+  if (keys.size() > pending_.size()) return;  // They cannot all be in flight.
+  for (const RoundKey& key : keys) {
+    const auto round = pending_.find(key);
+    if (round == pending_.end() || !round->second.payloads.contains(rank)) return;
+  }
+  members_.Block(rank, keys);
+}
+
+void Rounds::FindDeadlock(absl::Time now, Effects& effects) {
+  // Absent and lost members may still come and contribute. Nobody waits for members that have left.
+  const uint32_t blocked = members_.blocked();
+  if (blocked == 0 || blocked != members_.present() || members_.present() + members_.left() != members_.world_size()) {
+    return;
+  }
+  std::vector<RoundKey> keys;
+  for (Rank rank = 0; rank < members_.world_size(); ++rank) {
+    keys.insert(keys.end(), members_[rank].blocked_on.begin(), members_[rank].blocked_on.end());
+  }
+  std::sort(keys.begin(), keys.end());
+  keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+  const auto straddles = [this](const RoundKey& key) { return pending_.at(key).straddles; };
+  // An earlier master may have told some members an outcome and others not: these wait for members that have gone on.
+  const bool split = std::any_of(keys.begin(), keys.end(), straddles);
+  const std::string waiters = DescribeWaiters();
+  for (const RoundKey& key : keys) {
+    const auto round = pending_.find(key);
+    SYNCBN_CHECK(round != pending_.end(), "a member is blocked on the ", Describe(key));
+    if (split) {
+      EndWithoutMissing(
+          round,
+          " before every worker had come to wait; the master has restarted, and an outcome that some of them had "
+          "before is lost",
+          now, effects);
+    } else {
+      Fail(round, DeadlockError(waiters, round->second.MissingRanks(members_.world_size())), now, effects);
+    }
+  }
+}
+
+std::string Rounds::DescribeWaiters() const {
+  constexpr size_t kShown = 8;
+  std::string text = "every worker waits, and on different rounds: ";
+  size_t shown = 0;
+  for (Rank rank = 0; rank < members_.world_size(); ++rank) {
+    const std::vector<RoundKey>& blocked_on = members_[rank].blocked_on;
+    if (blocked_on.empty()) continue;
+    if (shown++ >= kShown) continue;
+    absl::StrAppend(&text, shown == 1 ? "" : "; ", "rank ", rank, " on the ", Describe(blocked_on.front()));
+    if (blocked_on.size() > 1) absl::StrAppend(&text, " and ", blocked_on.size() - 1, " more");
+  }
+  if (shown > kShown) absl::StrAppend(&text, "; and ", shown - kShown, " more workers");
+  return text;
+}
+
+// ---- Views and invariants -------------------------------------------------------------------------------------------
+
+std::vector<PendingRoundView> Rounds::Views(absl::Time now) const {
+  std::vector<Pending::const_iterator> rounds;
+  rounds.reserve(pending_.size());
+  for (auto round = pending_.begin(); round != pending_.end(); ++round) rounds.push_back(round);
+  // Rounds that began at the same time are ordered by their keys.
+  const auto older = [](const auto& a, const auto& b) {
+    return a->second.begun < b->second.begun || (a->second.begun == b->second.begun && a->first < b->first);
+  };
+  const size_t shown = std::min(rounds.size(), kMostShownRounds);
+  std::partial_sort(rounds.begin(), rounds.begin() + shown, rounds.end(), older);
+  std::vector<PendingRoundView> views;
+  for (size_t i = 0; i < shown; ++i) views.push_back(ViewOf(rounds[i], now));
+  return views;
+}
+
+PendingRoundView Rounds::ViewOf(Pending::const_iterator round, absl::Time now) const {
+  const PendingRound& pending = round->second;
+  PendingRoundView view;
+  view.key = round->first;
+  for (const auto& [rank, payload] : pending.payloads) {
+    if (view.arrived_ranks.size() < kMostNamedRanks) view.arrived_ranks.push_back(rank);
+  }
+  view.arrived = pending.payloads.size();
+  view.missing_ranks = pending.MissingRanks(members_.world_size());
+  view.missing = view.missing_ranks.size();
+  view.missing_ranks.resize(std::min(view.missing, kMostNamedRanks));
+  view.age = now - pending.begun;
+  view.time_left = pending.deadline - now;
+  return view;
+}
+
+void Rounds::CheckInvariants() const {
+  size_t bytes = 0;
+  for (const auto& [key, round] : pending_) {
+    round.CheckInvariants(members_.world_size());
+    SYNCBN_CHECK(alarms_.contains({round.alarm, key}), Describe(key));
+    const Layer& layer = std::as_const(layers_).Get(key.layer);
+    SYNCBN_CHECK(layer.Find(key.phase, key.sequence) == nullptr, "the ", Describe(key), " has ended");
+    SYNCBN_CHECK(!layer.declarations().conflict().has_value(), Describe(key));
+    const bool to_be_reviewed = review_.has_value() && !(key < review_->first);
+    if (!to_be_reviewed && MayBeDecided(round)) {
+      SYNCBN_CHECK(!FateOf(key, round, round.MissingRanks(members_.world_size())).decided, Describe(key));
+    }
+    bytes += round.bytes;
+  }
+  SYNCBN_CHECK(pending_bytes_ == bytes, pending_bytes_, ", not ", bytes);
+  SYNCBN_CHECK(alarms_.size() == pending_.size(), alarms_.size(), ", not ", pending_.size());
+  SYNCBN_CHECK(pending_bytes_ <= limits_.max_pending_bytes && pending_.size() <= limits_.max_rounds_in_flight);
+  for (Rank rank = 0; rank < members_.world_size(); ++rank) {
+    for (const RoundKey& key : members_[rank].blocked_on) {
+      const auto round = pending_.find(key);
+      SYNCBN_CHECK(round != pending_.end() && round->second.payloads.contains(rank), "rank ", rank, ", ",
+                   Describe(key));
+    }
+  }
+}
+
+}  // namespace syncbn::core

@@ -1,0 +1,203 @@
+// Contributions: which are rejected, which are replays, and which a round accepts.
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "plumbing/check.h"
+#include "server/core/error.h"
+#include "server/core/rounds.h"
+
+namespace syncbn::core {
+
+std::optional<Error> Rounds::CheckKeys(const FrameReceived& frame) const {
+  const size_t rounds = std::max(frame.contributions.size(), frame.blocked_on.size());
+  if (rounds > limits_.max_rounds_in_frame) {
+    return LimitError(rounds, "rounds in one frame", "max_rounds_in_frame", limits_.max_rounds_in_frame);
+  }
+  const auto malformed = [this](const RoundKey& key) -> std::optional<Error> {
+    if (!key.layer.empty() && key.layer.size() <= limits_.max_name_bytes) return std::nullopt;
+    return MalformedError(
+        absl::StrCat("a key names a layer by ", key.layer.size(), " bytes; a name has 1 to ", limits_.max_name_bytes));
+  };
+  for (const Contribution& contribution : frame.contributions) {
+    if (auto error = malformed(contribution.key)) return error;
+  }
+  for (const RoundKey& key : frame.blocked_on) {
+    if (auto error = malformed(key)) return error;
+  }
+  return std::nullopt;
+}
+
+void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects) {
+  const RoundKey& key = contribution.key;
+  const Layer* const layer = layers_.Find(key.layer);
+  if (layer == nullptr) return Reject(rank, key, UndeclaredLayerError(rank, key), effects);
+  if (Replay(rank, contribution, *layer, effects)) return;
+  auto round = pending_.find(key);
+  DeclarationPtr declaration = DeclarationFor(rank, key, *layer, round);
+  if ((declaration->spec.kind == LayerKind::kSum) != (key.phase == Phase::kSum)) {
+    return Reject(rank, key, LayerKindError(rank, key), effects);
+  }
+  if (auto error = CheckArrival(rank, contribution, *layer, round))
+    return Reject(rank, key, *std::move(error), effects);
+  if (round == pending_.end()) round = Begin(key, *layer, now);
+  if (!Accept(rank, contribution, std::move(declaration), round, effects)) return;
+  if (auto error = CheckAccepted(rank, contribution, *layer, round)) {
+    Fail(round, *std::move(error), now, effects);
+  } else {
+    MaybeEnd(round, now, effects);
+  }
+}
+
+void Rounds::Reject(Rank rank, const RoundKey& key, Error error, Effects& effects) const {
+  auto outcome = std::make_shared<RoundOutcome>();
+  outcome->key = key;
+  outcome->error = std::move(error);
+  effects.push_back(SendResults{{members_[rank].stream}, {std::move(outcome)}});
+}
+
+bool Rounds::Replay(Rank rank, const Contribution& contribution, const Layer& layer, Effects& effects) const {
+  const RoundKey& key = contribution.key;
+  const EndedRound* const ended = layer.Find(key.phase, key.sequence);
+  if (ended == nullptr) return false;
+  const Contributor* const before = ended->Find(rank);
+  if (before != nullptr && ended->DigestOf(before) != Digest(contribution)) {
+    const bool restarted = before->incarnation != Contributor::LowBits(members_[rank].incarnation);
+    Reject(rank, key, ChangedReplayError(rank, key, restarted), effects);
+  } else if (ended->outcome == nullptr) {
+    Reject(rank, key, OutcomeForgottenError(key, limits_.max_retained_bytes), effects);
+  } else {
+    effects.push_back(SendResults{{members_[rank].stream}, {ended->outcome}});
+  }
+  return true;
+}
+
+DeclarationPtr Rounds::DeclarationFor(Rank rank, const RoundKey& key, const Layer& layer,
+                                      Pending::const_iterator round) const {
+  // A backward round has its forward round's size, whatever the layer has become since.
+  if (key.phase == Phase::kBackward) {
+    if (round != pending_.end()) return round->second.declaration;
+    if (const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence)) return forward->declaration;
+  }
+  if (DeclarationPtr declared = layer.declarations().Of(rank)) return declared;
+  return round != pending_.end() ? round->second.declaration : layer.declarations().current();
+}
+
+std::optional<Error> Rounds::CheckArrival(Rank rank, const Contribution& contribution, const Layer& layer,
+                                          Pending::const_iterator round) const {
+  const RoundKey& key = contribution.key;
+  if (round == pending_.end() && layer.Expired(key.phase, key.sequence)) {
+    if (key.phase == Phase::kBackward && layer.LostAwaited(key.sequence)) {
+      return ForwardForgottenError(key, limits_.max_awaited_bytes);
+    }
+    return RoundTooOldError(key, limits_.retained_rounds);
+  }
+  if (key.phase == Phase::kBackward) {
+    if (auto error = CheckBackward(rank, key, layer, round)) return error;
+  }
+  return CheckRoom(rank, contribution, round);
+}
+
+std::optional<Error> Rounds::CheckBackward(Rank rank, const RoundKey& key, const Layer& layer,
+                                           Pending::const_iterator round) const {
+  if (round != pending_.end() && round->second.Expects(rank)) return std::nullopt;
+  const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
+  if (forward == nullptr || forward->failed) return ForwardUnknownError(key, forward != nullptr);
+  const Contributor* const contributor = forward->Find(rank);
+  if (contributor == nullptr) return NotAContributorError(rank, key, "its forward contribution did not count");
+  if (!forward->backward_required) return NotAContributorError(rank, key, "no worker required that round");
+  if (contributor->role != BackwardRole::kNone) return std::nullopt;
+  return NotAContributorError(rank, key, "it announced BACKWARD_ROLE_NONE in its forward round");
+}
+
+std::optional<Error> Rounds::CheckRoom(Rank rank, const Contribution& contribution,
+                                       Pending::const_iterator round) const {
+  if (round == pending_.end() && pending_.size() >= limits_.max_rounds_in_flight) {
+    return LimitError(pending_.size() + 1, "rounds in flight", "max_rounds_in_flight", limits_.max_rounds_in_flight);
+  }
+  size_t bytes = pending_bytes_ + (contribution.first.size() + contribution.second.size()) * sizeof(double);
+  if (round != pending_.end()) {
+    // A repeated or replaced payload does not count twice.
+    const auto before = round->second.payloads.find(rank);
+    if (before != round->second.payloads.end()) bytes -= before->second.bytes();
+  }
+  if (bytes <= limits_.max_pending_bytes) return std::nullopt;
+  return LimitError(bytes, "bytes of contributions to rounds in flight", "max_pending_bytes",
+                    limits_.max_pending_bytes);
+}
+
+Rounds::Pending::iterator Rounds::Begin(const RoundKey& key, const Layer& layer, absl::Time now) {
+  PendingRound round;
+  round.begun = now;
+  round.deadline = now + *config_.round_timeout;
+  round.alarm = std::min(round.deadline, now + limits_.late_round_after);
+  round.needed = members_.world_size();
+  if (key.phase == Phase::kBackward) {
+    const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
+    SYNCBN_CHECK(forward != nullptr && !forward->failed, Describe(key));
+    for (const Contributor& contributor : *forward->roster) {
+      if (contributor.role != BackwardRole::kNone) round.expected.push_back(contributor.rank);
+    }
+    SYNCBN_CHECK(!round.expected.empty(), Describe(key));
+    round.needed = round.expected.size();
+    round.count = forward->count;
+    round.declaration = forward->declaration;
+  }
+  alarms_.insert({round.alarm, key});
+  const auto [begun, inserted] = pending_.emplace(key, std::move(round));
+  SYNCBN_CHECK(inserted, Describe(key));
+  return begun;
+}
+
+bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr declaration, Pending::iterator round,
+                    Effects& effects) {
+  const Member& member = members_[rank];
+  PendingRound& pending = round->second;
+  const auto before = pending.payloads.find(rank);
+  if (before != pending.payloads.end()) {
+    if (SameNumbers(before->second, contribution)) {
+      before->second.incarnation = member.incarnation;
+      members_.NoteContribution(rank, /*fresh=*/false);
+      return true;
+    }
+    if (before->second.incarnation == member.incarnation) {
+      Reject(rank, round->first, ChangedPayloadError(rank, round->first), effects);
+      return false;
+    }
+    const size_t bytes = before->second.bytes();
+    SYNCBN_CHECK(bytes <= pending.bytes && pending.bytes <= pending_bytes_, bytes, " of ", pending_bytes_);
+    pending.bytes -= bytes;
+    pending_bytes_ -= bytes;
+    pending.payloads.erase(before);
+  }
+  if (pending.payloads.empty()) pending.declaration = declaration;
+  Payload payload;
+  payload.incarnation = member.incarnation;
+  payload.declaration = std::move(declaration);
+  payload.count = contribution.count;
+  payload.backward_role = contribution.backward_role;
+  payload.first.assign(contribution.first.begin(), contribution.first.end());
+  payload.second.assign(contribution.second.begin(), contribution.second.end());
+  pending.bytes += payload.bytes();
+  pending_bytes_ += payload.bytes();
+  pending.payloads.emplace(rank, std::move(payload));
+  pending.last_rank = rank;
+  pending.straddles = pending.straddles || member.resuming;
+  members_.NoteContribution(rank, /*fresh=*/true);
+  return true;
+}
+
+std::optional<Error> Rounds::CheckAccepted(Rank rank, const Contribution& contribution, const Layer& layer,
+                                           Pending::const_iterator round) const {
+  if (auto conflict = layer.declarations().conflict()) return conflict;
+  const DeclarationPtr& mine = round->second.payloads.at(rank).declaration;
+  const DeclarationPtr& theirs = round->second.declaration;
+  if (mine != theirs) {
+    const std::string difference = Difference(mine->spec, theirs->spec);
+    if (!difference.empty()) return DeclarationMismatchError(rank, round->first, difference);
+  }
+  return CheckNumbers(contribution, theirs->spec, rank, limits_);
+}
+
+}  // namespace syncbn::core
