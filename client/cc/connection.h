@@ -19,14 +19,16 @@
 namespace syncbn {
 
 // Opens channels to the master, tuned for short frames and quick reconnection. Copies share their credentials.
+//
+// *Thread safety*: any thread may call any method.
 class ChannelMaker {
  public:
-  // INVALID_ARGUMENT for files that cannot be used; RESOURCE_EXHAUSTED without free file descriptors. The first call
-  // tunes the process too: see Worker::Join.
+  // Reads the files, and prepares the process for gRPC (see Worker::Join). *Errors*: INVALID_ARGUMENT for files that
+  // cannot be used; RESOURCE_EXHAUSTED without free file descriptors.
   static absl::StatusOr<ChannelMaker> Make(const Worker::TlsOptions& tls);
 
-  // A new channel asks anew for the addresses of a name: one that has failed would ask again after half a minute only.
-  // `connect_timeout`: for one address.
+  // Returns a new channel, which looks the target's name up again: a channel that has failed would do so only after
+  // half a minute. `connect_timeout` is for one address.
   std::shared_ptr<grpc::Channel> Open(const std::string& target, absl::Duration connect_timeout) const;
 
  private:
@@ -35,8 +37,10 @@ class ChannelMaker {
   std::shared_ptr<grpc::ChannelCredentials> credentials_;
 };
 
-// Must stay until outstanding() is 0: each of the operations below ends as an event of the queue, whose tag is an
-// Operation of this connection. One operation of each kind at a time. Not thread-safe.
+// Each operation ends as an event of the queue, whose tag is an Operation of this connection. At most one operation of
+// each kind may be outstanding, and the connection must live until outstanding() is 0.
+//
+// *Thread safety*: none.
 class Connection {
  public:
   enum class Kind { kStart, kRead, kWrite, kFinish };
@@ -54,7 +58,7 @@ class Connection {
   void Finish();
   void Cancel() { context_.TryCancel(); }
 
-  // To be called with each event before anything else.
+  // Takes note of an event of the queue. To be called before anything else is done about it.
   void Ended(Kind kind);
 
   bool reading() const { return reading_; }
@@ -62,9 +66,10 @@ class Connection {
   bool finishing() const { return finishing_; }
   int outstanding() const { return outstanding_; }
 
-  // After a Read that succeeded.
+  // Returns the frame, after a Read that succeeded.
   grpc::ByteBuffer* incoming() { return &incoming_; }
-  // After Finish: its error details are a serialized google.rpc.Status, if the master gave one.
+  // Returns why the call ended, after Finish. Its error details are a serialized google.rpc.Status, if the master gave
+  // one.
   const grpc::Status& status() const { return status_; }
 
  private:

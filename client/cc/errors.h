@@ -1,4 +1,4 @@
-// What a failed round or call tells beyond its code and message.
+// The details of a failed round or call beyond its code and message.
 
 #ifndef SYNCBN_CLIENT_CC_ERRORS_H_
 #define SYNCBN_CLIENT_CC_ERRORS_H_
@@ -12,7 +12,7 @@
 
 namespace syncbn {
 
-// Travels in an absl::Status as its google.rpc.ErrorInfo.
+// The google.rpc.ErrorInfo that an absl::Status carries.
 struct ErrorDetails {
   // One of those that proto/syncbn/v1/statistics.proto lists, or the client's own: LEFT, CLOSED, FORKED,
   // INTERRUPTED, UNREACHABLE.
@@ -21,7 +21,7 @@ struct ErrorDetails {
   std::vector<uint32_t> ranks;  // To blame, ascending.
 };
 
-// The details of a status that this library returned; empty for others.
+// Returns the details of a status that this library returned; empty ones for others.
 ErrorDetails DetailsOf(const absl::Status& status);
 
 absl::Status MakeStatus(absl::StatusCode code, absl::string_view message, const ErrorDetails& details);
@@ -31,7 +31,7 @@ absl::Status LeftError();
 absl::Status ClosedError();
 absl::Status InterruptedError();
 
-// From the wire: the fields of a google.rpc.Status, whose details are serialized messages of type Any.
+// Returns the status that a master has sent, as a serialized google.rpc.Status. *Errors*: INTERNAL if it is none.
 absl::Status FromSerializedStatus(absl::string_view serialized_google_rpc_status);
 
 }  // namespace syncbn

@@ -242,8 +242,7 @@ bool Session::IsBlocked() const {
 void Session::OnOutcome(Outcome outcome, Effects* effects) {
   const auto found = pending_.find(outcome.key);
   if (found == pending_.end()) return;  // A replay that nobody waits for.
-  const ContributionRef contribution = *found;
-  pending_.erase(found);
+  ContributionRef contribution = std::move(pending_.extract(found).value());
   attempts_.Answered();
   SetUnderWay(*contribution, false);
   contribution->ended_ = true;
@@ -252,7 +251,7 @@ void Session::OnOutcome(Outcome outcome, Effects* effects) {
     status =
         CheckResult(contribution->key(), outcome.payload, contribution->length_, contribution->finite_, outcome.result);
   }
-  effects->push_back(Complete{contribution, std::move(status), std::move(outcome.result)});
+  effects->push_back(Complete{std::move(contribution), std::move(status), std::move(outcome.result)});
 }
 
 }  // namespace syncbn::session

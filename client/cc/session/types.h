@@ -34,10 +34,17 @@ struct LayerOptions {
 // The result of a round that completed.
 struct RoundResult {
   int64_t count = 0;           // Forward and backward: values in each channel, over all workers.
-  std::vector<double> first;   // mean; sum_dy; the summed vector.
-  std::vector<double> second;  // var (biased); sum_dy_xmu; empty.
+  std::vector<double> first;   // By phase: mean; sum_dy; the summed vector.
+  std::vector<double> second;  // By phase: var (biased); sum_dy_xmu; empty.
   bool backward_required = false;
   std::vector<uint32_t> missing_ranks;
+
+  // The two vectors by the names of the round's phase.
+  const std::vector<double>& mean() const { return first; }
+  const std::vector<double>& var() const { return second; }
+  const std::vector<double>& sum_dy() const { return first; }
+  const std::vector<double>& sum_dy_xmu() const { return second; }
+  const std::vector<double>& vector() const { return first; }
 };
 
 // Identifies a round within its group.

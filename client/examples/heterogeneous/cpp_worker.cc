@@ -235,7 +235,7 @@ absl::Status Train(const Flags& flags) {
     if (!round.ok()) return round.status();
     if (absl::Status status = round->Wait(); !status.ok()) return status;
     const double rate = flags.learning_rate / static_cast<double>(flags.global_batch);
-    for (size_t i = 0; i < parameters->size(); ++i) (*parameters)[i] -= rate * round->result().first[i];
+    for (size_t i = 0; i < parameters->size(); ++i) (*parameters)[i] -= rate * round->result().vector()[i];
   }
   const std::vector<double> statistics = network->RunningStatistics();
   parameters->insert(parameters->end(), statistics.begin(), statistics.end());

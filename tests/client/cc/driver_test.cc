@@ -65,7 +65,7 @@ struct Pair {
     auto round = worker->StartSum(name, Worker::kNextSequence, value);
     if (!round.ok()) return round.status();
     if (absl::Status status = round->Wait(); !status.ok()) return status;
-    return round->result().first;
+    return round->result().vector();
   }
 
   InProcessTransport* transport = nullptr;
@@ -191,7 +191,7 @@ TEST(DriverTest, AnInterruptEndsAWaitAndTheRoundGoesOn) {
   waiting.join();
   Answer(transport, unanswered);
   EXPECT_TRUE(round->Wait().ok());
-  EXPECT_THAT(round->result().first, ElementsAre(10.0));
+  EXPECT_THAT(round->result().vector(), ElementsAre(10.0));
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ TEST_P(RedeclareTest, SumsOfManyLengthsMayBeUnderWayTogether) {
     for (size_t i = 0; i < lengths.size(); ++i) {
       const absl::Status status = rounds[i].Wait();
       ASSERT_TRUE(status.ok()) << status;
-      EXPECT_EQ(rounds[i].result().first, std::vector<double>(lengths[i], world_size()));
+      EXPECT_EQ(rounds[i].result().vector(), std::vector<double>(lengths[i], world_size()));
     }
   });
 }
@@ -75,8 +75,8 @@ TEST_P(RedeclareTest, ALongSumMayGrow) {
       const absl::Status status = round.Wait();
       ASSERT_TRUE(status.ok()) << status;
     }
-    EXPECT_EQ(rounds[0].result().first, std::vector<double>((size_t{1} << 20) + 3, world_size()));
-    EXPECT_EQ(rounds[1].result().first, std::vector<double>((size_t{2} << 20) + 5, world_size()));
+    EXPECT_EQ(rounds[0].result().vector(), std::vector<double>((size_t{1} << 20) + 3, world_size()));
+    EXPECT_EQ(rounds[1].result().vector(), std::vector<double>((size_t{2} << 20) + 5, world_size()));
   });
 }
 
@@ -90,22 +90,22 @@ TEST_P(RedeclareTest, TwoModelsMayUseOneName) {
       Round wide = StartForward(worker, 5);
       ASSERT_TRUE(wide.Wait().ok());
       ASSERT_TRUE(narrow.Wait().ok());
-      EXPECT_EQ(narrow.result().first, std::vector<double>(2, (world_size() + 1.0) / 2));
-      EXPECT_EQ(wide.result().first, std::vector<double>(5, (world_size() + 1.0) / 2));
+      EXPECT_EQ(narrow.result().mean(), std::vector<double>(2, (world_size() + 1.0) / 2));
+      EXPECT_EQ(wide.result().mean(), std::vector<double>(5, (world_size() + 1.0) / 2));
       for (const auto& [round, channels] : {std::pair<Round*, size_t>{&wide, 5}, {&narrow, 2}}) {
         const std::vector<double> sums(channels, 1.0);
         auto backward = worker.StartBackward("1", round->sequence(), sums, sums);
         ASSERT_TRUE(backward.ok()) << backward.status();
         const absl::Status status = backward->Wait();
         ASSERT_TRUE(status.ok()) << status;
-        EXPECT_EQ(backward->result().first, std::vector<double>(channels, world_size()));
+        EXPECT_EQ(backward->result().sum_dy(), std::vector<double>(channels, world_size()));
       }
       // An empty batch tells no length.
       Round empty = StartForward(worker, 5);
       ASSERT_TRUE(empty.Wait().ok());
       auto backward = worker.StartBackward("1", empty.sequence(), {}, {});
       ASSERT_TRUE(backward.ok() && backward->Wait().ok());
-      EXPECT_EQ(backward->result().first, std::vector<double>(5, 0.0));
+      EXPECT_EQ(backward->result().sum_dy(), std::vector<double>(5, 0.0));
     }
   });
 }
@@ -151,7 +151,7 @@ TEST(RedeclareReconnectTest, RoundsOfBothDeclarationsFormAgain) {
         Round& round = rounds[length - 2];
         const absl::Status status = round.Wait();
         ASSERT_TRUE(status.ok()) << status;
-        EXPECT_EQ(round.result().first, std::vector<double>(length, 3.0));
+        EXPECT_EQ(round.result().vector(), std::vector<double>(length, 3.0));
       } else {
         const auto sum = Sum(*workers[1], "v", std::vector<double>(length, 2.0));
         ASSERT_TRUE(sum.ok()) << sum.status();

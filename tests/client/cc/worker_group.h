@@ -75,7 +75,7 @@ inline absl::StatusOr<std::vector<double>> Sum(Worker& worker, const std::string
   auto round = worker.StartSum(name, Worker::kNextSequence, value);
   if (!round.ok()) return round.status();
   if (absl::Status status = round->Wait(); !status.ok()) return status;
-  return round->result().first;
+  return round->result().vector();
 }
 
 // Returns once the master has this rank's contribution to a round of the layer that waits.

@@ -56,8 +56,8 @@ TEST_F(WorkerTest, ForwardAndBackwardRounds) {
     ASSERT_TRUE(status.ok()) << status;
     EXPECT_EQ(forward->sequence(), 0u);
     EXPECT_EQ(forward->result().count, 3);
-    EXPECT_THAT(forward->result().first, ElementsAre(2.0, 7.0));
-    EXPECT_THAT(forward->result().second, ElementsAre(10.0 / 3.0, 0.0));
+    EXPECT_THAT(forward->result().mean(), ElementsAre(2.0, 7.0));
+    EXPECT_THAT(forward->result().var(), ElementsAre(10.0 / 3.0, 0.0));
     EXPECT_TRUE(forward->result().backward_required);
     EXPECT_THAT(forward->result().missing_ranks, IsEmpty());
     auto backward = worker.StartBackward("bn", forward->sequence(), std::vector<double>{1.0 + rank, 0.5},
@@ -65,8 +65,8 @@ TEST_F(WorkerTest, ForwardAndBackwardRounds) {
     ASSERT_TRUE(backward.ok()) << backward.status();
     ASSERT_TRUE(backward->Wait().ok());
     EXPECT_EQ(backward->result().count, 3);
-    EXPECT_THAT(backward->result().first, ElementsAre(3.0, 1.0));
-    EXPECT_THAT(backward->result().second, ElementsAre(-2.0, 10.0));
+    EXPECT_THAT(backward->result().sum_dy(), ElementsAre(3.0, 1.0));
+    EXPECT_THAT(backward->result().sum_dy_xmu(), ElementsAre(-2.0, 10.0));
   });
 }
 
@@ -91,7 +91,7 @@ TEST_F(WorkerTest, WhatIsReadyGoesInOneFrame) {
   }
   for (Round& round : rounds) {
     ASSERT_TRUE(round.Wait().ok());
-    EXPECT_THAT(round.result().first, ElementsAre(3.0));
+    EXPECT_THAT(round.result().vector(), ElementsAre(3.0));
   }
   const auto answer = peer.ReadResults();
   ASSERT_TRUE(answer.has_value());
@@ -109,7 +109,7 @@ TEST_F(WorkerTest, RoundsMayBeWaitedForInAnyOrder) {
     }
     for (auto round = rounds.rbegin(); round != rounds.rend(); ++round) {
       ASSERT_TRUE(round->Wait().ok());
-      EXPECT_THAT(round->result().first, ElementsAre(6.0));
+      EXPECT_THAT(round->result().vector(), ElementsAre(6.0));
     }
   });
 }
@@ -124,7 +124,7 @@ TEST_F(WorkerTest, FlushSendsWithoutWaiting) {
   const auto peer = JoinOrDie(WorkerOptions(target(), 1, 2));
   ASSERT_TRUE(Sum(*peer, "v", {2.0}).ok());
   EXPECT_TRUE(round->Wait().ok());
-  EXPECT_THAT(round->result().first, ElementsAre(3.0));
+  EXPECT_THAT(round->result().vector(), ElementsAre(3.0));
 }
 
 TEST_F(WorkerTest, SequencesCountForEachLayerAndPhase) {
@@ -258,7 +258,7 @@ TEST_F(WorkerTest, InterruptEndsAWaitAndTheRoundGoesOn) {
   std::thread again([&] { EXPECT_TRUE(round->Wait().ok()); });
   EXPECT_TRUE(Sum(*workers[1], "v", {2.0}).ok());
   again.join();
-  EXPECT_THAT(round->result().first, ElementsAre(3.0));
+  EXPECT_THAT(round->result().vector(), ElementsAre(3.0));
 }
 
 // ---- Membership -----------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ TEST_F(WorkerTest, WhoeverLeavesIsNotWaitedFor) {
   for (uint64_t sequence = 0; sequence < 2; ++sequence) {
     auto round = workers[0]->StartSum("v", sequence, std::vector<double>{1.0});
     ASSERT_TRUE(round.ok() && round->Wait().ok());
-    EXPECT_THAT(round->result().first, ElementsAre(sequence == 0 ? 3.0 : 1.0));
+    EXPECT_THAT(round->result().vector(), ElementsAre(sequence == 0 ? 3.0 : 1.0));
     EXPECT_EQ(round->result().missing_ranks, sequence == 0 ? std::vector<uint32_t>{} : std::vector<uint32_t>{1});
   }
 }
@@ -415,7 +415,7 @@ TEST(WorkerOfLongVectorsTest, DoesNotSendManyFasterThanItReads) {
   for (Round& round : rounds) {
     const absl::Status status = round.Wait();
     ASSERT_TRUE(status.ok()) << status;
-    EXPECT_EQ(round.result().first.back(), 3.0);
+    EXPECT_EQ(round.result().vector().back(), 3.0);
   }
 }
 
@@ -433,7 +433,7 @@ TEST_F(WorkerTest, LongVectorsBegunInDifferentOrders) {
     for (Round& round : rounds) {
       const absl::Status status = round.Wait();
       ASSERT_TRUE(status.ok()) << status;
-      EXPECT_EQ(round.result().first.size(), kElements);
+      EXPECT_EQ(round.result().vector().size(), kElements);
     }
   });
 }
