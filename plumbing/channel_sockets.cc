@@ -3,8 +3,8 @@
 #include "grpc/support/sync.h"
 #include "plumbing/fork_sockets.h"
 
-// The layout of gRPC's, whose public headers name the type alone: a table of functions, then a count of references.
-// Later versions have appended to the table what may be null.
+// The layout of gRPC's type, which its public headers only declare: a table of functions, then a reference count. Later
+// versions have appended entries to the table that may be null.
 struct grpc_socket_mutator {
   struct Table {
     bool (*mutate)(int descriptor, grpc_socket_mutator* mutator);
@@ -24,7 +24,7 @@ bool Note(int descriptor, grpc_socket_mutator*) {
   return true;  // False would end the connection.
 }
 
-// There is one.
+// There is only one.
 int Compare(grpc_socket_mutator*, grpc_socket_mutator*) { return 0; }
 void Keep(grpc_socket_mutator*) {}
 

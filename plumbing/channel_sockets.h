@@ -7,7 +7,7 @@
 
 namespace syncbn {
 
-// Every connection of a channel with these arguments is given up in forked children (fork_sockets.h).
+// Closes the connections of a channel with these arguments in forked children (fork_sockets.h).
 void GiveUpSocketsInForkedChildren(grpc::ChannelArguments* arguments);
 
 }  // namespace syncbn

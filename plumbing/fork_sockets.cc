@@ -12,9 +12,9 @@
 namespace syncbn {
 namespace {
 
-// The inode of the socket that each descriptor was, 0 for none. In blocks that are made when they are needed and never
-// moved, so that the child reads them without a lock: the thread that held one at the fork does not exist there. A
-// descriptor beyond the last block (four million; Linux allows one million unless told otherwise) is not kept.
+// The inode of each descriptor's socket, 0 for none. The blocks are allocated on demand and never move, so that a
+// forked child can read them without a lock, whose holder might not exist there. Descriptors beyond the last block
+// (four million; Linux allows one million by default) are not kept.
 constexpr size_t kBlockSize = 1024;
 constexpr size_t kBlocks = 4096;
 
@@ -24,14 +24,14 @@ struct Block {
 
 std::atomic<Block*> g_blocks[kBlocks] = {};
 
-// The inode number, or 0 if the descriptor is not a socket.
+// Returns the inode number, or 0 if the descriptor is not a socket.
 uint64_t SocketInode(int descriptor) {
   struct stat status;
   if (fstat(descriptor, &status) != 0 || !S_ISSOCK(status.st_mode)) return 0;
   return status.st_ino;
 }
 
-// Only what POSIX allows between a fork and an exec of a process of many threads: system calls.
+// Makes system calls only, as POSIX demands between fork and exec in a process of many threads.
 void GiveUpInChild() {
   const int null = open("/dev/null", O_RDWR | O_CLOEXEC);
   for (size_t b = 0; b < kBlocks; ++b) {

@@ -13,11 +13,11 @@ namespace syncbn {
 namespace {
 
 std::atomic<int> g_open{0};
-std::atomic<bool> g_used{false};  // One has been open, in this process or further up.
+std::atomic<bool> g_used{false};  // One has been open, in this process or an ancestor.
 
 enum class Origin { kOwn, kOpen, kClosed };
 std::atomic<Origin> g_origin{Origin::kOwn};
-std::atomic<uint64_t> g_forks{0};  // Between the first process and this one. A process id would be a system call.
+std::atomic<uint64_t> g_forks{0};  // From the first process to this one. A process id would cost a system call.
 
 void OnChild() {
   ++g_forks;

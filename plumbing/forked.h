@@ -1,7 +1,7 @@
 // Refuses calls in a process that was forked from one with open workers or masters.
 //
-// gRPC's threads are not in a forked child, but their locks, queues and the kernel's objects that they share with the
-// parent are. A child that used gRPC would wait for ever, and could take the parent's events away from it.
+// A forked child does not have gRPC's threads, but it has their locks and queues, and shares kernel objects with its
+// parent. A child that used gRPC would hang, and could take events away from the parent.
 
 #ifndef SYNCBN_PLUMBING_FORKED_H_
 #define SYNCBN_PLUMBING_FORKED_H_
@@ -12,16 +12,19 @@
 
 namespace syncbn {
 
-// OK; or FAILED_PRECONDITION with the reason FORKED in a process that was forked, directly or further up, while an
-// OpenHere lived ("this process was forked from one that has an open worker/master; start it with spawn or
-// forkserver"), or after one had lived: gRPC keeps threads and locks for as long as a process lives.
+// Returns OK if this process may use gRPC.
+//
+// Errors: FAILED_PRECONDITION (FORKED) in a process that was forked, directly or indirectly, while an OpenHere existed
+// ("this process was forked from one that has an open worker/master; start it with spawn or forkserver") or after one
+// had existed, since gRPC keeps threads and locks as long as a process lives.
 absl::Status CheckNotForked();
 
-// The error for a handle that another process has made.
+// Returns the error for a handle that another process has made.
 absl::Status ForkedError();
 
-// Lives as long as an open worker or master, the time in which it opens and closes included.
-// Thread safety: any thread.
+// Marks an open worker or master: exists from before it opens until after it has closed.
+//
+// Thread safety: any thread may call any method.
 class OpenHere {
  public:
   OpenHere();
@@ -29,8 +32,8 @@ class OpenHere {
   OpenHere(const OpenHere&) = delete;
   OpenHere& operator=(const OpenHere&) = delete;
 
-  // Returns whether this is another process than the one that made it, forked from it by fork(). Nothing of what it
-  // belongs to may be touched then, its locks included: another thread may have held them when the process was forked.
+  // Returns whether this process is a forked child of the one that made the object. Its owner must not be touched then,
+  // not even its locks: another thread may have held them at the fork.
   bool forked() const;
 
  private:

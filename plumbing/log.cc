@@ -65,7 +65,7 @@ const char* NameOf(LogLevel level) {
   return "log";
 }
 
-// One write for one line, so that lines of several threads do not mix.
+// Writes a line at once, so that lines of several threads do not mix.
 void WriteToStderr(LogLevel level, absl::string_view line) {
   if (level < LogLevel::kWarning) return;
   const std::string text = absl::StrCat("syncbn: ", NameOf(level), ": ", line, "\n");
@@ -92,7 +92,7 @@ void SetLogSink(LogSink function) {
   if (function != nullptr) sink = std::make_shared<Sink>(Sink{std::move(function)});
   std::unique_lock<std::mutex> lock(state.mutex);
   state.sink.swap(sink);
-  // A thread that is within a sink would wait for itself, or for another that waits for it.
+  // A thread that is within a sink would wait for itself, or for another thread that waits for it.
   if (sink != nullptr && t_depth == 0) state.left.wait(lock, [&sink] { return sink->callers == 0; });
 }
 

@@ -1,4 +1,4 @@
-// Where lines for people go: what a program that embeds the library reads, filters and stores.
+// Log lines for people, which a program that embeds the library can read, filter and store.
 
 #ifndef SYNCBN_PLUMBING_LOG_H_
 #define SYNCBN_PLUMBING_LOG_H_
@@ -12,22 +12,21 @@ namespace syncbn {
 // The numbers are those of Python's logging.
 enum class LogLevel { kDebug = 10, kInfo = 20, kWarning = 30, kError = 40 };
 
-// Receives one line, without a line end. Called on whatever thread has something to say, gRPC's own threads among them,
-// several at a time, and with no lock of this library held. It may call the library.
+// Receives one line, without a line end. May be called by any thread, gRPC's among them, and by several at a time, with
+// no lock of this library held. It may call the library.
 using LogSink = std::function<void(LogLevel, absl::string_view line)>;
 
-// Replaces the sink; null brings back the default, which writes warnings and errors to stderr, one line each. Returns
-// when no other thread is within the sink before it; called from within a sink, it returns at once.
+// Replaces the sink; null restores the default, which writes warnings and errors to stderr, one line each. Returns once
+// no other thread is within the previous sink; called from within a sink, it returns at once.
 //
-// gRPC's own log arrives at kDebug, whatever its severity: what of it concerns a caller comes as an error of a call.
-// The route is laid by the first worker, the first master or the first SetLogSink of a process, and replaces a function
-// that the program has given to gpr_set_log_function before.
+// gRPC's log arrives at kDebug, whatever its severity: errors that concern a caller are returned by calls. The first
+// worker, master or SetLogSink of a process redirects that log, and replaces a function that the program has given to
+// gpr_set_log_function before.
 //
 // Thread safety: any thread may call it at any time, in a forked child too.
 void SetLogSink(LogSink sink);
 
-// Gives a line to the sink. Control characters (a line end in a peer's message, say) arrive as '?', so that a line
-// stays a line.
+// Gives a line to the sink. Replaces control characters, such as a line end in a peer's message, by '?'.
 void Log(LogLevel level, absl::string_view line);
 
 // Sends gRPC's log to the sink. Idempotent.

@@ -46,10 +46,10 @@ BioPointer Reader(const std::string& pem) {
   return BioPointer(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size())), BIO_free);
 }
 
-// Asks nobody for a passphrase, as the library would do on the terminal.
+// Gives no passphrase; the library would ask for one on the terminal.
 int NoPassphrase(char*, int, int, void*) { return -1; }
 
-// All certificates of the text; empty where one of them cannot be parsed.
+// Returns all certificates of the text; none if one of them cannot be parsed.
 std::vector<X509Pointer> ParseCertificates(const std::string& pem) {
   const BioPointer bio = Reader(pem);
   std::vector<X509Pointer> certificates;

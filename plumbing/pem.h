@@ -1,4 +1,4 @@
-// Certificates and keys in PEM files, checked before gRPC has them, which would not say what is wrong with which file.
+// Certificates and keys in PEM files, checked before they reach gRPC, whose errors do not name the file.
 
 #ifndef SYNCBN_PLUMBING_PEM_H_
 #define SYNCBN_PLUMBING_PEM_H_
@@ -13,21 +13,24 @@ namespace syncbn {
 
 struct Certificates {
   std::string pem;  // The whole file: at least one certificate.
-  // Expiry of the first certificate. The infinite past where the certificate tells no time.
+  // Validity of the first certificate. The infinite past if it has none.
   absl::Time not_before, not_after;
 };
 
-// All certificates of a file. `what` it is to the caller ("trusted CA") stands in the errors. INVALID_ARGUMENT, naming
-// the file, where it cannot be read, has no certificate, or one that cannot be parsed.
+// Reads all certificates of a file. `what` names its purpose ("trusted CA") in errors.
+//
+// Errors: INVALID_ARGUMENT, naming the file, if it cannot be read, or has no certificate or one that cannot be parsed.
 absl::StatusOr<Certificates> ReadCertificates(absl::string_view what, const std::string& path);
 
 struct Identity {
-  Certificates certificate;  // And those that vouch for it.
+  Certificates certificate;  // With those that vouch for it.
   std::string key;           // PEM.
 };
 
-// A certificate and the key that belongs to it. INVALID_ARGUMENT, naming the file, as above, and where the key cannot
-// be read without a passphrase (nobody is asked for one) or is another certificate's.
+// Reads a certificate and its key.
+//
+// Errors: those of ReadCertificates; INVALID_ARGUMENT, naming the file, if the key cannot be read without a passphrase
+// or does not belong to the certificate.
 absl::StatusOr<Identity> ReadIdentity(const std::string& cert_file, const std::string& key_file);
 
 }  // namespace syncbn

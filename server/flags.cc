@@ -28,7 +28,7 @@
 namespace syncbn {
 namespace {
 
-// Longer is no time that anyone means: thirty years.
+// Longest duration that a flag accepts: thirty years.
 constexpr double kMostSeconds = 1e9;
 constexpr char kVariablePrefix[] = "SYNCBN_";
 
@@ -40,7 +40,7 @@ std::string VariableOf(absl::string_view flag) {
   return name;
 }
 
-// Insertions, deletions and replacements that make one of the other.
+// Returns the number of insertions, deletions and replacements that turn one text into the other.
 size_t EditDistance(absl::string_view a, absl::string_view b) {
   std::vector<size_t> row(b.size() + 1);
   std::iota(row.begin(), row.end(), size_t{0});
@@ -55,7 +55,7 @@ size_t EditDistance(absl::string_view a, absl::string_view b) {
   return row.back();
 }
 
-// The known name that is most like the given one, but for upper case, and how like it is.
+// Returns the known name nearest to the given one, ignoring case, and its distance.
 std::pair<std::string, size_t> Nearest(absl::string_view name, const std::vector<std::string>& known) {
   const std::string lower = absl::AsciiStrToLower(name);
   std::pair<std::string, size_t> best = {"", std::numeric_limits<size_t>::max()};
@@ -70,7 +70,7 @@ std::pair<std::string, size_t> Nearest(absl::string_view name, const std::vector
   throw CLI::ValidationError(flag, absl::StrCat("\"", value, "\" is not ", is_not));
 }
 
-// A config file without sections whose keys are the flags' names. CLI11 passes over keys that it does not know.
+// Reads a config file without sections, whose keys are the flags' names. CLI11 would ignore unknown keys.
 class StrictConfig final : public CLI::ConfigTOML {
  public:
   explicit StrictConfig(std::vector<std::string> known) : known_(std::move(known)) {}
@@ -99,7 +99,7 @@ class StrictConfig final : public CLI::ConfigTOML {
   const std::vector<std::string> known_;
 };
 
-// The options of the program, each with its variable and its range.
+// Defines the options of the program, each with its variable and its range.
 class Options {
  public:
   Options(CLI::App* app, Flags* flags) : app_(app), flags_(flags) {}
@@ -135,7 +135,7 @@ class Options {
     app_->config_formatter(std::make_shared<StrictConfig>(names_));
   }
 
-  // Without their hyphens at the beginning.
+  // The flags' names, without leading hyphens.
   const std::vector<std::string>& names() const { return names_; }
 
  private:
@@ -180,7 +180,7 @@ class Options {
     Named(option, name)->type_name("LEVEL")->default_str("info");
   }
 
-  // CLI11 alone would take any number, and not name what a switch may be.
+  // CLI11 would accept any number for a switch, and not name the values that it may have.
   void Switch(const std::string& name, bool* value, const std::string& description) {
     Named(app_->add_flag(name, *value, description), name)->check([name](const std::string& text) {
       const std::string word = absl::AsciiStrToLower(text);
@@ -248,8 +248,8 @@ class Options {
   std::vector<std::string> names_;
 };
 
-// SYNCBN_MAX-WORKERS is SYNCBN_MAX_WORKERS. A variable that is almost one of ours is doubted: it cannot be refused,
-// since workers have variables of that prefix too.
+// Accepts SYNCBN_MAX-WORKERS for SYNCBN_MAX_WORKERS, and warns of variables that are almost known: they cannot be
+// refused, since workers have variables with the same prefix.
 void ReadEnvironment(const std::vector<std::string>& names, std::vector<std::string>* doubts) {
   std::vector<std::string> known;
   for (const std::string& name : names) known.push_back(VariableOf(name));
@@ -270,8 +270,8 @@ void ReadEnvironment(const std::vector<std::string>& names, std::vector<std::str
   }
 }
 
-// The arguments as CLI11 wants them: in reverse, names with hyphens, and the config file as an argument, since CLI11
-// looks for the variable of that one only when it has read the others.
+// Returns the arguments as CLI11 wants them: in reverse, names with hyphens, and the config file as an argument, since
+// CLI11 looks for its variable only after it has read the other arguments.
 std::vector<std::string> ReadArguments(int argc, char** argv) {
   std::vector<std::string> arguments;
   bool has_config = false;
@@ -281,7 +281,7 @@ std::vector<std::string> ReadArguments(int argc, char** argv) {
     if (absl::StartsWith(argument, "--")) argument = WithHyphens(argument.substr(0, end)) + argument.substr(end);
     has_config = has_config || argument.substr(0, argument.find('=')) == "--config-file";
     const bool empty = absl::StartsWith(argument, "--") && end + 1 == argument.size();
-    // "--flag=" is an empty value; CLI11 would say that there is none.
+    // "--flag=" has an empty value; CLI11 would report a missing one.
     if (empty) argument.pop_back();
     arguments.push_back(std::move(argument));
     if (empty) arguments.emplace_back();
@@ -294,7 +294,7 @@ std::vector<std::string> ReadArguments(int argc, char** argv) {
   return arguments;
 }
 
-// One line, whatever the library or the person wrote.
+// Returns the text as one line.
 std::string OneLine(absl::string_view text) {
   std::string line(absl::StripSuffix(text, "\n"));
   std::replace_if(

@@ -1,4 +1,4 @@
-// syncbn-master's flags: from the command line, a config file and the environment.
+// Flags of syncbn-master, from the command line, a config file and the environment.
 
 #ifndef SYNCBN_SERVER_FLAGS_H_
 #define SYNCBN_SERVER_FLAGS_H_
@@ -9,25 +9,27 @@
 
 #include "absl/time/time.h"
 #include "plumbing/log.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 
 namespace syncbn {
 
 struct Flags {
   MasterServer::Options server;
   LogLevel log_level = LogLevel::kInfo;
-  // Time that workers are given to drain at a signal.
+  // Time for workers to drain after a signal.
   absl::Duration exit_timeout = absl::Seconds(5);
-  // Infinite: until a signal comes.
+  // Time after which the process ends by itself.
   absl::Duration max_lifetime = absl::InfiniteDuration();
-  // Variables named almost like one of ours, each as a sentence.
+  // Warnings about variables whose names are almost those of flags.
   std::vector<std::string> doubts;
 };
 
-// Fills in `flags`; what is not given keeps its default. The command line goes before the config file, and that before
-// the environment. In names, '-' and '_' are the same. Returns the exit code if the process is to end: 0 after --help
-// and --version, which are printed, and 2 after an error, of which stderr has one line. Before any thread is started:
-// it may change the environment.
+// Fills in `flags`; flags that are not given keep their defaults. The command line takes precedence over the config
+// file, and that over the environment. In names, '-' and '_' are the same. To be called before any thread is started,
+// since it may change the environment.
+//
+// Returns: nothing if the process is to go on; otherwise its exit code, which is 0 after --help and --version, and 2
+// after an error, which is reported as one line on stderr.
 std::optional<int> ParseFlags(int argc, char** argv, Flags* flags);
 
 }  // namespace syncbn

@@ -1,4 +1,4 @@
-// syncbn-master: a MasterServer as a process.
+// syncbn-master: a MasterServer as a process of its own.
 
 #include <fcntl.h>
 #include <malloc.h>
@@ -21,7 +21,7 @@
 #include "plumbing/log.h"
 #include "server/flags.h"
 #include "server/log/process_log.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "vocabulary/version.h"
 
 namespace {
@@ -29,14 +29,15 @@ namespace {
 using syncbn::Log;
 using syncbn::LogLevel;
 
-// Descriptors 0 to 2 are taken, so that no socket gets the number that a line is written to.
+// Opens descriptors 0 to 2 if they are closed, so that no socket gets a number that output is written to.
 void OpenStandardDescriptors() {
   int descriptor = open("/dev/null", O_RDWR);
   while (descriptor >= 0 && descriptor <= STDERR_FILENO) descriptor = open("/dev/null", O_RDWR);
   if (descriptor >= 0) close(descriptor);
 }
 
-// A master has a descriptor for each worker. The soft limit is low for the sake of programs that use select().
+// Raises the soft limit of descriptors, of which each worker takes one. The default is low for programs that use
+// select().
 void RaiseDescriptorLimit() {
   rlimit limit = {};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= limit.rlim_max) return;
@@ -47,7 +48,7 @@ void RaiseDescriptorLimit() {
   }
 }
 
-// The signals that end the process, and SIGHUP.
+// Returns the signals that the program waits for.
 sigset_t Signals() {
   sigset_t signals;
   sigemptyset(&signals);
@@ -69,7 +70,8 @@ void Reload(syncbn::MasterServer& server) {
   }
 }
 
-// Waits for SIGTERM or SIGINT, for at most `lifetime`, and heeds SIGHUP meanwhile. Returns why it ended.
+// Waits for SIGTERM or SIGINT, at most for `lifetime`, and reloads the certificates at SIGHUP. Returns the reason to
+// end.
 std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
   constexpr absl::Duration kLongestWait = absl::Hours(24);
   const sigset_t signals = Signals();
@@ -109,10 +111,10 @@ std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& fl
 }
 
 void TuneAllocator() {
-  // A frame of many layers is half a megabyte, and comes from every worker at once. From the heap they would leave
-  // holes that outlive them; mapped, they go back. Setting the threshold keeps it from growing by itself. The buffers
-  // that are read into stay below it, and a few of them at the heap's end stay there: a page that is given back costs
-  // more to get again than what is in it costs to merge.
+  // A frame of many layers takes half a megabyte, and arrives from every worker at once. On the heap, such frames would
+  // leave holes; mapped memory is returned. Setting the threshold keeps it from growing by itself. Read buffers stay
+  // below it, and a few free ones stay at the end of the heap: getting a page back costs more than merging its
+  // contents.
   mallopt(M_MMAP_THRESHOLD, 256 << 10);
   mallopt(M_TRIM_THRESHOLD, 4 << 20);
 }
@@ -123,7 +125,7 @@ int main(int argc, char** argv) {
   OpenStandardDescriptors();
   syncbn::PrepareGrpc();  // Before any thread exists.
   TuneAllocator();
-  // Before any thread exists, so that none of them takes the signals.
+  // Block the signals before any thread exists, so that no thread takes them.
   const sigset_t signals = Signals();
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
@@ -133,7 +135,7 @@ int main(int argc, char** argv) {
   syncbn::LogToStderr(flags.log_level);
   for (const std::string& doubt : flags.doubts) Log(LogLevel::kWarning, doubt);
   RaiseDescriptorLimit();
-  grpc::channelz::experimental::InitChannelzService();  // Of every server of the process, which is one.
+  grpc::channelz::experimental::InitChannelzService();  // For every server of the process; there is one.
 
   auto server = syncbn::MasterServer::Start(flags.server);
   if (!server.ok()) {

@@ -20,7 +20,7 @@
 #include "client/cc/worker.h"
 #include "kernels/batch_norm.h"
 #include "plumbing/log.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "vocabulary/version.h"
 
 struct syncbn_error {

@@ -21,8 +21,8 @@
 namespace syncbn {
 namespace {
 
-// stderr belongs to whoever started the process, and is shared with others: it cannot be made non-blocking. So it is
-// asked each time whether a page fits.
+// Returns whether a page can be written without blocking. stderr is shared with the program's parent and others, so it
+// cannot be made non-blocking itself.
 class StderrSink final : public spdlog::sinks::base_sink<std::mutex> {
  private:
   void sink_it_(const spdlog::details::log_msg& message) override {
@@ -43,7 +43,7 @@ class StderrSink final : public spdlog::sinks::base_sink<std::mutex> {
 
   void flush_() override {}
 
-  // Not more than PIPE_BUF bytes, which a pipe takes whole.
+  // At most PIPE_BUF bytes, which a pipe accepts as a whole.
   static bool Write(const std::string& text) {
     pollfd state = {STDERR_FILENO, POLLOUT, 0};
     if (poll(&state, 1, 0) != 1 || (state.revents & POLLOUT) == 0) return false;
@@ -53,7 +53,7 @@ class StderrSink final : public spdlog::sinks::base_sink<std::mutex> {
   uint64_t lost_ = 0;
 };
 
-// A terminal may take any other byte for a command.
+// Escapes bytes that a terminal might interpret as commands.
 std::string Escape(absl::string_view line) {
   std::string text;
   for (const char c : line) {

@@ -1,4 +1,4 @@
-// The log of a process of its own: lines on stderr.
+// The log of a program of its own: lines on stderr.
 
 #ifndef SYNCBN_SERVER_LOG_PROCESS_LOG_H_
 #define SYNCBN_SERVER_LOG_PROCESS_LOG_H_
@@ -7,12 +7,12 @@
 
 namespace syncbn {
 
-// From now on, lines given to Log() from this level up are written to stderr, each with its time (UTC) and level, in
-// one write of at most 4096 bytes. Never waits: where nobody reads the other end of a pipe, lines are dropped, and
-// counted once they can be written again. Bytes that are not printable are escaped. What protobuf would write to stderr
-// by itself becomes lines of level kDebug, as gRPC's log does.
+// Writes the lines that Log() is given from now on, from this level up, to stderr: each with its time (UTC) and level,
+// in one write of at most 4096 bytes. Never blocks: if nobody reads the other end of a pipe, lines are dropped, and
+// their number is logged once writing is possible again. Escapes unprintable bytes. Messages that protobuf would write
+// to stderr become lines of level kDebug, as gRPC's do.
 //
-// The caller has SIGPIPE ignored. Once, from main.
+// To be called once, from main, with SIGPIPE ignored.
 void LogToStderr(LogLevel level);
 
 }  // namespace syncbn

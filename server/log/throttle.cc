@@ -7,7 +7,7 @@
 namespace syncbn {
 namespace {
 
-// So many lines of a reason at once, and then one for each interval.
+// Lines of one reason at once, and the interval between those that follow.
 constexpr int kBurst = 5;
 constexpr absl::Duration kInterval = absl::Seconds(10);
 
@@ -18,7 +18,7 @@ void Throttle::Log(LogLevel level, absl::string_view reason, absl::Time now, abs
   Bucket& bucket = it->second;
   if (is_new) bucket.since = now;
   if (now - bucket.since >= kInterval) {
-    // A reason that has been quiet for long enough has its burst again.
+    // After a long enough silence, a reason may have a burst of lines again.
     const double intervals = absl::FDivDuration(now - bucket.since, kInterval);
     bucket.lines = intervals >= bucket.lines ? 0 : bucket.lines - static_cast<int>(intervals);
     bucket.since = now;

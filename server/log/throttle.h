@@ -1,4 +1,4 @@
-// A log that others make grow must not grow as fast as they like.
+// A limit on the rate of log lines that peers can cause.
 
 #ifndef SYNCBN_SERVER_LOG_THROTTLE_H_
 #define SYNCBN_SERVER_LOG_THROTTLE_H_
@@ -13,11 +13,12 @@
 
 namespace syncbn {
 
-// Lets the first few lines of each reason through, then one every ten seconds, which says how many it stands for.
-// Not thread-safe.
+// Logs the first few lines of each reason, then one every ten seconds, with the number of lines that were left out.
+//
+// Thread safety: none.
 class Throttle {
  public:
-  // `reason`: from a bounded set; it is what lines are counted by. `now`: of a clock that only goes forward.
+  // Lines are counted by `reason`, which must be one of a bounded set. `now` must not go backwards.
   void Log(LogLevel level, absl::string_view reason, absl::Time now, absl::string_view line);
 
  private:

@@ -21,11 +21,11 @@
 namespace syncbn::rpc {
 namespace {
 
-// Connections accepted from one listener before the next has its turn.
+// Connections accepted from one listener before the next one's turn.
 constexpr int kMostAtOnce = 64;
-// Without a descriptor, and not even the spare one.
+// Pause when the process has no descriptor left, not even the spare one.
 constexpr absl::Duration kPause = absl::Milliseconds(50);
-// A listener that does not work is opened again this often, and the others are looked at.
+// Interval at which broken listeners are reopened and the others checked.
 constexpr absl::Duration kRepairInterval = absl::Seconds(1);
 // Time for which a peer may leave data unacknowledged, as gRPC sets it on sockets that it accepts.
 constexpr int kUserTimeoutMs = 20000;
@@ -37,13 +37,13 @@ std::string PeerOf(int connection) {
   return address.ToString();
 }
 
-// The inode, or 0 if it is no socket any more.
+// Returns the inode, or 0 if the descriptor is no longer a socket.
 ino_t SocketInode(int descriptor) {
   struct stat status;
   return fstat(descriptor, &status) == 0 && S_ISSOCK(status.st_mode) ? status.st_ino : 0;
 }
 
-// On unix sockets these fail, and need not be.
+// Sets options of TCP. The calls fail on unix sockets, which do not need them.
 void Tune(int connection) {
   const int on = 1;
   setsockopt(connection, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
@@ -107,7 +107,7 @@ void Acceptor::Run() {
     }
     for (size_t i = 1; i < polled.size() && !stopping_; ++i) {
       if (polled[i].revents == 0) continue;
-      // accept() on a unix socket that was shut down says that nobody waits.
+      // A unix socket that was shut down must be recognized here: accept() reports no error for it, only EAGAIN.
       const bool dead = (polled[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0;
       if (dead || !AcceptFrom(polled[i].fd)) Break(owners[i], "its socket does not work any more");
     }
@@ -141,7 +141,7 @@ bool Acceptor::AcceptFrom(int descriptor) {
       case ENOTSOCK:
       case EOPNOTSUPP:
         return false;
-      default:  // One connection's own trouble: it broke while it waited, a firewall, a network that is down.
+      default:  // An error of this connection alone: it broke while it waited, a firewall, a network that is down.
         break;
     }
   }
@@ -167,7 +167,7 @@ void Acceptor::Take(int listener, int connection) {
 
 bool Acceptor::HasRoom() {
   if (connections_.size() < max_connections_) return true;
-  // Forget connections that gRPC has closed meanwhile; their numbers may be other files now.
+  // Forget connections that gRPC has closed meanwhile; their descriptors may be other files by now.
   for (auto it = connections_.begin(); it != connections_.end();) {
     const auto entry = it++;
     if (SocketInode(entry->first) != entry->second) connections_.erase(entry);
@@ -179,7 +179,7 @@ void Acceptor::Shed(int descriptor, int error) {
   throttle_.Log(LogLevel::kError, "descriptors", clock_.Now(),
                 absl::StrCat("cannot accept connections for the moment: ", std::strerror(error),
                              "; those that wait are refused (see ulimit -n)"));
-  // Whoever waits is told so: with the spare descriptor it is accepted, and closed.
+  // Accept one waiting connection with the spare descriptor and close it, so that its peer learns of the refusal.
   CloseIfOpen(spare_);
   int connection = accept4(descriptor, nullptr, nullptr, SOCK_CLOEXEC);
   CloseIfOpen(connection);

@@ -1,5 +1,5 @@
-// Accepts connections and hands them to gRPC. gRPC 1.51 would listen by itself, but stops for ever once the process has
-// run out of descriptors for a moment, takes connections without a bound, and tells neither.
+// Accepts connections and hands them to gRPC. gRPC 1.51 could listen itself, but it stops for good once the process has
+// run out of descriptors for a moment, accepts connections without a limit, and reports neither.
 
 #ifndef SYNCBN_SERVER_RPC_ACCEPTOR_H_
 #define SYNCBN_SERVER_RPC_ACCEPTOR_H_
@@ -23,48 +23,51 @@
 
 namespace syncbn::rpc {
 
-// A thread of its own: what keeps the loop busy does not keep connections waiting, and the other way round. At the
-// limit, and where the process has no descriptor left, connections are closed as soon as they are accepted, so that
-// their peers know and try again.
+// Runs on a thread of its own, so that a busy loop does not delay connections, nor connections the loop. At the limit,
+// and when the process has no descriptor left, connections are closed as soon as they are accepted, so that their peers
+// learn of it and try again.
+//
+// Thread safety: Start and Stop from one thread.
 class Acceptor {
  public:
-  // `max_connections`: that are open at one time, over all listeners. `on_listening` is told, on the acceptor's thread,
-  // when a listener has stopped working (false) and when all of them work again (true).
+  // Connections beyond `max_connections`, counted over all listeners, are refused. `on_listening` is called on the
+  // acceptor's thread: with false when a listener has stopped working, with true when all of them work again.
   Acceptor(std::vector<Listener> listeners, size_t max_connections, std::function<void(bool)> on_listening);
   // Stop() must have been called if Start() was.
   ~Acceptor();
   Acceptor(const Acceptor&) = delete;
   Acceptor& operator=(const Acceptor&) = delete;
 
-  // `sink` is the started server's.
+  // Begins to accept. `sink` belongs to the started server.
   void Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink);
-  // Closes the listeners. Connections stay.
+  // Closes the listeners. Open connections stay.
   void Stop();
 
  private:
   void Run();
-  // Accepts what waits on one socket, within reason. False: the socket does not work.
+  // Accepts waiting connections on one socket, a limited number at a time. Returns false if the socket does not work.
   bool AcceptFrom(int descriptor);
   void Take(int listener, int connection);
   // Returns whether there is room for one more.
   bool HasRoom();
-  // The process is out of descriptors, or the system of memory.
+  // Refuses waiting connections when the process is out of descriptors, or the system out of memory.
   void Shed(int descriptor, int error);
+  // Notes that a listener does not work.
   void Break(size_t index, const std::string& why);
-  // Opens again what does not work.
+  // Reopens the listeners that do not work.
   void Repair();
   absl::Duration Timeout() const;
 
   std::vector<Listener> listeners_;
   const size_t max_connections_;
   const std::function<void(bool)> on_listening_;
-  std::vector<bool> broken_;  // By listener: to be opened again.
+  std::vector<bool> broken_;  // By listener: to be reopened.
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink_;
-  // The inode of the socket by its descriptor, of those handed over. gRPC closes them without telling.
+  // The inodes of the sockets handed to gRPC, by descriptor. gRPC closes sockets without notice.
   absl::flat_hash_map<int, ino_t> connections_;
   Throttle throttle_;
   int wake_ = -1;   // An eventfd.
-  int spare_ = -1;  // A descriptor to give up when there is no other.
+  int spare_ = -1;  // A descriptor to use when there is no other.
   const Clock clock_;
   absl::Time paused_until_ = absl::InfinitePast();
   absl::Time repair_at_ = absl::InfinitePast();

@@ -1,5 +1,5 @@
-// Between the messages of syncbn.v1 and the engine's vocabulary. Converts, and decides nothing but whether a frame is
-// well formed.
+// Conversion between the messages of syncbn.v1 and the engine's values. Checks that a frame is well formed, and decides
+// nothing else.
 
 #ifndef SYNCBN_SERVER_RPC_CONVERT_H_
 #define SYNCBN_SERVER_RPC_CONVERT_H_
@@ -15,11 +15,11 @@
 
 namespace syncbn::rpc {
 
-// "default" where the request has an empty name.
+// Replaces empty names by "default".
 core::GroupId ToGroupId(const std::string& job, const std::string& group);
 
-// The parts of a WorkerFrame. Each returns what makes the message malformed, if anything does. A contribution points
-// into its message, whose payload must be that of the key's phase.
+// Convert the parts of a WorkerFrame. Each returns an error (MALFORMED_FRAME) if the message is malformed. A
+// contribution points into its message, whose payload must be that of the key's phase.
 std::optional<core::Error> FromProto(const v1::RoundKey& message, core::RoundKey* key);
 std::optional<core::Error> FromProto(const v1::LayerSpec& message, core::LayerSpec* spec);
 std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join);

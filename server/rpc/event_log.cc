@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
@@ -11,21 +12,9 @@
 namespace syncbn::rpc {
 namespace {
 
-const char* NameOf(core::Phase phase) {
-  switch (phase) {
-    case core::Phase::kForward:
-      return "forward";
-    case core::Phase::kBackward:
-      return "backward";
-    case core::Phase::kSum:
-      return "sum";
-  }
-  return "";
-}
-
 std::string Describe(const core::GroupId& group, const core::RoundKey& key) {
   return absl::StrCat("job \"", group.job, "\", group \"", group.group, "\", layer \"", key.layer, "\", ",
-                      NameOf(key.phase), " ", key.sequence);
+                      absl::AsciiStrToLower(Name(key.phase)), " ", key.sequence);
 }
 
 }  // namespace

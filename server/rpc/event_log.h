@@ -1,4 +1,4 @@
-// The lines of a master's log about its groups.
+// Log lines about a master's groups.
 
 #ifndef SYNCBN_SERVER_RPC_EVENT_LOG_H_
 #define SYNCBN_SERVER_RPC_EVENT_LOG_H_
@@ -10,14 +10,16 @@
 
 namespace syncbn::rpc {
 
-// One line each, at a bounded rate for each reason. `now`: of a clock that only goes forward. Not thread-safe.
+// Writes one line for each event, at a bounded rate for each reason. `now` must not go backwards.
+//
+// Thread safety: none.
 class EventLog {
  public:
-  // A round that failed; nothing of others.
+  // Reports a round that failed, and ignores others.
   void OnRoundEnded(const core::RoundEnded& ended, absl::Time now);
-  // Rounds that have waited for long, and for whom they wait.
+  // Reports rounds that have waited for long, and the ranks that they wait for.
   void OnLateRounds(const core::SendLateRounds& late, absl::Time now);
-  // A stream that is closed with an error: a join that is refused, a frame that is malformed.
+  // Reports a stream that is closed with an error: a refused join, a malformed frame.
   void OnStreamClosed(const core::Error& error, absl::Time now);
 
  private:

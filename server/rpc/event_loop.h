@@ -1,4 +1,4 @@
-// What a completion queue hands back: an operation of ours that has ended.
+// The tags of asynchronous operations, which a completion queue hands back when they have ended.
 
 #ifndef SYNCBN_SERVER_RPC_EVENT_LOOP_H_
 #define SYNCBN_SERVER_RPC_EVENT_LOOP_H_

@@ -19,15 +19,15 @@ using google::protobuf::Descriptor;
 using google::protobuf::FieldDescriptor;
 using google::protobuf::io::CodedInputStream;
 
-// The wire types of protobuf that a field of ours may have.
+// Protobuf's wire types of our fields.
 enum WireType : uint32_t { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
 
-// Fields that a message of ours may have, nested ones counted: enough for any that a worker has reason to send, with
-// some more that a later version might add.
+// Limits on the fields of one of our messages, nested ones included: enough for what a worker has reason to send, and
+// for what a later version might add.
 constexpr size_t kMostUnknownFields = 1024;
 constexpr size_t kMostFields = 1024;         // Beside:
 constexpr size_t kFieldsOfEachMessage = 16;  // nested ones.
-// A piece that is shorter may be parsed as it is: it cannot take much.
+// Shorter pieces are parsed without counting, since they cannot allocate much.
 constexpr size_t kHarmlessBytes = 1024;
 
 core::Error Malformed(std::string message) {
@@ -59,7 +59,7 @@ class FieldCounter {
  public:
   explicit FieldCounter(size_t most_messages) : most_messages_(most_messages) {}
 
-  // Reads to the end, or to the input's limit. What is wrong, if anything is.
+  // Reads to the end, or to the input's limit. Returns the limit that is exceeded, if one is.
   std::optional<core::Error> Count(CodedInputStream& input, const Descriptor& type) {
     while (const uint32_t tag = input.ReadTag()) {
       const FieldDescriptor* const field = type.FindFieldByNumber(static_cast<int>(tag >> 3));
@@ -81,7 +81,7 @@ class FieldCounter {
     if (field == nullptr && ++unknown_ > kMostUnknownFields) {
       return Malformed(absl::StrCat("a part of the frame has more than ", kMostUnknownFields, " unknown fields"));
     }
-    // Numbers that are sent one by one are as long as what they take.
+    // Numbers that are not packed take as many bytes in the frame as in memory, or more.
     if (field != nullptr && field->is_repeated() && wire_type == kFixed64) return std::nullopt;
     if (nested && ++messages_ > most_messages_) {
       return Malformed(absl::StrCat("a part of the frame has more than ", most_messages_, " nested messages"));
@@ -108,7 +108,7 @@ class FieldCounter {
   size_t unknown_ = 0;
 };
 
-// Adds the piece to the message, having counted what is in it.
+// Counts the fields of a piece, then adds it to the message.
 std::optional<core::Error> Parse(absl::string_view piece, size_t most_messages, google::protobuf::Message* message) {
   const auto* const data = reinterpret_cast<const uint8_t*>(piece.data());
   const int size = static_cast<int>(piece.size());
@@ -123,7 +123,7 @@ std::optional<core::Error> Parse(absl::string_view piece, size_t most_messages, 
   return std::nullopt;
 }
 
-// The next `length` bytes: where they lie, or in `copy` if they do not lie together. Nothing if there are fewer.
+// Returns the next `length` bytes, in `copy` if they are not contiguous; nothing if there are fewer.
 std::optional<absl::string_view> ReadPiece(CodedInputStream& input, int length, std::string& copy) {
   const void* data = nullptr;
   int available = 0;
@@ -136,9 +136,10 @@ std::optional<absl::string_view> ReadPiece(CodedInputStream& input, int length, 
   return copy;
 }
 
-// Reads the tag and the length of one of the frame's fields. Nothing where the frame ends, or another field lies.
+// Reads the length of the frame's field that `tag` begins. The number is 0 for an unknown field, which is skipped.
+// Returns nothing if the frame is malformed.
 struct FieldHead {
-  int number = 0;  // 0: it is none that we know.
+  int number = 0;  // 0 for an unknown field.
   int length = 0;
 };
 std::optional<FieldHead> ReadHead(CodedInputStream& input, uint32_t tag) {
@@ -162,7 +163,7 @@ std::optional<FieldHead> ReadHead(CodedInputStream& input, uint32_t tag) {
 FrameReader::FrameReader(grpc::ByteBuffer frame, const core::Limits& limits)
     : limits_(limits), frame_(std::move(frame)) {}
 
-// The frame is walked twice: here for all but the contributions, which are passed over, and by Next for these.
+// The frame is read twice: here for everything but the contributions, and by Next for these.
 std::optional<core::Error> FrameReader::Open() {
   grpc::ProtoBufferReader bytes(&frame_);
   Input input(&bytes);

@@ -1,5 +1,5 @@
-// A worker's frame, taken apart piece by piece: what is in it is counted before it is parsed, and its contributions are
-// parsed a few at a time.
+// Parses a worker's frame piece by piece: the number of its fields is checked before any is parsed, and contributions
+// are parsed a few at a time.
 
 #ifndef SYNCBN_SERVER_RPC_FRAME_READER_H_
 #define SYNCBN_SERVER_RPC_FRAME_READER_H_
@@ -19,7 +19,7 @@
 
 namespace syncbn::rpc {
 
-// Limits of one slice of a frame. A contribution that is longer than `bytes` is a slice of its own.
+// Limits of one slice of a frame. A contribution longer than `bytes` forms a slice of its own.
 struct SliceLimits {
   size_t contributions = 256;
   size_t bytes = size_t{1} << 20;
@@ -27,8 +27,8 @@ struct SliceLimits {
   size_t longest_contribution = SIZE_MAX;
 };
 
-// Holds the frame's bytes, and beyond them memory for one slice. A frame of empty messages or of unknown fields is
-// refused by their number, which is known before memory is spent on them.
+// Holds the frame's bytes and the memory of one slice, no more. A frame of many empty messages or unknown fields is
+// refused by their number, before memory is spent on them.
 //
 // Thread safety: none.
 class FrameReader {
@@ -37,11 +37,11 @@ class FrameReader {
   FrameReader(const FrameReader&) = delete;
   FrameReader& operator=(const FrameReader&) = delete;
 
-  // Reads all but the contributions, which it counts. To be called once, first. Errors: MALFORMED_FRAME,
-  // LIMIT_EXCEEDED.
+  // Reads everything but the contributions, which it counts. To be called once, before anything else.
+  // Errors: MALFORMED_FRAME, LIMIT_EXCEEDED.
   std::optional<core::Error> Open();
 
-  // After Open. Its contributions are empty.
+  // The frame without its contributions. Valid after Open.
   const core::FrameReceived& head() const { return head_; }
   size_t contributions() const { return contributions_; }
   // Returns whether Next was called.
@@ -49,18 +49,17 @@ class FrameReader {
   // Returns whether Next has read all contributions.
   bool done() const { return read_ == contributions_; }
 
-  // Fills the event with the next contributions, and with what else is in the frame where it belongs: join and layers
-  // in the first slice, blocked_on and leave in the last. The contributions point into messages on `arena`. Errors: as
-  // Open.
+  // Fills the event with the next contributions; in the first slice with join and layers, in the last with blocked_on
+  // and leave. The contributions point into messages on `arena`. Errors: those of Open.
   std::optional<core::Error> Next(const SliceLimits& slice, google::protobuf::Arena* arena, core::FrameReceived* event);
 
  private:
   using Input = google::protobuf::io::CodedInputStream;
 
-  // Adds one of the frame's fields, a contribution excepted, to the head, or to what will be converted to it.
+  // Adds one of the frame's fields, other than a contribution, to the head or to the messages that it is made of.
   std::optional<core::Error> TakePiece(int number, absl::string_view piece, v1::Join* join, v1::Leave* leave);
   core::Error TooManyRounds() const;
-  // Moves to the next contribution and returns its length; nothing if there is none.
+  // Moves to the next contribution. Returns its length, or nothing if there is none.
   std::optional<int> FindContribution();
 
   const core::Limits& limits_;
@@ -70,7 +69,7 @@ class FrameReader {
   core::FrameReceived head_;
   size_t contributions_ = 0;
   size_t read_ = 0;
-  std::optional<int> pending_length_;  // Of a contribution that was found, and did not fit into the slice.
+  std::optional<int> pending_length_;  // The length of a contribution that was found and did not fit into the slice.
   bool begun_ = false;
 };
 

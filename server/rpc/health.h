@@ -1,5 +1,5 @@
-// grpc.health.v1.Health on the loop's own queue. gRPC's own implementation would start threads that poll every
-// connection beside the loop, and each frame would then pass from one thread to another.
+// grpc.health.v1.Health on the loop's own queue. gRPC's implementation would start threads that poll every connection
+// beside the loop, and each frame would then pass from one thread to another.
 
 #ifndef SYNCBN_SERVER_RPC_HEALTH_H_
 #define SYNCBN_SERVER_RPC_HEALTH_H_
@@ -16,29 +16,29 @@
 
 namespace syncbn::rpc {
 
-// Lives on the thread that drives the queue, once Serve was called.
+// Thread safety: none; it lives on the thread that drives the queue, once Serve was called.
 class HealthService {
  public:
-  // The whole server, whose name is "", and `services` are serving until EndServing. Others are unknown.
+  // Reports SERVING for the whole server, whose name is "", and for `services`, until EndServing. Others are unknown.
   explicit HealthService(std::vector<std::string> services);
   ~HealthService();
 
   void Register(grpc::ServerBuilder* builder);
-  // `live_calls` counts the calls that exist, those of Watch excepted.
+  // Waits for calls. `live_calls` counts the unary ones that exist.
   void Serve(grpc::ServerCompletionQueue* queue, int* live_calls);
-  // No Watch call is being served or waited for.
+  // Returns whether no Watch call is being served or waited for.
   bool idle() const { return watches_.empty(); }
-  // Everything is NOT_SERVING while nobody can connect; those who watch are told.
+  // Reports NOT_SERVING, to watchers too, while nobody can connect.
   void SetListening(bool listening);
-  // Everything is NOT_SERVING from now on; those who watch are told, and their calls end.
+  // Reports NOT_SERVING from now on; watchers are told, and their calls end.
   void EndServing();
 
  private:
   class Watch;
 
-  // SERVICE_UNKNOWN where there is no such service.
+  // Returns SERVICE_UNKNOWN if there is no such service.
   grpc::health::v1::HealthCheckResponse::ServingStatus StatusOf(const std::string& service) const;
-  void AcceptWatch();
+  void AwaitWatch();
 
   absl::flat_hash_set<std::string> services_;
   grpc::health::v1::Health::AsyncService service_;

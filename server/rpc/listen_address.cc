@@ -20,7 +20,7 @@
 namespace syncbn::rpc {
 namespace {
 
-// The longest path, or name of an abstract socket: a byte of sun_path is a path's end, or an abstract name's beginning.
+// Longest path of a unix socket, or name of an abstract one: one byte of sun_path ends a path or begins a name.
 constexpr size_t kMaxPath = sizeof(sockaddr_un::sun_path) - 1;
 
 absl::Status Malformed(absl::string_view text, absl::string_view what) {
@@ -63,7 +63,7 @@ absl::StatusOr<ListenAddress> ParseUnix(absl::string_view text, absl::string_vie
   return address;
 }
 
-// The digits of a whole number, a sign before them allowed.
+// Returns whether the text is a whole number, with or without a sign.
 bool IsNumber(absl::string_view text) {
   if (absl::StartsWith(text, "-") || absl::StartsWith(text, "+")) text.remove_prefix(1);
   return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) { return absl::ascii_isdigit(c); });
@@ -110,7 +110,7 @@ absl::StatusOr<ListenAddress> ParseTcp(absl::string_view text) {
     std::memcpy(&socket.storage, info->ai_addr, info->ai_addrlen);
     socket.length = info->ai_addrlen;
     socket.set_port(*port);
-    // A host's name may stand for one address twice, as "localhost" in many an /etc/hosts.
+    // A host's name may resolve to one address twice, as "localhost" does by many an /etc/hosts.
     const auto same = [&socket](const SocketAddress& other) { return other.ToString() == socket.ToString(); };
     if (std::none_of(address.sockets.begin(), address.sockets.end(), same)) address.sockets.push_back(socket);
   }

@@ -1,4 +1,4 @@
-// Where to listen, as a person writes it: HOST:PORT, unix:PATH or unix-abstract:NAME.
+// An address to listen on, as people write it: HOST:PORT, unix:PATH or unix-abstract:NAME.
 
 #ifndef SYNCBN_SERVER_RPC_LISTEN_ADDRESS_H_
 #define SYNCBN_SERVER_RPC_LISTEN_ADDRESS_H_
@@ -21,30 +21,33 @@ struct SocketAddress {
 
   const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
   int family() const { return storage.ss_family; }
-  // The port of a TCP address.
+  // The port; for TCP addresses only.
   uint16_t port() const;
   void set_port(uint16_t port);
-  // Where this host alone reaches it.
+  // Returns whether only this machine can reach the address.
   bool is_local() const;
-  // "127.0.0.1:50051", "[::1]:50051".
+  // Returns text such as "127.0.0.1:50051" or "[::1]:50051".
   std::string ToString() const;
 };
 
 struct ListenAddress {
   std::string text;  // As it was written.
-  // HOST of HOST:PORT, with the brackets of an IPv6 address; empty for unix sockets.
+  // The host of HOST:PORT, with the brackets of an IPv6 address; empty for unix sockets.
   std::string host;
-  // PATH of unix:PATH, without the slashes of unix://PATH; empty for the others.
+  // The path of unix:PATH, without the slashes of unix://PATH; empty for the others.
   std::string path;
-  // Several where a host's name has several, in the resolver's order. At least one.
+  // At least one; several if the host's name has several, in the resolver's order.
   std::vector<SocketAddress> sockets;
 
   bool is_tcp() const { return !host.empty(); }
   bool is_local() const;
 };
 
-// Resolves the host, which may ask a name server. INVALID_ARGUMENT, naming the address, for what is no address, a port
-// beyond 65535, a host that is not known, and a path longer than a unix socket's may be.
+// Parses the address and resolves its host, which may ask a name server.
+//
+// Errors: INVALID_ARGUMENT, naming the address: malformed text, a port beyond 65535, an unknown host, or a path that is
+// too long for a unix socket.
+// Thread safety: any thread may call it.
 absl::StatusOr<ListenAddress> ParseListenAddress(absl::string_view text);
 
 }  // namespace syncbn::rpc

@@ -16,12 +16,12 @@
 namespace syncbn::rpc {
 namespace {
 
-// The longest backlog that the system allows; it takes the lesser of this and net.core.somaxconn.
+// Length of the backlog; the system uses the lesser of this and net.core.somaxconn.
 constexpr int kBacklog = 4096;
-// A free port of one address may be taken on the next of the same name.
+// Attempts to find a port that is free on all addresses of a name.
 constexpr int kPortAttempts = 16;
 
-// "address already in use", as the middle of a sentence has it.
+// Returns the system's text for use within a sentence: "address already in use".
 std::string Reason(int error) {
   char buffer[256];
   std::string text = strerror_r(error, buffer, sizeof(buffer));
@@ -39,7 +39,7 @@ bool IsWildcard(const SocketAddress& socket) {
   return socket.family() == AF_INET6 && IN6_IS_ADDR_UNSPECIFIED(&inet6.sin6_addr);
 }
 
-// A socket that listens; or the negative of an errno.
+// Returns a listening socket, or the negative of an errno.
 int ListenOn(const SocketAddress& address, bool alone) {
   const int descriptor = socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (descriptor < 0) return -errno;
@@ -47,9 +47,9 @@ int ListenOn(const SocketAddress& address, bool alone) {
     return setsockopt(descriptor, level, name, &value, sizeof(value)) == 0;
   };
   bool done = true;
-  // A port may be taken again while connections of the last master on it fade out; one that listens keeps others off.
+  // Reuse the port while connections of an earlier master on it time out. A master that listens still excludes others.
   if (address.family() != AF_UNIX) done = set(SOL_SOCKET, SO_REUSEADDR, 1);
-  // [::] is every address of this host, those of IPv4 too, where it stands alone.
+  // [::] alone includes the IPv4 addresses of this machine.
   if (address.family() == AF_INET6) done = done && set(IPPROTO_IPV6, IPV6_V6ONLY, alone && IsWildcard(address) ? 0 : 1);
   done = done && bind(descriptor, address.get(), address.length) == 0 && listen(descriptor, kBacklog) == 0;
   if (done) return descriptor;
@@ -65,7 +65,7 @@ uint16_t PortOf(int descriptor) {
   return address.port();
 }
 
-// Someone serves on the socket, though it may be too busy to answer.
+// Returns whether a process serves on the socket; it may be too busy to answer.
 bool IsServed(const SocketAddress& address) {
   const int descriptor = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (descriptor < 0) return true;
@@ -151,7 +151,7 @@ absl::Status Listener::OpenUnix() {
   if (!address_.path.empty() && lstat(path, &status) == 0) {
     if (!S_ISSOCK(status.st_mode)) return CannotListen(address_, "", "there is a file of another kind at this path");
     if (IsServed(address)) return CannotListen(address_, "", Reason(EADDRINUSE));
-    unlink(path);  // Left over. If it cannot be removed, binding says why.
+    unlink(path);  // Left by an earlier process. If it cannot be removed, bind() reports the reason.
   }
   const int descriptor = ListenOn(address, /*alone=*/true);
   if (descriptor < 0) return CannotListen(address_, "", Reason(-descriptor));

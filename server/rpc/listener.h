@@ -14,33 +14,32 @@
 
 namespace syncbn::rpc {
 
-// Not thread-safe.
+// Thread safety: none.
 class Listener {
  public:
-  // Listens on every address that the host's name stands for, all of them on one port. An address of a name that this
-  // host does not have (::1 where there is no IPv6) is passed over if another can be listened on.
+  // Listens on every address of the host's name, all on one port. Skips addresses that this machine does not have (::1
+  // without IPv6), if at least one remains. Replaces the file of a unix socket that nobody serves, but no other file.
   //
-  // A unix socket's file that nobody serves is replaced; a file of another kind is left alone.
   // Errors: UNAVAILABLE, naming the address and the system's reason.
   static absl::StatusOr<Listener> Open(const ListenAddress& address);
 
   Listener(Listener&& other) noexcept;
   Listener& operator=(Listener&& other) noexcept;
-  // Closes the sockets, and removes a unix socket's file if it is still this one's.
+  // Closes the sockets, and removes a unix socket's file unless it has been replaced.
   ~Listener();
 
-  // Non-blocking.
+  // The listening sockets, which are non-blocking.
   const std::vector<int>& descriptors() const { return descriptors_; }
   const std::string& text() const { return address_.text; }
-  // The target that a client passes to reach it: the port where any was asked for.
+  // Returns the target by which clients reach this address, with the actual port.
   std::string target() const;
-  // 0 for unix sockets.
+  // Returns the port; 0 for unix sockets.
   int port() const { return port_; }
 
-  // A unix socket's file is gone or has become another's, so that nobody can connect any more.
+  // Returns whether a unix socket's file has gone or been replaced, so that nobody can connect any more.
   bool IsUnreachable() const;
-  // Closes the sockets and opens them anew, on the port that they had. After an error there are none, and it may be
-  // tried again.
+  // Closes the sockets and opens them again, on the same port. After an error no socket is open, and the call may be
+  // repeated. Errors: those of Open.
   absl::Status Reopen();
 
  private:

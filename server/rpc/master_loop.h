@@ -3,30 +3,31 @@
 #ifndef SYNCBN_SERVER_RPC_MASTER_LOOP_H_
 #define SYNCBN_SERVER_RPC_MASTER_LOOP_H_
 
-#include <cstddef>
+#include <atomic>
 #include <memory>
-#include <string>
 #include <thread>
 
 #include "absl/time/time.h"
+#include "grpcpp/alarm.h"
+#include "grpcpp/completion_queue.h"
 #include "grpcpp/server_builder.h"
-#include "server/core/limits.h"
+#include "plumbing/clock.h"
+#include "server/core/coordinator.h"
+#include "server/rpc/event_log.h"
+#include "server/rpc/event_loop.h"
+#include "server/rpc/health.h"
+#include "server/rpc/inspection.h"
+#include "server/rpc/loop_options.h"
+#include "server/rpc/sessions.h"
 
 namespace syncbn::rpc {
 
-struct LoopOptions {
-  core::Limits limits;
-  size_t max_unread_bytes = 0;
-  absl::Duration join_timeout;
-  size_t max_watchers = 0;
-  std::string description;
-};
-
+// Events flow from the services to the engine, and its effects from the engine to the services.
 class MasterLoop {
  public:
   explicit MasterLoop(LoopOptions options);
   // Stop() must have been called if Start() was.
-  ~MasterLoop();
+  ~MasterLoop() = default;
   MasterLoop(const MasterLoop&) = delete;
   MasterLoop& operator=(const MasterLoop&) = delete;
 
@@ -42,8 +43,47 @@ class MasterLoop {
   void Stop();
 
  private:
-  class Impl;
-  std::unique_ptr<Impl> impl_;
+  void Run();
+  absl::Time NextWakeUp() const;
+  // Gives the backlog its turn, if it is time.
+  void ServeBacklog(bool quiet);
+  // Shuts the queue down once there is nothing more to stop.
+  void EndIfIdle();
+
+  // Hands an event to the engine, and applies its effects in order.
+  void Deliver(const core::Event& event);
+  void Apply(const core::SendJoined& joined);
+  void Apply(const core::SendResults& results);
+  void Apply(const core::SendLayerError& error);
+  void Apply(const core::SendMembership& change);
+  void Apply(const core::SendLateRounds& late);
+  void Apply(const core::CloseStream& close);
+  void Apply(const core::RoundEnded& ended);
+  void Apply(const core::GroupEnded& ended);
+
+  // Runs a tag on the loop's thread, as soon as possible.
+  void Wake(grpc::Alarm& alarm, Tag& tag);
+  void OnShutdown(bool ok);
+  void OnStop(bool ok);
+  void OnListening(bool ok);
+
+  const LoopOptions options_;
+  const Clock clock_;
+  absl::Time now_ = clock_.Now();  // Of the event that is being handled.
+  EventLog log_;
+  core::Coordinator coordinator_;
+  std::unique_ptr<grpc::ServerCompletionQueue> queue_;
+  Sessions sessions_;
+  InspectionService inspection_;
+  HealthService health_;
+  int unary_calls_ = 0;  // That are being served or waited for.
+  absl::Time backlog_served_ = now_;
+  int quiet_polls_ = 0;
+  MethodTag<MasterLoop> shutdown_tag_, stop_tag_, listening_tag_;
+  grpc::Alarm shutdown_alarm_, stop_alarm_, listening_alarm_;
+  std::atomic<bool> listening_{true};
+  std::atomic<bool> listening_told_{true};  // No alarm is on its way.
+  bool stopping_ = false;
   std::thread thread_;
 };
 

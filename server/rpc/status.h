@@ -1,4 +1,4 @@
-// Errors of the engine as statuses: with a google.rpc.ErrorInfo (domain "syncbn") in their details.
+// The engine's errors as statuses, each with a google.rpc.ErrorInfo (domain "syncbn") in its details.
 
 #ifndef SYNCBN_SERVER_RPC_STATUS_H_
 #define SYNCBN_SERVER_RPC_STATUS_H_
@@ -11,17 +11,17 @@
 
 namespace syncbn::rpc {
 
-// `key` and `layer`, where given, go into the ErrorInfo's metadata.
+// The ErrorInfo's metadata has `key`, unless it is null, or `layer`, unless it is empty.
 void ToProto(const core::Error& error, const core::RoundKey* key, google::rpc::Status* status);
 void ToProto(const core::Error& error, const std::string& layer, google::rpc::Status* status);
 
-// At most 1024 bytes of it. A call's status travels in HTTP/2 trailers, twice and escaped, and a peer drops trailers of
-// more than 8 KiB, whatever is in them.
+// Returns at most 1024 bytes of the message. A call's status travels in HTTP/2 trailers, twice and escaped, and a peer
+// drops trailers of more than 8 KiB.
 std::string Brief(std::string message);
 
-// For the end of a call. The details travel in "grpc-status-details-bin".
+// Returns the status that ends a call. Its details travel in "grpc-status-details-bin".
 grpc::Status ToGrpc(const core::Error& error);
-// For NOT_FOUND and the like from inspection: with `reason`.
+// The same for an absl::Status, with `reason`.
 grpc::Status ToGrpc(const absl::Status& status, const char* reason);
 
 }  // namespace syncbn::rpc

@@ -5,14 +5,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
-#include <optional>
 
 #include "grpcpp/completion_queue.h"
-#include "grpcpp/server_context.h"
 #include "grpcpp/support/async_stream.h"
 #include "grpcpp/support/byte_buffer.h"
-#include "server/rpc/event_loop.h"
+#include "server/core/types.h"
+#include "server/rpc/stream_call.h"
 #include "syncbn/v1/statistics.grpc.pb.h"
 
 namespace syncbn::rpc {
@@ -20,8 +18,9 @@ namespace syncbn::rpc {
 // Frames pass as bytes: an answer is serialized once, and its slices are shared by all streams that it goes to.
 using StatisticsAsyncService = v1::StatisticsService::WithRawMethod_Synchronize<v1::StatisticsService::Service>;
 
-// Lives on the thread that drives its completion queue; owned by its handler, which deletes it when it is gone.
-class WorkerStream {
+// Owned by its handler, which deletes it when it is gone.
+class WorkerStream final
+    : public StreamCall<grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>, grpc::ByteBuffer> {
  public:
   class Handler {
    public:
@@ -36,19 +35,18 @@ class WorkerStream {
     virtual void OnHalfClosed(WorkerStream* stream) = 0;
     // The worker has cancelled, or its connection broke. Nothing can be sent.
     virtual void OnBroken(WorkerStream* stream) = 0;
-    // No operation is outstanding: the stream may and should be deleted.
+    // No operation is under way: the stream may and should be deleted.
     virtual void OnGone(WorkerStream* stream) = 0;
   };
 
-  WorkerStream(uint64_t id, Handler* handler, size_t max_unread_bytes);
-
   // Waits for a worker's call.
-  void Accept(StatisticsAsyncService* service, grpc::ServerCompletionQueue* queue);
+  WorkerStream(core::StreamId id, Handler* handler, size_t max_unread_bytes, StatisticsAsyncService* service,
+               grpc::ServerCompletionQueue* queue);
 
-  uint64_t id() const { return id_; }
+  core::StreamId id() const { return id_; }
 
-  // Asks for the next frame, once for each frame. No-op on a stream that is closed.
-  void ReadNext();
+  // Asks for the next frame, once for each frame. Does nothing on a stream that is not open.
+  void ReadNext() { Read(&incoming_); }
   // Bytes that have been queued and not been written.
   size_t unread_bytes() const { return unread_bytes_; }
   // Frames that have been written.
@@ -58,42 +56,22 @@ class WorkerStream {
   bool Admits(size_t bytes);
   // Queues a frame that was admitted.
   void Send(const grpc::ByteBuffer& frame);
-  // Ends the call once everything queued has been written. Nothing is read any more.
-  void Close(const grpc::Status& status);
-  // Breaks the call off.
-  void Cancel() { context_.TryCancel(); }
-
-  bool closed() const { return closing_.has_value(); }
 
  private:
-  void OnStart(bool ok);
-  void OnRead(bool ok);
-  void OnWrite(bool ok);
-  void OnFinish(bool ok);
-  void OnDone(bool ok);
-  void WriteNext();
-  void Settle();
+  void OnStart() override;
+  void OnRead(bool ok) override;
+  void OnDequeue(const grpc::ByteBuffer& frame) override { unread_bytes_ -= frame.Length(); }
+  void OnWritten() override;
+  void OnEnded() override;
+  void OnGone() override { handler_->OnGone(this); }
 
-  const uint64_t id_;
+  const core::StreamId id_;
   Handler* const handler_;
   const size_t max_unread_bytes_;
-
-  grpc::ServerContext context_;
-  grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer> call_;
-  MethodTag<WorkerStream> start_tag_, read_tag_, write_tag_, finish_tag_, done_tag_;
-
   grpc::ByteBuffer incoming_;
-  std::deque<grpc::ByteBuffer> outgoing_;
   size_t unread_bytes_ = 0;
   uint64_t written_ = 0;
-  std::optional<grpc::Status> closing_;
-  int outstanding_ = 0;  // Operations, done_tag_ excepted.
-  bool reading_ = false;
-  bool writing_ = false;
-  bool finishing_ = false;
-  bool broken_ = false;
   bool cut_off_ = false;
-  bool done_ = false;
 };
 
 }  // namespace syncbn::rpc

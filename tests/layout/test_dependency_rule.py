@@ -33,7 +33,7 @@ RULES = [
         r"client/cc/(session/|errors\.h$)|vocabulary/|plumbing/check\.h$",
         rf"{GRPC}|{CONCURRENCY}|{ABSL}(synchronization/|time/clock\.h)",
     ),
-    ("client/c", r"client/(cc|c)/|kernels/|vocabulary/|plumbing/|server/stats_server\.h$", r"$^"),
+    ("client/c", r"client/(cc|c)/|kernels/|vocabulary/|plumbing/|server/master_server\.h$", r"$^"),
     ("client/examples", r"client/(cc|c)/|kernels/", r"$^"),
 ]
 OURS = re.compile(r"(kernels|plumbing|vocabulary|server|client|tests|syncbn)/")

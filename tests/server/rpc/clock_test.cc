@@ -7,7 +7,7 @@
 #include <atomic>
 
 #include "gtest/gtest.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "tests/server/rpc/raw_stream.h"
 
 namespace {

@@ -26,7 +26,7 @@
 #include "gmock/gmock.h"
 #include "grpcpp/client_context.h"
 #include "gtest/gtest.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 #include "syncbn/v1/statistics.grpc.pb.h"
 #include "tests/server/rpc/log_collector.h"

@@ -6,7 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "tests/server/rpc/log_collector.h"
 #include "tests/server/rpc/raw_stream.h"
 

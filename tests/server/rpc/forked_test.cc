@@ -14,7 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "client/cc/errors.h"
 #include "gtest/gtest.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 
 namespace syncbn::testing {
 namespace {

@@ -12,7 +12,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 #include "tests/server/rpc/raw_stream.h"
 

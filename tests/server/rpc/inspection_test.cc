@@ -8,7 +8,7 @@
 #include "gmock/gmock.h"
 #include "grpcpp/ext/channelz_service_plugin.h"
 #include "gtest/gtest.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 #include "tests/server/rpc/raw_stream.h"
 

@@ -15,7 +15,7 @@
 #include "gmock/gmock.h"
 #include "grpcpp/security/credentials.h"
 #include "gtest/gtest.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "tests/server/rpc/raw_stream.h"
 
 namespace syncbn::testing {

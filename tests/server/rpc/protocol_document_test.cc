@@ -9,7 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "gtest/gtest.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "tests/server/rpc/raw_stream.h"
 
 namespace syncbn::testing {

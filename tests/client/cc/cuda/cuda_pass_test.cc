@@ -13,7 +13,7 @@
 #include "client/cc/device_runtime.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
-#include "server/stats_server.h"
+#include "server/master_server.h"
 #include "tests/client/cc/cuda/fake_device_runtime.h"
 #include "tests/client/cc/cuda/layer_step.h"
 

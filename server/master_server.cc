@@ -1,4 +1,4 @@
-#include "server/stats_server.h"
+#include "server/master_server.h"
 
 #include <sys/resource.h>
 
@@ -44,7 +44,7 @@ absl::StatusOr<std::vector<rpc::ListenAddress>> ParseAddresses(const MasterServe
   return addresses;
 }
 
-// Null without TLS.
+// Returns null without TLS.
 absl::StatusOr<std::shared_ptr<rpc::ServerTls>> LoadTls(const MasterServer::TlsOptions& tls) {
   if (tls.cert_file.empty() != tls.key_file.empty()) {
     return absl::InvalidArgumentError("TLS needs a certificate and its key, both");
@@ -60,7 +60,7 @@ absl::StatusOr<std::shared_ptr<rpc::ServerTls>> LoadTls(const MasterServer::TlsO
   return rpc::ServerTls::Load({tls.cert_file, tls.key_file, tls.trusted_ca_file});
 }
 
-// Descriptors that the process needs for other things than connections: files, the loop's own, a library's.
+// Leaves descriptors for files, the loop and libraries.
 size_t DefaultMaxConnections() {
   rlimit limit = {};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return size_t{1} << 20;
@@ -105,21 +105,21 @@ absl::Status CheckLimits(const MasterServer::Options& options) {
 
 void Tune(grpc::ServerBuilder* builder, const MasterServer::Options& options) {
   builder->SetMaxReceiveMessageSize(options.max_frame_bytes);
-  builder->SetMaxSendMessageSize(-1);  // Ours are bounded by the layers' limits.
-  // A message is never compressed (PROTOCOL.md, section 1). One that claims to be is refused by its algorithm's name,
-  // and is not unpacked before that: a kilobyte could become a megabyte, whatever the longest frame is.
+  builder->SetMaxSendMessageSize(-1);  // Frames are bounded by the limits of layers.
+  // Messages are never compressed (PROTOCOL.md, section 1). A message that claims to be is refused by its algorithm,
+  // without being decompressed: a kilobyte could become a megabyte, whatever the limit of a frame.
   builder->AddChannelArgument(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
   builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
   builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
-  // Workers of one process share a connection; a group's workers may all be in one process.
+  // Workers of one process share a connection, and all workers of a group may be in one process.
   constexpr uint32_t kMostStreams = 1 << 20;
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
                               static_cast<int>(std::min(options.limits.max_workers, kMostStreams) + 64));
   builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 5000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
-  // Reflection, channelz and the answer to unknown methods are gRPC's own synchronous services: one thread waits for
-  // their calls, and each call has a thread. Beyond that many a call is refused.
+  // Reflection, channelz and the answer to unknown methods are synchronous services of gRPC's: one thread waits for
+  // their calls, and each call has a thread. Calls beyond the limit of threads are refused.
   constexpr int kMaxThreads = 4;
   grpc::ResourceQuota quota("syncbn-master");
   quota.SetMaxThreads(kMaxThreads);
@@ -173,7 +173,7 @@ class MasterServer::Impl {
   int port() const { return port_; }
   size_t max_connections() const { return max_connections_; }
   const std::vector<std::string>& targets() const { return targets_; }
-  // A forked child has none of the threads that this object waits for.
+  // Returns whether this is a forked child, which has none of the threads that this object waits for.
   bool IsForked() const { return open_.forked(); }
 
   absl::Status ReloadCertificates() {

@@ -1,0 +1,65 @@
+// syncbn.v1.InspectionService: what can be seen of the engine from outside.
+
+#ifndef SYNCBN_SERVER_RPC_INSPECTION_H_
+#define SYNCBN_SERVER_RPC_INSPECTION_H_
+
+#include <cstddef>
+#include <memory>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/time/time.h"
+#include "grpcpp/completion_queue.h"
+#include "grpcpp/server_builder.h"
+#include "plumbing/clock.h"
+#include "server/core/coordinator.h"
+#include "syncbn/v1/inspection.grpc.pb.h"
+
+namespace syncbn::rpc {
+
+// Thread safety: none; it lives on the thread that drives the queue, once Serve was called.
+class InspectionService {
+ public:
+  // The coordinator's times are those of `clock`. `max_watchers` may call WatchRounds at a time.
+  InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers);
+  ~InspectionService();
+  InspectionService(const InspectionService&) = delete;
+  InspectionService& operator=(const InspectionService&) = delete;
+
+  void Register(grpc::ServerBuilder* builder) { builder->RegisterService(&service_); }
+  // Waits for calls. `live_calls` counts the unary ones that exist.
+  void Serve(grpc::ServerCompletionQueue* queue, int* live_calls);
+  // Waits for no further watcher.
+  void EndServing() { serving_ = false; }
+  // Returns whether no WatchRounds call is being served or waited for.
+  bool idle() const { return watchers_.empty(); }
+
+  // Tells the watchers of the group and the layer.
+  void OnRoundEnded(const core::RoundEnded& ended, absl::Time now);
+  // Ends the calls of the group's watchers.
+  void OnGroupEnded(const core::GroupEnded& ended);
+
+ private:
+  class Watcher;
+  using AsyncService = v1::InspectionService::AsyncService;
+
+  void AwaitWatcher();
+  // Closes the watcher's call if there is no such group, or no room.
+  void Admit(Watcher& watcher);
+
+  grpc::Status ListGroups(const v1::ListGroupsRequest& request, v1::ListGroupsResponse* response) const;
+  grpc::Status GetGroup(const v1::GetGroupRequest& request, v1::GetGroupResponse* response) const;
+  grpc::Status ListLayers(const v1::ListLayersRequest& request, v1::ListLayersResponse* response) const;
+  grpc::Status GetLayer(const v1::GetLayerRequest& request, v1::GetLayerResponse* response) const;
+
+  const core::Coordinator& coordinator_;
+  const Clock& clock_;
+  const size_t max_watchers_;
+  AsyncService service_;
+  grpc::ServerCompletionQueue* queue_ = nullptr;
+  absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;  // One of them waits for its call.
+  bool serving_ = true;
+};
+
+}  // namespace syncbn::rpc
+
+#endif  // SYNCBN_SERVER_RPC_INSPECTION_H_

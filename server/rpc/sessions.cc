@@ -1,0 +1,316 @@
+#include "server/rpc/sessions.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "absl/hash/hash.h"
+#include "absl/strings/str_cat.h"
+#include "plumbing/check.h"
+#include "plumbing/messages.h"
+#include "server/core/error.h"
+#include "server/rpc/status.h"
+
+namespace syncbn::rpc {
+namespace {
+
+// A worker that has promised silence is read from again after this long, should its promise not hold.
+constexpr absl::Duration kLongestSilence = absl::Milliseconds(20);
+// Time within which a worker that lags, and makes its group wait for it, must read something.
+constexpr absl::Duration kLagTimeout = absl::Seconds(5);
+// Time within which a closed stream's last frames and status must be read.
+constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
+
+}  // namespace
+
+size_t Fingerprint(const core::RoundKey& key) {
+  return absl::Hash<std::tuple<const std::string&, uint64_t, core::Phase>>()({key.layer, key.sequence, key.phase});
+}
+
+Sessions::Sessions(const LoopOptions& options, const core::Coordinator& coordinator, Deliver deliver, EventLog* log,
+                   const absl::Time* now)
+    : options_(options), coordinator_(coordinator), deliver_(std::move(deliver)), log_(log), now_(now) {}
+
+void Sessions::Serve(grpc::ServerCompletionQueue* queue) {
+  queue_ = queue;
+  AwaitStream();
+}
+
+void Sessions::AwaitStream() {
+  if (!serving_) return;
+  const core::StreamId id = next_stream_++;
+  auto session = std::make_unique<Session>();
+  session->stream = std::make_unique<WorkerStream>(id, this, options_.max_unread_bytes, &service_, queue_);
+  sessions_.emplace(id, std::move(session));
+}
+
+Sessions::Session& Sessions::Of(const WorkerStream* stream) {
+  const auto it = sessions_.find(stream->id());
+  SYNCBN_CHECK(it != sessions_.end(), "stream ", stream->id(), " has no session");
+  return *it->second;
+}
+
+Sessions::Session* Sessions::Find(core::StreamId id) {
+  const auto it = sessions_.find(id);
+  return it == sessions_.end() ? nullptr : it->second.get();
+}
+
+// ---- WorkerStream::Handler ------------------------------------------------------------------------------------------
+
+void Sessions::OnAccepted(WorkerStream* stream) {
+  timers_.insert({*now_ + options_.join_timeout, TimerKind::kJoin, stream->id()});
+  AwaitStream();
+}
+
+void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) {
+  Session& session = Of(stream);
+  const size_t bytes = buffer.Length();
+  if (!session.joined && bytes > options_.limits.max_first_frame_bytes) {
+    return Refuse(session, core::LimitError(bytes, "bytes of a first frame", "max_first_frame_bytes",
+                                            options_.limits.max_first_frame_bytes));
+  }
+  session.frame = std::make_unique<FrameReader>(std::move(buffer), options_.limits);
+  if (auto error = session.frame->Open()) return Refuse(session, *error);
+  const core::FrameReceived& head = session.frame->head();
+  if (head.join.has_value() && !session.joined) {
+    session.joined = true;
+    session.lane = lanes_.Enter(head.join->id);
+  }
+  session.slice = SliceOf(session);
+  session.answered_since_read = false;
+  HandleSlice(session);
+}
+
+void Sessions::OnWritten(WorkerStream* stream) { NoteLag(Of(stream)); }
+
+void Sessions::OnHalfClosed(WorkerStream* stream) {
+  Session& session = Of(stream);
+  session.half_closed = true;
+  if (!session.joined) {
+    CloseStream(session, ToGrpc(core::MakeError(absl::StatusCode::kInvalidArgument, core::kJoinRequired,
+                                                "the stream ended before its first frame")));
+  } else if (session.unanswered.empty()) {
+    Retire(session);
+  }
+  // Otherwise it still waits for answers, as grpcurl does at the end of its input.
+}
+
+void Sessions::OnBroken(WorkerStream* stream) {
+  Of(stream).frame.reset();
+  deliver_(core::StreamClosed{stream->id()});
+}
+
+void Sessions::OnGone(WorkerStream* stream) {
+  Session& session = Of(stream);
+  if (Lane* const lane = std::exchange(session.lane, nullptr)) {
+    if (std::exchange(session.lags, false)) EndLag(*lane);
+    lanes_.Leave(lane);
+  }
+  sessions_.erase(stream->id());
+}
+
+// ---- Frames, slice by slice -----------------------------------------------------------------------------------------
+
+SliceLimits Sessions::SliceOf(const Session& session) const {
+  const core::FrameReceived& head = session.frame->head();
+  size_t longest = session.lane == nullptr ? 0 : coordinator_.LongestResult(session.lane->id);
+  for (const core::LayerSpec& layer : head.layers) longest = std::max(longest, core::LongestResult(layer));
+  if (head.join.has_value()) {
+    for (const core::LayerSpec& layer : head.join->layers) longest = std::max(longest, core::LongestResult(layer));
+  }
+  // A number may take 9 bytes of a contribution and takes 8 of a result. Some bytes more are not yet malformed.
+  constexpr size_t kShortest = size_t{64} << 10;
+  SliceLimits slice;
+  slice.contributions =
+      std::clamp<size_t>(options_.limits.max_turn_bytes / std::max<size_t>(longest, 1), 1, slice.contributions);
+  slice.longest_contribution = std::max(kShortest, longest / 8 * 9 + kShortest);
+  return slice;
+}
+
+void Sessions::HandleSlice(Session& session) {
+  const core::StreamId id = session.stream->id();
+  // A join does not wait: it may take the place of the stream that lags.
+  const bool joins = !session.frame->begun() && session.frame->head().join.has_value();
+  if (session.lane != nullptr && session.lane->lagging != 0 && !joins) return session.lane->waiting.push_back(id);
+  FrameArena arena;
+  core::FrameReceived event;
+  event.stream = id;
+  if (auto error = session.frame->Next(session.slice, arena.get(), &event)) return Refuse(session, *error);
+  for (const core::Contribution& contribution : event.contributions) {
+    session.unanswered.insert(Fingerprint(contribution.key));
+  }
+  const bool done = session.frame->done();
+  const bool blocked = done && !event.blocked_on.empty();
+  if (done) session.frame.reset();
+  deliver_(event);
+  if (session.stream->closed()) {
+    session.frame.reset();
+  } else if (!done) {
+    SYNCBN_CHECK(session.lane != nullptr, "a stream that has not joined is open after its first frame");
+    lanes_.AddToBacklog(*session.lane, id);
+  } else if (blocked && !session.answered_since_read) {
+    HoldRead(session);
+  } else {
+    ReadNext(session);
+  }
+}
+
+void Sessions::ServeBacklog() {
+  Session* const session = Find(lanes_.NextTurn());
+  if (session != nullptr && session->frame != nullptr && !session->stream->closed()) HandleSlice(*session);
+}
+
+void Sessions::Refuse(Session& session, const core::Error& error) {
+  log_->OnStreamClosed(error, *now_);
+  session.frame.reset();
+  deliver_(core::StreamClosed{session.stream->id()});
+  CloseStream(session, ToGrpc(error));
+}
+
+void Sessions::ReadNext(Session& session) {
+  if (session.lane != nullptr && session.lane->lagging != 0) {
+    session.lane->waiting.push_back(session.stream->id());
+  } else {
+    session.stream->ReadNext();
+  }
+}
+
+// Writing before reading saves the transport a packet, a window update of its own.
+void Sessions::HoldRead(Session& session) {
+  session.read_held = true;
+  session.read_at = *now_ + kLongestSilence;
+  SetReadTimer(session);
+}
+
+// At most one for each stream. A timer for each frame would wake the loop for every one of them, though hardly any
+// read is held as long.
+void Sessions::SetReadTimer(Session& session) {
+  if (std::exchange(session.read_timer_set, true)) return;
+  timers_.insert({session.read_at, TimerKind::kRead, session.stream->id()});
+}
+
+// ---- Readers that lag -----------------------------------------------------------------------------------------------
+
+void Sessions::NoteLag(Session& session) {
+  if (session.lane == nullptr) return;
+  const size_t bound = options_.max_unread_bytes / (session.lags ? 4 : 2);
+  const bool lags = !session.stream->closed() && session.stream->unread_bytes() > bound;
+  if (lags == session.lags) return;
+  session.lags = lags;
+  deliver_(core::ReaderLags{session.stream->id(), lags});
+  if (lags) {
+    ++session.lane->lagging;
+    SetLagTimer(session);
+  } else {
+    EndLag(*session.lane);
+  }
+}
+
+void Sessions::SetLagTimer(Session& session) {
+  if (std::exchange(session.lag_timer_set, true)) return;
+  session.written_then = session.stream->written();
+  timers_.insert({*now_ + kLagTimeout, TimerKind::kLag, session.stream->id()});
+}
+
+void Sessions::EndLag(Lane& lane) {
+  for (const core::StreamId id : lanes_.CatchUp(lane)) {
+    Session* const session = Find(id);
+    if (session == nullptr) continue;
+    if (session->frame != nullptr) {
+      lanes_.AddToBacklog(lane, id);
+    } else {
+      session->stream->ReadNext();
+    }
+  }
+}
+
+// ---- Effects --------------------------------------------------------------------------------------------------------
+
+void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame,
+                    const std::vector<size_t>& answered) {
+  // Write to every stream first, then resume reading; reading in between would delay the last worker.
+  std::optional<grpc::ByteBuffer> bytes;
+  const size_t size = frame.ByteSizeLong();
+  for (const core::StreamId id : streams) {
+    Session* const session = Find(id);
+    if (session == nullptr || !session->stream->Admits(size)) continue;
+    if (!bytes.has_value()) bytes = SerializeToBuffer(frame);
+    session->stream->Send(*bytes);
+  }
+  for (const core::StreamId id : streams) {
+    Session* const session = Find(id);
+    if (session == nullptr) continue;
+    NoteLag(*session);
+    if (answered.empty()) continue;
+    session->answered_since_read = true;
+    for (const size_t fingerprint : answered) session->unanswered.erase(fingerprint);
+    if (std::exchange(session->read_held, false)) ReadNext(*session);
+    if (session->half_closed && session->unanswered.empty()) retiring_.push_back(id);
+  }
+}
+
+void Sessions::Close(core::StreamId id, const std::optional<core::Error>& error) {
+  Session* const session = Find(id);
+  if (session == nullptr) return;
+  if (error.has_value()) log_->OnStreamClosed(*error, *now_);
+  CloseStream(*session, error.has_value() ? ToGrpc(*error) : grpc::Status::OK);
+}
+
+// ---- Ends and timers ------------------------------------------------------------------------------------------------
+
+void Sessions::CloseStream(Session& session, const grpc::Status& status) {
+  if (session.stream->closed()) return;
+  timers_.insert({*now_ + kCloseTimeout, TimerKind::kClose, session.stream->id()});
+  session.stream->Close(status);
+  NoteLag(session);  // What it leaves unread from here on holds nobody up.
+}
+
+void Sessions::Retire(Session& session) {
+  deliver_(core::StreamClosed{session.stream->id()});
+  CloseStream(session, grpc::Status::OK);
+}
+
+absl::Time Sessions::NextTimer() const {
+  return timers_.empty() ? absl::InfiniteFuture() : std::get<0>(*timers_.begin());
+}
+
+void Sessions::RunTimers() {
+  while (NextTimer() <= *now_) {
+    const auto [time, kind, id] = *timers_.begin();
+    timers_.erase(timers_.begin());
+    if (Session* const session = Find(id)) RunTimer(kind, *session);
+  }
+  for (const core::StreamId id : std::exchange(retiring_, {})) {
+    if (Session* const session = Find(id)) Retire(*session);
+  }
+}
+
+void Sessions::RunTimer(TimerKind kind, Session& session) {
+  switch (kind) {
+    case TimerKind::kJoin:
+      if (session.joined) return;
+      CloseStream(session, ToGrpc(core::MakeError(
+                               absl::StatusCode::kInvalidArgument, core::kJoinRequired,
+                               absl::StrCat("no join arrived within ", absl::FormatDuration(options_.join_timeout)))));
+      return;
+    case TimerKind::kRead:
+      session.read_timer_set = false;
+      if (session.read_held && *now_ < session.read_at) {
+        SetReadTimer(session);
+      } else if (std::exchange(session.read_held, false)) {
+        ReadNext(session);
+      }
+      return;
+    case TimerKind::kLag:
+      session.lag_timer_set = false;
+      if (!session.lags) return;
+      if (session.stream->written() == session.written_then) return session.stream->Cancel();
+      SetLagTimer(session);
+      return;
+    case TimerKind::kClose:
+      session.stream->Cancel();
+      return;
+  }
+}
+
+}  // namespace syncbn::rpc

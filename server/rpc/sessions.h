@@ -1,0 +1,146 @@
+// The workers' streams: when each is read from, how its frames reach the engine, and what becomes of those that lag.
+
+#ifndef SYNCBN_SERVER_RPC_SESSIONS_H_
+#define SYNCBN_SERVER_RPC_SESSIONS_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "absl/container/btree_set.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/time/time.h"
+#include "grpcpp/completion_queue.h"
+#include "grpcpp/server_builder.h"
+#include "server/core/coordinator.h"
+#include "server/rpc/event_log.h"
+#include "server/rpc/frame_reader.h"
+#include "server/rpc/lanes.h"
+#include "server/rpc/loop_options.h"
+#include "server/rpc/worker_stream.h"
+
+namespace syncbn::rpc {
+
+size_t Fingerprint(const core::RoundKey& key);
+
+// A worker that sends faster than it reads, or than another of its group does, waits: no stream of a group is read from
+// while one of them has much unread. One that then reads nothing for seconds is cut off.
+//
+// Thread safety: none; it lives on the thread that drives the queue, once Serve was called.
+class Sessions final : public WorkerStream::Handler {
+ public:
+  // Hands an event to the engine, and applies its effects before it returns.
+  using Deliver = std::function<void(const core::Event&)>;
+
+  // `now` is the time of the event that is being handled. What is pointed or referred to must outlive the object.
+  Sessions(const LoopOptions& options, const core::Coordinator& coordinator, Deliver deliver, EventLog* log,
+           const absl::Time* now);
+  Sessions(const Sessions&) = delete;
+  Sessions& operator=(const Sessions&) = delete;
+
+  void Register(grpc::ServerBuilder* builder) { builder->RegisterService(&service_); }
+  // Waits for workers' calls.
+  void Serve(grpc::ServerCompletionQueue* queue);
+  // Waits for no further calls.
+  void EndServing() { serving_ = false; }
+  // Returns whether no call is being served or waited for.
+  bool idle() const { return sessions_.empty(); }
+
+  // Sends the frame to those of the streams that are still there. `answered` has the fingerprints of the rounds whose
+  // outcomes are in it.
+  void Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame,
+            const std::vector<size_t>& answered = {});
+  // Ends the stream's call after what was sent to it before.
+  void Close(core::StreamId id, const std::optional<core::Error>& error);
+
+  // When RunTimers is next due; InfiniteFuture if nothing waits for time to pass.
+  absl::Time NextTimer() const;
+  void RunTimers();
+
+  // Frames of many contributions are handled in slices. Returns whether there are more.
+  bool has_backlog() const { return lanes_.has_backlog(); }
+  // Handles the next slice.
+  void ServeBacklog();
+
+ private:
+  enum class TimerKind { kJoin, kRead, kLag, kClose };
+
+  struct Session {
+    std::unique_ptr<WorkerStream> stream;
+    Lane* lane = nullptr;                // Once it has joined.
+    std::unique_ptr<FrameReader> frame;  // While it is being handled.
+    SliceLimits slice;
+    // Fingerprints of the rounds that the worker has contributed to and that have no outcome yet. A set, not a count,
+    // since a repeated contribution is answered once.
+    absl::flat_hash_set<size_t> unanswered;
+    bool joined = false;
+    bool half_closed = false;
+    bool answered_since_read = false;
+    bool lags = false;  // It leaves much unread.
+    bool lag_timer_set = false;
+    uint64_t written_then = 0;  // When the lag's timer was set.
+    // The worker sends nothing until it is answered, so the next read waits for an answer, at most until read_at.
+    bool read_held = false;
+    absl::Time read_at;
+    bool read_timer_set = false;
+  };
+
+  // ---- WorkerStream::Handler
+  void OnAccepted(WorkerStream* stream) override;
+  void OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) override;
+  void OnWritten(WorkerStream* stream) override;
+  void OnHalfClosed(WorkerStream* stream) override;
+  void OnBroken(WorkerStream* stream) override;
+  void OnGone(WorkerStream* stream) override;
+
+  void AwaitStream();
+  Session& Of(const WorkerStream* stream);
+  // Returns null if the stream has gone.
+  Session* Find(core::StreamId id);
+
+  // ---- Frames, slice by slice
+  // As many contributions as cannot bring forth more than max_turn_bytes of results.
+  SliceLimits SliceOf(const Session& session) const;
+  void HandleSlice(Session& session);
+  // Ends a stream whose frame cannot be used.
+  void Refuse(Session& session, const core::Error& error);
+  // Reads the next frame, now or when no stream of the group lags.
+  void ReadNext(Session& session);
+  // Reads the next frame after an answer, or after a while.
+  void HoldRead(Session& session);
+  void SetReadTimer(Session& session);
+
+  // ---- Readers that lag
+  // The stream may lag now, or no longer.
+  void NoteLag(Session& session);
+  void SetLagTimer(Session& session);
+  void EndLag(Lane& lane);
+
+  // ---- Ends
+  void CloseStream(Session& session, const grpc::Status& status);
+  // The worker has had all that it waited for, and will send nothing more.
+  void Retire(Session& session);
+  void RunTimer(TimerKind kind, Session& session);
+
+  const LoopOptions& options_;
+  const core::Coordinator& coordinator_;
+  const Deliver deliver_;
+  EventLog* const log_;
+  const absl::Time* const now_;
+  StatisticsAsyncService service_;
+  grpc::ServerCompletionQueue* queue_ = nullptr;
+  core::StreamId next_stream_ = 1;
+  absl::flat_hash_map<core::StreamId, std::unique_ptr<Session>> sessions_;  // One of them waits for its call.
+  absl::btree_set<std::tuple<absl::Time, TimerKind, core::StreamId>> timers_;
+  Lanes lanes_;
+  std::vector<core::StreamId> retiring_;
+  bool serving_ = true;
+};
+
+}  // namespace syncbn::rpc
+
+#endif  // SYNCBN_SERVER_RPC_SESSIONS_H_
