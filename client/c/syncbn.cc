@@ -19,6 +19,7 @@
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
 #include "kernels/batch_norm.h"
+#include "plumbing/certificate.h"
 #include "plumbing/log.h"
 #include "server/master_server.h"
 #include "vocabulary/version.h"
@@ -327,6 +328,11 @@ void syncbn_master_shutdown(syncbn_master* master, int64_t grace_ns) {
 }
 
 void syncbn_master_destroy(syncbn_master* master) { delete master; }
+
+syncbn_code syncbn_make_certificate(const char* host, const char* cert_file, const char* key_file,
+                                    syncbn_error** error) {
+  return Report(syncbn::MakeSelfSignedCertificate(Text(host), Text(cert_file), Text(key_file)), error);
+}
 
 // ---- The worker -----------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ def main() -> None:
     x = torch.randn((sum(sizes), FEATURES), generator=generator, dtype=torch.float64)
     y = torch.randint(CLASSES, (sum(sizes),), generator=generator)
 
-    with syncbn.torch.join() as worker:
+    with syncbn.torch.init_worker() as worker:
         plain = make_model()
         model = syncbn.torch.convert_sync_batchnorm(copy.deepcopy(plain), worker)
         parallel = torch.nn.parallel.DistributedDataParallel(model)

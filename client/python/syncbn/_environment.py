@@ -1,10 +1,9 @@
-"""What the launcher's and the user's environment variables say."""
+"""Environment variables of the user's and of launchers."""
 
 import os
 import re
 import socket
-import sys
-from typing import Optional
+from typing import Optional, Tuple
 
 from syncbn import _arguments
 
@@ -12,7 +11,7 @@ _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1|\[::1\]")
 
 
 def text(name: str) -> Optional[str]:
-    """None if it is not set, or empty."""
+    """The variable's value; None if it is not set, or empty."""
     return os.environ.get(name) or None
 
 
@@ -44,9 +43,9 @@ def flag(name: str) -> bool:
 
 
 def job() -> str:
-    """A name that every process of one launch finds, and no other launch."""
+    """The name of this launch: the same in all of its processes, and in no other launch."""
     run = text("TORCHELASTIC_RUN_ID")
-    if run == "none":  # As torchrun calls every launch without --rdzv-id.
+    if run == "none":  # torchrun's word for every launch without --rdzv-id.
         run = None
     found = text("SYNCBN_JOB") or run or text("SLURM_JOB_ID") or text("RAY_JOB_ID")
     if found:
@@ -54,35 +53,67 @@ def job() -> str:
     address, port = text("MASTER_ADDR"), text("MASTER_PORT")
     if address is None or port is None:
         return "default"
-    if _LOOPBACK.fullmatch(address):  # The same words on every host, whose processes then are all here.
+    if is_loopback(address):  # All processes are on this host, and another host may have the same address.
         address = socket.gethostname()
     return f"{address}:{port}"
 
 
 def generation() -> int:
-    """Which restart of the whole launch this is: a later one has a greater number."""
+    """The number of this restart of the whole launch; a later restart has a greater number."""
     given = integer("SYNCBN_GENERATION", 0, 2**64 - 1)
     if given is not None:
         return given
-    # A requeued job of Slurm's counts its launcher's restarts from 0 again.
+    # When Slurm requeues a job, the launcher within it counts its restarts from 0 again.
     requeues = integer("SLURM_RESTART_COUNT", 0, 2**31 - 1) or 0
     return (requeues << 32) + (integer("TORCHELASTIC_RESTART_COUNT", 0, 2**32 - 1) or 0)
 
 
-def other_processes() -> Optional[str]:
-    """What says that this process is one of several, though WORLD_SIZE does not; None: nothing does.
+# (rank, number of processes) as launchers set them, those of the innermost launcher first: torchrun may run under srun.
+_LAUNCHERS = (
+    ("HOROVOD_RANK", "HOROVOD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),  # PMIx itself has no variable for the size.
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # SLURM_NTASKS is set outside of srun too.
+    ("PET_NODE_RANK", "PET_NNODES"),  # Kubeflow's pods, where each is one process and torchrun is not used.
+)
 
-    Frameworks are asked only if the program has imported them.
+
+def place() -> Optional[Tuple[Optional[int], Optional[int]]]:
+    """(rank, number of processes) of this process as its launcher has set them; None where no launcher has.
+
+    Either may be None where RANK or WORLD_SIZE alone is set. Errors: INVALID_ARGUMENT for a variable that is no integer.
     """
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "HOROVOD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        value = text(name)
-        if value is not None and value.strip().isdigit() and int(value) > 1:
-            return f"{name} is {value.strip()}"
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        size = distributed.get_world_size()
-        if size > 1:
-            return f"torch.distributed has {size} processes"
-    state = getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
-    size = getattr(state, "num_processes", None) or 1
-    return f"jax.distributed has {size} processes" if size > 1 else None
+    most = 2**32 - 1
+    rank, size = integer("RANK", 0, most), integer("WORLD_SIZE", 1, most)
+    if rank is not None or size is not None:
+        return rank, size
+    for rank_name, size_name in _LAUNCHERS:
+        if rank_name == "PET_NODE_RANK" and (text("PET_NPROC_PER_NODE") or "1") != "1":
+            continue
+        if all((text(name) or "").strip().isdigit() for name in (rank_name, size_name)):
+            return integer(rank_name, 0, most), integer(size_name, 1, most)
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    return _LOOPBACK.fullmatch(host) is not None
+
+
+def is_one_host(world_size: int) -> bool:
+    """True if the launcher says that all processes are on this host."""
+    address = text("MASTER_ADDR")
+    if address is not None and is_loopback(address):
+        return True
+    local = (text("LOCAL_WORLD_SIZE") or text("OMPI_COMM_WORLD_LOCAL_SIZE") or "").strip()
+    return local == str(world_size) or (text("SLURM_STEP_NUM_NODES") or "").strip() == "1"
+
+
+def other_processes() -> Optional[str]:
+    """The variable that says that this process is one of several, for the text of an error; None if there is none."""
+    for _, name in _LAUNCHERS:
+        value = (text(name) or "").strip()
+        if value.isdigit() and int(value) > 1:
+            return f"{name} is {value}"
+    return None

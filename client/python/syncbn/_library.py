@@ -194,6 +194,7 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_master_target": (c_char_p, [_HANDLE]),
     "syncbn_master_shutdown": (None, [_HANDLE, c_int64]),
     "syncbn_master_destroy": (None, [_HANDLE]),
+    "syncbn_make_certificate": (c_int32, [c_char_p, c_char_p, c_char_p, _ERROR]),
     "syncbn_worker_join": (c_int32, [POINTER(WorkerOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_worker_leave": (c_int32, [_HANDLE, c_char_p, _ERROR]),
     "syncbn_worker_close": (None, [_HANDLE]),

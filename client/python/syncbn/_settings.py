@@ -1,11 +1,12 @@
-"""What a worker joins with: arguments, and the environment for those that are absent."""
+"""The settings of a worker: arguments, and the environment and the launch for those that are absent."""
 
 import ctypes
 import logging
-from typing import Any, Callable, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Optional, Sequence, Union
 
-from syncbn import _arguments, _environment, _library, errors
+from syncbn import _arguments, _environment, _library, _meeting, _places, errors
 from syncbn._library import text
+from syncbn._places import Place
 from syncbn._rounds import nanoseconds
 
 _logger = logging.getLogger("syncbn")
@@ -15,7 +16,7 @@ DEFAULT_JOIN_TIMEOUT = 30.0
 
 
 class Missing(errors.InvalidArgument):
-    """Neither an argument nor the environment says what is needed."""
+    """A setting that is needed is neither an argument nor in the environment, and no launch tells it."""
 
     def __init__(self, message: str, code: int = errors.Code.INVALID_ARGUMENT, *rest: Any) -> None:
         super().__init__(message, code, *rest)
@@ -29,34 +30,39 @@ def _first(given: Any, otherwise: Any, default: Any = None) -> Any:
     return default if found is None else found
 
 
-def _place(rank: Any, world_size: Any, has_target: bool) -> Tuple[int, int]:
-    """(rank, world size)."""
+def _place(rank: Any, world_size: Any, has_target: bool, found: Optional[Place]) -> Place:
+    """The arguments, and for those that are absent the place in the launch. Its rank and world size are not None."""
     if rank is not None:
         rank = _arguments.integer("rank", rank, 0, _arguments.MOST_UINT32)
     if world_size is not None:
         world_size = _arguments.integer("world_size", world_size, 1, _arguments.MOST_UINT32)
-    rank = _first(rank, lambda: _environment.integer("RANK", 0, _arguments.MOST_UINT32))
-    world_size = _first(world_size, lambda: _environment.integer("WORLD_SIZE", 1, _arguments.MOST_UINT32))
-    if rank is None and world_size is None and not has_target:
+    if found is None and (rank is None or world_size is None):
+        found = _places.find()
+    if found is None and rank is None and world_size is None and not has_target:
         others = _environment.other_processes()
         if others is not None:
             raise Missing(
                 f"this process is one of several ({others}), and WORLD_SIZE and SYNCBN_TARGET are not set: pass target, rank "
                 "and world_size, or set SYNCBN_TARGET, RANK and WORLD_SIZE in the environment"
             )
-        return 0, 1
+        rank, world_size = 0, 1
+    if found is not None:
+        rank, world_size = _first(rank, lambda: found.rank), _first(world_size, lambda: found.world_size)
     if rank is None and world_size == 1:
         rank = 0
     if rank is None or world_size is None:
-        raise Missing("Worker needs rank and world_size, or RANK and WORLD_SIZE in the environment")
+        missing = " and ".join(name for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)) if value is None)
+        raise Missing(
+            f"Worker needs rank and world_size, and in the environment {missing} is not set: pass them, call "
+            "torch.distributed.init_process_group first, or start the program with a launcher such as torchrun"
+        )
     if rank >= world_size:
         raise _arguments.refused(f"rank is {rank}; in a world of {world_size} it lies in 0 .. {world_size - 1}")
-    if world_size > 1 and not has_target:
-        raise Missing(
-            f"Worker needs a target where there are {world_size} workers: pass the master's address, or set SYNCBN_TARGET in "
-            "the environment (syncbn-master prints it)"
-        )
-    return rank, world_size
+    if found is None and not has_target and world_size > 1:
+        found = _places.find()
+    if found is None or (found.rank, found.world_size) != (rank, world_size):  # No board for ranks of another numbering.
+        return Place(rank, world_size)
+    return found
 
 
 def targets(given: Any) -> str:
@@ -93,7 +99,7 @@ def finder(target: Callable[[], Any]) -> Any:
 
 
 class Settings:
-    """Checked. The attribute `target` is None for a worker that is alone and has none."""
+    """Checked settings. `target` is None until `meet` where neither an argument nor the environment names one."""
 
     def __init__(
         self,
@@ -113,14 +119,17 @@ class Settings:
         cert_file: Any,
         key_file: Any,
         stream_ordered: Any,
+        place: Optional[Place] = None,
     ) -> None:
-        target = _first(target or None, lambda: _environment.text("SYNCBN_TARGET"))
+        if place is None or target:  # A worker of a process group is of the group's own master, unless one is named.
+            target = _first(target or None, lambda: _environment.text("SYNCBN_TARGET"))
         self.target: Union[str, Callable[[], Any], None] = target if target is None or callable(target) else targets(target)
-        self.rank, self.world_size = _place(rank, world_size, self.target is not None)
+        self.place = _place(rank, world_size, self.target is not None, place)
+        self.rank, self.world_size = self.place.rank or 0, self.place.world_size or 1
         self.job = _arguments.text("job", _first(job, _environment.job))
         self.group = _arguments.text("group", _first(group, lambda: _environment.text("SYNCBN_GROUP"), "default"))
         self.generation = _arguments.integer("generation", _first(generation, _environment.generation), 0, 2**64 - 1)
-        self.timeout = _seconds("timeout", timeout, DEFAULT_TIMEOUT, zero=False)
+        self.timeout = _seconds("timeout", timeout, DEFAULT_TIMEOUT, zero=False) or DEFAULT_TIMEOUT
         self.join_timeout = _seconds("join_timeout", join_timeout, DEFAULT_JOIN_TIMEOUT, zero=False)
         self.rejoin_grace = _seconds("rejoin_grace", rejoin_grace, None)
         workers = _first(min_workers, lambda: _environment.integer("SYNCBN_MIN_WORKERS", 1, self.world_size))
@@ -131,13 +140,33 @@ class Settings:
         self.trusted_ca_file = _file("trusted_ca_file", trusted_ca_file)
         self.cert_file = _file("cert_file", cert_file)
         self.key_file = _file("key_file", key_file)
-        if self.target is None:  # A master of its own has no TLS, and is on this host.
-            self.trusted_ca_file = self.cert_file = self.key_file = None
         ordered = _first(stream_ordered, lambda: _environment.flag("SYNCBN_STREAM_ORDERED"))
         self.stream_ordered = _arguments.truth("stream_ordered", ordered)
 
-    def options(self, target: Union[str, Callable[[], Any]]) -> _library.WorkerOptions:
-        """They keep what they point to."""
+    def meet(self) -> _meeting.Meeting:
+        """Finds a master where no target is named, or starts it, and sets `target` and the files for TLS to reach it.
+
+        Errors: `Missing` where there are several workers without a board; else as `_meeting.meet`.
+        """
+        if self.world_size == 1:
+            meeting = _meeting.alone()
+        else:
+            board = self.place.find_board()
+            if board is None:
+                raise Missing(
+                    f"Worker needs a target where there are {self.world_size} workers: pass the master's address, or set "
+                    "SYNCBN_TARGET in the environment (syncbn-master prints it). Without a target, workers find one another by "
+                    "torch.distributed or jax.distributed, once they are initialized, or by a store at MASTER_ADDR and "
+                    "MASTER_PORT, and there is none"
+                )
+            meeting = _meeting.meet(board, self.group, self.rank, self.world_size, self.timeout)
+        self.target, self.trusted_ca_file = meeting.target, meeting.trusted_ca_file
+        self.cert_file = self.key_file = None  # These are for a master that the user has named.
+        return meeting
+
+    def options(self) -> _library.WorkerOptions:
+        """The options for the library, with a target. They keep alive what they point to."""
+        target = self.target
         grace = self.rejoin_grace
         proceed = self.min_workers is not None
         return _library.WorkerOptions(
@@ -147,7 +176,7 @@ class Settings:
             rank=self.rank,
             world_size=self.world_size,
             generation=self.generation,
-            round_timeout_ns=nanoseconds(self.timeout or DEFAULT_TIMEOUT),
+            round_timeout_ns=nanoseconds(self.timeout),
             join_timeout_ns=nanoseconds(self.join_timeout or DEFAULT_JOIN_TIMEOUT),
             rejoin_grace_ns=0 if grace is None else nanoseconds(grace) or -1,
             missing_policy=_library.MISSING_PROCEED if proceed else _library.MISSING_FAIL,

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import sys
 import threading
 import warnings
 import weakref
@@ -13,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Type
 
 import numpy as np
 
-from syncbn import _arguments, _forks, _library, _master, _settings, _signals, errors
+from syncbn import _arguments, _forks, _library, _master, _meeting, _places, _settings, _signals, errors
 from syncbn._library import call, create, lib, text
 from syncbn._master import Master
 from syncbn._rounds import GradientSums, Moments, Round, wait
@@ -50,10 +51,12 @@ class Worker:
     Args:
       target: the master, "HOST:PORT" or "unix:PATH"; or several, of which one that answers is taken: separated by commas,
         or a list. Or a function that returns either, called at each attempt to connect, on any thread, for a short time;
-        if it raises, that is a warning in the log, and an attempt that failed. Default: $SYNCBN_TARGET. Without either, a
-        world of one worker has a master of its own, in a process beside this one: it normalizes over its own batches.
-      group: which group of the job to join. Default: $SYNCBN_GROUP, else "default".
-      rank, world_size: default $RANK and $WORLD_SIZE, as torchrun sets them.
+        if it raises, that is a warning in the log, and an attempt that failed. Default: $SYNCBN_TARGET. Without either,
+        rank 0 starts a master, in a process beside it, and the others find it through the store of torch.distributed, of
+        jax.distributed, or of torchrun; it ends when all have left. Rank 0 of a world of one normalizes over its own batches.
+      group: the group of the job to join. Default: $SYNCBN_GROUP, else "default".
+      rank, world_size: default torch.distributed's, if it is initialized, else jax.distributed's, else the launcher's
+        ($RANK and $WORLD_SIZE, or the variables of Open MPI, PMI, PMIx, Horovod, Slurm, Kubeflow), else 0 and 1.
       timeout: seconds after which a round that lacks a worker fails. The same for all workers of the group. Default:
         $SYNCBN_TIMEOUT, else 600. A warning names the workers that are late long before.
       job: a name that the workers of one launch share, and no other launch has. Default: $SYNCBN_JOB, else
@@ -94,6 +97,7 @@ class Worker:
         cert_file: Optional[Any] = None,
         key_file: Optional[Any] = None,
         stream_ordered: Optional[bool] = None,
+        _place: Optional[_places.Place] = None,
     ) -> None:
         self._handle: Optional[int] = None
         self._pid = os.getpid()
@@ -103,7 +107,8 @@ class Worker:
         self._layers: Dict[str, Tuple[Any, ...]] = {}
         self._changed_layers: Dict[str, str] = {}
         self._unnamed_layers = 0
-        self._own_master: Optional[Master] = None
+        self._meeting: Optional[_meeting.Meeting] = None
+        self._lost: Set[int] = set()
         self._thread = threading.get_ident()
         _forks.refuse()
         settings = _settings.Settings(
@@ -122,21 +127,22 @@ class Worker:
             cert_file=cert_file,
             key_file=key_file,
             stream_ordered=stream_ordered,
+            place=_place,
         )
         self.job, self.group, self.stream_ordered = settings.job, settings.group, settings.stream_ordered
-        self.target, self.rank, self.world_size = settings.target, settings.rank, settings.world_size
-        self.min_workers = settings.min_workers
+        self.rank, self.world_size, self.min_workers = settings.rank, settings.world_size, settings.min_workers
+        self._launch = settings.place.identity
         try:
-            if self.target is None:
-                self._own_master = _master_of_one()
-                self.target = self._own_master.target
+            if settings.target is None:
+                self._meeting = settings.meet()
+            self.target = settings.target
             with _joins():
-                self._options = settings.options(self.target)  # The library may call a function that it points to.
+                self._options = settings.options()  # The library may call a function that they point to.
                 self._handle = _join(self._options)
                 with _open_lock:
                     _open_workers.append(weakref.ref(self))
         except BaseException:
-            self._end_own_master()
+            self._end_meeting(wait=False)
             raise
         self.incarnation = int(lib.syncbn_worker_incarnation(self._handle))
         _signals.listen()
@@ -167,6 +173,9 @@ class Worker:
             yield handle
         except errors.LayerMismatch as error:
             self._advise(error)
+            raise
+        except errors.WorkerLost as error:
+            self._lost.update(error.ranks)
             raise
         finally:
             with self._idle:
@@ -212,46 +221,56 @@ class Worker:
             warnings.warn(f"{error.message}; the host drives them", RuntimeWarning, stacklevel=2)
 
     def leave(self, reason: str = "finished") -> None:
-        """Says goodbye, after the last stream-ordered pass: this worker is not waited for any more. Then closes.
+        """Leaves the group, after the last stream-ordered pass: other workers stop waiting for this one. Then closes.
 
-        Raises, having left, a failure of these passes that no call has raised yet.
+        Rank 0, if it has started the master for all, waits until the others have left, for ten minutes at most.
+
+        Errors: a failure of a stream-ordered pass that no call has raised yet; the worker has left nevertheless.
         """
         reason = _arguments.text("reason", reason, _arguments.MOST_DESCRIPTION_BYTES, empty=True)
+        left = False
         try:
             failure = None
             try:
-                self.settle()  # In slices, as leaving itself would not be.
+                self.settle()  # In slices, unlike the library's own leave.
             except errors.Error as error:
                 failure = error
             with self.handle() as handle:
                 call(lib.syncbn_worker_leave, handle, text(reason))
+            left = True
             if failure is not None:
                 raise failure
         finally:
-            self.close()
+            self._close()
+            self._end_meeting(wait=left)
 
     def close(self) -> None:
         """Ends the worker. Without a `leave` before it, the others learn that it is lost. Closing twice is harmless."""
+        self._close()
+        self._end_meeting(wait=False)
+
+    def _close(self) -> None:
+        """Ends the worker, but no master that it has started."""
         if os.getpid() != self._pid:  # Its locks may be as another thread held them at the fork.
-            self._handle = None
+            self._handle = self._meeting = None
             return
         with _open_lock:
             _open_workers[:] = [reference for reference in _open_workers if reference() not in (None, self)]
         with self._idle:
             handle, self._handle = self._handle, None
-            if handle is None:
-                return
-        lib.syncbn_worker_close(handle)  # Ends what other threads wait for.
-        with self._idle:
-            while self._users:
-                self._idle.wait()
-        lib.syncbn_worker_destroy(handle)
-        self._end_own_master()
+        if handle is not None:
+            lib.syncbn_worker_close(handle)  # Ends what other threads wait for.
+            with self._idle:
+                while self._users:
+                    self._idle.wait()
+            lib.syncbn_worker_destroy(handle)
+        if self._meeting is not None:
+            self._meeting.leave()
 
-    def _end_own_master(self) -> None:
-        master, self._own_master = self._own_master, None
-        if master is not None:
-            master.shutdown(grace=0.0)
+    def _end_meeting(self, wait: bool) -> None:
+        meeting, self._meeting = self._meeting, None
+        if meeting is not None:
+            meeting.end(wait, self._lost)
 
     def __enter__(self) -> "Worker":
         return self
@@ -490,20 +509,6 @@ class Worker:
             call(lib.syncbn_worker_flush, handle)
 
 
-_told_of_one = False
-
-
-def _master_of_one() -> Master:
-    """For a worker that is alone, and has no target."""
-    global _told_of_one
-    if not _told_of_one:
-        _told_of_one = True
-        _logger.warning(
-            "SYNCBN_TARGET is not set and there is one worker: it is a group by itself, and normalizes over its own batches"
-        )
-    return Master()
-
-
 def _difference(before: Tuple[Any, ...], after: Tuple[Any, ...]) -> str:
     """Between two declarations of one name: "channels 16 and 32"."""
     names = ("channels", "eps", "eps_mode", "momentum", "numeric", "biased_running_variance")
@@ -569,9 +574,13 @@ def _all_open() -> List[Worker]:
 
 @atexit.register
 def _close_all() -> None:
-    """Ends what the program left open, while the interpreter is still whole; without goodbye, as the program did."""
-    for worker in _all_open():
-        worker.close()
+    """Closes what the program left open, while the interpreter is still whole; without a leave, as the program did."""
+    workers = _all_open()
+    failed = getattr(sys, "last_type", None) is not None or getattr(sys, "last_exc", None) is not None
+    for worker in workers:
+        worker._close()
+    for worker in workers:
+        worker._end_meeting(wait=not failed)  # Other workers may still be in a round that this one has the result of.
     for master in _master.all_open():
         master.shutdown(grace=0.0)
 
@@ -603,12 +612,17 @@ _environment_worker: Optional[Worker] = None  # Kept open until the process ends
 def default_worker() -> Worker:
     """The worker that layers without one use: this thread's newest open one, else the only open one of the process.
 
-    Where none is open, one is made of the environment's variables, and stays open until the process ends: of SYNCBN_TARGET,
-    RANK and WORLD_SIZE under a launcher; without a launcher and a target, one that is a group by itself.
+    Where none is open, `Worker()` makes one of the launch and the environment, which stays open until the process ends. It
+    is replaced when torch.distributed has been initialized anew.
+
+    Errors: FAILED_PRECONDITION (NO_WORKER) where several are open and none is this thread's, and where a setting is missing.
     """
     global _environment_worker
     _forks.refuse()
     with _environment_lock:  # Of threads that come at the same time, one makes it.
+        outdated = _environment_worker
+        if outdated is not None and not outdated.closed and _places.is_outdated(outdated._launch):
+            outdated.leave("torch.distributed has been initialized anew")
         workers = _all_open()
         own = [worker for worker in workers if worker._thread == threading.get_ident()]
         if own:

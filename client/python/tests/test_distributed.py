@@ -134,11 +134,12 @@ def test_join_without_a_launcher_says_what_it_needs(monkeypatch):
         sync.join().__enter__()
 
 
-def test_join_over_several_hosts_asks_for_a_master(monkeypatch):
-    monkeypatch.delenv("SYNCBN_TARGET", raising=False)
+def test_join_over_several_hosts_needs_a_store(monkeypatch):
+    for name in ("SYNCBN_TARGET", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="several hosts"):
+    with pytest.raises(ValueError, match="SYNCBN_TARGET.*MASTER_ADDR"):
         sync.join().__enter__()
 
 

@@ -437,34 +437,6 @@ def test_one_of_several_processes_does_not_take_itself_for_all(monkeypatch, name
         syncbn.Worker()
 
 
-_PROCESS_GROUP = """
-import sys, torch.distributed, syncbn
-torch.distributed.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-try:
-    syncbn.default_worker()
-except syncbn.Error as error:
-    print(error.reason, error.message)
-torch.distributed.barrier()
-"""
-
-
-def test_a_process_group_without_variables_is_several_processes(tmp_path):
-    pytest.importorskip("torch")
-    package = str(pathlib.Path(syncbn.__file__).parents[1])
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([package, *sys.path]))
-    command = [sys.executable, "-c", _PROCESS_GROUP, f"file://{tmp_path}/store"]
-    processes = [
-        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=env) for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output = process.communicate(timeout=240)[0]
-            assert output.startswith("NO_WORKER") and "torch.distributed has 2 processes" in output
-    finally:
-        for process in processes:
-            process.kill()
-
-
 # ---- Two layers of one name ----
 
 

@@ -1,6 +1,6 @@
 """Synchronized batch normalization for PyTorch, in place of torch.nn.SyncBatchNorm.
 
-    with syncbn.torch.join() as worker:
+    with syncbn.torch.init_worker() as worker:
         model = syncbn.torch.convert_sync_batchnorm(model, worker)
         cross_entropy(model(x), y, reduction="sum").backward()
         syncbn.torch.all_reduce_gradients(model, worker, weight=len(x))
@@ -9,7 +9,7 @@
 
 from syncbn.torch.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.torch.gradients import all_reduce_gradients
-from syncbn.torch.launch import join
+from syncbn.torch.launch import init_worker, join
 from syncbn.torch.modules import LazySyncBatchNorm, SyncBatchNorm
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SyncBatchNorm",
     "all_reduce_gradients",
     "convert_sync_batchnorm",
+    "init_worker",
     "join",
     "revert_sync_batchnorm",
 ]

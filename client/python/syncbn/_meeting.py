@@ -1,0 +1,206 @@
+"""The master that workers without a target share: rank 0 starts it, and tells the others where it is.
+
+Across hosts, the master speaks TLS with a certificate that is made for it. The others get the certificate from the board of
+the launch, so they trust this master as far as they trust the board.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from typing import Any, Iterable, Optional, Tuple
+
+from syncbn import _environment, _library, errors
+from syncbn._boards import Board
+from syncbn._master import Master
+
+_logger = logging.getLogger("syncbn")
+# How long rank 0 keeps its master for workers that have not left.
+_LEAVE_SECONDS = 600.0
+_ANY_OTHER_HOST = "192.0.2.1"  # Reserved for documentation: no packet is sent there, only the route is looked up.
+_told_of_one = False
+
+
+class Meeting:
+    """One worker's part of a meeting.
+
+    Attributes: `target` and `trusted_ca_file`, with which the worker joins the master.
+    """
+
+    def __init__(
+        self,
+        note: Any,
+        rank: int = 0,
+        world_size: int = 1,
+        master: Optional[Master] = None,
+        board: Optional[Board] = None,
+        topic: str = "",
+    ) -> None:
+        self.target: str = note["target"]
+        self.trusted_ca_file: Optional[str] = None
+        self._rank, self._world_size, self._master, self._board, self._topic = rank, world_size, master, board, topic
+        if note.get("certificate"):
+            file, self.trusted_ca_file = tempfile.mkstemp(prefix="syncbn-", suffix=".pem")
+            with os.fdopen(file, "w") as writer:
+                writer.write(note["certificate"])
+
+    def leave(self) -> None:
+        """Tells rank 0 that this worker needs the master no more. Silent if the board is gone; twice is harmless."""
+        path, self.trusted_ca_file = self.trusted_ca_file, None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        if self._board is not None and self._master is None:
+            board, self._board = self._board, None
+            with contextlib.suppress(errors.Error):
+                board.post(f"{self._topic}/left/{self._rank}", "")
+
+    def end(self, wait: bool, lost: Iterable[int] = ()) -> None:
+        """Leaves, and at rank 0 ends the master.
+
+        wait: rank 0 first waits until the others have left, except those that are lost.
+        """
+        self.leave()
+        master, self._master = self._master, None
+        board, self._board = self._board, None
+        if master is None:
+            return
+        try:
+            if wait and board is not None:
+                self._wait_for_others(board, frozenset(lost))
+        finally:
+            master.shutdown(grace=0.0)
+
+    def _wait_for_others(self, board: Board, lost: Iterable[int]) -> None:
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        for rank in range(1, self._world_size):
+            if rank in lost:
+                continue
+            seconds = max(0.0, deadline - time.monotonic())
+            try:
+                if board.read(f"{self._topic}/left/{rank}", seconds, f"rank {rank} to leave its worker") is None:
+                    _logger.warning("rank %d has not left its worker; rank 0 ends the master", rank)
+            except errors.Error:  # The store is gone, and with it the launch.
+                return
+
+
+def alone() -> Meeting:
+    """A group of one worker, with a master of its own."""
+    global _told_of_one
+    if not _told_of_one:
+        _told_of_one = True
+        _logger.warning(
+            "SYNCBN_TARGET is not set and there is one worker: it is a group by itself, and normalizes over its own batches"
+        )
+    master = Master()
+    return Meeting({"target": master.target}, master=master)
+
+
+def meet(board: Board, group: str, rank: int, world_size: int, seconds: float) -> Meeting:
+    """Starts the master at rank 0, and finds it at any other rank.
+
+    Every rank comes to the n-th meeting of a group with its n-th call; a call that has failed does not count.
+
+    Args:
+      seconds: how long the others wait for rank 0.
+    Errors: UNAVAILABLE where rank 0 does not come, cannot start a master, or has ended.
+    """
+    counter = f"{group}/meetings of rank {rank}"
+    topic = f"{group}/{board.count(counter)}"
+    if rank == 0:
+        master, note = _start(board, topic, world_size)
+        return Meeting(note, rank, world_size, master, board, topic)
+    found = None
+    try:
+        found = board.read(f"{topic}/master", seconds, "rank 0, which starts the master for all")
+    finally:
+        if found is None:
+            with contextlib.suppress(errors.Error):
+                board.count(counter, -1)
+    if found is None:
+        raise errors.make_error(
+            f"rank {rank} has waited {seconds:g} seconds for rank 0, which starts the master, and rank 0 has not made its "
+            f"worker of group {group!r}",
+            errors.Code.UNAVAILABLE,
+        )
+    note = json.loads(found)
+    if "error" in note:
+        raise errors.make_error(f"rank 0 could not start the master: {note['error']}", errors.Code.UNAVAILABLE)
+    return Meeting(note, rank, world_size, None, board, topic)
+
+
+def _start(board: Board, topic: str, world_size: int) -> Tuple[Master, Any]:
+    """Starts the master, and posts how to reach it, or why it could not be started."""
+    try:
+        master, note = _start_master(world_size)
+    except BaseException as error:
+        with contextlib.suppress(errors.Error):
+            board.post(f"{topic}/master", json.dumps({"error": str(error) or type(error).__name__}))
+        raise
+    try:
+        board.post(f"{topic}/master", json.dumps(note))
+    except BaseException:
+        master.shutdown(grace=0.0)
+        raise
+    return master, note
+
+
+def _start_master(world_size: int) -> Tuple[Master, Any]:
+    host, port = _address(world_size)
+    if host is None:
+        master = Master()
+        return master, {"target": master.target}
+    folder = tempfile.mkdtemp(prefix="syncbn-")
+    try:
+        cert_file, key_file = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+        make_certificate(host, cert_file, key_file)
+        with open(cert_file) as reader:
+            certificate = reader.read()
+        shown = f"[{host}]" if ":" in host else host
+        master = Master(f"{shown}:{port}", cert_file=cert_file, key_file=key_file)  # Reads the files before it returns.
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _logger.info("rank 0 has started a master with TLS at %s", master.target)
+    return master, {"target": master.target, "certificate": certificate}
+
+
+def make_certificate(host: str, cert_file: str, key_file: str) -> None:
+    """Writes a new key and a certificate of its own for `host`. Errors: as syncbn_make_certificate in syncbn.h."""
+    text = _library.text
+    _library.call(_library.lib.syncbn_make_certificate, text(host), text(cert_file), text(key_file))
+
+
+def _address(world_size: int) -> Tuple[Optional[str], int]:
+    """(host, port) for the master to listen at; host None: the loopback interface, without TLS, since all are here."""
+    given = _environment.text("SYNCBN_ADDRESS")
+    if given is not None:
+        host, _, port = given.rpartition(":")
+        if not host or not port.isdigit():
+            raise errors.make_error(
+                f"SYNCBN_ADDRESS is {given!r}; it is HOST:PORT, where port 0 is any free one", errors.Code.INVALID_ARGUMENT
+            )
+        return host.strip("[]"), int(port)
+    if _environment.is_one_host(world_size):
+        return None, 0
+    for destination in (_environment.text("MASTER_ADDR"), _ANY_OTHER_HOST):
+        source = _source_address(destination) if destination else None
+        if source is not None and "%" not in source and not _environment.is_loopback(source):  # No certificate names a scope.
+            return source, 0
+    return None, 0  # This host has no network, so there is no other one.
+
+
+def _source_address(destination: str) -> Optional[str]:
+    """The address of this host from which it reaches another one; None if it has no route."""
+    try:
+        found = socket.getaddrinfo(destination, 1, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as route:
+            route.connect(address)  # Of a datagram socket: sends nothing.
+            return str(route.getsockname()[0])
+    return None
