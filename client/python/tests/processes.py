@@ -1,14 +1,18 @@
 """Runs one Python source as several processes, as the launchers of training programs do."""
 
+import multiprocessing.connection
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from typing import Any, List
 
 import syncbn
 
+LIMIT_SECONDS = 400.0
 # A launch's variables, which the tests' own environment must not have.
 LAUNCHERS = """
 RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID SYNCBN_TARGET SYNCBN_ADDRESS
@@ -35,25 +39,43 @@ def run(
 ) -> List[str]:
     """Runs `source` with the arguments (rank, world size, *arguments) for each rank. Returns their outputs.
 
-    Each has to end with the code 0, or that of `codes`; whatever happens, none is left running.
+    Each has to end with the code 0, or that of `codes`. Once one has not, the others, which may wait for it, are ended.
     """
+    codes = codes or [0] * world_size
+    files = [tempfile.TemporaryFile("w+") for _ in range(world_size)]
     processes = [
         subprocess.Popen(
             [interpreter, "-c", source, str(rank), str(world_size), *map(str, arguments)],
-            stdout=subprocess.PIPE,
+            stdout=file,
             stderr=subprocess.STDOUT,
-            text=True,
             env=environment(**variables),
         )
-        for rank in range(world_size)
+        for rank, file in enumerate(files)
     ]
     try:
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
-        shown = "\n".join(f"rank {rank}, code {p.returncode}:\n{o}" for rank, (p, o) in enumerate(zip(processes, outputs)))
-        assert [process.returncode for process in processes] == (codes or [0] * world_size), shown
-        return outputs
+        _wait(processes, codes)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
+    outputs = []
+    for file in files:
+        file.seek(0)
+        outputs.append(file.read())
+        file.close()
+    shown = "\n".join(f"rank {rank}, code {p.returncode}:\n{o}" for rank, (p, o) in enumerate(zip(processes, outputs)))
+    assert [process.returncode for process in processes] == codes, shown
+    return outputs
+
+
+def _wait(processes: List["subprocess.Popen[bytes]"], codes: List[int]) -> None:
+    """Until all have ended, or one has with another code than its own, or the time is over."""
+    running = {os.pidfd_open(process.pid): (process, code) for process, code in zip(processes, codes)}
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while running:
+        ready = multiprocessing.connection.wait(list(running), max(0.0, deadline - time.monotonic()))
+        ended = [running.pop(descriptor) for descriptor in ready if os.close(descriptor) is None]
+        if not ready or any(process.wait() != code for process, code in ended):
+            break
+    for descriptor in running:
+        os.close(descriptor)

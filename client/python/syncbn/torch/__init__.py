@@ -8,9 +8,12 @@
 """
 
 from syncbn.torch.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.torch.functional import moments
 from syncbn.torch.gradients import all_reduce_gradients
 from syncbn.torch.launch import init_worker, join
 from syncbn.torch.modules import LazySyncBatchNorm, SyncBatchNorm
+from syncbn.torch.replacing import install, uninstall
+from syncbn.torch.weighting import weighted_ddp
 
 __all__ = [
     "LazySyncBatchNorm",
@@ -18,6 +21,10 @@ __all__ = [
     "all_reduce_gradients",
     "convert_sync_batchnorm",
     "init_worker",
+    "install",
     "join",
+    "moments",
     "revert_sync_batchnorm",
+    "uninstall",
+    "weighted_ddp",
 ]

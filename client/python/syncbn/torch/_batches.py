@@ -68,17 +68,17 @@ def _shape(value: Any) -> Any:
     return type(value), _attributes(value) if _is_record(value) else None
 
 
-def _leaves(value: Any, found: List[torch.Tensor]) -> None:
+def tensors(value: Any) -> List[torch.Tensor]:
     """The tensors in a value that have a batch dimension."""
-    if isinstance(value, torch.Tensor) and value.dim() > 0:
-        found.append(value)
-        return
+    found: List[torch.Tensor] = []
 
-    def visit(items: List[Any], _: str) -> Any:
-        _leaves(items[0], found)
-        return items[0]
+    def visit(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() > 0:
+            found.append(tensor)
+        return tensor
 
-    _rebuilt([value], visit)
+    mapped(value, visit)
+    return found
 
 
 def cut(value: Any, parts: int) -> List[Any]:
@@ -86,28 +86,29 @@ def cut(value: Any, parts: int) -> List[Any]:
 
     Returns one value for each part; fewer than `parts` for a batch of fewer rows.
     """
-    tensors: List[torch.Tensor] = []
-    _leaves(value, tensors)
-    counts = {len(tensor.chunk(parts)) for tensor in tensors} or {parts}
+    found = tensors(value)
+    counts = {len(tensor.chunk(parts)) for tensor in found} or {parts}
     if len(counts) > 1:
-        rows = sorted({len(tensor) for tensor in tensors})
+        rows = sorted({len(tensor) for tensor in found})
         raise ValueError(f"the inputs have {rows} rows, which cannot be cut into equally many parts for the replicas")
     return [_part(value, parts, index) for index in range(counts.pop())]
 
 
 def _part(value: Any, parts: int, index: int) -> Any:
+    return mapped(value, lambda tensor: tensor if tensor.dim() == 0 else tensor.chunk(parts)[index])
+
+
+def mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The value with function(tensor) in the place of each of its tensors."""
     if isinstance(value, torch.Tensor):
-        return value if value.dim() == 0 else value.chunk(parts)[index]
-    made = _rebuilt([value], lambda items, _: _part(items[0], parts, index))
+        return function(value)
+    made = _rebuilt([value], lambda items, _: mapped(items[0], function))
     return value if made is NotImplemented else made
 
 
 def moved(value: Any, device: Any) -> Any:
     """The value with its tensors on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    made = _rebuilt([value], lambda items, _: moved(items[0], device))
-    return value if made is NotImplemented else made
+    return mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def joined(values: List[Any], device: Any = None, path: str = "the output") -> Any:

@@ -67,15 +67,44 @@ def positions(mask: Any, x: torch.Tensor) -> torch.Tensor:
     return mask.expand(x.size(0), 1, *x.shape[2:])
 
 
-def _moments(x: torch.Tensor, counts: torch.Tensor) -> Tuple[int, torch.Tensor, torch.Tensor]:
-    """Count, mean and M2 per channel, of the positions that count; NaN elsewhere does not matter."""
-    wide, count = x.detach().double(), int(counts.sum())
-    mean = wide.masked_fill(~counts, 0.0).sum(others(x)) / max(1, count)
-    deviations = (wide - spread(mean, x)).masked_fill(~counts, 0.0)
+def local_moments(x: torch.Tensor, counts: Optional[torch.Tensor] = None) -> Tuple[int, torch.Tensor, torch.Tensor]:
+    """Count, mean and M2 per channel, float64 on the host, of the positions that count (None: all). NaN elsewhere does not
+    matter.
+    """
+
+    def masked(value: torch.Tensor) -> torch.Tensor:
+        return value if counts is None else value.masked_fill(~counts, 0.0)
+
+    wide = x.detach().double()
+    count = x.numel() // x.size(1) if counts is None else int(counts.sum())
+    mean = masked(wide).sum(others(x)) / max(1, count)
+    deviations = masked(wide - spread(mean, x))
     # The first mean's rounding, seen in the sum of deviations from it.
     rest = deviations.sum(others(x)) / max(1, count)
-    m2 = (deviations - spread(rest, x)).masked_fill(~counts, 0.0).square().sum(others(x))
+    m2 = masked(deviations - spread(rest, x)).square().sum(others(x))
     return count, (mean + rest).cpu(), m2.cpu()
+
+
+class BackwardSums:
+    """The sums over all workers that the gradients of one forward round need."""
+
+    def __init__(self, worker: Optional[Worker], name: str, sequence: int) -> None:
+        """worker: None where this worker has no part in backward rounds."""
+        self._worker, self._name, self._sequence = worker, name, sequence
+        self._passes = 0
+
+    def merge(self, first: torch.Tensor, second: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The sums of two vectors, on the host. The protocol has one backward round; later passes send one vector, in turn."""
+        if self._worker is None:
+            return first, second
+        self._passes += 1
+        vectors = first.detach().cpu().numpy(), second.detach().cpu().numpy()
+        if self._passes == 1:
+            sums = self._worker.synchronize_backward(self._name, self._sequence, *vectors)
+            return torch.from_numpy(sums.sum_dy), torch.from_numpy(sums.sum_dy_xmu)
+        both = self._worker.all_reduce(f"{self._name}/retained", np.concatenate(vectors))
+        merged = torch.from_numpy(both).chunk(2)
+        return merged[0], merged[1]
 
 
 class _Pass:
@@ -88,20 +117,7 @@ class _Pass:
         self.statistics = Statistics.make(count, mean, var, eps, clamp)
         self.sequence = 0
         self.backward_required = self.has_round = False
-        self._backward_passes = 0
-
-    def merged(self, sum_dy: torch.Tensor, sum_dy_xmu: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The sums over all workers. The protocol has one backward round; later passes send one vector, in turn."""
-        if not self.has_round or self.worker is None:
-            return sum_dy, sum_dy_xmu
-        self._backward_passes += 1
-        first, second = sum_dy.cpu().numpy(), sum_dy_xmu.cpu().numpy()
-        if self._backward_passes == 1:
-            sums = self.worker.synchronize_backward(self.name, self.sequence, first, second)
-            return torch.from_numpy(sums.sum_dy), torch.from_numpy(sums.sum_dy_xmu)
-        both = self.worker.all_reduce(f"{self.name}/retained", np.concatenate([first, second]))
-        merged = torch.from_numpy(both).chunk(2)
-        return merged[0], merged[1]
+        self.sums = BackwardSums(None, name, 0)
 
 
 class _Saved(NamedTuple):
@@ -180,7 +196,7 @@ def _gradients(
     part, found = _part(saved, dy, x, counts, weight), saved.state.statistics
     x, weight, wide, xmu = part.x, part.weight, part.dy.double(), part.centred(found.mean)
     own_dy, own_dy_xmu = wide.sum(others(x)), (wide * xmu).sum(others(x))
-    sum_dy, sum_dy_xmu = saved.state.merged(own_dy, own_dy_xmu)
+    sum_dy, sum_dy_xmu = saved.state.sums.merge(own_dy, own_dy_xmu)
     count, invstd = max(1, saved.state.count), found.invstd
     dx = d_weight = d_bias = None
     if saved.needed[0]:
@@ -249,7 +265,7 @@ def forward(layer: Any, x: torch.Tensor, mask: Any) -> torch.Tensor:
     if layer.running_mean is not None and layer.running_var is not None:
         evaluated: torch.Tensor = layer._evaluate(x, layer.running_mean, layer.running_var)
         return evaluated
-    count, mean, m2 = _moments(x, counts)
+    count, mean, m2 = local_moments(x, counts)
     if count == 0 and x.numel():
         raise ValueError("mask leaves no position: there is nothing to take statistics of")
     state = _Pass(None, "", count, mean.numpy(), m2.numpy() / max(1, count), layer.eps, False)
@@ -284,7 +300,7 @@ def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 def _run_round(layer: Any, x: torch.Tensor, counts: torch.Tensor, gradient_follows: bool) -> _Pass:
     worker = layer.worker or default_worker()
     name = layer._declare(worker, x.size(1), layer.eps)
-    count, mean, m2 = _moments(x, counts)
+    count, mean, m2 = local_moments(x, counts)
     # True: a backward round follows. None: if another worker wants one. False: none for this worker.
     role: Optional[bool] = gradient_follows
     if not gradient_follows and torch.is_grad_enabled():
@@ -296,6 +312,7 @@ def _run_round(layer: Any, x: torch.Tensor, counts: torch.Tensor, gradient_follo
     state.sequence, state.backward_required = merged.sequence, merged.backward_required
     counted = worker.rank not in merged.missing_ranks
     state.has_round = role is not False and merged.backward_required and merged.count > 0 and counted
+    state.sums = BackwardSums(worker if state.has_round else None, name, merged.sequence)
     return state
 
 

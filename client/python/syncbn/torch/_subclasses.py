@@ -260,7 +260,7 @@ def _made(function: Callable[..., Any], args: Tuple[Any, ...], state: Dict[str, 
     return module
 
 
-class _TorchsOwn(torch.nn.SyncBatchNorm):
+class _TorchsOwn(torch.nn.modules.SyncBatchNorm):
     """Stands before torch.nn.SyncBatchNorm, so that a subclass's `super().forward` comes to no process group."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -286,7 +286,7 @@ def _make(kind: Any) -> type:
         return _dispatch(self, functools.partial(kind.forward, self), args, kwargs)
 
     bases: Tuple[type, ...] = (Subclass, kind)
-    if issubclass(kind, torch.nn.SyncBatchNorm):
+    if issubclass(kind, torch.nn.modules.SyncBatchNorm):
         bases += (_TorchsOwn,)
     namespace = {
         "__module__": kind.__module__,

@@ -19,7 +19,7 @@ from syncbn.torch.modules import BatchNorm, LazyBatchNorm, LazySyncBatchNorm, Sy
 # Targets of the classes whose forward is torch's own.
 _KINDS: Dict[Any, Any] = {
     **dimensions.SYNCHRONIZED,
-    torch.nn.SyncBatchNorm: SyncBatchNorm,
+    torch.nn.modules.SyncBatchNorm: SyncBatchNorm,
     BatchNorm: SyncBatchNorm,
     LazyBatchNorm: LazySyncBatchNorm,
 }
@@ -264,9 +264,9 @@ def _revert(module: Any, path: str) -> Change:
     patched = vars(module).get("forward")
     if isinstance(patched, _subclasses.PatchedForward):
         attributes["forward"] = patched.function
-    removed = [name for name in _OWN if name != "process_group" or not issubclass(target, torch.nn.SyncBatchNorm)]
+    removed = [name for name in _OWN if name != "process_group" or not issubclass(target, torch.nn.modules.SyncBatchNorm)]
     kept = vars(module).get("_original_process_group")
-    if kept is not None and issubclass(target, torch.nn.SyncBatchNorm):
+    if kept is not None and issubclass(target, torch.nn.modules.SyncBatchNorm):
         attributes["process_group"] = kept.group
     return Change(module, _put_over(target, over), attributes, tuple(removed))
 
