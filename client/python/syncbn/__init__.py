@@ -7,7 +7,7 @@
 """
 
 from syncbn._library import lib as _lib
-from syncbn.core import GradientSums, Master, Moments, Round, Worker, default_worker
+from syncbn.core import GradientSums, LayerStats, Master, Moments, Round, Stats, Worker, default_worker
 from syncbn.errors import (
     Aborted,
     AlreadyExists,
@@ -41,12 +41,14 @@ __all__ = [
     "GradientSums",
     "InvalidArgument",
     "LayerMismatch",
+    "LayerStats",
     "Master",
     "Moments",
     "NotFinite",
     "RankTaken",
     "ResourceExhausted",
     "Round",
+    "Stats",
     "Unauthenticated",
     "Unavailable",
     "Worker",

@@ -52,6 +52,7 @@ class ForwardPass:
         self._backward_passes = 0
         self._role = role
         self._waited = False
+        self._stopwatch = worker._recorder.stopwatch(layer)
         on_gpu = x.device == _library.DEVICE_CUDA
         options = PassOptions(
             num_threads=num_threads,
@@ -74,8 +75,9 @@ class ForwardPass:
 
     def wait(self) -> None:
         """Waits for the merged statistics; raises the round's error."""
-        with self.worker.handle():
+        with self.worker.handle(), self._stopwatch.waiting():
             wait(lib.syncbn_forward_wait, self._handle)
+        self._stopwatch.ended()
         self._waited = True
 
     def _outcome(self) -> Optional[int]:
@@ -128,10 +130,19 @@ class ForwardPass:
             handle = create(lib.syncbn_backward_start, self._handle, ctypes.byref(inputs), ctypes.byref(options))
             try:
                 if not self.stream_ordered:
-                    wait(lib.syncbn_backward_wait, handle)
+                    self._wait_backward(handle)
                 call(lib.syncbn_backward_finish, handle, ctypes.byref(inputs), ctypes.byref(outputs))
             finally:
                 lib.syncbn_backward_destroy(handle)
+
+    def _wait_backward(self, handle: int) -> None:
+        if not self.has_backward_round:  # The library ends the wait at once.
+            wait(lib.syncbn_backward_wait, handle)
+            return
+        stopwatch = self.worker._recorder.stopwatch(self.layer)
+        with stopwatch.waiting():
+            wait(lib.syncbn_backward_wait, handle)
+        stopwatch.ended()
 
 
 def evaluate(x: Tensor, options: EvaluateOptions, y: Optional[int]) -> None:

@@ -67,20 +67,29 @@ class GradientSums(NamedTuple):
 class Round:
     """A round that has begun. It belongs to one thread at a time."""
 
-    def __init__(self, worker: Any, handle: int, kind: str) -> None:
+    def __init__(self, worker: Any, handle: int, kind: str, layer: str) -> None:
         self._worker = worker
+        self._stopwatch = worker._recorder.stopwatch(layer)
         self._handle = _library.Owned(handle, lib.syncbn_round_destroy)
         self._kind = kind
 
     def wait(self, timeout: Optional[float] = None) -> bool:
         """Whether there is an outcome within `timeout` seconds (None: until there is). Raises it if it is an error."""
         timeout = _arguments.patience("timeout", timeout)
-        with self._worker.handle():
-            return wait(lib.syncbn_round_wait, self._handle.value, timeout)
+        with self._worker.handle(), self._stopwatch.waiting():
+            done = wait(lib.syncbn_round_wait, self._handle.value, timeout)
+        if done:
+            self._stopwatch.ended(self._missing_ranks())
+        return done
 
     @property
     def sequence(self) -> int:
         return int(lib.syncbn_round_sequence(self._handle.value))
+
+    def _missing_ranks(self) -> Tuple[int, ...]:
+        ranks = ctypes.POINTER(ctypes.c_uint32)()
+        length = lib.syncbn_round_missing_ranks(self._handle.value, ctypes.byref(ranks))
+        return tuple(ranks[:length]) if length else ()
 
     def _vector(self, function: Any) -> np.ndarray:
         length = lib.syncbn_round_length(self._handle.value)
@@ -89,9 +98,7 @@ class Round:
     def result(self) -> Any:
         """Waits, then returns `Moments`, `GradientSums` or the float64 sum."""
         self.wait()
-        ranks = ctypes.POINTER(ctypes.c_uint32)()
-        length = lib.syncbn_round_missing_ranks(self._handle.value, ctypes.byref(ranks))
-        missing = tuple(ranks[:length]) if length else ()
+        missing = self._missing_ranks()
         first = self._vector(lib.syncbn_round_first)
         if self._kind == "sum":
             return first

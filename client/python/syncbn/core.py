@@ -14,12 +14,13 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Type
 
 import numpy as np
 
-from syncbn import _arguments, _forks, _library, _master, _meeting, _places, _settings, _signals, errors
+from syncbn import _arguments, _forks, _library, _master, _meeting, _places, _settings, _signals, _stats, errors
 from syncbn._library import call, create, lib, text
 from syncbn._master import Master
 from syncbn._rounds import GradientSums, Moments, Round, wait
+from syncbn._stats import LayerStats, Stats
 
-__all__ = ["GradientSums", "Master", "Moments", "Round", "Worker", "default_worker", "wait"]
+__all__ = ["GradientSums", "LayerStats", "Master", "Moments", "Round", "Stats", "Worker", "default_worker", "wait"]
 
 _logger = logging.getLogger("syncbn")
 _BACKWARD_ROLES = {
@@ -109,6 +110,7 @@ class Worker:
         self._unnamed_layers = 0
         self._meeting: Optional[_meeting.Meeting] = None
         self._lost: Set[int] = set()
+        self._recorder = _stats.Recorder()
         self._thread = threading.get_ident()
         _forks.refuse()
         settings = _settings.Settings(
@@ -210,6 +212,13 @@ class Worker:
         with self.handle() as handle:
             return wait(lib.syncbn_worker_settle, handle, timeout)
 
+    def stats(self) -> _stats.Stats:
+        """The number of rounds so far, and how long threads have waited for them: in all, and by layer.
+
+        `print(worker.stats())` shows a table. A worker that ends logs the totals at level INFO.
+        """
+        return self._recorder.stats()
+
     def explain_host_driven(self, device_index: int) -> None:
         """Warns, once, if passes on this CUDA device cannot be stream-ordered."""
         if device_index in self._explained:
@@ -264,8 +273,28 @@ class Worker:
                 while self._users:
                     self._idle.wait()
             lib.syncbn_worker_destroy(handle)
+            self._log_summary()
         if self._meeting is not None:
             self._meeting.leave()
+
+    def _log_summary(self) -> None:
+        if not _logger.isEnabledFor(logging.INFO):
+            return
+        found = self.stats()
+        if found.rounds:
+            slowest, layer = next(iter(found.layers.items()))
+            _logger.info(
+                "%r has waited %.3f s for %d rounds (%d failed), %.3f ms at the median and %.3f ms at the 99th percentile; most "
+                "for %s: %.3f s",
+                self,
+                found.seconds_waited,
+                found.rounds,
+                found.failed,
+                found.p50 * 1e3,
+                found.p99 * 1e3,
+                slowest,
+                layer.seconds_waited,
+            )
 
     def _end_meeting(self, wait: bool) -> None:
         meeting, self._meeting = self._meeting, None
@@ -291,8 +320,9 @@ class Worker:
             self.close()
 
     def __repr__(self) -> str:
-        state = " (closed)" if self.closed else ""
-        return f"<syncbn.Worker {self.job}/{self.group} rank {self.rank} of {self.world_size}{state}>"
+        where = "a function's target" if callable(self.target) else self.target
+        state = "closed" if self.closed else f"at {where}"
+        return f"<syncbn.Worker {self.job}/{self.group}, rank {self.rank} of {self.world_size}, {state}>"
 
     # A copy of a model goes on with the same worker; a model unpickled in another process finds the worker of its name
     # there.
@@ -421,6 +451,7 @@ class Worker:
                     _role(backward),
                 ),
                 "forward",
+                layer,
             )
 
     def synchronize(
@@ -470,6 +501,7 @@ class Worker:
                     first.size,
                 ),
                 "backward",
+                layer,
             )
 
     def synchronize_backward(self, layer: str, sequence: int, sum_dy: Any, sum_dy_xmu: Any) -> GradientSums:
@@ -496,6 +528,7 @@ class Worker:
                     values.size,
                 ),
                 "sum",
+                name,
             )
 
     def all_reduce(self, name: str, vector: Any, sequence: Optional[int] = None) -> np.ndarray:

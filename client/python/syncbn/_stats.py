@@ -1,0 +1,150 @@
+"""What a worker's rounds have cost: `Worker.stats`."""
+
+import contextlib
+import math
+import threading
+import time
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple
+
+from syncbn import errors
+
+# Times are counted in classes whose bounds are this factor apart, so that a quantile is known to within 5 %.
+_STEPS_OF_DOUBLING = 8
+_SHOWN = 5
+
+
+class LayerStats(NamedTuple):
+    """The rounds of one layer, or of one named sum. Times are in seconds."""
+
+    rounds: int
+    failed: int
+    seconds_waited: float
+    p50: float
+    """Half of the rounds were waited for as long, or less; to within 5 %. NaN without a round."""
+    p99: float
+
+
+class Stats(NamedTuple):
+    """What the rounds of a worker have cost its calling threads. `str` and a notebook show a table.
+
+    A round counts once its outcome is known to this worker. The time of a round is what its threads have waited: for other
+    workers, for the master and for the network. CUDA streams that wait instead of a thread are not counted.
+    """
+
+    rounds: int
+    failed: int
+    """Rounds that ended with an error."""
+    seconds_waited: float
+    p50: float
+    p99: float
+    layers: Mapping[str, LayerStats]
+    """By name, beginning with the layer that was waited for longest."""
+    missing: Mapping[int, int]
+    """By rank: the number of rounds that failed because of it or went on without it, as far as this worker was told."""
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<40} {'rounds':>9} {'failed':>7} {'waited':>10} {'p50':>10} {'p99':>10}"]
+        for name, row in [("all", self)] + list(self.layers.items())[:_SHOWN]:  # type: ignore[list-item]
+            lines.append(
+                f"{name[-40:]:<40} {row.rounds:>9} {row.failed:>7} {row.seconds_waited:>8.3f} s {row.p50 * 1e3:>7.3f} ms "
+                f"{row.p99 * 1e3:>7.3f} ms"
+            )
+        if len(self.layers) > _SHOWN:
+            lines.append(f"and {len(self.layers) - _SHOWN} layers more")
+        if self.missing:
+            lines.append("missing: " + ", ".join(f"rank {rank} in {n} rounds" for rank, n in self.missing.items()))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+class _Times:
+    """Counts of rounds and of their times, in bounded memory."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.nanoseconds = 0
+        self._classes: Dict[int, int] = {}
+
+    @property
+    def rounds(self) -> int:
+        return sum(self._classes.values())
+
+    def add(self, nanoseconds: int, failed: bool) -> None:
+        self.failed += failed
+        self.nanoseconds += nanoseconds
+        step = round(math.log2(max(1, nanoseconds)) * _STEPS_OF_DOUBLING)
+        self._classes[step] = self._classes.get(step, 0) + 1
+
+    def merge(self, other: "_Times") -> None:
+        self.failed += other.failed
+        self.nanoseconds += other.nanoseconds
+        for step, number in other._classes.items():
+            self._classes[step] = self._classes.get(step, 0) + number
+
+    def quantile(self, share: float) -> float:
+        """In seconds."""
+        wanted = math.ceil(share * self.rounds)
+        for step in sorted(self._classes):
+            wanted -= self._classes[step]
+            if wanted <= 0:
+                return float(2 ** (step / _STEPS_OF_DOUBLING) * 1e-9)
+        return math.nan
+
+    def stats(self) -> LayerStats:
+        return LayerStats(self.rounds, self.failed, self.nanoseconds * 1e-9, self.quantile(0.5), self.quantile(0.99))
+
+
+class Stopwatch:
+    """The time that the threads of a worker wait for one round."""
+
+    def __init__(self, recorder: "Recorder", layer: str) -> None:
+        self._recorder, self._layer = recorder, layer
+        self._nanoseconds = 0
+        self._recorded = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A wait for the round. An error ends the round."""
+        begun = time.monotonic_ns()
+        try:
+            yield
+        except errors.Error as error:
+            self._nanoseconds += time.monotonic_ns() - begun
+            self.ended(error.ranks, failed=True)
+            raise
+        self._nanoseconds += time.monotonic_ns() - begun
+
+    def ended(self, missing: Iterable[int] = (), failed: bool = False) -> None:
+        """The outcome is known. Only the first call counts."""
+        if not self._recorded:
+            self._recorded = True
+            self._recorder.add(self._layer, self._nanoseconds, failed, missing)
+
+
+class Recorder:
+    """All rounds of a worker. Thread safety: any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._layers: Dict[str, _Times] = {}
+        self._missing: Dict[int, int] = {}
+
+    def stopwatch(self, layer: str) -> Stopwatch:
+        return Stopwatch(self, layer)
+
+    def add(self, layer: str, nanoseconds: int, failed: bool, missing: Iterable[int]) -> None:
+        with self._lock:
+            self._layers.setdefault(layer, _Times()).add(nanoseconds, failed)
+            for rank in missing:
+                self._missing[rank] = self._missing.get(rank, 0) + 1
+
+    def stats(self) -> Stats:
+        total = _Times()
+        with self._lock:
+            found: List[Any] = [(name, times.stats()) for name, times in self._layers.items()]
+            for times in self._layers.values():
+                total.merge(times)
+            missing = dict(sorted(self._missing.items()))
+        found.sort(key=lambda item: -item[1].seconds_waited)
+        return Stats(*total.stats(), dict(found), missing)
