@@ -44,7 +44,7 @@ class Stats(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"{'layer':<40} {'rounds':>9} {'failed':>7} {'waited':>10} {'p50':>10} {'p99':>10}"]
-        for name, row in [("all", self)] + list(self.layers.items())[:_SHOWN]:  # type: ignore[list-item]
+        for name, row in [("all", self)] + list(self.layers.items())[:_SHOWN]:
             lines.append(
                 f"{name[-40:]:<40} {row.rounds:>9} {row.failed:>7} {row.seconds_waited:>8.3f} s {row.p50 * 1e3:>7.3f} ms "
                 f"{row.p99 * 1e3:>7.3f} ms"
@@ -55,7 +55,8 @@ class Stats(NamedTuple):
             lines.append("missing: " + ", ".join(f"rank {rank} in {n} rounds" for rank, n in self.missing.items()))
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 class _Times:

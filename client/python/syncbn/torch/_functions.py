@@ -1,7 +1,7 @@
 """The differentiable operations under the modules.
 
-    Normalize          y of x, weight and bias                                   a forward round
-    its backward       dx, d_weight and d_bias of dy, x and weight               a backward round
+    Normalize          y of x, weight, bias and, with an activation, z            a forward round
+    its backward       dx, d_weight, d_bias and d_z of dy, x and weight          a backward round
     _Gradients         the same as an operation, where autograd records it       that round
     its backward       the gradients of dy, x and weight                         a round of sums, in _second.py
 
@@ -17,6 +17,7 @@ from syncbn import _passes
 from syncbn._library import BackwardInputs, BackwardOutputs, ForwardOutputs
 from syncbn.torch import _second, _tensors
 
+_Gradients4 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 _Gradients3 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 
 
@@ -28,7 +29,8 @@ class _Saved(NamedTuple):
     weight: Optional[_tensors.Form]
     bias: Optional[_tensors.Form]
     channels_last: bool
-    needed: Tuple[bool, bool, bool]  # The gradients of x, weight and bias.
+    needed: Tuple[bool, bool, bool, bool]  # The gradients of x, weight, bias and z.
+    open_gate: Optional[torch.Tensor]  # With a ReLU: one bit for each element of y, in memory order, that is positive.
 
 
 def _form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
@@ -41,32 +43,56 @@ def _buffer(form: Optional[_tensors.Form], needed: bool) -> Optional[torch.Tenso
     return torch.empty(form.shape, dtype=form.dtype, device=form.device)
 
 
-def _backward(saved: _Saved, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor]) -> _Gradients3:
-    """dx, d_weight and d_bias, those that are needed, by one backward pass."""
+def _backward(
+    saved: _Saved, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], gated: bool = True
+) -> _Gradients4:
+    """dx, d_weight, d_bias and d_z, those that are needed, by one backward pass. gated: a ReLU, if any, is part of it."""
     channels_last = saved.channels_last
     x = _tensors.given_back("the input", x, saved.x, channels_last)
     dy = _tensors.given_back("the output's gradient", dy, saved.x, channels_last)
     weight = _tensors.vector_given_back("the weight", weight, saved.weight)
-    dx = _tensors.empty_like(x) if saved.needed[0] else None
+    gate = saved.open_gate if gated else None
+    fused_dz = gate is not None and saved.needed[3]
+    dx = _tensors.empty_like(x) if saved.needed[0] or fused_dz else None  # The library computes dz beside dx alone.
     d_weight, d_bias = _buffer(saved.weight, saved.needed[1]), _buffer(saved.bias, saved.needed[2])
+    dz = _tensors.empty_like(x) if fused_dz else dy if saved.needed[3] else None
     inputs = BackwardInputs(
         dy=_tensors.describe(dy, channels_last),
         x=_tensors.address(x, channels_last),
         weight=_tensors.vector(weight, x),
+        relu=gate is not None,
+        relu_mask=None if gate is None else gate.data_ptr(),
     )
     outputs = BackwardOutputs(
         dx=None if dx is None else _tensors.address(dx, channels_last),
+        d_residual=_tensors.address(dz, channels_last) if fused_dz and dz is not None else None,
         d_weight=_tensors.vector(d_weight, x),
         d_bias=_tensors.vector(d_bias, x),
     )
     device, threads, stream = _tensors.execution(x)
     with device:
         saved.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
-    return dx, d_weight, d_bias
+    return dx if saved.needed[0] else None, d_weight, d_bias, dz
+
+
+def _opened(saved: _Saved, dy: torch.Tensor) -> torch.Tensor:
+    """dy where the ReLU let values through, 0 elsewhere: an operation that autograd records."""
+    bits = saved.open_gate
+    if bits is None:
+        return dy
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    one = torch.ones((), dtype=torch.uint8, device=bits.device)
+    flags = torch.bitwise_and(torch.bitwise_right_shift(bits.unsqueeze(1), places), one).reshape(-1)[: dy.numel()]
+    shape = saved.x.shape
+    if saved.channels_last:
+        flags = flags.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return dy.masked_fill(flags.reshape(shape) == 0, 0.0)
 
 
 class Normalize(torch.autograd.Function):
-    """y = weight * (x - mean) * invstd + bias, mean and invstd those of a forward pass over all workers."""
+    """y = weight * (x - mean) * invstd + bias, mean and invstd those of a forward pass over all workers; with `relu`,
+    max(0, y + z).
+    """
 
     @staticmethod
     def forward(
@@ -74,18 +100,23 @@ class Normalize(torch.autograd.Function):
         x: torch.Tensor,
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
+        z: Optional[torch.Tensor],
         anchor: Optional[torch.Tensor],
         forward_pass: _passes.ForwardPass,
         running_mean: Optional[torch.Tensor],
         running_var: Optional[torch.Tensor],
         momentum: float,
+        relu: bool,
     ) -> torch.Tensor:
-        """x is dense. `anchor` makes y differentiable where nothing else does."""
+        """x is dense, and so is z, in the same layout. `anchor` makes y differentiable where nothing else does."""
         channels_last = _tensors.is_channels_last(x)
         y = _tensors.empty_like(x)
         device, _, _ = _tensors.execution(x)
         # Named, so that copies live until the library is through with them.
         own_weight, own_bias = _tensors.readable(weight), _tensors.readable(bias)
+        own_z = None if z is None else _tensors.readable_as(z, channels_last)
+        needed = tuple(ctx.needs_input_grad[:4])
+        gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if relu else None
         with _tensors.writable(running_mean, running_var) as (mean, var), device:
             outputs = ForwardOutputs(
                 weight=_tensors.vector(own_weight, x),
@@ -93,23 +124,28 @@ class Normalize(torch.autograd.Function):
                 running_mean=_tensors.vector(mean, x),
                 running_var=_tensors.vector(var, x),
                 momentum=momentum,
+                residual=None if own_z is None else _tensors.address(own_z, channels_last),
+                relu=relu,
+                relu_mask=None if gate is None else gate.data_ptr(),
                 y=_tensors.describe(y, channels_last),
             )
             forward_pass.finish(_tensors.describe(x, channels_last), outputs)
         # The bias is not saved: no gradient needs its values, and a program may change it before backward.
         ctx.save_for_backward(x, weight)
-        needed = tuple(ctx.needs_input_grad[:3])
-        ctx.saved = _Saved(forward_pass, _tensors.Form.of(x), _form(weight), _form(bias), channels_last, needed)
+        form = _tensors.Form.of(x)
+        ctx.saved = _Saved(forward_pass, form, _form(weight), _form(bias), channels_last, needed, gate)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, weight = ctx.saved_tensors
+        saved: _Saved = ctx.saved
         if torch.is_grad_enabled():  # create_graph.
-            gradients = _Gradients.apply(dy, x, weight, ctx.saved)
+            dz = _opened(saved, dy)
+            gradients = (*_Gradients.apply(dz, x, weight, saved), dz if saved.needed[3] else None)
         else:
-            gradients = _backward(ctx.saved, dy, x, weight)
-        return (*gradients, None, None, None, None, None)
+            gradients = _backward(saved, dy, x, weight)
+        return (*gradients, None, None, None, None, None, None)
 
 
 class _Gradients(torch.autograd.Function):
@@ -122,7 +158,7 @@ class _Gradients(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, x, weight)
         ctx.saved = saved
-        return _backward(saved, dy, x, weight)
+        return _backward(saved, dy, x, weight, gated=False)[:3]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:

@@ -29,15 +29,18 @@ class Step:
         running_var: Optional[torch.Tensor],
         eps: float,
         count_batch: Callable[[], float],
+        z: Optional[torch.Tensor] = None,
+        relu: bool = False,
     ) -> None:
         """The running statistics are those to be updated, if any. `count_batch` is called once if they are: it returns
-        the new values' weight.
+        the new values' weight. z is added to the result, and then `relu` applied to it.
         """
         self.module = module
         self.weight, self.bias = weight, bias
         self.running_mean, self.running_var = running_mean, running_var
         self.track_running_stats = running_mean is not None
         self.eps = eps
+        self.z, self.relu = z, relu
         self._count_batch = count_batch
 
     def __getattr__(self, name: str) -> Any:
@@ -50,6 +53,29 @@ class Step:
         if x.size(1) == 0:
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
         check_vectors(x, self.weight, self.bias, self.running_mean, self.running_var)
+        check_addend(x, self.z)
+
+    def activate(self, y: torch.Tensor) -> torch.Tensor:
+        """The rest of the layer, by torch's own operations, for a pass that has not done it."""
+        return activated(y, self.z, self.relu)
+
+
+def activated(y: torch.Tensor, z: Optional[torch.Tensor], relu: bool) -> torch.Tensor:
+    y = y if z is None else y + z
+    return torch.relu(y) if relu else y
+
+
+def check_addend(x: torch.Tensor, z: Optional[torch.Tensor]) -> None:
+    """Refuses a z that is not of x's form."""
+    if z is None:
+        return
+    if not isinstance(z, torch.Tensor):
+        raise TypeError(f"z is a {type(z).__name__}; a tensor of the input's shape and type is needed")
+    if (z.shape, z.dtype, z.device) != (x.shape, x.dtype, x.device):
+        raise SizeMismatch(
+            f"z is {tuple(z.shape)}, {z.dtype}, on {z.device}, and the input {tuple(x.shape)}, {x.dtype}, on {x.device}: they "
+            "have to be alike"
+        )
 
 
 def check_vectors(
@@ -72,8 +98,10 @@ def check_vectors(
             raise RuntimeError(f"the input is on {x.device}, and {name} on {vector.device}")
 
 
-def check_options(worker: Any, eps_mode: str, numeric: str) -> None:
+def check_options(worker: Any, eps_mode: str, numeric: str, activation: Any = None) -> None:
     """Refuses a constructor's or a conversion's arguments."""
+    if activation not in (None, "relu"):
+        raise ValueError(f'activation is None or "relu", not {activation!r}')
     if worker is not None and not isinstance(worker, Worker):
         raise TypeError(
             f"worker is a syncbn.Worker, not a {type(worker).__module__}.{type(worker).__qualname__}: for a process "
@@ -108,6 +136,7 @@ class Synchronized(torch.nn.Module):
     eps_mode: str = "add"
     numeric: str = "refuse"
     biased_running_variance: bool = False
+    activation: Optional[str] = None
     original_class: Optional[type] = None
 
     def __prepare_scriptable__(self) -> Any:
@@ -120,7 +149,7 @@ class Synchronized(torch.nn.Module):
     @outside_of_graphs
     def _normalize_with_others(self, input: torch.Tensor, step: Step) -> torch.Tensor:
         step.check(input)
-        tensors = (input, step.weight, step.bias)
+        tensors = (input, step.weight, step.bias, step.z)
         if torch.overrides.has_torch_function(tensors):
             function: Any = batch_norm
             return torch.overrides.handle_torch_function(function, tensors, input, step)
@@ -128,12 +157,12 @@ class Synchronized(torch.nn.Module):
 
     def _normalize_plain(self, input: torch.Tensor, step: Step) -> torch.Tensor:
         """As an operation under __torch_function__, by which a subclass of Tensor keeps its class."""
-        _tensors.check_supported(input, step.weight, step.bias)
+        _tensors.check_supported(input, step.weight, step.bias, step.z)
         x = _tensors.dense(input, _tensors.is_channels_last(input))
         checkpoint = _checkpointing.Context()
         place = _replicas.current()
         if place is not None:
-            return self._normalize_with_replicas(x, step, place, checkpoint)
+            return step.activate(self._normalize_with_replicas(x, step, place, checkpoint))
         forward_pass = checkpoint.replay(self)
         first_time = forward_pass is None
         if forward_pass is None:
@@ -151,11 +180,13 @@ class Synchronized(torch.nn.Module):
             x,
             step.weight,
             step.bias,
+            step.z,
             self._anchor(x, step, forward_pass),
             forward_pass,
             step.running_mean if update else None,
             step.running_var if update else None,
             step._count_batch() if update else 0.0,
+            step.relu,
         )
 
     def _run_round(self, x: torch.Tensor, step: Step, gradient_follows: bool) -> _passes.ForwardPass:
@@ -218,7 +249,7 @@ class Synchronized(torch.nn.Module):
         """Something differentiable, where only another worker calls for this one's part in the backward round."""
         if not torch.is_grad_enabled() or not forward_pass.backward_required:
             return None
-        if any(t is not None and t.requires_grad for t in (x, step.weight, step.bias)):
+        if any(t is not None and t.requires_grad for t in (x, step.weight, step.bias, step.z)):
             return None
         return torch.empty(0, requires_grad=True)
 

@@ -146,6 +146,11 @@ def readable(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     return None if x is None else dense(_in_memory(x), False)
 
 
+def readable_as(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """A tensor of [batch, channels, ...], dense in that layout; a copy where it is not."""
+    return dense(_in_memory(x), channels_last)
+
+
 @contextlib.contextmanager
 def writable(*buffers: Optional[torch.Tensor]) -> Iterator[List[Optional[torch.Tensor]]]:
     """Buffers for the library to update: those that are not contiguous as copies, which are written back."""

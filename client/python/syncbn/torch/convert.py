@@ -253,6 +253,11 @@ def _revert(module: Any, path: str) -> Change:
     """A synchronized layer becomes what it was."""
     kind, over = _class_of(module)
     attributes: Dict[str, Any] = {}
+    if module.activation is not None:
+        raise ValueError(
+            f"{_described(module, path)} has the activation {module.activation!r}, which no class of torch's has: put a layer of "
+            "its own after it, and revert then"
+        )
     if issubclass(kind, _subclasses.Subclass):
         target = _subclasses.plain_class(kind)
     else:

@@ -12,16 +12,19 @@ from syncbn.torch import _evaluation, _masked, _naming, _subclasses, _synchroniz
 
 
 @_synchronized.outside_of_graphs
-def _train(layer: Any, input: torch.Tensor) -> torch.Tensor:
+def _train(layer: Any, input: torch.Tensor, z: Optional[torch.Tensor]) -> torch.Tensor:
     with _subclasses.in_own_forward(layer):
-        normalized: torch.Tensor = layer._normalize_with_others(input, layer._step())
+        normalized: torch.Tensor = layer._normalize_with_others(input, layer._step(z))
         return normalized
 
 
 @_synchronized.outside_of_graphs
-def _masked_forward(layer: Any, input: torch.Tensor, mask: Any) -> torch.Tensor:
+def _masked_forward(layer: Any, input: torch.Tensor, mask: Any, z: Optional[torch.Tensor]) -> torch.Tensor:
     with _subclasses.in_own_forward(layer):
-        return _masked.forward(layer, input, mask)
+        step = layer._step(z)
+        step.check(input)
+        activated: torch.Tensor = step.activate(_masked.forward(layer, input, mask))
+        return activated
 
 
 class BatchNorm(_BatchNorm):
@@ -55,6 +58,8 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
       biased_running_variance: the running variance is M2/N, as in Keras and Flax, instead of M2/(N-1), as in torch.
       numeric: "refuse": a round to which a worker brings NaN or infinity fails with NotFinite. "propagate": they come
         out as torch's own layer gives them.
+      activation: "relu": the layer returns max(0, y), or max(0, y + z) where `forward` gets z, by the same kernels that
+        normalize, so that it costs no pass over memory of its own. In evaluation likewise, by torch's operations.
 
     On CUDA tensors, a worker made with `stream_ordered=True` lets the calling thread run ahead of the rounds.
 
@@ -83,10 +88,11 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
         layer: Optional[str] = None,
         biased_running_variance: bool = False,
         numeric: str = "refuse",
+        activation: Optional[str] = None,
     ) -> None:
         if process_group is not None:
             raise ValueError("process_group must be None: give a worker of another group")
-        _synchronized.check_options(worker, eps_mode, numeric)
+        _synchronized.check_options(worker, eps_mode, numeric, activation)
         average: Any = momentum  # torch's hints do not allow for None.
         super().__init__(num_features, eps, average, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
@@ -97,6 +103,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
         self.layer = _naming.number(worker) if layer is None else layer
         self.biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
         self.numeric = numeric
+        self.activation = activation
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, _subclasses.patched(self, value) if name == "forward" else value)
@@ -110,7 +117,8 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
                 self.bias.fill_(0.0)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, eps_mode={self.eps_mode}, layer={self.layer}"
+        activation = "" if self.activation is None else f", activation={self.activation}"
+        return f"{super().extra_repr()}, eps_mode={self.eps_mode}, layer={self.layer}{activation}"
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
@@ -118,27 +126,33 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
         if input.size(1) == 0:
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
-    def forward(self, input: torch.Tensor, mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(
+        self, input: torch.Tensor, mask: Optional[torch.Tensor] = None, *, z: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """input [N, C, ...] -> the same shape, type and layout.
 
         mask: True, or 1, where a position counts; [N, ...] or [N, 1, ...], or a shape that broadcasts to these. Statistics
         are taken from those positions alone; the output is normalized everywhere.
+        z: of the input's shape and type; added to the normalized values, before the activation. A residual connection.
         """
-        node = _synchronized.leaf_call(self, (input,), {} if mask is None else {"mask": mask})
+        given = {name: value for name, value in (("mask", mask), ("z", z)) if value is not None}
+        node = _synchronized.leaf_call(self, (input,), given)
         if node is not None:
             traced: torch.Tensor = node
             return traced
         self._check_input_dim(input)
         if mask is not None:
-            self._step().check(input)
-            masked: torch.Tensor = _masked_forward(self, input, mask)
+            masked: torch.Tensor = _masked_forward(self, input, mask, z)
             return masked
         if self.training:
-            normalized: torch.Tensor = _train(self, input)
+            normalized: torch.Tensor = _train(self, input, z)
             return normalized
+        _synchronized.check_addend(input, z)
         if self.running_mean is None or self.running_var is None:
-            return self._normalize_alone(input)
-        return self._evaluate(input, self.running_mean, self.running_var)
+            evaluated = self._normalize_alone(input)
+        else:
+            evaluated = self._evaluate(input, self.running_mean, self.running_var)
+        return _synchronized.activated(evaluated, z, self.activation == "relu")
 
     # ---- Evaluation ----
 
@@ -151,7 +165,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
 
     # ---- Training ----
 
-    def _step(self) -> _synchronized.Step:
+    def _step(self, z: Optional[torch.Tensor] = None) -> _synchronized.Step:
         tracked = self.track_running_stats
         return _synchronized.Step(
             self,
@@ -161,6 +175,8 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
             self.running_var if tracked else None,
             self.eps,
             self._count_batch,
+            z,
+            self.activation == "relu",
         )
 
     def _count_batch(self) -> float:
@@ -203,17 +219,20 @@ class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
         layer: Optional[str] = None,
         biased_running_variance: bool = False,
         numeric: str = "refuse",
+        activation: Optional[str] = None,
     ) -> None:
-        _synchronized.check_options(worker, eps_mode, numeric)
+        _synchronized.check_options(worker, eps_mode, numeric, activation)
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.worker, self.eps_mode, self.numeric = worker, eps_mode, numeric
+        self.worker, self.eps_mode, self.numeric, self.activation = worker, eps_mode, numeric, activation
         self.biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
         if layer is not None or worker is not None:  # Else SyncBatchNorm's constructor has numbered it.
             self.layer = _naming.number(worker) if layer is None else layer
 
-    def initialize_parameters(self, input: torch.Tensor, mask: Optional[torch.Tensor] = None) -> None:
+    def initialize_parameters(
+        self, input: torch.Tensor, mask: Optional[torch.Tensor] = None, *, z: Optional[torch.Tensor] = None
+    ) -> None:
         """Gives the parameters and buffers their size; those of a loaded state_dict have theirs already."""
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
