@@ -46,9 +46,11 @@ bool IsAddress(const std::string& host) {
 // A comma would begin another name, and a control character hide one.
 absl::Status CheckHost(const std::string& host) {
   bool plain = !host.empty();
-  for (const char c : host) plain = plain && (absl::ascii_isalnum(c) || absl::string_view("-._:").find(c) != std::string::npos);
+  for (const char c : host)
+    plain = plain && (absl::ascii_isalnum(c) || absl::string_view("-._:").find(c) != std::string::npos);
   if (plain && (host.find(':') == std::string::npos || IsAddress(host))) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("a certificate's host is \"", host, "\"; it is an address or a DNS name"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("a certificate's host is \"", host, "\"; it is an address or a DNS name"));
 }
 
 bool AddExtension(X509* certificate, int kind, const std::string& value) {
@@ -96,13 +98,15 @@ absl::Status Write(const std::string& path, BIO* bio) {
 
 }  // namespace
 
-absl::Status MakeSelfSignedCertificate(const std::string& host, const std::string& cert_file, const std::string& key_file) {
+absl::Status MakeSelfSignedCertificate(const std::string& host, const std::string& cert_file,
+                                       const std::string& key_file) {
   if (absl::Status status = CheckHost(host); !status.ok()) return status;
   const KeyPointer key(EVP_EC_gen("P-256"), EVP_PKEY_free);
   if (key == nullptr) return OpenSslFailed("the key pair");
   const CertificatePointer certificate(X509_new(), X509_free);
   if (certificate == nullptr || !Describe(certificate.get(), host)) return OpenSslFailed("the certificate's content");
-  if (X509_set_pubkey(certificate.get(), key.get()) != 1 || X509_sign(certificate.get(), key.get(), EVP_sha256()) == 0) {
+  if (X509_set_pubkey(certificate.get(), key.get()) != 1 ||
+      X509_sign(certificate.get(), key.get(), EVP_sha256()) == 0) {
     return OpenSslFailed("the signature");
   }
   const BioPointer cert_text(BIO_new(BIO_s_mem()), BIO_free), key_text(BIO_new(BIO_s_mem()), BIO_free);

@@ -9,16 +9,16 @@
 
 namespace syncbn {
 
-// Makes a key pair (NIST P-256) and a certificate signed with its own key, for a server that clients reach as `host`: an
-// IPv4 or IPv6 address without brackets, or a DNS name. Writes both as PEM. Clients trust the server by trusting the
+// Makes a key pair (NIST P-256) and a certificate signed with its own key, for a server that clients reach as `host`:
+// an IPv4 or IPv6 address without brackets, or a DNS name. Writes both as PEM. Clients trust the server by trusting the
 // certificate. It is valid for ten years, and from one day ago, since hosts' clocks differ.
 //
 // Both files must be new. The key's file can be read by its owner alone.
 //
-// Errors: INVALID_ARGUMENT for an empty host, for one that no certificate can carry, and for files that exist or cannot be
-// written, naming them; INTERNAL where OpenSSL fails.
-// Thread safety: any thread may call it.
-absl::Status MakeSelfSignedCertificate(const std::string& host, const std::string& cert_file, const std::string& key_file);
+// Errors: INVALID_ARGUMENT for an empty host, for one that no certificate can carry, and for files that exist or cannot
+// be written, naming them; INTERNAL where OpenSSL fails. Thread safety: any thread may call it.
+absl::Status MakeSelfSignedCertificate(const std::string& host, const std::string& cert_file,
+                                       const std::string& key_file);
 
 }  // namespace syncbn
 

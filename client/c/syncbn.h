@@ -135,10 +135,11 @@ SYNCBN_API void syncbn_master_shutdown(syncbn_master* master, int64_t grace_ns);
 /* Shuts the master down at once if it still serves. */
 SYNCBN_API void syncbn_master_destroy(syncbn_master* master);
 
-/* Makes a certificate for a master of this program's, which clients trust by trusting the certificate itself: a key pair and a
- * self-signed certificate for `host`, an IP address (without brackets) or a DNS name, valid for ten years. Writes both as PEM to
- * files that must be new; the key's can be read by its owner alone. Errors: INVALID_ARGUMENT for a host that no certificate can
- * carry and for files that exist or cannot be written; INTERNAL where the certificate cannot be made. */
+/* Makes a certificate for a master of this program's, which clients trust by trusting the certificate itself: a key
+ * pair and a self-signed certificate for `host`, an IP address (without brackets) or a DNS name, valid for ten years.
+ * Writes both as PEM to files that must be new; the key's can be read by its owner alone. Errors: INVALID_ARGUMENT for
+ * a host that no certificate can carry and for files that exist or cannot be written; INTERNAL where the certificate
+ * cannot be made. */
 SYNCBN_API syncbn_code syncbn_make_certificate(const char* host, const char* cert_file, const char* key_file,
                                                syncbn_error** error);
 
