@@ -418,7 +418,7 @@ syncbn_code syncbn_worker_declare_layer(syncbn_worker* worker, const syncbn_laye
       !status.ok()) {
     return Report(status, error);
   }
-  layer.clamp_eps = eps_mode == SYNCBN_EPS_CLAMP;
+  layer.eps_mode = eps_mode == SYNCBN_EPS_CLAMP ? syncbn::EpsMode::kClamp : syncbn::EpsMode::kAdd;
   layer.numeric_policy =
       numeric_policy == SYNCBN_NUMERIC_PROPAGATE ? syncbn::NumericPolicy::kPropagate : syncbn::NumericPolicy::kRefuse;
   if (known.has_momentum != 0) layer.momentum = known.momentum;

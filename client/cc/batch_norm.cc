@@ -30,7 +30,7 @@ LayerOptions BatchNorm::LayerOf(const Options& options) {
   layer.name = options.name;
   layer.channels = static_cast<uint32_t>(options.channels);
   layer.eps = options.eps;
-  layer.clamp_eps = options.clamp_eps;
+  layer.eps_mode = options.clamp_eps ? EpsMode::kClamp : EpsMode::kAdd;
   layer.momentum = options.momentum;
   layer.biased_running_variance = options.biased_running_variance;
   return layer;
@@ -83,7 +83,7 @@ absl::Status BatchNorm::DeclareAgain() {
   const std::optional<LayerOptions> known = worker_->FindLayer(options_.name);
   const LayerOptions mine = LayerOf(options_);
   if (known.has_value() && known->kind == mine.kind && known->channels == mine.channels && known->eps == mine.eps &&
-      known->clamp_eps == mine.clamp_eps) {
+      known->eps_mode == mine.eps_mode) {
     return absl::OkStatus();
   }
   return worker_->DeclareLayer(mine);

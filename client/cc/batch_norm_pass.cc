@@ -178,7 +178,7 @@ BatchStatistics ForwardPass::StatisticsToCome() const {
   statistics.layer = layer_.name;
   statistics.channels = layer_.channels;
   statistics.eps = layer_.eps;
-  statistics.clamp_eps = layer_.clamp_eps;
+  statistics.clamp_eps = layer_.eps_mode == EpsMode::kClamp;
   statistics.role = options_.backward_role;
   // Of a stream-ordered pass, whose role tells, and which all workers contribute to.
   statistics.backward_required = options_.backward_role == BackwardRole::kRequired;

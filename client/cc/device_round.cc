@@ -165,7 +165,7 @@ bool DeviceRound::BelongsTo(Worker& worker) const { return rounds_ == DeviceRoun
 // ---- Starting and waiting -------------------------------------------------------------------------------------------
 
 std::shared_ptr<DeviceRounds> DeviceRounds::Of(Worker& worker) {
-  const auto rounds = std::dynamic_pointer_cast<DeviceRounds>(
+  auto rounds = std::dynamic_pointer_cast<DeviceRounds>(
       WorkerInternal::Attach(worker, [&worker] { return std::make_shared<DeviceRounds>(&worker); }));
   SYNCBN_CHECK(rounds != nullptr, "a worker has an attachment of another kind");
   return rounds;

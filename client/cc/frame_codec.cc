@@ -30,17 +30,6 @@ Buffer Encode(const v1::WorkerFrame& frame) {
   return buffer;
 }
 
-void ToProto(const LayerOptions& layer, v1::LayerSpec* spec) {
-  spec->set_name(layer.name);
-  spec->set_channels(layer.channels);
-  spec->set_kind(static_cast<v1::LayerKind>(layer.kind));
-  spec->set_eps(layer.eps);
-  spec->set_eps_mode(layer.clamp_eps ? v1::EPS_MODE_CLAMP : v1::EPS_MODE_ADD);
-  spec->set_numeric_policy(static_cast<v1::NumericPolicy>(layer.numeric_policy));
-  if (layer.momentum.has_value()) spec->set_momentum(*layer.momentum);
-  spec->set_biased_running_variance(layer.biased_running_variance);
-}
-
 void ToProto(const session::Join& from, const Worker::Options& options, v1::Join* join) {
   join->set_min_protocol_version(kProtocolVersion);
   join->set_max_protocol_version(kProtocolVersion);
@@ -54,7 +43,7 @@ void ToProto(const session::Join& from, const Worker::Options& options, v1::Join
   join->set_description(options.description);
   wire::ToProto({options.round_timeout, options.missing_policy, options.min_workers, options.rejoin_grace},
                 join->mutable_config());
-  for (const auto& layer : from.layers) ToProto(*layer, join->add_layers());
+  for (const auto& layer : from.layers) wire::ToProto(*layer, join->add_layers());
 }
 
 // ---- From the master ------------------------------------------------------------------------------------------------
@@ -161,7 +150,7 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
   if (frame.join.has_value() || !frame.layers.empty()) {
     v1::WorkerFrame head;
     if (frame.join.has_value()) ToProto(*frame.join, options, head.mutable_join());
-    for (const auto& layer : frame.layers) ToProto(*layer, head.add_layers());
+    for (const auto& layer : frame.layers) wire::ToProto(*layer, head.add_layers());
     parts->push_back(Encode(head));
   }
   for (const session::ContributionPtr& contribution : frame.contributions) {

@@ -127,6 +127,7 @@ void GrpcTransport::HandleFrame(absl::FunctionRef<void(const Event&)> handle) {
   SYNCBN_CHECK(incoming->Dump(&slices).ok(), "a frame that gRPC has read cannot be read");
   incoming->Clear();
   std::vector<absl::string_view> views;
+  views.reserve(slices.size());
   for (const grpc::Slice& part : slices) views.push_back(view(part));
   handle({Event::Kind::kFrame, views});
 }

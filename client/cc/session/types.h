@@ -4,32 +4,17 @@
 #define SYNCBN_CLIENT_CC_SESSION_TYPES_H_
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "vocabulary/enums.h"
+#include "vocabulary/layer_spec.h"
 
 namespace syncbn {
 
-// A layer as the workers must agree upon it; see LayerSpec in proto/syncbn/v1/statistics.proto.
-struct LayerOptions {
-  std::string name;
-  uint32_t channels = 0;
-  LayerKind kind = LayerKind::kBatchNorm;
-  double eps = 0.0;
-  bool clamp_eps = false;  // 1/sqrt(max(var, eps)) instead of 1/sqrt(var + eps).
-  NumericPolicy numeric_policy = NumericPolicy::kRefuse;
-  std::optional<double> momentum;  // Of the master's running statistics; absent: cumulative average.
-  bool biased_running_variance = false;
-
-  friend bool operator==(const LayerOptions& a, const LayerOptions& b) {
-    return a.name == b.name && a.channels == b.channels && a.kind == b.kind && a.eps == b.eps &&
-           a.clamp_eps == b.clamp_eps && a.numeric_policy == b.numeric_policy && a.momentum == b.momentum &&
-           a.biased_running_variance == b.biased_running_variance;
-  }
-};
+// A layer as the workers must agree upon it.
+using LayerOptions = LayerSpec;
 
 // The result of a round that completed.
 struct RoundResult {

@@ -102,7 +102,7 @@ Outcome Train(Worker& worker, const Problem& problem) {
   Outcome outcome;
   LayerOptions layer = BatchNormOptions("bn", static_cast<uint32_t>(c.channels));
   layer.eps = c.eps;
-  layer.clamp_eps = c.clamp_eps;
+  layer.eps_mode = c.clamp_eps ? EpsMode::kClamp : EpsMode::kAdd;
   EXPECT_TRUE(worker.DeclareLayer(layer).ok());
   Tensor x(c, c.batches[rank], problem.x[rank]), dy(c, c.batches[rank], problem.dy[rank]);
   Tensor y(c, c.batches[rank], std::vector<double>(problem.x[rank].size())), dx = y;
