@@ -10,27 +10,15 @@
 #include "google/protobuf/message_lite.h"
 #include "grpc/slice.h"
 #include "grpcpp/support/byte_buffer.h"
-#include "grpcpp/support/proto_buffer_reader.h"
 #include "grpcpp/support/slice.h"
 
 namespace syncbn {
 
 // Returns the message's encoding in one slice, whose memory is allocated once.
-inline grpc::Slice SerializeToSlice(const google::protobuf::MessageLite& message) {
+inline grpc::ByteBuffer SerializeToBuffer(const google::protobuf::MessageLite& message) {
   const grpc::Slice slice(grpc_slice_malloc(message.ByteSizeLong()), grpc::Slice::STEAL_REF);
   message.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
-  return slice;
-}
-
-inline grpc::ByteBuffer SerializeToBuffer(const google::protobuf::MessageLite& message) {
-  const grpc::Slice slice = SerializeToSlice(message);
   return grpc::ByteBuffer(&slice, 1);
-}
-
-// Returns false if the buffer is empty or does not hold such a message. The buffer stays as it is.
-inline bool ParseFromBuffer(grpc::ByteBuffer* buffer, google::protobuf::MessageLite* message) {
-  grpc::ProtoBufferReader reader(buffer);
-  return reader.status().ok() && message->ParseFromZeroCopyStream(&reader);
 }
 
 // An arena for one frame, to live on the stack: messages of few channels need nothing from the heap.

@@ -7,9 +7,9 @@
 #include <string>
 
 #include "client/cc/errors.h"
-#include "google/protobuf/arena.h"
 #include "google/protobuf/io/zero_copy_stream.h"
 #include "plumbing/duration.h"
+#include "plumbing/messages.h"
 #include "syncbn/v1/statistics.pb.h"
 #include "vocabulary/protocol_version.h"
 #include "vocabulary/wire/convert.h"
@@ -18,9 +18,6 @@ namespace syncbn {
 namespace {
 
 using syncbn::FromProto;  // Of durations.
-
-// A frame of few channels needs nothing from the heap.
-constexpr size_t kArenaBlockBytes = 4096;
 
 // ---- To the master --------------------------------------------------------------------------------------------------
 
@@ -170,9 +167,8 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
 }
 
 absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> bytes) {
-  alignas(8) char block[kArenaBlockBytes];
-  google::protobuf::Arena arena(block, sizeof(block));
-  auto* const message = google::protobuf::Arena::CreateMessage<v1::MasterFrame>(&arena);
+  FrameArena arena;
+  auto* const message = arena.Create<v1::MasterFrame>();
   PartsStream stream(bytes);
   if (!message->ParseFromZeroCopyStream(&stream)) {
     return absl::InternalError("the master sent a frame that is not a syncbn.v1.MasterFrame");
