@@ -39,7 +39,7 @@ def _clang_tidy_impl(target, ctx):
         report = ctx.actions.declare_file("%s.%s.clang_tidy" % (ctx.label.name, source.basename))
         ctx.actions.run_shell(
             outputs = [report],
-            inputs = depset([source, ctx.file._config], transitive = [context.headers]),
+            inputs = depset([source] + ctx.files._configs, transitive = [context.headers]),
             command = 'clang-tidy --quiet "$1" -- "${@:3}" >"$2" 2>&1 || { sed "s|$PWD/||g" "$2" >&2; exit 1; }',
             arguments = [source.path, report.path] + _LANGUAGES[source.extension] + _WARNINGS + _ANALYZER +
                         flags,
@@ -52,5 +52,5 @@ def _clang_tidy_impl(target, ctx):
 
 clang_tidy = aspect(
     implementation = _clang_tidy_impl,
-    attrs = {"_config": attr.label(default = "//:.clang-tidy", allow_single_file = True)},
+    attrs = {"_configs": attr.label(default = "//:clang_tidy_configs")},
 )
