@@ -166,6 +166,7 @@ class MasterServer::Impl {
                                                 [this](bool listening) { loop_.SetListening(listening); });
     loop_.Start();
     acceptor_->Start(std::move(sink));
+    const absl::MutexLock lock(&mutex_);
     serving_ = true;
     return absl::OkStatus();
   }

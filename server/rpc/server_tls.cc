@@ -33,7 +33,7 @@ class ServerTls::Credentials final : public grpc::ServerCredentials {
   grpc_ssl_certificate_config_reload_status Fetch(grpc_ssl_server_certificate_config** config) {
     const absl::MutexLock lock(&tls_->mutex_);
     if (fetched_ == tls_->version_) return GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_UNCHANGED;
-    const TlsMaterial& material = tls_->material_;
+    const TlsMaterial material = tls_->material_;
     const grpc_ssl_pem_key_cert_pair pair = {material.key.c_str(), material.certificate.c_str()};
     // gRPC 1.51 demands roots, though it reads them only if clients are asked for a certificate.
     const std::string& roots = material.trusted_ca.empty() ? material.certificate : material.trusted_ca;
@@ -44,7 +44,7 @@ class ServerTls::Credentials final : public grpc::ServerCredentials {
 
   const std::shared_ptr<ServerTls> tls_;
   grpc_server_credentials* credentials_;
-  uint64_t fetched_ = 0;  // Guarded by tls_->mutex_.
+  uint64_t fetched_ ABSL_GUARDED_BY(tls_->mutex_) = 0;
 };
 
 absl::StatusOr<std::shared_ptr<ServerTls>> ServerTls::Load(TlsFiles files) {
