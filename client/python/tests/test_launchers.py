@@ -304,3 +304,77 @@ def test_jax_distributed_is_enough():
     interpreter = JAX_PYTHON if os.path.exists(JAX_PYTHON) else sys.executable
     port = processes.free_port()
     processes.run(_JAX, 3, port, interpreter=interpreter, JAX_PLATFORMS="cpu", MASTER_ADDR="127.0.0.1")
+
+
+# ---- torchrun's elastic restarts ----
+
+_ELASTIC = """
+import os, pathlib, signal, sys
+import torch, torch.distributed as dist
+import syncbn.torch
+folder, steps, sizes = pathlib.Path(sys.argv[1]), 6, [1, 4, 2]
+dist.init_process_group("gloo")
+rank, restart = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+generator = torch.Generator().manual_seed(3)
+x = torch.randn(steps, sum(sizes), 3, generator=generator, dtype=torch.float64)
+torch.manual_seed(4)
+plain = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).double()
+
+def step(model, batch, divisor):
+    model.zero_grad()
+    (model(batch).square().sum() / divisor).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad
+
+model = syncbn.torch.convert_sync_batchnorm(torch.nn.Sequential(*plain))
+saved = folder / "checkpoint"
+begun = 0
+if saved.exists():
+    begun, state = torch.load(saved)
+    model.load_state_dict(state)
+parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+for number in range(begun, steps):
+    if number == 3 and restart == 0 and rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(parallel, x[number].split(sizes)[rank], sum(sizes) / dist.get_world_size())
+    if rank == 0 and number == 2:
+        torch.save((number + 1, model.state_dict()), saved)
+    if number == 2:
+        dist.barrier()
+worker = syncbn.default_worker()
+(folder / f"end {restart} {rank}").write_text(f"{begun} {worker.run_id}")
+if rank == 0:
+    torch.save(model.state_dict(), folder / "result")
+dist.barrier()
+"""
+
+
+def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
+    """Training goes on from the checkpoint, in a later generation, to the end of one process on the whole batches."""
+    torch = pytest.importorskip("torch")
+    script = tmp_path / "train.py"
+    script.write_text(_ELASTIC)
+    command = f"""
+import subprocess, sys
+sys.exit(subprocess.call([sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint",
+    "127.0.0.1:0", "--rdzv_id", {tmp_path.name!r}, "--nproc_per_node", "3", "--max_restarts", "2", "--redirects", "1", "--tee",
+    "1", {str(script)!r}, {str(tmp_path)!r}]))
+"""
+    processes.run(command, 1)
+    ends = {path.name: path.read_text().split() for path in tmp_path.glob("end *")}
+    assert sorted(ends) == ["end 1 0", "end 1 1", "end 1 2"]
+    assert {words[0] for words in ends.values()} == {"3"} and len({words[1] for words in ends.values()}) == 1
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 7, 3, generator=generator, dtype=torch.float64)
+    torch.manual_seed(4)
+    whole = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).double()
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    for batch in x:
+        optimizer.zero_grad()
+        (whole(batch).square().sum() / 7).backward()
+        optimizer.step()
+    result = torch.load(tmp_path / "result")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(result[name], value, rtol=1e-10, atol=1e-10, msg=name)
