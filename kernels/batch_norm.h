@@ -1,4 +1,5 @@
-// The local half of a synchronized batch normalization: four operations over dense tensors, each on a CPU and on a GPU.
+// The local half of a synchronized batch normalization: four operations over dense tensors. This header has their
+// types; cpu/batch_norm.h and cuda/batch_norm.h declare the operations for a CPU and for a GPU.
 //
 //   forward:   BatchNormStats       x                -> mean, m2              per channel; then a round merges them
 //              BatchNormElemt       x, coefficients  -> y                     (x - mean) * scale + shift [+ residual]
@@ -6,9 +7,9 @@
 //   backward:  BatchNormBackwardReduce  dy, x, mean  -> sum_dy, sum_dy_xmu    per channel; then a round sums them
 //              BatchNormBackwardElemt   dy, x, coefficients -> dx [, d_residual]
 //
-// The vectors in between are float64 and per channel; coefficients.h makes the coefficients from merged statistics.
-// Results do not depend on the number of threads, nor on the model of the GPU. No function allocates tensor-sized
-// memory, and none checks more than Validate() does: the caller vouches for its pointers.
+// The vectors in between are float64 and per channel; finalize.h makes the coefficients from merged statistics. Results
+// do not depend on the number of threads, nor on the model of the GPU. No operation allocates tensor-sized memory, and
+// none checks more than Validate() does: the caller vouches for its pointers.
 
 #ifndef SYNCBN_KERNELS_BATCH_NORM_H_
 #define SYNCBN_KERNELS_BATCH_NORM_H_
@@ -22,7 +23,7 @@ enum class DataType : uint8_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloa
 
 constexpr size_t SizeOf(DataType type) { return type == DataType::kFloat64 ? 8 : type == DataType::kFloat32 ? 4 : 2; }
 
-// Where the channels of a dense tensor lie.
+// The place of the channels in a dense tensor.
 enum class Layout : uint8_t {
   kChannelsFirst = 0,  // [batch, channels, spatial]: NCHW and its kin. A 2-D tensor has spatial == 1.
   kChannelsLast = 1,   // [batch, spatial, channels]: NHWC and its kin.
@@ -41,8 +42,8 @@ struct TensorShape {
   int64_t size() const { return batch * channels * spatial; }
 };
 
-// What is wrong with a shape (channels < 1, a negative extent, a size past 2^62 elements), as a static string; null if
-// nothing is.
+// Returns the fault of a shape (channels < 1, a negative extent, a size past 2^62 elements) as a static string, or null
+// if it has none.
 const char* Validate(const TensorShape& shape);
 
 // Per-channel coefficients of the forward pass: y = (x - mean) * scale + shift. Each points to `channels` doubles in
@@ -62,7 +63,7 @@ struct BackwardCoefficients {
   const double* projection = nullptr;
 };
 
-// What follows the normalization in the same pass over memory.
+// The operations that follow the normalization in the same pass over memory.
 struct Epilogue {
   // Added before the activation; of x's shape, type and layout. Null: nothing is added.
   const void* residual = nullptr;
@@ -75,43 +76,12 @@ struct Epilogue {
 
 constexpr size_t ReluMaskBytes(int64_t size) { return (static_cast<size_t>(size) + 7) / 8; }
 
-// How backward knows where ReLU let the gradient through: from the mask if there is one; else, with `forward` set, by
-// computing the forward pass's output again, by the same arithmetic. Neither: there was no ReLU.
+// Tells the backward pass where ReLU let the gradient through: by the mask if there is one; else, with `forward` set,
+// by computing the forward pass's output again, with the same arithmetic. Neither: there was no ReLU.
 struct ReluGate {
   const uint8_t* mask = nullptr;
   ForwardCoefficients forward;
 };
-
-namespace cpu {
-
-// How many threads an operation may use: the caller's own and num_threads - 1 from a pool shared by the process, which
-// starts with its first use. 1 never touches the pool.
-struct Context {
-  int num_threads = 1;
-};
-
-// Per channel: mean and sum of squared deviations from it, over values_per_channel() values. With no values: zeros. NaN
-// and infinity give NaN or infinity in their own channel alone. Variance is within 1e-6 of the true one at
-// |mean|/std = 1e4 in float32, whatever the order of the values.
-void BatchNormStats(const Context& context, const TensorShape& shape, const void* x, double* mean, double* m2);
-
-// y may be x or the residual. Each output is rounded to the tensor's type once.
-void BatchNormElemt(const Context& context, const TensorShape& shape, const void* x,
-                    const ForwardCoefficients& coefficients, const Epilogue& epilogue, void* y);
-
-// Per channel: sum of dy and of dy * (x - mean), where dy counts as 0 where the gate is shut.
-void BatchNormBackwardReduce(const Context& context, const TensorShape& shape, const void* dy, const void* x,
-                             const double* mean, const ReluGate& gate, double* sum_dy, double* sum_dy_xmu);
-
-// dx may be dy. d_residual, if not null, receives dy where the gate is open and 0 elsewhere (the gradient of the
-// residual).
-void BatchNormBackwardElemt(const Context& context, const TensorShape& shape, const void* dy, const void* x,
-                            const BackwardCoefficients& coefficients, const ReluGate& gate, void* dx, void* d_residual);
-
-// The instruction set that the operations run with on this machine: "AVX2", "AVX3", "SSE4" and so on.
-const char* InstructionSet();
-
-}  // namespace cpu
 
 }  // namespace syncbn::kernels
 

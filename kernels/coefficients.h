@@ -1,5 +1,4 @@
-// What a normalization multiplies and adds, from merged statistics: one channel at a time, in float64, on host and
-// device.
+// The formulas of batch normalization for one channel, in float64, for host and device.
 
 #ifndef SYNCBN_KERNELS_COEFFICIENTS_H_
 #define SYNCBN_KERNELS_COEFFICIENTS_H_
@@ -7,15 +6,10 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/moments.h"
+#include "kernels/eps_mode.h"
+#include "kernels/host_device.h"
 
 namespace syncbn::kernels {
-
-// How epsilon keeps the inverse standard deviation finite.
-enum class EpsMode : uint8_t {
-  kAdd = 0,    // 1/sqrt(var + eps), as torch has it.
-  kClamp = 1,  // 1/sqrt(max(var, eps)), as Synchronized-BatchNorm-PyTorch has it.
-};
 
 // `var` is the biased variance. A NaN variance gives NaN in both modes.
 SYNCBN_HOST_DEVICE inline double InverseStd(double var, double eps, EpsMode mode) {
@@ -31,18 +25,37 @@ SYNCBN_HOST_DEVICE inline double Projection(double sum_dy_xmu, int64_t count, do
   return invstd * invstd * (sum_dy_xmu / static_cast<double>(count));
 }
 
-// running <- (1 - momentum) * running + momentum * observed, as torch weighs them.
-SYNCBN_HOST_DEVICE inline double UpdateRunning(double running, double observed, double momentum) {
-  return (1.0 - momentum) * running + momentum * observed;
-}
+// The update of running statistics by one round, the same for all channels:
+//   running <- (1 - momentum) * running + momentum * observed, as torch weighs them.
+// The observed variance is M2/(N-1), or M2/N if `biased`.
+class RunningUpdate {
+ public:
+  // `count`: the round's values in each channel, over all workers.
+  SYNCBN_HOST_DEVICE RunningUpdate(int64_t count, double momentum, bool biased)
+      : moves_mean_(count > 0), moves_var_(count > 1 || (biased && count == 1)), momentum_(momentum) {
+    const double n = static_cast<double>(count);
+    if (moves_var_ && !biased) correction_ = n / (n - 1.0);
+  }
 
-// The variance that the running one is fed with: M2/(N-1), or M2/N if biased. Has no value for count == 1 unbiased (the
-// caller then leaves the running variance as it is), nor for count == 0.
-SYNCBN_HOST_DEVICE inline double RunningVariance(double biased_var, int64_t count, bool biased) {
-  if (biased) return biased_var;
-  const double n = static_cast<double>(count);
-  return biased_var * (n / (n - 1.0));
-}
+  // False for a round without values, which leaves running statistics as they are.
+  SYNCBN_HOST_DEVICE bool moves_mean() const { return moves_mean_; }
+  // False for such a round, and where the unbiased variance of a single value would be needed.
+  SYNCBN_HOST_DEVICE bool moves_var() const { return moves_var_; }
+
+  // The running statistics after the round. `var` is the round's biased variance.
+  SYNCBN_HOST_DEVICE double Mean(double running, double mean) const { return Blend(running, mean); }
+  SYNCBN_HOST_DEVICE double Var(double running, double var) const { return Blend(running, var * correction_); }
+
+ private:
+  SYNCBN_HOST_DEVICE double Blend(double running, double observed) const {
+    return (1.0 - momentum_) * running + momentum_ * observed;
+  }
+
+  bool moves_mean_;
+  bool moves_var_;
+  double momentum_;
+  double correction_ = 1.0;  // From the biased variance to the observed one.
+};
 
 }  // namespace syncbn::kernels
 

@@ -1,4 +1,5 @@
-// How epsilon keeps the inverse standard deviation finite. The numbers are those of EpsMode in statistics.proto.
+// The use of epsilon that keeps the inverse standard deviation finite. The numbers are those of EpsMode in
+// statistics.proto.
 
 #ifndef SYNCBN_KERNELS_EPS_MODE_H_
 #define SYNCBN_KERNELS_EPS_MODE_H_

@@ -1,15 +1,11 @@
-// Moments of a set of numbers, and how two of them merge. For host and device alike.
+// The moments of a set of numbers, and the merge of two of them. For host and device.
 
 #ifndef SYNCBN_KERNELS_MOMENTS_H_
 #define SYNCBN_KERNELS_MOMENTS_H_
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define SYNCBN_HOST_DEVICE __host__ __device__
-#else
-#define SYNCBN_HOST_DEVICE
-#endif
+#include "kernels/host_device.h"
 
 namespace syncbn {
 
@@ -21,8 +17,8 @@ struct Moments {
   double m2 = 0.0;
 };
 
-// How much the second of two sets moves the mean of their union, and how much their distance adds to its m2. Of the
-// counts alone, so whoever merges many channels of the same two sets divides once.
+// The weights of the second of two sets: for the mean of their union, and for the contribution of the means' distance
+// to its m2. They follow from the counts alone, so merging many channels of the same two sets divides once.
 struct MergeWeights {
   double mean = 0.0;
   double m2 = 0.0;
@@ -38,7 +34,7 @@ SYNCBN_HOST_DEVICE inline MergeWeights WeightsOf(int64_t count_a, int64_t count_
   return weights;
 }
 
-// Merges a second set into the first, whose mean and m2 are written over.
+// Merges a second set into the first, whose mean and m2 are overwritten.
 SYNCBN_HOST_DEVICE inline void MergeInto(const MergeWeights& weights, double mean_b, double m2_b, double& mean,
                                          double& m2) {
   const double delta = mean_b - mean;
@@ -48,7 +44,7 @@ SYNCBN_HOST_DEVICE inline void MergeInto(const MergeWeights& weights, double mea
 
 // The moments of the union of two disjoint sets (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm
 // for computing sample variances", 1979). The empty set is the identity, bit for bit. Not associative in the last bit,
-// so whoever wants equal results merges in a fixed order.
+// so equal results need a fixed order.
 SYNCBN_HOST_DEVICE inline Moments Merge(const Moments& a, const Moments& b) {
   if (a.count == 0) return b;
   if (b.count == 0) return a;
@@ -79,7 +75,7 @@ SYNCBN_HOST_DEVICE inline ShiftedSums Rebase(const ShiftedSums& sums, double piv
   return rebased;
 }
 
-// The moments that the sums stand for. Rounding can take m2 below zero only where it is zero, so it stops there.
+// The moments of the numbers behind the sums. Rounding can take m2 below zero only where it is zero, so 0 is the floor.
 SYNCBN_HOST_DEVICE inline Moments ToMoments(const ShiftedSums& sums) {
   Moments moments;
   if (sums.count == 0) return moments;

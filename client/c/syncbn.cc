@@ -18,7 +18,7 @@
 #include "client/cc/device_runtime.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
-#include "kernels/batch_norm.h"
+#include "kernels/cpu/batch_norm.h"
 #include "plumbing/certificate.h"
 #include "plumbing/log.h"
 #include "server/master_server.h"
@@ -196,7 +196,7 @@ absl::Status ReadBackwardOutputs(const syncbn_backward_outputs* given, syncbn::B
                 ReadVector(known.d_bias, "d_bias's type", &outputs->d_bias)});
 }
 
-absl::Status ReadForwardOutputs(const syncbn_forward_outputs* given, syncbn::ForwardOutputs* outputs) {
+absl::Status ReadForwardOutputs(const syncbn_forward_outputs* given, syncbn::ForwardArguments* outputs) {
   if (given == nullptr) return Missing("outputs");
   syncbn_forward_outputs known;
   if (absl::Status status = ReadOptions(given, &known); !status.ok()) return status;
@@ -211,7 +211,7 @@ absl::Status ReadForwardOutputs(const syncbn_forward_outputs* given, syncbn::For
                 ReadTensor(&known.y, "y", &outputs->y)});
 }
 
-absl::Status ReadEvaluateOptions(const syncbn_evaluate_options* given, syncbn::EvaluateOptions* options) {
+absl::Status ReadEvaluateOptions(const syncbn_evaluate_options* given, syncbn::EvaluateArguments* options) {
   if (given == nullptr) return Missing("options");
   syncbn_evaluate_options known;
   if (absl::Status status = ReadOptions(given, &known); !status.ok()) return status;
@@ -516,7 +516,7 @@ syncbn_code syncbn_forward_finish(syncbn_forward* forward, const syncbn_tensor* 
                                   const syncbn_forward_outputs* given, syncbn_error** error) {
   if (forward == nullptr) return Report(Missing("forward"), error);
   TensorView x;
-  syncbn::ForwardOutputs outputs;
+  syncbn::ForwardArguments outputs;
   if (absl::Status status = First({ReadTensor(given_x, "x", &x), ReadForwardOutputs(given, &outputs)}); !status.ok()) {
     return Report(status, error);
   }
@@ -564,7 +564,11 @@ syncbn_code syncbn_backward_finish(syncbn_backward* backward, const syncbn_backw
       !status.ok()) {
     return Report(status, error);
   }
-  return Report(backward->pass.Finish(inputs, outputs), error);
+  // The pass has its inputs from the start. Others here would be ignored, so they are refused.
+  if (inputs.dy.data != backward->pass.inputs().dy.data || inputs.x != backward->pass.inputs().x) {
+    return Report(absl::InvalidArgumentError("dy and x are not those that the backward pass was started with"), error);
+  }
+  return Report(backward->pass.Finish(outputs), error);
 }
 
 void syncbn_backward_destroy(syncbn_backward* backward) { Delete(backward); }
@@ -572,7 +576,7 @@ void syncbn_backward_destroy(syncbn_backward* backward) { Delete(backward); }
 syncbn_code syncbn_evaluate(const syncbn_tensor* given_x, const syncbn_evaluate_options* given, void* y,
                             syncbn_error** error) {
   TensorView x;
-  syncbn::EvaluateOptions options;
+  syncbn::EvaluateArguments options;
   if (absl::Status status = First({ReadTensor(given_x, "x", &x), ReadEvaluateOptions(given, &options)}); !status.ok()) {
     return Report(status, error);
   }
@@ -582,7 +586,7 @@ syncbn_code syncbn_evaluate(const syncbn_tensor* given_x, const syncbn_evaluate_
 syncbn_code syncbn_evaluate_backward(const syncbn_backward_inputs* given_inputs, const syncbn_evaluate_options* given,
                                      const syncbn_backward_outputs* given_outputs, syncbn_error** error) {
   syncbn::BackwardInputs inputs;
-  syncbn::EvaluateOptions options;
+  syncbn::EvaluateArguments options;
   syncbn::BackwardOutputs outputs;
   if (absl::Status status = First({ReadBackwardInputs(given_inputs, &inputs), ReadEvaluateOptions(given, &options),
                                    ReadBackwardOutputs(given_outputs, &outputs)});

@@ -438,6 +438,8 @@ SYNCBN_API syncbn_code syncbn_backward_start(const syncbn_forward* forward, cons
                                              const syncbn_pass_options* options, syncbn_backward** out,
                                              syncbn_error** error);
 SYNCBN_API syncbn_code syncbn_backward_wait(syncbn_backward* backward, int64_t timeout_ns, syncbn_error** error);
+/* `inputs` are those that the pass was started with: INVALID_ARGUMENT if dy or x is in other memory; nothing else of
+ * them is read again. */
 SYNCBN_API syncbn_code syncbn_backward_finish(syncbn_backward* backward, const syncbn_backward_inputs* inputs,
                                               const syncbn_backward_outputs* outputs, syncbn_error** error);
 SYNCBN_API void syncbn_backward_destroy(syncbn_backward* backward);

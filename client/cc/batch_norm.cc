@@ -100,24 +100,24 @@ absl::Status BatchNorm::ForwardOverBatch(const TensorView& x, const TensorView& 
   absl::StatusOr<ForwardPass> pass = ForwardPass::Start(*worker_, options_.name, x, pass_options);
   if (!pass.ok()) return pass.status();
   if (absl::Status status = pass->Wait(); !status.ok()) return status;
-  ForwardOutputs outputs;
-  outputs.weight = View(weight_);
-  outputs.bias = View(bias_);
+  ForwardArguments arguments;
+  arguments.weight = View(weight_);
+  arguments.bias = View(bias_);
   if (training_) {
-    outputs.running_mean = View(running_mean_);
-    outputs.running_var = View(running_var_);
+    arguments.running_mean = View(running_mean_);
+    arguments.running_var = View(running_var_);
     if (pass->statistics()->count > 0) ++num_batches_tracked_;
-    outputs.momentum =
+    arguments.momentum =
         options_.momentum.value_or(1.0 / static_cast<double>(std::max<int64_t>(num_batches_tracked_, 1)));
   }
-  outputs.relu = options_.relu;
-  outputs.y = y;
+  arguments.relu = options_.relu;
+  arguments.y = y;
   statistics_ = pass->statistics();
-  return pass->Finish(x, outputs);
+  return pass->Finish(x, arguments);
 }
 
-EvaluateOptions BatchNorm::Evaluation() {
-  EvaluateOptions evaluation;
+EvaluateArguments BatchNorm::Evaluation() {
+  EvaluateArguments evaluation;
   evaluation.num_threads = options_.num_threads;
   evaluation.mean = View(running_mean_);
   evaluation.var = View(running_var_);
@@ -157,7 +157,7 @@ absl::Status BatchNorm::Backward(const TensorView& x, const TensorView& dy, cons
     absl::StatusOr<BackwardPass> pass = BackwardPass::Start(*worker_, statistics_, inputs, pass_options);
     if (!pass.ok()) return pass.status();
     if (absl::Status status = pass->Wait(); !status.ok()) return status;
-    if (absl::Status status = pass->Finish(inputs, outputs); !status.ok()) return status;
+    if (absl::Status status = pass->Finish(outputs); !status.ok()) return status;
   }
   for (size_t c = 0; c < d_weight.size(); ++c) {
     weight_gradient_[c] += d_weight[c];

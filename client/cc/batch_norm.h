@@ -1,4 +1,4 @@
-// A synchronized batch-norm layer with its parameters: what torch.nn.SyncBatchNorm is to PyTorch.
+// A synchronized batch-norm layer with its parameters, the counterpart of torch.nn.SyncBatchNorm.
 
 #ifndef SYNCBN_CLIENT_CC_BATCH_NORM_H_
 #define SYNCBN_CLIENT_CC_BATCH_NORM_H_
@@ -30,10 +30,12 @@ namespace syncbn {
 //   norm->set_training(false);
 //   status = norm->Forward(x, y);         // evaluation: running statistics, no round
 //
-// Thread safety: none. The worker must outlive the layer; with no worker, only evaluation works.
+// The worker must outlive the layer; without a worker, only evaluation works.
+//
+// Thread safety: one thread at a time.
 class BatchNorm {
  public:
-  // As torch.nn.SyncBatchNorm's arguments.
+  // The arguments of torch.nn.SyncBatchNorm, and a few more.
   struct Options {
     std::string name;  // The same on all workers, and unlike any other layer's.
     int64_t channels = 0;
@@ -41,18 +43,21 @@ class BatchNorm {
     bool clamp_eps = false;                // 1/sqrt(max(var, eps)) in training.
     std::optional<double> momentum = 0.1;  // Absent: the cumulative average.
     bool affine = true;
-    bool track_running_stats = true;  // Without: evaluation uses the batch's statistics, and has a round.
+    bool track_running_stats = true;  // False: evaluation uses the batch's statistics, and has a round.
     bool biased_running_variance = false;
     bool relu = false;  // Applied to the output in the same pass over memory.
     int num_threads = 1;
   };
 
-  // INVALID_ARGUMENT for options that cannot be used.
+  // Returns a layer that has been declared with the worker, if there is one.
+  // Errors: INVALID_ARGUMENT for options that cannot be used; those of Worker::DeclareLayer.
   static absl::StatusOr<BatchNorm> Create(Worker* worker, Options options);
 
-  // y = (x - mean) * invstd * weight + bias (and ReLU). y may be x, unless a Backward follows.
+  // Computes y = (x - mean) * invstd * weight + bias (and ReLU). y may be x, unless a Backward follows.
+  // Errors: those of ForwardPass; UNIMPLEMENTED for CUDA tensors; FAILED_PRECONDITION for training without a worker.
   absl::Status Forward(const TensorView& x, const TensorView& y);
-  // The gradients of the newest Forward. dx may be dy. FAILED_PRECONDITION without such a Forward.
+  // Computes the gradients of the newest Forward. dx may be dy.
+  // Errors: those of BackwardPass; FAILED_PRECONDITION without a successful Forward.
   absl::Status Backward(const TensorView& x, const TensorView& dy, const TensorView& dx);
 
   void set_training(bool training) { training_ = training; }
@@ -76,10 +81,10 @@ class BatchNorm {
 
   bool uses_batch_statistics() const { return training_ || !options_.track_running_stats; }
   static LayerOptions LayerOf(const Options& options);
-  // If another model of this worker has used the layer's name since.
+  // Declares the layer again if another model of this worker has used its name since.
   absl::Status DeclareAgain();
   absl::Status ForwardOverBatch(const TensorView& x, const TensorView& y);
-  EvaluateOptions Evaluation();
+  EvaluateArguments Evaluation();
   BackwardInputs InputsOf(const TensorView& x, const TensorView& dy);
 
   Worker* worker_;
@@ -89,7 +94,7 @@ class BatchNorm {
   std::vector<double> running_mean_, running_var_;
   int64_t num_batches_tracked_ = 0;
 
-  // Of the newest Forward.
+  // The outcome of the newest Forward.
   bool has_forward_ = false;
   std::shared_ptr<const BatchStatistics> statistics_;  // Null after an evaluation.
 };

@@ -1,84 +1,21 @@
 #include "client/cc/batch_norm_pass.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "client/cc/device_pass.h"
-#include "kernels/coefficients.h"
+#include "client/cc/backend.h"
+#include "client/cc/device_round.h"
+#include "kernels/finalize.h"
+#include "plumbing/check.h"
 
 namespace syncbn {
 namespace {
 
-namespace cpu = kernels::cpu;
-
-kernels::EpsMode ModeOf(const BatchStatistics& statistics) {
-  return statistics.clamp_eps ? kernels::EpsMode::kClamp : kernels::EpsMode::kAdd;
-}
-
 absl::Status CheckThreads(int num_threads) {
   if (num_threads >= 1) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("num_threads is ", num_threads, "; at least 1 is needed"));
-}
-
-// mean, invstd, scale and shift of y = (x - mean) * scale + shift.
-struct Affine {
-  std::vector<double> mean;
-  std::vector<double> invstd;
-  std::vector<double> scale;
-  std::vector<double> shift;
-
-  Affine(std::vector<double> channel_mean, std::vector<double> channel_invstd, const VectorView& weight,
-         const VectorView& bias)
-      : mean(std::move(channel_mean)), invstd(std::move(channel_invstd)), scale(invstd), shift(mean.size(), 0.0) {
-    for (size_t c = 0; c < mean.size(); ++c) {
-      if (weight.present()) scale[c] *= weight.Get(static_cast<int64_t>(c));
-      if (bias.present()) shift[c] = bias.Get(static_cast<int64_t>(c));
-    }
-  }
-
-  kernels::ForwardCoefficients forward() const { return {mean.data(), scale.data(), shift.data()}; }
-};
-
-Affine AffineOf(const BatchStatistics& statistics, const VectorView& weight, const VectorView& bias) {
-  std::vector<double> invstd(statistics.var.size());
-  for (size_t c = 0; c < invstd.size(); ++c) {
-    invstd[c] = kernels::InverseStd(statistics.var[c], statistics.eps, ModeOf(statistics));
-  }
-  return Affine(statistics.mean, std::move(invstd), weight, bias);
-}
-
-Affine AffineOf(const EvaluateOptions& options, int64_t channels, const VectorView& weight, const VectorView& bias) {
-  std::vector<double> mean(channels);
-  std::vector<double> invstd(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    mean[c] = options.mean.Get(c);
-    invstd[c] = kernels::InverseStd(options.var.Get(c), options.eps, kernels::EpsMode::kAdd);
-  }
-  return Affine(std::move(mean), std::move(invstd), weight, bias);
-}
-
-kernels::ReluGate GateOf(const BackwardInputs& inputs, const Affine& affine) {
-  kernels::ReluGate gate;
-  if (!inputs.relu) return gate;
-  gate.mask = inputs.relu_mask;
-  if (gate.mask == nullptr) gate.forward = affine.forward();
-  return gate;
-}
-
-void UpdateRunningStatistics(const BatchStatistics& statistics, bool biased, const ForwardOutputs& outputs) {
-  if (statistics.count == 0) return;
-  const bool has_variance = statistics.count > 1 || biased;
-  for (int64_t c = 0; c < static_cast<int64_t>(statistics.mean.size()); ++c) {
-    if (outputs.running_mean.present()) {
-      const double running = outputs.running_mean.Get(c);
-      outputs.running_mean.Set(c, kernels::UpdateRunning(running, statistics.mean[c], outputs.momentum));
-    }
-    if (outputs.running_var.present() && has_variance) {
-      const double observed = kernels::RunningVariance(statistics.var[c], statistics.count, biased);
-      outputs.running_var.Set(c, kernels::UpdateRunning(outputs.running_var.Get(c), observed, outputs.momentum));
-    }
-  }
 }
 
 absl::Status CheckChannels(const TensorView& tensor, int64_t channels, absl::string_view layer) {
@@ -87,10 +24,10 @@ absl::Status CheckChannels(const TensorView& tensor, int64_t channels, absl::str
       absl::StrCat("layer \"", layer, "\" has ", channels, " channels, and the tensor has ", tensor.shape.channels));
 }
 
-absl::Status CheckBackward(const BackwardInputs& inputs) {
+absl::Status CheckBackward(const BackwardInputs& inputs, int num_threads) {
   if (absl::Status status = Check(inputs.dy, "dy"); !status.ok()) return status;
   if (inputs.x == nullptr && inputs.dy.shape.size() != 0) return absl::InvalidArgumentError("x has no data");
-  return absl::OkStatus();
+  return CheckThreads(num_threads);
 }
 
 absl::Status CheckOutputs(const BackwardOutputs& outputs) {
@@ -98,36 +35,118 @@ absl::Status CheckOutputs(const BackwardOutputs& outputs) {
   return absl::InvalidArgumentError("d_residual is computed together with dx, and dx is not asked for");
 }
 
+absl::Status CheckEvaluation(const EvaluateArguments& arguments) {
+  if (arguments.mean.present() && arguments.var.present()) return absl::OkStatus();
+  return absl::InvalidArgumentError("evaluation needs a mean and a variance");
+}
+
 absl::Status NotWaitedFor() {
   return absl::FailedPreconditionError("the pass has not been waited for, or its round failed");
 }
 
-// That a pass goes on where it began.
-absl::Status CheckSameKind(const TensorView& tensor, bool on_device, const char* name) {
-  if ((tensor.device == Device::kCuda) == on_device) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(name, on_device ? " is in host memory, and the pass began on a GPU"
-                                                                 : " is on a GPU, and the pass began on the CPU"));
+// Returns the first failure of the worker's stream-ordered passes that no call has returned yet.
+absl::Status EarlierFailure(Worker& worker, Device device) {
+  return device == Device::kCuda ? DeviceRounds::Of(worker)->Check() : absl::OkStatus();
 }
 
-// Weight and bias gradients from the local sums.
-void WriteParameterGradients(const std::vector<double>& sum_dy, const std::vector<double>& sum_dy_xmu,
-                             const std::vector<double>& invstd, const BackwardOutputs& outputs) {
-  for (size_t c = 0; c < sum_dy.size(); ++c) {
-    const int64_t channel = static_cast<int64_t>(c);
-    if (outputs.d_weight.present()) outputs.d_weight.Set(channel, sum_dy_xmu[c] * invstd[c]);
-    if (outputs.d_bias.present()) outputs.d_bias.Set(channel, sum_dy[c]);
+// A backward pass through a stream-ordered forward pass, whose round may have failed, or be another worker's.
+absl::Status CheckForwardRound(Worker& worker, const BatchStatistics& statistics) {
+  if (!statistics.stream_ordered) return absl::OkStatus();
+  const DeviceRound& round = *statistics.backend->device_round();
+  if (!round.BelongsTo(worker)) {
+    return absl::InvalidArgumentError("a backward pass belongs to the worker of its forward pass");
   }
+  return round.failure();
 }
 
-// The elementwise half of a backward pass. `mean_dy` and `projection` per channel.
-void WriteInputGradients(int num_threads, const BackwardInputs& inputs, const Affine& affine,
-                         const std::vector<double>& mean_dy, const std::vector<double>& projection,
-                         const BackwardOutputs& outputs) {
-  if (outputs.dx == nullptr || inputs.dy.shape.size() == 0) return;
-  const kernels::BackwardCoefficients coefficients{affine.mean.data(), affine.scale.data(), mean_dy.data(),
-                                                   projection.data()};
-  cpu::BatchNormBackwardElemt({num_threads}, inputs.dy.shape, inputs.dy.data, inputs.x, coefficients,
-                              GateOf(inputs, affine), outputs.dx, outputs.d_residual);
+kernels::FinalizeForwardArguments Parameters(const VectorView& weight, const VectorView& bias) {
+  kernels::FinalizeForwardArguments arguments;
+  arguments.weight = weight;
+  arguments.bias = bias;
+  return arguments;
+}
+
+// Computes the backend's forward coefficients, for which `arguments` has the statistics.
+absl::Status ComputeCoefficients(Backend& backend, int64_t channels, kernels::FinalizeForwardArguments arguments) {
+  arguments.channels = channels;
+  arguments.out_mean = backend.vectors().mean;
+  arguments.out_scale = backend.vectors().scale;
+  arguments.out_shift = backend.vectors().shift;
+  return backend.Finalize(arguments);
+}
+
+// The same from a forward round.
+absl::Status ComputeCoefficients(const BatchStatistics& statistics, kernels::FinalizeForwardArguments arguments) {
+  Backend& backend = *statistics.backend;
+  if (statistics.stream_ordered) {
+    if (absl::Status status = backend.AwaitRound(); !status.ok()) return status;
+    arguments.pending = backend.pending_round();
+  }
+  SYNCBN_CHECK(backend.vectors().merged[1] != nullptr, "the statistics of layer ", statistics.layer, " are not there");
+  arguments.count = statistics.count;
+  arguments.mean = {backend.vectors().merged[0], kernels::DataType::kFloat64};
+  arguments.var = {backend.vectors().merged[1], kernels::DataType::kFloat64};
+  arguments.eps = statistics.eps;
+  arguments.eps_mode = statistics.eps_mode;
+  const absl::Status status = ComputeCoefficients(backend, statistics.channels, arguments);
+  if (status.ok()) backend.has_coefficients = true;
+  return status;
+}
+
+// The same from given statistics.
+absl::Status ComputeCoefficients(Backend& backend, int64_t channels, const EvaluateArguments& given,
+                                 const VectorView& weight, const VectorView& bias) {
+  kernels::FinalizeForwardArguments arguments = Parameters(weight, bias);
+  arguments.mean = given.mean;
+  arguments.var = given.var;
+  arguments.eps = given.eps;
+  return ComputeCoefficients(backend, channels, arguments);
+}
+
+kernels::ReluGate GateOf(const BackwardInputs& inputs, const Backend& forward) {
+  kernels::ReluGate gate;
+  if (!inputs.relu) return gate;
+  gate.mask = inputs.relu_mask;
+  if (gate.mask == nullptr) gate.forward = forward.forward_coefficients();
+  return gate;
+}
+
+absl::Status ReduceGradients(Backend& backend, const Backend& forward, const BackwardInputs& inputs, bool signals) {
+  return backend.BackwardReduce(inputs.dy.shape, inputs.dy.data, inputs.x, forward.vectors().mean,
+                                GateOf(inputs, forward), signals);
+}
+
+// Computes the gradients of weight, bias and the tensors. `arguments` has the statistics and the summed gradients.
+absl::Status ComputeGradients(Backend& backend, const Backend& forward, kernels::FinalizeBackwardArguments arguments,
+                              const BackwardInputs& inputs, const BackwardOutputs& outputs) {
+  const PassVectors& vectors = backend.vectors();
+  arguments.channels = inputs.dy.shape.channels;
+  arguments.weight = inputs.weight;
+  arguments.out_scale = vectors.scale;
+  arguments.out_mean_dy = vectors.mean_dy;
+  arguments.out_projection = vectors.projection;
+  arguments.local_sum_dy = vectors.local[0];
+  arguments.local_sum_dy_xmu = vectors.local[1];
+  arguments.weight_gradient = outputs.d_weight;
+  arguments.bias_gradient = outputs.d_bias;
+  if (absl::Status status = backend.Finalize(arguments); !status.ok()) return status;
+  if (outputs.dx == nullptr || inputs.dy.shape.size() == 0) return absl::OkStatus();
+  return backend.BackwardElemt(inputs.dy.shape, inputs.dy.data, inputs.x,
+                               {forward.vectors().mean, vectors.scale, vectors.mean_dy, vectors.projection},
+                               GateOf(inputs, forward), outputs.dx, outputs.d_residual);
+}
+
+// Begins a backward round. The forward round of a stream-ordered pass has ended by then, but not when this was made.
+DeviceRound::Begin BeginBackward(const BatchStatistics& statistics, bool again) {
+  return
+      [layer = statistics.layer, sequence = statistics.sequence, again, size = static_cast<size_t>(statistics.channels),
+       forward = statistics.stream_ordered ? statistics.backend->device_round() : nullptr](
+          Worker& worker, const double* sum_dy, const double* sum_dy_xmu) -> absl::StatusOr<Round> {
+        if (again) return worker.StartBackwardAgain(layer, {sum_dy, size}, {sum_dy_xmu, size});
+        const absl::StatusOr<uint64_t> known = forward != nullptr ? forward->SequenceAtBegin() : sequence;
+        if (!known.ok()) return known.status();
+        return worker.StartBackward(layer, *known, {sum_dy, size}, {sum_dy_xmu, size});
+      };
 }
 
 }  // namespace
@@ -142,197 +161,188 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
     return absl::FailedPreconditionError(absl::StrCat("layer \"", layer, "\" has not been declared"));
   }
   if (absl::Status status = CheckChannels(x, declared->channels, layer); !status.ok()) return status;
+  if (absl::Status status = EarlierFailure(worker, x.device); !status.ok()) return status;
+  auto backend = MakeBackend(x, options.num_threads, options.stream);
+  if (!backend.ok()) return backend.status();
   ForwardPass pass;
   pass.layer_ = *declared;
   pass.options_ = options;
   pass.rank_ = worker.rank();
-  if (x.device == Device::kCuda) {
-    absl::StatusOr<DevicePass> started = StartDeviceForward(worker, layer, x, options);
-    if (!started.ok()) return started.status();
-    pass.device_ = std::move(started->lease);
-    pass.device_round_ = std::move(started->round);
-    if (started->stream_ordered) {
-      BatchStatistics statistics = pass.StatisticsToCome();
-      statistics.late = pass.device_round_;
-      pass.statistics_ = std::make_shared<BatchStatistics>(std::move(statistics));
-    }
-    return pass;
-  }
-  std::vector<double> mean(x.shape.channels);
-  std::vector<double> m2(x.shape.channels);
-  cpu::BatchNormStats({options.num_threads}, x.shape, x.data, mean.data(), m2.data());
-  absl::StatusOr<Round> round =
-      worker.StartForward(layer, options.sequence, x.shape.values_per_channel(), mean, m2, options.backward_role);
-  if (!round.ok()) return round.status();
-  pass.round_ = *std::move(round);
+  pass.backend_ = *std::move(backend);
+  const DeviceScope scope = pass.backend_->Enter();
+  if (!scope.status().ok()) return scope.status();
+  const bool stream_ordered = options.stream_ordered && options.backward_role != BackwardRole::kIfRequired &&
+                              worker.missing_policy() == MissingPolicy::kFail && x.shape.values_per_channel() >= 2 &&
+                              pass.backend_->CanBeStreamOrdered();
+  if (absl::Status status = pass.backend_->Reduce(x.shape, x.data); !status.ok()) return status;
+  auto begin = [name = pass.layer_.name, options, shape = x.shape](Worker& owner, const double* mean,
+                                                                   const double* m2) {
+    const size_t channels = static_cast<size_t>(shape.channels);
+    return owner.StartForward(name, options.sequence, shape.values_per_channel(), {mean, channels}, {m2, channels},
+                              options.backward_role);
+  };
+  absl::Status status =
+      pass.backend_->StartRound(worker, {pass.layer_.name, Phase::kForward}, std::move(begin), stream_ordered);
+  if (!status.ok()) return status;
+  if (stream_ordered) pass.statistics_ = std::make_shared<BatchStatistics>(pass.InitialStatistics(true));
   return pass;
 }
 
-uint64_t ForwardPass::sequence() const {
-  if (stream_ordered()) return statistics_->sequence;
-  return device_round_ != nullptr ? device_round_->sequence() : round_.sequence();
-}
-
-BatchStatistics ForwardPass::StatisticsToCome() const {
+BatchStatistics ForwardPass::InitialStatistics(bool stream_ordered) const {
   BatchStatistics statistics;
   statistics.layer = layer_.name;
   statistics.channels = layer_.channels;
   statistics.eps = layer_.eps;
-  statistics.clamp_eps = layer_.eps_mode == EpsMode::kClamp;
+  statistics.eps_mode = layer_.eps_mode;
   statistics.role = options_.backward_role;
-  // Of a stream-ordered pass, whose role tells, and which all workers contribute to.
+  statistics.stream_ordered = stream_ordered;
+  // True of a stream-ordered pass: its role decides, and all workers contribute to it.
   statistics.backward_required = options_.backward_role == BackwardRole::kRequired;
-  statistics.device = device_;
+  statistics.backend = backend_;
   return statistics;
 }
 
+uint64_t ForwardPass::sequence() const { return stream_ordered() ? statistics_->sequence : backend_->sequence(); }
+
 absl::Status ForwardPass::Wait(absl::Duration timeout) {
   if (waited_for_) return absl::OkStatus();
-  const absl::Status status = device_round_ != nullptr ? device_round_->Wait(timeout) : round_.Wait(timeout);
-  if (!status.ok()) return status;
-  const RoundResult& result = device_round_ != nullptr ? device_round_->result() : round_.result();
-  auto statistics = std::make_shared<BatchStatistics>(StatisticsToCome());
-  statistics->sequence = device_round_ != nullptr ? device_round_->sequence() : round_.sequence();
+  if (absl::Status status = backend_->Wait(timeout); !status.ok()) return status;
+  const RoundResult& result = backend_->result();
+  auto statistics = std::make_shared<BatchStatistics>(InitialStatistics(stream_ordered()));
+  statistics->sequence = backend_->sequence();
   statistics->count = result.count;
   statistics->mean = result.first;
   statistics->var = result.second;
   statistics->backward_required = result.backward_required;
   statistics->counted = !std::binary_search(result.missing_ranks.begin(), result.missing_ranks.end(), rank_);
-  if (stream_ordered()) {
-    statistics->late = device_round_;
-  } else if (device_ != nullptr) {
-    WriteMerged(device_->slot(), result);
-  }
+  if (!stream_ordered()) backend_->Deliver();
   statistics_ = std::move(statistics);
   waited_for_ = true;
   return absl::OkStatus();
 }
 
-absl::Status ForwardPass::Finish(const TensorView& x, const ForwardOutputs& outputs) const {
+absl::Status ForwardPass::Finish(const TensorView& x, const ForwardArguments& arguments) const {
   if (statistics_ == nullptr) return NotWaitedFor();
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
-  if (absl::Status status = CheckAlike(outputs.y, x, "y"); !status.ok()) return status;
+  if (absl::Status status = CheckAlike(arguments.y, x, "y"); !status.ok()) return status;
   if (absl::Status status = CheckChannels(x, statistics_->channels, layer_.name); !status.ok()) return status;
-  if (absl::Status status = CheckSameKind(x, device_ != nullptr, "x"); !status.ok()) return status;
-  if (device_ != nullptr) return FinishDeviceForward(*statistics_, layer_.biased_running_variance, x, outputs);
-  UpdateRunningStatistics(*statistics_, layer_.biased_running_variance, outputs);
+  if (absl::Status status = backend_->CheckPlace(x, "x"); !status.ok()) return status;
+  const DeviceScope scope = backend_->Enter();
+  if (!scope.status().ok()) return scope.status();
+  kernels::FinalizeForwardArguments finalize = Parameters(arguments.weight, arguments.bias);
+  finalize.running_mean = arguments.running_mean;
+  finalize.running_var = arguments.running_var;
+  finalize.momentum = arguments.momentum;
+  finalize.biased_running_var = layer_.biased_running_variance;
+  if (absl::Status status = ComputeCoefficients(*statistics_, finalize); !status.ok()) return status;
   if (x.shape.size() == 0) return absl::OkStatus();
-  const Affine affine = AffineOf(*statistics_, outputs.weight, outputs.bias);
-  cpu::BatchNormElemt({options_.num_threads}, x.shape, x.data, affine.forward(),
-                      {outputs.residual, outputs.relu, outputs.relu_mask}, outputs.y.data);
-  return absl::OkStatus();
+  return backend_->Normalize(x.shape, x.data, backend_->forward_coefficients(),
+                             {arguments.residual, arguments.relu, arguments.relu_mask}, arguments.y.data);
 }
 
 absl::StatusOr<BackwardPass> BackwardPass::Start(Worker& worker, std::shared_ptr<const BatchStatistics> statistics,
                                                  const BackwardInputs& inputs, const PassOptions& options) {
   if (statistics == nullptr) return NotWaitedFor();
-  if (absl::Status status = CheckBackward(inputs); !status.ok()) return status;
-  if (absl::Status status = CheckThreads(options.num_threads); !status.ok()) return status;
-  const size_t channels = static_cast<size_t>(statistics->channels);
-  if (absl::Status status = CheckChannels(inputs.dy, statistics->channels, statistics->layer); !status.ok())
+  if (absl::Status status = CheckBackward(inputs, options.num_threads); !status.ok()) return status;
+  if (absl::Status status = CheckChannels(inputs.dy, statistics->channels, statistics->layer); !status.ok()) {
     return status;
-  if (absl::Status status = CheckSameKind(inputs.dy, statistics->device != nullptr, "dy"); !status.ok()) return status;
-  BackwardPass pass;
-  pass.options_ = options;
-  pass.has_round_ = statistics->backward_required && statistics->counted && statistics->role != BackwardRole::kNone;
-  if (statistics->device != nullptr) {
-    absl::StatusOr<DevicePass> started = StartDeviceBackward(worker, *statistics, inputs, options, pass.has_round_);
-    if (!started.ok()) return started.status();
-    pass.device_ = std::move(started->lease);
-    pass.device_round_ = std::move(started->round);
-    pass.statistics_ = std::move(statistics);
-    return pass;
   }
-  pass.sum_dy_.resize(channels);
-  pass.sum_dy_xmu_.resize(channels);
-  const Affine affine = AffineOf(*statistics, inputs.weight, inputs.bias);
-  cpu::BatchNormBackwardReduce({options.num_threads}, inputs.dy.shape, inputs.dy.data, inputs.x, affine.mean.data(),
-                               GateOf(inputs, affine), pass.sum_dy_.data(), pass.sum_dy_xmu_.data());
+  const Backend& forward = *statistics->backend;
+  if (absl::Status status = EarlierFailure(worker, inputs.dy.device); !status.ok()) return status;
+  if (absl::Status status = CheckForwardRound(worker, *statistics); !status.ok()) return status;
+  if (absl::Status status = forward.CheckPlace(inputs.dy, "dy"); !status.ok()) return status;
+  auto backend = forward.ForBackward(options.num_threads, options.stream);
+  if (!backend.ok()) return backend.status();
+  BackwardPass pass;
+  pass.inputs_ = inputs;
+  pass.backend_ = *std::move(backend);
+  pass.has_round_ = statistics->backward_required && statistics->counted && statistics->role != BackwardRole::kNone;
+  const DeviceScope scope = pass.backend_->Enter();
+  if (!scope.status().ok()) return scope.status();
+  if (!forward.has_coefficients) {
+    absl::Status status = ComputeCoefficients(*statistics, Parameters(inputs.weight, inputs.bias));
+    if (!status.ok()) return status;
+  }
+  if (absl::Status status = ReduceGradients(*pass.backend_, forward, inputs, pass.has_round_); !status.ok()) {
+    return status;
+  }
   if (pass.has_round_) {
-    absl::StatusOr<Round> round =
-        options.again ? worker.StartBackwardAgain(statistics->layer, pass.sum_dy_, pass.sum_dy_xmu_)
-                      : worker.StartBackward(statistics->layer, statistics->sequence, pass.sum_dy_, pass.sum_dy_xmu_);
-    if (!round.ok()) return round.status();
-    pass.round_ = *std::move(round);
+    absl::Status status =
+        pass.backend_->StartRound(worker, {statistics->layer, Phase::kBackward},
+                                  BeginBackward(*statistics, options.again), statistics->stream_ordered);
+    if (!status.ok()) return status;
   }
   pass.statistics_ = std::move(statistics);
   return pass;
 }
 
 absl::Status BackwardPass::Wait(absl::Duration timeout) {
-  if (has_round_ && !finished_waiting_) {
-    const absl::Status status = device_round_ != nullptr ? device_round_->Wait(timeout) : round_.Wait(timeout);
-    if (!status.ok()) return status;
-    if (device_round_ != nullptr && statistics_->late == nullptr) {
-      WriteMergedSums(device_->slot(), device_round_->result());
-    }
+  if (has_round_ && !waited_for_) {
+    if (absl::Status status = backend_->Wait(timeout); !status.ok()) return status;
+    if (!statistics_->stream_ordered) backend_->Deliver();
   }
-  finished_waiting_ = true;
+  waited_for_ = true;
   return absl::OkStatus();
 }
 
-absl::Status BackwardPass::Finish(const BackwardInputs& inputs, const BackwardOutputs& outputs) const {
-  if (!finished_waiting_ && statistics_->late == nullptr) return NotWaitedFor();
-  if (absl::Status status = CheckBackward(inputs); !status.ok()) return status;
+absl::Status BackwardPass::Finish(const BackwardOutputs& outputs) const {
+  if (!waited_for_ && !statistics_->stream_ordered) return NotWaitedFor();
   if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
-  if (absl::Status status = CheckSameKind(inputs.dy, device_ != nullptr, "dy"); !status.ok()) return status;
-  if (absl::Status status = CheckChannels(inputs.dy, statistics_->channels, statistics_->layer); !status.ok()) {
-    return status;
-  }
-  if (device_ != nullptr) return FinishDeviceBackward(*device_, has_round_, *statistics_, inputs, outputs);
-  const Affine affine = AffineOf(*statistics_, inputs.weight, inputs.bias);
-  WriteParameterGradients(sum_dy_, sum_dy_xmu_, affine.invstd, outputs);
-  const size_t channels = statistics_->mean.size();
-  std::vector<double> mean_dy(channels, 0.0);
-  std::vector<double> projection(channels, 0.0);
-  if (has_round_ && statistics_->count > 0) {
-    const RoundResult& sums = round_.result();
-    for (size_t c = 0; c < channels; ++c) {
-      mean_dy[c] = sums.first[c] / static_cast<double>(statistics_->count);
-      projection[c] = kernels::Projection(sums.second[c], statistics_->count, statistics_->var[c], statistics_->eps,
-                                          ModeOf(*statistics_));
+  const DeviceScope scope = backend_->Enter();
+  if (!scope.status().ok()) return scope.status();
+  const Backend& forward = *statistics_->backend;
+  kernels::FinalizeBackwardArguments arguments;
+  arguments.count = statistics_->count;
+  arguments.var = {forward.vectors().merged[1], kernels::DataType::kFloat64};
+  arguments.eps = statistics_->eps;
+  arguments.eps_mode = statistics_->eps_mode;
+  if (statistics_->stream_ordered) arguments.pending_forward = forward.pending_round();
+  if (has_round_) {
+    arguments.sum_dy = backend_->vectors().merged[0];
+    arguments.sum_dy_xmu = backend_->vectors().merged[1];
+    if (statistics_->stream_ordered) {
+      if (absl::Status status = backend_->AwaitRound(); !status.ok()) return status;
+      arguments.pending_backward = backend_->pending_round();
     }
   }
-  WriteInputGradients(options_.num_threads, inputs, affine, mean_dy, projection, outputs);
-  return absl::OkStatus();
+  return ComputeGradients(*backend_, forward, arguments, inputs_, outputs);
 }
 
-absl::Status Evaluate(const TensorView& x, const EvaluateOptions& options, void* y) {
+absl::Status Evaluate(const TensorView& x, const EvaluateArguments& arguments, void* y) {
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
-  if (absl::Status status = CheckThreads(options.num_threads); !status.ok()) return status;
-  if (!options.mean.present() || !options.var.present()) {
-    return absl::InvalidArgumentError("evaluation needs a mean and a variance");
-  }
+  if (absl::Status status = CheckThreads(arguments.num_threads); !status.ok()) return status;
+  if (absl::Status status = CheckEvaluation(arguments); !status.ok()) return status;
   if (x.shape.size() == 0) return absl::OkStatus();
   if (y == nullptr) return absl::InvalidArgumentError("y has no data");
-  if (x.device == Device::kCuda) return EvaluateOnDevice(x, options, y);
-  const Affine affine = AffineOf(options, x.shape.channels, options.weight, options.bias);
-  cpu::BatchNormElemt({options.num_threads}, x.shape, x.data, affine.forward(),
-                      {options.residual, options.relu, options.relu_mask}, y);
-  return absl::OkStatus();
+  const auto backend = MakeBackend(x, arguments.num_threads, arguments.stream);
+  if (!backend.ok()) return backend.status();
+  const DeviceScope scope = (*backend)->Enter();
+  if (!scope.status().ok()) return scope.status();
+  absl::Status status = ComputeCoefficients(**backend, x.shape.channels, arguments, arguments.weight, arguments.bias);
+  if (!status.ok()) return status;
+  return (*backend)->Normalize(x.shape, x.data, (*backend)->forward_coefficients(),
+                               {arguments.residual, arguments.relu, arguments.relu_mask}, y);
 }
 
-absl::Status EvaluateBackward(const BackwardInputs& inputs, const EvaluateOptions& options,
+absl::Status EvaluateBackward(const BackwardInputs& inputs, const EvaluateArguments& arguments,
                               const BackwardOutputs& outputs) {
-  if (absl::Status status = CheckBackward(inputs); !status.ok()) return status;
-  if (absl::Status status = CheckThreads(options.num_threads); !status.ok()) return status;
-  if (!options.mean.present() || !options.var.present()) {
-    return absl::InvalidArgumentError("evaluation needs a mean and a variance");
-  }
+  if (absl::Status status = CheckBackward(inputs, arguments.num_threads); !status.ok()) return status;
+  if (absl::Status status = CheckEvaluation(arguments); !status.ok()) return status;
   if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
-  if (inputs.dy.device == Device::kCuda) return EvaluateBackwardOnDevice(inputs, options, outputs);
-  const int64_t channels = inputs.dy.shape.channels;
-  const Affine affine = AffineOf(options, channels, inputs.weight, inputs.bias);
+  const auto made = MakeBackend(inputs.dy, arguments.num_threads, arguments.stream);
+  if (!made.ok()) return made.status();
+  Backend& backend = **made;
+  const DeviceScope scope = backend.Enter();
+  if (!scope.status().ok()) return scope.status();
+  absl::Status status = ComputeCoefficients(backend, inputs.dy.shape.channels, arguments, inputs.weight, inputs.bias);
+  if (!status.ok()) return status;
   if (outputs.d_weight.present() || outputs.d_bias.present()) {
-    std::vector<double> sum_dy(channels);
-    std::vector<double> sum_dy_xmu(channels);
-    cpu::BatchNormBackwardReduce({options.num_threads}, inputs.dy.shape, inputs.dy.data, inputs.x, affine.mean.data(),
-                                 GateOf(inputs, affine), sum_dy.data(), sum_dy_xmu.data());
-    WriteParameterGradients(sum_dy, sum_dy_xmu, affine.invstd, outputs);
+    if (status = ReduceGradients(backend, backend, inputs, false); !status.ok()) return status;
   }
-  const std::vector<double> zeros(channels, 0.0);
-  WriteInputGradients(options.num_threads, inputs, affine, zeros, zeros, outputs);
-  return absl::OkStatus();
+  kernels::FinalizeBackwardArguments finalize;
+  finalize.var = arguments.var;
+  finalize.eps = arguments.eps;
+  return ComputeGradients(backend, backend, finalize, inputs, outputs);
 }
 
 }  // namespace syncbn

@@ -1,5 +1,5 @@
-// DeviceRuntime over CUDA's runtime library, which is linked in and opens the driver with the first call: a process
-// that makes none needs no driver. The functions that only the driver has are looked up there when they are needed.
+// DeviceRuntime over CUDA's runtime library, which is linked in and opens the driver with the first call, so a process
+// that makes none needs no driver. Functions that only the driver has are looked up there when they are needed.
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -17,13 +17,13 @@ static_assert(DeviceRuntime::kNotReady == cudaErrorNotReady, "the interface repe
 #define SYNCBN_TEXT_OF(number) #number
 #define SYNCBN_VERSION_TEXT(major, minor) SYNCBN_TEXT_OF(major) "." SYNCBN_TEXT_OF(minor)
 
-// An error that a call returned is not left behind for the process's next call to find; sticky ones stay regardless.
+// Returns the error as a number and clears it, so that the process's next call does not find it; sticky ones stay.
 cuda::Error Checked(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return static_cast<cuda::Error>(error);
 }
 
-// Asked for by the version that has them in the form in which they are called here: from CUDA 12.0 on, streams wait for
+// The version of the driver's interface that its functions are looked up with: from CUDA 12.0 on, streams wait for
 // values on every Linux driver, without an option of the kernel module.
 constexpr unsigned kDriverVersion = 12000;
 
@@ -47,7 +47,7 @@ WaitValue32* FindWaitValue32() {
   return function;
 }
 
-// The runtime has the driver's numbers for its errors, as far as it has them.
+// The runtime uses the driver's numbers for the errors that both have.
 cuda::Error Enqueue(WaitValue32* wait, Stream stream, const uint32_t* address, uint32_t value) {
   // Pinned memory has one address for host and devices.
   return static_cast<cuda::Error>(
@@ -76,7 +76,8 @@ class Runtime : public DeviceRuntime {
     return error;
   }
 
-  // The attribute tells of devices, and a wait that is over already tells of the rest, such as virtual GPUs.
+  // The attribute excludes devices that cannot wait; a wait that is over at once excludes the rest, such as virtual
+  // GPUs.
   Error CanWaitForValue(bool* can) override {
     *can = false;
     WaitValue32* const wait = FindWaitValue32();
@@ -138,13 +139,10 @@ class Runtime : public DeviceRuntime {
                                void* dx, void* d_residual) override {
     return cuda::BatchNormBackwardElemt(context, shape, dy, x, coefficients, gate, dx, d_residual);
   }
-  Error FinalizeForward(const cuda::Context& context, const cuda::FinalizeForwardArguments& arguments) override {
+  Error FinalizeForward(const cuda::Context& context, const kernels::FinalizeForwardArguments& arguments) override {
     return cuda::FinalizeForward(context, arguments);
   }
-  Error FinalizeEvaluation(const cuda::Context& context, const cuda::FinalizeEvaluationArguments& arguments) override {
-    return cuda::FinalizeEvaluation(context, arguments);
-  }
-  Error FinalizeBackward(const cuda::Context& context, const cuda::FinalizeBackwardArguments& arguments) override {
+  Error FinalizeBackward(const cuda::Context& context, const kernels::FinalizeBackwardArguments& arguments) override {
     return cuda::FinalizeBackward(context, arguments);
   }
   Error Preload() override { return Checked(static_cast<cudaError_t>(cuda::Preload())); }

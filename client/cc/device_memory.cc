@@ -11,11 +11,11 @@ namespace syncbn {
 namespace {
 
 constexpr size_t kLeastCapacity = 64;
-// Lines of their own, one for the GPU's writes and the host's polling, one for the other way round.
+// Separate cache lines: one for the GPU's writes and the host's polling, one for the opposite direction.
 constexpr size_t kFlagBytes = 128;
 constexpr size_t kReleaseBytes = 128;
 constexpr size_t kPinnedVectors = 4;
-constexpr size_t kDeviceVectors = 6;
+constexpr size_t kDeviceVectors = PassVectors::kCoefficients;
 
 size_t CapacityFor(int64_t channels) {
   size_t capacity = kLeastCapacity;
@@ -23,17 +23,17 @@ size_t CapacityFor(int64_t channels) {
   return capacity;
 }
 
-// The streams that the process has memory for.
+// The memories of all streams of the process.
 class StreamTable {
  public:
-  // Never destroyed: at exit, CUDA may be gone before us.
+  // Never destroyed: at exit, CUDA may already be gone.
   static StreamTable& Get() {
     static StreamTable* const table = new StreamTable;
     return *table;
   }
 
   std::shared_ptr<StreamMemory> Find(DeviceRuntime* runtime, int device, Stream stream, uint64_t stream_id) {
-    std::shared_ptr<StreamMemory> evicted;  // Its end waits for the device: without the lock.
+    std::shared_ptr<StreamMemory> evicted;  // Destroyed without the lock, since its end waits for the device.
     absl::MutexLock lock(&mutex_);
     Entry& entry = entries_[{runtime, device, stream_id}];
     entry.last_use = ++uses_;
@@ -50,7 +50,7 @@ class StreamTable {
     uint64_t last_use = 0;
   };
 
-  // Passes that are alive keep their stream's memory; a later pass on that stream begins with new memory.
+  // Live passes keep their stream's memory; a later pass on that stream starts with new memory.
   std::shared_ptr<StreamMemory> EvictIdlest() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     const auto idlest = std::min_element(entries_.begin(), entries_.end(), [](const auto& a, const auto& b) {
       return a.second.last_use < b.second.last_use;
@@ -93,7 +93,7 @@ StreamMemory::~StreamMemory() {
   const DeviceScope scope(runtime_, device_);
   if (workspace_ != nullptr) runtime_->FreeDevice(workspace_);
   for (const std::unique_ptr<DeviceSlot>& slot : slots_) {
-    runtime_->FreeDevice(slot->mean);
+    runtime_->FreeDevice(slot->mean);  // The first of the vectors on the device.
     runtime_->FreePinned(slot->flag);
   }
 }
@@ -109,7 +109,8 @@ absl::StatusOr<DeviceSlot*> StreamMemory::Take(int64_t channels) {
   }
   DeviceSlot* const slot = free.back();
   free.pop_back();
-  if (++slot->epoch == 0) ++slot->epoch;  // What memory that is new has.
+  SYNCBN_CHECK(slot->capacity >= static_cast<size_t>(channels), "a slot of ", slot->capacity, " elements");
+  if (++slot->epoch == 0) ++slot->epoch;  // 0 is the value of new memory.
   return slot;
 }
 
@@ -140,19 +141,13 @@ absl::StatusOr<DeviceSlot*> StreamMemory::Allocate(size_t capacity) {
   slot->flag = static_cast<uint32_t*>(pinned);
   char* const release = static_cast<char*>(pinned) + kFlagBytes;
   slot->released = reinterpret_cast<uint32_t*>(release);
-  slot->words = new (release + sizeof(double)) kernels::cuda::RoundWords;
+  slot->words = new (release + sizeof(double)) kernels::RoundWords;
   double* const host = reinterpret_cast<double*>(release + kReleaseBytes);
-  double* const vectors = static_cast<double*>(device);
-  slot->local[0] = host;
-  slot->local[1] = host + capacity;
-  slot->merged[0] = host + 2 * capacity;
-  slot->merged[1] = host + 3 * capacity;
-  slot->mean = vectors;
-  slot->var = vectors + capacity;
-  slot->scale = vectors + 2 * capacity;
-  slot->shift = vectors + 3 * capacity;
-  slot->mean_dy = vectors + 4 * capacity;
-  slot->projection = vectors + 5 * capacity;
+  for (size_t i = 0; i < 2; ++i) {
+    slot->local[i] = host + i * capacity;
+    slot->merged[i] = slot->delivered[i] = host + (2 + i) * capacity;
+  }
+  slot->PlaceCoefficients(static_cast<double*>(device), capacity);
   slot_bytes_ += pinned_bytes + device_bytes;
   slots_.push_back(std::move(slot));
   return slots_.back().get();
@@ -162,7 +157,7 @@ absl::Status StreamMemory::GrowWorkspace(size_t bytes) {
   if (workspace_ != nullptr) runtime_->FreeDevice(workspace_);
   workspace_ = nullptr;
   workspace_bytes_ = 0;
-  // Half as much again, so that tensors that grow by and by do not allocate each time.
+  // Half as much again, so that slowly growing tensors do not allocate each time.
   bytes += bytes / 2;
   void* memory = nullptr;
   absl::Status status = DeviceStatus(runtime_, runtime_->AllocateDevice(bytes, &memory), "workspace");
@@ -227,7 +222,7 @@ absl::Status PrepareStreamOrder(DeviceRuntime* runtime, int device) {
   bool can = false;
   absl::Status status = DeviceStatus(runtime, runtime->CanWaitForValue(&can), "waiting for the host");
   if (status.ok() && can) status = DeviceStatus(runtime, runtime->Preload(), "loading the kernels");
-  const bool settled = status.ok();  // Else it may be better the next time.
+  const bool settled = status.ok();  // An error may be gone the next time.
   if (settled && !can) status = absl::UnavailableError("no stream of this device and its driver waits for the host");
   if (!status.ok()) {
     status = absl::FailedPreconditionError(
@@ -235,10 +230,6 @@ absl::Status PrepareStreamOrder(DeviceRuntime* runtime, int device) {
   }
   if (settled) table->devices[{runtime, device}] = status;
   return status;
-}
-
-bool IsOfStream(const SlotLease& lease, int device, Stream stream) {
-  return lease.memory().device() == device && lease.memory().stream() == stream;
 }
 
 }  // namespace syncbn

@@ -104,10 +104,10 @@ std::thread StartThread(std::function<void()> run) {
 
 // ---- One round ------------------------------------------------------------------------------------------------------
 
-std::shared_ptr<DeviceRound> DeviceRound::Start(Worker& worker, std::string layer, std::shared_ptr<SlotLease> lease,
+std::shared_ptr<DeviceRound> DeviceRound::Start(Worker& worker, Key key, std::shared_ptr<SlotLease> lease,
                                                 Begin begin) {
   auto round = std::make_shared<DeviceRound>();
-  round->layer_ = std::move(layer);
+  round->key_ = std::move(key);
   round->begin_ = std::move(begin);
   round->lease_ = std::move(lease);
   round->rounds_ = DeviceRounds::Of(worker);
@@ -115,13 +115,13 @@ std::shared_ptr<DeviceRound> DeviceRound::Start(Worker& worker, std::string laye
   return round;
 }
 
-absl::StatusOr<std::shared_ptr<DeviceRound>> DeviceRound::StartStreamOrdered(Worker& worker, std::string layer,
+absl::StatusOr<std::shared_ptr<DeviceRound>> DeviceRound::StartStreamOrdered(Worker& worker, Key key,
                                                                              std::shared_ptr<SlotLease> lease,
-                                                                             Begin begin, Deliver deliver) {
+                                                                             Begin begin) {
   auto round = std::make_shared<DeviceRound>();
-  round->layer_ = std::move(layer);
+  round->key_ = std::move(key);
   round->begin_ = std::move(begin);
-  round->deliver_ = std::move(deliver);
+  round->stream_ordered_ = true;
   round->lease_ = std::move(lease);
   round->rounds_ = DeviceRounds::Of(worker);
   if (absl::Status status = round->rounds_->AddStreamOrdered(round); !status.ok()) return status;
@@ -314,9 +314,9 @@ bool DeviceRounds::IsReady(size_t index, std::vector<const StreamMemory*>* held_
   const DeviceRound& round = *waiting_[index];
   const StreamMemory* const memory = &round.lease_->memory();
   if (std::find(held_back->begin(), held_back->end(), memory) != held_back->end()) return false;
-  const auto of_layer = [&round](const auto& other) { return other->layer_ == round.layer_; };
+  const auto of_key = [&round](const auto& other) { return other->key_ == round.key_; };
   const auto here = waiting_.begin() + static_cast<ptrdiff_t>(index);
-  if (round.lease_->slot().Raised() && std::none_of(waiting_.begin(), here, of_layer)) return true;
+  if (round.lease_->slot().Raised() && std::none_of(waiting_.begin(), here, of_key)) return true;
   held_back->push_back(memory);
   return false;
 }
@@ -441,7 +441,7 @@ bool DeviceRounds::EndInFlight() {
     absl::Status status = round->round_->Wait();
     const DeviceSlot& slot = round->lease_->slot();
     if (status.ok()) {
-      round->deliver_(slot, round->round_->result());
+      slot.Deliver(round->round_->result().first, round->round_->result().second);
       slot.words->count = round->round_->result().count;
       slot.words->epoch = slot.epoch;
       End(*round, absl::OkStatus());

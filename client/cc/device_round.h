@@ -52,20 +52,22 @@ class DeviceRounds;
 // *Thread safety*: one thread at a time, besides the worker's own.
 class DeviceRound {
  public:
+  // A layer's rounds of one phase, which begin in the order of their starts.
+  struct Key {
+    std::string layer;
+    Phase phase = Phase::kForward;
+
+    friend bool operator==(const Key& a, const Key& b) { return a.layer == b.layer && a.phase == b.phase; }
+  };
   // Begins the round with the slot's two local vectors.
   using Begin = std::function<absl::StatusOr<Round>(Worker& worker, const double* first, const double* second)>;
-  // Writes the result to the slot's merged vectors.
-  using Deliver = void (*)(const DeviceSlot& slot, const RoundResult& result);
-
   // Starts a host-driven round, whose reduction into the lease's slot has been enqueued.
-  static std::shared_ptr<DeviceRound> Start(Worker& worker, std::string layer, std::shared_ptr<SlotLease> lease,
-                                            Begin begin);
+  static std::shared_ptr<DeviceRound> Start(Worker& worker, Key key, std::shared_ptr<SlotLease> lease, Begin begin);
   // Starts a stream-ordered round, whose reduction has been enqueued, but nothing yet that waits for the slot's
   // release. *Errors*, with which the round has not started: those of DeviceRounds::Check; CANCELLED (CLOSED);
   // RESOURCE_EXHAUSTED if no thread can be started.
-  static absl::StatusOr<std::shared_ptr<DeviceRound>> StartStreamOrdered(Worker& worker, std::string layer,
-                                                                         std::shared_ptr<SlotLease> lease, Begin begin,
-                                                                         Deliver deliver);
+  static absl::StatusOr<std::shared_ptr<DeviceRound>> StartStreamOrdered(Worker& worker, Key key,
+                                                                         std::shared_ptr<SlotLease> lease, Begin begin);
 
   // Waits as Round::Wait. *Errors*: INTERNAL if CUDA reports an error, or if the stream has ended its work and the flag
   // is not up.
@@ -84,12 +86,12 @@ class DeviceRound {
  private:
   friend class DeviceRounds;
 
-  bool stream_ordered() const { return deliver_ != nullptr; }
+  bool stream_ordered() const { return stream_ordered_; }
 
   std::shared_ptr<DeviceRounds> rounds_;
-  std::string layer_;
+  Key key_;
   Begin begin_;
-  Deliver deliver_ = nullptr;  // Null: host-driven.
+  bool stream_ordered_ = false;  // Else host-driven.
   // The rest is guarded by the mutex of rounds_ until the round has begun (stream-ordered: ended) or failed, and does
   // not change afterwards.
   std::shared_ptr<SlotLease> lease_;  // Null afterwards.

@@ -1,5 +1,5 @@
-// What passes over CUDA tensors need of a GPU: memory, streams and the kernels, behind an interface that tests
-// implement on the host.
+// A GPU as passes over CUDA tensors use it: memory, streams and the kernels, behind an interface that tests implement
+// on the host.
 
 #ifndef SYNCBN_CLIENT_CC_DEVICE_RUNTIME_H_
 #define SYNCBN_CLIENT_CC_DEVICE_RUNTIME_H_
@@ -16,7 +16,7 @@ namespace syncbn {
 using Stream = CUstream_st*;
 
 // Thread safety: any thread, like CUDA itself. Streams, memory and kernels are those of the calling thread's current
-// device. Kernel launches, ZeroDevice and what else takes a stream are ordered in it and return at once.
+// device. Kernel launches, ZeroDevice and every other call that takes a stream are ordered in it and return at once.
 class DeviceRuntime {
  public:
   using Error = kernels::cuda::Error;
@@ -25,7 +25,7 @@ class DeviceRuntime {
 
   // CUDA's, or a test's; null in a build without CUDA. Touches no driver.
   static DeviceRuntime* Get();
-  // From here on Get() returns `runtime`, which outlives everything; null: CUDA's again.
+  // Makes Get() return `runtime`, which must outlive everything; null: CUDA's again.
   static void SetForTesting(DeviceRuntime* runtime);
 
   virtual ~DeviceRuntime() = default;
@@ -39,21 +39,21 @@ class DeviceRuntime {
 
   // A number that no other stream of the process ever has, unlike its handle.
   virtual Error StreamId(Stream stream, uint64_t* id) = 0;
-  // kSuccess: all work is done. kNotReady: it is not. Else an error, of whatever work of the process.
+  // Returns kSuccess if all work is done, kNotReady if it is not, and otherwise an error, which may be that of any work
+  // of the process.
   virtual Error StreamState(Stream stream) = 0;
   virtual Error StreamIsCapturing(Stream stream, bool* capturing) = 0;
 
-  // Whether WaitForValue works on the current device. May synchronize with it.
+  // Sets *can to true if WaitForValue works on the current device. May synchronize with it.
   virtual Error CanWaitForValue(bool* can) = 0;
-  // What is enqueued in the stream from here on waits until int32(*address - value) >= 0; `address` is in pinned
-  // memory.
+  // Makes all later work of the stream wait until int32(*address - value) >= 0; `address` is in pinned memory.
   virtual Error WaitForValue(Stream stream, const uint32_t* address, uint32_t value) = 0;
 
   // Host memory that every device reaches at the same address, zeroed.
   virtual Error AllocatePinned(size_t bytes, void** memory) = 0;
   virtual Error AllocateDevice(size_t bytes, void** memory) = 0;
   virtual Error ZeroDevice(Stream stream, void* memory, size_t bytes) = 0;
-  // Wait for the device's work before.
+  // Both wait for the device's earlier work.
   virtual void FreePinned(void* memory) = 0;
   virtual void FreeDevice(void* memory) = 0;
 
@@ -71,11 +71,9 @@ class DeviceRuntime {
                                        const void* dy, const void* x, const kernels::BackwardCoefficients& coefficients,
                                        const kernels::ReluGate& gate, void* dx, void* d_residual) = 0;
   virtual Error FinalizeForward(const kernels::cuda::Context& context,
-                                const kernels::cuda::FinalizeForwardArguments& arguments) = 0;
-  virtual Error FinalizeEvaluation(const kernels::cuda::Context& context,
-                                   const kernels::cuda::FinalizeEvaluationArguments& arguments) = 0;
+                                const kernels::FinalizeForwardArguments& arguments) = 0;
   virtual Error FinalizeBackward(const kernels::cuda::Context& context,
-                                 const kernels::cuda::FinalizeBackwardArguments& arguments) = 0;
+                                 const kernels::FinalizeBackwardArguments& arguments) = 0;
   virtual Error Preload() = 0;
 };
 

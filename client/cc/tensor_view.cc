@@ -2,7 +2,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/cc/device_runtime.h"
-#include "kernels/half.h"
 
 namespace syncbn {
 
@@ -36,37 +35,6 @@ absl::Status CheckAlike(const TensorView& tensor, const TensorView& reference, c
   return absl::InvalidArgumentError(absl::StrCat(name, " differs in shape, type, layout or device: [", a.batch, ", ",
                                                  a.channels, ", ", a.spatial, "] instead of [", b.batch, ", ",
                                                  b.channels, ", ", b.spatial, "]"));
-}
-
-double VectorView::Get(int64_t channel) const {
-  switch (type) {
-    case kernels::DataType::kFloat32:
-      return static_cast<const float*>(data)[channel];
-    case kernels::DataType::kFloat64:
-      return static_cast<const double*>(data)[channel];
-    case kernels::DataType::kFloat16:
-      return kernels::Float16ToDouble(static_cast<const uint16_t*>(data)[channel]);
-    case kernels::DataType::kBFloat16:
-      return kernels::BFloat16ToDouble(static_cast<const uint16_t*>(data)[channel]);
-  }
-  return 0.0;
-}
-
-void VectorView::Set(int64_t channel, double value) const {
-  switch (type) {
-    case kernels::DataType::kFloat32:
-      static_cast<float*>(data)[channel] = static_cast<float>(value);
-      return;
-    case kernels::DataType::kFloat64:
-      static_cast<double*>(data)[channel] = value;
-      return;
-    case kernels::DataType::kFloat16:
-      static_cast<uint16_t*>(data)[channel] = kernels::Float16FromDouble(value);
-      return;
-    case kernels::DataType::kBFloat16:
-      static_cast<uint16_t*>(data)[channel] = kernels::BFloat16FromDouble(value);
-      return;
-  }
 }
 
 }  // namespace syncbn

@@ -1,4 +1,4 @@
-// Memory that belongs to someone else, seen as a tensor or as a vector of parameters.
+// Views of tensors and of parameter vectors in memory that the viewer does not own.
 
 #ifndef SYNCBN_CLIENT_CC_TENSOR_VIEW_H_
 #define SYNCBN_CLIENT_CC_TENSOR_VIEW_H_
@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "kernels/batch_norm.h"
+#include "kernels/vector_view.h"
 
 namespace syncbn {
 
@@ -20,27 +21,19 @@ struct TensorView {
   void* data = nullptr;
   kernels::TensorShape shape;
   Device device = Device::kCpu;
-  int device_index = 0;  // Of a CUDA device.
+  int device_index = 0;  // The CUDA device.
 };
 
 // OK if the view can be read: a valid shape, data where there are elements, a device that this build can use.
 // INVALID_ARGUMENT or UNIMPLEMENTED otherwise, beginning with `name`.
 absl::Status Check(const TensorView& tensor, const char* name);
 
-// OK if `tensor` can stand for what belongs to `reference` element by element.
+// OK if Check accepts `tensor` and it has the shape, type, layout and device of `reference`. INVALID_ARGUMENT or
+// UNIMPLEMENTED otherwise.
 absl::Status CheckAlike(const TensorView& tensor, const TensorView& reference, const char* name);
 
 // One parameter for each channel, in the memory of the device that the tensors are on. Absent: `data` is null.
-struct VectorView {
-  void* data = nullptr;
-  kernels::DataType type = kernels::DataType::kFloat32;
-
-  bool present() const { return data != nullptr; }
-  // The element as float64. Of host memory, as is the next.
-  double Get(int64_t channel) const;
-  // Rounded to the vector's type once.
-  void Set(int64_t channel, double value) const;
-};
+using kernels::VectorView;
 
 }  // namespace syncbn
 

@@ -1,6 +1,6 @@
-// The CPU's four operations: plan, run the units, merge what they leave in the plan's order.
+// The four operations: plan, run the units, merge their partial results in the plan's order.
 
-#include "kernels/batch_norm.h"
+#include "kernels/cpu/batch_norm.h"
 
 #include <algorithm>
 #include <utility>
@@ -17,7 +17,7 @@ namespace {
 
 const uint8_t* Bytes(const void* p) { return static_cast<const uint8_t*>(p); }
 
-// Per-channel vectors repeated to the length of a plan's table; the caller's own where that is their length already.
+// Per-channel vectors repeated to the length of a plan's table. A vector that has this length already is not copied.
 class Tables {
  public:
   Tables(int64_t channels, int64_t length) : channels_(channels), length_(length) {}

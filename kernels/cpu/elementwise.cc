@@ -98,7 +98,7 @@ HWY_INLINE void ForwardSegment(const ForwardArgs& args, const Segment& segment) 
       y + i * kSize, n);
 }
 
-// From what was stored: a positive value may have been rounded to 0.
+// Taken from the stored outputs: a positive value may have been rounded to 0.
 template <DataType type>
 void WriteMask(const uint8_t* y, const Range& elements, uint8_t* mask) {
   constexpr int64_t kSize = Element<type>::kSize;
@@ -148,9 +148,9 @@ class BackwardSegment {
         mean_dy_(args.coefficients.mean_dy, segment),
         projection_(args.coefficients.projection, segment),
         // Not read unless the gate needs them.
-        forward_mean_(gate == Gate::kForward ? args.gate.forward.mean : args.coefficients.mean, segment),
-        forward_scale_(gate == Gate::kForward ? args.gate.forward.scale : args.coefficients.mean, segment),
-        forward_shift_(gate == Gate::kForward ? args.gate.forward.shift : args.coefficients.mean, segment) {}
+        forward_mean_(gate == Gate::kRecompute ? args.gate.forward.mean : args.coefficients.mean, segment),
+        forward_scale_(gate == Gate::kRecompute ? args.gate.forward.scale : args.coefficients.mean, segment),
+        forward_shift_(gate == Gate::kRecompute ? args.gate.forward.shift : args.coefficients.mean, segment) {}
 
   HWY_INLINE void Run() const {
     int64_t i = 0;
@@ -194,7 +194,7 @@ class BackwardSegment {
     const int64_t offset = index * kSize;
     const Lanes x = Read<whole>(args_.x + offset, n);
     Lanes dy = Read<whole>(args_.dy + offset, n);
-    if constexpr (gate == Gate::kForward) {
+    if constexpr (gate == Gate::kRecompute) {
       const ForwardLanes forward = {At<whole>(forward_mean_, i, n), At<whole>(forward_scale_, i, n),
                                     At<whole>(forward_shift_, i, n)};
       dy = PassGate<type, gate>(dy, x, forward, nullptr, index, n);
@@ -233,12 +233,12 @@ void BackwardLayout(const BackwardArgs& args, int64_t unit) {
 template <DataType type>
 void BackwardOf(const BackwardArgs& args, int64_t unit) {
   switch (KindOf(args.gate)) {
-    case Gate::kOpen:
-      return BackwardLayout<type, Gate::kOpen>(args, unit);
+    case Gate::kNone:
+      return BackwardLayout<type, Gate::kNone>(args, unit);
     case Gate::kMask:
       return BackwardLayout<type, Gate::kMask>(args, unit);
-    case Gate::kForward:
-      return BackwardLayout<type, Gate::kForward>(args, unit);
+    case Gate::kRecompute:
+      return BackwardLayout<type, Gate::kRecompute>(args, unit);
   }
 }
 

@@ -10,7 +10,7 @@
 
 namespace syncbn::kernels::cpu {
 
-// Pointers are to whole tensors and to coefficient tables of the plan's period, and are the caller's.
+// Pointers to whole tensors and to coefficient tables of the plan's period; the caller owns all of them.
 struct ForwardArgs {
   DataType type = DataType::kFloat32;
   ElementwisePlan plan;
@@ -34,7 +34,7 @@ struct BackwardArgs {
 void ForwardUnit(const ForwardArgs& args, int64_t unit);
 void BackwardUnit(const BackwardArgs& args, int64_t unit);
 
-// The name of the target that these and the reductions run with.
+// Returns the name of the target that these operations and the reductions run with.
 const char* TargetName();
 
 }  // namespace syncbn::kernels::cpu

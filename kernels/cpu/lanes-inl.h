@@ -1,5 +1,5 @@
-// Eight float64 lanes on whatever vectors the target has, and how each element type gets in and out of them. Compiled
-// once for each instruction set. All arithmetic is on these lanes, one IEEE operation at a time, so a result has the
+// Eight float64 lanes on the vectors of any target, and their loads and stores for each element type. Compiled once for
+// each instruction set. All arithmetic is on these lanes, one IEEE operation at a time, so a result has the
 // same bits on every target. (The bits of a NaN may differ.)
 
 #if defined(SYNCBN_KERNELS_CPU_LANES_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -14,6 +14,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/batch_norm.h"
+#include "kernels/gate.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace syncbn::kernels::cpu::HWY_NAMESPACE {
@@ -67,28 +68,28 @@ HWY_INLINE Lanes operator/(const Lanes& a, const Lanes& b) {
   return r;
 }
 
-// 0 where v is 0 or less; a NaN passes.
+// Returns v, and 0 where v is 0 or less; a NaN passes.
 HWY_INLINE Lanes Relu(const Lanes& v) {
   Lanes r;
   SYNCBN_FOR_PARTS(i) { r.part[i] = hn::IfThenZeroElse(hn::Le(v.part[i], hn::Zero(D())), v.part[i]); }
   return r;
 }
 
-// 0 below 0; -0 and NaN pass.
+// Returns v, and 0 where v is below 0; -0 and NaN pass.
 HWY_INLINE Lanes NotBelowZero(const Lanes& v) {
   Lanes r;
   SYNCBN_FOR_PARTS(i) r.part[i] = hn::IfThenZeroElse(hn::Lt(v.part[i], hn::Zero(D())), v.part[i]);
   return r;
 }
 
-// v where x > threshold, else 0.
+// Returns v where x > threshold, else 0.
 HWY_INLINE Lanes KeepWhereAbove(const Lanes& x, double threshold, const Lanes& v) {
   Lanes r;
   SYNCBN_FOR_PARTS(i) r.part[i] = hn::IfThenElseZero(hn::Gt(x.part[i], hn::Set(D(), threshold)), v.part[i]);
   return r;
 }
 
-// v in lane i where bit i is set, else 0.
+// Returns v in the lanes i whose bit i is set, else 0.
 HWY_INLINE Lanes KeepWhereSet(uint32_t bits, const Lanes& v) {
   alignas(64) static constexpr uint64_t kBit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
   Lanes r;
@@ -99,10 +100,10 @@ HWY_INLINE Lanes KeepWhereSet(uint32_t bits, const Lanes& v) {
   return r;
 }
 
-// v in the first n lanes, 0 in the others.
+// Returns v in the first n lanes, 0 in the others.
 HWY_INLINE Lanes KeepFirst(int64_t n, const Lanes& v) { return KeepWhereSet((1u << n) - 1, v); }
 
-// Bit i: lane i is above 0.
+// Returns a mask whose bit i is set if lane i is above 0.
 HWY_INLINE uint8_t BitsAboveZero(const Lanes& v) {
   uint32_t bits = 0;
   SYNCBN_FOR_PARTS(i) {
@@ -203,8 +204,8 @@ HWY_INLINE hn::Vec<DF> ToFloat(Vector v) {
 }
 
 // Rounds to a multiple of the last place of a type with `fraction_bits`, whose smallest normal is 2^min_exponent, once
-// and to nearest even: adding 1.5 * 2^52 such places leaves no room for anything below them. What is too large for the
-// type stays too large.
+// and to nearest even: adding 1.5 * 2^52 such places leaves no room for anything below them. A value that is too large
+// for the type stays too large.
 HWY_INLINE Vector RoundTo(Vector v, int fraction_bits, double min_normal) {
   const DU du;
   const Vector power = hn::BitCast(D(), hn::And(hn::BitCast(du, v), hn::Set(du, uint64_t{0x7FF} << 52)));
@@ -215,7 +216,7 @@ HWY_INLINE Vector RoundTo(Vector v, int fraction_bits, double min_normal) {
   return hn::CopySign(hn::Sub(hn::Add(v, big), big), v);
 }
 
-// What a type needs: one part from bytes and to bytes, and the largest double that does not round to above 0.
+// The traits of a type: one part from bytes and to bytes, and the largest double that does not round to above 0.
 template <DataType type>
 struct Element;
 
@@ -317,14 +318,6 @@ HWY_INLINE void Store(const Lanes& v, uint8_t* p, int64_t n) {
   CopyFew<Element<type>::kSize>(p, buffer, n);
 }
 
-// How backward knows where the gradient passes; see ReluGate.
-enum class Gate { kOpen, kMask, kForward };
-
-inline Gate KindOf(const ReluGate& gate) {
-  if (gate.mask != nullptr) return Gate::kMask;
-  return gate.forward.mean != nullptr ? Gate::kForward : Gate::kOpen;
-}
-
 // n <= 8 bits of a bit mask from bit `index` on.
 HWY_INLINE uint32_t MaskBits(const uint8_t* mask, int64_t index, int64_t n) {
   const uint8_t* p = mask + index / 8;
@@ -339,13 +332,13 @@ struct ForwardLanes {
   Lanes mean, scale, shift;
 };
 
-// dy where the gate is open, else 0. `index` is the first element's place in the tensor; n <= 8 elements count.
+// Returns dy where the gate is open, else 0. `index` is the first element's place in the tensor; n <= 8 elements count.
 template <DataType type, Gate gate>
 HWY_INLINE Lanes PassGate(const Lanes& dy, const Lanes& x, const ForwardLanes& forward, const uint8_t* mask,
                           int64_t index, int64_t n) {
   if constexpr (gate == Gate::kMask) {
     return KeepWhereSet(MaskBits(mask, index, n), dy);
-  } else if constexpr (gate == Gate::kForward) {
+  } else if constexpr (gate == Gate::kRecompute) {
     return KeepWhereAbove((x - forward.mean) * forward.scale + forward.shift, Element<type>::kRoundsToZero, dy);
   } else {
     return dy;

@@ -76,7 +76,7 @@ class Pool {
       std::fesetenv(&job->environment);
       job->Work();
       lock.lock();
-      // No work is left in it: whoever comes later would only find that out again.
+      // No work is left in it, so no other helper needs to look.
       const auto queued = std::find(jobs_.begin(), jobs_.end(), job);
       if (queued != jobs_.end()) jobs_.erase(queued);
       if (--job->inside == 0) job->left.notify_one();

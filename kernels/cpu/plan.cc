@@ -6,12 +6,12 @@
 namespace syncbn::kernels::cpu {
 namespace {
 
-constexpr int64_t kLanes = 8;             // The logical vector's.
-constexpr int64_t kChunkValues = 2048;    // Of one channel, channels first.
-constexpr int64_t kChunkElements = 1024;  // Of a block of channels, channels last.
+constexpr int64_t kLanes = 8;             // Lanes of the logical vector.
+constexpr int64_t kChunkValues = 2048;    // Values of one channel, channels first.
+constexpr int64_t kChunkElements = 1024;  // Elements of a block of channels, channels last.
 constexpr int64_t kMaxBlock = 128;        // Channels abreast, channels last.
 constexpr int64_t kUnitElements = int64_t{1} << 15;
-constexpr int64_t kUnits = 256;  // No finer than this where the units would be small: enough for any host's cores.
+constexpr int64_t kUnits = 256;  // The most units where they would be small: enough for any host's cores.
 
 int64_t CeilDiv(int64_t a, int64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
 

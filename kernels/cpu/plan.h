@@ -1,5 +1,6 @@
-// How an operation's work is cut up. A plan depends on the shape alone, never on the number of threads or on the
-// machine, and partial results are merged in the order of the plan: hence equal results for any number of threads.
+// The division of an operation's work into units. A plan depends on the shape alone, never on the number of threads or
+// on the machine, and partial results are merged in the order of the plan, so results are equal for any number of
+// threads.
 
 #ifndef SYNCBN_KERNELS_CPU_PLAN_H_
 #define SYNCBN_KERNELS_CPU_PLAN_H_
@@ -25,7 +26,7 @@ struct Range {
 // A *chunk* is a range of rows by a range of columns that fits the first-level cache; a *split* is a run of chunks; a
 // *unit*, which one thread does, is a split of a block of counters.
 struct ReductionPlan {
-  int64_t first_element = 0;  // Where the part begins in the tensor.
+  int64_t first_element = 0;  // The part's first element in the tensor.
   int64_t rows = 0;
   int64_t width = 0;
   int64_t columns = 1;
@@ -48,7 +49,7 @@ struct ReductionPlan {
   Range ChunksOf(int64_t split) const;
   Range RowsOf(int64_t chunk) const;
   Range ColumnsOf(int64_t chunk) const;
-  // How many values each counter sees in a chunk.
+  // Returns the number of values that each counter sees in a chunk.
   int64_t CountOf(int64_t chunk) const { return RowsOf(chunk).size() * ColumnsOf(chunk).size(); }
   int64_t CountOfSplit(int64_t split) const;
 };

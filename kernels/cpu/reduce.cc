@@ -88,7 +88,7 @@ HWY_INLINE void AddDeviationsAbreast(const uint8_t* x, const Run& run, const Lan
   }
 }
 
-// What a channel's gradient sums need besides the gradients.
+// The inputs of a channel's gradient sums besides the gradients.
 struct ChannelLanes {
   Lanes mean;
   ForwardLanes forward;
@@ -128,7 +128,7 @@ HWY_INLINE void AddGradientsAbreast(const ReduceArgs& args, const Run& run, cons
   }
 }
 
-// One row of one channel's chunk, channels first: whole groups, and what is left of the last one.
+// One row of one channel's chunk, channels first: whole groups, and the rest of the last one.
 struct RowRuns {
   Run whole;
   Run tail;
@@ -146,8 +146,8 @@ RowRuns RunsOf(const ReductionPlan& plan, int64_t row, int64_t counter, const Ra
 }
 
 // Squares are summed about the mean of all chunks before; about the first value where there are none. The error of
-// rounding is then some 2^-53 * n * d^2, for n values whose mean is d from the pivot, and d cannot be large without the
-// merged m2 being so too: it holds at least n * d^2 / 2 because of d (for a first value, d^2).
+// rounding is then some 2^-53 * n * d^2, for n values whose mean is d from the pivot, and a large d
+// makes the merged m2 large too: the distance alone adds at least n * d^2 / 2 to it (for a first value, d^2).
 template <DataType type>
 Moments ChunkMoments(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
   const ReductionPlan& plan = *args.plan;
@@ -276,7 +276,7 @@ void BackwardChannelsFirst(const ReduceArgs& args, const Range& counters, const 
     const Range columns = plan.ColumnsOf(chunk);
     for (int64_t c = counters.begin; c < counters.end; ++c) {
       ChannelLanes channel = {Broadcast(args.mean[c]), {Zero(), Zero(), Zero()}};
-      if constexpr (gate == Gate::kForward) {
+      if constexpr (gate == Gate::kRecompute) {
         const ForwardCoefficients& forward = args.gate.forward;
         channel.forward = {Broadcast(forward.mean[c]), Broadcast(forward.scale[c]), Broadcast(forward.shift[c])};
       }
@@ -295,7 +295,7 @@ void BackwardChannelsFirst(const ReduceArgs& args, const Range& counters, const 
 template <Gate gate>
 HWY_INLINE ChannelLanes ChannelsAt(const ReduceArgs& args, int64_t c, int64_t lanes) {
   ChannelLanes channel = {LoadDoubles(args.mean + c, lanes), {Zero(), Zero(), Zero()}};
-  if constexpr (gate == Gate::kForward) {
+  if constexpr (gate == Gate::kRecompute) {
     const ForwardCoefficients& forward = args.gate.forward;
     channel.forward = {LoadDoubles(forward.mean + c, lanes), LoadDoubles(forward.scale + c, lanes),
                        LoadDoubles(forward.shift + c, lanes)};
@@ -376,12 +376,12 @@ void BackwardOf(const ReduceArgs& args, int64_t unit) {
 template <DataType type>
 void BackwardOf(const ReduceArgs& args, int64_t unit) {
   switch (KindOf(args.gate)) {
-    case Gate::kOpen:
-      return BackwardOf<type, Gate::kOpen>(args, unit);
+    case Gate::kNone:
+      return BackwardOf<type, Gate::kNone>(args, unit);
     case Gate::kMask:
       return BackwardOf<type, Gate::kMask>(args, unit);
-    case Gate::kForward:
-      return BackwardOf<type, Gate::kForward>(args, unit);
+    case Gate::kRecompute:
+      return BackwardOf<type, Gate::kRecompute>(args, unit);
   }
 }
 

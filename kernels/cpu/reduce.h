@@ -10,13 +10,14 @@
 
 namespace syncbn::kernels::cpu {
 
-// Everything is the caller's. Tables and partial results have one entry for each of the plan's counters.
+// The arguments of a unit; the caller owns all memory. Tables and partial results have one entry for each of the plan's
+// counters.
 struct ReduceArgs {
   DataType type = DataType::kFloat32;
   const ReductionPlan* plan = nullptr;
   // The whole tensors.
   const uint8_t* x = nullptr;
-  const uint8_t* dy = nullptr;  // Backward alone, as are mean and gate.
+  const uint8_t* dy = nullptr;  // In a backward reduction only, like mean and gate.
   const double* mean = nullptr;
   ReluGate gate;
   // Partial results, [splits, width]: mean and m2, or sum_dy and sum_dy_xmu.

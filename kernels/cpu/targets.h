@@ -1,4 +1,4 @@
-// Which of Highway's targets the kernels are compiled for. To be included before hwy/highway.h.
+// The Highway targets that the kernels are compiled for. Include this before hwy/highway.h.
 
 #ifndef SYNCBN_KERNELS_CPU_TARGETS_H_
 #define SYNCBN_KERNELS_CPU_TARGETS_H_

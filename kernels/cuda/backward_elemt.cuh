@@ -14,14 +14,14 @@
 
 #include "kernels/batch_norm.h"
 #include "kernels/cuda/coefficients.cuh"
-#include "kernels/cuda/element.cuh"
 #include "kernels/cuda/elementwise.cuh"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/scalar_types.cuh"
 
 namespace syncbn::kernels::cuda {
 
 // Bytes read for a vector, as Unroll() takes them. In rows of a 16-bit type, a thread that recomputes the gate has 56
-// coefficients in registers, which leaves room for half as many vectors; saying twice the bytes asks for that.
+// coefficients in registers, which leaves room for half as many vectors: hence twice the bytes.
 SYNCBN_HOST_DEVICE constexpr int BackwardElemtBytes(Gate gate, size_t element_bytes) {
   return gate == Gate::kRecompute && element_bytes == 2 ? 64 : 32;
 }
@@ -103,7 +103,7 @@ struct BackwardElemtOp {
   }
 };
 
-// What a block does.
+// The work of one block.
 template <Mapping kMapping, Gate kGate, typename T, typename Block>
 SYNCBN_HOST_DEVICE inline void BackwardElemtOfBlock(Block& block, const BackwardElemtArguments& arguments) {
   using Op = BackwardElemtOp<kGate, T>;

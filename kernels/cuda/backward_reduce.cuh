@@ -4,10 +4,9 @@
 // Bytes moved: dy and x once; with a mask, an eighth of a byte an element more. A gate that recomputes the forward pass
 //   reads nothing: it has x.
 // Registers: a channel takes 5 (hi, and two sums in float64) and 3 more if the gate recomputes; the same bounds as for
-// the
-//   statistics.
-// Numerics: x - hi, where hi is the mean rounded to the working precision; what that leaves out is one term in float64
-//   at the end: sum dy*(x - mean) = sum dy*(x - hi) - (mean - hi) * sum dy. Batches of up to 32 in float32, then
+//   the statistics.
+// Numerics: x - hi, where hi is the mean rounded to the working precision; the rounding error is one term in float64 at
+//   the end: sum dy*(x - mean) = sum dy*(x - hi) - (mean - hi) * sum dy. Batches of up to 32 in float32, then
 //   float64.
 // Deterministic: as the statistics.
 
@@ -18,9 +17,10 @@
 
 #include "kernels/batch_norm.h"
 #include "kernels/cuda/coefficients.cuh"
-#include "kernels/cuda/element.cuh"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/plane_vector.cuh"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/scalar_types.cuh"
 
 namespace syncbn::kernels::cuda {
 
@@ -46,7 +46,7 @@ struct SumsPartial {
   }
 };
 
-// What a thread knows of one channel: the rounded mean, and the forward pass if the gate asks for it.
+// One channel's coefficients in a thread: the rounded mean, and the forward pass's if the gate recomputes it.
 template <Gate kGate, typename A>
 struct ReduceLane {
   A hi;
@@ -79,7 +79,7 @@ struct GradientPair {
     Load(static_cast<const T*>(arguments.x), first, arguments.plan.size, arguments.aligned, &x);
     mask = kGate == Gate::kMask ? MaskBits(arguments.gate.mask, first) : 0;
   }
-  // Where both vectors are whole and on 16-byte boundaries.
+  // Requires both vectors to be whole and on 16-byte boundaries.
   template <Gate kGate>
   SYNCBN_HOST_DEVICE void LoadWholeFrom(const BackwardReduceArguments& arguments, int64_t first) {
     LoadWhole(static_cast<const T*>(arguments.dy) + first, &dy);
@@ -156,7 +156,7 @@ SYNCBN_HOST_DEVICE inline void GradientOfColumn(const BackwardReduceArguments& a
     }
   }
   if (split != 0 || at.member != 0 || plan.tail <= column * kWidth) return;
-  // What is left of the last row is one more value for some columns.
+  // The rest of the last row is one more value for some columns.
   GradientPair<T, kWidth> pair;
   pair.template LoadFrom<kGate>(arguments, (plan.rows * plan.columns + column) * kWidth);
 #pragma unroll
@@ -219,7 +219,7 @@ SYNCBN_HOST_DEVICE inline void GradientOfPlanes(const BackwardReduceArguments& a
   }
 }
 
-// What a block does.
+// The work of one block.
 template <Mapping kMapping, Gate kGate, typename T, typename Block>
 SYNCBN_HOST_DEVICE inline void BackwardReduceOfBlock(Block& block, const BackwardReduceArguments& arguments) {
   constexpr int kWidth = static_cast<int>(16 / sizeof(T));

@@ -1,14 +1,13 @@
-// How an algorithm written for host and device sees the block of threads that runs it.
+// The block of threads that runs an algorithm, as an algorithm written for host and device sees it.
 //
 // An algorithm is a function template over a Block, which has
 //   index()                  the block's number in the grid;
 //   shared()                 memory that its threads share;
 //   Each(f)                  calls f(thread, state) for each thread with that thread's own State, then waits for all:
 //                            a phase between two barriers;
-//   Arrive(counter, n, sys)  makes what the block wrote visible to the others (`sys`: to the host as well) and counts
-//   it
-//                            in. True in the last of n blocks, which then sees what the others wrote; the counter is
-//                            then 0 again, ready for the next launch;
+//   Arrive(counter, n, sys)  publishes the block's writes to the others (`sys`: to the host as well) and counts it in.
+//                            True in the last of n blocks, which then sees the others' writes; the counter is then 0
+//                            again, ready for the next launch;
 //   Raise(flag, value)       tells the host that everything before is complete.
 // DeviceBlock, here, is a block on a GPU: Each is the thread's own call and __syncthreads(). The tests have another
 // that loops over the threads, so that the same code runs without a GPU, with blocks in any order.
@@ -18,7 +17,7 @@
 
 #include <cstdint>
 
-#include "kernels/moments.h"
+#include "kernels/host_device.h"
 
 namespace syncbn::kernels::cuda {
 

@@ -1,4 +1,4 @@
-// The per-channel coefficients as a thread keeps them, in the precision that it computes in.
+// The per-channel coefficients in a thread's registers, in the precision that it computes in.
 //
 // The mean is split in two, hi + lo, of which hi is exact in that precision: x - hi loses nothing that x had, however
 // far the mean is from 0, and lo goes into the constant term in float64. (scale*x + (bias - mean*scale) would cancel.)
@@ -9,7 +9,8 @@
 #include <cstdint>
 
 #include "kernels/batch_norm.h"
-#include "kernels/cuda/element.cuh"
+#include "kernels/cuda/scalar_types.cuh"
+#include "kernels/gate.h"
 
 namespace syncbn::kernels::cuda {
 
@@ -56,14 +57,6 @@ struct BackwardLane {
     return scale * FusedMultiplyAdd(hi - x, projection, dy - mean_dy);
   }
 };
-
-// How backward knows where ReLU let the gradient through.
-enum class Gate : uint8_t { kNone = 0, kMask = 1, kRecompute = 2 };
-
-inline Gate KindOf(const ReluGate& gate) {
-  if (gate.mask != nullptr) return Gate::kMask;
-  return gate.forward.mean != nullptr ? Gate::kRecompute : Gate::kNone;
-}
 
 // The bits of the mask for the elements from `first` on, a multiple of the vector's width (which divides 8).
 SYNCBN_HOST_DEVICE inline uint32_t MaskBits(const uint8_t* mask, int64_t first) {

@@ -1,9 +1,9 @@
-// The frame of the two element-wise operations: which thread has which vectors, and where its coefficients are.
+// The frame of the two element-wise operations: the vectors of each thread, and the place of its coefficients.
 //
 // An operation `Op` has
 //   kWidth, kBytes         elements of a vector, and bytes that are read for one;
 //   Lane                   the coefficients of a channel, and LaneAt(channel), which makes them from float64;
-//   Input                  what is read for a vector, and Read(first, &input);
+//   Input                  the data read for a vector, and Read(first, &input);
 //   Write(first, input, lane_of)   computes and stores a vector; lane_of(i) is the Lane of its element i.
 //
 // Rows: a thread stays in its column, so its coefficients stay in registers. Planes: a block takes a run of up to 16 KB
@@ -18,8 +18,8 @@
 #include <cstdint>
 
 #include "kernels/cuda/block.cuh"
-#include "kernels/cuda/element.cuh"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/scalar_types.cuh"
 
 namespace syncbn::kernels::cuda {
 
@@ -74,7 +74,7 @@ SYNCBN_HOST_DEVICE inline void ElementsOfPlanes(Block& block, const ElementPlan&
   const int64_t begin = (plan.block_count - 1 - block.index()) * plan.tile_elements;
   const int64_t end = begin + plan.tile_elements < plan.size ? begin + plan.tile_elements : plan.size;
   const int64_t first_plane = begin / plan.spatial;
-  const int64_t offset = begin - first_plane * plan.spatial;  // Of the tile in its first plane.
+  const int64_t offset = begin - first_plane * plan.spatial;  // The tile's offset in its first plane.
   block.Each([&](int thread, State& state) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "kernels/moments.h"
+#include "kernels/host_device.h"
 
 namespace syncbn::kernels::cuda {
 

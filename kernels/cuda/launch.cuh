@@ -1,4 +1,4 @@
-// What the launches have in common: the element type and mapping at run time become template arguments.
+// Launches and loads of kernels that are templates over the mapping and the element type.
 
 #ifndef SYNCBN_KERNELS_CUDA_LAUNCH_CUH_
 #define SYNCBN_KERNELS_CUDA_LAUNCH_CUH_
@@ -6,17 +6,16 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cuda/batch_norm.h"
-#include "kernels/cuda/element.cuh"
+#include "kernels/cuda/dispatch.cuh"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/reduce.cuh"
 
 namespace syncbn::kernels::cuda {
 
-// Blocks of an SM that the compiler leaves registers for. From Blackwell on the compiler needs a few more than 64 in
-// planes; this is the one thing that differs between models, and it changes no result.
+// Blocks that an SM can hold at once, for which the compiler leaves registers. From Blackwell on the compiler needs a
+// few more than 64 in planes; this is the one thing that differs between models, and it changes no result.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int ResidentBlocks(Mapping mapping) { return mapping == Mapping::kRows ? 2 : 3; }
 #else
@@ -28,32 +27,7 @@ inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
 inline bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename T>
-struct TypeTag {
-  using Type = T;
-};
-
-// Calls f(mapping, type), both as types.
-template <typename Function>
-Error DispatchType(Mapping mapping, DataType type, Function f) {
-  const auto with_mapping = [&](auto tag) -> Error {
-    if (mapping == Mapping::kRows) return f(std::integral_constant<Mapping, Mapping::kRows>(), tag);
-    return f(std::integral_constant<Mapping, Mapping::kPlanes>(), tag);
-  };
-  switch (type) {
-    case DataType::kFloat32:
-      return with_mapping(TypeTag<float>());
-    case DataType::kFloat64:
-      return with_mapping(TypeTag<double>());
-    case DataType::kFloat16:
-      return with_mapping(TypeTag<Float16>());
-    case DataType::kBFloat16:
-      return with_mapping(TypeTag<BFloat16>());
-  }
-  return kInvalidValue;
-}
-
-// The workspace as a reduction sees it; false if it is too small.
+// Divides the context's workspace for a reduction. False if it is too small.
 inline bool MapWorkspace(const Context& context, const ReducePlan& plan, ReduceWorkspace* workspace) {
   if (context.workspace == nullptr || context.workspace_bytes < WorkspaceBytes(plan)) return false;
   if (plan.blocks() > kMaxBlocks) return false;
@@ -89,11 +63,12 @@ Error LoadForEachType(Function load) {
   return kSuccess;
 }
 
-// One for each source of kernels: what Preload is made of.
+// Parts of Preload, one for each source of kernels.
 Error PreloadStats();
 Error PreloadElemt();
 Error PreloadBackwardReduce();
 Error PreloadBackwardElemt();
+Error PreloadFinalize();
 
 }  // namespace syncbn::kernels::cuda
 

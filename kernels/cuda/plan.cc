@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "kernels/cuda/batch_norm.h"
+
 namespace syncbn::kernels::cuda {
 namespace {
 
@@ -87,6 +89,10 @@ size_t WorkspaceBytes(const ReducePlan& plan) {
   // Three doubles for each accumulator of each split, of each group, and of each tile.
   const size_t slots = plan.tiles * (int64_t{plan.splits} + plan.groups + 1);
   return kCounterBytes + slots * plan.tile_values * 3 * sizeof(double);
+}
+
+size_t WorkspaceBytes(const TensorShape& shape) {
+  return std::max(WorkspaceBytes(PlanReduce(shape, 1)), WorkspaceBytes(PlanReduce(shape, 2)));
 }
 
 ElementPlan PlanElement(const TensorShape& shape, int vector_width, int bytes) {

@@ -1,4 +1,4 @@
-// How an operation is cut into thread blocks: a pure function of the tensor's shape, computed on the host.
+// The division of an operation into thread blocks: a pure function of the tensor's shape, computed on the host.
 //
 // Nothing here asks which GPU will run it. The order in which numbers are added follows from the plan alone, so a plan
 // that does not know the GPU gives the same bits on every model, and can be tested where there is none.
@@ -30,11 +30,11 @@ enum class Mapping : uint8_t {
 inline constexpr int kMaxThreads = 256;
 // Elements that one thread moves with one instruction: 16 bytes of them.
 constexpr int VectorWidth(DataType type) { return static_cast<int>(16 / SizeOf(type)); }
-// Blocks of an SM that the compiler leaves registers for. In rows a thread keeps the sums or coefficients of up to
-// eight channels and may use 128 registers, in planes 64.
+// Blocks that an SM can hold at once, for which the compiler leaves registers. In rows a thread keeps the sums or
+// coefficients of up to eight channels and may use 128 registers, in planes 64.
 SYNCBN_HOST_DEVICE constexpr int BlocksPerSm(Mapping mapping) { return mapping == Mapping::kRows ? 2 : 4; }
-// Vectors of each tensor that a thread asks for before it uses the first, if it reads `bytes` of all tensors for one:
-// whatever the operation, an SM has 64 KB under way.
+// Vectors of each tensor that a thread loads before it uses the first, if it reads `bytes` of all tensors for one: in
+// every operation an SM has 64 KB under way.
 SYNCBN_HOST_DEVICE constexpr int Unroll(Mapping mapping, int bytes) {
   const int unroll = 256 / (BlocksPerSm(mapping) * bytes);
   return unroll < 1 ? 1 : unroll;
@@ -78,7 +78,7 @@ struct ReducePlan {
   int64_t blocks() const { return tiles * splits; }
 };
 
-// `tensors`: how many are read, 1 (statistics) or 2 (backward).
+// `tensors`: the number of tensors read, 1 (statistics) or 2 (backward).
 ReducePlan PlanReduce(const TensorShape& shape, int tensors);
 
 // Bytes of workspace that a reduction with this plan uses, and the part of it, at the front, that holds counters.
@@ -111,7 +111,7 @@ struct ElementPlan {
 };
 
 // `vector_width` is VectorWidth(type), or 8 for a forward pass that writes a ReLU mask: a thread then owns whole bytes
-// of it. `bytes`: what is read for a vector, of all tensors.
+// of it. `bytes`: the bytes read for a vector, of all tensors.
 ElementPlan PlanElement(const TensorShape& shape, int vector_width, int bytes);
 
 }  // namespace syncbn::kernels::cuda

@@ -3,9 +3,9 @@
 //
 //   1. The members of a block, which hold partial results of the same channels, merge in a binary tree in shared
 //   memory.
-//   2. Each block writes its tile's partial results to the workspace and counts itself in. Whichever block of the tile
-//      is last merges them, by index and not by arrival: which block that is makes no difference to a bit of the
-//      result. With many splits the merging is done in two levels, so that one block does not read for long.
+//   2. Each block writes its tile's partial results to the workspace and counts itself in. The last block of the tile
+//      merges them, by index and not by arrival, so no bit of the result depends on which block is last. With many
+//      splits the merging is done in two levels, so that one block does not read for long.
 //   3. If a channel occurs in several columns (C not a multiple of the vector), the last of all blocks merges these.
 //
 // The only atomic operations count blocks, on integers. Counters return to 0 by themselves.
@@ -24,7 +24,7 @@ namespace syncbn::kernels::cuda {
 // Threads that write in one step of the tree, at most: half a block.
 inline constexpr int kTreeSlots = kMaxThreads / 2;
 
-// Where a reduction leaves what its blocks tell each other, and what it tells the host.
+// The memory through which a reduction's blocks tell each other their results, and the signal to the host.
 struct ReduceWorkspace {
   uint32_t* counters = nullptr;  // [0] tiles, [1] tiles again for the signal, then one a tile, then one a group.
   double* partials = nullptr;
@@ -54,8 +54,8 @@ SYNCBN_HOST_DEVICE inline Partial LoadSlot(const double* base, int64_t slot, int
   return partial;
 }
 
-// Which member and column of its block's matrix a thread is. Neighbours in memory are neighbours in thread number:
-// columns of a row, or members of a plane.
+// A thread's place in its block's matrix. Neighbours in memory are neighbours in thread number: columns of a row, or
+// members of a plane.
 struct Place {
   int member;
   int column;
@@ -235,38 +235,6 @@ SYNCBN_HOST_DEVICE inline void FinishReduction(Block& block, const ReducePlan& p
     if (!signals) return;
   }
   block.Raise(workspace.flag, workspace.flag_value);
-}
-
-// The part of a plane that a vector of the tensor holds.
-struct PlaneVector {
-  int64_t first = 0;   // Its first element in the tensor.
-  uint32_t valid = 0;  // Bit i: element first + i belongs to the plane. 0: nothing to read.
-};
-
-// Vector `unit` of `channel`, counted over all its planes.
-SYNCBN_HOST_DEVICE inline PlaneVector FindPlaneVector(const ReducePlan& plan, int64_t channel, int64_t unit,
-                                                      int width) {
-  PlaneVector vector;
-  if (unit >= plan.units) return vector;
-  const int64_t sample = plan.vectors_per_plane(unit);
-  const int64_t begin = (sample * plan.channels + channel) * plan.spatial;
-  const int64_t end = begin + plan.spatial;
-  vector.first = (begin / width + unit - sample * plan.vectors_per_plane.divisor) * width;
-  const int64_t left = end - vector.first;
-  if (left <= 0) return vector;
-  const uint32_t below_end = left >= width ? (1u << width) - 1 : (1u << left) - 1;
-  const int64_t skip = begin - vector.first;
-  vector.valid = skip > 0 ? below_end & ~((1u << skip) - 1) : below_end;
-  return vector;
-}
-
-// The same vector's first element, where plan.whole and unit < plan.units.
-SYNCBN_HOST_DEVICE inline int64_t FindWholePlaneVector(const ReducePlan& plan, int64_t channel, int64_t unit,
-                                                       int width) {
-  const uint32_t vectors = static_cast<uint32_t>(plan.vectors_per_plane.divisor);
-  const uint32_t sample = plan.vectors_per_plane.Small(static_cast<uint32_t>(unit));
-  const uint32_t within = static_cast<uint32_t>(unit) - sample * vectors;
-  return ((sample * plan.channels + channel) * vectors + within) * width;
 }
 
 }  // namespace syncbn::kernels::cuda

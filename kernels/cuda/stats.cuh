@@ -7,9 +7,9 @@
 //   compiler is held to 64 in planes (4 blocks an SM) and 128 in rows (2 blocks an SM).
 // Numerics: sums of (x - pivot) and of its square. A batch of up to 32 values is summed in float32 and then added to
 //   float64 sums. The pivot is the mean of the thread's first batch, and moves to the mean of a later batch that shows
-//   it to be far off; so one outlier in the first batch, or a drift, does not cost precision. A batch whose squares
-//   leave the range of float32 is summed again in float64.
-// Deterministic: what a thread adds, and in which order, is a function of the plan; reduce.cuh does the rest by index.
+//   it to be far off, so neither an outlier in the first batch nor a drift costs precision. A batch whose squares leave
+//   the range of float32 is summed again in float64.
+// Deterministic: the plan alone decides which values a thread adds, and in which order; reduce.cuh merges by index.
 
 #ifndef SYNCBN_KERNELS_CUDA_STATS_CUH_
 #define SYNCBN_KERNELS_CUDA_STATS_CUH_
@@ -17,9 +17,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels/cuda/element.cuh"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/plane_vector.cuh"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/scalar_types.cuh"
 #include "kernels/moments.h"
 
 namespace syncbn::kernels::cuda {
@@ -69,7 +70,7 @@ struct ChannelSums {
   double sum_squares = 0.0;
 };
 
-// The mean of the valid ones of kCount values, without overflow, and finite even where they are not.
+// The mean of the valid ones of kCount values, without overflow, and finite even where values are not.
 template <int kCount, typename A, typename Get>
 SYNCBN_HOST_DEVICE inline A PivotOf(Get get, uint32_t valid, int count) {
   constexpr A kLargest = std::is_same<A, double>::value ? static_cast<A>(1.7e308) : static_cast<A>(3.4e38f);
@@ -192,7 +193,7 @@ SYNCBN_HOST_DEVICE inline void StatsOfColumn(const StatsArguments& arguments, in
     }
     count += n;
   }
-  // What is left of the last row is one more value for some columns.
+  // The rest of the last row is one more value for some columns.
   const int64_t tail = split == 0 && at.member == 0 ? plan.tail - column * kWidth : 0;
 #pragma unroll
   for (int v = 0; v < kWidth; ++v) {
@@ -250,7 +251,7 @@ SYNCBN_HOST_DEVICE inline void StatsOfPlanes(const StatsArguments& arguments, in
   partial[0] = ToPartial(sums, count);
 }
 
-// What a block does. kMapping and T are the plan's.
+// The work of one block. kMapping and T are the plan's.
 template <Mapping kMapping, typename T, typename Block>
 SYNCBN_HOST_DEVICE inline void StatsOfBlock(Block& block, const StatsArguments& arguments) {
   constexpr int kWidth = static_cast<int>(16 / sizeof(T));

@@ -8,8 +8,6 @@ bool Available() { return false; }
 
 const char* ErrorString(Error error) { return error == kSuccess ? "no error" : "built without CUDA"; }
 
-size_t WorkspaceBytes(const TensorShape&) { return 0; }
-
 Error BatchNormStats(const Context&, const TensorShape&, const void*, double*, double*) { return kNoCuda; }
 
 Error BatchNormElemt(const Context&, const TensorShape&, const void*, const ForwardCoefficients&, const Epilogue&,
@@ -28,8 +26,6 @@ Error BatchNormBackwardElemt(const Context&, const TensorShape&, const void*, co
 }
 
 Error FinalizeForward(const Context&, const FinalizeForwardArguments&) { return kNoCuda; }
-
-Error FinalizeEvaluation(const Context&, const FinalizeEvaluationArguments&) { return kNoCuda; }
 
 Error FinalizeBackward(const Context&, const FinalizeBackwardArguments&) { return kNoCuda; }
 

@@ -12,17 +12,16 @@ void RunningStatistics::Update(const LayerSpec& spec, const RoundOutcome& forwar
   }
   ++updates;
   const double momentum = spec.momentum.value_or(1.0 / static_cast<double>(updates));
-  const bool has_variance = forward.count > 1 || spec.biased_running_variance;
-  // One loop for each vector, and no branch within: the compiler makes vectors of them.
-  const auto update = [momentum](const std::vector<double>& from, std::vector<double>& running, auto observe) {
+  const kernels::RunningUpdate update(forward.count, momentum, spec.biased_running_variance);
+  // One loop for each vector, without a branch inside, so that the compiler vectorizes them.
+  const auto each = [](const std::vector<double>& from, std::vector<double>& running, auto blend) {
     const double* const observed = from.data();
     double* __restrict const to = running.data();
-    for (size_t c = 0; c < running.size(); ++c) to[c] = kernels::UpdateRunning(to[c], observe(observed[c]), momentum);
+    for (size_t c = 0; c < running.size(); ++c) to[c] = blend(to[c], observed[c]);
   };
-  update(forward.first, mean, [](double observed) { return observed; });
-  if (!has_variance) return;
-  update(forward.second, var,
-         [&](double biased) { return kernels::RunningVariance(biased, forward.count, spec.biased_running_variance); });
+  each(forward.first, mean, [&update](double running, double observed) { return update.Mean(running, observed); });
+  if (!update.moves_var()) return;
+  each(forward.second, var, [&update](double running, double observed) { return update.Var(running, observed); });
 }
 
 }  // namespace syncbn::core

@@ -148,7 +148,7 @@ class Layer:
         self.scale, self.shift = (self.weight * self.invstd32).double(), self.bias.double()
         self.known_mean = self.mean32.double()
         self.count = batch * spatial
-        self.known_m2 = (1 / self.invstd32.double() ** 2 - EPS) * self.count
+        self.known_var = 1 / self.invstd32.double() ** 2 - EPS
         self.counts = torch.tensor([self.count], dtype=torch.int32, device=DEVICE)
         sums = torch.batch_norm_backward_reduce(self.sets[0].dy, self.sets[0].x, self.mean32, self.invstd32,
                                                 self.weight, True, True, True)
@@ -170,13 +170,13 @@ class Layer:
         elif operation == "forward":
             self.ours("stats", s)
             made = (self.made_mean, self.made_scale, self.made_shift)
-            k.call("finalize_forward", shape, self.count, self.mean, self.m2, self.weight, self.bias, *made)
+            k.call("finalize_forward", shape, self.count, self.mean, self.known_var, self.weight, self.bias, *made)
             k.call("elemt", shape, s.x, *made, None, 0, None, s.y)
         else:
             self.ours("backward_reduce", s)
             made = (self.made_scale, self.made_mean_dy, self.made_projection)
-            k.call("finalize_backward", shape, self.count, self.known_mean, self.known_m2, self.sum_dy, self.sum_xmu,
-                   self.weight, *made, self.weight_gradient, self.bias_gradient)
+            k.call("finalize_backward", shape, self.count, self.known_var, self.sum_dy, self.sum_xmu, self.weight, *made,
+                   self.weight_gradient, self.bias_gradient)
             k.call("backward_elemt", shape, s.dy, s.x, self.known_mean, *made, s.dx)
 
     def torchs(self, operation, s):

@@ -10,6 +10,8 @@
 namespace {
 
 using syncbn::kernels::DataType;
+using syncbn::kernels::FinalizeBackwardArguments;
+using syncbn::kernels::FinalizeForwardArguments;
 using syncbn::kernels::Layout;
 using syncbn::kernels::TensorShape;
 namespace cuda = syncbn::kernels::cuda;
@@ -76,14 +78,14 @@ int bench_backward_elemt(const BenchShape* shape, void* stream, const void* dy, 
 }
 
 // float32 weight and bias; running statistics are not kept.
-int bench_finalize_forward(const BenchShape* shape, void* stream, size_t count, const double* mean, const double* m2,
+int bench_finalize_forward(const BenchShape* shape, void* stream, size_t count, const double* mean, const double* var,
                            const float* weight, const float* bias, double* out_mean, double* out_scale,
                            double* out_shift) {
-  cuda::FinalizeForwardArguments arguments;
+  FinalizeForwardArguments arguments;
   arguments.channels = shape->channels;
   arguments.count = static_cast<int64_t>(count);
-  arguments.mean = mean;
-  arguments.m2 = m2;
+  arguments.mean = {mean, DataType::kFloat64};
+  arguments.var = {var, DataType::kFloat64};
   arguments.weight = {weight, DataType::kFloat32};
   arguments.bias = {bias, DataType::kFloat32};
   arguments.out_mean = out_mean;
@@ -93,14 +95,13 @@ int bench_finalize_forward(const BenchShape* shape, void* stream, size_t count, 
 }
 
 // With the gradients of float32 weight and bias.
-int bench_finalize_backward(const BenchShape* shape, void* stream, size_t count, const double* mean, const double* m2,
+int bench_finalize_backward(const BenchShape* shape, void* stream, size_t count, const double* var,
                             const double* sum_dy, const double* sum_dy_xmu, const float* weight, double* out_scale,
                             double* out_mean_dy, double* out_projection, float* weight_gradient, float* bias_gradient) {
-  cuda::FinalizeBackwardArguments arguments;
+  FinalizeBackwardArguments arguments;
   arguments.channels = shape->channels;
   arguments.count = static_cast<int64_t>(count);
-  arguments.mean = mean;
-  arguments.m2 = m2;
+  arguments.var = {var, DataType::kFloat64};
   arguments.sum_dy = arguments.local_sum_dy = sum_dy;
   arguments.sum_dy_xmu = arguments.local_sum_dy_xmu = sum_dy_xmu;
   arguments.weight = {weight, DataType::kFloat32};

@@ -21,7 +21,7 @@ inline void Require(int error, const char* what) {
   std::exit(1);
 }
 
-// Says, where kernels::cuda::Available() says no, that nothing runs, and what CUDA says to that.
+// Prints that nothing runs, with CUDA's reason, where kernels::cuda::Available() is false.
 inline void PrintWhyNoGpu() {
   int count = 0;
   const int error = cudaGetDeviceCount(&count);
@@ -52,7 +52,7 @@ void Launch(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t
 #endif
 
 // Device memory, `skip` bytes past a 256-byte boundary, filled with 0xff (NaN in every type) unless it is copied to.
-// With SYNCBN_UNFILLED=1 in the environment it is left as it is, for initcheck to see who reads it.
+// With SYNCBN_UNFILLED=1 in the environment it is left as it is, so that initcheck can report reads of it.
 class DeviceBuffer {
  public:
   explicit DeviceBuffer(size_t bytes, size_t skip = 0, const void* host = nullptr) : bytes_(bytes), skip_(skip) {
@@ -154,7 +154,7 @@ class GpuBackend {
     DeviceBuffer mean, scale, shift;
   };
 
-  // `filler` stands in for what the gate does not have.
+  // `filler` replaces the vectors that the gate lacks.
   struct Gate {
     Gate(const kernels::TensorShape& shape, const kernels::ReluGate& host, const double* filler)
         : kind(host),

@@ -4,7 +4,7 @@
 //
 //   kernels_check CHECKSUMS [--quick | --probe]
 //
-// --quick: what compute-sanitizer has time for. --probe: one small kernel, to see whether anything runs at all.
+// --quick: the checks that compute-sanitizer has time for. --probe: one small kernel, to see if anything runs at all.
 
 #include <cuda_runtime.h>
 
@@ -18,7 +18,7 @@
 
 #include "kernels/batch_norm.h"
 #include "kernels/cuda/batch_norm.h"
-#include "kernels/cuda/finalize.cuh"
+#include "kernels/finalize.h"
 #include "tests/gpu/device.h"
 #include "tests/kernels/cuda/cases.h"
 #include "tests/kernels/cuda/checksums.h"
@@ -116,31 +116,56 @@ void CheckOracle(const TensorShape& shape, double mean_over_deviation) {
         "backward elemt of " + name);
 }
 
-void CheckFinalize() {
+// One finalization's vectors, on the host and on the GPU.
+struct Finalized {
+  explicit Finalized(int64_t channels, DataType type)
+      : mean(channels), scale(channels), shift(channels), running_mean(type, channels), running_var(type, channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      running_mean.Set(c, Normal(43, c));
+      running_var.Set(c, 1 + 0.1 * Normal(44, c));
+    }
+  }
+  Doubles mean, scale, shift;
+  Tensor running_mean, running_var;
+};
+
+// The GPU's coefficients and running statistics have the host's bits.
+void CheckFinalize(DataType type) {
   const int64_t channels = 1000;
-  const Doubles mean = RandomVector(channels, 41, 1, 1), m2 = RandomVector(channels, 42, 60, 10);
-  kernels::cuda::FinalizeForwardArguments host;
-  Doubles scale(channels), shift(channels), out_mean(channels), device_scale(channels);
-  host.channels = channels;
-  host.count = 100;
-  host.mean = mean.data();
-  host.m2 = m2.data();
-  host.out_mean = out_mean.data();
-  host.out_scale = scale.data();
-  host.out_shift = shift.data();
-  for (int64_t c = 0; c < channels; ++c) kernels::cuda::FinalizeForwardChannel(host, c);
   const size_t bytes = channels * sizeof(double);
-  const DeviceBuffer d_mean(bytes, 0, mean.data()), d_m2(bytes, 0, m2.data()), o_mean(bytes), o_scale(bytes),
-      o_shift(bytes);
-  kernels::cuda::FinalizeForwardArguments device = host;
-  device.mean = d_mean.doubles();
-  device.m2 = d_m2.doubles();
-  device.out_mean = o_mean.doubles();
-  device.out_scale = o_scale.doubles();
-  device.out_shift = o_shift.doubles();
-  Require(kernels::cuda::FinalizeForward(kernels::cuda::Context(), device), "finalize forward");
-  o_scale.CopyTo(device_scale.data());
-  Check(device_scale == scale, "finalize forward: the host's bits");
+  const Doubles mean = RandomVector(channels, 41, 1, 1), var = RandomVector(channels, 42, 0.6, 0.1);
+  Finalized host(channels, type), copied = host;
+  const DeviceBuffer d_mean(bytes, 0, mean.data()), d_var(bytes, 0, var.data());
+  const DeviceBuffer o_mean(bytes), o_scale(bytes), o_shift(bytes);
+  const DeviceBuffer o_running_mean(host.running_mean.byte_size(), 0, host.running_mean.data());
+  const DeviceBuffer o_running_var(host.running_var.byte_size(), 0, host.running_var.data());
+
+  kernels::FinalizeForwardArguments arguments;
+  arguments.channels = channels;
+  arguments.count = 100;
+  arguments.mean = {mean.data(), DataType::kFloat64};
+  arguments.var = {var.data(), DataType::kFloat64};
+  arguments.out_mean = host.mean.data();
+  arguments.out_scale = host.scale.data();
+  arguments.out_shift = host.shift.data();
+  arguments.running_mean = {host.running_mean.data(), type};
+  arguments.running_var = {host.running_var.data(), type};
+  for (int64_t c = 0; c < channels; ++c) kernels::FinalizeForwardChannel(arguments, c);
+
+  arguments.mean.data = d_mean.data();
+  arguments.var.data = d_var.data();
+  arguments.out_mean = o_mean.doubles();
+  arguments.out_scale = o_scale.doubles();
+  arguments.out_shift = o_shift.doubles();
+  arguments.running_mean.data = o_running_mean.data();
+  arguments.running_var.data = o_running_var.data();
+  Require(kernels::cuda::FinalizeForward(kernels::cuda::Context(), arguments), "finalize forward");
+  o_scale.CopyTo(copied.scale.data());
+  o_running_mean.CopyTo(copied.running_mean.data());
+  o_running_var.CopyTo(copied.running_var.data());
+  Check(copied.scale == host.scale, "finalize forward: the host's coefficients");
+  Check(copied.running_mean == host.running_mean && copied.running_var == host.running_var,
+        "finalize forward: the host's running statistics");
 }
 
 __global__ void NoiseKernel(float* data, int64_t size, int rounds) {
@@ -295,7 +320,7 @@ int Run(const char* checksums, bool quick, bool probe) {
   Require(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   std::printf("GPU: %s, compute capability %d.%d, %d multiprocessors\n", properties.name, properties.major,
               properties.minor, properties.multiProcessorCount);
-  CheckFinalize();
+  for (const DataType type : kTypes) CheckFinalize(type);
   if (probe) return g_failed == 0 ? 0 : 1;
   for (const DataType type : kTypes) {
     for (const TensorShape& shape : SmallShapes(type)) {

@@ -1,7 +1,7 @@
-// How long the phases of a round take that are not the network's: from the end of a kernel until the host knows of it,
+// Measures the phases of a round that are not the network's: from the end of a kernel until the host knows of it,
 // from the host's decision until the next kernel starts, and the gap between the two kernels if the host decides at
-// once. The gap is read off the GPU's clock alone. To tell its two parts, the GPU's clock is set against the host's
-// before each batch of cycles; by how much that can be off is given with the results.
+// once. The gap is measured by the GPU's clock alone. To separate its two parts, the GPU's clock is compared with the
+// host's before each batch of cycles; the results include the error of that comparison.
 //
 //   round_phases RESULTS.json [--quick]
 
@@ -23,7 +23,7 @@
 namespace syncbn::testing {
 namespace {
 
-constexpr int kSamples = 200;      // Of the clocks.
+constexpr int kSamples = 200;      // Samples of the clocks.
 constexpr int64_t kDelay = 30000;  // Nanoseconds that a kernel takes, so that the host has enqueued all that follows.
 constexpr int64_t kPatience = 10'000'000;  // Nanoseconds that a host without a processor of its own is waited for.
 constexpr size_t kCopied = 4096;
@@ -140,8 +140,8 @@ class Measurement {
   }
 
   void Run() {
-    // Each way of knowing, each way of going on. Waiting in the stream comes second: CUDA loads a kernel with its first
-    // launch, and may want the stream to be empty then.
+    // Each way of learning the end of a kernel, with each way of going on. Waiting in the stream comes second: CUDA
+    // loads a kernel with its first launch, and may want the stream to be empty then.
     Cycles("flag in host memory", "launch", [&](uint32_t epoch) {
       Launch(EndKernel, 1, 1, stream_, mapped_, epoch);
       return Seen{AwaitEnd(epoch), [this, epoch] { Launch(BeginKernel, 1, 1, stream_, mapped_, epoch); }};

@@ -1,4 +1,4 @@
-// kernels_check of a build without CUDA.
+// The programs that need a GPU, kernels_check and round_phases, in a build without CUDA.
 
 #include <cstdio>
 

@@ -18,7 +18,7 @@
 // clang-format on
 
 #include "hwy/highway.h"
-#include "kernels/batch_norm.h"
+#include "kernels/cpu/batch_norm.h"
 #include "kernels/half.h"
 #include "tests/testing/batch_norm_oracle.h"
 
@@ -176,7 +176,7 @@ std::vector<TensorShape> Shapes() {
   return shapes;
 }
 
-// What all operations give for a case, as bytes.
+// The results of all operations for a case, as bytes.
 struct Results {
   Doubles mean, m2;
   Bytes y, y_relu, y_masked, mask;

@@ -13,7 +13,7 @@
 namespace syncbn::kernels::cpu {
 namespace {
 
-// How often each block ran.
+// Counts the runs of each block.
 std::vector<int> RunCounts(int num_threads, int64_t blocks) {
   std::vector<std::atomic<int>> counts(static_cast<size_t>(blocks));
   ParallelFor(num_threads, blocks, [&](int64_t block) { ++counts[static_cast<size_t>(block)]; });

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/batch_norm.h"
+#include "kernels/cpu/batch_norm.h"
 
 namespace syncbn::kernels {
 namespace {

@@ -114,7 +114,7 @@ Outcome Train(Worker& worker, const Problem& problem) {
 
   auto forward = ForwardPass::Start(worker, "bn", x.view(), {});
   EXPECT_TRUE(forward.ok()) << forward.status();
-  ForwardOutputs outputs;
+  ForwardArguments outputs;
   outputs.weight = View(weight);
   outputs.bias = View(bias);
   outputs.running_mean = View(outcome.running_mean);
@@ -142,7 +142,7 @@ Outcome Train(Worker& worker, const Problem& problem) {
     EXPECT_TRUE(backward.ok()) << backward.status();
     absl::Status ended = backward->Wait();
     EXPECT_TRUE(ended.ok()) << ended;
-    ended = backward->Finish(inputs, gradients);
+    ended = backward->Finish(gradients);
     EXPECT_TRUE(ended.ok()) << ended;
   };
   go_back(false);

@@ -1,62 +1,20 @@
-// As much of CUDA's runtime as tests/gpu uses, played by the host, so that the programs for a GPU run (not: perform)
-// without one. "Device" memory is the host's; a stream is a thread that does its work in order; the default stream is
-// the caller. A kernel's threads run one after the other (device.h), so kernels that wait for each other's threads do
-// not belong here. Errors are not played.
+// A host-only stub of the CUDA runtime calls that tests/gpu uses, for correctness, not speed. "Device" memory is the
+// host's; streams are those of a FakeGpu with a thread; the default stream is the caller. A kernel's threads run one
+// after the other (device.h), so kernels whose threads wait for each other do not belong here. Errors are not
+// simulated.
 
 #ifndef SYNCBN_TESTS_GPU_HOST_CUDA_RUNTIME_H_
 #define SYNCBN_TESTS_GPU_HOST_CUDA_RUNTIME_H_
 
-#include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
-#include <mutex>
-#include <set>
-#include <thread>
+#include <utility>
+
+#include "tests/testing/gpu/fake_gpu.h"
 
 #define __global__
-
-struct CUstream_st {
-  CUstream_st() : thread([this] { Work(); }) {}
-  ~CUstream_st() {
-    Synchronize();
-    Enqueue(nullptr);
-    thread.join();
-  }
-  // A null function ends the thread.
-  void Enqueue(std::function<void()> work) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    queue.push_back(std::move(work));
-    changed.notify_all();
-  }
-  void Synchronize() {
-    std::unique_lock<std::mutex> lock(mutex);
-    changed.wait(lock, [this] { return queue.empty(); });
-  }
-  void Work() {
-    while (true) {
-      std::function<void()> work;
-      {
-        std::unique_lock<std::mutex> lock(mutex);
-        changed.wait(lock, [this] { return !queue.empty(); });
-        work = queue.front();
-      }
-      if (work != nullptr) work();
-      const std::lock_guard<std::mutex> lock(mutex);
-      queue.pop_front();  // Only now: Synchronize waits for what runs, too.
-      changed.notify_all();
-      if (work == nullptr) return;
-    }
-  }
-
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::deque<std::function<void()>> queue;
-  std::thread thread;  // Last: it uses the others.
-};
 
 using cudaStream_t = CUstream_st*;
 using cudaError_t = int;
@@ -66,21 +24,21 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 
 namespace syncbn::testing::host_cuda {
 
-// Every stream that there is.
-struct Streams {
-  std::mutex mutex;
-  std::set<cudaStream_t> all;
-};
-inline Streams& TheStreams() {
-  static Streams streams;
-  return streams;
+// The process's GPU, never destroyed: its thread runs until the process ends.
+inline FakeGpu& Gpu() {
+  static FakeGpu* const gpu = [] {
+    auto* made = new FakeGpu;
+    made->StartGpu();
+    return made;
+  }();
+  return *gpu;
 }
 
-inline cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work) {
+inline cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work, std::function<bool()> ready = nullptr) {
   if (stream == nullptr) {
     work();
   } else {
-    stream->Enqueue(std::move(work));
+    Gpu().Enqueue(stream, std::move(work), std::move(ready));
   }
   return cudaSuccess;
 }
@@ -94,7 +52,7 @@ struct Dim3 {
 inline thread_local syncbn::testing::host_cuda::Dim3 blockIdx, threadIdx, blockDim, gridDim;
 
 struct cudaDeviceProp {
-  char name[256] = "no GPU: the host plays one";
+  char name[256] = "no GPU: the host stands in for one";
   int major = 0, minor = 0, multiProcessorCount = 0;
 };
 
@@ -133,41 +91,35 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return syncbn::testing::host_cuda::Enqueue(stream, [=] { std::memcpy(to, from, bytes); });
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = new CUstream_st();
-  auto& streams = syncbn::testing::host_cuda::TheStreams();
-  const std::lock_guard<std::mutex> lock(streams.mutex);
-  streams.all.insert(*stream);
+  *stream = syncbn::testing::host_cuda::Gpu().MakeStream(0);
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  auto& streams = syncbn::testing::host_cuda::TheStreams();
-  const std::lock_guard<std::mutex> lock(streams.mutex);
-  streams.all.erase(stream);
-  delete stream;
+  syncbn::testing::host_cuda::Gpu().DestroyStream(stream);
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (stream != nullptr) stream->Synchronize();
+  if (stream != nullptr) syncbn::testing::host_cuda::Gpu().Drain(stream);
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() {
-  auto& streams = syncbn::testing::host_cuda::TheStreams();
-  const std::lock_guard<std::mutex> lock(streams.mutex);
-  for (cudaStream_t stream : streams.all) stream->Synchronize();
+  syncbn::testing::host_cuda::Gpu().AwaitIdle();
   return cudaSuccess;
 }
 
-// Of the driver there is the one function that waits, in the stream, for a value that is so large or larger.
+// The driver has one function here: it makes a stream wait for a value that is so large or larger.
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
 enum { cudaEnableDefault = 0 };
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
                                                     cudaDriverEntryPointQueryResult* result) {
   int (*const wait)(cudaStream_t, unsigned long long, uint32_t,
                     unsigned) = [](cudaStream_t stream, unsigned long long address, uint32_t value, unsigned) {
-    return syncbn::testing::host_cuda::Enqueue(stream, [=] {
-      const uint32_t* const word = reinterpret_cast<const uint32_t*>(address);
-      while (static_cast<int32_t>(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) < 0) std::this_thread::yield();
-    });
+    return syncbn::testing::host_cuda::Enqueue(
+        stream, [] {},
+        [=] {
+          const uint32_t* const word = reinterpret_cast<const uint32_t*>(address);
+          return static_cast<int32_t>(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) >= 0;
+        });
   };
   const bool known = std::strcmp(symbol, "cuStreamWaitValue32") == 0;
   *function = known ? reinterpret_cast<void*>(wait) : nullptr;

@@ -34,7 +34,7 @@ OracleShape ToOracle(const TensorShape& shape) {
   return oracle;
 }
 
-// Half the distance between neighbours at 1, of a type and of what it is computed in.
+// Half the distance between neighbours at 1, of a type and of the type that it is computed in.
 double RoundoffOf(DataType type) {
   switch (type) {
     case DataType::kFloat64:

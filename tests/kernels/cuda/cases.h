@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/batch_norm.h"
-#include "kernels/cuda/element.cuh"
+#include "kernels/cuda/scalar_types.cuh"
 
 namespace syncbn::testing {
 

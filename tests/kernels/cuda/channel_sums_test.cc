@@ -1,4 +1,4 @@
-// What one thread of the statistics accumulates, over more values than a tensor of a test's size gives to a thread.
+// The sums that one thread of the statistics accumulates, over more values than a test's tensor gives to a thread.
 
 #include <gtest/gtest.h>
 

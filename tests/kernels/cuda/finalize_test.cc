@@ -1,6 +1,6 @@
 // FinalizeForward and FinalizeBackward, one channel at a time, against the formulas in long double.
 
-#include "kernels/cuda/finalize.cuh"
+#include "kernels/finalize.h"
 
 #include <gtest/gtest.h>
 
@@ -15,22 +15,22 @@
 namespace syncbn::testing {
 namespace {
 
-using kernels::EpsMode;
-using kernels::cuda::FinalizeBackwardArguments;
-using kernels::cuda::FinalizeBackwardChannel;
-using kernels::cuda::FinalizeEvaluationArguments;
-using kernels::cuda::FinalizeEvaluationChannel;
-using kernels::cuda::FinalizeForwardArguments;
-using kernels::cuda::FinalizeForwardChannel;
-using kernels::cuda::RoundWords;
+using kernels::FinalizeBackwardArguments;
+using kernels::FinalizeBackwardChannel;
+using kernels::FinalizeForwardArguments;
+using kernels::FinalizeForwardChannel;
+using kernels::PendingRound;
+using kernels::RoundWords;
 using Doubles = std::vector<double>;
 
 constexpr int64_t kChannels = 9;
 constexpr double kEps = 0.5;
 
+kernels::ConstVectorView View(const Doubles& values) { return {values.data(), DataType::kFloat64}; }
+
 struct Statistics {
   Doubles mean = RandomVector(kChannels, 1, 2.0, 1.0);
-  Doubles m2 = RandomVector(kChannels, 2, 60.0, 30.0);  // Some variances are below kEps, some above.
+  Doubles var = RandomVector(kChannels, 2, 0.6, 0.3);  // Some are below kEps, some above.
   Tensor Parameter(DataType type, uint64_t seed) const {
     Tensor tensor(type, kChannels);
     for (int64_t c = 0; c < kChannels; ++c) tensor.Set(c, 1.0 + 0.25 * Normal(seed, c));
@@ -55,8 +55,8 @@ TEST(Finalize, Forward) {
         FinalizeForwardArguments arguments;
         arguments.channels = kChannels;
         arguments.count = count;
-        arguments.mean = input.mean.data();
-        arguments.m2 = input.m2.data();
+        arguments.mean = View(input.mean);
+        arguments.var = View(input.var);
         arguments.weight = {weight.data(), type};
         arguments.bias = {bias.data(), type};
         arguments.eps = kEps;
@@ -69,7 +69,7 @@ TEST(Finalize, Forward) {
         arguments.momentum = 0.25;
         for (int64_t c = 0; c < kChannels; ++c) {
           FinalizeForwardChannel(arguments, c);
-          const long double var = count > 0 ? static_cast<long double>(input.m2[c]) / count : 0;
+          const long double var = input.var[c];
           EXPECT_EQ(mean[c], input.mean[c]);
           EXPECT_NEAR(scale[c], weight.Get(c) * ExpectedInvstd(var, mode), 1e-14);
           EXPECT_EQ(shift[c], bias.Get(c));
@@ -80,7 +80,7 @@ TEST(Finalize, Forward) {
           if (count <= 1) {
             EXPECT_EQ(running_var.Get(c), var_before.Get(c));
           } else {
-            EXPECT_NEAR(running_var.Get(c), 0.75L * var_before.Get(c) + 0.25L * input.m2[c] / (count - 1), tolerance);
+            EXPECT_NEAR(running_var.Get(c), 0.75L * var_before.Get(c) + 0.25L * var * count / (count - 1), tolerance);
           }
         }
       }
@@ -94,15 +94,15 @@ TEST(Finalize, ForwardWithoutParameters) {
   FinalizeForwardArguments arguments;
   arguments.channels = kChannels;
   arguments.count = 10;
-  arguments.mean = input.mean.data();
-  arguments.m2 = input.m2.data();
+  arguments.mean = View(input.mean);
+  arguments.var = View(input.var);
   arguments.eps = kEps;
   arguments.out_mean = mean.data();
   arguments.out_scale = scale.data();
   arguments.out_shift = shift.data();
   for (int64_t c = 0; c < kChannels; ++c) {
     FinalizeForwardChannel(arguments, c);
-    EXPECT_NEAR(scale[c], ExpectedInvstd(static_cast<long double>(input.m2[c]) / 10, EpsMode::kAdd), 1e-14);
+    EXPECT_NEAR(scale[c], ExpectedInvstd(input.var[c], EpsMode::kAdd), 1e-14);
     EXPECT_EQ(shift[c], 0.0);
   }
 }
@@ -119,8 +119,7 @@ TEST(Finalize, Backward) {
       FinalizeBackwardArguments arguments;
       arguments.channels = kChannels;
       arguments.count = count;
-      arguments.mean = input.mean.data();
-      arguments.m2 = input.m2.data();
+      arguments.var = View(input.var);
       arguments.sum_dy = sum_dy.data();
       arguments.sum_dy_xmu = sum_dy_xmu.data();
       arguments.weight = {weight.data(), DataType::kFloat32};
@@ -135,7 +134,7 @@ TEST(Finalize, Backward) {
       arguments.bias_gradient = {bias_gradient.data(), DataType::kFloat64};
       for (int64_t c = 0; c < kChannels; ++c) {
         FinalizeBackwardChannel(arguments, c);
-        const long double var = count > 0 ? static_cast<long double>(input.m2[c]) / count : 0;
+        const long double var = input.var[c];
         const long double invstd = ExpectedInvstd(var, mode);
         EXPECT_NEAR(scale[c], weight.Get(c) * invstd, 1e-14);
         EXPECT_NEAR(mean_dy[c], count > 0 ? sum_dy[c] / count : 0.0, 1e-14);
@@ -156,8 +155,7 @@ TEST(Finalize, BackwardThroughConstantStatistics) {
   FinalizeBackwardArguments arguments;
   arguments.channels = kChannels;
   arguments.count = 10;
-  arguments.mean = input.mean.data();
-  arguments.m2 = input.m2.data();
+  arguments.var = View(input.var);
   arguments.eps = kEps;
   arguments.out_scale = scale.data();
   arguments.out_mean_dy = mean_dy.data();
@@ -167,7 +165,7 @@ TEST(Finalize, BackwardThroughConstantStatistics) {
   arguments.weight_gradient = {weight_gradient.data(), DataType::kFloat32};
   for (int64_t c = 0; c < kChannels; ++c) {
     FinalizeBackwardChannel(arguments, c);
-    const long double invstd = ExpectedInvstd(static_cast<long double>(input.m2[c]) / 10, EpsMode::kAdd);
+    const long double invstd = ExpectedInvstd(input.var[c], EpsMode::kAdd);
     EXPECT_NEAR(scale[c], invstd, 1e-14);
     EXPECT_EQ(mean_dy[c], 0.0);
     EXPECT_EQ(projection[c], 0.0);
@@ -184,8 +182,8 @@ struct Forward {
   FinalizeForwardArguments Arguments() {
     FinalizeForwardArguments arguments;
     arguments.channels = kChannels;
-    arguments.mean = input.mean.data();
-    arguments.m2 = input.m2.data();
+    arguments.mean = View(input.mean);
+    arguments.var = View(input.var);
     arguments.eps = kEps;
     arguments.out_mean = mean.data();
     arguments.out_scale = scale.data();
@@ -199,36 +197,36 @@ struct Forward {
   }
 };
 
-// The words of a round that completed late stand for the count, and whatever the argument holds is not read.
-TEST(Finalize, ForwardTakesTheCountOfALateRound) {
+// The words of a pending round have the count; the argument's is not read.
+TEST(Finalize, ForwardTakesTheCountOfAPendingRound) {
   for (const int64_t count : {0, 1, 100}) {
-    Forward known, late;
+    Forward known, pending;
     FinalizeForwardArguments arguments = known.Arguments();
     arguments.count = count;
     known.Run(arguments);
     const RoundWords words = {count, 7};
-    arguments = late.Arguments();
+    arguments = pending.Arguments();
     arguments.count = -5;
-    arguments.late = {&words, 7};
-    late.Run(arguments);
-    EXPECT_EQ(late.mean, known.mean);
-    EXPECT_EQ(late.scale, known.scale);
-    EXPECT_EQ(late.shift, known.shift);
+    arguments.pending = {&words, 7};
+    pending.Run(arguments);
+    EXPECT_EQ(pending.mean, known.mean);
+    EXPECT_EQ(pending.scale, known.scale);
+    EXPECT_EQ(pending.shift, known.shift);
     for (int64_t c = 0; c < kChannels; ++c) {
-      EXPECT_EQ(late.running_mean.Get(c), known.running_mean.Get(c));
-      EXPECT_EQ(late.running_var.Get(c), known.running_var.Get(c));
+      EXPECT_EQ(pending.running_mean.Get(c), known.running_mean.Get(c));
+      EXPECT_EQ(pending.running_var.Get(c), known.running_var.Get(c));
     }
   }
 }
 
-// The words of an earlier epoch, and of a later one: this round is not the one that completed.
-TEST(Finalize, ForwardOfALateRoundThatFailed) {
+// The words have an earlier epoch, or a later one: another round completed.
+TEST(Finalize, ForwardOfAPendingRoundThatFailed) {
   for (const uint32_t completed : {0u, 6u, 8u, UINT32_MAX}) {
     Forward forward;
     const Tensor mean_before = forward.running_mean, var_before = forward.running_var;
     const RoundWords words = {100, completed};
     FinalizeForwardArguments arguments = forward.Arguments();
-    arguments.late = {&words, 7};
+    arguments.pending = {&words, 7};
     forward.Run(arguments);
     for (int64_t c = 0; c < kChannels; ++c) {
       EXPECT_TRUE(std::isnan(forward.mean[c]) && std::isnan(forward.scale[c]) && std::isnan(forward.shift[c]));
@@ -238,18 +236,16 @@ TEST(Finalize, ForwardOfALateRoundThatFailed) {
   }
 }
 
-TEST(Finalize, BackwardOfLateRounds) {
+TEST(Finalize, BackwardOfPendingRounds) {
   const Statistics input;
   const Doubles sum_dy = RandomVector(kChannels, 7, 1.0, 2.0), sum_dy_xmu = RandomVector(kChannels, 8, 1.0, 2.0);
-  const auto run = [&](const kernels::cuda::LateRound& forward, const kernels::cuda::LateRound& backward, DataType type,
-                       bool rounds) {
+  const auto run = [&](const PendingRound& forward, const PendingRound& backward, DataType type, bool rounds) {
     Doubles scale(kChannels, 5), mean_dy(kChannels, 5), projection(kChannels, 5);
     Tensor weight_gradient(type, kChannels), bias_gradient(type, kChannels);
     FinalizeBackwardArguments arguments;
     arguments.channels = kChannels;
     arguments.count = forward.words == nullptr ? 100 : -5;
-    arguments.mean = input.mean.data();
-    arguments.m2 = input.m2.data();
+    arguments.var = View(input.var);
     if (rounds) {
       arguments.sum_dy = sum_dy.data();
       arguments.sum_dy_xmu = sum_dy_xmu.data();
@@ -262,8 +258,8 @@ TEST(Finalize, BackwardOfLateRounds) {
     arguments.local_sum_dy_xmu = sum_dy_xmu.data();
     arguments.weight_gradient = {weight_gradient.data(), type};
     arguments.bias_gradient = {bias_gradient.data(), type};
-    arguments.late_forward = forward;
-    arguments.late_backward = backward;
+    arguments.pending_forward = forward;
+    arguments.pending_backward = backward;
     for (int64_t c = 0; c < kChannels; ++c) FinalizeBackwardChannel(arguments, c);
     Doubles all = scale;
     all.insert(all.end(), mean_dy.begin(), mean_dy.end());
@@ -290,7 +286,7 @@ TEST(Finalize, BackwardOfLateRounds) {
   }
 }
 
-// What NaN coefficients do to a tensor: no element of y or dx survives, whatever ReLU and the gate say.
+// NaN coefficients make every element of y and dx NaN, with and without ReLU and its gate.
 TEST(Finalize, FailureReachesEveryElement) {
   const kernels::TensorShape shape = {2, kChannels, 5, DataType::kFloat32, kernels::Layout::kChannelsFirst};
   const Doubles nan(kChannels, std::nan(""));
@@ -313,13 +309,14 @@ TEST(Finalize, FailureReachesEveryElement) {
   }
 }
 
+// Given statistics of any type are taken as they are.
 TEST(Finalize, Evaluation) {
   const Statistics input;
   for (const DataType type : kTypes) {
     const Tensor given_mean = input.Parameter(type, 11), given_var = input.Parameter(type, 12);
     const Tensor weight = input.Parameter(type, 3), bias = input.Parameter(type, 4);
-    Doubles mean(kChannels), var(kChannels), scale(kChannels), shift(kChannels);
-    FinalizeEvaluationArguments arguments;
+    Doubles mean(kChannels), scale(kChannels), shift(kChannels);
+    FinalizeForwardArguments arguments;
     arguments.channels = kChannels;
     arguments.mean = {given_mean.data(), type};
     arguments.var = {given_var.data(), type};
@@ -327,16 +324,40 @@ TEST(Finalize, Evaluation) {
     arguments.bias = {bias.data(), type};
     arguments.eps = kEps;
     arguments.out_mean = mean.data();
-    arguments.out_var = var.data();
     arguments.out_scale = scale.data();
     arguments.out_shift = shift.data();
     for (int64_t c = 0; c < kChannels; ++c) {
-      FinalizeEvaluationChannel(arguments, c);
+      FinalizeForwardChannel(arguments, c);
       EXPECT_EQ(mean[c], given_mean.Get(c));
-      EXPECT_EQ(var[c], given_var.Get(c));
       EXPECT_NEAR(scale[c], weight.Get(c) * ExpectedInvstd(given_var.Get(c), EpsMode::kAdd), 1e-14);
       EXPECT_EQ(shift[c], bias.Get(c));
     }
+  }
+}
+
+// Running statistics of a 16-bit type are rounded from float64 once. Rounding to float32 on the way would turn a value
+// just above the midpoint of two halves into the midpoint, and then to the even half below it.
+TEST(Finalize, RunningStatisticsAreRoundedOnce) {
+  const struct {
+    DataType type;
+    double half_place, even;
+  } cases[] = {{DataType::kFloat16, 0x1p-11, 1.0}, {DataType::kBFloat16, 0x1p-8, 1.0}};
+  for (const auto& c : cases) {
+    const Doubles mean = {c.even + c.half_place + 0x1p-40}, var = {1.0};
+    Tensor running_mean(c.type, 1);
+    Doubles out(3);
+    FinalizeForwardArguments arguments;
+    arguments.channels = 1;
+    arguments.count = 2;
+    arguments.mean = View(mean);
+    arguments.var = View(var);
+    arguments.out_mean = &out[0];
+    arguments.out_scale = &out[1];
+    arguments.out_shift = &out[2];
+    arguments.running_mean = {running_mean.data(), c.type};
+    arguments.momentum = 1.0;
+    FinalizeForwardChannel(arguments, 0);
+    EXPECT_EQ(running_mean.Get(0), c.even + 2 * c.half_place);
   }
 }
 

@@ -4,49 +4,23 @@
 #define SYNCBN_TESTS_KERNELS_CUDA_HOST_KERNELS_H_
 
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 
 #include "kernels/batch_norm.h"
 #include "kernels/cuda/backward_elemt.cuh"
 #include "kernels/cuda/backward_reduce.cuh"
-#include "kernels/cuda/elemt.cuh"
+#include "kernels/cuda/dispatch.cuh"
+#include "kernels/cuda/normalize.cuh"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/stats.cuh"
+#include "kernels/gate.h"
 #include "tests/kernels/cuda/host_executor.h"
 
 namespace syncbn::testing {
 
 namespace cuda = kernels::cuda;
 
-template <typename T>
-struct TypeTag {
-  using Type = T;
-};
-
-// Calls f(mapping, type), both as types.
-template <typename Function>
-void Dispatch(cuda::Mapping mapping, kernels::DataType type, Function f) {
-  const auto with_mapping = [&](auto tag) {
-    if (mapping == cuda::Mapping::kRows) {
-      f(std::integral_constant<cuda::Mapping, cuda::Mapping::kRows>(), tag);
-    } else {
-      f(std::integral_constant<cuda::Mapping, cuda::Mapping::kPlanes>(), tag);
-    }
-  };
-  switch (type) {
-    case kernels::DataType::kFloat32:
-      return with_mapping(TypeTag<float>());
-    case kernels::DataType::kFloat64:
-      return with_mapping(TypeTag<double>());
-    case kernels::DataType::kFloat16:
-      return with_mapping(TypeTag<cuda::Float16>());
-    case kernels::DataType::kBFloat16:
-      return with_mapping(TypeTag<cuda::BFloat16>());
-  }
-}
-
-// How the host runs them: `seed` as RunGrid has it; `aligned` picks the vector loads or the scalar ones.
+// The parameters of a run on the host: `seed` as in RunGrid; `aligned` picks the vector loads or the scalar ones.
 struct HostRun {
   uint64_t seed = 0;
   bool aligned = true;
@@ -80,7 +54,7 @@ inline void HostStats(const HostRun& run, const kernels::TensorShape& shape, con
   arguments.mean = mean;
   arguments.m2 = m2;
   arguments.workspace = workspace.view;
-  Dispatch(arguments.plan.mapping, shape.type, [&](auto mapping, auto tag) {
+  cuda::DispatchType(arguments.plan.mapping, shape.type, [&](auto mapping, auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr cuda::Mapping kMapping = decltype(mapping)::value;
     constexpr int kValues = kMapping == cuda::Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
@@ -91,10 +65,10 @@ inline void HostStats(const HostRun& run, const kernels::TensorShape& shape, con
   });
 }
 
-template <cuda::Gate kGate>
+template <kernels::Gate kGate>
 void HostBackwardReduceWithGate(const HostRun& run, kernels::DataType type,
                                 const cuda::BackwardReduceArguments& arguments) {
-  Dispatch(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
+  cuda::DispatchType(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr cuda::Mapping kMapping = decltype(mapping)::value;
     constexpr int kValues = kMapping == cuda::Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
@@ -118,13 +92,13 @@ inline void HostBackwardReduce(const HostRun& run, const kernels::TensorShape& s
   arguments.sum_dy = sum_dy;
   arguments.sum_dy_xmu = sum_dy_xmu;
   arguments.workspace = workspace.view;
-  switch (cuda::KindOf(gate)) {
-    case cuda::Gate::kNone:
-      return HostBackwardReduceWithGate<cuda::Gate::kNone>(run, shape.type, arguments);
-    case cuda::Gate::kMask:
-      return HostBackwardReduceWithGate<cuda::Gate::kMask>(run, shape.type, arguments);
-    case cuda::Gate::kRecompute:
-      return HostBackwardReduceWithGate<cuda::Gate::kRecompute>(run, shape.type, arguments);
+  switch (kernels::KindOf(gate)) {
+    case kernels::Gate::kNone:
+      return HostBackwardReduceWithGate<kernels::Gate::kNone>(run, shape.type, arguments);
+    case kernels::Gate::kMask:
+      return HostBackwardReduceWithGate<kernels::Gate::kMask>(run, shape.type, arguments);
+    case kernels::Gate::kRecompute:
+      return HostBackwardReduceWithGate<kernels::Gate::kRecompute>(run, shape.type, arguments);
   }
 }
 
@@ -135,7 +109,7 @@ size_t LaneDoubles(const cuda::ElementPlan& plan) {
 
 template <cuda::Addition kAddition>
 void HostElemtWithAddition(const HostRun& run, kernels::DataType type, const cuda::ElemtArguments& arguments) {
-  Dispatch(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
+  cuda::DispatchType(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
     constexpr cuda::Mapping kMapping = decltype(mapping)::value;
     using T = typename decltype(tag)::Type;
     using Op = cuda::ElemtOp<kAddition, T>;
@@ -147,7 +121,7 @@ void HostElemtWithAddition(const HostRun& run, kernels::DataType type, const cud
 
 inline void HostElemt(const HostRun& run, const kernels::TensorShape& shape, const void* x,
                       const kernels::ForwardCoefficients& coefficients, const kernels::Epilogue& epilogue, void* y) {
-  const cuda::Addition addition = cuda::KindOf(epilogue);
+  const cuda::Addition addition = cuda::AdditionOf(epilogue);
   const size_t element_bytes = kernels::SizeOf(shape.type);
   cuda::ElemtArguments arguments;
   arguments.plan =
@@ -167,10 +141,10 @@ inline void HostElemt(const HostRun& run, const kernels::TensorShape& shape, con
   }
 }
 
-template <cuda::Gate kGate>
+template <kernels::Gate kGate>
 void HostBackwardElemtWithGate(const HostRun& run, kernels::DataType type,
                                const cuda::BackwardElemtArguments& arguments) {
-  Dispatch(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
+  cuda::DispatchType(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
     constexpr cuda::Mapping kMapping = decltype(mapping)::value;
     using T = typename decltype(tag)::Type;
     using Op = cuda::BackwardElemtOp<kGate, T>;
@@ -185,7 +159,7 @@ inline void HostBackwardElemt(const HostRun& run, const kernels::TensorShape& sh
                               void* dx, void* d_residual) {
   cuda::BackwardElemtArguments arguments;
   arguments.plan = cuda::PlanElement(shape, cuda::VectorWidth(shape.type),
-                                     cuda::BackwardElemtBytes(cuda::KindOf(gate), kernels::SizeOf(shape.type)));
+                                     cuda::BackwardElemtBytes(kernels::KindOf(gate), kernels::SizeOf(shape.type)));
   arguments.dy = dy;
   arguments.x = x;
   arguments.coefficients = coefficients;
@@ -193,13 +167,13 @@ inline void HostBackwardElemt(const HostRun& run, const kernels::TensorShape& sh
   arguments.dx = dx;
   arguments.d_residual = d_residual;
   arguments.aligned = run.aligned;
-  switch (cuda::KindOf(gate)) {
-    case cuda::Gate::kNone:
-      return HostBackwardElemtWithGate<cuda::Gate::kNone>(run, shape.type, arguments);
-    case cuda::Gate::kMask:
-      return HostBackwardElemtWithGate<cuda::Gate::kMask>(run, shape.type, arguments);
-    case cuda::Gate::kRecompute:
-      return HostBackwardElemtWithGate<cuda::Gate::kRecompute>(run, shape.type, arguments);
+  switch (kernels::KindOf(gate)) {
+    case kernels::Gate::kNone:
+      return HostBackwardElemtWithGate<kernels::Gate::kNone>(run, shape.type, arguments);
+    case kernels::Gate::kMask:
+      return HostBackwardElemtWithGate<kernels::Gate::kMask>(run, shape.type, arguments);
+    case kernels::Gate::kRecompute:
+      return HostBackwardElemtWithGate<kernels::Gate::kRecompute>(run, shape.type, arguments);
   }
 }
 

@@ -1,4 +1,4 @@
-// Passes over CUDA tensors, on a GPU that the host plays: results, order, reuse of memory, errors.
+// Passes over CUDA tensors on a fake GPU: results, order, reuse of memory, errors.
 
 #include <gtest/gtest.h>
 
@@ -14,13 +14,13 @@
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
 #include "server/master_server.h"
-#include "tests/client/cc/cuda/fake_device_runtime.h"
 #include "tests/client/cc/cuda/layer_step.h"
+#include "tests/testing/gpu/fake_device_runtime.h"
 
 namespace syncbn::testing {
 namespace {
 
-// Never destroyed: what the library keeps for its streams outlives a test.
+// Never destroyed: the library's memory for its streams outlives a test.
 FakeDeviceRuntime& Gpu() {
   static FakeDeviceRuntime* const gpu = new FakeDeviceRuntime;
   return *gpu;
@@ -59,6 +59,7 @@ class CudaPassTest : public ::testing::Test {
   }
 
   std::unique_ptr<MasterServer> master_;
+  std::vector<std::vector<uint64_t>> cpu_history_, cuda_history_;
 };
 
 // The same two batches, once with both workers on the CPU and once with one or both on GPUs.
@@ -117,6 +118,46 @@ TEST_F(CudaPassTest, LaterBackwardPassesHaveTheSameBits) {
   other.join();
   EXPECT_TRUE(a->Leave("done").ok());
   EXPECT_TRUE(b->Leave("done").ok());
+}
+
+// A CPU worker and a CUDA worker of one group store the same running statistics, bit for bit, in vectors of every type.
+TEST_F(CudaPassTest, RunningStatisticsHaveTheCpusBits) {
+  constexpr kernels::DataType kTypes[] = {kernels::DataType::kFloat32, kernels::DataType::kFloat64,
+                                          kernels::DataType::kFloat16, kernels::DataType::kBFloat16};
+  using Bits = std::vector<uint64_t>;  // The memory of a vector of any type.
+  auto a = Join(0, 2), b = Join(1, 2);
+  const auto run = [&](Worker& worker, Device device, int rows) {
+    std::vector<Bits> history;
+    const Stream stream = Gpu().MakeStream(0);
+    for (const kernels::DataType type : kTypes) {
+      const std::string layer = "bn" + std::to_string(static_cast<int>(type));
+      Declare(worker, layer);
+      Bits mean(kChannels), var(kChannels);
+      const VectorView mean_view = {mean.data(), type}, var_view = {var.data(), type};
+      for (int64_t c = 0; c < kChannels; ++c) var_view.Set(c, 1.0);
+      for (int i = 0; i < 30; ++i) {
+        Step step(rows, 100 * rows + i, device);
+        PassOptions options;
+        options.stream = stream;
+        options.backward_role = BackwardRole::kNone;
+        auto pass = ForwardPass::Start(worker, layer, View(step.x, device), options);
+        ASSERT_TRUE(pass.ok()) << pass.status();
+        ASSERT_TRUE(pass->Wait().ok());
+        ForwardArguments arguments = step.Outputs();
+        arguments.running_mean = mean_view;
+        arguments.running_var = var_view;
+        ASSERT_TRUE(pass->Finish(View(step.x, device), arguments).ok());
+        history.push_back(mean);
+        history.push_back(var);
+      }
+    }
+    (device == Device::kCpu ? cpu_history_ : cuda_history_) = history;
+  };
+  std::thread other([&] { run(*b, Device::kCuda, 2); });
+  run(*a, Device::kCpu, 5);
+  other.join();
+  EXPECT_EQ(cpu_history_.size(), 240u);
+  EXPECT_EQ(cuda_history_, cpu_history_);
 }
 
 TEST_F(CudaPassTest, SteadyStateAllocatesNothing) {
@@ -262,7 +303,7 @@ TEST_F(CudaPassTest, EvaluationAgreesWithTheCpu) {
   std::vector<Step> steps = {Step(6, 3, Device::kCpu), Step(6, 3, Device::kCuda)};
   for (Step& step : steps) {
     step.stream = Gpu().MakeStream(0);
-    EvaluateOptions options;
+    EvaluateArguments options;
     options.stream = step.stream;
     options.mean = Vector(mean);
     options.var = Vector(var);

@@ -41,7 +41,7 @@ inline TensorView View(Doubles& values, Device device, int index = 0) {
 
 inline VectorView Vector(Doubles& values) { return {values.data(), kernels::DataType::kFloat64}; }
 
-// One worker's step through a layer, on either device, and what it leaves.
+// One worker's step through a layer, on either device, with its tensors, parameters and results.
 struct Step {
   Doubles x, dy, y, dx, weight = {0.5, 2.0, -1.0}, bias = {0.1, -0.2, 0.3};
   Doubles running_mean = Doubles(kChannels, 0.0), running_var = Doubles(kChannels, 1.0);
@@ -61,8 +61,8 @@ struct Step {
     options.stream_ordered = stream_ordered;
     return options;
   }
-  ForwardOutputs Outputs() {
-    ForwardOutputs outputs;
+  ForwardArguments Outputs() {
+    ForwardArguments outputs;
     outputs.weight = Vector(weight);
     outputs.bias = Vector(bias);
     outputs.running_mean = Vector(running_mean);
@@ -102,7 +102,7 @@ struct Step {
     outputs.dx = dx.data();
     outputs.d_weight = Vector(d_weight);
     outputs.d_bias = Vector(d_bias);
-    return backward->Finish(Inputs(), outputs);
+    return backward->Finish(outputs);
   }
   absl::Status Run(Worker& worker, const std::string& layer) {
     const auto forward = Forward(worker, layer);

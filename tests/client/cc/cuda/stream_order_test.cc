@@ -24,9 +24,9 @@
 #include "client/cc/device_runtime.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
-#include "tests/client/cc/cuda/fake_device_runtime.h"
 #include "tests/client/cc/cuda/layer_step.h"
 #include "tests/client/cc/worker_group.h"
+#include "tests/testing/gpu/fake_device_runtime.h"
 
 namespace syncbn::testing {
 namespace {
@@ -233,7 +233,7 @@ TEST_F(StreamOrderTest, SlotsAreUsedAgain) {
   EXPECT_EQ(Gpu().allocations(), before);
 }
 
-// The host may wait all the same, and then knows what a host-driven pass knows.
+// The host may wait, and then has the statistics that a host-driven pass has.
 TEST_F(StreamOrderTest, WaitIsAllowed) {
   auto ahead = Join(0, 2), other = Join(1, 2);
   Reserve(stream_, 0, 2);
@@ -254,7 +254,7 @@ TEST_F(StreamOrderTest, WaitIsAllowed) {
   // Finishing again normalizes again, as a second forward pass of a checkpoint does.
   GpuStep again = step;
   std::fill(again.y.begin(), again.y.end(), 0.0);
-  ForwardOutputs outputs = again.Outputs();
+  ForwardArguments outputs = again.Outputs();
   outputs.running_mean = outputs.running_var = VectorView();
   ASSERT_TRUE(pass->Finish(View(again.x, Device::kCuda), outputs).ok());
   auto backward = BackwardPass::Start(*ahead, pass->statistics(), step.Inputs(), step.Options());
@@ -262,14 +262,14 @@ TEST_F(StreamOrderTest, WaitIsAllowed) {
   EXPECT_TRUE(backward->Wait().ok());
   BackwardOutputs gradients;
   gradients.dx = step.dx.data();
-  EXPECT_TRUE(backward->Finish(step.Inputs(), gradients).ok());
+  EXPECT_TRUE(backward->Finish(gradients).ok());
   thread.join();
   Gpu().Drain(stream_);
   EXPECT_EQ(again.y, step.y);
   EXPECT_FALSE(AllNan(step.dx));
 }
 
-// The passes that know too late, or cannot wait on the GPU, are driven by the host.
+// Passes that need the round's outcome early, or cannot wait on the GPU, are driven by the host.
 TEST_F(StreamOrderTest, FallsBackToTheHost) {
   auto worker = Join(0, 1);
   const auto is_ordered = [&](Worker& by, Step& step, BackwardRole role) {
@@ -304,7 +304,7 @@ TEST_F(StreamOrderTest, FallsBackToTheHost) {
   EXPECT_TRUE(there.Run(*worker, "bn0").ok());
   EXPECT_EQ(old->preloads(0), 0);
 
-  // An error is no answer for good.
+  // An error is not remembered.
   static FakeDeviceRuntime* const busy = new FakeDeviceRuntime;
   DeviceRuntime::SetForTesting(busy);
   busy->FailPreparation(FakeDeviceRuntime::kNotSupported);
@@ -315,7 +315,8 @@ TEST_F(StreamOrderTest, FallsBackToTheHost) {
   DeviceRuntime::SetForTesting(&Gpu());
 }
 
-// A pass that has no backward round: the statistics are constants to its backward pass, which knows the count late.
+// A pass without a backward round: the statistics are constants to its backward pass, which learns the count on the
+// GPU.
 TEST_F(StreamOrderTest, RoleNoneGoesBackWithoutARound) {
   auto worker = Join(0, 1);
   std::vector<GpuStep> steps = {GpuStep(6, 3, stream_), GpuStep(6, 3, stream_)};
@@ -413,7 +414,7 @@ TEST_F(StreamOrderTest, TwoWorkersOfOneProcess) {
 
 // ---- Failures -------------------------------------------------------------------------------------------------------
 
-// What the passes of one worker leave when their rounds fail: `fail` brings that about once the stream waits.
+// The results of one worker's passes whose rounds fail: `fail` makes them fail once the stream waits.
 class StreamOrderFailureTest : public StreamOrderTest {
  public:
   void ExpectPoison() {
@@ -458,7 +459,7 @@ TEST_F(StreamOrderFailureTest, DeadlineSurfacesAtTheNextForwardAndTheWorkerGoesO
   EXPECT_EQ(DetailsOf(status).layer, "bn0");
   EXPECT_EQ(DetailsOf(status).ranks, std::vector<uint32_t>{1});
   EXPECT_TRUE(worker->Settle().ok());  // Once.
-  // What was enqueued behind the failure has taken no sequence: both workers go on with the same.
+  // Passes enqueued behind the failure have taken no sequence: both workers go on with the same one.
   Step rest(3, 2, Device::kCpu);
   for (const char* layer : {"bn0", "bn1"}) {
     if (std::string(layer) == "bn0") {
@@ -622,7 +623,7 @@ TEST_F(StreamOrderFailureTest, MemoryGrowsWhileTheStreamWaits) {
     PassOptions options = steps_[0].Options();
     auto pass = ForwardPass::Start(*worker, "wide", view, options);
     ASSERT_TRUE(pass.ok()) << pass.status();
-    ForwardOutputs outputs;
+    ForwardArguments outputs;
     outputs.y = view;
     outputs.y.data = y.data();
     EXPECT_TRUE(pass->Finish(view, outputs).ok());

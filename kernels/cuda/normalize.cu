@@ -1,7 +1,7 @@
 #include "kernels/cuda/batch_norm.h"
 #include "kernels/cuda/block.cuh"
-#include "kernels/cuda/elemt.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/normalize.cuh"
 
 namespace syncbn::kernels::cuda {
 namespace {
@@ -36,7 +36,7 @@ Error LoadWithAddition() {
 Error BatchNormElemt(const Context& context, const TensorShape& shape, const void* x,
                      const ForwardCoefficients& coefficients, const Epilogue& epilogue, void* y) {
   if (shape.size() == 0) return kSuccess;
-  const Addition addition = KindOf(epilogue);
+  const Addition addition = AdditionOf(epilogue);
   ElemtArguments arguments;
   const int width = ElemtWidth(addition, SizeOf(shape.type));
   arguments.plan = PlanElement(shape, width, ElemtBytes(addition, SizeOf(shape.type)));

@@ -1,6 +1,6 @@
-// The host's conversions of 16-bit floats, all 65,536 of each, against what their formats say.
+// The host's conversions of 16-bit floats, all 65,536 of each, against the definitions of their formats.
 
-#include "kernels/cuda/element.cuh"
+#include "kernels/cuda/scalar_types.cuh"
 
 #include <gtest/gtest.h>
 

@@ -1,15 +1,15 @@
-// The element types, and vectors of them, for host and device.
+// The scalar types of tensors, and vectors of them, for host and device.
 //
 // The host's versions exist so that tests can run the kernels' arithmetic without a GPU; they give the same bits.
 
-#ifndef SYNCBN_KERNELS_CUDA_ELEMENT_CUH_
-#define SYNCBN_KERNELS_CUDA_ELEMENT_CUH_
+#ifndef SYNCBN_KERNELS_CUDA_SCALAR_TYPES_CUH_
+#define SYNCBN_KERNELS_CUDA_SCALAR_TYPES_CUH_
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/moments.h"
+#include "kernels/host_device.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -97,7 +97,7 @@ struct Narrow<Float16> {
   }
 };
 
-// What a type is computed in.
+// The type that elements of type T are computed in.
 template <typename T>
 struct AccumulatorOf {
   using Type = float;
@@ -212,4 +212,4 @@ SYNCBN_HOST_DEVICE inline void Store(const Vector<T, kWidth>& vector, int64_t fi
 
 }  // namespace syncbn::kernels::cuda
 
-#endif  // SYNCBN_KERNELS_CUDA_ELEMENT_CUH_
+#endif  // SYNCBN_KERNELS_CUDA_SCALAR_TYPES_CUH_

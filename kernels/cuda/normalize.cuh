@@ -6,24 +6,24 @@
 // Registers: 3 for each channel of a thread, and 16 (planes) or 32 (rows) for the vectors under way.
 // The stores ask to leave the cache first: y is not read again by this operation, x may be by the backward pass.
 
-#ifndef SYNCBN_KERNELS_CUDA_ELEMT_CUH_
-#define SYNCBN_KERNELS_CUDA_ELEMT_CUH_
+#ifndef SYNCBN_KERNELS_CUDA_NORMALIZE_CUH_
+#define SYNCBN_KERNELS_CUDA_NORMALIZE_CUH_
 
 #include <cstdint>
 #include <type_traits>
 
 #include "kernels/batch_norm.h"
 #include "kernels/cuda/coefficients.cuh"
-#include "kernels/cuda/element.cuh"
 #include "kernels/cuda/elementwise.cuh"
 #include "kernels/cuda/plan.h"
+#include "kernels/cuda/scalar_types.cuh"
 
 namespace syncbn::kernels::cuda {
 
-// What follows the normalization: nothing or ReLU alone; a residual first; a residual first and a mask of the outcome.
+// The addition after the normalization, before any ReLU: none; a residual; a residual, with a mask of the outcome.
 enum class Addition : uint8_t { kNone = 0, kResidual = 1, kResidualAndMask = 2 };
 
-inline Addition KindOf(const Epilogue& epilogue) {
+inline Addition AdditionOf(const Epilogue& epilogue) {
   if (epilogue.relu && epilogue.relu_mask != nullptr) return Addition::kResidualAndMask;
   return epilogue.residual != nullptr ? Addition::kResidual : Addition::kNone;
 }
@@ -103,7 +103,7 @@ struct ElemtOp {
   }
 };
 
-// What a block does.
+// The work of one block.
 template <Mapping kMapping, Addition kAddition, typename T, typename Block>
 SYNCBN_HOST_DEVICE inline void ElemtOfBlock(Block& block, const ElemtArguments& arguments) {
   using Op = ElemtOp<kAddition, T>;
@@ -118,4 +118,4 @@ SYNCBN_HOST_DEVICE inline void ElemtOfBlock(Block& block, const ElemtArguments& 
 
 }  // namespace syncbn::kernels::cuda
 
-#endif  // SYNCBN_KERNELS_CUDA_ELEMT_CUH_
+#endif  // SYNCBN_KERNELS_CUDA_NORMALIZE_CUH_

@@ -1,0 +1,41 @@
+// The CPU backend of kernels/batch_norm.h.
+//
+// Thread safety: any thread; operations on disjoint outputs may run at the same time.
+
+#ifndef SYNCBN_KERNELS_CPU_BATCH_NORM_H_
+#define SYNCBN_KERNELS_CPU_BATCH_NORM_H_
+
+#include "kernels/batch_norm.h"
+
+namespace syncbn::kernels::cpu {
+
+// The number of threads that an operation may use: the caller's own and num_threads - 1 from a pool shared by the
+// process, which starts with its first use. 1 never touches the pool.
+struct Context {
+  int num_threads = 1;
+};
+
+// Per channel: mean and sum of squared deviations from it, over values_per_channel() values. With no values: zeros. NaN
+// and infinity give NaN or infinity in their own channel alone. Variance is within 1e-6 of the true one at
+// |mean|/std = 1e4 in float32, whatever the order of the values.
+void BatchNormStats(const Context& context, const TensorShape& shape, const void* x, double* mean, double* m2);
+
+// y may be x or the residual. Each output is rounded to the tensor's type once.
+void BatchNormElemt(const Context& context, const TensorShape& shape, const void* x,
+                    const ForwardCoefficients& coefficients, const Epilogue& epilogue, void* y);
+
+// Per channel: sum of dy and of dy * (x - mean), where dy counts as 0 where the gate is shut.
+void BatchNormBackwardReduce(const Context& context, const TensorShape& shape, const void* dy, const void* x,
+                             const double* mean, const ReluGate& gate, double* sum_dy, double* sum_dy_xmu);
+
+// dx may be dy. d_residual, if not null, receives dy where the gate is open and 0 elsewhere (the gradient of the
+// residual).
+void BatchNormBackwardElemt(const Context& context, const TensorShape& shape, const void* dy, const void* x,
+                            const BackwardCoefficients& coefficients, const ReluGate& gate, void* dx, void* d_residual);
+
+// The instruction set that the operations run with on this machine: "AVX2", "AVX3", "SSE4" and so on.
+const char* InstructionSet();
+
+}  // namespace syncbn::kernels::cpu
+
+#endif  // SYNCBN_KERNELS_CPU_BATCH_NORM_H_

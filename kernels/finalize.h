@@ -1,0 +1,125 @@
+// From merged statistics to the coefficients of a pass, with the update of the running statistics and the gradients of
+// weight and bias: one channel at a time, in float64, by the formulas of coefficients.h. The CPU's passes, the CUDA
+// kernels and their tests on the host all run these functions, so they all give the same bits.
+
+#ifndef SYNCBN_KERNELS_FINALIZE_H_
+#define SYNCBN_KERNELS_FINALIZE_H_
+
+#include <cstdint>
+
+#include "kernels/coefficients.h"
+#include "kernels/host_device.h"
+#include "kernels/vector_view.h"
+
+namespace syncbn::kernels {
+
+// The outcome of a round that had not ended when the kernels that read it were launched. In mapped pinned memory; the
+// host writes it, with the round's vectors, before it lets the stream go on.
+struct RoundWords {
+  int64_t count = 0;   // A forward round's values in each channel.
+  uint32_t epoch = 0;  // The newest round of this memory that completed. A round that failed leaves it as it was.
+};
+
+// A round that may not have ended at the launch. By the time a kernel reads `words`, the round has ended: it completed
+// if their epoch is this one, and failed otherwise.
+struct PendingRound {
+  const RoundWords* words = nullptr;  // Null: the round had completed at the launch, and the arguments have its count.
+  uint32_t epoch = 0;
+
+  SYNCBN_HOST_DEVICE bool HasFailed() const { return words != nullptr && words->epoch != epoch; }
+  SYNCBN_HOST_DEVICE int64_t CountOr(int64_t known) const { return words != nullptr ? words->count : known; }
+};
+
+// The forward pass, in training and in evaluation. Vectors have `channels` elements.
+struct FinalizeForwardArguments {
+  int64_t channels = 0;
+  int64_t count = 0;       // Values in each channel, over all workers. Not read if `pending` has words.
+  ConstVectorView mean;    // Both required: merged statistics, or in evaluation the given ones.
+  ConstVectorView var;     // Biased, in training.
+  ConstVectorView weight;  // Absent: 1.
+  ConstVectorView bias;    // Absent: 0.
+  double eps = 1e-5;
+  EpsMode eps_mode = EpsMode::kAdd;
+  double* out_mean = nullptr;  // The three of ForwardCoefficients. out_mean may be the memory of mean.
+  double* out_scale = nullptr;
+  double* out_shift = nullptr;
+  VectorView running_mean;  // Updated in place. Absent: not kept.
+  VectorView running_var;
+  double momentum = 0.1;
+  bool biased_running_var = false;
+  PendingRound pending;
+};
+
+// Running statistics stay as they are after a round without values; the running variance does, too, where the round has
+// none to give (see RunningUpdate). After a pending round that failed, the three outputs are NaN and running statistics
+// stay as they are.
+SYNCBN_HOST_DEVICE inline void FinalizeForwardChannel(const FinalizeForwardArguments& arguments, int64_t c) {
+  if (arguments.pending.HasFailed()) {
+    arguments.out_mean[c] = arguments.out_scale[c] = arguments.out_shift[c] = __builtin_nan("");
+    return;
+  }
+  const double mean = arguments.mean.Get(c);
+  const double var = arguments.var.Get(c);
+  arguments.out_mean[c] = mean;
+  arguments.out_scale[c] = arguments.weight.GetOr(1.0, c) * InverseStd(var, arguments.eps, arguments.eps_mode);
+  arguments.out_shift[c] = arguments.bias.GetOr(0.0, c);
+  const RunningUpdate update(arguments.pending.CountOr(arguments.count), arguments.momentum,
+                             arguments.biased_running_var);
+  if (arguments.running_mean.present() && update.moves_mean()) {
+    arguments.running_mean.Set(c, update.Mean(arguments.running_mean.Get(c), mean));
+  }
+  if (arguments.running_var.present() && update.moves_var()) {
+    arguments.running_var.Set(c, update.Var(arguments.running_var.Get(c), var));
+  }
+}
+
+// The backward pass.
+struct FinalizeBackwardArguments {
+  int64_t channels = 0;
+  int64_t count = 0;               // The forward round's. Not read if `pending_forward` has words.
+  ConstVectorView var;             // As in the forward pass.
+  const double* sum_dy = nullptr;  // Summed over all workers. Both null: the statistics are constants.
+  const double* sum_dy_xmu = nullptr;
+  ConstVectorView weight;  // Absent: 1.
+  double eps = 1e-5;
+  EpsMode eps_mode = EpsMode::kAdd;
+  double* out_scale = nullptr;  // With the mean, the four of BackwardCoefficients.
+  double* out_mean_dy = nullptr;
+  double* out_projection = nullptr;
+  // This worker's sums, for the gradients of weight and bias; needed only where one of these is wanted.
+  const double* local_sum_dy = nullptr;
+  const double* local_sum_dy_xmu = nullptr;
+  VectorView weight_gradient;  // sum_dy_xmu * invstd. Absent: not wanted.
+  VectorView bias_gradient;    // sum_dy.
+  PendingRound pending_forward;
+  PendingRound pending_backward;
+};
+
+// If either pending round failed, everything that is written is NaN: the gradients too, which would otherwise lack what
+// the backward pass of the next layers has lost.
+SYNCBN_HOST_DEVICE inline void FinalizeBackwardChannel(const FinalizeBackwardArguments& arguments, int64_t c) {
+  double sum_dy_xmu = 0.0;  // This worker's.
+  double sum_dy = 0.0;
+  if (arguments.weight_gradient.present()) sum_dy_xmu = arguments.local_sum_dy_xmu[c];
+  if (arguments.bias_gradient.present()) sum_dy = arguments.local_sum_dy[c];
+  double invstd, mean_dy, projection;
+  if (arguments.pending_forward.HasFailed() || arguments.pending_backward.HasFailed()) {
+    invstd = mean_dy = projection = sum_dy = __builtin_nan("");
+  } else {
+    const int64_t count = arguments.pending_forward.CountOr(arguments.count);
+    const double var = arguments.var.Get(c);
+    const bool constant = arguments.sum_dy == nullptr || count == 0;
+    invstd = InverseStd(var, arguments.eps, arguments.eps_mode);
+    mean_dy = constant ? 0.0 : arguments.sum_dy[c] / static_cast<double>(count);
+    projection = constant ? 0.0 : Projection(arguments.sum_dy_xmu[c], count, var, arguments.eps, arguments.eps_mode);
+  }
+  arguments.out_scale[c] = arguments.weight.GetOr(1.0, c) * invstd;
+  arguments.out_mean_dy[c] = mean_dy;
+  arguments.out_projection[c] = projection;
+  if (arguments.weight_gradient.present()) arguments.weight_gradient.Set(c, sum_dy_xmu * invstd);
+  if (arguments.bias_gradient.present()) arguments.bias_gradient.Set(c, sum_dy);
+}
+
+}  // namespace syncbn::kernels
+
+#endif  // SYNCBN_KERNELS_FINALIZE_H_
