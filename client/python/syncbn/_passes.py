@@ -155,4 +155,11 @@ def evaluate_backward(inputs: BackwardInputs, options: EvaluateOptions, outputs:
     call(lib.syncbn_evaluate_backward, ctypes.byref(inputs), ctypes.byref(options), ctypes.byref(outputs))
 
 
+def observed_variance(count: int, var: np.ndarray, biased: bool) -> Optional[np.ndarray]:
+    """The variance that a round adds to running statistics, from the merged one; None: it has none to add."""
+    if biased:
+        return var if count > 0 else None
+    return var * (count / (count - 1)) if count > 1 else None
+
+
 NO_VECTOR = Vector(None, _library.FLOAT64)

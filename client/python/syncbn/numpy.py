@@ -319,10 +319,10 @@ def forward(
             worker, layer, values, counts, backward=backward, sequence=sequence, eps=eps, clamp=clamp
         )
         masked.normalize(y, weights, biases, residuals, relu)
-        divisor = masked.count if biased_running_variance else masked.count - 1
+        observed = _passes.observed_variance(masked.count, masked.var(channels), biased_running_variance)
         masked.update(running_mean, masked.mean(channels), momentum)
-        if divisor > 0:
-            masked.update(running_var, masked.var(channels) * (masked.count / divisor), momentum)
+        if observed is not None:
+            masked.update(running_var, observed, momentum)
         state = Forward(masked, values, channels_last, weights, biases, has_residual, relu, None, num_threads)
         return _as_given(y, channels_last), state
     passed = _passes.ForwardPass(

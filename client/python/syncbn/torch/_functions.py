@@ -22,7 +22,7 @@ _Gradients3 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[tor
 
 
 class _Saved(NamedTuple):
-    """What forward leaves to backward beside the tensors that autograd saves."""
+    """State of a forward pass for its backward passes, beside the tensors that autograd saves."""
 
     forward_pass: _passes.ForwardPass
     x: _tensors.Form
@@ -103,13 +103,13 @@ class Normalize(torch.autograd.Function):
         z: Optional[torch.Tensor],
         anchor: Optional[torch.Tensor],
         forward_pass: _passes.ForwardPass,
+        channels_last: bool,
         running_mean: Optional[torch.Tensor],
         running_var: Optional[torch.Tensor],
         momentum: float,
         relu: bool,
     ) -> torch.Tensor:
-        """x is dense, and so is z, in the same layout. `anchor` makes y differentiable where nothing else does."""
-        channels_last = _tensors.is_channels_last(x)
+        """x is dense, in that layout, and so is z. `anchor` makes y differentiable where nothing else does."""
         y = _tensors.empty_like(x)
         device, _, _ = _tensors.execution(x)
         # Named, so that copies live until the library is through with them.
@@ -145,7 +145,7 @@ class Normalize(torch.autograd.Function):
             gradients = (*_Gradients.apply(dz, x, weight, saved), dz if saved.needed[3] else None)
         else:
             gradients = _backward(saved, dy, x, weight)
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None)
 
 
 class _Gradients(torch.autograd.Function):
@@ -177,7 +177,9 @@ def _second_backward(
     """The gradients of dy, x and weight, from those of dx, d_weight and d_bias."""
     forward_pass = saved.forward_pass
     given: List[Any] = [
-        None if cotangent is None or form is None else _tensors.given_back(f"the gradient of {name}", cotangent, form, last)
+        None
+        if cotangent is None or form is None
+        else _tensors.given_back(f"the gradient of {name}", cotangent, form, last)
         for cotangent, name, form, last in zip(
             cotangents,
             ("dx", "d_weight", "d_bias"),

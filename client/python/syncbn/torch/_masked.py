@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from syncbn.core import Moments, Worker, default_worker
-from syncbn.torch import _checkpointing, _replicas, _second, _tensors
+from syncbn.torch import _checkpointing, _replicas, _running, _second, _tensors
 from syncbn.torch._second import Statistics, others, spread
 
 _NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) + (
@@ -288,8 +288,8 @@ def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         raise ValueError("Expected more than 1 value per channel when training, and the masks of all workers leave one")
     if count == 0 and x.numel():
         raise ValueError("the masks of all workers leave no position: there is nothing to take statistics of")
-    if first_time and count and layer.track_running_stats and layer.running_mean is not None:
-        _update(layer, state)
+    if first_time:
+        _running.update(layer, count, state.mean, state.var)
     anchor = None
     if torch.is_grad_enabled() and state.backward_required:  # Something differentiable, if nothing else is.
         anchor = torch.empty(0, requires_grad=True)
@@ -314,11 +314,3 @@ def _run_round(layer: Any, x: torch.Tensor, counts: torch.Tensor, gradient_follo
     state.has_round = role is not False and merged.backward_required and merged.count > 0 and counted
     state.sums = BackwardSums(worker if state.has_round else None, name, merged.sequence)
     return state
-
-
-def _update(layer: Any, state: _Pass) -> None:
-    rate, count = layer._count_batch(), state.count
-    var = state.var * (count / (count if layer.biased_running_variance else count - 1))
-    with torch.no_grad():
-        for running, new in ((layer.running_mean, state.mean), (layer.running_var, var)):
-            running.copy_(running.double() * (1 - rate) + torch.from_numpy(new).to(running.device) * rate)

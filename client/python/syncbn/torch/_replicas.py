@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from syncbn.core import Moments, Worker
-from syncbn.torch import _second, _tensors
+from syncbn.torch import _running, _second, _tensors
 
 _local = threading.local()
 _torch: Any = torch  # Where the hints of torch's versions differ.
 
 
 class Place(NamedTuple):
-    """Which replica this thread runs."""
+    """The replica that a thread runs."""
 
     group: "Group"
     replica: int
@@ -151,7 +151,7 @@ class Group:
 
 
 def merge(moments: List[Tuple[int, np.ndarray, np.ndarray]]) -> Tuple[int, np.ndarray, np.ndarray]:
-    """(count, mean [C], M2 [C]) of all, merged in their order; one of count 0 changes nothing."""
+    """(count, mean [C], M2 [C]) of all, merged in their order as kernels/moments.h does; count 0 changes nothing."""
     count, mean, m2 = moments[0]
     for other_count, other_mean, other_m2 in moments[1:]:
         if other_count == 0:
@@ -174,7 +174,7 @@ def _moments(x: torch.Tensor) -> Tuple[int, np.ndarray, np.ndarray]:
 
 
 class _Pass:
-    """What forward leaves to backward."""
+    """State of a forward pass for its backward passes."""
 
     def __init__(self, worker: Worker, layer: Any, moments: Moments, takes_part: bool, size: int) -> None:
         self.worker, self.name, self.size = worker, layer.layer, size
@@ -232,7 +232,8 @@ def _backward(state: _Pass, *tensors: Any) -> _Tensors:
     gradients: List[Optional[torch.Tensor]] = [None] * (3 * n)
     for i, (weight, dy, xmu) in enumerate(zip(weights, dys, centred)):
         if needed[i]:
-            dx = (dy.double() - _second.spread(offset, dy) - xmu * _second.spread(slope, dy)) * _second.spread(statistics.invstd, dy)
+            centred_dy = dy.double() - _second.spread(offset, dy) - xmu * _second.spread(slope, dy)
+            dx = centred_dy * _second.spread(statistics.invstd, dy)
             gradients[i] = _tensors.rounded(dx if weight is None else dx * _second.spread(weight, dy), dy.dtype)
         of_weight, of_bias = forms[n + i], forms[2 * n + i]
         if needed[n + i] and of_weight is not None:
@@ -253,7 +254,8 @@ def _second_backward(state: _Pass, needed: Sequence[bool], *tensors: Any) -> _Te
         for value, form in zip(tensors[3 * n :], state.forms)
     ]
     parts = [
-        _second.Part(xs[i], dys[i], weights[i], cotangents[i], cotangents[n + i], cotangents[2 * n + i]) for i in range(n)
+        _second.Part(xs[i], dys[i], weights[i], cotangents[i], cotangents[n + i], cotangents[2 * n + i])
+        for i in range(n)
     ]
     sums: Any = sum(_second.local_sums(part, state.statistics) for part in parts)
     if state.has_round:
@@ -306,17 +308,6 @@ class _Normalize(torch.autograd.Function):
         return (None, *_backward(ctx.state, *tensors), None)
 
 
-def _update(layer: Any, moments: Moments) -> None:
-    """The running statistics of replica 0, which are the model's own."""
-    if not layer.track_running_stats or layer.running_mean is None or moments.count == 0:
-        return
-    divisor = moments.count if layer.biased_running_variance else moments.count - 1
-    rate, var = layer._count_batch(), moments.var * (moments.count / divisor)
-    with torch.no_grad():
-        for running, new in ((layer.running_mean, moments.mean), (layer.running_var, var)):
-            running.copy_(running.double() * (1 - rate) + torch.from_numpy(new).to(running.device) * rate)
-
-
 def normalize(layer: Any, x: torch.Tensor, place: Place, worker: Worker) -> torch.Tensor:
     """A SyncBatchNorm's forward in training, for the replica that this thread runs."""
     group = place.group
@@ -335,7 +326,7 @@ def normalize(layer: Any, x: torch.Tensor, place: Place, worker: Worker) -> torc
         )
         if moments.count == 1:
             raise ValueError("Expected more than 1 value per channel when training, and no other worker had one")
-        _update(first, moments)
+        _running.update(first, moments.count, moments.mean, moments.var)  # Those of replica 0 are the model's own.
         state = _Pass(worker, first, moments, role is not False, group.size)
         parameters = [layer.weight for layer, _ in places] + [layer.bias for layer, _ in places]
         # Something differentiable, where only another worker calls for this one's part in the backward round.

@@ -158,7 +158,8 @@ class Synchronized(torch.nn.Module):
     def _normalize_plain(self, input: torch.Tensor, step: Step) -> torch.Tensor:
         """As an operation under __torch_function__, by which a subclass of Tensor keeps its class."""
         _tensors.check_supported(input, step.weight, step.bias, step.z)
-        x = _tensors.dense(input, _tensors.is_channels_last(input))
+        channels_last = _tensors.is_channels_last(input)
+        x = _tensors.dense(input, channels_last)
         checkpoint = _checkpointing.Context()
         place = _replicas.current()
         if place is not None:
@@ -166,7 +167,7 @@ class Synchronized(torch.nn.Module):
         forward_pass = checkpoint.replay(self)
         first_time = forward_pass is None
         if forward_pass is None:
-            forward_pass = self._run_round(x, step, checkpoint.gradient_follows)
+            forward_pass = self._run_round(x, channels_last, step, checkpoint.gradient_follows)
         checkpoint.record(self, forward_pass)
         # The count of a stream-ordered pass is not known yet, but at least 2: smaller batches are host-driven.
         count = None if forward_pass.stream_ordered else forward_pass.count
@@ -183,13 +184,16 @@ class Synchronized(torch.nn.Module):
             step.z,
             self._anchor(x, step, forward_pass),
             forward_pass,
+            channels_last,
             step.running_mean if update else None,
             step.running_var if update else None,
             step._count_batch() if update else 0.0,
             step.relu,
         )
 
-    def _run_round(self, x: torch.Tensor, step: Step, gradient_follows: bool) -> _passes.ForwardPass:
+    def _run_round(
+        self, x: torch.Tensor, channels_last: bool, step: Step, gradient_follows: bool
+    ) -> _passes.ForwardPass:
         """Merges x's moments with those of the other workers."""
         worker = self.worker or default_worker()
         layer = self._declare(worker, x.size(1), step.eps)
@@ -198,7 +202,7 @@ class Synchronized(torch.nn.Module):
             forward_pass = _passes.ForwardPass(
                 worker,
                 layer,
-                _tensors.describe(x, _tensors.is_channels_last(x)),
+                _tensors.describe(x, channels_last),
                 role=self._role(x, gradient_follows),
                 num_threads=threads,
                 stream=stream,

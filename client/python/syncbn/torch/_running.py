@@ -1,0 +1,28 @@
+"""The update of a module's running statistics where the library does not make it: replicas and masked batches."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from syncbn import _passes
+from syncbn.torch import _tensors
+
+
+def update(layer: Any, count: int, mean: np.ndarray, var: np.ndarray) -> None:
+    """Updates in float64 and rounds once, as the library does.
+
+    Args:
+      layer: a SyncBatchNorm, which may keep none.
+      count: values in each channel, over all workers. 0: nothing changes.
+      mean, var: the merged ones, var biased.
+    """
+    if not layer.track_running_stats or layer.running_mean is None or count == 0:
+        return
+    observed = _passes.observed_variance(count, var, layer.biased_running_variance)
+    rate = layer._count_batch()
+    with torch.no_grad():
+        for running, new in ((layer.running_mean, mean), (layer.running_var, observed)):
+            if new is not None:
+                wide = running.double() * (1 - rate) + torch.from_numpy(new).to(running.device) * rate
+                running.copy_(_tensors.rounded(wide, running.dtype))
