@@ -107,7 +107,6 @@ TEST(Moments, M2IsNeverNegativeAndNanPasses) {
 }
 
 TEST(Coefficients, EpsilonModes) {
-  using kernels::EpsMode;
   using kernels::InverseStd;
   EXPECT_DOUBLE_EQ(InverseStd(3.0, 1.0, EpsMode::kAdd), 0.5);
   EXPECT_DOUBLE_EQ(InverseStd(4.0, 1.0, EpsMode::kClamp), 0.5);
@@ -117,7 +116,6 @@ TEST(Coefficients, EpsilonModes) {
 }
 
 TEST(Coefficients, Projection) {
-  using kernels::EpsMode;
   using kernels::Projection;
   EXPECT_DOUBLE_EQ(Projection(8.0, 2, 3.0, 1.0, EpsMode::kAdd), 1.0);
   EXPECT_EQ(Projection(8.0, 0, 3.0, 1.0, EpsMode::kAdd), 0.0);
@@ -125,9 +123,20 @@ TEST(Coefficients, Projection) {
 }
 
 TEST(Coefficients, RunningStatistics) {
-  EXPECT_DOUBLE_EQ(kernels::UpdateRunning(1.0, 2.0, 0.1), 1.1);
-  EXPECT_DOUBLE_EQ(kernels::RunningVariance(2.0, 5, false), 2.5);
-  EXPECT_DOUBLE_EQ(kernels::RunningVariance(2.0, 5, true), 2.0);
+  const kernels::RunningUpdate unbiased(5, 0.1, false);
+  EXPECT_DOUBLE_EQ(unbiased.Mean(1.0, 2.0), 1.1);
+  EXPECT_DOUBLE_EQ(unbiased.Var(1.0, 2.0), 1.15);  // 0.9 + 0.1 * 2 * 5/4.
+  EXPECT_DOUBLE_EQ(kernels::RunningUpdate(5, 0.1, true).Var(1.0, 2.0), 1.1);
+}
+
+TEST(Coefficients, SmallRoundsMoveOnlyWhatTheyTell) {
+  const kernels::RunningUpdate empty(0, 0.1, false);
+  EXPECT_FALSE(empty.moves_mean());
+  EXPECT_FALSE(empty.moves_var());
+  const kernels::RunningUpdate single(1, 0.1, false);
+  EXPECT_TRUE(single.moves_mean());
+  EXPECT_FALSE(single.moves_var());
+  EXPECT_TRUE(kernels::RunningUpdate(1, 0.1, true).moves_var());
 }
 
 }  // namespace

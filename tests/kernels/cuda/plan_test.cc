@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/batch_norm.h"
-#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/plane_vector.cuh"
 
 namespace syncbn::kernels::cuda {
 namespace {
