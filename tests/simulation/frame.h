@@ -1,18 +1,32 @@
-// What simulated workers send.
+// Frames on the path between simulated workers and masters, and how the two sides' structs become each other's.
 
 #ifndef SYNCBN_TESTS_SIMULATION_FRAME_H_
 #define SYNCBN_TESTS_SIMULATION_FRAME_H_
 
+#include <cstddef>
 #include <memory>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "absl/status/status.h"
+#include "client/cc/session/frame.h"
 #include "server/core/coordinator.h"
+#include "tests/simulation/settings.h"
 #include "tests/testing/engine.h"
 
 namespace syncbn::simulation {
 
 using NumbersPtr = std::shared_ptr<const testing::Numbers>;
+
+// A session's contribution, with its numbers.
+struct SimulatedContribution final : public session::Contribution {
+  SimulatedContribution(RoundKey key, size_t bytes, NumbersPtr its_numbers)
+      : Contribution(std::move(key), bytes), numbers(std::move(its_numbers)) {}
+
+  const NumbersPtr numbers;
+};
 
 struct Part {
   core::RoundKey key;
@@ -23,35 +37,34 @@ struct Part {
 struct Frame {
   std::optional<core::Join> join;
   std::vector<core::LayerSpec> layers;
-  std::vector<Part> parts;  // Of one sequence.
+  std::vector<Part> parts;
   std::vector<core::RoundKey> blocked_on;
   bool leave = false;
 };
 using FramePtr = std::shared_ptr<const Frame>;
+using ContributionRef = std::shared_ptr<session::Contribution>;
+using ServerFramePtr = std::shared_ptr<const session::ServerFrame>;
 
-// The engine's, but for a wait after which rounds are late that is within the schedules' deadlines, and turns that the
-// rounds of a group do not fit into.
-inline core::Limits SimulatedLimits() {
-  core::Limits limits;
-  limits.late_round_after = absl::Milliseconds(25);
-  limits.max_turn_bytes = 1'500;  // Two or three rounds.
-  return limits;
-}
+// Returns the join of a rank that was let in as `incarnation` of `run_id` before; 0 and 0 if it was not.
+core::Join MakeJoin(const Settings& settings, core::Rank rank, uint64_t incarnation, uint64_t run_id);
 
+// Converts a frame that a worker of this rank has written.
+FramePtr FromSession(const session::ClientFrame& frame, const Settings& settings, core::Rank rank);
 // Points into the frame.
-inline core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame) {
-  core::FrameReceived event;
-  event.stream = stream;
-  event.join = frame.join;
-  event.layers = frame.layers;
-  for (const Part& part : frame.parts) {
-    const testing::Numbers& numbers = *part.numbers;
-    event.contributions.push_back({part.key, numbers.count, numbers.role, numbers.first, numbers.second});
-  }
-  event.blocked_on = frame.blocked_on;
-  if (frame.leave) event.leave = "finished";
-  return event;
-}
+core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame);
+
+// Converts what a master sends; returns null for effects that no worker is told.
+ServerFramePtr ToSession(const core::Effect& effect);
+// Returns the streams that an effect goes to.
+std::vector<core::StreamId> ReceiversOf(const core::Effect& effect);
+absl::Status ToStatus(const core::Error& error, const std::string& layer);
+
+RoundKey ToSession(const core::RoundKey& key);
+core::RoundKey FromSession(const RoundKey& key);
+
+// "a/0/1": layer, sequence, phase.
+std::string Name(const RoundKey& key);
+std::string Name(const core::RoundKey& key);
 
 }  // namespace syncbn::simulation
 

@@ -15,10 +15,6 @@ using core::Rank;
 using core::RoundKey;
 using core::StreamId;
 
-std::string Name(const RoundKey& key) {
-  return absl::StrCat(key.layer, "/", key.sequence, "/", static_cast<int>(key.phase));
-}
-
 bool SameBits(const std::vector<double>& a, const std::vector<double>& b) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](double x, double y) {
            return (x == y && std::signbit(x) == std::signbit(y)) || (std::isnan(x) && std::isnan(y));
@@ -66,7 +62,7 @@ void Model::BeforeFrame(StreamId stream, const Frame& frame, absl::Time now) {
   sender_.stream = stream;
   frame_ = &frame;
   if (frame.join.has_value()) {
-    joining_[stream] = *frame.join;  // What else it says counts once it is seated.
+    joining_[stream] = *frame.join;  // The rest of the frame counts once it is seated.
     const Rank rank = frame.join->rank;
     if (Intrudes(*frame.join) && WhyRefused(*frame.join).empty() && members_[rank].stream == 0 && !Left(rank)) {
       refused_.insert(rank);
@@ -96,7 +92,7 @@ void Model::TakeFrame(Rank rank, absl::Time now) {
   sender_.rank = rank;
   sender_.seated = true;
   sender_.leaves = frame_->leave;
-  if (!frame_->layers.empty()) members_[rank].channels = frame_->layers.front().channels;
+  for (const core::LayerSpec& spec : frame_->layers) members_[rank].channels[spec.name] = spec.channels;
   for (const Part& part : frame_->parts) Take(rank, part, now);
   members_[rank].blocked_on = frame_->blocked_on;
 }
@@ -135,8 +131,8 @@ void Model::Take(Rank rank, const Part& part, absl::Time now) {
       return;
     }
   }
+  added_[part.key] = before == round->second.parts.end() ? std::nullopt : std::optional<Held>(before->second);
   round->second.parts[rank] = Held{incarnation, part.numbers};
-  added_.insert(part.key);
 }
 
 // ---- What it answers ------------------------------------------------------------------------------------------------
@@ -329,8 +325,15 @@ void Model::CheckRefusal(StreamId stream, const core::RoundOutcome& outcome) {
   if (sent == nullptr) return Violate(absl::StrCat(reason, " of ", Name(outcome.key), " for one who has not sent it"));
   if (added_.count(outcome.key) != 0) {
     const auto round = pending_.find(outcome.key);
-    round->second.parts.erase(sender_.rank);
-    if (round->second.parts.empty()) pending_.erase(round);
+    if (round == pending_.end()) {
+      // The frame's declarations had ended the round before its contribution came.
+      const std::optional<Held>& replaced = added_[outcome.key];
+      if (!replaced.has_value()) return Violate(absl::StrCat(reason, " of ", Name(outcome.key), " after its end"));
+      ended_[outcome.key].parts[sender_.rank] = *replaced;
+    } else {
+      round->second.parts.erase(sender_.rank);
+      if (round->second.parts.empty()) pending_.erase(round);
+    }
     added_.erase(outcome.key);
   }
   told_.insert({stream, outcome.key});
@@ -366,7 +369,13 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
   if (found == pending_.end()) {
     return Violate(absl::StrCat(Name(outcome.key), ended_.count(outcome.key) != 0 ? " ends twice" : " has not begun"));
   }
-  const Pending& round = found->second;
+  Pending& round = found->second;
+  // A frame's declarations count before its contributions, which then come to a round that they have ended.
+  const bool disputed = outcome.error.has_value() && outcome.error->reason == std::string("LAYER_SPEC_MISMATCH");
+  if (disputed && ended.contributors + 1 == round.parts.size() && added_.erase(outcome.key) != 0) {
+    round.parts.erase(sender_.rank);
+    must_answer_.push_back(outcome.key);
+  }
   if (ended.contributors != round.parts.size()) Violate(absl::StrCat(Name(outcome.key), " miscounts contributors"));
   if (ended.duration != now - round.begun || ended.duration > *settings_.config.round_timeout) {
     Violate(absl::StrCat(Name(outcome.key), " lasted ", absl::FormatDuration(now - round.begun)));
@@ -602,7 +611,8 @@ void Model::CheckEmpty(const core::Coordinator& coordinator) {
 bool Model::MayDisagree(const std::string& layer) const {
   std::set<uint32_t> declared;
   for (const auto& [rank, member] : members_) {
-    if (member.channels != 0 && !Left(rank)) declared.insert(member.channels);
+    const auto channels = member.channels.find(layer);
+    if (channels != member.channels.end() && !Left(rank)) declared.insert(channels->second);
   }
   return declared.size() > 1 && completed_.count(layer) == 0;
 }

@@ -1,5 +1,5 @@
-// What the protocol promises, as checks on what one coordinator is told and what it answers. Shares no code with it: it
-// keeps its own books of seats, contributions and outcomes, and merges in long double.
+// Checks that a master keeps the protocol's promises, by what one coordinator is told and what it answers. The checks
+// share no code with it: they keep their own books of seats, contributions and outcomes, and merge in long double.
 
 #ifndef SYNCBN_TESTS_SIMULATION_MODEL_H_
 #define SYNCBN_TESTS_SIMULATION_MODEL_H_
@@ -15,43 +15,12 @@
 #include "absl/time/time.h"
 #include "server/core/coordinator.h"
 #include "tests/simulation/frame.h"
+#include "tests/simulation/settings.h"
 
 namespace syncbn::simulation {
 
-// What is fixed for a schedule.
-struct Settings {
-  uint32_t world_size = 2;
-  core::GroupConfig config;  // Complete.
-  std::vector<core::LayerSpec> layers;
-  // From this sequence on, every worker declares all layers anew, as `later`, if there is one.
-  std::optional<uint64_t> redeclared_at;
-  std::vector<core::LayerSpec> later;
-
-  const std::vector<core::LayerSpec>& LayersAt(uint64_t sequence) const {
-    return redeclared_at.has_value() && sequence >= *redeclared_at ? later : layers;
-  }
-  const core::LayerSpec& LayerOf(const core::RoundKey& key) const {
-    for (const core::LayerSpec& spec : LayersAt(key.sequence)) {
-      if (spec.name == key.layer) return spec;
-    }
-    return layers.front();
-  }
-};
-
 // The incarnations that were ever given out, by run and rank; they outlive masters.
 using Incarnations = std::map<std::pair<uint64_t, core::Rank>, uint64_t>;
-
-struct Tally {
-  uint64_t completed = 0;
-  uint64_t partial = 0;  // Of those, without all that were expected.
-  uint64_t replayed = 0;
-  uint64_t redeclared = 0;  // Of those that completed, of layers that were declared anew.
-  uint64_t fenced = 0;
-  uint64_t late = 0;                        // Rounds that were told to be.
-  uint64_t taken = 0;                       // Joins that were refused because another had the seat.
-  std::map<std::string, uint64_t> failed;   // By reason.
-  std::map<std::string, uint64_t> refused;  // To the sender alone.
-};
 
 // One life of a master. Before each event goes to the coordinator, Before...; afterwards After, with its effects.
 class Model {
@@ -95,7 +64,7 @@ class Model {
     core::StreamId stream = 0;  // 0 if it has none.
     uint64_t incarnation = 0;
     bool left = false;
-    uint32_t channels = 0;  // Of the first layer, as it was declared last; 0 if it was not.
+    std::map<std::string, uint32_t> channels;  // By layer, as it was declared last.
     std::optional<absl::Time> lost_at;
     std::vector<core::RoundKey> blocked_on;
   };
@@ -103,10 +72,10 @@ class Model {
     std::vector<long double> mean;
     std::vector<long double> var;
     uint64_t updates = 0;
-    bool later = false;  // Of the layer as it was declared anew.
+    bool later = false;  // They belong to the layer as it was declared anew.
     bool mixed = false;  // An earlier size has come after the later one: which of them counts is a matter of order.
   };
-  // What one channel's merge should be.
+  // The merge of a round's contributions, as it should be.
   struct Merged {
     int64_t count = 0;
     std::vector<long double> first;
@@ -135,11 +104,11 @@ class Model {
   void CheckNumbers(const core::RoundOutcome& outcome, const Merged& merged);
   void CheckRunning(const std::string& layer, const core::LayerView& view);
   bool RefusalIsDue(core::Rank rank, const Part& part, const std::string& reason) const;
-  // Whether the join has other layers than the workers have.
+  // Returns true if the join has other layers than the workers have.
   bool Intrudes(const core::Join& join) const {
     return !join.layers.empty() && join.layers.size() != settings_.layers.size();
   }
-  // Whether some workers have declared the layers anew and others have not, and no round of this one has completed.
+  // Returns true if some workers have declared the layer anew and others have not, and no round of it has completed.
   bool MayDisagree(const std::string& layer) const;
   // Why it is refused, whatever its layers are; empty if it is not.
   std::string WhyRefused(const core::Join& join) const;
@@ -152,7 +121,7 @@ class Model {
   void UpdateRunning(const core::RoundKey& key, const Merged& merged);
 
   std::optional<core::Rank> SeatOf(core::StreamId stream) const;
-  // Of the ranks that have a stream, or have left; the sender of a last frame has left already.
+  // The rank has a stream; or it has left, as the sender of a last frame has already.
   bool Present(core::Rank rank) const;
   bool Left(core::Rank rank) const;
   bool Open(core::StreamId stream) const { return closed_.count(stream) == 0; }
@@ -184,7 +153,7 @@ class Model {
   bool resumed_ = false;             // The run began under another master.
   bool shutting_down_ = false;
 
-  // Of the event that is being handled.
+  // The event that is being handled.
   struct Sender {
     core::StreamId stream = 0;
     core::Rank rank = 0;
@@ -193,7 +162,8 @@ class Model {
   };
   Sender sender_;
   const Frame* frame_ = nullptr;
-  std::set<core::RoundKey> added_;  // Parts that were taken from the frame.
+  // Parts that were taken from the frame, each with the one that it replaced, if there was one.
+  std::map<core::RoundKey, std::optional<Held>> added_;
   std::vector<std::pair<const core::SendResults*, const core::RoundOutcome*>> outcomes_;
   std::vector<std::pair<core::StreamId, core::RoundKey>> to_tell_;
   std::set<std::pair<core::StreamId, core::RoundKey>> told_;

@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "server/core/coordinator.h"
 #include "tests/simulation/frame.h"
+#include "tests/simulation/settings.h"
 #include "tests/testing/engine.h"
 
 namespace syncbn::simulation {
@@ -18,7 +19,7 @@ namespace syncbn::simulation {
 enum class Bug {
   kNone,
   kNoFencing,        // A join of an older incarnation is let in, as though it were the present one.
-  kStaleStream,      // What a fenced stream still sends is taken for its successor's.
+  kStaleStream,      // A frame of a fenced stream is taken for its successor's.
   kChangedReplay,    // A replayed result differs from the first in its last bit.
   kDoubleCount,      // A contribution that is sent on a second stream counts twice.
   kLostOutcome,      // The last of a round's members is not told of its end.
@@ -30,7 +31,7 @@ enum class Bug {
   kAcceptedNan,      // Bad numbers are made good on their way in.
   kAnyLayers,        // A join with a layer too many is let in.
   kSilentLate,       // Nobody is told of rounds that wait for long.
-  kLostDeclaration,  // What rank 0 declares anew is not heard.
+  kLostDeclaration,  // A new declaration of rank 0 is not heard.
   kStolenSeat,       // A stranger gets the seat of a worker that is alive.
 };
 
@@ -57,7 +58,7 @@ class Mutant {
   std::map<core::Rank, uint64_t> incarnations_;
   std::set<core::StreamId> closed_;
   std::set<core::RoundKey> told_;
-  std::map<core::RoundKey, core::StreamId> first_stream_;   // Of rank 0's contributions.
+  std::map<core::RoundKey, core::StreamId> first_stream_;   // For rank 0's contributions.
   std::vector<std::unique_ptr<std::vector<double>>> kept_;  // Numbers that were made good.
   uint64_t asked_ = 0;                                      // The incarnation that a join was robbed of.
 };

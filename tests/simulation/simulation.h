@@ -8,15 +8,22 @@
 #include <string>
 #include <vector>
 
-#include "tests/simulation/model.h"
 #include "tests/simulation/mutant.h"
+#include "tests/simulation/session_mutant.h"
+#include "tests/simulation/settings.h"
 
 namespace syncbn::simulation {
+
+// Planted bugs: of the master, and of every worker's session.
+struct Bugs {
+  Bug master = Bug::kNone;
+  SessionBug session = SessionBug::kNone;
+};
 
 struct Report {
   // The promise that was broken; nothing if all held.
   std::optional<std::string> violation;
-  // What happened, line by line, if it was asked for.
+  // A line for each event, if they were asked for.
   std::vector<std::string> log;
   uint64_t events = 0;
   uint64_t master_restarts = 0;
@@ -25,10 +32,11 @@ struct Report {
   Tally tally;
 };
 
-// Runs the schedule of this seed. Two to six workers work through a few rounds of several layers, in orders of their
-// own. For a while streams break and are late, workers stall, crash, restart (some while their predecessors still
-// live), repeat themselves, send bad numbers, and the master restarts; then the faults end, and everything must.
-Report RunSchedule(uint64_t seed, Bug bug = Bug::kNone, bool keep_log = false);
+// Runs the schedule of this seed: the real coordinator and, for each of two to six workers, the real session. Programs
+// work through a few rounds of several layers, in orders of their own. For a while streams break in both directions or
+// one, and are late; workers stall, crash, restart (some while their predecessors still live) and send bad numbers;
+// strangers join, old frames come again, and the master restarts. Then the faults end, and everything must.
+Report RunSchedule(uint64_t seed, Bugs bugs = {}, bool keep_log = false);
 
 }  // namespace syncbn::simulation
 

@@ -21,22 +21,10 @@ uint64_t schedules = 100'000;
 constexpr int kBlocks = 10;
 constexpr uint64_t kEnoughToFindABug = 5000;
 
-std::string Replay(uint64_t seed, Bug bug) {
+std::string Replay(uint64_t seed) {
   std::string text;
-  for (const std::string& line : RunSchedule(seed, bug, true).log) text += line + "\n";
+  for (const std::string& line : RunSchedule(seed, {}, /*keep_log=*/true).log) text += line + "\n";
   return text;
-}
-
-void Add(const Tally& from, Tally& to) {
-  to.completed += from.completed;
-  to.partial += from.partial;
-  to.replayed += from.replayed;
-  to.redeclared += from.redeclared;
-  to.fenced += from.fenced;
-  to.late += from.late;
-  to.taken += from.taken;
-  for (const auto& [reason, times] : from.failed) to.failed[reason] += times;
-  for (const auto& [reason, times] : from.refused) to.refused[reason] += times;
 }
 
 // One block of the schedules, so that they can be spread over shards.
@@ -52,8 +40,8 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
     const Report report = RunSchedule(seed);
     ASSERT_FALSE(report.violation.has_value())
         << *report.violation << "\nrun again with --schedules=1 --seed=" << seed << "\n"
-        << Replay(seed, Bug::kNone);
-    Add(report.tally, sum.tally);
+        << Replay(seed);
+    sum.tally.Add(report.tally);
     sum.events += report.events;
     sum.master_restarts += report.master_restarts;
     sum.worker_restarts += report.worker_restarts;
@@ -73,7 +61,10 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   for (const auto& [reason, times] : sum.tally.refused) {
     std::printf("  refused with %s: %llu\n", reason.c_str(), static_cast<unsigned long long>(times));
   }
-  if (each < 1'000) return;
+  for (const auto& [reason, times] : sum.tally.ended) {
+    std::printf("  sessions ended with %s: %llu\n", reason.c_str(), static_cast<unsigned long long>(times));
+  }
+  if (each < 5'000) return;
   // A simulation that no longer reaches these proves nothing about them.
   EXPECT_GT(sum.master_restarts, 0u);
   EXPECT_GT(sum.tally.partial, 0u);
@@ -82,6 +73,17 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.tally.fenced, 0u);
   EXPECT_GT(sum.tally.late, 0u);
   EXPECT_GT(sum.tally.taken, 0u);
+  EXPECT_GT(sum.tally.rejoins, 0u);
+  EXPECT_GT(sum.tally.resent, 0u);
+  EXPECT_GT(sum.tally.unanswered, 0u);
+  EXPECT_GT(sum.tally.held_back, 0u);
+  EXPECT_GT(sum.tally.blocked, 0u);
+  EXPECT_GT(sum.tally.retracted, 0u);
+  EXPECT_GT(sum.tally.not_found, 0u);
+  EXPECT_GT(sum.tally.silent, 0u);
+  for (const char* reason : {"LEFT", "UNREACHABLE", "RANK_TAKEN", "RUN_SUPERSEDED", "FENCED"}) {
+    EXPECT_GT(sum.tally.ended[reason], 0u) << reason;
+  }
   for (const char* reason : {"ROUND_TIMEOUT", "WORKER_LOST", "DEADLOCK", "TOO_FEW_WORKERS", "INVALID_CONTRIBUTION",
                              "NOT_FINITE", "LAYER_SET_MISMATCH"}) {
     EXPECT_GT(sum.tally.failed[reason], 0u) << reason;
@@ -94,19 +96,19 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
 INSTANTIATE_TEST_SUITE_P(Block, SchedulesTest, ::testing::Range(0, kBlocks));
 
 TEST(ScheduleTest, IsTheSameEachTime) {
-  for (uint64_t seed = 1; seed < 20; ++seed) EXPECT_EQ(Replay(seed, Bug::kNone), Replay(seed, Bug::kNone));
+  for (uint64_t seed = 1; seed < 20; ++seed) EXPECT_EQ(Replay(seed), Replay(seed));
 }
 
 struct PlantedBug {
   const char* name;
-  Bug bug;
+  Bugs bugs;
 };
 
 class PlantedBugTest : public ::testing::TestWithParam<PlantedBug> {};
 
 TEST_P(PlantedBugTest, IsFound) {
   for (uint64_t seed = first_seed; seed < first_seed + kEnoughToFindABug; ++seed) {
-    if (const auto violation = RunSchedule(seed, GetParam().bug).violation) {
+    if (const auto violation = RunSchedule(seed, GetParam().bugs).violation) {
       std::printf("found by the %lluth schedule: %s\n", static_cast<unsigned long long>(seed - first_seed + 1),
                   violation->c_str());
       return;
@@ -115,16 +117,38 @@ TEST_P(PlantedBugTest, IsFound) {
   FAIL() << "not found in " << kEnoughToFindABug << " schedules";
 }
 
+PlantedBug OfMaster(const char* name, Bug bug) { return {name, {bug, SessionBug::kNone}}; }
+PlantedBug OfSession(const char* name, SessionBug bug) { return {name, {Bug::kNone, bug}}; }
+
 INSTANTIATE_TEST_SUITE_P(
-    All, PlantedBugTest,
-    ::testing::Values(PlantedBug{"NoFencing", Bug::kNoFencing}, PlantedBug{"StaleStream", Bug::kStaleStream},
-                      PlantedBug{"ChangedReplay", Bug::kChangedReplay}, PlantedBug{"DoubleCount", Bug::kDoubleCount},
-                      PlantedBug{"LostOutcome", Bug::kLostOutcome}, PlantedBug{"SendAfterClose", Bug::kSendAfterClose},
-                      PlantedBug{"IgnoredDeadline", Bug::kIgnoredDeadline}, PlantedBug{"EarlyLeave", Bug::kEarlyLeave},
-                      PlantedBug{"WrongVariance", Bug::kWrongVariance}, PlantedBug{"SplitOutcome", Bug::kSplitOutcome},
-                      PlantedBug{"AcceptedNan", Bug::kAcceptedNan}, PlantedBug{"AnyLayers", Bug::kAnyLayers},
-                      PlantedBug{"SilentLate", Bug::kSilentLate}, PlantedBug{"LostDeclaration", Bug::kLostDeclaration},
-                      PlantedBug{"StolenSeat", Bug::kStolenSeat}),
+    Master, PlantedBugTest,
+    ::testing::Values(OfMaster("NoFencing", Bug::kNoFencing), OfMaster("StaleStream", Bug::kStaleStream),
+                      OfMaster("ChangedReplay", Bug::kChangedReplay), OfMaster("DoubleCount", Bug::kDoubleCount),
+                      OfMaster("LostOutcome", Bug::kLostOutcome), OfMaster("SendAfterClose", Bug::kSendAfterClose),
+                      OfMaster("IgnoredDeadline", Bug::kIgnoredDeadline), OfMaster("EarlyLeave", Bug::kEarlyLeave),
+                      OfMaster("WrongVariance", Bug::kWrongVariance), OfMaster("SplitOutcome", Bug::kSplitOutcome),
+                      OfMaster("AcceptedNan", Bug::kAcceptedNan), OfMaster("AnyLayers", Bug::kAnyLayers),
+                      OfMaster("SilentLate", Bug::kSilentLate), OfMaster("LostDeclaration", Bug::kLostDeclaration),
+                      OfMaster("StolenSeat", Bug::kStolenSeat)),
+    [](const auto& info) { return info.param.name; });
+
+INSTANTIATE_TEST_SUITE_P(
+    Session, PlantedBugTest,
+    ::testing::Values(
+        OfSession("ForgottenResend", SessionBug::kForgottenResend),
+        OfSession("ResentAnswer", SessionBug::kResentAnswer),
+        OfSession("RepeatedSequence", SessionBug::kRepeatedSequence),
+        OfSession("ReorderedRounds", SessionBug::kReorderedRounds),
+        OfSession("IgnoredRetraction", SessionBug::kIgnoredRetraction),
+        OfSession("SilentBlock", SessionBug::kSilentBlock), OfSession("NeverGivesUp", SessionBug::kNeverGivesUp),
+        OfSession("NoBackoff", SessionBug::kNoBackoff), OfSession("BlindTrust", SessionBug::kBlindTrust),
+        OfSession("Haste", SessionBug::kHaste), OfSession("DroppedResult", SessionBug::kDroppedResult),
+        OfSession("CompletedTwice", SessionBug::kCompletedTwice),
+        OfSession("ChangedResult", SessionBug::kChangedResult),
+        OfSession("LateDeclaration", SessionBug::kLateDeclaration),
+        OfSession("UnboundedChunks", SessionBug::kUnboundedChunks), OfSession("EarlyLeave", SessionBug::kEarlyLeave),
+        OfSession("SendAfterLeave", SessionBug::kSendAfterLeave), OfSession("StaleFrame", SessionBug::kStaleFrame),
+        OfSession("ForgottenSelf", SessionBug::kForgottenSelf), OfSession("SecondStream", SessionBug::kSecondStream)),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

@@ -1,0 +1,127 @@
+// Faults of a simulated world, and frames that no honest session sends.
+
+#include <algorithm>
+#include <limits>
+
+#include "client/cc/errors.h"
+#include "tests/simulation/world.h"
+
+namespace syncbn::simulation {
+
+// ---- Faults ---------------------------------------------------------------------------------------------------------
+
+void World::Fault() {
+  if (lives_.empty()) return;
+  const size_t index = random_.Below(lives_.size());
+  Life& life = lives_[index];
+  const uint64_t kind = random_.Below(14);
+  if (kind == 0) return RestartMaster();
+  if (kind >= 12) return Intrude(index);
+  if (!life.alive) return;
+  if (kind <= 4) {
+    if (life.stream != 0) Break(life.stream);
+  } else if (kind <= 6) {
+    Crash(index);
+  } else if (kind == 7) {
+    // A supervisor takes the process for dead and starts another, while it lives.
+    const core::Rank rank = life.trainer.rank();
+    ++spawning_[rank];
+    Schedule(now_ + random_.Between(0, 10'000), Kind::kSpawn, rank);
+  } else if (kind >= 10) {
+    if (life.stream != 0) CutOneWay(life.stream);
+  } else {
+    Stall(life);
+  }
+}
+
+void World::Crash(size_t index) {
+  Life& life = lives_[index];
+  Log("rank ", life.trainer.rank(), " crashes");
+  life.alive = false;
+  life.due = kNever;
+  if (life.stream != 0) Break(life.stream, /*worker_knows=*/true);
+  EnsureLife(life.trainer.rank());
+}
+
+// The process stands still, and its clock does not.
+void World::Stall(Life& life) {
+  if (life.stalled_until == 0) life.stalled_since = now_;
+  const Micros stall = random_.Chance(0.1) ? random_.Between(1'000'000, 6'000'000) : random_.Between(1'000, 400'000);
+  life.stalled_until = now_ + stall;
+  if (life.due != kNever) life.due = std::max(life.due, life.stalled_until);
+  Log("rank ", life.trainer.rank(), " stalls until ", life.stalled_until);
+}
+
+// One direction, or each, loses everything; both sides learn of it when a keepalive is not answered.
+void World::CutOneWay(core::StreamId id) {
+  Stream& stream = StreamOf(id);
+  stream.mute_to_worker = random_.Chance(0.7);
+  stream.mute_to_master = !stream.mute_to_worker || random_.Chance(0.2);
+  const Micros noticed = now_ + (random_.Chance(0.3) ? random_.Between(0, 50'000) : random_.Between(0, 8'000'000));
+  Log("stream ", id, " is mute to the ", stream.mute_to_worker ? "worker" : "master", " until ", noticed);
+  Item item{noticed, 0, Kind::kWorkerSeesClose, id, nullptr, nullptr, nullptr};
+  item.why = std::make_shared<session::Break>(session::Break{absl::UnavailableError("no keepalive")});
+  Push(std::move(item));
+  Schedule(noticed, Kind::kMasterSeesClose, id);
+}
+
+// ---- Strangers ------------------------------------------------------------------------------------------------------
+
+// Someone claims the seat of this life, and has another network.
+void World::Intrude(size_t index) {
+  // Without a group, or a run that it could belong to, the stranger's layers would be those that count.
+  const bool group = std::any_of(lives_.begin(), lives_.end(), [this](const Life& life) {
+    return life.alive && life.session->state() == CheckedSession::State::kJoined && life.stream != 0 &&
+           StreamOf(life.stream).master == masters_;
+  });
+  const CheckedSession& claimed = *lives_[index].session;
+  if (master_ == nullptr || !group || !settings_.complete_set || claimed.incarnation() == 0) return;
+  auto frame = std::make_shared<Frame>();
+  const core::Rank rank = lives_[index].trainer.rank();
+  frame->join = MakeJoin(settings_, rank, claimed.incarnation(), claimed.run_id());
+  frame->join->layers.push_back(testing::BatchNormLayer("z", 1));
+  streams_.push_back(Stream());
+  streams_.back().life = index;
+  streams_.back().master = masters_;
+  Log("stream ", streams_.size(), " claims rank ", rank, " with other layers");
+  Send(streams_.size(), std::move(frame));
+}
+
+// Something that the stream's worker has sent before comes again on it, for no reason, perhaps with other numbers.
+void World::Echo(core::StreamId id, double changed) {
+  Stream& stream = StreamOf(id);
+  const std::vector<Part>& sent = lives_[stream.life].sent;
+  if (sent.empty() || stream.last_to_master == 0) return;  // Not even a join has been written to it.
+  Part part = sent[random_.Below(sent.size())];
+  // Under another declaration it would be something else.
+  const auto said = stream.said.find(part.key.layer);
+  const bool declared =
+      settings_.complete_set || (said != stream.said.end() && said->second == settings_.LayerOf(part.key).channels);
+  if (!declared) return;
+  if (random_.Chance(changed)) {
+    auto other = std::make_shared<testing::Numbers>(*part.numbers);
+    if (other->first.empty()) return;
+    other->first[0] = random_.Chance(0.2) ? std::numeric_limits<double>::quiet_NaN() : other->first[0] + 1.0;
+    part.numbers = std::move(other);
+    ++stream.changed_echoes[part.key];
+  }
+  auto frame = std::make_shared<Frame>();
+  frame->parts.push_back(std::move(part));
+  Send(id, std::move(frame));
+}
+
+session::ServerFrame World::WithoutEchoes(Stream& stream, const session::ServerFrame& frame) {
+  session::ServerFrame filtered = frame;
+  auto& outcomes = filtered.outcomes;
+  const auto is_echo = [&stream](const session::Outcome& outcome) {
+    const auto echo = stream.changed_echoes.find(FromSession(outcome.key));
+    if (echo == stream.changed_echoes.end() || echo->second == 0) return false;
+    if (DetailsOf(outcome.status).reason != "PAYLOAD_CHANGED") return false;
+    --echo->second;
+    return true;
+  };
+  outcomes.erase(std::remove_if(outcomes.begin(), outcomes.end(), is_echo), outcomes.end());
+  return filtered;
+}
+
+}  // namespace syncbn::simulation

@@ -1,0 +1,111 @@
+#include "tests/simulation/frame.h"
+
+#include <variant>
+
+#include "absl/strings/str_cat.h"
+#include "client/cc/errors.h"
+
+namespace syncbn::simulation {
+namespace {
+
+session::Outcome ToOutcome(const core::RoundOutcome& outcome) {
+  session::Outcome converted;
+  converted.key = ToSession(outcome.key);
+  converted.payload = converted.key.phase;
+  if (outcome.error.has_value()) {
+    converted.status = ToStatus(*outcome.error, outcome.key.layer);
+    return converted;
+  }
+  converted.result =
+      RoundResult{outcome.count, outcome.first, outcome.second, outcome.backward_required, outcome.missing_ranks};
+  return converted;
+}
+
+}  // namespace
+
+std::string Name(const RoundKey& key) {
+  return absl::StrCat(key.layer, "/", key.sequence, "/", static_cast<int>(key.phase));
+}
+
+std::string Name(const core::RoundKey& key) { return Name(ToSession(key)); }
+
+RoundKey ToSession(const core::RoundKey& key) {
+  return RoundKey{key.layer, key.sequence, static_cast<syncbn::Phase>(key.phase)};
+}
+
+core::RoundKey FromSession(const RoundKey& key) {
+  return core::RoundKey{key.layer, key.sequence, static_cast<core::Phase>(key.phase)};
+}
+
+core::Join MakeJoin(const Settings& settings, core::Rank rank, uint64_t incarnation, uint64_t run_id) {
+  core::Join join = testing::MakeJoin(rank, settings.world_size);
+  join.incarnation = incarnation;
+  join.run_id = run_id;
+  join.config = settings.config;
+  if (settings.complete_set) join.layers = settings.layers;
+  return join;
+}
+
+FramePtr FromSession(const session::ClientFrame& from, const Settings& settings, core::Rank rank) {
+  auto frame = std::make_shared<Frame>();
+  if (from.join.has_value()) {
+    frame->join = MakeJoin(settings, rank, from.join->incarnation, from.join->run_id);
+    frame->join->layers.clear();
+    for (const auto& layer : from.join->layers) frame->join->layers.push_back(*layer);
+  }
+  for (const auto& layer : from.layers) frame->layers.push_back(*layer);
+  for (const session::ContributionPtr& contribution : from.contributions) {
+    const auto& simulated = static_cast<const SimulatedContribution&>(*contribution);
+    frame->parts.push_back({FromSession(simulated.key()), simulated.numbers});
+  }
+  if (from.blocked_on != nullptr) frame->blocked_on.push_back(FromSession(from.blocked_on->key()));
+  frame->leave = from.leave.has_value();
+  return frame;
+}
+
+core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame) {
+  core::FrameReceived event;
+  event.stream = stream;
+  event.join = frame.join;
+  event.layers = frame.layers;
+  for (const Part& part : frame.parts) {
+    const testing::Numbers& numbers = *part.numbers;
+    event.contributions.push_back({part.key, numbers.count, numbers.role, numbers.first, numbers.second});
+  }
+  event.blocked_on = frame.blocked_on;
+  if (frame.leave) event.leave = "finished";
+  return event;
+}
+
+absl::Status ToStatus(const core::Error& error, const std::string& layer) {
+  return MakeStatus(error.code, error.message, {error.reason, layer, error.ranks});
+}
+
+ServerFramePtr ToSession(const core::Effect& effect) {
+  auto frame = std::make_shared<session::ServerFrame>();
+  if (const auto* joined = std::get_if<core::SendJoined>(&effect)) {
+    frame->joined = session::Joined{joined->incarnation, joined->run_id, *joined->config.round_timeout,
+                                    joined->membership.present_ranks.size()};
+  } else if (const auto* results = std::get_if<core::SendResults>(&effect)) {
+    for (const auto& outcome : results->outcomes) frame->outcomes.push_back(ToOutcome(*outcome));
+  } else if (const auto* change = std::get_if<core::SendMembership>(&effect)) {
+    frame->present_ranks = change->membership.present_ranks.size();
+  } else if (const auto* late = std::get_if<core::SendLateRounds>(&effect)) {
+    for (const core::LateRound& round : late->rounds) {
+      frame->late_rounds.push_back({ToSession(round.key), round.age, round.missing_ranks, round.missing});
+    }
+  } else {
+    return nullptr;
+  }
+  return frame;
+}
+
+std::vector<core::StreamId> ReceiversOf(const core::Effect& effect) {
+  if (const auto* joined = std::get_if<core::SendJoined>(&effect)) return {joined->stream};
+  if (const auto* results = std::get_if<core::SendResults>(&effect)) return results->streams;
+  if (const auto* change = std::get_if<core::SendMembership>(&effect)) return change->streams;
+  if (const auto* late = std::get_if<core::SendLateRounds>(&effect)) return late->streams;
+  return {};
+}
+
+}  // namespace syncbn::simulation

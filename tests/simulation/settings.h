@@ -1,0 +1,110 @@
+// The settings of a schedule, and counters over many schedules.
+
+#ifndef SYNCBN_TESTS_SIMULATION_SETTINGS_H_
+#define SYNCBN_TESTS_SIMULATION_SETTINGS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "server/core/coordinator.h"
+
+namespace syncbn::simulation {
+
+// Elements of a long vector in one contribution.
+inline constexpr size_t kChunkElements = 5;
+
+struct Settings {
+  uint32_t world_size = 2;
+  core::GroupConfig config;  // Complete.
+  std::vector<core::LayerSpec> layers;
+  // Joins bring all layers, and there are no others.
+  bool complete_set = true;
+  // From this sequence on, every worker declares all layers anew, as `later`, if there is one.
+  std::optional<uint64_t> redeclared_at;
+  std::vector<core::LayerSpec> later;
+  // The elements of the vector "v", which goes in chunks: the layers v#0, v#1 and so on. 0: there is none.
+  size_t long_vector = 0;
+
+  absl::Duration join_timeout = absl::Seconds(1);
+  std::vector<std::string> targets;  // Tried in turn. The master is at kMaster, and nobody elsewhere.
+  size_t contribution_bytes = 100;   // As the session is told.
+
+  const std::vector<core::LayerSpec>& LayersAt(uint64_t sequence) const {
+    return redeclared_at.has_value() && sequence >= *redeclared_at ? later : layers;
+  }
+  const core::LayerSpec& LayerOf(const core::RoundKey& key) const {
+    for (const core::LayerSpec& spec : LayersAt(key.sequence)) {
+      if (spec.name == key.layer) return spec;
+    }
+    return layers.front();
+  }
+};
+
+inline constexpr char kMaster[] = "master:1";
+
+// The engine's, but for a wait after which rounds are late that is within the schedules' deadlines, and turns that the
+// rounds of a group do not fit into.
+inline core::Limits SimulatedLimits() {
+  core::Limits limits;
+  limits.late_round_after = absl::Milliseconds(25);
+  limits.max_turn_bytes = 1'500;  // Two or three rounds.
+  return limits;
+}
+
+// Counts how often schedules have reached what is checked. A simulation that no longer reaches one of these proves
+// nothing about it.
+struct Tally {
+  // Masters.
+  uint64_t completed = 0;
+  uint64_t partial = 0;  // Completed without all that were expected.
+  uint64_t replayed = 0;
+  uint64_t redeclared = 0;  // Completed, and the layer had been declared anew.
+  uint64_t fenced = 0;
+  uint64_t late = 0;                        // Rounds that were told to be.
+  uint64_t taken = 0;                       // Joins that were refused because another had the seat.
+  std::map<std::string, uint64_t> failed;   // By reason.
+  std::map<std::string, uint64_t> refused;  // To the sender alone.
+  // Sessions.
+  uint64_t rejoins = 0;
+  uint64_t resent = 0;                    // Contributions that an earlier stream had taken already.
+  uint64_t unanswered = 0;                // Rounds that ended with their session.
+  uint64_t chunks = 0;                    // Chunks of long vectors that were sent,
+  uint64_t held_back = 0;                 // and checks that found one waiting for others.
+  uint64_t blocked = 0;                   // The master was told so,
+  uint64_t retracted = 0;                 // or the opposite.
+  uint64_t not_found = 0;                 // Nobody knew where the master is.
+  uint64_t silent = 0;                    // Masters that were given up.
+  std::map<std::string, uint64_t> ended;  // By reason.
+
+  void Add(const Tally& other) {
+    completed += other.completed;
+    partial += other.partial;
+    replayed += other.replayed;
+    redeclared += other.redeclared;
+    fenced += other.fenced;
+    late += other.late;
+    taken += other.taken;
+    for (const auto& [reason, times] : other.failed) failed[reason] += times;
+    for (const auto& [reason, times] : other.refused) refused[reason] += times;
+    rejoins += other.rejoins;
+    resent += other.resent;
+    unanswered += other.unanswered;
+    chunks += other.chunks;
+    held_back += other.held_back;
+    blocked += other.blocked;
+    retracted += other.retracted;
+    not_found += other.not_found;
+    silent += other.silent;
+    for (const auto& [reason, times] : other.ended) ended[reason] += times;
+  }
+};
+
+}  // namespace syncbn::simulation
+
+#endif  // SYNCBN_TESTS_SIMULATION_SETTINGS_H_

@@ -1,0 +1,80 @@
+// A simulated training program: it decides which rounds begin, what is waited for, and when the worker leaves. The
+// protocol is its session's business.
+
+#ifndef SYNCBN_TESTS_SIMULATION_TRAINER_H_
+#define SYNCBN_TESTS_SIMULATION_TRAINER_H_
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "tests/simulation/checked_session.h"
+#include "tests/simulation/frame.h"
+#include "tests/simulation/random.h"
+#include "tests/simulation/settings.h"
+
+namespace syncbn::simulation {
+
+// The behaviour of a schedule's programs. Numbers without a unit are probabilities.
+struct Habits {
+  uint64_t sequences = 2;      // Each layer has rounds 0 to sequences - 1.
+  bool one_by_one = false;     // Wait for each outcome before the next contribution, each in an order of its own.
+  bool says_blocked = false;   // Tell the session what they wait for.
+  bool second_thread = false;  // Begin rounds from another thread while one waits.
+  bool sums_overlap = false;   // Begin the next sequence while sums of the last are unanswered.
+  double early_leave = 0.0;    // Leave without waiting for what they have begun last.
+  double bad_numbers = 0.0;    // A contribution has bad numbers.
+  double odd_roles = 0.0;      // A forward contribution's role is not REQUIRED.
+  double offset = 0.0;         // Added to means.
+};
+
+class Trainer {
+ public:
+  Trainer(core::Rank rank, uint64_t first_sequence, const Settings* settings, const Habits* habits, uint64_t seed)
+      : rank_(rank), sequence_(first_sequence), settings_(*settings), habits_(*habits), random_(seed) {}
+
+  core::Rank rank() const { return rank_; }
+  uint64_t sequence() const { return sequence_; }
+
+  // Does what comes next. Returns after how long it does more; nothing if it waits for an outcome, or has left.
+  std::optional<absl::Duration> Act(CheckedSession& session, absl::Time now);
+  void OnOutcome(const session::Complete& complete);
+
+ private:
+  // A round that it begins; a long vector is one.
+  struct Planned {
+    RoundKey key;
+    size_t length = 0;
+  };
+
+  // Plans the forward rounds of a sequence, or the backward rounds, or nothing if none are left.
+  void PlanStage(CheckedSession& session);
+  void PlanForward(CheckedSession& session);
+  void Begin(CheckedSession& session, absl::Time now);
+  std::optional<absl::Duration> Wait(CheckedSession& session, absl::Time now);
+  // Returns the oldest contribution whose outcome it needs before it goes on; null if there is none.
+  ContributionRef WaitsFor() const;
+  NumbersPtr MakeNumbers(const Planned& round);
+
+  const core::Rank rank_;
+  uint64_t sequence_;
+  const Settings& settings_;
+  const Habits& habits_;
+  Random random_;
+
+  bool forward_planned_ = false;
+  bool backward_planned_ = false;
+  bool leaving_ = false;
+  bool several_threads_ = false;
+  bool has_waited_ = false;  // A round has ended.
+  absl::Time second_thread_at_ = absl::InfiniteFuture();
+  std::vector<Planned> plan_;             // Last first.
+  std::vector<Planned> backward_;         // The rounds that forward outcomes ask for.
+  std::vector<ContributionRef> waiting_;  // In the order in which they were begun.
+};
+
+}  // namespace syncbn::simulation
+
+#endif  // SYNCBN_TESTS_SIMULATION_TRAINER_H_

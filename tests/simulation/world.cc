@@ -1,0 +1,203 @@
+#include "tests/simulation/world.h"
+
+#include <algorithm>
+
+namespace syncbn::simulation {
+namespace {
+
+constexpr Micros kEverythingEnds = kFaultsEnd + 120'000'000;
+constexpr uint64_t kMostEvents = 50'000;
+
+}  // namespace
+
+World::World(uint64_t seed, Bugs bugs, bool keep_log) : random_(seed), bugs_(bugs), keep_log_(keep_log) { Draw(); }
+
+// ---- What is drawn --------------------------------------------------------------------------------------------------
+
+core::GroupConfig World::DrawConfig() {
+  core::GroupConfig config;
+  config.round_timeout = absl::Milliseconds(random_.Between(30, 300));
+  config.rejoin_grace = absl::Milliseconds(random_.Chance(0.3) ? 0 : random_.Between(1, 60));
+  if (random_.Chance(0.4)) {
+    config.missing_policy = core::MissingPolicy::kProceed;
+    config.min_workers = static_cast<uint32_t>(random_.Between(1, settings_.world_size));
+  }
+  return config;
+}
+
+void World::DrawLayers() {
+  const int64_t layers = random_.Between(1, 3);
+  for (int64_t i = 0; i < layers; ++i) {
+    core::LayerSpec spec = testing::BatchNormLayer(std::string(1, static_cast<char>('a' + i)),
+                                                   static_cast<uint32_t>(random_.Between(1, 3)));
+    if (random_.Chance(0.5)) spec.momentum = 0.1;
+    spec.biased_running_variance = random_.Chance(0.3);
+    settings_.layers.push_back(std::move(spec));
+  }
+  if (random_.Chance(0.5)) settings_.layers.push_back(testing::SumLayer("s", 2));
+  if (habits_.sequences > 1 && random_.Chance(0.4)) {
+    settings_.complete_set = false;
+    settings_.redeclared_at = random_.Between(1, habits_.sequences - 1);
+    settings_.later = settings_.layers;
+    for (core::LayerSpec& spec : settings_.later) spec.channels += random_.Between(1, 2);
+  } else if (random_.Chance(0.25)) {
+    settings_.complete_set = false;
+    settings_.long_vector = random_.Between(11, 40);
+    for (size_t i = 0; i * kChunkElements < settings_.long_vector; ++i) {
+      const size_t elements = std::min(kChunkElements, settings_.long_vector - i * kChunkElements);
+      settings_.layers.push_back(testing::SumLayer(absl::StrCat("v#", i), static_cast<uint32_t>(elements)));
+    }
+  }
+}
+
+void World::DrawHabits() {
+  habits_.sequences = random_.Between(1, 3);
+  habits_.one_by_one = random_.Chance(0.3);
+  habits_.says_blocked = random_.Chance(0.6);
+  habits_.second_thread = random_.Chance(0.2);
+  habits_.sums_overlap = random_.Chance(0.3);
+  habits_.early_leave = random_.Chance(0.2) ? 0.5 : 0.0;
+  habits_.bad_numbers = random_.Chance(0.2) ? 0.03 : 0.0;
+  habits_.odd_roles = random_.Chance(0.3) ? 0.3 : 0.0;
+  habits_.offset = random_.Chance(0.5) ? 1e4 : 0.0;
+  echoes_ = random_.Chance(0.5) ? 0.2 : 0.0;
+  changed_echoes_ = random_.Chance(0.3) ? 0.3 : 0.0;
+  slow_ = random_.Chance(0.3) ? 0.05 : 0.0;
+}
+
+void World::Draw() {
+  settings_.world_size = static_cast<uint32_t>(random_.Between(2, 6));
+  settings_.config = DrawConfig();
+  settings_.join_timeout = absl::Milliseconds(random_.Chance(0.3) ? random_.Between(20, 200) : 3'000);
+  settings_.targets = {kMaster};
+  if (random_.Chance(0.3)) settings_.targets.insert(settings_.targets.begin() + random_.Below(2), "nobody:1");
+  // Two to a frame, or all.
+  if (random_.Chance(0.2)) settings_.contribution_bytes = size_t{9} << 20;
+  DrawHabits();
+  DrawLayers();
+  StartMaster();
+  spawning_.assign(settings_.world_size, 0);
+  for (core::Rank rank = 0; rank < settings_.world_size; ++rank) {
+    ++spawning_[rank];
+    Schedule(random_.Between(0, 3'000), Kind::kSpawn, rank);
+  }
+  const int64_t faults = random_.Between(0, 6);
+  for (int64_t i = 0; i < faults; ++i) Schedule(random_.Between(500, 50'000), Kind::kFault, 0);
+  Log(settings_.world_size, " workers, ", settings_.layers.size(), " layers, ", habits_.sequences,
+      " sequences, timeout ", absl::FormatDuration(*settings_.config.round_timeout), ", grace ",
+      absl::FormatDuration(*settings_.config.rejoin_grace), ", min_workers ", settings_.config.min_workers,
+      ", join_timeout ", absl::FormatDuration(settings_.join_timeout));
+}
+
+// ---- The course of events -------------------------------------------------------------------------------------------
+
+Report World::Run() {
+  while (!report_.violation.has_value() && Step()) {
+  }
+  if (!report_.violation.has_value()) End();
+  return std::move(report_);
+}
+
+Micros World::ToMicros(absl::Time time) const {
+  if (time == absl::InfiniteFuture()) return kNever;
+  if (time <= Now()) return now_;
+  return absl::ToUnixMicros(time + absl::Nanoseconds(999)) - kEpochSeconds * 1'000'000;
+}
+
+void World::Push(Item item) {
+  item.order = ++pushed_;
+  queue_.push_back(std::move(item));
+  std::push_heap(queue_.begin(), queue_.end());
+}
+
+World::Item World::Pop() {
+  std::pop_heap(queue_.begin(), queue_.end());
+  Item item = std::move(queue_.back());
+  queue_.pop_back();
+  return item;
+}
+
+bool World::Settled() const {
+  return queue_.empty() && std::none_of(lives_.begin(), lives_.end(), [](const Life& life) { return life.alive; });
+}
+
+// Handles what comes next; false once everything has ended.
+bool World::Step() {
+  if (Settled()) return false;
+  if (++report_.events > kMostEvents || now_ > kEverythingEnds) {
+    report_.violation = "workers still wait, long after the faults have ended";
+    return false;
+  }
+  const Micros alarm = master_ == nullptr ? kNever : ToMicros(master_->NextDeadline());
+  Micros due = kNever;
+  size_t due_life = 0;
+  for (size_t i = 0; i < lives_.size(); ++i) {
+    if (lives_[i].due < due) std::tie(due, due_life) = std::make_pair(lives_[i].due, i);
+  }
+  const Micros next = queue_.empty() ? kNever : queue_.front().at;
+  if (std::min({alarm, due, next}) == kNever) {
+    report_.violation = "workers wait, and nothing is due";
+    return false;
+  }
+  now_ = std::max(now_, std::min({alarm, due, next}));
+  if (alarm <= std::min(due, next)) {
+    PassTime();
+  } else if (next <= due) {
+    Handle(Pop());
+  } else if (Attend(due_life, nullptr)) {
+    Drive(due_life);
+  }
+  NoteViolation(model_->violation());
+  return true;
+}
+
+void World::PassTime() {
+  model_->BeforeTime();
+  Feed(master_->On(core::TimePassed(), Now()));
+}
+
+// Nobody is left; the master forgets everything in time.
+void World::End() {
+  bool checked = false;
+  while (master_->NextDeadline() != absl::InfiniteFuture()) {
+    if (model_->pending() == 0 && !checked) {
+      model_->CheckStatistics(master_->coordinator());
+      checked = true;
+    }
+    now_ = ToMicros(master_->NextDeadline());
+    PassTime();
+  }
+  model_->CheckEmpty(master_->coordinator());
+  NoteViolation(model_->violation());
+}
+
+void World::Handle(const Item& item) {
+  switch (item.kind) {
+    case Kind::kToMaster:
+      return ToMaster(item);
+    case Kind::kToWorker:
+      return ToWorker(item);
+    case Kind::kStreamUp:
+      return OnStreamUp(item);
+    case Kind::kWritten:
+      return OnWritten(item);
+    case Kind::kMasterSeesClose:
+      return MasterSeesClose(item.id);
+    case Kind::kWorkerSeesClose:
+      return WorkerSeesClose(item);
+    case Kind::kAct:
+      return Act(item.id);
+    case Kind::kSpawn:
+      --spawning_[item.id];
+      return Spawn(static_cast<core::Rank>(item.id));
+    case Kind::kFault:
+      return Fault();
+    case Kind::kMasterUp:
+      Log("a master starts");
+      return StartMaster();
+  }
+}
+
+Report RunSchedule(uint64_t seed, Bugs bugs, bool keep_log) { return World(seed, bugs, keep_log).Run(); }
+
+}  // namespace syncbn::simulation

@@ -1,0 +1,215 @@
+// The workers of a simulated world: each a training program and the driver of its session.
+
+#include <algorithm>
+#include <variant>
+
+#include "absl/strings/str_join.h"
+#include "client/cc/errors.h"
+#include "tests/simulation/world.h"
+
+namespace syncbn::simulation {
+
+using core::Rank;
+using State = CheckedSession::State;
+
+// ---- Processes ------------------------------------------------------------------------------------------------------
+
+void World::Spawn(Rank rank) {
+  uint64_t reached = 0;  // By any life, plus one.
+  const Life* predecessor = nullptr;
+  for (const Life& life : lives_) {
+    reached = std::max(reached, life.trainer.sequence() + 1);
+    if (life.trainer.rank() == rank) predecessor = &life;
+  }
+  uint64_t first = 0;
+  if (predecessor != nullptr) {
+    ++report_.worker_restarts;
+    // From where all have been, as from a checkpoint that is up to date; or, carelessly, from where it was.
+    first = random_.Chance(0.7) ? reached : predecessor->trainer.sequence();
+  }
+  Log("rank ", rank, " starts at sequence ", first);
+  Life life(Trainer(rank, first, &settings_, &habits_, random_.Next()));
+  life.session = std::make_unique<CheckedSession>(settings_, rank, first, Now(), bugs_.session, &report_.tally);
+  lives_.push_back(std::move(life));
+  Drive(lives_.size() - 1);
+}
+
+void World::EnsureLife(Rank rank) {
+  if (spawning_[rank] != 0) return;
+  for (const Life& life : lives_) {
+    if (life.trainer.rank() == rank && (life.alive || life.left)) return;
+  }
+  ++spawning_[rank];
+  Schedule(now_ + random_.Between(500, 30'000), Kind::kSpawn, rank);
+}
+
+bool World::Attend(size_t index, const Item* item) {
+  Life& life = lives_[index];
+  if (!life.alive) return false;
+  if (now_ < life.stalled_until) {
+    if (item != nullptr) {
+      Item later = *item;
+      later.at = life.stalled_until;
+      Push(std::move(later));
+    }
+    return false;
+  }
+  if (life.stalled_until != 0) {
+    const absl::Duration stall = absl::Microseconds(now_ - life.stalled_since);
+    life.stalled_until = 0;
+    life.session->OnAttended(Now() - stall, Now());
+  }
+  return true;
+}
+
+// ---- Driving the session --------------------------------------------------------------------------------------------
+
+void World::Drive(size_t index) {
+  ServeTimers(index);
+  Life& life = lives_[index];
+  const CheckedSession& session = *life.session;
+  const absl::Time next = std::min(session.NextTimer(), session.LeaveDue());
+  life.due = life.alive ? std::max(ToMicros(next), life.stalled_until) : kNever;
+}
+
+void World::ServeTimers(size_t index) {
+  CheckedSession& session = *lives_[index].session;
+  // A target that fails may be followed by the next at once.
+  for (size_t turn = 0; turn == 0 || (lives_[index].alive && session.NextTimer() <= Now()); ++turn) {
+    Apply(index, session.OnTime(Now()));
+    if (lives_[index].alive) Apply(index, session.Send(Now()));
+    if (report_.violation.has_value()) return;
+    if (turn > settings_.targets.size()) NoteViolation("session: a timer is due that was served just now");
+  }
+  // A leave waits for its acknowledgement only while a stream is joined, and not for long.
+  const bool left = session.LeaveDue() != absl::InfiniteFuture();
+  const bool waits = session.state() == State::kJoined && Now() < session.LeaveDue();
+  if (lives_[index].alive && left && !waits) Apply(index, session.FinishLeave(Now()));
+}
+
+void World::Act(size_t index) {
+  const Item again{0, 0, Kind::kAct, index, nullptr, nullptr, nullptr};
+  if (!Attend(index, &again)) return;
+  Life& life = lives_[index];
+  if (life.session->run_id() == 0) return;
+  if (const auto wait = life.trainer.Act(*life.session, Now())) {
+    Schedule(now_ + absl::ToInt64Microseconds(*wait), Kind::kAct, index);
+  }
+  Drive(index);
+}
+
+void World::OnStreamUp(const Item& item) {
+  const size_t index = StreamOf(item.id).life;
+  if (StreamOf(item.id).dead || !Attend(index, &item) || lives_[index].stream != item.id) return;
+  Apply(index, lives_[index].session->OnStreamUp(Now()));
+  Drive(index);
+}
+
+void World::OnWritten(const Item& item) {
+  const size_t index = StreamOf(item.id).life;
+  if (!Attend(index, &item) || lives_[index].stream != item.id) return;
+  lives_[index].session->OnWritten();
+  Drive(index);
+}
+
+void World::ToWorker(const Item& item) {
+  Stream& stream = StreamOf(item.id);
+  const size_t index = stream.life;
+  if (stream.mute_to_worker || !Attend(index, &item)) return;
+  Life& life = lives_[index];
+  const bool stale = stream.dead || life.stream != item.id;
+  if (stream.changed_echoes.empty()) {
+    Apply(index, life.session->OnFrame(*item.to_worker, stale, Now()));
+  } else {
+    Apply(index, life.session->OnFrame(WithoutEchoes(stream, *item.to_worker), stale, Now()));
+  }
+  if (lives_[index].alive) Drive(index);
+}
+
+void World::WorkerSeesClose(const Item& item) {
+  Stream& stream = StreamOf(item.id);
+  const size_t index = stream.life;
+  if (!Attend(index, &item) || lives_[index].stream != item.id) return;
+  lives_[index].stream = 0;
+  stream.dead = true;
+  Apply(index, lives_[index].session->OnStreamBroken(*item.why, Now()));
+  if (lives_[index].alive) Drive(index);
+}
+
+// ---- Applying effects -----------------------------------------------------------------------------------------------
+
+void World::Apply(size_t index, const session::Effects& effects) {
+  for (const session::Effect& effect : effects) {
+    std::visit([&](const auto& kind) { Apply(index, kind); }, effect);
+  }
+  NoteViolation(lives_[index].session->violation());
+}
+
+void World::Apply(size_t index, const session::FindMaster&) {
+  absl::StatusOr<std::string> targets = absl::StrJoin(settings_.targets, ",");
+  if (now_ < kFaultsEnd && random_.Chance(0.02)) targets = absl::NotFoundError("nobody knows where the master is");
+  Apply(index, lives_[index].session->OnMasterFound(targets, Now()));
+}
+
+void World::Apply(size_t index, const session::Connect& connect) {
+  const bool up = connect.target == kMaster && master_ != nullptr;
+  streams_.push_back(Stream());
+  streams_.back().life = index;
+  streams_.back().master = up ? masters_ : 0;
+  const core::StreamId id = lives_[index].stream = streams_.size();
+  const bool lost = now_ < kFaultsEnd && random_.Chance(0.02);
+  if (up && !lost) return Schedule(now_ + Delay(), Kind::kStreamUp, id);
+  streams_.back().dead = true;
+  using Cause = session::Break::Cause;
+  const auto why = std::make_shared<session::Break>(
+      session::Break{absl::UnavailableError(lost ? "no answer" : "refused"), Cause::kClosedByPeer});
+  const Micros delay = lost ? absl::ToInt64Microseconds(connect.timeout) : Delay();
+  Push({now_ + delay, 0, Kind::kWorkerSeesClose, id, nullptr, nullptr, why});
+}
+
+void World::Apply(size_t index, const session::Write& write) {
+  Life& life = lives_[index];
+  const FramePtr frame = FromSession(write.frame, settings_, life.trainer.rank());
+  const core::StreamId id = life.stream;
+  if (id == 0) return;  // The session's checks have said so.
+  Send(id, frame);
+  life.sent.insert(life.sent.end(), frame->parts.begin(), frame->parts.end());
+  if (!frame->join.has_value() && !frame->leave && random_.Chance(echoes_)) Echo(id, changed_echoes_);
+  Schedule(now_ + (random_.Chance(0.1) ? random_.Between(50, 3'000) : random_.Between(1, 30)), Kind::kWritten, id);
+}
+
+void World::Apply(size_t index, const session::CloseStream&) {
+  Life& life = lives_[index];
+  if (life.stream == 0) return;
+  Break(life.stream, /*worker_knows=*/true);
+  life.stream = 0;
+}
+
+void World::Apply(size_t index, const session::Complete& complete) {
+  if (keep_log_) {
+    Log("rank ", lives_[index].trainer.rank(), ": ", Name(complete.contribution->key()),
+        " ends: ", complete.status.message());
+  }
+  lives_[index].trainer.OnOutcome(complete);
+  Schedule(now_ + random_.Between(10, 300), Kind::kAct, index);
+}
+
+void World::Apply(size_t index, const session::JoinedGroup&) {
+  Schedule(now_ + random_.Between(10, 300), Kind::kAct, index);
+}
+
+void World::Apply(size_t index, const session::Notice& notice) {
+  Log("rank ", lives_[index].trainer.rank(), " notes: ", notice.text);
+}
+
+void World::Apply(size_t index, const session::Ended& ended) {
+  Life& life = lives_[index];
+  const Rank rank = life.trainer.rank();
+  Log("rank ", rank, " ends: ", ended.why.message());
+  life.alive = false;
+  life.due = kNever;
+  life.left = DetailsOf(ended.why).reason == "LEFT";
+  EnsureLife(rank);
+}
+
+}  // namespace syncbn::simulation
