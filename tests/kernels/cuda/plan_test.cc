@@ -11,6 +11,7 @@
 
 #include "kernels/batch_norm.h"
 #include "kernels/cuda/plane_vector.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace syncbn::kernels::cuda {
 namespace {
