@@ -61,7 +61,7 @@ class MasterServer {
     // Connections open at one time; more are closed as they arrive. 0 for as many as the process's limit of descriptors
     // leaves room for.
     size_t max_connections = 0;
-    // Whether to serve gRPC's reflection. By default, only if no address can be reached from another machine.
+    // Serves gRPC's reflection. By default, only if no address can be reached from another machine.
     std::optional<bool> reflection;
     // Description of this process for its workers. Empty for "syncbn-master/" and the version.
     std::string description;

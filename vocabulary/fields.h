@@ -16,7 +16,7 @@
 
 namespace syncbn {
 
-// Whether the workers of a group must agree on a field.
+// Says if the workers of a group must agree on a field.
 enum class Agreement : uint8_t { kNeeded, kNotNeeded };
 
 // One field of a struct. `name` is that of the field of the struct's message in statistics.proto.

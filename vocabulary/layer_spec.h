@@ -1,4 +1,4 @@
-// What the workers of a group declare: its layers and its configuration.
+// The declarations of a group's workers: its layers and its configuration.
 
 #ifndef SYNCBN_VOCABULARY_LAYER_SPEC_H_
 #define SYNCBN_VOCABULARY_LAYER_SPEC_H_

@@ -156,11 +156,7 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
   if (!parts->empty() && frame.blocked_on == nullptr && !frame.leave.has_value()) return;
   v1::WorkerFrame tail;
   if (frame.blocked_on != nullptr) {
-    const RoundKey& key = frame.blocked_on->key();
-    v1::RoundKey* const blocked_on = tail.add_blocked_on();
-    blocked_on->set_layer(key.layer);
-    blocked_on->set_sequence(key.sequence);
-    blocked_on->set_phase(wire::ToProto(key.phase));
+    wire::ToProto(frame.blocked_on->key(), tail.add_blocked_on());
   }
   if (frame.leave.has_value()) tail.mutable_leave()->set_reason(*frame.leave);
   parts->push_back(Encode(tail));

@@ -45,7 +45,7 @@ class GrpcTransport final : public Transport {
   bool started_ = false;  // The connection has become a stream.
   std::vector<std::unique_ptr<Connection>> retired_;
   std::vector<grpc::Slice> outgoing_;  // Empty but within Write.
-  // What the last Wait found; a null tag: nothing.
+  // The event that the last Wait found; a null tag if it found none.
   void* tag_ = nullptr;
   bool ok_ = false;
 };

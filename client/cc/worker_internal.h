@@ -1,4 +1,4 @@
-// What the rest of the client may do with a worker beyond worker.h. Not for programs.
+// The operations on a worker that the rest of the client needs beyond worker.h. Not for programs.
 
 #ifndef SYNCBN_CLIENT_CC_WORKER_INTERNAL_H_
 #define SYNCBN_CLIENT_CC_WORKER_INTERNAL_H_

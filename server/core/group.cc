@@ -84,19 +84,10 @@ std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& fille
   if (join.world_size != members_.world_size()) {
     return ConfigMismatchError(join, "world_size", join.world_size, members_.world_size());
   }
-  if (filled.missing_policy != config_.missing_policy) {
-    return ConfigMismatchError(join, "missing_policy", Name(filled.missing_policy), Name(config_.missing_policy));
-  }
-  if (filled.min_workers != config_.min_workers) {
-    return ConfigMismatchError(join, "min_workers", filled.min_workers, config_.min_workers);
-  }
-  if (*filled.round_timeout != *config_.round_timeout) {
-    return ConfigMismatchError(join, "round_timeout", absl::FormatDuration(*filled.round_timeout),
-                               absl::FormatDuration(*config_.round_timeout));
-  }
-  if (*filled.rejoin_grace != *config_.rejoin_grace) {
-    return ConfigMismatchError(join, "rejoin_grace", absl::FormatDuration(*filled.rejoin_grace),
-                               absl::FormatDuration(*config_.rejoin_grace));
+  const std::vector<FieldDifference> differences = Differences(kGroupConfigFields, filled, config_);
+  if (!differences.empty()) {
+    const FieldDifference& first = differences.front();
+    return ConfigMismatchError(join, first.name, first.mine, first.theirs);
   }
   return members_.CheckClaim(join);
 }

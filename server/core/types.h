@@ -18,6 +18,7 @@
 #include "absl/types/span.h"
 #include "vocabulary/enums.h"
 #include "vocabulary/layer_spec.h"
+#include "vocabulary/round_key.h"
 
 namespace syncbn::core {
 
@@ -29,25 +30,13 @@ using syncbn::LayerSpec;
 using syncbn::MissingPolicy;
 using syncbn::NumericPolicy;
 using syncbn::Phase;
+using syncbn::RoundKey;
 
 using Rank = uint32_t;
 // One worker's stream, for as long as it is open. The transport numbers streams and never uses a number twice.
 using StreamId = uint64_t;
 
 enum class MemberState : uint8_t { kAbsent = 1, kPresent = 2, kLost = 3, kLeft = 4 };
-
-struct RoundKey {
-  std::string layer;
-  uint64_t sequence = 0;
-  Phase phase = Phase::kForward;
-
-  friend bool operator==(const RoundKey& a, const RoundKey& b) {
-    return a.sequence == b.sequence && a.phase == b.phase && a.layer == b.layer;
-  }
-  friend bool operator<(const RoundKey& a, const RoundKey& b) {
-    return std::tie(a.layer, a.sequence, a.phase) < std::tie(b.layer, b.sequence, b.phase);
-  }
-};
 
 struct GroupId {
   std::string job;

@@ -14,10 +14,6 @@ namespace {
 using syncbn::ToProto;
 using wire::ToProto;
 
-core::Error Malformed(std::string message) {
-  return core::MakeError(absl::StatusCode::kInvalidArgument, core::kMalformedFrame, std::move(message));
-}
-
 absl::Span<const double> View(const google::protobuf::RepeatedField<double>& values) {
   return {values.data(), static_cast<size_t>(values.size())};
 }
@@ -32,13 +28,7 @@ void Assign(const std::vector<core::Rank>& values, google::protobuf::RepeatedFie
 
 std::optional<core::Error> MalformedIf(const absl::Status& status) {
   if (status.ok()) return std::nullopt;
-  return Malformed(std::string(status.message()));
-}
-
-void ToProto(const core::RoundKey& key, v1::RoundKey* message) {
-  message->set_layer(key.layer);
-  message->set_sequence(key.sequence);
-  message->set_phase(wire::ToProto(key.phase));
+  return core::MalformedError(std::string(status.message()));
 }
 
 void ToProto(const core::RoundOutcome& outcome, v1::MergedMoments* message) {
@@ -62,8 +52,8 @@ core::GroupId ToGroupId(const std::string& job, const std::string& group) {
 
 std::optional<core::Error> FromProto(const v1::RoundKey& message, core::RoundKey* key) {
   if (message.phase() == v1::PHASE_UNSPECIFIED || !v1::Phase_IsValid(message.phase())) {
-    return Malformed(absl::StrCat("the key of layer \"", message.layer(), "\", sequence ", message.sequence(),
-                                  ", has phase ", static_cast<int>(message.phase())));
+    return core::MalformedError(absl::StrCat("the key of layer \"", message.layer(), "\", sequence ",
+                                             message.sequence(), ", has phase ", static_cast<int>(message.phase())));
   }
   key->layer = message.layer();
   key->sequence = message.sequence();
@@ -96,7 +86,7 @@ std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) 
 std::optional<core::Error> FromProto(const v1::Contribution& message, core::Contribution* contribution) {
   if (auto error = FromProto(message.key(), &contribution->key)) return error;
   const auto wrong = [&](const char* expected) {
-    return Malformed(
+    return core::MalformedError(
         absl::StrCat("the contribution to the ", core::Describe(contribution->key), " carries no ", expected));
   };
   switch (contribution->key.phase) {

@@ -30,11 +30,7 @@ constexpr size_t kFieldsOfEachMessage = 16;  // nested ones.
 // Shorter pieces are parsed without counting, since they cannot allocate much.
 constexpr size_t kHarmlessBytes = 1024;
 
-core::Error Malformed(std::string message) {
-  return core::MakeError(absl::StatusCode::kInvalidArgument, core::kMalformedFrame, std::move(message));
-}
-
-core::Error NotAFrame() { return Malformed("the frame is not a syncbn.v1.WorkerFrame"); }
+core::Error NotAFrame() { return core::MalformedError("the frame is not a syncbn.v1.WorkerFrame"); }
 
 bool SkipValue(CodedInputStream& input, uint32_t wire_type) {
   uint64_t value = 0;
@@ -79,15 +75,17 @@ class FieldCounter {
  private:
   std::optional<core::Error> Note(const FieldDescriptor* field, uint32_t wire_type, bool nested) {
     if (field == nullptr && ++unknown_ > kMostUnknownFields) {
-      return Malformed(absl::StrCat("a part of the frame has more than ", kMostUnknownFields, " unknown fields"));
+      return core::MalformedError(
+          absl::StrCat("a part of the frame has more than ", kMostUnknownFields, " unknown fields"));
     }
     // Numbers that are not packed take as many bytes in the frame as in memory, or more.
     if (field != nullptr && field->is_repeated() && wire_type == kFixed64) return std::nullopt;
     if (nested && ++messages_ > most_messages_) {
-      return Malformed(absl::StrCat("a part of the frame has more than ", most_messages_, " nested messages"));
+      return core::MalformedError(
+          absl::StrCat("a part of the frame has more than ", most_messages_, " nested messages"));
     }
     if (++fields_ > kMostFields + kFieldsOfEachMessage * messages_) {
-      return Malformed(
+      return core::MalformedError(
           absl::StrCat("a part of the frame has more than ", fields_ - 1, " fields in ", messages_ + 1, " messages"));
     }
     return std::nullopt;
@@ -177,7 +175,7 @@ std::optional<core::Error> FrameReader::Open() {
     if (!head.has_value()) return NotAFrame();
     if (head->number == 0) {
       if (++unknown > kMostUnknownFields) {
-        return Malformed(absl::StrCat("the frame has more than ", kMostUnknownFields, " unknown fields"));
+        return core::MalformedError(absl::StrCat("the frame has more than ", kMostUnknownFields, " unknown fields"));
       }
       continue;
     }
@@ -256,8 +254,9 @@ std::optional<core::Error> FrameReader::Next(const SliceLimits& slice, google::p
     const size_t length = static_cast<size_t>(*pending_length_);
     if (!event->contributions.empty() && bytes + length > slice.bytes) break;
     if (length > slice.longest_contribution) {
-      return Malformed(absl::StrCat("a contribution of ", length, " bytes is longer than those to the group's layers, ",
-                                    "which have at most ", slice.longest_contribution));
+      return core::MalformedError(absl::StrCat("a contribution of ", length,
+                                               " bytes is longer than those to the group's layers, ",
+                                               "which have at most ", slice.longest_contribution));
     }
     const std::optional<absl::string_view> piece = ReadPiece(*input_, *pending_length_, copy);
     pending_length_.reset();

@@ -1,4 +1,4 @@
-// What a master's loop is told by the program.
+// The settings that a program gives to a master's loop.
 
 #ifndef SYNCBN_SERVER_RPC_LOOP_OPTIONS_H_
 #define SYNCBN_SERVER_RPC_LOOP_OPTIONS_H_

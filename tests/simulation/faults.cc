@@ -114,7 +114,7 @@ session::ServerFrame World::WithoutEchoes(Stream& stream, const session::ServerF
   session::ServerFrame filtered = frame;
   auto& outcomes = filtered.outcomes;
   const auto is_echo = [&stream](const session::Outcome& outcome) {
-    const auto echo = stream.changed_echoes.find(FromSession(outcome.key));
+    const auto echo = stream.changed_echoes.find(outcome.key);
     if (echo == stream.changed_echoes.end() || echo->second == 0) return false;
     if (DetailsOf(outcome.status).reason != "PAYLOAD_CHANGED") return false;
     --echo->second;

@@ -10,7 +10,7 @@ namespace {
 
 session::Outcome ToOutcome(const core::RoundOutcome& outcome) {
   session::Outcome converted;
-  converted.key = ToSession(outcome.key);
+  converted.key = outcome.key;
   converted.payload = converted.key.phase;
   if (outcome.error.has_value()) {
     converted.status = ToStatus(*outcome.error, outcome.key.layer);
@@ -25,16 +25,6 @@ session::Outcome ToOutcome(const core::RoundOutcome& outcome) {
 
 std::string Name(const RoundKey& key) {
   return absl::StrCat(key.layer, "/", key.sequence, "/", static_cast<int>(key.phase));
-}
-
-std::string Name(const core::RoundKey& key) { return Name(ToSession(key)); }
-
-RoundKey ToSession(const core::RoundKey& key) {
-  return RoundKey{key.layer, key.sequence, static_cast<syncbn::Phase>(key.phase)};
-}
-
-core::RoundKey FromSession(const RoundKey& key) {
-  return core::RoundKey{key.layer, key.sequence, static_cast<core::Phase>(key.phase)};
 }
 
 core::Join MakeJoin(const Settings& settings, core::Rank rank, uint64_t incarnation, uint64_t run_id) {
@@ -56,9 +46,9 @@ FramePtr FromSession(const session::ClientFrame& from, const Settings& settings,
   for (const auto& layer : from.layers) frame->layers.push_back(*layer);
   for (const session::ContributionPtr& contribution : from.contributions) {
     const auto& simulated = static_cast<const SimulatedContribution&>(*contribution);
-    frame->parts.push_back({FromSession(simulated.key()), simulated.numbers});
+    frame->parts.push_back({simulated.key(), simulated.numbers});
   }
-  if (from.blocked_on != nullptr) frame->blocked_on.push_back(FromSession(from.blocked_on->key()));
+  if (from.blocked_on != nullptr) frame->blocked_on.push_back(from.blocked_on->key());
   frame->leave = from.leave.has_value();
   return frame;
 }
@@ -92,7 +82,7 @@ ServerFramePtr ToSession(const core::Effect& effect) {
     frame->present_ranks = change->membership.present_ranks.size();
   } else if (const auto* late = std::get_if<core::SendLateRounds>(&effect)) {
     for (const core::LateRound& round : late->rounds) {
-      frame->late_rounds.push_back({ToSession(round.key), round.age, round.missing_ranks, round.missing});
+      frame->late_rounds.push_back({round.key, round.age, round.missing_ranks, round.missing});
     }
   } else {
     return nullptr;

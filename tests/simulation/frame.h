@@ -59,12 +59,8 @@ ServerFramePtr ToSession(const core::Effect& effect);
 std::vector<core::StreamId> ReceiversOf(const core::Effect& effect);
 absl::Status ToStatus(const core::Error& error, const std::string& layer);
 
-RoundKey ToSession(const core::RoundKey& key);
-core::RoundKey FromSession(const RoundKey& key);
-
 // "a/0/1": layer, sequence, phase.
 std::string Name(const RoundKey& key);
-std::string Name(const core::RoundKey& key);
 
 }  // namespace syncbn::simulation
 

@@ -24,7 +24,7 @@ void Trainer::OnOutcome(const session::Complete& complete) {
   // Now and then one contributes though it has said that it would not.
   if (complete.result.backward_required && counted && (can || random_.Chance(0.1))) {
     const RoundKey backward{key.layer, key.sequence, syncbn::Phase::kBackward};
-    backward_.push_back({backward, settings_.LayerOf(FromSession(key)).channels});
+    backward_.push_back({backward, settings_.LayerOf(key).channels});
   }
 }
 

@@ -6,12 +6,19 @@
 #include "absl/status/status.h"
 #include "syncbn/v1/statistics.pb.h"
 #include "vocabulary/layer_spec.h"
+#include "vocabulary/round_key.h"
 
 namespace syncbn::wire {
 
 // The numbers are the same: convert.cc asserts it.
 inline v1::Phase ToProto(Phase phase) { return static_cast<v1::Phase>(phase); }
 inline v1::BackwardRole ToProto(BackwardRole role) { return static_cast<v1::BackwardRole>(role); }
+
+inline void ToProto(const RoundKey& key, v1::RoundKey* message) {
+  message->set_layer(key.layer);
+  message->set_sequence(key.sequence);
+  message->set_phase(ToProto(key.phase));
+}
 
 // Both write to an empty message, every field of the table.
 void ToProto(const LayerSpec& spec, v1::LayerSpec* message);

@@ -62,7 +62,7 @@ using ContributionPtr = std::shared_ptr<const Contribution>;
 
 // ---- To the master --------------------------------------------------------------------------------------------------
 
-// What a join says about the state of the session. The rest (job, group, rank, configuration, description) never
+// The part of a join that tells the state of the session. The rest (job, group, rank, configuration, description) never
 // changes in a worker's life and is known to whoever encodes the frame.
 struct Join {
   uint64_t incarnation = 0;

@@ -148,7 +148,7 @@ void Session::OnJoined(const Joined& joined, absl::Time now) {
   incarnation_ = joined.incarnation;
   run_id_ = joined.run_id;
   present_ranks_ = joined.present_ranks;
-  // What was on the way when the last stream broke may or may not have arrived: the master knows. The chunks of a long
+  // Frames on the way when the last stream broke may or may not have arrived: the master knows. The chunks of a long
   // vector go in the same order everywhere: else workers could wait for each other's.
   unsent_ = PendingInOrder();
   for (const ContributionRef& contribution : unsent_) SetUnderWay(*contribution, false);
@@ -217,7 +217,7 @@ void Session::ExpectAnswer(Contribution& contribution, absl::Time now) {
 }
 
 absl::Time Session::AnswerDue(const Contribution& contribution) const {
-  // What an answer may take beyond the round's timeout.
+  // The time that an answer may take beyond the round's timeout.
   constexpr absl::Duration kLeastMargin = absl::Seconds(2);
   constexpr absl::Duration kMostMargin = absl::Seconds(5);
   // Any frame shows that the master lives, and after a restart of the master the round begins anew. Neither may go on

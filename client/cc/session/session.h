@@ -229,9 +229,9 @@ class Session {
   void Enqueue(ContributionRef contribution, KnownLayer& layer, size_t length);
   // Moves what may go now, and what one frame should hold, from unsent_ to the frame, and declarations before it.
   void FillFrame(absl::Time now, ClientFrame* frame);
-  // Whether a chunk of a long vector waits until others have been answered. Without that, results would come faster
-  // than they are read, and the master would cut this worker off. One of each vector may always go, since other workers
-  // may send vectors in another order.
+  // Returns true for a chunk of a long vector that waits until others have been answered. Without that, results would
+  // come faster than they are read, and the master would cut this worker off. One of each vector may always go, since
+  // other workers may send vectors in another order.
   bool MustWait(const Contribution& contribution) const;
   void SetUnderWay(Contribution& contribution, bool under_way);
   // The worker is blocked, and has sent all that it has begun.

@@ -5,11 +5,11 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "vocabulary/enums.h"
 #include "vocabulary/layer_spec.h"
+#include "vocabulary/round_key.h"
 
 namespace syncbn {
 
@@ -30,21 +30,6 @@ struct RoundResult {
   const std::vector<double>& sum_dy() const { return first; }
   const std::vector<double>& sum_dy_xmu() const { return second; }
   const std::vector<double>& vector() const { return first; }
-};
-
-// Identifies a round within its group.
-struct RoundKey {
-  std::string layer;
-  uint64_t sequence = 0;
-  Phase phase = Phase::kForward;
-
-  friend bool operator==(const RoundKey& a, const RoundKey& b) {
-    return a.sequence == b.sequence && a.phase == b.phase && a.layer == b.layer;
-  }
-  template <typename H>
-  friend H AbslHashValue(H h, const RoundKey& key) {
-    return H::combine(std::move(h), key.layer, key.sequence, key.phase);
-  }
 };
 
 // As a sequence: the next one in order, which the worker counts for each layer and phase.
