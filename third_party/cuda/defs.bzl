@@ -46,6 +46,16 @@ cc_headers = rule(
     attrs = {"deps": attr.label_list(providers = [CcInfo])},
 )
 
+def _compiled_once_impl(ctx):
+    return [DefaultInfo(files = depset(ctx.files.srcs), runfiles = ctx.runfiles(ctx.files.srcs))]
+
+# Files made in the host's configuration. The flags of nvcc are the same in every configuration of Bazel, so an object
+# serves them all; it would otherwise be compiled again, for minutes, for each sanitizer.
+_compiled_once = rule(
+    implementation = _compiled_once_impl,
+    attrs = {"srcs": attr.label_list(cfg = "host", allow_files = True)},
+)
+
 def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, testonly = False):
     """A cc_library of CUDA sources.
 
@@ -70,6 +80,8 @@ def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, t
             name = "%s_%s_object" % (name, stem),
             srcs = [src] + headers,
             outs = [stem + ".cu.o", stem + ".resources.txt"],
+            # Not by a wildcard, which would ask for it in the configuration of the target.
+            tags = ["manual"],
             # A failure shows what the compiler said.
             cmd = ("{nvcc} {flags} -I. -c $(location {src}) -o $(location {stem}.cu.o)" +
                    " > $(location {stem}.resources.txt) 2>&1" +
@@ -84,9 +96,10 @@ def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, t
         )
         objects.append(stem + ".cu.o")
         reports.append(stem + ".resources.txt")
+    _compiled_once(name = name + "_objects", srcs = objects, testonly = testonly)
     native.cc_library(
         name = name,
-        srcs = objects,
+        srcs = [name + "_objects"],
         deps = deps,
         linkopts = [
             "-L" + CUDA_ROOT + "/lib",
@@ -99,4 +112,4 @@ def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, t
         visibility = visibility,
         testonly = testonly,
     )
-    native.filegroup(name = name + "_resources", srcs = reports, visibility = visibility, testonly = testonly)
+    _compiled_once(name = name + "_resources", srcs = reports, visibility = visibility, testonly = testonly)
