@@ -173,6 +173,7 @@ class MasterServer::Impl {
 
   int port() const { return port_; }
   size_t max_connections() const { return max_connections_; }
+  size_t workers() const { return loop_.workers(); }
   const std::vector<std::string>& targets() const { return targets_; }
   // Returns whether this is a forked child, which has none of the threads that this object waits for.
   bool IsForked() const { return open_.forked(); }
@@ -239,6 +240,7 @@ int MasterServer::port() const { return impl_->port(); }
 std::string MasterServer::target() const { return impl_->targets().front(); }
 std::vector<std::string> MasterServer::targets() const { return impl_->targets(); }
 size_t MasterServer::max_connections() const { return impl_->max_connections(); }
+size_t MasterServer::workers() const { return impl_->workers(); }
 absl::Status MasterServer::ReloadCertificates() { return impl_->ReloadCertificates(); }
 absl::Time MasterServer::certificate_expiry() const { return impl_->certificate_expiry(); }
 void MasterServer::Shutdown(absl::Duration grace) {

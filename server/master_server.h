@@ -90,6 +90,9 @@ class MasterServer {
   // Returns: the limit of connections in force.
   size_t max_connections() const;
 
+  // Returns: the number of workers' streams that are open now, over all groups. A process that ends closes its own.
+  size_t workers() const;
+
   // Reads certificate, key and trusted CA again, for connections to come; open ones keep theirs.
   //
   // Errors: INVALID_ARGUMENT (an unusable file; nothing has changed), FAILED_PRECONDITION (no TLS).

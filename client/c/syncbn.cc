@@ -323,6 +323,8 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
 
 const char* syncbn_master_target(const syncbn_master* master) { return master->target.c_str(); }
 
+size_t syncbn_master_workers(const syncbn_master* master) { return master->server->workers(); }
+
 void syncbn_master_shutdown(syncbn_master* master, int64_t grace_ns) {
   master->server->Shutdown(grace_ns < 0 ? absl::InfiniteDuration() : absl::Nanoseconds(grace_ns));
 }

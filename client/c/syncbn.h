@@ -130,6 +130,8 @@ SYNCBN_API syncbn_code syncbn_master_start(const syncbn_master_options* options,
                                            syncbn_error** error);
 /* Returns the target that workers connect to, as "127.0.0.1:40123". */
 SYNCBN_API const char* syncbn_master_target(const syncbn_master* master);
+/* The number of workers' streams that are open now, over all groups. A process that ends closes its own. */
+SYNCBN_API size_t syncbn_master_workers(const syncbn_master* master);
 /* Tells every worker that the master ends, lets their streams drain for at most `grace_ns`, then ends them. */
 SYNCBN_API void syncbn_master_shutdown(syncbn_master* master, int64_t grace_ns);
 /* Shuts the master down at once if it still serves. */

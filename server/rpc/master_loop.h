@@ -37,6 +37,8 @@ class MasterLoop {
   void Start();
   // Health is NOT_SERVING while nobody can connect. Any thread, between Start and Stop.
   void SetListening(bool listening);
+  // Returns the number of workers' streams that are open. Any thread.
+  size_t workers() const { return sessions_.joined(); }
   // Tells every worker that the master is going away. Any thread; the server's own Shutdown follows.
   void BeginShutdown();
   // Ends the thread. After the server's Shutdown.

@@ -74,6 +74,7 @@ void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) {
   const core::FrameReceived& head = session.frame->head();
   if (head.join.has_value() && !session.joined) {
     session.joined = true;
+    joined_.fetch_add(1, std::memory_order_relaxed);
     session.lane = lanes_.Enter(head.join->id);
   }
   session.slice = SliceOf(session);
@@ -102,6 +103,7 @@ void Sessions::OnBroken(WorkerStream* stream) {
 
 void Sessions::OnGone(WorkerStream* stream) {
   Session& session = Of(stream);
+  if (session.joined) joined_.fetch_sub(1, std::memory_order_relaxed);
   if (Lane* const lane = std::exchange(session.lane, nullptr)) {
     if (std::exchange(session.lags, false)) EndLag(*lane);
     lanes_.Leave(lane);

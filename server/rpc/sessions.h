@@ -3,6 +3,8 @@
 #ifndef SYNCBN_SERVER_RPC_SESSIONS_H_
 #define SYNCBN_SERVER_RPC_SESSIONS_H_
 
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -30,7 +32,7 @@ size_t Fingerprint(const core::RoundKey& key);
 // A worker that sends faster than it reads, or than another of its group does, waits: no stream of a group is read from
 // while one of them has much unread. One that then reads nothing for seconds is cut off.
 //
-// Thread safety: none; it lives on the thread that drives the queue, once Serve was called.
+// Thread safety: none but for joined(); it lives on the thread that drives the queue, once Serve was called.
 class Sessions final : public WorkerStream::Handler {
  public:
   // Hands an event to the engine, and applies its effects before it returns.
@@ -49,6 +51,8 @@ class Sessions final : public WorkerStream::Handler {
   void EndServing() { serving_ = false; }
   // Returns whether no call is being served or waited for.
   bool idle() const { return sessions_.empty(); }
+  // Returns the number of streams that have asked to join and have not ended. Any thread.
+  size_t joined() const { return joined_.load(std::memory_order_relaxed); }
 
   // Sends the frame to those of the streams that are still there. `answered` has the fingerprints of the rounds whose
   // outcomes are in it.
@@ -139,6 +143,7 @@ class Sessions final : public WorkerStream::Handler {
   Lanes lanes_;
   std::vector<core::StreamId> retiring_;
   bool serving_ = true;
+  std::atomic<size_t> joined_{0};
 };
 
 }  // namespace syncbn::rpc

@@ -17,7 +17,7 @@ from syncbn import _environment, errors
 _logger = logging.getLogger("syncbn")
 # How long a wait stays inside a store before the interpreter may look at signals (Ctrl-C).
 _SLICE_SECONDS = 1.0
-_TELL_AFTER_SECONDS = 10.0
+TELL_AFTER_SECONDS = 10.0
 
 
 class Gone(errors.Unavailable):
@@ -59,7 +59,7 @@ class Board:
             note = self._look(name, max(0.01, min(_SLICE_SECONDS, seconds - waited)))
             if note is not None or waited >= seconds:
                 return note
-            if waited >= _TELL_AFTER_SECONDS and not told:
+            if waited >= TELL_AFTER_SECONDS and not told:
                 told = True
                 _logger.warning("waiting for %s since %.0f seconds", waiting_for, waited)
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from typing import Any, Dict, List, Optional
@@ -102,13 +103,25 @@ class _Process:
         report: Dict[str, Any] = json.loads(line)
         return report
 
+    def workers(self) -> Optional[int]:
+        """The number of workers' streams that are open; None if the process has ended, or does not answer."""
+        try:
+            os.write(self._control, _master_process.ASK_WORKERS)
+        except BrokenPipeError:
+            return None
+        answer = self._read(time.monotonic() + _END_LIMIT)
+        return None if answer is None else int(answer["workers"])
+
     def end(self, grace: float) -> None:
         """Has it end, within `grace` seconds for its streams; kills it if it does not."""
         ended = None
         try:
             with contextlib.suppress(BrokenPipeError):
                 os.write(self._control, repr(grace).encode())
-            ended = self._read(time.monotonic() + grace + _END_LIMIT)
+            deadline = time.monotonic() + grace + _END_LIMIT
+            ended = self._read(deadline)
+            while ended is not None and "ended" not in ended:  # The answer to a question whose asker was interrupted.
+                ended = self._read(deadline)
         finally:
             self.forget()
             if ended is None and self.pid is not None:
@@ -154,6 +167,7 @@ class Master:
         client_cert_auth: bool = False,
     ) -> None:
         self._process: Optional[_Process] = None
+        self._asking = threading.RLock()  # A finalizer may shut it down, on the thread that asks.
         self._pid = os.getpid()
         _forks.refuse()
         files = {"cert_file": cert_file, "key_file": key_file, "trusted_ca_file": trusted_ca_file}
@@ -175,10 +189,17 @@ class Master:
         """The process that serves."""
         return self._process_id
 
+    def workers(self) -> int:
+        """The number of workers' streams that are open now, over all groups; 0 once the master has ended."""
+        with self._asking:
+            process = self._process
+            return 0 if process is None or os.getpid() != self._pid else process.workers() or 0
+
     def shutdown(self, grace: float = 1.0) -> None:
         """Tells every worker, lets streams drain for at most `grace` seconds, and ends. Twice is harmless."""
         grace = min(_arguments.seconds("grace", grace), _MOST_GRACE)
-        process, self._process = self._process, None
+        with self._asking:
+            process, self._process = self._process, None
         if process is not None and os.getpid() == self._pid:
             process.end(grace)
 

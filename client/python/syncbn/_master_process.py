@@ -1,8 +1,8 @@
 """The process of a `syncbn.Master`: run by path, it loads libsyncbn.so and nothing else of weight.
 
-Argument: a JSON object of the options. Descriptor 1 gets a line of JSON when the master serves or has failed to, and
-another when it has ended; a number on descriptor 0 ends it, with so many seconds of grace. It ends by itself when the
-process that wanted it ends.
+Argument: a JSON object of the options. Descriptor 1 gets a line of JSON when the master serves or has failed to, another
+for each line "workers" on descriptor 0, with the number of workers' streams that are open, and one when it has ended. A
+number on descriptor 0 ends it, with so many seconds of grace. It ends by itself when the process that wanted it ends.
 """
 
 import json
@@ -17,6 +17,8 @@ from typing import Any, Dict, Optional
 
 # A launcher's signals go to every process of a job. Those are for the program, whose end is this process's end.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+ASK_WORKERS = b"workers\n"
 
 
 def start_time(pid: int) -> Optional[str]:
@@ -74,6 +76,9 @@ class Server:
         self._handle = loaded.create(self._lib.syncbn_master_start, loaded.ctypes.byref(given))
         return str(self._lib.syncbn_master_target(self._handle).decode())
 
+    def workers(self) -> int:
+        return int(self._lib.syncbn_master_workers(self._handle))
+
     def end(self, grace: float) -> None:
         if self._handle is not None:
             self._lib.syncbn_master_shutdown(self._handle, int(grace * 1e9))
@@ -106,8 +111,11 @@ def main() -> None:
         report(error=describe(error))
         os._exit(1)
     report(target=target, pid=os.getpid())
-    grace = os.read(0, 64)
-    server.end(float(grace) if grace else 0.0)
+    request = os.read(0, 64)
+    while request == ASK_WORKERS:  # The other end asks again only once it has the answer.
+        report(workers=server.workers())
+        request = os.read(0, 64)
+    server.end(float(request) if request else 0.0)
     report(ended=True)
     os._exit(0)
 

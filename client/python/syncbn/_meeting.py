@@ -14,13 +14,18 @@ import tempfile
 import time
 from typing import Any, Iterable, Optional, Tuple
 
-from syncbn import _environment, _library, errors
+from syncbn import _boards, _environment, _library, errors
 from syncbn._boards import Board
 from syncbn._master import Master
 
 _logger = logging.getLogger("syncbn")
 # How long rank 0 keeps its master for workers that have not left.
 _LEAVE_SECONDS = 600.0
+# How long, once no worker is connected to it: as long as a worker whose connection has broken takes to come back. On one host
+# connections break with their processes.
+_RETURN_SECONDS = 30.0
+_RETURN_SECONDS_ON_ONE_HOST = 1.0
+_LOOK_SECONDS = 0.2
 _ANY_OTHER_HOST = "192.0.2.1"  # Reserved for documentation: no packet is sent there, only the route is looked up.
 _told_of_one = False
 
@@ -42,11 +47,18 @@ class Meeting:
     ) -> None:
         self.target: str = note["target"]
         self.trusted_ca_file: Optional[str] = None
+        self._return_seconds = _RETURN_SECONDS if note.get("certificate") else _RETURN_SECONDS_ON_ONE_HOST
         self._rank, self._world_size, self._master, self._board, self._topic = rank, world_size, master, board, topic
         if note.get("certificate"):
             file, self.trusted_ca_file = tempfile.mkstemp(prefix="syncbn-", suffix=".pem")
             with os.fdopen(file, "w") as writer:
                 writer.write(note["certificate"])
+
+    def joined(self) -> None:
+        """Tells rank 0 that this worker has joined. Silent if the board is gone."""
+        if self._board is not None and self._master is None:
+            with contextlib.suppress(errors.Error):
+                self._board.post(f"{self._topic}/joined/{self._rank}", "")
 
     def leave(self) -> None:
         """Tells rank 0 that this worker needs the master no more. Silent if the board is gone; twice is harmless."""
@@ -71,21 +83,38 @@ class Meeting:
             return
         try:
             if wait and board is not None:
-                self._wait_for_others(board, frozenset(lost))
+                with contextlib.suppress(errors.Error):  # The store is gone, and with it the launch.
+                    self._wait_for_others(board, master, frozenset(lost))
         finally:
             master.shutdown(grace=0.0)
 
-    def _wait_for_others(self, board: Board, lost: Iterable[int]) -> None:
-        deadline = time.monotonic() + _LEAVE_SECONDS
+    def _wait_for_others(self, board: Board, master: Master, lost: Iterable[int]) -> None:
+        """Returns when nobody can need the master any more: each of the others has left, or is lost, or has joined and ended.
+
+        Those that have joined have ended if no worker has been connected for as long as one takes to come back.
+        """
+        begun = time.monotonic()
+        lonely_since: Optional[float] = None
+        told = False
         for rank in range(1, self._world_size):
-            if rank in lost:
-                continue
-            seconds = max(0.0, deadline - time.monotonic())
-            try:
-                if board.read(f"{self._topic}/left/{rank}", seconds, f"rank {rank} to leave its worker") is None:
+            while rank not in lost and not self._has_said(board, "left", rank, _LOOK_SECONDS):
+                now = time.monotonic()
+                if master.workers() != 0:
+                    lonely_since = None
+                elif lonely_since is None:
+                    lonely_since = now
+                elif now - lonely_since >= self._return_seconds and self._has_said(board, "joined", rank, 0.0):
+                    _logger.info("rank %d has ended without leaving its worker", rank)
+                    break
+                if now - begun >= _LEAVE_SECONDS:
                     _logger.warning("rank %d has not left its worker; rank 0 ends the master", rank)
-            except errors.Error:  # The store is gone, and with it the launch.
-                return
+                    break
+                if now - begun >= _boards.TELL_AFTER_SECONDS and not told:
+                    told = True
+                    _logger.warning("waiting for rank %d to leave its worker since %.0f seconds", rank, now - begun)
+
+    def _has_said(self, board: Board, word: str, rank: int, seconds: float) -> bool:
+        return board.read(f"{self._topic}/{word}/{rank}", seconds, f"rank {rank} to leave its worker") is not None
 
 
 def alone() -> Meeting:

@@ -143,6 +143,8 @@ class Worker:
                 self._handle = _join(self._options)
                 with _open_lock:
                     _open_workers.append(weakref.ref(self))
+            if self._meeting is not None:
+                self._meeting.joined()
         except BaseException:
             self._end_meeting(wait=False)
             raise
@@ -232,7 +234,8 @@ class Worker:
     def leave(self, reason: str = "finished") -> None:
         """Leaves the group, after the last stream-ordered pass: other workers stop waiting for this one. Then closes.
 
-        Rank 0, if it has started the master for all, waits until the others have left, for ten minutes at most.
+        Rank 0, if it has started the master for all, first waits until the others have left, or have joined and ended: until
+        no worker has been connected for a second on one host, for 30 seconds across hosts. Ten minutes at most.
 
         Errors: a failure of a stream-ordered pass that no call has raised yet; the worker has left nevertheless.
         """

@@ -1,8 +1,10 @@
 """Runs one Python source as several processes, as the launchers of training programs do."""
 
+import contextlib
 import multiprocessing.connection
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +51,7 @@ def run(
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment(**variables),
+            start_new_session=True,
         )
         for rank, file in enumerate(files)
     ]
@@ -56,7 +59,8 @@ def run(
         _wait(processes, codes)
     finally:
         for process in processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # With those that a launcher has started.
             process.wait()
     outputs = []
     for file in files:

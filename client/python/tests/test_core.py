@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -591,3 +592,20 @@ def test_a_missing_library_says_what_to_do():
     environment = dict(os.environ, SYNCBN_LIBRARY="/nonexistent/libsyncbn.so")
     process = subprocess.run([sys.executable, "-c", "import syncbn"], env=environment, capture_output=True, text=True)
     assert "ImportError" in process.stderr and "SYNCBN_LIBRARY" in process.stderr
+
+
+def test_a_master_counts_the_workers_that_are_connected():
+    with syncbn.Master() as master:
+        assert master.workers() == 0
+        with syncbn.Worker(master.target, "a", 0, 2), syncbn.Worker(master.target, "b", 0, 1) as second:
+            assert master.workers() == 2
+            second.leave()
+            wait_until(lambda: master.workers() == 1)
+        wait_until(lambda: master.workers() == 0)
+    assert master.workers() == 0
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60.0
+    while not condition():
+        assert time.monotonic() < deadline

@@ -1,6 +1,7 @@
 """Workers that nobody has configured: their place in a launch, and how they meet at a master that rank 0 starts."""
 
 import os
+import pathlib
 import sys
 
 import pytest
@@ -106,179 +107,42 @@ def test_a_certificate_that_cannot_be_made_is_an_error(tmp_path):
 
 # ---- torch.distributed ----
 
-_TORCH = """
-import os, pathlib, sys, time
-import torch, torch.distributed as dist
-import syncbn, syncbn.torch
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
-
-def initialize(name="store"):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=world)
-
-def check(layer):
-    x = torch.arange(6.0 * world, dtype=torch.float64).reshape(3 * world, 2).exp() % 7
-    y = layer(x[3 * rank : 3 * rank + 3])
-    torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True)[3 * rank : 3 * rank + 3])
-
-def layer():
-    return syncbn.torch.convert_sync_batchnorm(torch.nn.BatchNorm1d(2, dtype=torch.float64))
-"""
+SCENARIOS = pathlib.Path(__file__).with_name("launch_scenarios.py")
 
 
-def torch_processes(source, world_size, tmp_path, **options):
+@pytest.fixture(scope="module")
+def passed(master, tmp_path_factory):
+    """By rank, what that one of four processes has printed."""
     pytest.importorskip("torch")
-    return processes.run(_TORCH + source, world_size, tmp_path, **options)
+    folder = tmp_path_factory.mktemp("scenarios")
+    source = f"import runpy; runpy.run_path({str(SCENARIOS)!r}, run_name='__main__')"
+    return [set(output.splitlines()) for output in processes.run(source, 4, folder, master.target, codes=[-9, 0, 0, 0])]
 
 
-def test_a_process_group_is_enough(tmp_path):
-    """No variable, no address, no worker; where the environment places all processes alike, the process group counts."""
-    source = """
-initialize()
-check(layer())
-worker = syncbn.default_worker()
-assert (worker.rank, worker.world_size) == (rank, world), worker
-dist.destroy_process_group()
-"""
-    torch_processes(source, 3, tmp_path, RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1")
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "the_process_group_is_enough",
+        "the_process_group_places_the_workers_of_a_master_that_is_named",
+        "across_hosts_the_master_speaks_tls",
+        "rank_0_keeps_the_master_until_the_others_have_left",
+        "a_rank_0_that_does_not_come_is_named",
+        "a_master_that_cannot_start_is_an_error_everywhere",
+        "a_process_group_is_initialized_anew",
+        "process_groups_of_a_part_of_the_processes",
+    ],
+)
+def test_torch_distributed(passed, scenario):
+    assert all(f"passed {scenario}" in lines for lines in passed)
 
 
-def test_the_process_group_places_the_workers_of_a_master_that_is_named(tmp_path, master):
-    source = """
-initialize()
-check(layer())
-assert syncbn.default_worker().target == os.environ["SYNCBN_TARGET"]
-dist.barrier()
-"""
-    torch_processes(source, 2, tmp_path, SYNCBN_TARGET=master.target, SYNCBN_JOB=tmp_path.name)
+def test_a_rank_0_that_dies_ends_the_others(passed):
+    assert "passed a_rank_0_that_dies_ends_the_others" in passed[1]
 
 
-def test_across_hosts_the_master_speaks_tls(tmp_path):
-    """A second loopback address stands for another host's."""
-    source = """
-initialize()
-check(layer())
-worker = syncbn.default_worker()
-assert worker.target.startswith("127.0.0.2:"), worker.target
-if rank == 1:
-    try:
-        syncbn.Worker(worker.target, "strangers", 0, 1, join_timeout=1.0)
-    except syncbn.Unavailable as error:
-        assert "TLS" in error.message, error
-    else:
-        raise SystemExit("a stranger without the certificate has joined")
-dist.barrier()
-"""
-    torch_processes(source, 2, tmp_path, SYNCBN_ADDRESS="127.0.0.2:0")
-
-
-def test_rank_0_keeps_the_master_until_the_others_have_left(tmp_path):
-    source = """
-initialize()
-with syncbn.torch.init_worker() as worker:
-    worker.all_reduce("sum", [1.0])
-    store = dist.distributed_c10d._get_default_store()
-    if rank == 0:
-        store.set("leaving", "")
-    else:
-        store.get("leaving")
-    before = time.monotonic_ns()
-print(before, time.monotonic_ns())
-"""
-    first, second = (list(map(int, output.split())) for output in torch_processes(
-        source, 2, tmp_path, SYNCBN_ADDRESS="127.0.0.1:0"
-    ))
-    assert first[1] > second[0]
-
-
-def test_a_rank_0_that_does_not_come_is_named(tmp_path):
-    source = """
-initialize()
-if rank == 1:
-    try:
-        syncbn.torch.init_worker(timeout=0.5)
-    except syncbn.Unavailable as error:
-        assert "waited 0.5 seconds for rank 0" in error.message, error
-    else:
-        raise SystemExit("there is no master")
-dist.barrier()
-with syncbn.torch.init_worker(timeout=60) as worker:  # The failed call has not counted: the two meet.
-    assert worker.all_reduce("sum", [rank + 1.0])[0] == 3.0
-"""
-    torch_processes(source, 2, tmp_path, MASTER_ADDR="127.0.0.1")
-
-
-def test_a_master_that_cannot_start_is_an_error_everywhere(tmp_path):
-    source = """
-initialize()
-try:
-    syncbn.torch.init_worker()
-except syncbn.Error as error:
-    assert "203.0.113.9" in error.message, error
-    assert rank == 0 or "rank 0 could not start the master" in error.message, error
-else:
-    raise SystemExit("there is no master")
-os.environ["SYNCBN_ADDRESS"] = "127.0.0.1:0"
-with syncbn.torch.init_worker() as worker:
-    assert worker.all_reduce("sum", [rank + 1.0])[0] == 3.0
-"""
-    torch_processes(source, 2, tmp_path, SYNCBN_ADDRESS="203.0.113.9:0")  # No address of this host.
-
-
-def test_a_rank_0_that_dies_ends_the_others(tmp_path):
-    source = """
-initialize()
-worker = syncbn.default_worker()
-worker.all_reduce("sum", [1.0])
-if rank == 0:
-    os.kill(os.getpid(), 9)
-try:
-    for step in range(1000):
-        worker.all_reduce("sum", [1.0])
-except syncbn.Unavailable:
-    print("rank 0 is gone")
-"""
-    outputs = torch_processes(
-        source, 2, tmp_path, MASTER_ADDR="127.0.0.1", SYNCBN_JOIN_TIMEOUT=1.0, codes=[-9, 0]
-    )
-    assert "rank 0 is gone" in outputs[1]
-
-
-def test_a_process_group_that_is_initialized_anew(tmp_path):
-    """The default worker goes over to the new group's processes; layers made before go on."""
-    source = """
-initialize("first")
-normalization = layer()
-check(normalization)
-first = syncbn.default_worker()
-dist.destroy_process_group()
-assert syncbn.default_worker() is first
-rank = world - 1 - rank
-initialize("second")
-check(normalization)
-second = syncbn.default_worker()
-assert first.closed and (second.rank, second.world_size) == (rank, world)
-"""
-    torch_processes(source, 2, tmp_path, MASTER_ADDR="127.0.0.1")
-
-
-def test_process_groups_of_a_part_of_the_processes(tmp_path):
-    """Each has a worker, whose layers synchronize among its members alone; beside them, one for all."""
-    source = """
-initialize()
-groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-mine, other = groups[rank % 2], groups[1 - rank % 2]
-with syncbn.torch.init_worker() as everybody, syncbn.torch.init_worker(process_group=mine) as part:
-    assert (part.rank, part.world_size) == (rank // 2, 2)
-    assert part.all_reduce("sum", [rank])[0] == (2.0 if rank % 2 == 0 else 4.0)
-    assert everybody.all_reduce("sum", [rank])[0] == 6.0
-    try:
-        syncbn.torch.init_worker(process_group=other)
-    except ValueError as error:
-        assert "no member" in str(error)
-    else:
-        raise SystemExit("a worker of a foreign group")
-"""
-    torch_processes(source, 4, tmp_path, MASTER_ADDR="127.0.0.1")
+def test_rank_0_does_not_wait_for_a_worker_that_has_ended(passed):
+    """It would for ten minutes, which is more than the processes have."""
+    assert "passed rank_0_does_not_wait_for_a_worker_that_has_ended" in passed[2]
 
 
 # ---- jax.distributed ----
@@ -309,10 +173,12 @@ def test_jax_distributed_is_enough():
 # ---- torchrun's elastic restarts ----
 
 _ELASTIC = """
-import os, pathlib, signal, sys
+import copy, faulthandler, os, pathlib, signal, sys
+faulthandler.dump_traceback_later(240, exit=True)  # Names the place of a hang, before the launcher's limit.
 import torch, torch.distributed as dist
 import syncbn.torch
-folder, steps, sizes = pathlib.Path(sys.argv[1]), 6, [1, 4, 2]
+torch.set_num_threads(1)
+folder, target, steps, sizes = pathlib.Path(sys.argv[1]), sys.argv[2], 6, [1, 4, 2]
 dist.init_process_group("gloo")
 rank, restart = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 generator = torch.Generator().manual_seed(3)
@@ -327,31 +193,39 @@ def step(model, batch, divisor):
         for parameter in model.parameters():
             parameter -= 0.1 * parameter.grad
 
-model = syncbn.torch.convert_sync_batchnorm(torch.nn.Sequential(*plain))
+# Rank 0 starts a master for the one, which ends with it; the other's outlives the restart.
+workers = {"own": syncbn.torch.init_worker(), "named": syncbn.torch.init_worker("named", target)}
+models = {
+    name: syncbn.torch.convert_sync_batchnorm(copy.deepcopy(plain), worker) for name, worker in workers.items()
+}
 saved = folder / "checkpoint"
 begun = 0
 if saved.exists():
-    begun, state = torch.load(saved)
-    model.load_state_dict(state)
-parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    begun, states = torch.load(saved)
+    for name, model in models.items():
+        model.load_state_dict(states[name])
+parallel = [torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) for model in models.values()]
 for number in range(begun, steps):
     if number == 3 and restart == 0 and rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    step(parallel, x[number].split(sizes)[rank], sum(sizes) / dist.get_world_size())
+    for model in parallel:
+        step(model, x[number].split(sizes)[rank], sum(sizes) / dist.get_world_size())
     if rank == 0 and number == 2:
-        torch.save((number + 1, model.state_dict()), saved)
+        torch.save((number + 1, {name: model.state_dict() for name, model in models.items()}), saved)
     if number == 2:
         dist.barrier()
-worker = syncbn.default_worker()
-(folder / f"end {restart} {rank}").write_text(f"{begun} {worker.run_id}")
+(folder / f"end {restart} {rank}").write_text(f"{begun} {workers['own'].run_id} {workers['named'].run_id}")
 if rank == 0:
-    torch.save(model.state_dict(), folder / "result")
+    torch.save({name: model.state_dict() for name, model in models.items()}, folder / "result")
 dist.barrier()
 """
 
 
-def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
-    """Training goes on from the checkpoint, in a later generation, to the end of one process on the whole batches."""
+def test_torchrun_restarts_after_a_worker_is_killed(tmp_path, master):
+    """Training goes on from the checkpoint, in a later generation, to the end of one process on the whole batches.
+
+    With a master of rank 0's, and with one that is there before and afterwards.
+    """
     torch = pytest.importorskip("torch")
     script = tmp_path / "train.py"
     script.write_text(_ELASTIC)
@@ -359,12 +233,12 @@ def test_torchrun_restarts_after_a_worker_is_killed(tmp_path):
 import subprocess, sys
 sys.exit(subprocess.call([sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint",
     "127.0.0.1:0", "--rdzv_id", {tmp_path.name!r}, "--nproc_per_node", "3", "--max_restarts", "2", "--redirects", "1", "--tee",
-    "1", {str(script)!r}, {str(tmp_path)!r}]))
+    "1", {str(script)!r}, {str(tmp_path)!r}, {master.target!r}]))
 """
     processes.run(command, 1)
     ends = {path.name: path.read_text().split() for path in tmp_path.glob("end *")}
     assert sorted(ends) == ["end 1 0", "end 1 1", "end 1 2"]
-    assert {words[0] for words in ends.values()} == {"3"} and len({words[1] for words in ends.values()}) == 1
+    assert {words[0] for words in ends.values()} == {"3"} and len(set(map(tuple, ends.values()))) == 1
 
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(6, 7, 3, generator=generator, dtype=torch.float64)
@@ -375,6 +249,8 @@ sys.exit(subprocess.call([sys.executable, "-m", "torch.distributed.run", "--rdzv
         optimizer.zero_grad()
         (whole(batch).square().sum() / 7).backward()
         optimizer.step()
-    result = torch.load(tmp_path / "result")
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(result[name], value, rtol=1e-10, atol=1e-10, msg=name)
+    results = torch.load(tmp_path / "result")
+    assert sorted(results) == ["named", "own"]
+    for result in results.values():
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(result[name], value, rtol=1e-10, atol=1e-10, msg=name)
