@@ -23,6 +23,37 @@ bazel_quietly() {
   bazel "$command" --noshow_progress --ui_event_filters=-info,-debug,-stdout "$@" >&2
 }
 
+# make_venv NAME PACKAGE...: an environment of $PYTHON with just these packages, made once.
+make_venv() {
+  local folder=$SYNCBN_DEPS/venvs/$1
+  shift
+  local complete
+  complete=$folder/.complete-$(tr ' ' - <<<"$*")
+  [[ -f $complete ]] && return
+  say "Making an environment with $* (PyPI)"
+  rm -rf "$folder"
+  mkdir -p "$SYNCBN_DEPS/venvs"
+  "$PYTHON" -m venv "$folder"
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+  touch "$complete"
+}
+
+# Current versions of the frameworks, which several tests share.
+CURRENT_PACKAGES="torch==2.15.0 timm==1.0.31 jax==0.10.2 numpy pytest"
+make_current_venv() {
+  local packages
+  read -ra packages <<<"$CURRENT_PACKAGES"
+  make_venv current "${packages[@]}"
+}
+
+# make_overlay NAME FOLDER: an environment on top of that one, to install more into.
+make_overlay() {
+  local python=$SYNCBN_DEPS/venvs/$1/bin/python
+  "$python" -m venv --without-pip "$2"
+  "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    >"$("$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+}
+
 ensure_deps() {
   if ! "$(dirname "${BASH_SOURCE[0]}")/install_deps" --check; then
     tools/install_deps
