@@ -24,7 +24,7 @@ SHAPES = [
     (32, 64, (112, 112)), (32, 256, (56, 56)), (128, 4, (224, 224)), (32, 512, (28, 28)), (32, 1024, (14, 14)),
     (32, 2048, (7, 7)), (2, 256, (128, 256)), (2, 32, (64, 64, 64)), (4096, 1024, ()),
 ]
-# What torch.compile is tried on: compiling takes seconds each time.
+# The case that torch.compile is tried on; each compilation takes seconds.
 COMPILED = [(shape, dtype) for shape in (SHAPES[1], SHAPES[4]) for dtype in (torch.float32, torch.bfloat16)]
 TYPES = {torch.float32: (0, 4, "fp32"), torch.float16: (2, 2, "fp16"), torch.bfloat16: (3, 2, "bf16")}
 OPERATIONS = ("stats", "elemt", "backward_reduce", "backward_elemt", "forward", "backward")

@@ -10,9 +10,9 @@ load("@cuda//:config.bzl", "CUDA_ROOT", "HAVE_CUDA")
 # 75 Turing, 80 and 86 Ampere, 89 Ada, 90 Hopper, 100 and 120 Blackwell. CUDA 13 knows them all.
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 
-# What the code means, the same wherever it is compiled: tools/gpu_check reads these two lists. -fmad=false: a
-# multiplication and an addition are fused only where the source says fma, as on the host, so that a CPU computes the
-# same bits.
+# Flags that decide what the code computes, alike wherever it is compiled: tools/gpu_check reads these two lists.
+# -fmad=false: a multiplication and an addition are fused only where the source says fma, as on the host, so that a CPU
+# computes the same bits.
 CODE_FLAGS = [
     "-std=c++17",
     "-O3",

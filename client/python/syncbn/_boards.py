@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Optional
 from syncbn import _environment, errors
 
 _logger = logging.getLogger("syncbn")
-# How long a wait stays inside a store before the interpreter may look at signals (Ctrl-C).
+# The time that a wait stays inside a store before the interpreter may look at signals (Ctrl-C).
 _SLICE_SECONDS = 1.0
 TELL_AFTER_SECONDS = 10.0
 

@@ -11,7 +11,7 @@ from syncbn import _arguments, _library, _signals
 from syncbn._library import call, lib
 
 _NS = 1_000_000_000
-# How long a wait stays inside the library before the interpreter may look at signals (Ctrl-C).
+# Nanoseconds that a wait stays inside the library before the interpreter may look at signals (Ctrl-C).
 _SLICE_NS = 100_000_000
 
 

@@ -74,7 +74,7 @@ def test_torchs_distributed_case(outcomes, name):
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not here")
 @pytest.mark.parametrize("who", ["rank 0", "SYNCBN_TARGET"])
 def test_a_script_under_torchrun(master, who):
-    output, code = torchrun(4, EXAMPLE, "--steps", 5, **({"SYNCBN_TARGET": master.target} if who != "rank 0" else {}))
+    output, code = torchrun(2, EXAMPLE, "--steps", 5, **({"SYNCBN_TARGET": master.target} if who != "rank 0" else {}))
     assert code == 0, output
     found = re.search(r"master of (.*): 5 steps end (\S+) from", output)
     assert found and found[1] == who and float(found[2]) < 1e-12, output
@@ -101,7 +101,7 @@ def test_a_converted_model_and_one_variable_are_enough(master, tmp_path, who):
     script = tmp_path / "plain.py"
     script.write_text(_PLAIN)
     target = f"unix:{tmp_path}/master" if who == "rank 0" else master.target
-    output, code = torchrun(4, script, who, SYNCBN_TARGET=target)
+    output, code = torchrun(2, script, who, SYNCBN_TARGET=target)
     assert code == 0, output
 
 

@@ -218,7 +218,7 @@ TEST_P(BatchNormPassTest, EqualsTheWholeBatch) {
   std::vector<Outcome> outcomes(world_size);
   OnEachRank(world_size, [&](uint32_t rank) { outcomes[rank] = Train(*workers[rank], problem); });
 
-  // Of the size of the output: float32 is rounded once; float64 has the conditioning of mean/std beside it.
+  // Relative to the size of the output: float32 is rounded once; float64 has the conditioning of mean/std beside it.
   const double tolerance = c.float32 ? 1e-6 : 1e-13 * (1 + std::abs(c.offset));
   size_t begin = 0;
   for (uint32_t rank = 0; rank < world_size; ++rank) {

@@ -11,7 +11,7 @@ namespace {
 
 std::string Bytes(const Buffer& buffer) { return {buffer.data(), buffer.data() + buffer.size()}; }
 
-// What protobuf makes of the same contribution.
+// The same contribution, serialized by protobuf.
 std::string Serialized(const RoundKey& key, const Payload& payload) {
   v1::WorkerFrame frame;
   v1::Contribution* const out = frame.add_contributions();

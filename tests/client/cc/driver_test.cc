@@ -1,4 +1,4 @@
-// What drives a session: waiting threads over a transport in the same process.
+// The driver of a session: waiting threads over a transport in the same process.
 
 #include <atomic>
 #include <memory>

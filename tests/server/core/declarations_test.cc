@@ -237,7 +237,7 @@ TEST(RedeclareTest, ARestartedMasterMeetsWorkersOnEitherSide) {
   EXPECT_EQ(engine.Outcome(workers[0], Sum("g", 5))->first, std::vector<double>(3, 3.0));
 }
 
-// Of two equal programs, the faster one has made both declarations before the slower one makes any.
+// Two programs are equal; the faster one has made both declarations before the slower one makes any.
 TEST(RedeclareTest, AFirstWordThatAnotherHasSaidBeforeIsNoDispute) {
   Engine engine;
   const StreamId fast = engine.Join(0, 2, {BatchNormLayer("a", 1)});

@@ -1,4 +1,4 @@
-// What a session sends, in which order, and what it makes of the answers.
+// The frames that a session sends, their order, and its handling of the answers.
 
 #include <cmath>
 #include <cstdint>

@@ -21,7 +21,7 @@
 
 namespace syncbn::session {
 
-// What a test wants to know of a frame: "declare v:3", "v/0", "blocked v/0", "leave".
+// Describes a frame in words for a test: "declare v:3", "v/0", "blocked v/0", "leave".
 inline std::vector<std::string> Words(const ClientFrame& frame) {
   const auto name = [](const RoundKey& key) {
     return absl::StrCat(key.layer, "/", key.sequence, key.phase == Phase::kBackward ? "b" : "");
