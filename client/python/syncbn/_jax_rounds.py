@@ -1,8 +1,9 @@
 """The rounds of the JAX front: host callbacks, and the operations of a traced program that call them.
 
-A forward round is a callback. The sums of a backward pass are an operation of their own, since JAX's callbacks can be
-neither batched nor differentiated, and both have a meaning here: under vmap, as jax.jacrev has it, each row of cotangents
-is a backward pass, one after the other; the derivative of a sum over workers is the sum over workers of the derivatives.
+Forward rounds and the sums of backward passes are operations of their own, since JAX's callbacks can be neither batched
+nor differentiated, and both have a meaning here. Under vmap each element is a call, with a round of its own; the rounds
+of all elements travel together. Where only the cotangents are batched, as under jax.jacrev, each row is a backward pass.
+The derivative of a sum over workers is the sum over workers of the derivatives.
 """
 
 import collections
@@ -10,7 +11,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from typing import Any, Callable, Deque, Dict, Iterator, NamedTuple, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Set, Tuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,8 @@ except ImportError:  # Before JAX 0.4.36.
 _failures: Deque[BaseException] = collections.deque(maxlen=64)
 
 MAPPED = (
-    "sync_batch_norm cannot run under vmap, pmap or shard_map: each element would begin a round of its own. Run a process "
-    "for each device, or let jit spread the batch over them"
+    "syncbn.jax cannot run under pmap, or shard_map over several devices: each device would begin a round of its own. Run "
+    "a process for each device, or let jit spread the batch over them. An axis of vmap is named by axis_name="
 )
 
 
@@ -75,6 +76,10 @@ class Layer(NamedTuple):
     numeric: str
     biased_running_variance: bool
     axis: int
+    axis_name: Any
+    """The axes of vmap that belong to the batch."""
+    normalizes: bool
+    """A single value in all is refused, since its normalized value would always be 0."""
 
     @property
     def clamp(self) -> bool:
@@ -164,30 +169,63 @@ def _check_mask(layer: Layer, faults: np.ndarray) -> None:
         )
 
 
-def _merge(
-    layer: Layer, positions: int, wanted: bool, count: Any, mean: Any, rest: Any, m2: Any, faults: Any
-) -> Tuple[np.ndarray, ...]:
-    """The forward round. `rest` is what rounding left of the sum of deviations from `mean`; count None: all positions."""
-    _check_mask(layer, np.asarray(faults))
-    mean, rest, m2 = np.asarray(mean), np.asarray(rest, np.float64), np.asarray(m2, np.float64)
-    count = positions if count is None else int(count)
-    pair = mean.dtype
-    _awaited.declare(layer)
-    if count == 0:
-        merged = layer.worker.synchronize(layer.name, 0, backward=wanted)
-    else:
-        shift = rest / count
-        moments = mean.astype(np.float64) + shift, np.maximum(m2 - rest * shift, 0.0)
-        merged = layer.worker.synchronize(layer.name, count, *moments, backward=wanted)
+class _Own(NamedTuple):
+    """A batch's moments, on the host; the vectors [C]. `rest` is what rounding left of the sum of deviations from `mean`."""
+
+    number: int
+    mean: np.ndarray
+    rest: np.ndarray
+    m2: np.ndarray
+
+
+def _start_merge(layer: Layer, wanted: bool, own: _Own) -> Any:
+    if own.number == 0:
+        return layer.worker.start_synchronize(layer.name, 0, backward=wanted)
+    shift = own.rest.astype(np.float64) / own.number
+    mean = own.mean.astype(np.float64) + shift
+    m2 = np.maximum(own.m2.astype(np.float64) - own.rest * shift, 0.0)
+    return layer.worker.start_synchronize(layer.name, own.number, mean, m2, backward=wanted)
+
+
+def _check_merged(layer: Layer, positions: int, merged: Any) -> None:
+    if not layer.normalizes:
+        return
     if merged.count == 1:
         raise ValueError("Expected more than 1 value per channel when training, and the other workers had none")
     if merged.count == 0 and positions:
         raise ValueError("the masks of all workers leave no position: there is nothing to take statistics of")
+
+
+def _merge(layer: Layer, positions: int, wanted: bool, *arguments: Any) -> Tuple[np.ndarray, ...]:
+    """The forward rounds of all elements. Arguments: see `merge`, with the axes of vmap before their own."""
+    *counts, means, rests, m2s, faults = (np.asarray(argument) for argument in arguments)
+    _check_mask(layer, faults.reshape(-1, 2).any(0))
+    elements, pair = means.shape[:-1], means.dtype
+    vectors = [v.reshape(-1, layer.channels) for v in (means, rests, m2s)]
+    numbers = counts[0].reshape(-1) if counts else np.full(len(vectors[0]), positions)
+    _awaited.declare(layer)
+    begun = [_start_merge(layer, wanted, _Own(int(n), *own)) for n, *own in zip(numbers, *vectors)]
+    found = [round.result() for round in begun]
+    for merged in found:
+        _check_merged(layer, positions, merged)
     if wanted:
-        _awaited.add(layer, merged.sequence)
-    # The sequence and the count as two numbers of 31 bits each: without x64 there is nothing wider.
-    words = [merged.sequence >> 31, merged.sequence & 0x7FFFFFFF, merged.count >> 31, merged.count & 0x7FFFFFFF]
-    return (*_split(merged.mean, pair), *_split(merged.var, pair)[:1], np.asarray(words, np.int32))
+        for merged in found:
+            _awaited.add(layer, merged.sequence)
+    mean, rest = _split(np.reshape([merged.mean for merged in found], means.shape), pair)
+    var = np.reshape([merged.var for merged in found], means.shape).astype(pair)
+    return mean, rest, var, _words(found).reshape(*elements, 4)
+
+
+def _words(found: List[Any]) -> np.ndarray:
+    """Sequences and counts, each as two numbers of 31 bits: without x64 there is nothing wider."""
+    numbers = [(merged.sequence, merged.count) for merged in found]
+    rows = [[part for n in pair for part in (n >> 31, n & 0x7FFFFFFF)] for pair in numbers]
+    return np.asarray(rows, np.int32)
+
+
+def _sequence_and_count(words: np.ndarray) -> Tuple[int, int]:
+    high, low, count_high, count_low = (int(word) for word in words)
+    return (high << 31) | low, (count_high << 31) | count_low
 
 
 def _start_sums(layer: Layer, sequence: int, row: np.ndarray) -> Any:
@@ -202,22 +240,24 @@ def _start_sums(layer: Layer, sequence: int, row: np.ndarray) -> Any:
 
 
 def _exchange(layer: Layer, linear: bool, words: Any, values: Any) -> np.ndarray:
-    """The means over the forward round's values of vectors [..., 2, C], summed over workers, row by row.
+    """The means over the forward round's values of vectors [*rows, 2, *elements, C], summed over workers.
 
-    `linear`: the derivative of such means, which no forward round waits for.
+    Each row is a backward pass of each element; words are [*elements, 4]. `linear`: the derivative of such means, which
+    no forward round waits for.
     """
     _awaited.check(layer)
-    narrow = np.asarray(values)
-    high, low, count_high, count_low = (int(word) for word in np.asarray(words))
-    count = max(1, (count_high << 31) | count_low)
-    rows = narrow.astype(np.float64).reshape(-1, 2, layer.channels)
+    narrow, forwards = np.asarray(values), np.asarray(words).reshape(-1, 4)
+    rows = np.moveaxis(narrow.astype(np.float64).reshape(-1, 2, len(forwards), layer.channels), 1, 2)
+    known = [_sequence_and_count(row) for row in forwards]
     if linear:
-        rounds = [layer.worker.start_all_reduce(f"{layer.name}/derivatives", row) for row in rows]
+        rounds = [layer.worker.start_all_reduce(f"{layer.name}/derivatives", own) for row in rows for own in row]
     else:
-        rounds = [_start_sums(layer, (high << 31) | low, row) for row in rows]
-    results = [_vectors(begun.result()) for begun in rounds]
+        rounds = [_start_sums(layer, sequence, own) for row in rows for (sequence, _), own in zip(known, row)]
+    results = np.reshape([_vectors(begun.result()) for begun in rounds], rows.shape)
+    counts = np.asarray([max(1, count) for _, count in known], np.float64)
     with np.errstate(over="ignore"):  # To infinity, as in the framework's own sums.
-        return (np.reshape(results, narrow.shape) / count).astype(narrow.dtype)
+        means = np.moveaxis(results / counts[:, None, None], 1, 2)
+        return means.reshape(narrow.shape).astype(narrow.dtype)
 
 
 def _vectors(result: Any) -> np.ndarray:
@@ -228,15 +268,59 @@ def _vectors(result: Any) -> np.ndarray:
 # ---- In the program ----
 
 
+_ORDERED = jax.make_jaxpr(
+    lambda: io_callback(lambda: np.zeros(()), jax.ShapeDtypeStruct((), np.float32), ordered=True)
+)().effects
+
+_merge_p = Primitive("syncbn_merge")
+_merge_p.multiple_results = True
+
+
 def merge(
-    layer: Layer, positions: int, wanted: bool, count: Any, mean: Any, rest: Any, m2: Any, faults: Any
+    layer: Layer, wanted: bool, positions: int, count: Any, mean: Any, rest: Any, m2: Any, faults: Any
 ) -> Tuple[Any, ...]:
-    """The merged mean, as the sum of two vectors, the variance, and `words` for `mean_over_workers`. Constants to JAX."""
-    vector = jax.ShapeDtypeStruct((layer.channels,), mean.dtype)
-    shapes = (vector, vector, vector, jax.ShapeDtypeStruct((4,), jnp.int32))
+    """The merged mean, as the sum of two vectors, the variance, and `words` for `mean_over_workers`. Constants to JAX.
+
+    count None: all positions.
+    """
+    arguments = jax.lax.stop_gradient((() if count is None else (count,)) + (mean, rest, m2, faults))
+    return tuple(_merge_p.bind(*arguments, layer=layer, positions=positions, wanted=wanted))
+
+
+def _call_merge(*arguments: Any, layer: Layer, positions: int, wanted: bool) -> Any:
+    mean = arguments[-4]
+    vectors = jax.ShapeDtypeStruct(mean.shape, mean.dtype)
+    shapes = (vectors, vectors, vectors, jax.ShapeDtypeStruct((*mean.shape[:-1], 4), jnp.int32))
     body = functools.partial(_on_host, functools.partial(_merge, layer, positions, wanted))
-    arguments = jax.lax.stop_gradient((count, mean, rest, m2, faults))
-    return tuple(io_callback(body, shapes, *arguments, ordered=True))
+    return io_callback(body, shapes, *arguments, ordered=True)
+
+
+@_merge_p.def_impl
+def _evaluate_merge(*arguments: Any, **constants: Any) -> Any:
+    return _call_merge(*arguments, **constants)
+
+
+@_merge_p.def_effectful_abstract_eval
+def _abstract_merge(*arguments: Any, **constants: Any) -> Any:
+    mean = arguments[-4].update(weak_type=False)
+    return [mean, mean, mean, jax.core.ShapedArray((*mean.shape[:-1], 4), np.dtype(np.int32))], _ORDERED
+
+
+def _batch_merge(arguments: Any, axes: Any, **constants: Any) -> Any:
+    """Each element is a call, masks and all."""
+    size = next(a.shape[axis] for a, axis in zip(arguments, axes) if axis is not None)
+    each = [_lead(argument, axis, size) for argument, axis in zip(arguments, axes)]
+    found = _merge_p.bind(*each, **constants)
+    return found, [0] * len(found)
+
+
+def _lead(value: Any, axis: Any, size: int) -> Any:
+    """The value with its batch axis in front, repeated where it has none."""
+    return jnp.broadcast_to(value, (size, *value.shape)) if axis is None else jnp.moveaxis(value, axis, 0)
+
+
+mlir.register_lowering(_merge_p, mlir.lower_fun(_call_merge, multiple_results=True))
+batching.primitive_batchers[_merge_p] = _batch_merge
 
 
 def count_of(words: Any, dtype: Any) -> Any:
@@ -250,9 +334,6 @@ def _call(words: Any, values: Any, *, layer: Layer, linear: bool) -> Any:
 
 
 _mean_p = Primitive("syncbn_mean_over_workers")
-_ORDERED = jax.make_jaxpr(
-    lambda: io_callback(lambda: np.zeros(()), jax.ShapeDtypeStruct((), np.float32), ordered=True)
-)().effects
 
 
 @_mean_p.def_impl
@@ -266,10 +347,15 @@ def _abstract(words: Any, values: Any, *, layer: Layer, linear: bool) -> Any:
 
 
 def _batch(arguments: Any, axes: Any, *, layer: Layer, linear: bool) -> Any:
+    """Another row, or, where the forward pass was batched too, another element: [*rows, 2, *elements, C]."""
     words, values = arguments
-    if axes[0] is not None:
-        raise ValueError(MAPPED)
-    return _mean_p.bind(words, jnp.moveaxis(values, axes[1], 0), layer=layer, linear=linear), 0
+    if axes[0] is None:
+        return _mean_p.bind(words, jnp.moveaxis(values, axes[1], 0), layer=layer, linear=linear), 0
+    words = jnp.moveaxis(words, axes[0], 0)
+    values = _lead(values, axes[1], words.shape[0])
+    first = values.ndim - words.ndim
+    found = _mean_p.bind(words, jnp.moveaxis(values, 0, first), layer=layer, linear=linear)
+    return found, first
 
 
 def _derivative(primals: Any, tangents: Any, *, layer: Layer, linear: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Batch normalization over all workers for JAX, under jit and grad.
+"""Batch normalization over all workers for JAX, under jit, grad and vmap.
 
     y, state = syncbn.jax.sync_batch_norm(x, scale, bias, state, worker=worker, layer="stem.bn")
 
@@ -7,10 +7,14 @@ Moments and gradient sums are reduced on the device. Only those vectors go to th
 float64 gets through without jax_enable_x64, as pairs of float32.
 
 One process is one worker, on one device. An array that jit spreads over several devices of the process is one batch.
-vmap, pmap, shard_map over more than one device, jax.checkpoint and forward mode are refused, by JAX or here: there,
-rounds would have no order, or no partner at the other workers. One forward pass may be gone back through several times
+pmap, shard_map over more than one device, jax.checkpoint and forward mode are refused, by JAX or here: there, rounds
+would have no order, or no partner at the other workers. One forward pass may be gone back through several times
 (jax.vjp, jax.jacrev), and derivatives be differentiated again, if all workers do it, and, for derivatives of
 derivatives, are of JAX.
+
+Under vmap, each element is a call of its own, which meets the same element of the other workers: an ensemble of models,
+for example. An axis that is the batch itself, as in Equinox, is named: `jax.vmap(model, axis_name="batch")` and
+`axis_name="batch"` here. Then the elements of all workers are one batch.
 
 JAX reports what goes wrong in a callback as an error of its own, maybe not before the result is waited for. In
 `typed_errors` it is what it was:
@@ -19,41 +23,34 @@ JAX reports what goes wrong in a callback as an error of its own, maybe not befo
         loss, gradients = jax.block_until_ready(step(parameters, batch))
 """
 
-import contextlib
 import functools
-from typing import Any, Iterable, Iterator, NamedTuple, Optional, Tuple
+import math
+from typing import Any, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from syncbn import _arguments, _jax_rounds, _library
+from syncbn import _arguments, _jax_arguments, _jax_rounds, _jax_statistics, _library
 from syncbn._jax_rounds import Layer, typed_errors
+from syncbn._jax_statistics import Statistics, counted, over_batch_axes, reduced, spread, wide_type
 from syncbn.core import Worker, default_worker
 
-__all__ = ["RunningStatistics", "init_statistics", "sync_batch_norm", "typed_errors"]
+__all__ = ["RunningStatistics", "init_statistics", "moments", "sync_batch_norm", "typed_errors"]
 
 
-def _mapped_axes() -> Iterable[Any]:
-    """The names of the axes that pmap or shard_map runs this trace over."""
+def _mapped_axes(own: Any) -> Iterable[Any]:
+    """The names of the axes that pmap or shard_map runs this trace over; `own` names those that vmap does."""
     mesh = getattr(jax.sharding, "get_abstract_mesh", None)
     if mesh is not None:
         return tuple(mesh().manual_axes)
-    # Before JAX 0.5.
-    return tuple(getattr(jax.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)())
+    # Before JAX 0.5, the axes of vmap are among them.
+    named = own if isinstance(own, (tuple, list)) else (own,)
+    return tuple(n for n in getattr(jax.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)() if n not in named)
 
 
-@contextlib.contextmanager
-def _not_mapped() -> Iterator[None]:
-    """Refuses to be traced for several devices or batch elements at once."""
-    if any(jax.lax.psum(1, name) != 1 for name in _mapped_axes()):
+def _refuse_several_devices(own: Any) -> None:
+    if any(jax.lax.psum(1, name) != 1 for name in _mapped_axes(own)):
         raise ValueError(_jax_rounds.MAPPED)
-    try:
-        yield
-    except ValueError as error:
-        if "vmap" in str(error):  # JAX's own refusal, where the axis has no name.
-            raise ValueError(_jax_rounds.MAPPED) from error
-        raise
 
 
 class RunningStatistics(NamedTuple):
@@ -70,139 +67,26 @@ def init_statistics(channels: int, dtype: Any = jnp.float32) -> RunningStatistic
     return RunningStatistics(jnp.zeros(channels, dtype), jnp.ones(channels, dtype))
 
 
-# ---- Arguments ----
-
-
-def _floating(value: Any, name: str) -> Any:
-    """An array of a real floating type."""
-    if isinstance(value, (list, tuple)):
-        raise TypeError(f"sync_batch_norm: {name} is a {type(value).__name__}; an array of a floating type is needed")
-    given = getattr(value, "dtype", None)
-    try:
-        array = value if isinstance(value, jax.Array) else jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        kind = type(value).__name__ if given is None else given
-        raise TypeError(f"sync_batch_norm: {name} is {kind}; an array of a floating type is needed") from error
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"sync_batch_norm: {name} is {array.dtype if given is None else given}; a floating type is needed")
-    if given is not None and np.dtype(given).itemsize > 8:  # JAX would round it without a word.
-        raise TypeError(f"sync_batch_norm: {name} is {given}; the widest type is float64")
-    return array
-
-
-def _vector(value: Any, channels: int, name: str) -> Any:
-    array = _floating(value, name)
-    if array.shape != (channels,):
-        raise ValueError(f"sync_batch_norm: {name} has shape {array.shape}, and x {channels} channels")
-    return array
-
-
 def _running(statistics: Any, channels: int) -> RunningStatistics:
     try:
         mean, var = statistics
     except (TypeError, ValueError):
         kind = type(statistics).__name__
         raise TypeError(f"statistics is a {kind}; it has to be RunningStatistics, a mean and a variance") from None
-    return RunningStatistics(_vector(mean, channels, "statistics.mean"), _vector(var, channels, "statistics.var"))
+    return RunningStatistics(_jax_arguments.vector(mean, channels, "statistics.mean"), _jax_arguments.vector(var, channels, "statistics.var"))
 
 
-def _positions(mask: Any, x: Any, axis: int) -> Tuple[Any, Any]:
-    """The mask as booleans that broadcast over x, with a channel axis of size 1; and what is wrong with its values.
-
-    The latter are two numbers for the host, since a traced mask has no values: whether some are neither 0 nor 1, and
-    whether some differ between channels.
-    """
-    if isinstance(mask, (list, tuple)):
-        raise TypeError(f"sync_batch_norm: mask is a {type(mask).__name__}; an array is needed")
-    mask = jnp.asarray(mask)
-    if not (mask.dtype == jnp.bool_ or jnp.issubdtype(mask.dtype, jnp.integer) or jnp.issubdtype(mask.dtype, jnp.floating)):
-        raise TypeError(f"sync_batch_norm: mask is {mask.dtype}; booleans are needed, or numbers that are 0 or 1")
-    positions = x.shape[:axis] + x.shape[axis + 1 :]
-    whole = positions[:axis] + (mask.shape[axis] if mask.ndim == x.ndim else 1,) + positions[axis:]
-    if mask.ndim < x.ndim:
-        mask = mask.reshape((1,) * (x.ndim - 1 - mask.ndim) + mask.shape)
-        mask = jnp.expand_dims(mask, axis)
-    fits = mask.ndim == x.ndim and all(have in (1, want) for have, want in zip(mask.shape, whole))
-    if not fits or mask.shape[axis] not in (1, x.shape[axis]):
-        raise ValueError(
-            f"sync_batch_norm: mask does not fit: it broadcasts over positions, here {positions}, with or without a "
-            f"channel axis of size 1, and x has shape {x.shape}"
-        )
-    faults = jnp.zeros(2, bool)
-    if mask.dtype != jnp.bool_:
-        faults = faults.at[0].set(jnp.any((mask != 0) & (mask != 1)))
-        mask = mask != 0
-    if mask.shape[axis] > 1:
-        first = jax.lax.slice_in_dim(mask, 0, 1, axis=axis)
-        faults = faults.at[1].set(jnp.any(mask != first))
-        mask = first
-    return jnp.broadcast_to(mask, positions[:axis] + (1,) + positions[axis:]), faults
+def _check_worker(worker: Any) -> None:
+    if worker is not None and not isinstance(worker, Worker):
+        raise TypeError(f"worker is {worker!r}; it has to be a syncbn.Worker")
 
 
-def _axis(axis: Any, x: Any) -> int:
-    """The channel axis, counted from 0."""
-    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-        raise TypeError(f"sync_batch_norm: axis is a whole number, not {axis!r}")
-    if x.ndim < 2:
-        raise ValueError(f"expected [batch, ..., channels], got {list(x.shape)}")
-    if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"sync_batch_norm: axis is {axis}, and x has {x.ndim} dimensions")
-    found = int(axis) % x.ndim
-    if x.shape[found] == 0:
-        raise ValueError(f"sync_batch_norm: x has shape {x.shape}, with no channels in axis {axis}")
-    return found
+def _names(axis_name: Any) -> Any:
+    """Hashable, as constants of a trace are."""
+    return tuple(axis_name) if isinstance(axis_name, list) else axis_name
 
 
 # ---- The operation ----
-
-
-def _wide(x: Any) -> Any:
-    """The type to compute in: float32 at least."""
-    return x.dtype if x.dtype == jnp.float64 else jnp.dtype(jnp.float32)
-
-
-def _reduced(x: Any, layer: Layer) -> Tuple[int, ...]:
-    return tuple(axis for axis in range(x.ndim) if axis != layer.axis)
-
-
-def _spread(vector: Any, x: Any, layer: Layer) -> Any:
-    """[C] to the shape in which it broadcasts over x."""
-    return vector.reshape([-1 if axis == layer.axis else 1 for axis in range(x.ndim)])
-
-
-def _counted(values: Any, mask: Any) -> Any:
-    """The values at positions that count, zeros elsewhere, whatever stands there."""
-    return values if mask is None else jnp.where(mask, values, 0)
-
-
-class _Statistics(NamedTuple):
-    """What a forward round brought."""
-
-    mean: Any
-    """[C], and with `rest` longer than its type."""
-    rest: Any
-    var: Any
-    words: Any
-    """Its sequence and count."""
-
-
-def _merged(layer: Layer, x: Any, mask: Any, faults: Any, wanted: bool) -> _Statistics:
-    """The forward round. Derivatives of the results run to x, by a round of their own."""
-    wide, axes = _wide(x), _reduced(x, layer)
-    values = x.astype(wide)
-    positions = x.size // layer.channels
-    count = None if mask is None else mask.sum(dtype=jnp.uint32)
-    divisor = max(positions, 1) if count is None else jnp.maximum(count, 1).astype(wide)
-    mean = _counted(values, mask).sum(axes) / divisor
-    deviations = _counted(values - _spread(mean, x, layer), mask)
-    moments = mean, deviations.sum(axes), jnp.square(deviations).sum(axes)
-    mean, rest, var, words = _jax_rounds.merge(layer, positions, wanted, count, *moments, faults)
-    if not wanted:
-        return _Statistics(mean, rest, var, words)
-    xmu = _counted((values - _spread(mean, x, layer)) - _spread(rest, x, layer), mask)
-    moved = _jax_rounds.differential(layer, words, jnp.stack([xmu.sum(axes), jnp.square(xmu).sum(axes)]))
-    # The variance is the mean square of deviations from any constant, less the square of that constant's distance.
-    return _Statistics(mean, rest + moved[0], var + moved[1] - jnp.square(moved[0]), words)
 
 
 def _invstd(layer: Layer, var: Any) -> Any:
@@ -210,13 +94,17 @@ def _invstd(layer: Layer, var: Any) -> Any:
     return jax.lax.rsqrt(jnp.where(var < layer.eps, layer.eps, var) if layer.clamp else var + layer.eps)
 
 
-def _forward(layer: Layer, x: Any, scale: Any, bias: Any, mask: Any, faults: Any, wanted: bool) -> Tuple[Any, Any]:
-    """y, and the statistics."""
-    found, wide = _merged(layer, x, mask, faults, wanted), _wide(x)
+def _deviations(layer: Layer, x: Any, found: Statistics) -> Any:
     # Two subtractions: the mean is longer than the type.
-    xmu = (x.astype(wide) - _spread(found.mean, x, layer)) - _spread(found.rest, x, layer)
-    y = xmu * _spread(_invstd(layer, found.var) * scale.astype(wide), x, layer) + _spread(bias.astype(wide), x, layer)
-    return y.astype(x.dtype), found
+    return (x.astype(wide_type(x)) - spread(found.mean, x, layer)) - spread(found.rest, x, layer)
+
+
+def _forward(layer: Layer, x: Any, scale: Any, bias: Any, mask: Any, faults: Any, wanted: bool) -> Tuple[Any, Any]:
+    """y, of the wide type, and the statistics."""
+    local, wide = _jax_statistics.local_moments(layer, x, mask), wide_type(x)
+    found = _jax_statistics.merged(layer, local, faults, wanted)
+    factor = _invstd(layer, found.var) * scale.astype(wide)
+    return _deviations(layer, x, found) * spread(factor, x, layer) + spread(bias.astype(wide), x, layer), found
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -231,20 +119,18 @@ def _normalize_forward(layer: Layer, x: Any, scale: Any, bias: Any, mask: Any, f
 
 def _normalize_backward(layer: Layer, residuals: Any, cotangents: Any) -> Tuple[Any, ...]:
     x, scale, bias, mask, found = residuals
-    wide, axes = _wide(x), _reduced(x, layer)
-    dy = cotangents[0].astype(wide)
-    invstd = _invstd(layer, found.var)
-    xmu = (x.astype(wide) - _spread(found.mean, x, layer)) - _spread(found.rest, x, layer)
+    wide, axes, dy = wide_type(x), reduced(x, layer), cotangents[0]
+    invstd, xmu = _invstd(layer, found.var), _deviations(layer, x, found)
     # y is normalized everywhere, so that the sums run over all positions; the statistics come from those that count.
     # Padding may be anything: where it neither counts nor matters to the loss, it has no part in the sum.
     seen = xmu if mask is None else jnp.where(mask | (dy != 0), xmu, 0)
     sums = jnp.stack([dy.sum(axes), (dy * seen).sum(axes)])
-    mean_dy, mean_dy_xmu = _jax_rounds.mean_over_workers(layer, found.words, sums)
+    mean_dy, mean_dy_xmu = _jax_rounds.mean_over_workers(layer, found.words, over_batch_axes(layer, sums))
     slope = invstd * invstd * mean_dy_xmu
     if layer.clamp:
         slope = jnp.where(found.var < layer.eps, 0.0, slope)
-    through = _spread(mean_dy, x, layer) + xmu * _spread(slope, x, layer)
-    dx = _spread(scale.astype(wide) * invstd, x, layer) * (dy - _counted(through, mask))
+    through = spread(mean_dy, x, layer) + xmu * spread(slope, x, layer)
+    dx = spread(scale.astype(wide) * invstd, x, layer) * (dy - counted(through, mask))
     return dx.astype(x.dtype), (sums[1] * invstd).astype(scale.dtype), sums[0].astype(bias.dtype), None, None
 
 
@@ -252,13 +138,21 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _evaluate(x: Any, scale: Any, bias: Any, statistics: RunningStatistics, eps: float, axis: int) -> Any:
-    wide, shape = _wide(x), [-1 if a == axis else 1 for a in range(x.ndim)]
+    """y, of the wide type."""
+    wide, shape = wide_type(x), [-1 if a == axis else 1 for a in range(x.ndim)]
     factor = scale.astype(wide) * jax.lax.rsqrt(statistics.var.astype(wide) + eps)
     y = (x.astype(wide) - statistics.mean.astype(wide).reshape(shape)) * factor.reshape(shape)
-    return (y + bias.astype(wide).reshape(shape)).astype(x.dtype)
+    return y + bias.astype(wide).reshape(shape)
 
 
-def _update(statistics: RunningStatistics, found: _Statistics, momentum: float, biased: bool) -> RunningStatistics:
+def _activated(y: Any, z: Any, relu: bool, dtype: Any) -> Any:
+    """The addend and the activation, in the wide type, rounded once."""
+    if z is not None:
+        y = y + z.astype(y.dtype)
+    return (jax.nn.relu(y) if relu else y).astype(dtype)
+
+
+def _update(statistics: RunningStatistics, found: Statistics, momentum: float, biased: bool) -> RunningStatistics:
     mean, var, words = jax.lax.stop_gradient((found.mean, found.var, found.words))
     count = _jax_rounds.count_of(words, mean.dtype)
     observed = var if biased else var * (count / jnp.maximum(count - 1, 1))
@@ -286,6 +180,9 @@ def sync_batch_norm(
     mask: Any = None,
     biased_running_variance: bool = False,
     numeric: str = "refuse",
+    z: Any = None,
+    activation: Optional[str] = None,
+    axis_name: Any = None,
 ) -> Tuple[Any, Optional[RunningStatistics]]:
     """y = scale * (x - mean) * invstd + bias, with mean and invstd per channel over the batches of all workers.
 
@@ -304,6 +201,9 @@ def sync_batch_norm(
       biased_running_variance: the running variance is M2/N, as in Flax, instead of M2/(N-1), as in torch.
       numeric: "refuse": NaN and infinity in a batch fail the round, NotFinite; "propagate" lets them flow. Those of
         gradients always flow.
+      z: of x's shape and type; added to the normalized values, before the activation. A residual connection.
+      activation: "relu": returns max(0, y), or max(0, y + z). Its gradient at 0 is 0.
+      axis_name: the axis, or a tuple of axes, of vmap whose elements belong to one batch. x may then be [C].
     Returns:
       y of x's type, and the new running statistics.
 
@@ -315,29 +215,31 @@ def sync_batch_norm(
 
     Raises:
       TypeError: for x, scale, bias or statistics that are not of a real floating type.
-      ValueError: under pmap, shard_map and vmap; for shapes and numbers that do not fit; where the global batch has a
+      ValueError: under pmap and shard_map; for shapes and numbers that do not fit; where the global batch has a
         single value for each channel; where all masks leave no position.
+      NameError: for an `axis_name` that no vmap binds.
       syncbn.Error: what a round fails with, in `typed_errors`; a RuntimeError of JAX's outside, as are errors about the
         values of a mask and about the global batch.
     """
-    x = _floating(x, "x")
-    axis = _axis(axis, x)
+    x = _jax_arguments.floating(x, "x")
+    axis = _jax_arguments.axis_of(axis, x, axis_name)
     layer = _arguments.text("layer", layer)
     momentum, eps = _arguments.fraction("momentum", momentum), _arguments.not_negative("eps", eps)
     _arguments.choice("eps_mode", eps_mode, _library.EPS_MODES)
     _arguments.choice("numeric", numeric, _library.NUMERIC_POLICIES)
     biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
-    if worker is not None and not isinstance(worker, Worker):
-        raise TypeError(f"worker is {worker!r}; it has to be a syncbn.Worker")
-    channels, wide = x.shape[axis], _wide(x)
-    scale = jnp.ones(channels, wide) if scale is None else _vector(scale, channels, "scale")
-    bias = jnp.zeros(channels, wide) if bias is None else _vector(bias, channels, "bias")
+    relu = _jax_arguments.activation_of(activation)
+    _check_worker(worker)
+    channels, wide = x.shape[axis], wide_type(x)
+    scale = jnp.ones(channels, wide) if scale is None else _jax_arguments.vector(scale, channels, "scale")
+    bias = jnp.zeros(channels, wide) if bias is None else _jax_arguments.vector(bias, channels, "bias")
+    addend = None if z is None else _jax_arguments.addend(z, x)
     kept = None if statistics is None else _running(statistics, channels)
-    counted, faults = (None, jnp.zeros(2, bool)) if mask is None else _positions(mask, x, axis)
+    positions, faults = (None, jnp.zeros(2, bool)) if mask is None else _jax_arguments.positions(mask, x, axis)
     if not train:
         if kept is None:
             raise ValueError("evaluation needs running statistics")
-        return _evaluate(x, scale, bias, kept, eps, axis), statistics
+        return _activated(_evaluate(x, scale, bias, kept, eps, axis), addend, relu, x.dtype), statistics
     constants = Layer(
         worker or default_worker(),
         layer,
@@ -348,7 +250,70 @@ def sync_batch_norm(
         numeric,
         biased_running_variance,
         axis,
+        _names(axis_name),
+        normalizes=True,
     )
-    with _not_mapped():
-        y, found = _normalize(constants, x, scale, bias, counted, faults)
-    return y, None if kept is None else _update(kept, found, momentum, biased_running_variance)
+    _refuse_several_devices(axis_name)
+    y, found = _normalize(constants, _jax_statistics.varied(constants, x), scale, bias, positions, faults)
+    new = None if kept is None else _update(kept, found, momentum, biased_running_variance)
+    return _activated(y, addend, relu, x.dtype), new
+
+
+def moments(
+    x: Any,
+    axes: Union[int, Sequence[int]],
+    *,
+    layer: str,
+    worker: Optional[Worker] = None,
+    keepdims: bool = False,
+    mask: Any = None,
+    axis_name: Any = None,
+) -> Tuple[Any, Any]:
+    """Mean and biased variance of an array over all workers, for normalizations of your own.
+
+        mean, var = syncbn.jax.moments(x, (0, 1, 2), layer="stem", keepdims=True)
+        y = (x - mean) * jax.lax.rsqrt(var + 1e-5)
+
+    Every worker of the group calls it for the same layers, each as often as the others, and goes back through it as often.
+    The gradient is that of the sum of the losses of all workers. A batch may be empty. PyTorch workers with
+    `syncbn.torch.moments` may belong to the group.
+
+    Args:
+      axes: those that the moments are taken over; the others have the same sizes at every worker.
+      layer: a name that no other layer has, the same at every worker.
+      worker: default `syncbn.default_worker()`, when the function is traced.
+      keepdims: the results have size 1 in `axes`, instead of lacking them.
+      mask: True, or 1, where a position counts. It broadcasts to x's shape, and differs along `axes` alone.
+      axis_name: the axis, or a tuple of axes, of vmap whose elements belong to one batch. `axes` may then be ().
+    Returns:
+      (mean, var), the same at every worker, of x's type, and float32 for narrower types; differentiable in reverse mode
+      any number of times. NaN where no worker has a value.
+
+    Raises:
+      TypeError: for x that is not of a real floating type, and arguments of other types.
+      ValueError: under pmap and shard_map; for axes that x has not; for a mask that does not fit.
+      NameError: for an `axis_name` that no vmap binds.
+      syncbn.Error: what a round fails with, in `typed_errors`; a RuntimeError of JAX's outside.
+    """
+    x = _jax_arguments.floating(x, "x")
+    layer = _arguments.text("layer", layer)
+    _check_worker(worker)
+    over = _jax_arguments.reduced_axes(axes, x, axis_name)
+    kept = tuple(axis for axis in range(x.ndim) if axis not in over)
+    shape = tuple(x.shape[axis] for axis in kept)
+    channels, positions = math.prod(shape), math.prod(x.shape[axis] for axis in over)
+    if channels == 0:
+        raise ValueError(f"x has shape {x.shape}, with no elements in its other axes than {over}")
+    values = x.transpose(*over, *kept).reshape(positions, channels)
+    counts, faults = None, jnp.zeros(2, bool)
+    if mask is not None:
+        counts, faults = _jax_arguments.positions(_jax_arguments.flattened(mask, x, over, kept), values, 1)
+    constants = Layer(
+        worker or default_worker(), layer, channels, 0.0, "add", 0.1, "refuse", False, 1, _names(axis_name), normalizes=False
+    )
+    _refuse_several_devices(axis_name)
+    local = _jax_statistics.local_moments(constants, _jax_statistics.varied(constants, values), counts)
+    found = _jax_statistics.moments(constants, local, faults)
+    if keepdims:
+        shape = tuple(1 if axis in over else size for axis, size in enumerate(x.shape))
+    return found[0].reshape(shape), found[1].reshape(shape)

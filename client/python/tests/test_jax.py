@@ -277,18 +277,6 @@ def test_a_loop_in_the_program(master):
     np.testing.assert_allclose(together, one_by_one, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("axis", [{}, {"axis_name": "batch"}])
-def test_vmap_is_refused(master, axis):
-    with syncbn.Worker(master.target, "jax vmap", 0, 1) as worker:
-        normalize = lambda v: sync.sync_batch_norm(v, layer="bn", worker=worker)[0]
-        for mapped in (normalize, jax.grad(lambda v: normalize(v).sum())):
-            with pytest.raises(ValueError, match="cannot run under vmap"):
-                jax.vmap(mapped, **axis)(jnp.ones((2, 4, 3)))
-        with pytest.raises(ValueError, match="vmap"):
-            jax.vmap(jax.jit(normalize), **axis)(jnp.ones((2, 4, 3)))
-        assert worker.synchronize("bn", 2, np.zeros(3), np.ones(3)).sequence == 0
-
-
 def test_forward_mode_and_checkpoints_are_refused(master):
     with syncbn.Worker(master.target, "jax refusals", 0, 1) as worker:
         total = lambda v: (sync.sync_batch_norm(v, layer="bn", worker=worker)[0] ** 3).sum()
