@@ -3,10 +3,8 @@
 #include <pthread.h>
 #include <unistd.h>
 
-#include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <string>
 #include <utility>
 
@@ -26,7 +24,9 @@ struct Sink {
 
 struct State {
   std::mutex mutex;
-  std::condition_variable left;  // A thread has left a sink.
+  // A thread has left a sink. pthread's, since std::condition_variable::wait would need a newer libstdc++ than some
+  // hosts of the wheel have.
+  pthread_cond_t left = PTHREAD_COND_INITIALIZER;
   std::shared_ptr<Sink> sink;
 };
 
@@ -39,7 +39,7 @@ void UnlockInParent() { TheState().mutex.unlock(); }
 void UnlockInChild() {
   State& state = TheState();
   if (state.sink != nullptr) state.sink->callers = t_depth;
-  new (&state.left) std::condition_variable();
+  state.left = PTHREAD_COND_INITIALIZER;
   state.mutex.unlock();
 }
 
@@ -93,7 +93,8 @@ void SetLogSink(LogSink function) {
   std::unique_lock<std::mutex> lock(state.mutex);
   state.sink.swap(sink);
   // A thread that is within a sink would wait for itself, or for another thread that waits for it.
-  if (sink != nullptr && t_depth == 0) state.left.wait(lock, [&sink] { return sink->callers == 0; });
+  if (sink == nullptr || t_depth != 0) return;
+  while (sink->callers != 0) pthread_cond_wait(&state.left, state.mutex.native_handle());
 }
 
 void Log(LogLevel level, absl::string_view line) {
@@ -111,7 +112,7 @@ void Log(LogLevel level, absl::string_view line) {
   --t_depth;
   const std::lock_guard<std::mutex> lock(state.mutex);
   --sink->callers;
-  state.left.notify_all();
+  pthread_cond_broadcast(&state.left);
 }
 
 void RouteGrpcLog() {

@@ -1,12 +1,12 @@
 #include "kernels/cpu/parallel.h"
 
+#include <pthread.h>
 #include <sys/types.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
-#include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <system_error>
@@ -17,6 +17,13 @@ namespace {
 
 constexpr int kMaxHelpers = 255;
 
+// Conditions are pthread's: std::condition_variable::wait would need a newer libstdc++ than some hosts of the wheel
+// have.
+template <typename Predicate>
+void WaitUntil(pthread_cond_t* condition, std::mutex* locked, const Predicate& done) {
+  while (!done()) pthread_cond_wait(condition, locked->native_handle());
+}
+
 // One call of ParallelFor. It lies on the caller's stack, so the caller leaves only when no helper is in it.
 struct Job {
   const std::function<void(int64_t)>* run;
@@ -25,7 +32,9 @@ struct Job {
   std::atomic<int64_t> next{0};
   int wanted;      // Helpers that may still join. Guarded by Pool::mutex_, as is `inside`.
   int inside = 0;  // Helpers that have joined and not left.
-  std::condition_variable left;
+  pthread_cond_t left = PTHREAD_COND_INITIALIZER;
+
+  ~Job() { pthread_cond_destroy(&left); }
 
   void Work() {
     for (int64_t block = next.fetch_add(1); block < blocks; block = next.fetch_add(1)) (*run)(block);
@@ -44,12 +53,12 @@ class Pool {
       Grow(job->wanted);
       jobs_.push_back(job);
     }
-    work_.notify_all();
+    pthread_cond_broadcast(&work_);
     job->Work();
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     const auto queued = std::find(jobs_.begin(), jobs_.end(), job);
     if (queued != jobs_.end()) jobs_.erase(queued);
-    job->left.wait(lock, [job] { return job->inside == 0; });
+    WaitUntil(&job->left, &mutex_, [job] { return job->inside == 0; });
   }
 
  private:
@@ -68,7 +77,7 @@ class Pool {
   void Help() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      work_.wait(lock, [this] { return !jobs_.empty(); });
+      WaitUntil(&work_, &mutex_, [this] { return !jobs_.empty(); });
       Job* job = jobs_.front();
       ++job->inside;
       if (--job->wanted == 0) jobs_.pop_front();
@@ -79,13 +88,13 @@ class Pool {
       // No work is left in it, so no other helper needs to look.
       const auto queued = std::find(jobs_.begin(), jobs_.end(), job);
       if (queued != jobs_.end()) jobs_.erase(queued);
-      if (--job->inside == 0) job->left.notify_one();
+      if (--job->inside == 0) pthread_cond_signal(&job->left);
     }
   }
 
   const pid_t pid_;
   std::mutex mutex_;
-  std::condition_variable work_;
+  pthread_cond_t work_ = PTHREAD_COND_INITIALIZER;
   std::deque<Job*> jobs_;  // Those that helpers may still join.
   int helpers_ = 0;
 };
