@@ -45,6 +45,7 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const
     : id_(join.id),
       generation_(join.generation),
       run_id_(run_id),
+      token_(join.token),
       config_(filled),
       limits_(limits),
       members_(join.world_size, IncarnationFloor(join, now)),

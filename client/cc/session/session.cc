@@ -33,8 +33,8 @@ bool IsHopelessAtFirst(absl::StatusCode code) {
   }
 }
 
-// Reasons that a later attempt need not meet.
-bool IsPassing(absl::string_view reason) { return reason == "SHUTTING_DOWN" || reason == kRankTaken; }
+// Returns true if a later attempt need not meet the same.
+bool IsPassing(const ErrorDetails& details) { return details.reason == "SHUTTING_DOWN" || IsRefusedForNow(details); }
 
 }  // namespace
 
@@ -99,9 +99,9 @@ Effects Session::OnStreamBroken(Break why, absl::Time now) {
   writing_ = false;
   if (state_ == State::kEnded) return {};
   if (leave_sent_) return End(LeftError());
-  const std::string reason = DetailsOf(why.status).reason;
+  const ErrorDetails details = DetailsOf(why.status);
   const bool first = run_id_ == 0;
-  if (reason.empty()) {
+  if (details.reason.empty()) {
     const TargetTurn& targets = attempts_.targets();
     if (first && why.cause == Break::Cause::kRefusedByTls && !targets.has_several()) {
       return End(absl::UnauthenticatedError(
@@ -109,7 +109,7 @@ Effects Session::OnStreamBroken(Break why, absl::Time now) {
     }
     const bool hopeless = first && IsHopelessAtFirst(why.status.code());
     if (hopeless || why.cause == Break::Cause::kFrameTooLong) return End(std::move(why.status));
-  } else if (!IsPassing(reason)) {
+  } else if (!IsPassing(details)) {
     return End(std::move(why.status));
   }
   Effects effects;
