@@ -18,6 +18,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 
 namespace syncbn {
@@ -116,6 +117,22 @@ absl::Status MakeSelfSignedCertificate(const std::string& host, const std::strin
   }
   if (absl::Status status = Write(key_file, key_text.get()); !status.ok()) return status;
   return Write(cert_file, cert_text.get());
+}
+
+absl::StatusOr<std::string> CertificateFingerprint(const std::string& cert_file) {
+  const BioPointer file(BIO_new_file(cert_file.c_str(), "r"), BIO_free);
+  const CertificatePointer certificate(
+      file == nullptr ? nullptr : PEM_read_bio_X509(file.get(), nullptr, nullptr, nullptr), X509_free);
+  unsigned char digest[EVP_MAX_MD_SIZE];
+  unsigned int size = 0;
+  if (certificate == nullptr || X509_digest(certificate.get(), EVP_sha256(), digest, &size) != 1) {
+    ERR_clear_error();
+    return absl::InvalidArgumentError(absl::StrCat("cannot read a certificate from \"", cert_file, "\""));
+  }
+  const absl::string_view bytes(reinterpret_cast<const char*>(digest), size);
+  return absl::StrJoin(bytes, ":", [](std::string* out, unsigned char byte) {
+    absl::StrAppend(out, absl::AsciiStrToUpper(absl::StrCat(absl::Hex(byte, absl::kZeroPad2))));
+  });
 }
 
 }  // namespace syncbn

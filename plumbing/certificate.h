@@ -6,6 +6,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 
 namespace syncbn {
 
@@ -19,6 +20,11 @@ namespace syncbn {
 // be written, naming them; INTERNAL where OpenSSL fails. Thread safety: any thread may call it.
 absl::Status MakeSelfSignedCertificate(const std::string& host, const std::string& cert_file,
                                        const std::string& key_file);
+
+// Returns the SHA-256 digest of a PEM file's first certificate, as `openssl x509 -fingerprint -sha256` writes it.
+//
+// Errors: INVALID_ARGUMENT, naming the file, if it cannot be read or has no certificate.
+absl::StatusOr<std::string> CertificateFingerprint(const std::string& cert_file);
 
 }  // namespace syncbn
 

@@ -23,6 +23,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
+#include "plumbing/secret.h"
 #include "vocabulary/version.h"
 
 namespace syncbn {
@@ -113,6 +114,14 @@ class Options {
     Text("--trusted-ca-file", &server.tls.trusted_ca_file,
          "PEM certificates that sign the workers'; with --client-cert-auth");
     Switch("--client-cert-auth", &server.tls.client_cert_auth, "refuse workers without a trusted certificate");
+    DefineIdentity();
+    Switch("--auto-tls", &server.tls.auto_tls, "make the certificate and its key if the files do not exist");
+    TokenFile("--token-file", &server.token, "a file with the token that every worker must have");
+    OnOff("--inspection", &server.inspection, "serve InspectionService")
+        ->default_str("on if only this host can connect");
+    TokenFile("--inspection-token-file", &server.inspection_token,
+              "a file with the token that callers of InspectionService must bear")
+        ->default_str("the workers' token");
     Whole("--max-channels", &server.limits.max_channels, 1 << 24, "most channels of a layer");
     Whole("--max-workers", &server.limits.max_workers, 1 << 20, "most workers of a group");
     Whole("--max-groups", &server.limits.max_groups, 1 << 20, "most groups at one time");
@@ -120,6 +129,9 @@ class Options {
           "most bytes of ended rounds that a group remembers, for replays");
     Whole("--max-connections", &server.max_connections, 1 << 20, "most connections at one time")
         ->default_str("what the limit of descriptors leaves room for");
+    Whole("--max-connections-per-address", &server.max_connections_per_address, 1 << 20,
+          "most connections of one address")
+        ->default_str("half of all; any number from this host");
     OnOff("--reflection", &server.reflection, "serve gRPC's reflection and channelz")
         ->default_str("on if only this host can connect");
     Seconds("--exit-timeout", "seconds that workers are given to drain at a signal", "5",
@@ -127,6 +139,10 @@ class Options {
     Seconds("--max-lifetime", "exit after this many seconds; 0: never", "0", [this](double seconds) {
       flags_->max_lifetime = seconds == 0.0 ? absl::InfiniteDuration() : absl::Seconds(seconds);
     });
+    Seconds("--watchdog", "exit if the master does not answer its own probes for so many seconds; 0: never", "60",
+            [this](double seconds) {
+              flags_->watchdog = seconds == 0.0 ? absl::InfiniteDuration() : absl::Seconds(seconds);
+            });
     DefineLogLevel();
     app_->set_config("--config-file", "", "read flags from this file (TOML or INI)")
         ->envname(VariableOf("--config-file"))
@@ -159,6 +175,15 @@ class Options {
         ->delimiter(',')
         ->type_name("ADDRESS ...")
         ->default_str(absl::StrJoin(flags_->server.addresses, ","));
+  }
+
+  void DefineIdentity() {
+    const std::string name = "--identity-template";
+    Named(app_->add_option(name, flags_->server.tls.identity_templates,
+                           "a name that a worker's certificate must have, with {job}, {group} and {rank}: "
+                           "URI:spiffe://example.org/{job}/{rank}; may repeat"),
+          name)
+        ->type_name("URI:NAME|DNS:NAME ...");
   }
 
   void DefineLogLevel() {
@@ -213,6 +238,18 @@ class Options {
     Named(option, name)->type_name("FILE");
   }
 
+  CLI::Option* TokenFile(const std::string& name, std::string* value, const std::string& description) {
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [name, value](const std::string& path) {
+          auto token = ReadTokenFile(path);
+          if (!token.ok()) throw CLI::ValidationError(name, std::string(token.status().message()));
+          *value = *std::move(token);
+        },
+        description);
+    return Named(option, name)->type_name("FILE");
+  }
+
   template <typename T>
   CLI::Option* Whole(const std::string& name, T* value, int64_t most, const std::string& description) {
     auto* const option = app_->add_option_function<std::string>(
@@ -248,12 +285,27 @@ class Options {
   std::vector<std::string> names_;
 };
 
+// Variables that hold a token itself. There are no such flags, since other users see the command line.
+constexpr char kTokenVariable[] = "SYNCBN_TOKEN";
+constexpr char kInspectionTokenVariable[] = "SYNCBN_INSPECTION_TOKEN";
+
+void ReadTokenVariable(const char* variable, const char* flag, std::string* token) {
+  const char* const value = getenv(variable);
+  if (value == nullptr || *value == '\0') return;
+  if (!token->empty()) throw CLI::ValidationError(flag, absl::StrCat("is given, and so is the variable ", variable));
+  if (const absl::Status status = CheckToken(value); !status.ok()) {
+    throw CLI::ValidationError(variable, std::string(status.message()));
+  }
+  *token = value;
+}
+
 // Accepts SYNCBN_MAX-WORKERS for SYNCBN_MAX_WORKERS, and warns of variables that are almost known: they cannot be
 // refused, since workers have variables with the same prefix.
 void ReadEnvironment(const std::vector<std::string>& names, std::vector<std::string>* doubts) {
   std::vector<std::string> known;
   for (const std::string& name : names) known.push_back(VariableOf(name));
   known.push_back(VariableOf("config-file"));
+  known.insert(known.end(), {kTokenVariable, kInspectionTokenVariable});
   std::vector<std::string> entries;
   for (char** entry = environ; *entry != nullptr; ++entry) entries.emplace_back(*entry);
   for (const std::string& entry : entries) {
@@ -322,6 +374,8 @@ std::optional<int> ParseFlags(int argc, char** argv, Flags* flags) {
   ReadEnvironment(options.names(), &flags->doubts);
   try {
     app.parse(ReadArguments(argc, argv));
+    ReadTokenVariable(kTokenVariable, "--token-file", &flags->server.token);
+    ReadTokenVariable(kInspectionTokenVariable, "--inspection-token-file", &flags->server.inspection_token);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version.
     std::fprintf(stderr, "syncbn-master: %s\n", Explain(app, error, options.names()).c_str());

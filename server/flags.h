@@ -18,6 +18,8 @@ struct Flags {
   LogLevel log_level = LogLevel::kInfo;
   // Time for workers to drain after a signal.
   absl::Duration exit_timeout = absl::Seconds(5);
+  // How long the master may leave its own probes unanswered before the process ends; infinite for ever.
+  absl::Duration watchdog = absl::Minutes(1);
   // Time after which the process ends by itself.
   absl::Duration max_lifetime = absl::InfiniteDuration();
   // Warnings about variables whose names are almost those of flags.

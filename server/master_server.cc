@@ -21,10 +21,14 @@
 #include "plumbing/check.h"
 #include "plumbing/forked.h"
 #include "plumbing/grpc_process.h"
+#include "plumbing/secret.h"
 #include "server/rpc/acceptor.h"
+#include "server/rpc/auto_tls.h"
+#include "server/rpc/connections.h"
 #include "server/rpc/listen_address.h"
 #include "server/rpc/listener.h"
 #include "server/rpc/master_loop.h"
+#include "server/rpc/secrets.h"
 #include "server/rpc/server_tls.h"
 #include "vocabulary/version.h"
 
@@ -33,7 +37,7 @@ namespace {
 
 absl::StatusOr<std::vector<rpc::ListenAddress>> ParseAddresses(const MasterServer::Options& options) {
   if (options.addresses.empty()) return absl::InvalidArgumentError("there is no address to listen on");
-  const bool tls = !options.tls.cert_file.empty();
+  const bool tls = !options.tls.cert_file.empty() || options.tls.auto_tls;
   std::vector<rpc::ListenAddress> addresses;
   for (const std::string& text : options.addresses) {
     auto address = rpc::ParseListenAddress(text);
@@ -51,11 +55,22 @@ absl::StatusOr<std::vector<rpc::ListenAddress>> ParseAddresses(const MasterServe
 // Returns a number that no other master has.
 uint64_t DrawInstance() {
   uint64_t instance = 0;
-  while (instance == 0) {
-    const ssize_t drawn = getrandom(&instance, sizeof(instance), 0);
-    SYNCBN_CHECK(drawn == sizeof(instance) || errno == EINTR, "getrandom has failed: ", std::strerror(errno));
-  }
+  while (instance == 0) std::memcpy(&instance, RandomBytes(sizeof(instance)).data(), sizeof(instance));
   return instance;
+}
+
+absl::StatusOr<std::vector<rpc::IdentityTemplate>> ParseIdentity(const MasterServer::TlsOptions& tls) {
+  std::vector<rpc::IdentityTemplate> templates;
+  for (const std::string& text : tls.identity_templates) {
+    auto parsed = rpc::IdentityTemplate::Parse(text);
+    if (!parsed.ok()) return parsed.status();
+    templates.push_back(*std::move(parsed));
+  }
+  if (!templates.empty() && !tls.client_cert_auth) {
+    return absl::InvalidArgumentError(
+        "an identity template is given, but clients are not asked for a certificate: say --client-cert-auth too");
+  }
+  return templates;
 }
 
 // Returns null without TLS.
@@ -130,6 +145,8 @@ void Tune(grpc::ServerBuilder* builder, const MasterServer::Options& options) {
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
                               static_cast<int>(std::min(options.limits.max_workers, kMostStreams) + 64));
   builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 5000);
+  // A worker has a call for as long as it lives. A connection without any is a stranger's, or has been forgotten.
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, 30000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
   // Reflection, channelz and the answer to unknown methods are synchronous services of gRPC's: one thread waits for
@@ -143,21 +160,48 @@ void Tune(grpc::ServerBuilder* builder, const MasterServer::Options& options) {
   builder->SetSyncServerOption(grpc::ServerBuilder::SyncServerOption::MAX_POLLERS, 1);
 }
 
+bool IsLocal(const std::vector<rpc::ListenAddress>& addresses) {
+  return std::all_of(addresses.begin(), addresses.end(), [](const auto& address) { return address.is_local(); });
+}
+
+absl::StatusOr<rpc::LoopOptions> MakeLoopOptions(const MasterServer::Options& options, bool local) {
+  for (const std::string* token : {&options.token, &options.inspection_token}) {
+    if (token->empty()) continue;
+    if (absl::Status status = CheckToken(*token); !status.ok()) return status;
+  }
+  auto identity = ParseIdentity(options.tls);
+  if (!identity.ok()) return identity.status();
+  rpc::LoopOptions loop;
+  loop.limits = options.limits;
+  loop.max_unread_bytes = options.max_unread_bytes;
+  loop.join_timeout = options.join_timeout;
+  loop.max_watchers = options.max_watchers;
+  loop.description = options.description.empty() ? absl::StrCat("syncbn-master/", kVersion) : options.description;
+  loop.instance = DrawInstance();
+  loop.token = rpc::SecretOf(options.token);
+  loop.identity = *std::move(identity);
+  loop.inspection = options.inspection.value_or(local);
+  loop.inspection_token = options.inspection_token.empty() ? loop.token : rpc::SecretOf(options.inspection_token);
+  return loop;
+}
+
 }  // namespace
 
 class MasterServer::Impl {
  public:
-  explicit Impl(rpc::LoopOptions options) : loop_(std::move(options)) {}
+  Impl(rpc::LoopOptions options, size_t max_connections, size_t max_connections_per_address)
+      : connections_(max_connections, max_connections_per_address), loop_(WithConnections(std::move(options))) {}
   ~Impl() { Shutdown(absl::ZeroDuration()); }
 
   absl::Status Start(const Options& options, const std::vector<rpc::ListenAddress>& addresses,
-                     std::shared_ptr<rpc::ServerTls> tls) {
+                     std::shared_ptr<rpc::ServerTls> tls, std::optional<rpc::AutoTls> made) {
     static const bool plugins = [] {
       grpc::reflection::InitProtoReflectionServerBuilderPlugin();
       return true;
     }();
     (void)plugins;
     tls_ = std::move(tls);
+    made_ = std::move(made);
     std::vector<rpc::Listener> listeners;
     for (const rpc::ListenAddress& address : addresses) {
       auto listener = rpc::Listener::Open(address);
@@ -175,8 +219,7 @@ class MasterServer::Impl {
     loop_.Register(&builder);
     server_ = builder.BuildAndStart();
     if (server_ == nullptr) return absl::UnavailableError("the server cannot be started");
-    max_connections_ = options.max_connections != 0 ? options.max_connections : DefaultMaxConnections();
-    acceptor_ = std::make_unique<rpc::Acceptor>(std::move(listeners), max_connections_,
+    acceptor_ = std::make_unique<rpc::Acceptor>(std::move(listeners), &connections_,
                                                 [this](bool listening) { loop_.SetListening(listening); });
     loop_.Start();
     acceptor_->Start(std::move(sink));
@@ -186,7 +229,7 @@ class MasterServer::Impl {
   }
 
   int port() const { return port_; }
-  size_t max_connections() const { return max_connections_; }
+  size_t max_connections() const { return connections_.max_connections(); }
   size_t workers() const { return loop_.workers(); }
   const std::vector<std::string>& targets() const { return targets_; }
   // Returns whether this is a forked child, which has none of the threads that this object waits for.
@@ -200,6 +243,14 @@ class MasterServer::Impl {
 
   absl::Time certificate_expiry() const { return tls_ == nullptr ? absl::InfiniteFuture() : tls_->expiry(); }
 
+  bool Probe() {
+    absl::MutexLock lock(&mutex_);
+    if (!serving_) return true;
+    const uint64_t turns = acceptor_->turns();
+    const bool accepts = turns != std::exchange(turns_, turns);
+    return loop_.Probe() && accepts;
+  }
+
   void Shutdown(absl::Duration grace) {
     absl::MutexLock lock(&mutex_);
     if (!std::exchange(serving_, false)) return;
@@ -210,20 +261,23 @@ class MasterServer::Impl {
   }
 
  private:
-  static bool IsLocal(const std::vector<rpc::ListenAddress>& addresses) {
-    return std::all_of(addresses.begin(), addresses.end(), [](const auto& address) { return address.is_local(); });
+  rpc::LoopOptions WithConnections(rpc::LoopOptions options) {
+    options.connections = &connections_;
+    return options;
   }
 
   const OpenHere open_;  // Until the loop and the server have been taken down.
+  rpc::Connections connections_;
   rpc::MasterLoop loop_;
+  std::optional<rpc::AutoTls> made_;
   std::shared_ptr<rpc::ServerTls> tls_;
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<rpc::Acceptor> acceptor_;
   std::vector<std::string> targets_;
   int port_ = 0;
-  size_t max_connections_ = 0;
   absl::Mutex mutex_;
   bool serving_ ABSL_GUARDED_BY(mutex_) = false;
+  uint64_t turns_ ABSL_GUARDED_BY(mutex_) = 0;  // The acceptor's, at the last probe.
 };
 
 absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options options) {
@@ -232,17 +286,24 @@ absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options option
   if (absl::Status status = CheckLimits(options); !status.ok()) return status;
   const auto addresses = ParseAddresses(options);
   if (!addresses.ok()) return addresses.status();
+  auto loop = MakeLoopOptions(options, IsLocal(*addresses));
+  if (!loop.ok()) return loop.status();
+  std::optional<rpc::AutoTls> made;
+  if (options.tls.auto_tls) {
+    auto pair = rpc::AutoTls::Make(*addresses, {options.tls.cert_file, options.tls.key_file, ""});
+    if (!pair.ok()) return pair.status();
+    made = *std::move(pair);
+    options.tls.cert_file = made->files().cert_file;
+    options.tls.key_file = made->files().key_file;
+  }
   auto tls = LoadTls(options.tls);
   if (!tls.ok()) return tls.status();
-  rpc::LoopOptions loop;
-  loop.limits = options.limits;
-  loop.max_unread_bytes = options.max_unread_bytes;
-  loop.join_timeout = options.join_timeout;
-  loop.max_watchers = options.max_watchers;
-  loop.description = options.description.empty() ? absl::StrCat("syncbn-master/", kVersion) : options.description;
-  loop.instance = DrawInstance();
-  auto impl = std::make_unique<Impl>(std::move(loop));
-  if (absl::Status status = impl->Start(options, *addresses, *std::move(tls)); !status.ok()) return status;
+  auto impl = std::make_unique<Impl>(*std::move(loop),
+                                     options.max_connections != 0 ? options.max_connections : DefaultMaxConnections(),
+                                     options.max_connections_per_address);
+  if (absl::Status status = impl->Start(options, *addresses, *std::move(tls), std::move(made)); !status.ok()) {
+    return status;
+  }
   return std::unique_ptr<MasterServer>(new MasterServer(std::move(impl)));
 }
 
@@ -258,6 +319,7 @@ size_t MasterServer::max_connections() const { return impl_->max_connections(); 
 size_t MasterServer::workers() const { return impl_->workers(); }
 absl::Status MasterServer::ReloadCertificates() { return impl_->ReloadCertificates(); }
 absl::Time MasterServer::certificate_expiry() const { return impl_->certificate_expiry(); }
+bool MasterServer::Probe() { return impl_->IsForked() || impl_->Probe(); }
 void MasterServer::Shutdown(absl::Duration grace) {
   if (!impl_->IsForked()) impl_->Shutdown(grace);
 }

@@ -39,6 +39,12 @@ class MasterServer {
     // With both, clients must present a certificate that the trusted CA signed. Only one of them is an error.
     std::string trusted_ca_file;
     bool client_cert_auth = false;
+    // Makes a certificate and key where the files do not exist. Without files, they are in a folder of their own, and
+    // gone when the master has ended; the log tells the certificate's path and fingerprint.
+    bool auto_tls = false;
+    // With client_cert_auth: names of which a worker's certificate must have one, "URI:..." or "DNS:...", with {job},
+    // {group} and {rank} in place of what the worker joins as. Empty: any certificate may join as anyone.
+    std::vector<std::string> identity_templates;
   };
 
   struct Options {
@@ -48,6 +54,12 @@ class MasterServer {
     TlsOptions tls;
     // Allows listening beyond loopback without TLS, which is refused otherwise.
     bool insecure = false;
+    // If not empty, every worker must join with it. If empty, each job has the token of its first join.
+    std::string token;
+    // Serves InspectionService. By default, only if no address can be reached from another machine.
+    std::optional<bool> inspection;
+    // What callers of InspectionService must bear. If empty, it is `token`.
+    std::string inspection_token;
     core::Limits limits;
     // Longest frame from a worker, in bytes.
     int max_frame_bytes = 64 << 20;
@@ -61,6 +73,8 @@ class MasterServer {
     // Connections open at one time; more are closed as they arrive. 0 for as many as the process's limit of descriptors
     // leaves room for.
     size_t max_connections = 0;
+    // Connections of one address. 0 for half of max_connections, and no limit for addresses of this machine.
+    size_t max_connections_per_address = 0;
     // Serves gRPC's reflection. By default, only if no address can be reached from another machine.
     std::optional<bool> reflection;
     // Description of this process for its workers. Empty for "syncbn-master/" and the version.
@@ -70,7 +84,8 @@ class MasterServer {
   // Binds every address and starts to serve.
   //
   // Returns: the master, which serves already.
-  // Errors: INVALID_ARGUMENT (a malformed or unknown address, an unusable TLS file, no TLS beyond loopback);
+  // Errors: INVALID_ARGUMENT (a malformed or unknown address, an unusable TLS file, token or identity template, no TLS
+  // beyond loopback);
   // UNAVAILABLE (an address that cannot be bound, with the reason); FAILED_PRECONDITION (FORKED) in a process that was
   // forked, directly or indirectly, from one that has or had a worker or master.
   static absl::StatusOr<std::unique_ptr<MasterServer>> Start(Options options);
@@ -92,6 +107,10 @@ class MasterServer {
 
   // Returns: the number of workers' streams that are open now, over all groups. A process that ends closes its own.
   size_t workers() const;
+
+  // Asks the threads of the master for a sign of life. Returns whether they have given the one that the call before
+  // asked for; true at first, and after Shutdown.
+  bool Probe();
 
   // Reads certificate, key and trusted CA again, for connections to come; open ones keep theirs.
   //

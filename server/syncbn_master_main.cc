@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <memory>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -22,6 +23,7 @@
 #include "server/flags.h"
 #include "server/log/process_log.h"
 #include "server/master_server.h"
+#include "server/watchdog.h"
 #include "vocabulary/version.h"
 
 namespace {
@@ -98,16 +100,32 @@ std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& fl
   const auto& tls = flags.server.tls;
   std::string text =
       absl::StrCat("syncbn-master ", syncbn::kVersion, " listens on ", absl::StrJoin(server.targets(), " "));
-  if (tls.cert_file.empty()) {
+  if (tls.cert_file.empty() && !tls.auto_tls) {
     absl::StrAppend(&text, "; no TLS");
   } else {
     absl::StrAppend(&text, "; TLS, certificate valid until ", Day(server.certificate_expiry()),
                     tls.client_cert_auth ? ", workers authenticated" : ", workers not authenticated");
   }
+  absl::StrAppend(&text, flags.server.token.empty() ? "; no token" : "; workers need the token");
   const auto& limits = flags.server.limits;
   absl::StrAppend(&text, "; at most ", server.max_connections(), " connections, ", limits.max_groups, " groups, ",
                   limits.max_workers, " workers, ", limits.max_channels, " channels");
   return text;
+}
+
+constexpr int kDeadExitCode = 3;
+
+// Ends the process if the server does not answer for `patience`. Returns null if that is infinite.
+std::unique_ptr<syncbn::Watchdog> Watch(syncbn::MasterServer& server, absl::Duration patience) {
+  if (patience == absl::InfiniteDuration()) return nullptr;
+  return std::make_unique<syncbn::Watchdog>(
+      patience, [&server] { return server.Probe(); },
+      [patience] {
+        Log(LogLevel::kError,
+            absl::StrCat("the master has not answered its own probes for ", absl::FormatDuration(patience),
+                         "; the process ends with code ", kDeadExitCode, ", so that it is started again"));
+        _exit(kDeadExitCode);
+      });
 }
 
 void TuneAllocator() {
@@ -145,7 +163,11 @@ int main(int argc, char** argv) {
   Log(LogLevel::kInfo, Describe(**server, flags));
   std::printf("syncbn-master ready on %s\n", absl::StrJoin((*server)->targets(), " ").c_str());
   std::fflush(stdout);
-  const std::string reason = AwaitEnd(**server, flags.max_lifetime);
+  std::string reason;
+  {
+    const auto watchdog = Watch(**server, flags.watchdog);
+    reason = AwaitEnd(**server, flags.max_lifetime);
+  }
   Log(LogLevel::kInfo, absl::StrCat("shutting down: ", reason));
   (*server)->Shutdown(flags.exit_timeout);
   Log(LogLevel::kInfo, "stopped");

@@ -314,6 +314,7 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   server.tls.key_file = Text(options.key_file);
   server.tls.trusted_ca_file = Text(options.trusted_ca_file);
   server.tls.client_cert_auth = options.client_cert_auth != 0;
+  server.token = Text(options.token);
   auto started = syncbn::MasterServer::Start(std::move(server));
   if (!started.ok()) return Report(started.status(), error);
   std::string target = (*started)->target();
@@ -362,6 +363,7 @@ syncbn_code syncbn_worker_join(const syncbn_worker_options* given, syncbn_worker
   options.tls.trusted_ca_file = Text(known.trusted_ca_file);
   options.tls.cert_file = Text(known.cert_file);
   options.tls.key_file = Text(known.key_file);
+  options.token = Text(known.token);
   if (absl::Status status = ReadEnum(known.missing_policy, SYNCBN_MISSING_FAIL, SYNCBN_MISSING_PROCEED,
                                      syncbn::MissingPolicy::kFail, "missing_policy", &options.missing_policy);
       !status.ok()) {

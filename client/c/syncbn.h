@@ -119,6 +119,7 @@ typedef struct syncbn_master_options {
   const char* key_file;
   const char* trusted_ca_file;
   int32_t client_cert_auth;
+  const char* token; /* What every worker must join with. Default: each job has the token of its first join. */
 } syncbn_master_options;
 #define SYNCBN_MASTER_OPTIONS_INIT SYNCBN_SIZED(syncbn_master_options)
 
@@ -181,14 +182,17 @@ typedef struct syncbn_worker_options {
   const char* key_file;
   syncbn_target_function find_target; /* If not NULL, what it writes takes the place of `target`. */
   void* find_target_user;             /* Passed to find_target; must live as long as the worker. */
+  /* The job's secret, the same for all its workers: 1 to 1024 printable ASCII characters without spaces. Default: none.
+   * The library copies it, and shows it nowhere. */
+  const char* token;
 } syncbn_worker_options;
 #define SYNCBN_WORKER_OPTIONS_INIT SYNCBN_SIZED(syncbn_worker_options)
 
 /* Connects to the master and joins the group; returns when the master has answered.
  *
  * Errors: INVALID_ARGUMENT for options that contradict each other; UNAVAILABLE if no master answers within
- * join_timeout_ns; ALREADY_EXISTS (RANK_TAKEN) if another worker holds the rank that long; whatever the master refuses
- * the join with (PROTOCOL.md, section 9). */
+ * join_timeout_ns; UNAUTHENTICATED (TOKEN_MISMATCH) if the token is not the job's; ALREADY_EXISTS (RANK_TAKEN) if
+ * another worker holds the rank that long; whatever the master refuses the join with (PROTOCOL.md, section 9). */
 SYNCBN_API syncbn_code syncbn_worker_join(const syncbn_worker_options* options, syncbn_worker** out,
                                           syncbn_error** error);
 /* Leaves the group: other workers stop waiting for this rank. Waits for stream-ordered passes first, as

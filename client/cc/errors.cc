@@ -24,6 +24,8 @@ ErrorDetails DetailsOf(const absl::Status& status) {
   details.reason = info.reason();
   const auto layer = info.metadata().find("layer");
   if (layer != info.metadata().end()) details.layer = layer->second;
+  const auto limit = info.metadata().find("limit");
+  if (limit != info.metadata().end()) details.limit = limit->second;
   const auto ranks = info.metadata().find("ranks");
   if (ranks == info.metadata().end()) return details;
   for (const absl::string_view text : absl::StrSplit(ranks->second, ',', absl::SkipEmpty())) {
@@ -38,6 +40,7 @@ absl::Status MakeStatus(absl::StatusCode code, absl::string_view message, const 
   info.set_reason(details.reason);
   info.set_domain("syncbn");
   if (!details.layer.empty()) (*info.mutable_metadata())["layer"] = details.layer;
+  if (!details.limit.empty()) (*info.mutable_metadata())["limit"] = details.limit;
   if (!details.ranks.empty()) (*info.mutable_metadata())["ranks"] = absl::StrJoin(details.ranks, ",");
   absl::Status status(code, message);
   status.SetPayload(kTypeUrl, absl::Cord(info.SerializeAsString()));

@@ -40,6 +40,7 @@ void ToProto(const session::Join& from, const Worker::Options& options, v1::Join
   join->set_run_id(from.run_id);
   join->set_generation(options.generation);
   join->set_description(options.description);
+  join->set_token(options.token);
   wire::ToProto({options.round_timeout, options.missing_policy, options.min_workers, options.rejoin_grace},
                 join->mutable_config());
   for (const auto& layer : from.layers) wire::ToProto(*layer, join->add_layers());
@@ -72,9 +73,13 @@ Buffer AsRepeat(const Buffer& encoded) {
 }
 
 // Appends what comes before the contributions, if there is anything.
-void EncodeHead(const session::ClientFrame& frame, const Worker::Options& options, std::vector<Buffer>* parts) {
+void EncodeHead(const session::ClientFrame& frame, const Worker::Options& options, const std::string& life_key,
+                std::vector<Buffer>* parts) {
   v1::WorkerFrame head;
-  if (frame.join.has_value()) ToProto(*frame.join, options, head.mutable_join());
+  if (frame.join.has_value()) {
+    ToProto(*frame.join, options, head.mutable_join());
+    head.mutable_join()->set_life_key(life_key);
+  }
   for (const auto& layer : frame.layers) wire::ToProto(*layer, head.add_layers());
   for (const session::ContributionPtr& contribution : frame.contributions) {
     if (contribution->repeats() != nullptr) ToProto(*contribution, head.add_ended_rounds());
@@ -199,8 +204,9 @@ session::Outcome FromProto(v1::RoundResult* message) {
 
 }  // namespace
 
-void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, std::vector<Buffer>* parts) {
-  if (HasHead(frame)) EncodeHead(frame, options, parts);
+void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, const std::string& life_key,
+                 std::vector<Buffer>* parts) {
+  if (HasHead(frame)) EncodeHead(frame, options, life_key, parts);
   for (const session::ContributionPtr& contribution : frame.contributions) {
     const Buffer& encoded = static_cast<const EncodedContribution&>(*contribution).encoded();
     const session::EndedRound* const repeats = contribution->repeats();

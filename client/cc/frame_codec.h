@@ -3,6 +3,7 @@
 #ifndef SYNCBN_CLIENT_CC_FRAME_CODEC_H_
 #define SYNCBN_CLIENT_CC_FRAME_CODEC_H_
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -29,7 +30,9 @@ class EncodedContribution : public session::Contribution {
 
 // Appends the frame's parts to `parts`: the encodings of its contributions, which must be EncodedContributions, and
 // what comes before and after them. `options`: what the join of this worker says in addition to the frame's.
-void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, std::vector<Buffer>* parts);
+// `life_key`: the secret of this worker's life.
+void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, const std::string& life_key,
+                 std::vector<Buffer>* parts);
 
 // Reads a master's frame from its bytes. *Errors*: INTERNAL if it is not a syncbn.v1.MasterFrame.
 absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> bytes);

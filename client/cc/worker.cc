@@ -19,6 +19,7 @@
 #include "client/cc/worker_impl.h"
 #include "client/cc/worker_internal.h"
 #include "plumbing/forked.h"
+#include "plumbing/secret.h"
 #include "vocabulary/version.h"
 
 namespace syncbn {
@@ -36,7 +37,7 @@ absl::Status CheckOptions(const Worker::Options& options) {
     return absl::InvalidArgumentError(
         absl::StrCat("rank ", options.rank, " is not below the world size of ", options.world_size));
   }
-  return absl::OkStatus();
+  return options.token.empty() ? absl::OkStatus() : CheckToken(options.token);
 }
 
 absl::Status DifferentLengths(absl::string_view layer, const char* first, size_t a, const char* second, size_t b) {

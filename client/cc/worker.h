@@ -101,6 +101,9 @@ class Worker {
     // If not empty, the complete set of layers. The master compares it with the other workers' at the join.
     std::vector<LayerOptions> layers;
     std::string description;  // Empty: library, host and process id.
+    // The job's secret, the same for all its workers: 1 to 1024 printable ASCII characters without spaces. Empty: none.
+    // No error, log line or view shows it. Without TLS it crosses the network as it is.
+    std::string token;
     TlsOptions tls;
   };
 
@@ -108,9 +111,9 @@ class Worker {
   static constexpr uint64_t kGreatestSequence = syncbn::kGreatestSequence;
 
   // Connects and joins. *Errors*: those of Synchronize in statistics.proto; UNAVAILABLE (UNREACHABLE) if the master did
-  // not answer in time; UNAUTHENTICATED if TLS fails; INVALID_ARGUMENT for options that cannot be used;
-  // RESOURCE_EXHAUSTED without free file descriptors; FAILED_PRECONDITION (FORKED) in a process that was forked,
-  // directly or further up, from one that has or had a worker or master.
+  // not answer in time; UNAUTHENTICATED if TLS fails, or (TOKEN_MISMATCH) the token is not the job's; INVALID_ARGUMENT
+  // for options that cannot be used; RESOURCE_EXHAUSTED without free file descriptors; FAILED_PRECONDITION (FORKED) in
+  // a process that was forked, directly or further up, from one that has or had a worker or master.
   //
   // The first join prepares the process for gRPC (plumbing/grpc_process.h): it turns off Abseil's search for locks that
   // are taken in different orders (absl::SetMutexDeadlockDetectionMode), and, if the process has no second thread yet,

@@ -9,6 +9,7 @@
 #include "client/cc/worker_internal.h"
 #include "plumbing/check.h"
 #include "plumbing/log.h"
+#include "plumbing/secret.h"
 
 namespace syncbn {
 namespace {
@@ -17,6 +18,7 @@ namespace {
 constexpr absl::Duration kLongWait = absl::Milliseconds(20);
 // Upper bound on waiting for the previous write in Flush, should the master not read.
 constexpr absl::Duration kFlushTimeout = absl::Milliseconds(100);
+constexpr size_t kLifeKeyBytes = 16;
 // How long a leave may take to be acknowledged.
 constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
 
@@ -32,7 +34,10 @@ session::Options OptionsOf(const Worker::Options& options) {
 }  // namespace
 
 WorkerImpl::WorkerImpl(Worker::Options options, std::unique_ptr<Transport> transport)
-    : options_(std::move(options)), session_(OptionsOf(options_), Now()), transport_(std::move(transport)) {}
+    : options_(std::move(options)),
+      life_key_(RandomBytes(kLifeKeyBytes)),
+      session_(OptionsOf(options_), Now()),
+      transport_(std::move(transport)) {}
 
 void WorkerImpl::Abandon(WorkerImpl* impl) {
   if (!impl->forked()) delete impl;
@@ -61,7 +66,7 @@ void WorkerImpl::Apply(session::FindMaster&) {
 void WorkerImpl::Apply(session::Connect& connect) { transport_->Open(connect.target, connect.timeout); }
 
 void WorkerImpl::Apply(session::Write& write) {
-  EncodeFrame(write.frame, options_, &outgoing_);
+  EncodeFrame(write.frame, options_, life_key_, &outgoing_);
   transport_->Write(outgoing_);
   outgoing_.clear();
 }

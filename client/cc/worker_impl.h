@@ -127,6 +127,7 @@ class WorkerImpl {
 
   const OpenHere open_;  // Until the transport has been taken down.
   const Worker::Options options_;
+  const std::string life_key_;
 
   mutable absl::Mutex mutex_;
   absl::CondVar changed_;  // Something that a sleeping thread may wait for.

@@ -157,6 +157,7 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
   GroupConfig filled;
   if (auto error = CheckAlone(join, limits_)) return refuse(std::move(*error));
   if (auto error = FillConfig(join.config, join.world_size, limits_, filled)) return refuse(std::move(*error));
+  if (auto error = CheckToken(join)) return refuse(std::move(*error));
   uint64_t ended_run = 0;
   if (auto error = EndSuperseded(join, now, &ended_run, effects)) return refuse(std::move(*error));
   Groups::iterator slot = groups_.find(join.id);
@@ -179,6 +180,13 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
   SetAlarm(slot);
 }
 
+std::optional<Error> Coordinator::CheckToken(const Join& join) const {
+  const auto of_job = groups_.lower_bound(GroupId{join.id.job, ""});  // Any group of the job: they all have its token.
+  if (of_job == groups_.end() || of_job->first.job != join.id.job) return std::nullopt;
+  if (of_job->second.group->token() == join.token) return std::nullopt;
+  return TokenError(join);
+}
+
 std::optional<Error> Coordinator::EndSuperseded(const Join& join, absl::Time now, uint64_t* ended_run,
                                                 Effects& effects) {
   const auto slot = groups_.find(join.id);
@@ -187,6 +195,8 @@ std::optional<Error> Coordinator::EndSuperseded(const Join& join, absl::Time now
   if (join.generation < group.generation()) return OutdatedGenerationError(join, group.generation());
   *ended_run = group.run_id();
   if (join.generation > group.generation()) {
+    const uint64_t most = limits_.max_generation_jump;
+    if (join.generation - group.generation() > most) return GenerationJumpError(join, group.generation(), most);
     EndGroup(slot, NewGenerationError(join), now, effects);
   } else if (group.empty() && join.incarnation == 0) {
     EndGroup(slot, NewRunError(join), now, effects);

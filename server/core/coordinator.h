@@ -81,6 +81,8 @@ class Coordinator {
   void Handle(const Shutdown& shutdown, absl::Time now, Effects& effects);
 
   void HandleFirstFrame(const FrameReceived& frame, absl::Time now, Effects& effects);
+  // Returns why the join does not belong to its job, whose first join has decided the token.
+  std::optional<Error> CheckToken(const Join& join) const;
   // Ends the older generation or the abandoned run of the group that this join names; `ended_run` becomes the run that
   // ends. Returns why the join is refused if it is the outdated one.
   std::optional<Error> EndSuperseded(const Join& join, absl::Time now, uint64_t* ended_run, Effects& effects);

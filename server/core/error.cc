@@ -77,6 +77,27 @@ Error SecondJoinError() {
   return MakeError(StatusCode::kInvalidArgument, kJoinRequired, "only a stream's first frame carries a join");
 }
 
+Error TokenError(const Join& join) {
+  return MakeError(StatusCode::kUnauthenticated, kTokenMismatch,
+                   StrCat("rank ", join.rank, " joins group \"", join.id.group, "\" of job \"", join.id.job,
+                          "\" without the job's token, or with another one; all workers of a job have the same (see "
+                          "SYNCBN_TOKEN)"));
+}
+
+Error LifeKeyError(const Join& join) {
+  return MakeError(StatusCode::kUnauthenticated, kLifeKeyMismatch,
+                   StrCat("the join names incarnation ", join.incarnation, " of rank ", join.rank, " of group \"",
+                          join.id.group, "\", which another worker holds"),
+                   {join.rank});
+}
+
+Error IdentityError(const Join& join, absl::string_view required, absl::string_view shown) {
+  return MakeError(StatusCode::kPermissionDenied, kIdentityMismatch,
+                   StrCat("rank ", join.rank, " of group \"", join.id.group, "\" of job \"", join.id.job,
+                          "\" needs a certificate with ", required, "; this worker's has ", shown),
+                   {join.rank});
+}
+
 Error VersionError(const Join& join, uint32_t supported) {
   return MakeError(StatusCode::kFailedPrecondition, kVersionUnsupported,
                    StrCat("the worker speaks protocol versions ", join.min_protocol_version, " to ",
@@ -100,6 +121,13 @@ Error OutdatedGenerationError(const Join& join, uint64_t generation) {
   return MakeError(StatusCode::kFailedPrecondition, kGenerationSuperseded,
                    StrCat("rank ", join.rank, " joins generation ", join.generation, " of group \"", join.id.group,
                           "\", which is at generation ", generation));
+}
+
+Error GenerationJumpError(const Join& join, uint64_t generation, uint64_t most) {
+  return LimitError(
+      join.generation - generation,
+      StrCat("generations from ", generation, " to ", join.generation, " of group \"", join.id.group, "\""),
+      "max_generation_jump", most);
 }
 
 Error NewGenerationError(const Join& join) {

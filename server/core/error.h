@@ -19,6 +19,9 @@ namespace syncbn::core {
 // The reasons of statistics.proto.
 inline constexpr char kMalformedFrame[] = "MALFORMED_FRAME";
 inline constexpr char kJoinRequired[] = "JOIN_REQUIRED";
+inline constexpr char kTokenMismatch[] = "TOKEN_MISMATCH";
+inline constexpr char kLifeKeyMismatch[] = "LIFE_KEY_MISMATCH";
+inline constexpr char kIdentityMismatch[] = "IDENTITY_MISMATCH";
 inline constexpr char kVersionUnsupported[] = "VERSION_UNSUPPORTED";
 inline constexpr char kGroupConfigMismatch[] = "GROUP_CONFIG_MISMATCH";
 inline constexpr char kLayerSetMismatch[] = "LAYER_SET_MISMATCH";
@@ -44,6 +47,7 @@ inline constexpr char kOutcomeLost[] = "OUTCOME_LOST";
 inline constexpr char kOutcomeChanged[] = "OUTCOME_CHANGED";
 inline constexpr char kGroupUnknown[] = "GROUP_UNKNOWN";
 inline constexpr char kLayerUnknown[] = "LAYER_UNKNOWN";
+inline constexpr char kInspectionOff[] = "INSPECTION_OFF";
 
 // The most ranks that an error or a late round lists; beyond that it gives their number. A group has thousands of ranks
 // and of rounds, and all ranks may be missing from all rounds at once.
@@ -55,7 +59,7 @@ inline Error MakeError(absl::StatusCode code, const char* reason, std::string me
     ranks.resize(kMostNamedRanks);
     ranks.shrink_to_fit();
   }
-  return Error{code, reason, std::move(message), std::move(ranks), count};
+  return Error{code, reason, std::move(message), std::move(ranks), count, ""};
 }
 
 // "rank 3", "ranks 1, 3 and 4"; beyond eight, "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 12 more".
@@ -70,10 +74,13 @@ std::string Describe(const RoundKey& key);
 Error MalformedError(std::string message);
 
 // RESOURCE_EXHAUSTED, LIMIT_EXCEEDED: "2000 channels exceed the master's limit max_channels = 1024".
+// `limit_name` has static storage.
 template <typename Value, typename Limit>
-Error LimitError(Value value, absl::string_view what, absl::string_view limit_name, Limit limit) {
-  return MakeError(absl::StatusCode::kResourceExhausted, kLimitExceeded,
-                   absl::StrCat(value, " ", what, " exceed the master's limit ", limit_name, " = ", limit));
+Error LimitError(Value value, absl::string_view what, const char* limit_name, Limit limit) {
+  Error error = MakeError(absl::StatusCode::kResourceExhausted, kLimitExceeded,
+                          absl::StrCat(value, " ", what, " exceed the master's limit ", limit_name, " = ", limit));
+  error.limit = limit_name;
+  return error;
 }
 
 Error ShuttingDownError();
@@ -85,6 +92,12 @@ const char* ReasonNamed(absl::string_view name);
 
 Error NoJoinError();
 Error SecondJoinError();
+// The token is absent, or not that of the master or of the job. The text does not say which.
+Error TokenError(const Join& join);
+// The join names the incarnation of another worker.
+Error LifeKeyError(const Join& join);
+// `required`: what a certificate that stands for this job and rank would say. `shown`: what the worker's says.
+Error IdentityError(const Join& join, absl::string_view required, absl::string_view shown);
 Error VersionError(const Join& join, uint32_t supported);
 // `what` is the name of the field that differs.
 Error ConfigMismatchError(const Join& join, absl::string_view what, const absl::AlphaNum& joins_with,
@@ -92,6 +105,8 @@ Error ConfigMismatchError(const Join& join, absl::string_view what, const absl::
 // The join names a run other than the group's.
 Error WrongRunError(const Join& join, uint64_t run_id);
 Error OutdatedGenerationError(const Join& join, uint64_t generation);
+// The join's generation is more than `most` beyond the group's.
+Error GenerationJumpError(const Join& join, uint64_t generation, uint64_t most);
 Error NewGenerationError(const Join& join);
 Error NewRunError(const Join& join);
 // The join's incarnation is older than the rank's newest.

@@ -50,6 +50,7 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, uint6
       run_id_(run_id),
       memory_(memory),
       resumed_(join.run_id != 0),
+      token_(join.token),
       config_(filled),
       limits_(limits),
       members_(join.world_size, IncarnationFloor(join, memory, now)),

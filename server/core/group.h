@@ -44,6 +44,8 @@ class Group {
   const GroupId& id() const { return id_; }
   uint64_t generation() const { return generation_; }
   uint64_t run_id() const { return run_id_; }
+  // That of the first join, and so of every member.
+  const Secret& token() const { return token_; }
   uint32_t present() const { return members_.present(); }
   bool empty() const { return members_.present() == 0; }
 
@@ -112,6 +114,7 @@ class Group {
   const uint64_t memory_;
   bool resumed_;              // An earlier master may have begun this run.
   bool continues_ = false;    // A member has been told the end of a round in this run by an earlier master.
+  const Secret token_;
   const GroupConfig config_;  // With every default filled in.
   const Limits& limits_;
   Members members_;

@@ -55,8 +55,12 @@ std::optional<Error> Members::CheckClaim(const Join& join, bool resumed) const {
   if (join.incarnation != 0 && join.incarnation < member.incarnation) {
     return OutdatedIncarnationError(join, member.incarnation);
   }
-  // The same incarnation comes back: whatever its old stream looks like, nobody else is at the other end.
-  if (join.incarnation != 0 && join.incarnation == member.incarnation) return std::nullopt;
+  // The same incarnation comes back, if it is the same life: whatever its old stream looks like, nobody else is at the
+  // other end. A worker without a life key cannot be told from a stranger.
+  if (join.incarnation != 0 && join.incarnation == member.incarnation) {
+    if (member.life_key.present() && join.life_key != member.life_key) return LifeKeyError(join);
+    return std::nullopt;
+  }
   if (member.state == MemberState::kPresent) return RankTakenError(join, member.incarnation, member.description);
   // This master knows every incarnation that it has given out; an earlier master of the run may have given out others.
   if (resumed || join.incarnation <= member.incarnation) return std::nullopt;
@@ -76,6 +80,7 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
   Detach(join.rank);
   if (seated.reborn) {
     member.has_contributed = false;
+    member.life_key = join.life_key;
     member.incarnation =
         join.incarnation != 0 ? join.incarnation : std::max(member.incarnation, incarnation_floor_) + 1;
   }

@@ -27,6 +27,7 @@ struct Member {
   MemberState state = MemberState::kAbsent;
   StreamId stream = 0;       // While present.
   uint64_t incarnation = 0;  // The newest; 0 before the first.
+  Secret life_key;           // Of this incarnation.
   std::string description;
   uint64_t contributions = 0;
   uint64_t last_arrivals = 0;  // Completed rounds to which it was the last to contribute.
@@ -65,8 +66,8 @@ class Members {
 
   // ---- Joining
   // Returns why the join may not have its rank: a newer incarnation exists (FENCED), another worker is connected
-  // (RANK_TAKEN), or the incarnation was never given out (MALFORMED_FRAME). `resumed`: an earlier master of the run may
-  // have given out incarnations that this one has not seen.
+  // (RANK_TAKEN), the incarnation is another worker's (LIFE_KEY_MISMATCH) or was never given out (MALFORMED_FRAME).
+  // `resumed`: an earlier master of the run may have given out incarnations that this one has not seen.
   std::optional<Error> CheckClaim(const Join& join, bool resumed) const;
   struct Seated {
     std::optional<StreamId> replaced;      // The stream that the same rank was connected by until now.

@@ -16,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "server/core/secret.h"
 #include "vocabulary/enums.h"
 #include "vocabulary/layer_spec.h"
 #include "vocabulary/round_key.h"
@@ -75,6 +76,8 @@ struct Join {
   GroupConfig config;
   std::vector<LayerSpec> layers;
   std::string description;
+  Secret token;
+  Secret life_key;
   std::vector<Rank> left_ranks;  // As the worker has last heard from an earlier master.
   bool without_outcome = false;  // It has not been told the end of any round in its run.
 };
@@ -97,6 +100,7 @@ struct Error {
   std::string message;
   std::vector<Rank> ranks;  // To blame, ascending; may be empty. Of many, the first kMostNamedRanks.
   uint32_t rank_count = 0;  // How many are to blame.
+  const char* limit = "";   // The name of the limit that was exceeded; static storage.
 };
 
 // How a round ended. Immutable and shared: the same object goes to every member, and serves replays.

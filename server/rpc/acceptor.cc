@@ -6,7 +6,6 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -30,17 +29,13 @@ constexpr absl::Duration kRepairInterval = absl::Seconds(1);
 // Time for which a peer may leave data unacknowledged, as gRPC sets it on sockets that it accepts.
 constexpr int kUserTimeoutMs = 20000;
 
-std::string PeerOf(int connection) {
+// Returns the other side's address; that of an unnamed unix socket if it has gone already.
+SocketAddress PeerOf(int connection) {
   SocketAddress address;
+  address.storage.ss_family = AF_UNIX;
   address.length = sizeof(address.storage);
-  if (getpeername(connection, reinterpret_cast<sockaddr*>(&address.storage), &address.length) != 0) return "a peer";
-  return address.ToString();
-}
-
-// Returns the inode, or 0 if the descriptor is no longer a socket.
-ino_t SocketInode(int descriptor) {
-  struct stat status;
-  return fstat(descriptor, &status) == 0 && S_ISSOCK(status.st_mode) ? status.st_ino : 0;
+  getpeername(connection, reinterpret_cast<sockaddr*>(&address.storage), &address.length);
+  return address;
 }
 
 // Sets options of TCP. The calls fail on unix sockets, which do not need them.
@@ -59,9 +54,9 @@ void CloseIfOpen(int& descriptor) {
 
 }  // namespace
 
-Acceptor::Acceptor(std::vector<Listener> listeners, size_t max_connections, std::function<void(bool)> on_listening)
+Acceptor::Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<void(bool)> on_listening)
     : listeners_(std::move(listeners)),
-      max_connections_(max_connections),
+      connections_(connections),
       on_listening_(std::move(on_listening)),
       broken_(listeners_.size()),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
@@ -91,6 +86,7 @@ void Acceptor::Run() {
   std::vector<pollfd> polled;
   std::vector<size_t> owners;
   while (!stopping_) {
+    ++turns_;
     polled.assign(1, {wake_, POLLIN, 0});
     owners.assign(1, 0);
     const bool paused = clock_.Now() < paused_until_;
@@ -111,7 +107,9 @@ void Acceptor::Run() {
       const bool dead = (polled[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0;
       if (dead || !AcceptFrom(polled[i].fd)) Break(owners[i], "its socket does not work any more");
     }
-    if (clock_.Now() >= repair_at_) Repair();
+    if (clock_.Now() < repair_at_) continue;
+    Repair();
+    connections_->Check();
   }
 }
 
@@ -149,30 +147,19 @@ bool Acceptor::AcceptFrom(int descriptor) {
 }
 
 void Acceptor::Take(int listener, int connection) {
-  if (!HasRoom()) {
+  const SocketAddress peer = PeerOf(connection);
+  if (const std::string why = connections_->Add(connection, peer); !why.empty()) {
     throttle_.Log(LogLevel::kWarning, "max_connections", clock_.Now(),
-                  absl::StrCat("refused a connection from ", PeerOf(connection), ": ", max_connections_,
-                               " are open, the limit max_connections"));
+                  absl::StrCat("refused a connection from ", peer.ToString(), ": ", why));
     close(connection);
     return;
   }
   GiveUpInForkedChildren(connection);
-  connections_[connection] = SocketInode(connection);
   Tune(connection);
   grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters parameters;
   parameters.listener_fd = listener;
   parameters.fd = connection;
   sink_->HandleNewConnection(&parameters);
-}
-
-bool Acceptor::HasRoom() {
-  if (connections_.size() < max_connections_) return true;
-  // Forget connections that gRPC has closed meanwhile; their descriptors may be other files by now.
-  for (auto it = connections_.begin(); it != connections_.end();) {
-    const auto entry = it++;
-    if (SocketInode(entry->first) != entry->second) connections_.erase(entry);
-  }
-  return connections_.size() < max_connections_;
 }
 
 void Acceptor::Shed(int descriptor, int error) {

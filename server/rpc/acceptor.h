@@ -4,21 +4,19 @@
 #ifndef SYNCBN_SERVER_RPC_ACCEPTOR_H_
 #define SYNCBN_SERVER_RPC_ACCEPTOR_H_
 
-#include <sys/types.h>
-
 #include <atomic>
-#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/time/time.h"
 #include "grpcpp/server_builder.h"
 #include "plumbing/clock.h"
 #include "server/log/throttle.h"
+#include "server/rpc/connections.h"
 #include "server/rpc/listener.h"
 
 namespace syncbn::rpc {
@@ -30,9 +28,9 @@ namespace syncbn::rpc {
 // Thread safety: Start and Stop from one thread.
 class Acceptor {
  public:
-  // Connections beyond `max_connections`, counted over all listeners, are refused. `on_listening` is called on the
-  // acceptor's thread: with false when a listener has stopped working, with true when all of them work again.
-  Acceptor(std::vector<Listener> listeners, size_t max_connections, std::function<void(bool)> on_listening);
+  // Connections for which `connections` has no room are refused; it must outlive this object. `on_listening` is called
+  // on the acceptor's thread: with false when a listener has stopped working, with true when all of them work again.
+  Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<void(bool)> on_listening);
   // Stop() must have been called if Start() was.
   ~Acceptor();
   Acceptor(const Acceptor&) = delete;
@@ -43,13 +41,14 @@ class Acceptor {
   // Closes the listeners. Open connections stay.
   void Stop();
 
+  // Returns a number that grows while the thread is alive, at least once in two seconds. Any thread.
+  uint64_t turns() const { return turns_; }
+
  private:
   void Run();
   // Accepts waiting connections on one socket, a limited number at a time. Returns false if the socket does not work.
   bool AcceptFrom(int descriptor);
   void Take(int listener, int connection);
-  // Returns whether there is room for one more.
-  bool HasRoom();
   // Refuses waiting connections when the process is out of descriptors, or the system out of memory.
   void Shed(int descriptor, int error);
   // Notes that a listener does not work.
@@ -59,12 +58,10 @@ class Acceptor {
   absl::Duration Timeout() const;
 
   std::vector<Listener> listeners_;
-  const size_t max_connections_;
+  Connections* const connections_;
   const std::function<void(bool)> on_listening_;
   std::vector<bool> broken_;  // By listener: to be reopened.
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink_;
-  // The inodes of the sockets handed to gRPC, by descriptor. gRPC closes sockets without notice.
-  absl::flat_hash_map<int, ino_t> connections_;
   Throttle throttle_;
   int wake_ = -1;   // An eventfd.
   int spare_ = -1;  // A descriptor to use when there is no other.
@@ -73,6 +70,7 @@ class Acceptor {
   absl::Time repair_at_ = absl::InfinitePast();
   bool listening_ = true;
   std::atomic<bool> stopping_{false};
+  std::atomic<uint64_t> turns_{0};
   std::thread thread_;
 };
 

@@ -4,7 +4,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "plumbing/duration.h"
+#include "plumbing/secret.h"
 #include "server/core/error.h"
+#include "server/rpc/secrets.h"
 #include "server/rpc/status.h"
 #include "vocabulary/wire/convert.h"
 
@@ -78,6 +80,17 @@ std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) 
   join->description = message.description();
   join->without_outcome = message.without_outcome();
   join->left_ranks.assign(message.left_ranks().begin(), message.left_ranks().end());
+  constexpr size_t kMostLifeKeyBytes = 64;
+  if (message.token().size() > kMostTokenBytes) {
+    return core::MalformedError(
+        absl::StrCat("the token has ", message.token().size(), " bytes; it has at most ", kMostTokenBytes));
+  }
+  if (message.life_key().size() > kMostLifeKeyBytes) {
+    return core::MalformedError(
+        absl::StrCat("life_key has ", message.life_key().size(), " bytes; it has at most ", kMostLifeKeyBytes));
+  }
+  join->token = SecretOf(message.token());
+  join->life_key = SecretOf(message.life_key());
   if (auto error = MalformedIf(wire::FromProto(message.config(), &join->config))) return error;
   join->layers.reserve(message.layers_size());
   for (const v1::LayerSpec& layer : message.layers()) {

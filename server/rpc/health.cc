@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "grpcpp/support/async_stream.h"
+#include "server/core/error.h"
 #include "server/rpc/status.h"
 #include "server/rpc/stream_call.h"
 #include "server/rpc/unary_call.h"
@@ -37,8 +38,11 @@ class HealthService::Watch final
  private:
   void OnStart() override {
     called_ = true;
+    const size_t watching = owner_->watches_.size();
     owner_->AwaitWatch();
     Update();
+    if (watching <= owner_->max_watches_) return;
+    Close(ToGrpc(core::LimitError(watching, "watchers of health", "max_watchers", owner_->max_watches_)));
   }
   void OnWritten() override { Update(); }
   void OnGone() override { owner_->watches_.erase(this); }
@@ -49,7 +53,8 @@ class HealthService::Watch final
   bool called_ = false;
 };
 
-HealthService::HealthService(std::vector<std::string> services) : services_(services.begin(), services.end()) {
+HealthService::HealthService(std::vector<std::string> services, size_t max_watches)
+    : max_watches_(max_watches), services_(services.begin(), services.end()) {
   services_.insert("");
 }
 
@@ -57,10 +62,10 @@ HealthService::~HealthService() = default;
 
 void HealthService::Register(grpc::ServerBuilder* builder) { builder->RegisterService(&service_); }
 
-void HealthService::Serve(grpc::ServerCompletionQueue* queue, int* live_calls) {
+void HealthService::Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* calls) {
   queue_ = queue;
-  ServeUnary(&service_, &grpc::health::v1::Health::AsyncService::RequestCheck, queue, live_calls,
-             [this](const HealthCheckRequest& request, HealthCheckResponse* response) {
+  ServeUnary(&service_, &grpc::health::v1::Health::AsyncService::RequestCheck, queue, calls,
+             [this](const grpc::ServerContext&, const HealthCheckRequest& request, HealthCheckResponse* response) {
                response->set_status(StatusOf(request.service()));
                if (response->status() != HealthCheckResponse::SERVICE_UNKNOWN) return grpc::Status::OK;
                return grpc::Status(grpc::StatusCode::NOT_FOUND,

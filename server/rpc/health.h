@@ -4,6 +4,7 @@
 #ifndef SYNCBN_SERVER_RPC_HEALTH_H_
 #define SYNCBN_SERVER_RPC_HEALTH_H_
 
+#include <cstddef>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/server_builder.h"
+#include "server/rpc/unary_calls.h"
 
 namespace syncbn::rpc {
 
@@ -20,12 +22,13 @@ namespace syncbn::rpc {
 class HealthService {
  public:
   // Reports SERVING for the whole server, whose name is "", and for `services`, until EndServing. Others are unknown.
-  explicit HealthService(std::vector<std::string> services);
+  // `max_watches` may call Watch at a time.
+  HealthService(std::vector<std::string> services, size_t max_watches);
   ~HealthService();
 
   void Register(grpc::ServerBuilder* builder);
-  // Waits for calls. `live_calls` counts the unary ones that exist.
-  void Serve(grpc::ServerCompletionQueue* queue, int* live_calls);
+  // Waits for calls. `calls` keeps account of the unary ones.
+  void Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* calls);
   // Returns whether no Watch call is being served or waited for.
   bool idle() const { return watches_.empty(); }
   // Reports NOT_SERVING, to watchers too, while nobody can connect.
@@ -40,6 +43,7 @@ class HealthService {
   grpc::health::v1::HealthCheckResponse::ServingStatus StatusOf(const std::string& service) const;
   void AwaitWatch();
 
+  const size_t max_watches_;
   absl::flat_hash_set<std::string> services_;
   grpc::health::v1::Health::AsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;

@@ -7,6 +7,7 @@
 #include "grpcpp/support/async_stream.h"
 #include "server/core/error.h"
 #include "server/rpc/convert.h"
+#include "server/rpc/secrets.h"
 #include "server/rpc/status.h"
 #include "server/rpc/stream_call.h"
 #include "server/rpc/unary_call.h"
@@ -26,13 +27,16 @@ class InspectionService::Watcher final
   // Returns whether the call has come and asks for the group's rounds.
   bool Watches(const core::GroupId& group) const { return called_ && group_ == group; }
   const core::GroupId& group() const { return group_; }
+  const grpc::ServerContext& caller() const { return context(); }
   const std::string& layer() const { return request_.layer(); }
 
-  void Tell(const v1::WatchRoundsResponse& event) {
+  void Tell(const v1::WatchRoundsResponse& event, absl::Time now) {
     constexpr size_t kMaxEvents = 1000;
+    constexpr absl::Duration kPatience = absl::Seconds(5);
     if (!open()) return;
     if (queued() >= kMaxEvents) {
-      ++dropped_;
+      if (dropped_++ == 0) dropping_since_ = now;
+      if (now - dropping_since_ > kPatience) Cancel();
       return;
     }
     v1::WatchRoundsResponse told = event;
@@ -53,19 +57,24 @@ class InspectionService::Watcher final
   v1::WatchRoundsRequest request_;
   core::GroupId group_;
   uint64_t dropped_ = 0;
+  absl::Time dropping_since_;
   bool called_ = false;
 };
 
-InspectionService::InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers)
-    : coordinator_(coordinator), clock_(clock), max_watchers_(max_watchers) {}
+InspectionService::InspectionService(const core::Coordinator& coordinator, const Clock& clock,
+                                     const LoopOptions& options)
+    : coordinator_(coordinator), clock_(clock), options_(options) {}
 
 InspectionService::~InspectionService() = default;
 
-void InspectionService::Serve(grpc::ServerCompletionQueue* queue, int* live_calls) {
+void InspectionService::Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* calls) {
   queue_ = queue;
   const auto serve = [&](auto method, auto answer) {
-    ServeUnary(&service_, method, queue, live_calls,
-               [this, answer](const auto& request, auto* response) { return (this->*answer)(request, response); });
+    ServeUnary(&service_, method, queue, calls,
+               [this, answer](const grpc::ServerContext& context, const auto& request, auto* response) {
+                 const grpc::Status allowed = CheckCaller(context);
+                 return allowed.ok() ? (this->*answer)(request, response) : allowed;
+               });
   };
   serve(&AsyncService::RequestListGroups, &InspectionService::ListGroups);
   serve(&AsyncService::RequestGetGroup, &InspectionService::GetGroup);
@@ -81,13 +90,28 @@ void InspectionService::AwaitWatcher() {
   watchers_.emplace(address, std::move(watcher));
 }
 
+grpc::Status InspectionService::CheckCaller(const grpc::ServerContext& context) const {
+  if (!options_.inspection) {
+    return ToGrpc(core::MakeError(absl::StatusCode::kPermissionDenied, core::kInspectionOff,
+                                  "inspection is off, as it is by default where other hosts can connect; the master's "
+                                  "flag --inspection on turns it on"));
+  }
+  if (!options_.inspection_token.present() || BearerOf(context) == options_.inspection_token) return grpc::Status::OK;
+  return ToGrpc(
+      core::MakeError(absl::StatusCode::kUnauthenticated, core::kTokenMismatch,
+                      "inspection needs the master's token in the call's metadata, as \"authorization: Bearer "
+                      "TOKEN\""));
+}
+
 void InspectionService::Admit(Watcher& watcher) {
   const size_t watching = watchers_.size();
   AwaitWatcher();
-  if (absl::Status found = coordinator_.GetGroup(watcher.group(), clock_.Now()).status(); !found.ok()) {
+  if (grpc::Status allowed = CheckCaller(watcher.caller()); !allowed.ok()) {
+    watcher.Close(allowed);
+  } else if (absl::Status found = coordinator_.GetGroup(watcher.group(), clock_.Now()).status(); !found.ok()) {
     watcher.Close(ToGrpc(found, core::kGroupUnknown));
-  } else if (watching > max_watchers_) {
-    watcher.Close(ToGrpc(core::LimitError(watching, "watchers", "max_watchers", max_watchers_)));
+  } else if (watching > options_.max_watchers) {
+    watcher.Close(ToGrpc(core::LimitError(watching, "watchers", "max_watchers", options_.max_watchers)));
   }
 }
 
@@ -97,7 +121,7 @@ void InspectionService::OnRoundEnded(const core::RoundEnded& ended, absl::Time n
   ToProto(ended, now, &event);
   for (auto& [address, watcher] : watchers_) {
     if (!watcher->Watches(ended.group)) continue;
-    if (watcher->layer().empty() || watcher->layer() == event.key().layer()) watcher->Tell(event);
+    if (watcher->layer().empty() || watcher->layer() == event.key().layer()) watcher->Tell(event, now);
   }
 }
 

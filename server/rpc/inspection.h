@@ -12,6 +12,8 @@
 #include "grpcpp/server_builder.h"
 #include "plumbing/clock.h"
 #include "server/core/coordinator.h"
+#include "server/rpc/loop_options.h"
+#include "server/rpc/unary_calls.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 
 namespace syncbn::rpc {
@@ -19,21 +21,22 @@ namespace syncbn::rpc {
 // Thread safety: none; it lives on the thread that drives the queue, once Serve was called.
 class InspectionService {
  public:
-  // The coordinator's times are those of `clock`. `max_watchers` may call WatchRounds at a time.
-  InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers);
+  // The coordinator's times are those of `clock`. What is referred to must outlive the object.
+  InspectionService(const core::Coordinator& coordinator, const Clock& clock, const LoopOptions& options);
   ~InspectionService();
   InspectionService(const InspectionService&) = delete;
   InspectionService& operator=(const InspectionService&) = delete;
 
   void Register(grpc::ServerBuilder* builder) { builder->RegisterService(&service_); }
-  // Waits for calls. `live_calls` counts the unary ones that exist.
-  void Serve(grpc::ServerCompletionQueue* queue, int* live_calls);
+  // Waits for calls. `calls` keeps account of the unary ones.
+  void Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* calls);
   // Waits for no further watcher.
   void EndServing() { serving_ = false; }
   // Returns whether no WatchRounds call is being served or waited for.
   bool idle() const { return watchers_.empty(); }
 
-  // Tells the watchers of the group and the layer.
+  // Tells the watchers of the group and the layer. Ends the calls of those that have lost events for 5 s: others may
+  // want their places.
   void OnRoundEnded(const core::RoundEnded& ended, absl::Time now);
   // Ends the calls of the group's watchers.
   void OnGroupEnded(const core::GroupEnded& ended);
@@ -43,7 +46,9 @@ class InspectionService {
   using AsyncService = v1::InspectionService::AsyncService;
 
   void AwaitWatcher();
-  // Closes the watcher's call if there is no such group, or no room.
+  // Returns OK if the caller may see anything.
+  grpc::Status CheckCaller(const grpc::ServerContext& context) const;
+  // Closes the watcher's call if it may not be served, if there is no such group, or no room.
   void Admit(Watcher& watcher);
 
   grpc::Status ListGroups(const v1::ListGroupsRequest& request, v1::ListGroupsResponse* response) const;
@@ -53,7 +58,7 @@ class InspectionService {
 
   const core::Coordinator& coordinator_;
   const Clock& clock_;
-  const size_t max_watchers_;
+  const LoopOptions& options_;
   AsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
   absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;  // One of them waits for its call.

@@ -137,6 +137,11 @@ bool SocketAddress::is_local() const {
   return family() == AF_INET ? IsLoopback(Inet4(*this).sin_addr) : IsLoopback(Inet6(*this).sin6_addr);
 }
 
+bool SocketAddress::is_wildcard() const {
+  if (family() == AF_INET6) return IN6_IS_ADDR_UNSPECIFIED(&Inet6(*this).sin6_addr);
+  return family() == AF_INET && Inet4(*this).sin_addr.s_addr == htonl(INADDR_ANY);
+}
+
 std::string SocketAddress::ToString() const {
   char text[INET6_ADDRSTRLEN] = "";
   if (family() == AF_INET) {

@@ -26,6 +26,8 @@ struct SocketAddress {
   void set_port(uint16_t port);
   // Returns whether only this machine can reach the address.
   bool is_local() const;
+  // Returns whether it stands for all addresses of this machine of its family.
+  bool is_wildcard() const;
   // Returns text such as "127.0.0.1:50051" or "[::1]:50051".
   std::string ToString() const;
 };

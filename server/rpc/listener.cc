@@ -34,11 +34,6 @@ absl::Status CannotListen(const ListenAddress& address, const std::string& where
   return absl::UnavailableError(absl::StrCat("cannot listen on \"", address.text, "\"", detail, ": ", reason));
 }
 
-bool IsWildcard(const SocketAddress& socket) {
-  const auto& inet6 = reinterpret_cast<const sockaddr_in6&>(socket.storage);
-  return socket.family() == AF_INET6 && IN6_IS_ADDR_UNSPECIFIED(&inet6.sin6_addr);
-}
-
 // Returns a listening socket, or the negative of an errno.
 int ListenOn(const SocketAddress& address, bool alone) {
   const int descriptor = socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -50,7 +45,8 @@ int ListenOn(const SocketAddress& address, bool alone) {
   // Reuse the port while connections of an earlier master on it time out. A master that listens still excludes others.
   if (address.family() != AF_UNIX) done = set(SOL_SOCKET, SO_REUSEADDR, 1);
   // [::] alone includes the IPv4 addresses of this machine.
-  if (address.family() == AF_INET6) done = done && set(IPPROTO_IPV6, IPV6_V6ONLY, alone && IsWildcard(address) ? 0 : 1);
+  if (address.family() == AF_INET6)
+    done = done && set(IPPROTO_IPV6, IPV6_V6ONLY, alone && address.is_wildcard() ? 0 : 1);
   done = done && bind(descriptor, address.get(), address.length) == 0 && listen(descriptor, kBacklog) == 0;
   if (done) return descriptor;
   const int error = errno;

@@ -6,19 +6,33 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "server/core/limits.h"
+#include "server/core/types.h"
+#include "server/rpc/identity.h"
 
 namespace syncbn::rpc {
+
+class Connections;
 
 // As in MasterServer::Options.
 struct LoopOptions {
   core::Limits limits;
+  // Must outlive the loop.
+  Connections* connections = nullptr;
   size_t max_unread_bytes = 0;
   absl::Duration join_timeout;
   size_t max_watchers = 0;
   std::string description;
+  // If present, every join must have it.
+  core::Secret token;
+  // What workers' certificates must say.
+  std::vector<IdentityTemplate> identity;
+  bool inspection = true;
+  // If present, callers of InspectionService must bear it.
+  core::Secret inspection_token;
   uint64_t instance = 0;  // As core::Coordinator's.
 };
 

@@ -58,11 +58,13 @@ MasterLoop::MasterLoop(LoopOptions options)
       coordinator_(options_.limits, options_.instance),
       sessions_(
           options_, coordinator_, [this](const core::Event& event) { Deliver(event); }, &log_, &now_),
-      inspection_(coordinator_, clock_, options_.max_watchers),
-      health_({v1::StatisticsService::service_full_name(), v1::InspectionService::service_full_name()}),
+      inspection_(coordinator_, clock_, options_),
+      health_({v1::StatisticsService::service_full_name(), v1::InspectionService::service_full_name()},
+              options_.max_watchers),
       shutdown_tag_(this, &MasterLoop::OnShutdown),
       stop_tag_(this, &MasterLoop::OnStop),
-      listening_tag_(this, &MasterLoop::OnListening) {}
+      listening_tag_(this, &MasterLoop::OnListening),
+      probe_tag_(this, &MasterLoop::OnProbe) {}
 
 void MasterLoop::Register(grpc::ServerBuilder* builder) {
   sessions_.Register(builder);
@@ -91,12 +93,15 @@ void MasterLoop::Run() {
     if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
     if (coordinator_.NextDeadline() <= now_) Deliver(core::TimePassed{});
     sessions_.RunTimers();
+    unary_calls_.RunTimers();
     ServeBacklog(event == grpc::CompletionQueue::TIMEOUT);
     EndIfIdle();
   }
 }
 
-absl::Time MasterLoop::NextWakeUp() const { return std::min(coordinator_.NextDeadline(), sessions_.NextTimer()); }
+absl::Time MasterLoop::NextWakeUp() const {
+  return std::min({coordinator_.NextDeadline(), sessions_.NextTimer(), unary_calls_.NextTimer()});
+}
 
 void MasterLoop::ServeBacklog(bool quiet) {
   quiet_polls_ = quiet ? quiet_polls_ + 1 : 0;
@@ -110,7 +115,7 @@ void MasterLoop::ServeBacklog(bool quiet) {
 // The server's Shutdown does not wait for calls whose connection has gone: they are still here, and an operation on a
 // queue that has been shut down aborts the process. So the queue is shut down after the last of them.
 void MasterLoop::EndIfIdle() {
-  if (!stopping_ || !sessions_.idle() || !inspection_.idle() || !health_.idle() || unary_calls_ != 0) return;
+  if (!stopping_ || !sessions_.idle() || !inspection_.idle() || !health_.idle() || !unary_calls_.idle()) return;
   stopping_ = false;
   queue_->Shutdown();
 }
@@ -124,6 +129,7 @@ void MasterLoop::Deliver(const core::Event& event) {
 }
 
 void MasterLoop::Apply(const core::SendJoined& joined) {
+  sessions_.NoteMember(joined.stream);
   v1::MasterFrame frame;
   ToProto(joined, options_.description, frame.mutable_joined());
   sessions_.Send({joined.stream}, frame);
@@ -179,6 +185,12 @@ void MasterLoop::SetListening(bool listening) {
   if (listening_told_.exchange(false)) Wake(listening_alarm_, listening_tag_);
 }
 
+bool MasterLoop::Probe() {
+  const bool answered = probe_answered_.exchange(false);
+  if (answered) Wake(probe_alarm_, probe_tag_);
+  return answered;
+}
+
 void MasterLoop::BeginShutdown() { Wake(shutdown_alarm_, shutdown_tag_); }
 
 void MasterLoop::Stop() {
@@ -190,6 +202,8 @@ void MasterLoop::OnListening(bool) {
   listening_told_ = true;
   health_.SetListening(listening_);
 }
+
+void MasterLoop::OnProbe(bool) { probe_answered_ = true; }
 
 void MasterLoop::OnShutdown(bool) {
   sessions_.EndServing();

@@ -19,6 +19,7 @@
 #include "server/rpc/inspection.h"
 #include "server/rpc/loop_options.h"
 #include "server/rpc/sessions.h"
+#include "server/rpc/unary_calls.h"
 
 namespace syncbn::rpc {
 
@@ -39,6 +40,9 @@ class MasterLoop {
   void SetListening(bool listening);
   // Returns the number of workers' streams that are open. Any thread.
   size_t workers() const { return sessions_.joined(); }
+  // Asks the loop for a sign of life. Returns whether it has given the one that the call before asked for. One thread,
+  // between Start and Stop.
+  bool Probe();
   // Tells every worker that the master is going away. Any thread; the server's own Shutdown follows.
   void BeginShutdown();
   // Ends the thread. After the server's Shutdown.
@@ -68,6 +72,7 @@ class MasterLoop {
   void OnShutdown(bool ok);
   void OnStop(bool ok);
   void OnListening(bool ok);
+  void OnProbe(bool ok);
 
   const LoopOptions options_;
   const Clock clock_;
@@ -78,13 +83,14 @@ class MasterLoop {
   Sessions sessions_;
   InspectionService inspection_;
   HealthService health_;
-  int unary_calls_ = 0;  // That are being served or waited for.
+  UnaryCalls unary_calls_{&now_};
   absl::Time backlog_served_ = now_;
   int quiet_polls_ = 0;
-  MethodTag<MasterLoop> shutdown_tag_, stop_tag_, listening_tag_;
-  grpc::Alarm shutdown_alarm_, stop_alarm_, listening_alarm_;
+  MethodTag<MasterLoop> shutdown_tag_, stop_tag_, listening_tag_, probe_tag_;
+  grpc::Alarm shutdown_alarm_, stop_alarm_, listening_alarm_, probe_alarm_;
   std::atomic<bool> listening_{true};
   std::atomic<bool> listening_told_{true};  // No alarm is on its way.
+  std::atomic<bool> probe_answered_{true};
   bool stopping_ = false;
   std::thread thread_;
 };

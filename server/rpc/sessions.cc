@@ -9,6 +9,7 @@
 #include "plumbing/check.h"
 #include "plumbing/messages.h"
 #include "server/core/error.h"
+#include "server/rpc/connections.h"
 #include "server/rpc/status.h"
 
 namespace syncbn::rpc {
@@ -73,6 +74,7 @@ void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) {
   if (auto error = session.frame->Open()) return Refuse(session, *error);
   const core::FrameReceived& head = session.frame->head();
   if (head.join.has_value() && !session.joined) {
+    if (auto error = CheckCredentials(session, *head.join)) return Refuse(session, *error);
     session.joined = true;
     joined_.fetch_add(1, std::memory_order_relaxed);
     session.lane = lanes_.Enter(head.join->id);
@@ -80,6 +82,12 @@ void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) {
   session.slice = SliceOf(session);
   session.answered_since_read = false;
   HandleSlice(session);
+}
+
+std::optional<core::Error> Sessions::CheckCredentials(const Session& session, const core::Join& join) const {
+  if (options_.token.present() && join.token != options_.token) return core::TokenError(join);
+  if (options_.identity.empty()) return std::nullopt;
+  return CheckIdentity(options_.identity, session.stream->names(), join);
 }
 
 void Sessions::OnWritten(WorkerStream* stream) { NoteLag(Of(stream)); }
@@ -98,6 +106,7 @@ void Sessions::OnHalfClosed(WorkerStream* stream) {
 
 void Sessions::OnBroken(WorkerStream* stream) {
   Of(stream).frame.reset();
+  Of(stream).broken = true;
   deliver_(core::StreamClosed{stream->id()});
 }
 
@@ -107,6 +116,11 @@ void Sessions::OnGone(WorkerStream* stream) {
   if (Lane* const lane = std::exchange(session.lane, nullptr)) {
     if (std::exchange(session.lags, false)) EndLag(*lane);
     lanes_.Leave(lane);
+  }
+  if (session.member) {
+    options_.connections->Left(stream->peer());
+  } else if (session.broken) {
+    options_.connections->Strayed(stream->peer());
   }
   sessions_.erase(stream->id());
 }
@@ -249,6 +263,12 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
     if (std::exchange(session->read_held, false)) ReadNext(*session);
     if (session->half_closed && session->unanswered.empty()) retiring_.push_back(id);
   }
+}
+
+void Sessions::NoteMember(core::StreamId id) {
+  Session* const session = Find(id);
+  if (session == nullptr || std::exchange(session->member, true)) return;
+  options_.connections->Joined(session->stream->peer());
 }
 
 void Sessions::Close(core::StreamId id, const std::optional<core::Error>& error) {

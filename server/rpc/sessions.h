@@ -58,6 +58,8 @@ class Sessions final : public WorkerStream::Handler {
   // outcomes are in it.
   void Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame,
             const std::vector<size_t>& answered = {});
+  // The engine has let the stream's worker in.
+  void NoteMember(core::StreamId id);
   // Ends the stream's call after what was sent to it before.
   void Close(core::StreamId id, const std::optional<core::Error>& error);
 
@@ -82,6 +84,8 @@ class Sessions final : public WorkerStream::Handler {
     // since a repeated contribution is answered once.
     absl::flat_hash_set<size_t> unanswered;
     bool joined = false;
+    bool member = false;  // The engine has let it in.
+    bool broken = false;
     bool half_closed = false;
     bool answered_since_read = false;
     bool lags = false;  // It leaves much unread.
@@ -105,6 +109,9 @@ class Sessions final : public WorkerStream::Handler {
   Session& Of(const WorkerStream* stream);
   // Returns null if the stream has gone.
   Session* Find(core::StreamId id);
+
+  // Returns why the worker may not join as what it says: its token, or its certificate.
+  std::optional<core::Error> CheckCredentials(const Session& session, const core::Join& join) const;
 
   // ---- Frames, slice by slice
   // As many contributions as cannot bring forth more than max_turn_bytes of results.

@@ -16,6 +16,7 @@ google::rpc::ErrorInfo InfoOf(const core::Error& error) {
   info.set_reason(error.reason);
   info.set_domain("syncbn");
   if (!error.ranks.empty()) (*info.mutable_metadata())["ranks"] = absl::StrJoin(error.ranks, ",");
+  if (*error.limit != '\0') (*info.mutable_metadata())["limit"] = error.limit;
   if (error.rank_count > error.ranks.size()) (*info.mutable_metadata())["rank_count"] = absl::StrCat(error.rank_count);
   return info;
 }

@@ -52,6 +52,8 @@ class StreamCall {
  protected:
   StreamCall() : stream_(&context_) {}
 
+  const grpc::ServerContext& context() const { return context_; }
+
   // Waits for a call: `request` (context, stream, tag) passes its arguments to a service's Request method.
   template <typename Request>
   void Await(Request&& request) {

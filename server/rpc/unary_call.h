@@ -4,13 +4,16 @@
 #define SYNCBN_SERVER_RPC_UNARY_CALL_H_
 
 #include <functional>
+#include <string>
 #include <type_traits>
 #include <utility>
 
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/server_context.h"
 #include "grpcpp/support/async_unary_call.h"
+#include "server/rpc/connections.h"
 #include "server/rpc/event_loop.h"
+#include "server/rpc/unary_calls.h"
 
 namespace syncbn::rpc {
 
@@ -20,13 +23,14 @@ using UnaryMethod = void (Service::*)(grpc::ServerContext*, Request*, grpc::Serv
 
 // One call, and the wait for it. Deletes itself.
 template <typename Service, typename Request, typename Response>
-class UnaryCall final : public Tag {
+class UnaryCall final : public Tag, public UnaryCalls::Call {
  public:
   using Method = UnaryMethod<Service, Request, Response>;
-  using Answer = std::function<grpc::Status(const Request&, Response*)>;
+  using Answer = std::function<grpc::Status(const grpc::ServerContext&, const Request&, Response*)>;
 
-  static void Await(Service* service, Method method, grpc::ServerCompletionQueue* queue, int* live, Answer answer) {
-    auto* const call = new UnaryCall(service, method, queue, live, std::move(answer));
+  static void Await(Service* service, Method method, grpc::ServerCompletionQueue* queue, UnaryCalls* calls,
+                    Answer answer) {
+    auto* const call = new UnaryCall(service, method, queue, calls, std::move(answer));
     (service->*method)(&call->context_, &call->request_, &call->writer_, queue, queue, static_cast<Tag*>(call));
   }
 
@@ -35,10 +39,11 @@ class UnaryCall final : public Tag {
       delete this;
       return;
     }
-    Await(service_, method_, queue_, live_, answer_);
+    Await(service_, method_, queue_, calls_, answer_);
     answered_ = true;
     Response response;
-    const grpc::Status status = answer_(request_, &response);
+    grpc::Status status = answer_(context_, request_, &response);
+    if (status.ok()) status = calls_->Admit(this, Address(), response.ByteSizeLong());
     if (status.ok()) {
       writer_.Finish(response, status, static_cast<Tag*>(this));
     } else {
@@ -46,17 +51,33 @@ class UnaryCall final : public Tag {
     }
   }
 
+  void Cancel() override { context_.TryCancel(); }
+
  private:
-  UnaryCall(Service* service, Method method, grpc::ServerCompletionQueue* queue, int* live, Answer answer)
-      : service_(service), method_(method), queue_(queue), live_(live), answer_(std::move(answer)), writer_(&context_) {
-    ++*live_;
+  UnaryCall(Service* service, Method method, grpc::ServerCompletionQueue* queue, UnaryCalls* calls, Answer answer)
+      : service_(service),
+        method_(method),
+        queue_(queue),
+        calls_(calls),
+        answer_(std::move(answer)),
+        writer_(&context_) {
+    calls_->Begin();
   }
-  ~UnaryCall() override { --*live_; }
+  ~UnaryCall() override {
+    calls_->Forget(this);
+    calls_->End();
+  }
+
+  // The caller's, without its port; empty for a unix socket.
+  std::string Address() const {
+    const std::string peer = PeerName(context_.peer());
+    return peer.substr(0, peer.rfind(':'));
+  }
 
   Service* const service_;
   const Method method_;
   grpc::ServerCompletionQueue* const queue_;
-  int* const live_;
+  UnaryCalls* const calls_;
   const Answer answer_;
   grpc::ServerContext context_;
   Request request_;
@@ -64,12 +85,12 @@ class UnaryCall final : public Tag {
   bool answered_ = false;
 };
 
-// Serves one method for as long as the queue lives: `answer` (const Request&, Response*) returns a grpc::Status, on the
-// queue's thread. `live` counts the calls that exist, the one that is waited for among them.
+// Serves one method for as long as the queue lives: `answer` (const ServerContext&, const Request&, Response*) returns
+// a grpc::Status, on the queue's thread. `calls` keeps account of its calls, and must outlive them.
 template <typename Service, typename Request, typename Response, typename Answer>
 void ServeUnary(std::common_type_t<Service>* service, UnaryMethod<Service, Request, Response> method,
-                grpc::ServerCompletionQueue* queue, int* live, Answer answer) {
-  UnaryCall<Service, Request, Response>::Await(service, method, queue, live, std::move(answer));
+                grpc::ServerCompletionQueue* queue, UnaryCalls* calls, Answer answer) {
+  UnaryCall<Service, Request, Response>::Await(service, method, queue, calls, std::move(answer));
 }
 
 }  // namespace syncbn::rpc

@@ -1,6 +1,12 @@
 #include "server/rpc/worker_stream.h"
 
+#include <string>
 #include <utility>
+#include <vector>
+
+#include "grpc/grpc_security_constants.h"
+#include "grpcpp/security/auth_context.h"
+#include "server/rpc/connections.h"
 
 namespace syncbn::rpc {
 
@@ -22,6 +28,18 @@ void WorkerStream::OnRead(bool ok) {
   } else {
     handler_->OnHalfClosed(this);
   }
+}
+
+std::string WorkerStream::peer() const { return PeerName(context().peer()); }
+
+PeerNames WorkerStream::names() const {
+  const auto find = [auth = context().auth_context()](const char* property) {
+    std::vector<std::string> values;
+    for (const grpc::string_ref& value : auth->FindPropertyValues(property))
+      values.emplace_back(value.data(), value.size());
+    return values;
+  };
+  return {find(GRPC_PEER_DNS_PROPERTY_NAME), find(GRPC_PEER_URI_PROPERTY_NAME)};
 }
 
 bool WorkerStream::Admits(size_t bytes) {

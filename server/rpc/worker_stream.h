@@ -5,11 +5,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/support/async_stream.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "server/core/types.h"
+#include "server/rpc/identity.h"
 #include "server/rpc/stream_call.h"
 #include "syncbn/v1/statistics.grpc.pb.h"
 
@@ -44,6 +46,10 @@ class WorkerStream final
                grpc::ServerCompletionQueue* queue);
 
   core::StreamId id() const { return id_; }
+  // Returns the worker's address, as Connections names it. A worker has called.
+  std::string peer() const;
+  // Returns what the worker's certificate says. A worker has called.
+  PeerNames names() const;
 
   // Asks for the next frame, once for each frame. Does nothing on a stream that is not open.
   void ReadNext() { Read(&incoming_); }

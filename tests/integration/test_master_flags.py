@@ -17,11 +17,18 @@ FLAGS = [
     "key-file",
     "trusted-ca-file",
     "client-cert-auth",
+    "identity-template",
+    "auto-tls",
+    "token-file",
+    "inspection",
+    "inspection-token-file",
     "max-channels",
     "max-workers",
     "max-groups",
     "max-retained-bytes",
     "max-connections",
+    "max-connections-per-address",
+    "watchdog",
     "reflection",
     "exit-timeout",
     "max-lifetime",
@@ -32,16 +39,19 @@ FLAGS = [
 BAD_VALUES = [
     *[
         (flag, ["0", "-1", "", "many", "1.5", "1e3", "99999999999999999999", " "], "a whole number in 1 .. ")
-        for flag in ("max-channels", "max-workers", "max-groups", "max-retained-bytes", "max-connections")
+        for flag in (
+            *("max-channels", "max-workers", "max-groups", "max-retained-bytes", "max-connections"),
+            "max-connections-per-address",
+        )
     ],
     *[
         (flag, ["-1", "", "soon", "nan", "inf", "1e10", "-0.001"], "a number of seconds in 0 .. ")
-        for flag in ("exit-timeout", "max-lifetime")
+        for flag in ("exit-timeout", "max-lifetime", "watchdog")
     ],
     *[(flag, [""], "the name of a file") for flag in ("cert-file", "key-file", "trusted-ca-file")],
     ("log-level", ["", "loud", "INFO", "10"], "debug, info, warning or error"),
-    ("reflection", ["", "maybe", "2"], "on or off"),
-    *[(flag, ["maybe", "2", "-1", "10", "yes please"], "true or false") for flag in ("insecure", "client-cert-auth")],
+    *[(flag, ["", "maybe", "2"], "on or off") for flag in ("reflection", "inspection")],
+    *[(flag, ["maybe", "2", "-1", "10", "yes please"], "true or false") for flag in ("insecure", "client-cert-auth", "auto-tls")],
 ]
 BAD = [(flag, value, limit) for flag, values, limit in BAD_VALUES for value in values]
 

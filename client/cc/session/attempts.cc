@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "client/cc/errors.h"
 
 namespace syncbn::session {
 namespace {
@@ -16,6 +15,10 @@ constexpr absl::Duration kConnectTimeout = absl::Seconds(5);
 constexpr absl::Duration kConnectTimeoutOfSeveral = absl::Seconds(2);
 
 }  // namespace
+
+bool IsRefusedForNow(const ErrorDetails& details) {
+  return details.reason == kRankTaken || (details.reason == "LIMIT_EXCEEDED" && details.limit == "max_groups");
+}
 
 Attempts::Attempts(uint32_t rank, absl::Duration join_timeout, bool tls, absl::Time now)
     : rank_(rank),
@@ -70,7 +73,7 @@ std::optional<std::string> Attempts::RankTakenNotice() {
 
 absl::Status Attempts::GiveUpError() const {
   const absl::Status& last = last_break_.status;
-  if (DetailsOf(last).reason == kRankTaken) return last;
+  if (IsRefusedForNow(DetailsOf(last))) return last;
   const std::string& list = targets_.list();
   return MakeStatus(absl::StatusCode::kUnavailable,
                     absl::StrCat("no answer from ",

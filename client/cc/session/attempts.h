@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "client/cc/errors.h"
 #include "client/cc/session/targets.h"
 
 namespace syncbn::session {
@@ -29,6 +30,10 @@ struct Break {
 
 // The reason of a join that was refused because another worker holds the rank.
 inline constexpr absl::string_view kRankTaken = "RANK_TAKEN";
+
+// Returns true if the master refuses a join for now: another worker holds the rank, or there are too many groups. A
+// master's groups go as their jobs end, or as strangers who have opened them leave.
+bool IsRefusedForNow(const ErrorDetails& details);
 
 // Times attempts with exponential backoff, going through the targets in turn.
 //

@@ -33,8 +33,8 @@ bool IsHopelessAtFirst(absl::StatusCode code) {
   }
 }
 
-// Reasons that a later attempt need not meet.
-bool IsPassing(absl::string_view reason) { return reason == "SHUTTING_DOWN" || reason == kRankTaken; }
+// Returns true if a later attempt need not meet the same.
+bool IsPassing(const ErrorDetails& details) { return details.reason == "SHUTTING_DOWN" || IsRefusedForNow(details); }
 
 }  // namespace
 
@@ -101,13 +101,13 @@ Effects Session::OnStreamBroken(Break why, absl::Time now) {
   stream_open_ = false;
   writing_ = false;
   if (state_ == State::kEnded) return {};
-  const std::string reason = DetailsOf(why.status).reason;
+  const ErrorDetails details = DetailsOf(why.status);
   // A master that has died while the leave was on its way may need, when it is back, what this worker holds.
-  if (leave_sent_ && (why.status.ok() || !reason.empty())) return End(LeftError());
+  if (leave_sent_ && (why.status.ok() || !details.reason.empty())) return End(LeftError());
   leave_sent_ = false;
   const bool first = run_id_ == 0;
-  if (state_ == State::kJoined || !reason.empty()) dismissed_ = !reason.empty();
-  if (reason.empty()) {
+  if (state_ == State::kJoined || !details.reason.empty()) dismissed_ = !details.reason.empty();
+  if (details.reason.empty()) {
     const TargetTurn& targets = attempts_.targets();
     if (first && why.cause == Break::Cause::kRefusedByTls && !targets.has_several()) {
       return End(absl::UnauthenticatedError(
@@ -115,7 +115,7 @@ Effects Session::OnStreamBroken(Break why, absl::Time now) {
     }
     const bool hopeless = first && IsHopelessAtFirst(why.status.code());
     if (hopeless || why.cause == Break::Cause::kFrameTooLong) return End(std::move(why.status));
-  } else if (!IsPassing(reason)) {
+  } else if (!IsPassing(details)) {
     return End(std::move(why.status));
   }
   Effects effects;

@@ -16,6 +16,7 @@ MOST_COUNT = 2**40
 MOST_CHANNELS = 2**16
 MOST_NAME_BYTES = 255
 MOST_DESCRIPTION_BYTES = 1024
+MOST_TOKEN_CHARACTERS = 1024
 # In nanoseconds, an int64.
 MOST_SECONDS = 9e9
 
@@ -104,6 +105,19 @@ def text(name: str, value: Any, most_bytes: int = MOST_NAME_BYTES, *, empty: boo
         raise refused(f"{name} is empty")
     if length > most_bytes:
         raise refused(f"{name} has {length} bytes; it has at most {most_bytes}")
+    return value
+
+
+def token(value: Any) -> Optional[str]:
+    """A token, or None. No error quotes it."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise TypeError(f"token is of type {type(value).__name__}; it has to be a string")
+    if not 1 <= len(value) <= MOST_TOKEN_CHARACTERS:
+        raise refused(f"token has {len(value)} characters; it has 1 to {MOST_TOKEN_CHARACTERS}")
+    if not all("!" <= character <= "~" for character in value):
+        raise refused("token has a space or a character that is not printable ASCII; it has neither")
     return value
 
 

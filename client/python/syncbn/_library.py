@@ -46,6 +46,7 @@ class MasterOptions(_Options):
         ("key_file", c_char_p),
         ("trusted_ca_file", c_char_p),
         ("client_cert_auth", c_int32),
+        ("token", c_char_p),
     ]
 
 
@@ -69,6 +70,7 @@ class WorkerOptions(_Options):
         ("key_file", c_char_p),
         ("find_target", TARGET_FUNCTION),
         ("find_target_user", c_void_p),
+        ("token", c_char_p),
     ]
 
 

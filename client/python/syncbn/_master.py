@@ -7,8 +7,10 @@ import pathlib
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -49,12 +51,12 @@ def _owner() -> Dict[str, Any]:
 class _Process:
     """The master's process, and the two pipes to it."""
 
-    def __init__(self, options: Dict[str, Any]) -> None:
+    def __init__(self, options: Dict[str, Any], token: Optional[str]) -> None:
         self._control = self._reports = -1
         self._unread = b""
         self.pid: Optional[int] = None
         try:
-            launcher = self._launch(options)
+            launcher = self._launch(options, token)
             found = self._read(time.monotonic() + _START_LIMIT)
             code = launcher.wait()  # It has left the master to itself.
             if found is None:
@@ -68,7 +70,7 @@ class _Process:
             raise
         self.pid, self.target = int(found["pid"]), str(found["target"])
 
-    def _launch(self, options: Dict[str, Any]) -> "subprocess.Popen[bytes]":
+    def _launch(self, options: Dict[str, Any], token: Optional[str]) -> "subprocess.Popen[bytes]":
         owner = _owner()
         passed = [] if owner["descriptor"] is None else [owner["descriptor"]]
         # Isolated from the program's packages and settings; where the interpreter itself needs PYTHONHOME, as far as that.
@@ -83,7 +85,8 @@ class _Process:
                 stdout=reports,
                 pass_fds=passed,
                 start_new_session=True,
-                env=dict(os.environ, SYNCBN_LIBRARY=str(_library.PATH)),
+                # Other users may see the arguments of a process, but not its environment.
+                env=dict(os.environ, SYNCBN_LIBRARY=str(_library.PATH), SYNCBN_TOKEN=token or ""),
             )
         finally:
             for descriptor in [control, reports, *passed]:
@@ -139,6 +142,21 @@ class _Process:
         self._control = self._reports = -1
 
 
+def make_certificate(host: str, cert_file: str, key_file: str) -> None:
+    """Writes a new key and a certificate of its own for `host`. Errors: as syncbn_make_certificate in syncbn.h."""
+    text = _library.text
+    _library.call(_library.lib.syncbn_make_certificate, text(host), text(cert_file), text(key_file))
+
+
+def _key_pair(address: str, folder: str) -> Dict[str, str]:
+    """The options `cert_file` and `key_file`, of a new key pair for the host of the address."""
+    host = "localhost" if address.startswith("unix") else address.rpartition(":")[0].strip("[]")
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    files = {name: os.path.join(folder, f"{name}.pem") for name in ("cert_file", "key_file")}
+    make_certificate(host, files["cert_file"], files["key_file"])
+    return files
+
+
 class Master:
     """A master that belongs to this process, and runs in a process of its own.
 
@@ -149,7 +167,10 @@ class Master:
       address: "HOST:PORT" (port 0: any free one) or "unix:PATH".
       insecure: listen beyond loopback without TLS.
       cert_file, key_file: this server's certificate: TLS.
+      auto_tls: TLS with a key pair that is made for this master; `certificate` is what its workers trust.
       trusted_ca_file: with `client_cert_auth`, who may sign the workers' certificates.
+      token: what every worker must join with. Default: $SYNCBN_TOKEN; without it, each job has the token of its first
+        join.
 
     Errors: as `syncbn-master` has them, as exceptions: an address in use, an address beyond loopback without TLS.
 
@@ -165,17 +186,28 @@ class Master:
         key_file: Optional[Any] = None,
         trusted_ca_file: Optional[Any] = None,
         client_cert_auth: bool = False,
+        auto_tls: bool = False,
+        token: Optional[str] = None,
     ) -> None:
         self._process: Optional[_Process] = None
         self._asking = threading.RLock()  # A finalizer may shut it down, on the thread that asks.
         self._pid = os.getpid()
         _forks.refuse()
+        token = _arguments.token(os.environ.get("SYNCBN_TOKEN") or None if token is None else token)
         files = {"cert_file": cert_file, "key_file": key_file, "trusted_ca_file": trusted_ca_file}
         options: Dict[str, Any] = {"address": _arguments.text("address", address, 4096)}
         options.update((name, _arguments.path(name, file)) for name, file in files.items())
         options.update(insecure=_arguments.truth("insecure", insecure))
         options.update(client_cert_auth=_arguments.truth("client_cert_auth", client_cert_auth))
-        self._process = _Process(options)
+        with contextlib.ExitStack() as stack:
+            self._certificate: Optional[str] = None
+            if _arguments.truth("auto_tls", auto_tls):
+                if cert_file is not None or key_file is not None:
+                    raise _arguments.refused("auto_tls makes a certificate; cert_file and key_file name another one")
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="syncbn-"))
+                options.update(_key_pair(options["address"], folder))
+                self._certificate = pathlib.Path(options["cert_file"]).read_text()
+            self._process = _Process(options, token)  # The master reads the files before it is ready.
         self._target, self._process_id = self._process.target, self._process.pid
         _open.add(self)
 
@@ -183,6 +215,11 @@ class Master:
     def target(self) -> str:
         """What workers pass as their target."""
         return self._target
+
+    @property
+    def certificate(self) -> Optional[str]:
+        """With `auto_tls`: the certificate (PEM) that workers trust, by a file with it as their `trusted_ca_file`."""
+        return self._certificate
 
     @property
     def pid(self) -> Optional[int]:

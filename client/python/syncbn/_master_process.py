@@ -72,7 +72,7 @@ class Server:
         if hasattr(loaded.lib, "syncbn_set_log"):
             loaded.lib.syncbn_set_log(None, None)  # To stderr: nobody takes lines here.
         words = {name: loaded.text(value) if isinstance(value, str) else value for name, value in options.items()}
-        given = loaded.MasterOptions(**words)
+        given = loaded.MasterOptions(**words, token=loaded.text(os.environ.pop("SYNCBN_TOKEN", "") or None))
         self._handle = loaded.create(self._lib.syncbn_master_start, loaded.ctypes.byref(given))
         return str(self._lib.syncbn_master_target(self._handle).decode())
 

@@ -1,20 +1,21 @@
 """The master that workers without a target share: rank 0 starts it, and tells the others where it is.
 
 Across hosts, the master speaks TLS with a certificate that is made for it. The others get the certificate from the board of
-the launch, so they trust this master as far as they trust the board.
+the launch, so they trust this master as far as they trust the board. Its token goes the same way, so that nobody else who
+reaches its port can join, on one host either.
 """
 
 import contextlib
 import json
 import logging
 import os
-import shutil
+import secrets
 import socket
 import tempfile
 import time
-from typing import Any, Iterable, Optional, Tuple
+from typing import Any, Dict, Iterable, Optional, Tuple
 
-from syncbn import _boards, _environment, _library, errors
+from syncbn import _boards, _environment, errors
 from syncbn._boards import Board
 from syncbn._master import Master
 
@@ -28,12 +29,19 @@ _RETURN_SECONDS_ON_ONE_HOST = 1.0
 _LOOK_SECONDS = 0.2
 _ANY_OTHER_HOST = "192.0.2.1"  # Reserved for documentation: no packet is sent there, only the route is looked up.
 _told_of_one = False
+# The tokens of this process's meetings, by target.
+_tokens: Dict[str, str] = {}
+
+
+def token_of(target: Any) -> Optional[str]:
+    """The token of a master that another worker of this process has met: a further worker may name it by its target."""
+    return _tokens.get(target) if isinstance(target, str) else None
 
 
 class Meeting:
     """One worker's part of a meeting.
 
-    Attributes: `target` and `trusted_ca_file`, with which the worker joins the master.
+    Attributes: `target`, `trusted_ca_file` and `token`, with which the worker joins the master.
     """
 
     def __init__(
@@ -44,8 +52,12 @@ class Meeting:
         master: Optional[Master] = None,
         board: Optional[Board] = None,
         topic: str = "",
+        token: Optional[str] = None,
     ) -> None:
         self.target: str = note["target"]
+        self.token: Optional[str] = note.get("token") or token
+        if self.token is not None:
+            _tokens[self.target] = self.token
         self.trusted_ca_file: Optional[str] = None
         self._return_seconds = _RETURN_SECONDS if note.get("certificate") else _RETURN_SECONDS_ON_ONE_HOST
         self._rank, self._world_size, self._master, self._board, self._topic = rank, world_size, master, board, topic
@@ -117,7 +129,7 @@ class Meeting:
         return board.read(f"{self._topic}/{word}/{rank}", seconds, f"rank {rank} to leave its worker") is not None
 
 
-def alone() -> Meeting:
+def alone(token: Optional[str]) -> Meeting:
     """A group of one worker, with a master of its own."""
     global _told_of_one
     if not _told_of_one:
@@ -125,24 +137,26 @@ def alone() -> Meeting:
         _logger.warning(
             "SYNCBN_TARGET is not set and there is one worker: it is a group by itself, and normalizes over its own batches"
         )
-    master = Master()
-    return Meeting({"target": master.target}, master=master)
+    drawn = token or _draw_token()
+    master = Master(token=drawn)
+    return Meeting({"target": master.target}, master=master, token=drawn)
 
 
-def meet(board: Board, group: str, rank: int, world_size: int, seconds: float) -> Meeting:
+def meet(board: Board, group: str, rank: int, world_size: int, seconds: float, token: Optional[str]) -> Meeting:
     """Starts the master at rank 0, and finds it at any other rank.
 
     Every rank comes to the n-th meeting of a group with its n-th call; a call that has failed does not count.
 
     Args:
       seconds: how long the others wait for rank 0.
+      token: that of the user. The board does not get it: the others have it too. None: rank 0 draws one for the board.
     Errors: UNAVAILABLE where rank 0 does not come, cannot start a master, or has ended.
     """
     counter = f"{group}/meetings of rank {rank}"
     topic = f"{group}/{board.count(counter)}"
     if rank == 0:
-        master, note = _start(board, topic, world_size)
-        return Meeting(note, rank, world_size, master, board, topic)
+        master, note = _start(board, topic, world_size, token)
+        return Meeting(note, rank, world_size, master, board, topic, token)
     found = None
     try:
         found = board.read(f"{topic}/master", seconds, "rank 0, which starts the master for all")
@@ -159,13 +173,19 @@ def meet(board: Board, group: str, rank: int, world_size: int, seconds: float) -
     note = json.loads(found)
     if "error" in note:
         raise errors.make_error(f"rank 0 could not start the master: {note['error']}", errors.Code.UNAVAILABLE)
-    return Meeting(note, rank, world_size, None, board, topic)
+    return Meeting(note, rank, world_size, None, board, topic, token)
 
 
-def _start(board: Board, topic: str, world_size: int) -> Tuple[Master, Any]:
+def _draw_token() -> str:
+    return secrets.token_urlsafe(32)
+
+
+def _start(board: Board, topic: str, world_size: int, token: Optional[str]) -> Tuple[Master, Any]:
     """Starts the master, and posts how to reach it, or why it could not be started."""
+    drawn = {} if token else {"token": _draw_token()}
     try:
-        master, note = _start_master(world_size)
+        master, note = _start_master(world_size, token or drawn["token"])
+        note.update(drawn)
     except BaseException as error:
         with contextlib.suppress(errors.Error):
             board.post(f"{topic}/master", json.dumps({"error": str(error) or type(error).__name__}))
@@ -178,29 +198,15 @@ def _start(board: Board, topic: str, world_size: int) -> Tuple[Master, Any]:
     return master, note
 
 
-def _start_master(world_size: int) -> Tuple[Master, Any]:
+def _start_master(world_size: int, token: str) -> Tuple[Master, Any]:
     host, port = _address(world_size)
     if host is None:
-        master = Master()
+        master = Master(token=token)
         return master, {"target": master.target}
-    folder = tempfile.mkdtemp(prefix="syncbn-")
-    try:
-        cert_file, key_file = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
-        make_certificate(host, cert_file, key_file)
-        with open(cert_file) as reader:
-            certificate = reader.read()
-        shown = f"[{host}]" if ":" in host else host
-        master = Master(f"{shown}:{port}", cert_file=cert_file, key_file=key_file)  # Reads the files before it returns.
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    shown = f"[{host}]" if ":" in host else host
+    master = Master(f"{shown}:{port}", auto_tls=True, token=token)
     _logger.info("rank 0 has started a master with TLS at %s", master.target)
-    return master, {"target": master.target, "certificate": certificate}
-
-
-def make_certificate(host: str, cert_file: str, key_file: str) -> None:
-    """Writes a new key and a certificate of its own for `host`. Errors: as syncbn_make_certificate in syncbn.h."""
-    text = _library.text
-    _library.call(_library.lib.syncbn_make_certificate, text(host), text(cert_file), text(key_file))
+    return master, {"target": master.target, "certificate": master.certificate}
 
 
 def _address(world_size: int) -> Tuple[Optional[str], int]:

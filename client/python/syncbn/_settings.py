@@ -118,6 +118,7 @@ class Settings:
         trusted_ca_file: Any,
         cert_file: Any,
         key_file: Any,
+        token: Any,
         stream_ordered: Any,
         place: Optional[Place] = None,
     ) -> None:
@@ -140,6 +141,8 @@ class Settings:
         self.trusted_ca_file = _file("trusted_ca_file", trusted_ca_file)
         self.cert_file = _file("cert_file", cert_file)
         self.key_file = _file("key_file", key_file)
+        found = _first(token, lambda: _environment.text("SYNCBN_TOKEN"), _meeting.token_of(self.target))
+        self.token = _arguments.token(found)
         ordered = _first(stream_ordered, lambda: _environment.flag("SYNCBN_STREAM_ORDERED"))
         self.stream_ordered = _arguments.truth("stream_ordered", ordered)
 
@@ -149,7 +152,7 @@ class Settings:
         Errors: `Missing` where there are several workers without a board; else as `_meeting.meet`.
         """
         if self.world_size == 1:
-            meeting = _meeting.alone()
+            meeting = _meeting.alone(self.token)
         else:
             board = self.place.find_board()
             if board is None:
@@ -159,8 +162,8 @@ class Settings:
                     "torch.distributed or jax.distributed, once they are initialized, or by a store at MASTER_ADDR and "
                     "MASTER_PORT, and there is none"
                 )
-            meeting = _meeting.meet(board, self.group, self.rank, self.world_size, self.timeout)
-        self.target, self.trusted_ca_file = meeting.target, meeting.trusted_ca_file
+            meeting = _meeting.meet(board, self.group, self.rank, self.world_size, self.timeout, self.token)
+        self.target, self.trusted_ca_file, self.token = meeting.target, meeting.trusted_ca_file, meeting.token
         self.cert_file = self.key_file = None  # These are for a master that the user has named.
         return meeting
 
@@ -185,6 +188,7 @@ class Settings:
             trusted_ca_file=text(self.trusted_ca_file),
             cert_file=text(self.cert_file),
             key_file=text(self.key_file),
+            token=text(self.token),
             find_target=finder(target) if callable(target) else _library.TARGET_FUNCTION(),
         )
 

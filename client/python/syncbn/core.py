@@ -71,6 +71,8 @@ class Worker:
         for all.
       description: for people who inspect the group.
       trusted_ca_file, cert_file, key_file: any of these: TLS. Default: $SYNCBN_CLIENT_TRUSTED_CA_FILE and so on.
+      token: the job's secret, the same for all its workers. A master that has a token accepts no other. Default:
+        $SYNCBN_TOKEN. Where rank 0 starts the master, it draws one at random and hands it to the others.
       stream_ordered: passes over CUDA tensors do not wait for their rounds; the CUDA stream does, and the calling thread
         runs ahead. Errors come late: a failed pass computes NaN, and its error is raised once, by this worker's next
         pass over CUDA tensors, `all_reduce`, `settle` or `leave`. Passes for which that cannot be are host-driven, with
@@ -97,6 +99,7 @@ class Worker:
         trusted_ca_file: Optional[Any] = None,
         cert_file: Optional[Any] = None,
         key_file: Optional[Any] = None,
+        token: Optional[str] = None,
         stream_ordered: Optional[bool] = None,
         _place: Optional[_places.Place] = None,
     ) -> None:
@@ -128,6 +131,7 @@ class Worker:
             trusted_ca_file=trusted_ca_file,
             cert_file=cert_file,
             key_file=key_file,
+            token=token,
             stream_ordered=stream_ordered,
             place=_place,
         )

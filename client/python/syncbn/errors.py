@@ -120,7 +120,11 @@ class RankTaken(AlreadyExists):
 
 
 class Unauthenticated(Error):
-    """The certificates of the two sides do not fit, or a file that one is read from cannot be used."""
+    """The certificates of the two sides do not fit, or the token is not the job's (`reason` "TOKEN_MISMATCH")."""
+
+
+class PermissionDenied(Error):
+    """This worker's certificate does not stand for this job and rank; the message names both."""
 
 
 _BY_REASON: Dict[str, Type[Error]] = {
@@ -138,6 +142,7 @@ _BY_CODE: Dict[int, Type[Error]] = {
     Code.INVALID_ARGUMENT: InvalidArgument,
     Code.DEADLINE_EXCEEDED: DeadlineExceeded,
     Code.ALREADY_EXISTS: AlreadyExists,
+    Code.PERMISSION_DENIED: PermissionDenied,
     Code.RESOURCE_EXHAUSTED: ResourceExhausted,
     Code.FAILED_PRECONDITION: FailedPrecondition,
     Code.ABORTED: Aborted,

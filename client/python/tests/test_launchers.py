@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import syncbn
-from syncbn import _environment, _meeting
+from syncbn import _environment, _master, _meeting
 
 import processes
 
@@ -100,9 +100,9 @@ def test_the_source_address_is_an_address_of_this_host():
 
 def test_a_certificate_that_cannot_be_made_is_an_error(tmp_path):
     with pytest.raises(syncbn.InvalidArgument, match="two words"):
-        _meeting.make_certificate("two words", str(tmp_path / "cert"), str(tmp_path / "key"))
+        _master.make_certificate("two words", str(tmp_path / "cert"), str(tmp_path / "key"))
     with pytest.raises(syncbn.InvalidArgument, match=str(tmp_path / "no/key")):
-        _meeting.make_certificate("127.0.0.1", str(tmp_path / "cert"), str(tmp_path / "no/key"))
+        _master.make_certificate("127.0.0.1", str(tmp_path / "cert"), str(tmp_path / "no/key"))
 
 
 # ---- torch.distributed ----

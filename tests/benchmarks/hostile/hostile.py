@@ -1,4 +1,4 @@
-"""Frames that ask for far more than they are, beside honest workers; `tools/benchmark hostile` runs it."""
+"""Frames that ask for far more than they are, and floods, beside honest workers; `tools/benchmark hostile` runs it."""
 
 import argparse
 import contextlib
@@ -114,7 +114,107 @@ def _blocked_on(target: Target, seconds: float) -> int:
     return _send(target, seconds, wire.message(first), *[wire.message(rounds + promises)] * 3)
 
 
+def _idle(target: Target, seconds: float) -> int:
+    connections = [wire.Connection(target) for _ in range(2000)]
+    try:
+        time.sleep(seconds)
+        return sum(connection.sent for connection in connections)
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+def _joined_and_deaf(target: Target, seconds: float) -> int:
+    connection = wire.Connection(target, reads=False, window=0)
+    layer = wire.layer_spec(b"wide", _WIDEST)
+    rounds = b"".join(wire.empty_contribution(b"wide", sequence) for sequence in range(4))
+    end = time.monotonic() + seconds
+    try:
+        for index in range(1000):
+            if not connection.call(2 * index + 1, wire.SYNCHRONIZE, wire.join(f"deaf {index}", 1) + layer + rounds):
+                break
+        time.sleep(max(0.0, end - time.monotonic()))
+        return connection.sent
+    finally:
+        connection.close()
+
+
+def _joins(target: Target, seconds: float) -> int:
+    """500 workers a second join, each alone in its group, and leave."""
+    connection = wire.Connection(target)
+    begin = time.monotonic()
+    try:
+        for index in itertools.count():
+            if index / 500 > seconds:
+                return connection.sent
+            time.sleep(max(0.0, begin + index / 500 - time.monotonic()))
+            content = wire.join(f"joins {index % 500}", 1) + wire.piece(5, b"")
+            connection.call(2 * index + 1, wire.SYNCHRONIZE, content, ends=True)
+    finally:
+        connection.close()
+    return 0
+
+
+def _flood(make: Callable[[int], bytes], first: bytes = b"") -> Attack:
+    """Sends what `make` makes for each stream's number as fast as it can, and connects again when it is cut off."""
+
+    def attack(target: Target, seconds: float) -> int:
+        end, sent = time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            try:
+                connection = wire.Connection(target)
+            except OSError:
+                continue
+            connection.send(first)
+            for begin in range(1, 2**30, 200):
+                if time.monotonic() > end or not connection.send(b"".join(map(make, range(begin, begin + 200, 2)))):
+                    break
+            sent += connection.sent
+            connection.close()
+        return sent
+
+    return attack
+
+
+def _unread_answers(target: Target, seconds: float) -> int:
+    worker = wire.Call(target)
+    connection = wire.Connection(target, reads=False, window=0)
+    end = time.monotonic() + seconds
+    try:
+        layer = wire.layer_spec(b"wide", _WIDEST) + wire.empty_contribution(b"wide", 0)
+        worker.write(wire.message(wire.join("unread", 1) + layer))
+        time.sleep(0.5)  # The layer is there.
+        request = wire.piece(2, b"unread") + wire.piece(3, b"wide")
+        for index in range(1000):
+            if not connection.call(2 * index + 1, wire.GET_LAYER, request, ends=True):
+                break
+        time.sleep(max(0.0, end - time.monotonic()))
+        return worker.sent + connection.sent
+    finally:
+        connection.close()
+        worker.close()
+
+
+_BLOCK = wire.header_block(wire.SYNCHRONIZE)
+_OPEN = wire.frame(wire.HEADERS, wire.END_HEADERS, 1, _BLOCK)
+
 ATTACKS: Dict[str, Attack] = {
+    "2,000 idle connections": _idle,
+    "1,000 streams that join and never read": _joined_and_deaf,
+    "500 joins a second": _joins,
+    "rapid reset": _flood(
+        lambda stream: wire.frame(wire.HEADERS, wire.END_HEADERS, stream, _BLOCK)
+        + wire.frame(wire.RST_STREAM, 0, stream, wire.CANCELLED)
+    ),
+    "1,000 answers that nobody reads": _unread_answers,
+    "PING flood": _flood(lambda _: wire.frame(wire.PING, 0, 0, bytes(8))),
+    "SETTINGS flood": _flood(lambda _: wire.frame(wire.SETTINGS, 0, 0, b"")),
+    "WINDOW_UPDATE flood": _flood(lambda _: wire.frame(wire.WINDOW_UPDATE, 0, 1, b"\0\0\0\1"), _OPEN),
+    "PRIORITY flood": _flood(lambda stream: wire.frame(wire.PRIORITY, 0, stream, bytes(5))),
+    "empty DATA flood": _flood(lambda _: wire.frame(wire.DATA, 0, 1, b""), _OPEN),
+    "CONTINUATION flood": _flood(
+        lambda _: wire.frame(wire.CONTINUATION, 0, 1, b""), wire.frame(wire.HEADERS, 0, 1, _BLOCK)
+    ),
     "900 empty rounds of 65,536 channels, nobody reads": _empty_rounds(reads=False),
     "the same, read": _empty_rounds(reads=True),
     "a message that gzip makes 1,000 times longer": _gzip_bomb,

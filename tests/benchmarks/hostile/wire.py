@@ -7,6 +7,7 @@ from typing import List, Optional, Tuple
 
 SYNCHRONIZE = "/syncbn.v1.StatisticsService/Synchronize"
 GET_GROUP = "/syncbn.v1.InspectionService/GetGroup"
+GET_LAYER = "/syncbn.v1.InspectionService/GetLayer"
 
 # Values of protobuf's enums.
 FORWARD, REQUIRED, NO_BACKWARD, BATCH_NORM = 1, 1, 3, 1
@@ -55,6 +56,74 @@ def message(content: bytes, compressed: bool = False) -> bytes:
     return struct.pack(">BI", int(compressed), len(content)) + content
 
 
+# HTTP/2's frames by which the attacks are made.
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 2, 3, 4, 6, 8, 9
+END_STREAM, END_HEADERS = 1, 4
+CANCELLED = struct.pack(">I", 8)
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def _text(text: str) -> bytes:
+    assert len(text) < 127
+    return bytes([len(text)]) + text.encode()
+
+
+def header_block(path: str, encoding: str = "") -> bytes:
+    """The headers of a gRPC call: literal fields that are not indexed, HPACK without its tables."""
+    headers: List[Tuple[str, str]] = [
+        (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost"),
+        ("content-type", "application/grpc"), ("te", "trailers"),
+    ]
+    if encoding:
+        headers.append(("grpc-encoding", encoding))
+    return b"".join(b"\x00" + _text(name) + _text(value) for name, value in headers)
+
+
+class Connection:
+    """A connection on which an attack writes what frames it likes. Reads and drops all that comes, or reads nothing."""
+
+    def __init__(self, target: Tuple[str, int], reads: bool = True, window: int = 65535) -> None:
+        self.sent = 0
+        self._socket = socket.create_connection(target, timeout=60)
+        self.send(_PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HIHI", 2, 0, 4, window)))
+        if reads:
+            threading.Thread(target=self._drain, daemon=True).start()
+
+    def send(self, data: bytes) -> bool:
+        """False: the peer has closed the connection."""
+        try:
+            self._socket.sendall(data)
+        except OSError:
+            return False
+        self.sent += len(data)
+        return True
+
+    def call(self, stream: int, path: str, content: bytes, ends: bool = False) -> bool:
+        """Begins a call, with one message."""
+        flags = END_STREAM if ends else 0
+        return self.send(
+            frame(HEADERS, END_HEADERS, stream, header_block(path)) + frame(DATA, flags, stream, message(content))
+        )
+
+    def close(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()
+
+    def _drain(self) -> None:
+        try:
+            while self._socket.recv(1 << 16):
+                pass
+        except OSError:
+            pass
+
+
 class Call:
     """One gRPC call on a connection of its own, which reads and drops all answers, or reads nothing."""
 
@@ -71,20 +140,12 @@ class Call:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         window = 2**31 - 1 if reads else 0
         settings = struct.pack(">HIHI", 2, 0, 4, window)  # No pushes; the window of each stream.
-        self._send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + self._frame(4, 0, 0, settings))
+        self._send(_PREFACE + frame(SETTINGS, 0, 0, settings))
         if reads:
-            self._send(self._frame(8, 0, 0, struct.pack(">I", window - 65535)))
+            self._send(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", window - 65535)))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        headers: List[Tuple[str, str]] = [
-            (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost"),
-            ("content-type", "application/grpc"), ("te", "trailers"),
-        ]
-        if encoding:
-            headers.append(("grpc-encoding", encoding))
-        # Literal fields that are not indexed: HPACK without its tables.
-        block = b"".join(b"\x00" + self._text(name) + self._text(value) for name, value in headers)
-        self._send(self._frame(1, 4, 1, block))
+        self._send(frame(HEADERS, END_HEADERS, 1, header_block(path, encoding)))
 
     def write(self, content: bytes) -> None:
         """Sends as fast as the peer's windows allow. Returns early if the peer ends the call."""
@@ -99,7 +160,7 @@ class Call:
                 self._window -= len(chunk)
                 self._stream_window -= len(chunk)
             try:
-                self._send(self._frame(0, 0, 1, chunk))
+                self._send(frame(DATA, 0, 1, chunk))
             except OSError:
                 return
 
@@ -110,15 +171,6 @@ class Call:
             pass
         self._reader.join(10)
         self._socket.close()
-
-    @staticmethod
-    def _text(text: str) -> bytes:
-        assert len(text) < 127
-        return bytes([len(text)]) + text.encode()
-
-    @staticmethod
-    def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
     def _send(self, data: bytes) -> None:
         self._socket.sendall(data)
@@ -161,14 +213,14 @@ class Call:
                 self._changed.notify_all()
             try:
                 if kind == 4 and not flags & 1:
-                    self._send(self._frame(4, 1, 0, b""))
+                    self._send(frame(SETTINGS, 1, 0, b""))
                 elif kind == 6 and not flags & 1:
-                    self._send(self._frame(6, 1, 0, payload))
+                    self._send(frame(PING, 1, 0, payload))
                 elif kind == 0:
                     received += len(payload)
                     if received > 1 << 29:
                         for number_of_stream in (0, 1):
-                            self._send(self._frame(8, 0, number_of_stream, struct.pack(">I", received)))
+                            self._send(frame(WINDOW_UPDATE, 0, number_of_stream, struct.pack(">I", received)))
                         received = 0
             except OSError:
                 break

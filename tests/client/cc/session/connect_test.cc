@@ -203,6 +203,30 @@ TEST(ConnectTest, ARankThatIsTakenIsWaitedForWithAWarning) {
   EXPECT_EQ(Reason(*harness.ended), "RANK_TAKEN");
 }
 
+TEST(ConnectTest, AMasterWithTooManyGroupsIsAskedAgain) {
+  const auto refusal = [](const std::string& limit) {
+    return MakeStatus(absl::StatusCode::kResourceExhausted, absl::StrCat("too many: ", limit),
+                      {"LIMIT_EXCEEDED", "", {}, limit});
+  };
+  Options options;
+  options.join_timeout = absl::Seconds(2);
+  Harness harness(options);
+  for (int attempt = 0; attempt < 3; ++attempt) {
+    harness.Advance(std::max(harness.session().NextTimer() - harness.now(), absl::ZeroDuration()));
+    harness.Up();
+    harness.Break(refusal("max_groups"));
+    EXPECT_FALSE(harness.ended.has_value());
+  }
+  harness.Advance(absl::Seconds(2));
+  ASSERT_TRUE(harness.ended.has_value());
+  EXPECT_EQ(*harness.ended, refusal("max_groups"));
+  Harness other(options);
+  other.Advance(absl::ZeroDuration());
+  other.Up();
+  other.Break(refusal("max_workers"));
+  EXPECT_TRUE(other.ended.has_value()) << "another limit does not pass";
+}
+
 TEST(ConnectTest, AStatusWithAReasonIsFinalUnlessItPasses) {
   for (const char* reason : {"FENCED", "RUN_SUPERSEDED", "GROUP_CONFIG_MISMATCH", "LIMIT_EXCEEDED"}) {
     Harness harness;

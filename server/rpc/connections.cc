@@ -1,0 +1,198 @@
+#include "server/rpc/connections.h"
+
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
+#include "absl/strings/strip.h"
+#include "plumbing/log.h"
+
+namespace syncbn::rpc {
+namespace {
+
+// The least time that a connection has for its first worker to join before it may have to make room.
+constexpr absl::Duration kTimeToJoin = absl::Seconds(1);
+// Looking at all connections takes a call of the system for each.
+constexpr absl::Duration kPurgeInterval = absl::Milliseconds(50);
+// Calls that come to nothing: so many at once, and so many in each second afterwards. Each costs the master as much as
+// a small round. An honest process has a few, where its workers are interrupted while they join.
+constexpr double kMostStrays = 100.0;
+constexpr double kStraysPerSecond = 10.0;
+// Bytes that a connection without a worker may send: a few of the longest first frames, and the calls of a patient
+// inspector.
+constexpr double kMostBytes = 16 << 20;
+constexpr double kBytesPerSecond = 64 << 10;
+
+// Returns the inode, or 0 if the descriptor is no longer a socket.
+ino_t SocketInode(int descriptor) {
+  struct stat status;
+  return fstat(descriptor, &status) == 0 && S_ISSOCK(status.st_mode) ? status.st_ino : 0;
+}
+
+// Returns the address in IPv4, if it is one that was written in IPv6 ("::ffff:192.0.2.1").
+SocketAddress Plain(const SocketAddress& address) {
+  if (address.family() != AF_INET6) return address;
+  const auto& inet6 = reinterpret_cast<const sockaddr_in6&>(address.storage);
+  if (!IN6_IS_ADDR_V4MAPPED(&inet6.sin6_addr)) return address;
+  SocketAddress plain;
+  auto& inet = reinterpret_cast<sockaddr_in&>(plain.storage);
+  inet.sin_family = AF_INET;
+  inet.sin_port = inet6.sin6_port;
+  std::copy_n(inet6.sin6_addr.s6_addr + 12, sizeof(inet.sin_addr), reinterpret_cast<uint8_t*>(&inet.sin_addr));
+  plain.length = sizeof(inet);
+  return plain;
+}
+
+// Returns whether gRPC tells the address as SocketAddress::ToString does: not those of unix sockets, nor link-local
+// ones of IPv6, which name an interface.
+bool HasName(const SocketAddress& address) {
+  if (address.family() == AF_INET6) return reinterpret_cast<const sockaddr_in6&>(address.storage).sin6_scope_id == 0;
+  return address.family() == AF_INET;
+}
+
+// Returns the bytes that the connection has received, or 0 where the system does not tell.
+uint64_t ReceivedBytes(int descriptor) {
+  tcp_info info = {};
+  socklen_t length = sizeof(info);
+  if (getsockopt(descriptor, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return 0;
+  return info.tcpi_bytes_received;
+}
+
+}  // namespace
+
+std::string PeerName(absl::string_view uri) {
+  if (!absl::ConsumePrefix(&uri, "ipv4:") && !absl::ConsumePrefix(&uri, "ipv6:")) return "";
+  return absl::StrReplaceAll(uri, {{"%5B", "["}, {"%5D", "]"}});
+}
+
+Connections::Connections(size_t max_connections, size_t max_of_address)
+    : max_connections_(max_connections),
+      max_of_address_(max_of_address != 0 ? max_of_address : std::max<size_t>(max_connections / 2, 1)),
+      local_too_(max_of_address != 0) {}
+
+std::string Connections::Add(int descriptor, const SocketAddress& peer) {
+  const SocketAddress plain = Plain(peer);
+  Connection added;
+  added.descriptor = descriptor;
+  added.inode = SocketInode(descriptor);
+  added.since = clock_.Now();
+  added.strays = {kMostStrays, added.since};
+  added.local = plain.is_local();
+  if (HasName(plain)) {
+    added.peer = plain.ToString();
+    added.address = added.peer.substr(0, added.peer.rfind(':'));
+  }
+  const absl::MutexLock lock(&mutex_);
+  Forget(descriptor);  // gRPC has closed the connection that had it before.
+  if (connections_.size() >= max_connections_ || IsFull(added)) Purge(added.since);
+  if (IsFull(added)) {
+    return absl::StrCat(max_of_address_, " of ", added.address, " are open, the limit max_connections_per_address");
+  }
+  if (connections_.size() >= max_connections_ && !MakeRoom(added.since)) {
+    return absl::StrCat(max_connections_, " are open, the limit max_connections");
+  }
+  if (!added.peer.empty()) {
+    descriptors_[added.peer] = descriptor;
+    ++of_address_[added.address];
+  }
+  connections_.emplace(descriptor, std::move(added));
+  return "";
+}
+
+bool Connections::IsFull(const Connection& connection) const {
+  if (connection.peer.empty() || (connection.local && !local_too_)) return false;
+  const auto found = of_address_.find(connection.address);
+  return found != of_address_.end() && found->second >= max_of_address_;
+}
+
+void Connections::Purge(absl::Time now) {
+  if (now - purged_at_ < kPurgeInterval) return;
+  purged_at_ = now;
+  std::vector<int> closed;
+  for (const auto& [descriptor, connection] : connections_) {
+    if (SocketInode(descriptor) != connection.inode) closed.push_back(descriptor);
+  }
+  for (const int descriptor : closed) Forget(descriptor);
+}
+
+void Connections::Forget(int descriptor) {
+  const auto found = connections_.find(descriptor);
+  if (found == connections_.end()) return;
+  const Connection& connection = found->second;
+  if (!connection.peer.empty()) {
+    const auto named = descriptors_.find(connection.peer);
+    if (named != descriptors_.end() && named->second == descriptor) descriptors_.erase(named);
+    const auto counted = of_address_.find(connection.address);
+    if (--counted->second == 0) of_address_.erase(counted);
+  }
+  connections_.erase(found);
+}
+
+Connections::Connection* Connections::Find(absl::string_view peer) {
+  if (peer.empty()) return nullptr;
+  const auto found = descriptors_.find(peer);
+  return found == descriptors_.end() ? nullptr : &connections_.at(found->second);
+}
+
+void Connections::Joined(absl::string_view peer) {
+  const absl::MutexLock lock(&mutex_);
+  if (Connection* const connection = Find(peer)) ++connection->workers;
+}
+
+void Connections::Left(absl::string_view peer) {
+  const absl::MutexLock lock(&mutex_);
+  Connection* const connection = Find(peer);
+  if (connection != nullptr && connection->workers > 0) --connection->workers;
+}
+
+void Connections::Strayed(absl::string_view peer) {
+  const absl::MutexLock lock(&mutex_);
+  Connection* const connection = Find(peer);
+  if (connection == nullptr) return;
+  const absl::Time now = clock_.Now();
+  Budget& strays = connection->strays;
+  const double back = kStraysPerSecond * absl::ToDoubleSeconds(now - std::exchange(strays.as_of, now));
+  strays.left = std::min(strays.left + back, kMostStrays) - 1.0;
+  if (strays.left < 0.0) Shut(*connection, "too many calls ended before a worker had joined by them", now);
+}
+
+bool Connections::MakeRoom(absl::Time now) {
+  const Connection* oldest = nullptr;
+  for (const auto& [descriptor, connection] : connections_) {
+    if (connection.peer.empty() || connection.workers > 0 || connection.since + kTimeToJoin > now) continue;
+    if (oldest == nullptr || connection.since < oldest->since) oldest = &connection;
+  }
+  if (oldest == nullptr) return false;
+  Shut(*oldest, "no worker has joined by it, and others need its place", now);
+  return true;
+}
+
+void Connections::Check() {
+  const absl::MutexLock lock(&mutex_);
+  const absl::Time now = clock_.Now();
+  std::vector<int> greedy;
+  for (const auto& [descriptor, connection] : connections_) {
+    if (connection.peer.empty() || connection.workers > 0) continue;
+    const double most = kMostBytes + kBytesPerSecond * absl::ToDoubleSeconds(now - connection.since);
+    if (static_cast<double>(ReceivedBytes(descriptor)) > most) greedy.push_back(descriptor);
+  }
+  for (const int descriptor : greedy) {
+    Shut(connections_.at(descriptor), "it has sent more than a first frame, and no worker has joined by it", now);
+  }
+}
+
+void Connections::Shut(const Connection& connection, absl::string_view why, absl::Time now) {
+  throttle_.Log(LogLevel::kWarning, why, now, absl::StrCat("closed a connection from ", connection.peer, ": ", why));
+  // If gRPC has closed the socket meanwhile, the descriptor is another file, and stays as it is.
+  if (SocketInode(connection.descriptor) == connection.inode) shutdown(connection.descriptor, SHUT_RDWR);
+  Forget(connection.descriptor);
+}
+
+}  // namespace syncbn::rpc

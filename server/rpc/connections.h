@@ -1,0 +1,100 @@
+// The connections that gRPC serves: how many there are, whose they are, and which of them have a worker that joined.
+
+#ifndef SYNCBN_SERVER_RPC_CONNECTIONS_H_
+#define SYNCBN_SERVER_RPC_CONNECTIONS_H_
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "plumbing/clock.h"
+#include "server/log/throttle.h"
+#include "server/rpc/listen_address.h"
+
+namespace syncbn::rpc {
+
+// gRPC has no means to bound or to end a connection. A socket that is shut down by its descriptor ends for gRPC as if
+// its peer had gone. The acceptor adds connections; the services tell what goes on in them, by the name of the peer as
+// gRPC tells it. The peers of unix sockets, and those with link-local addresses of IPv6, have no names: their
+// connections are counted, and nothing else.
+//
+// Strangers cannot keep workers out. At the limit, the connection that has been open for longest without a worker makes
+// room. One that has no worker yet may send a few megabytes, and start a hundred calls that come to nothing.
+//
+// Thread safety: any thread may call any method.
+class Connections {
+ public:
+  // At most `max_connections`, and `max_of_address` from one address. If the latter is 0, it is half of the former, and
+  // does not hold for addresses of this machine.
+  Connections(size_t max_connections, size_t max_of_address);
+
+  size_t max_connections() const { return max_connections_; }
+
+  // Takes note of a connection that was accepted. Returns why there is no room for it, in which case the caller closes
+  // it; empty otherwise.
+  std::string Add(int descriptor, const SocketAddress& peer);
+
+  // A worker has joined by a call of this peer, or such a call has ended.
+  void Joined(absl::string_view peer);
+  void Left(absl::string_view peer);
+  // The peer has ended a call by which nobody had joined. Too many such calls end the connection.
+  void Strayed(absl::string_view peer);
+
+  // Ends connections without a worker that have sent too much. To be called about once a second.
+  void Check();
+
+ private:
+  // How much of something a peer may still do; it comes back with time.
+  struct Budget {
+    double left = 0.0;
+    absl::Time as_of;
+  };
+  struct Connection {
+    int descriptor = -1;
+    ino_t inode = 0;
+    std::string peer;     // "192.0.2.1:4711"; empty if it has no name.
+    std::string address;  // "192.0.2.1".
+    bool local = false;
+    absl::Time since;
+    size_t workers = 0;  // That have joined.
+    Budget strays;
+  };
+
+  // Forgets connections that gRPC has closed, which it does not tell; their descriptors may be other files by now. Does
+  // nothing shortly after it has done so.
+  void Purge(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Forget(int descriptor) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Returns null if there is no such peer.
+  Connection* Find(absl::string_view peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Shuts the oldest connection without a worker. Returns whether there was one that has had some time to join.
+  bool MakeRoom(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Shuts the connection and forgets it.
+  void Shut(const Connection& connection, absl::string_view why, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool IsFull(const Connection& connection) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const size_t max_connections_;
+  const size_t max_of_address_;
+  const bool local_too_;  // max_of_address_ holds for addresses of this machine.
+  const Clock clock_;
+  absl::Mutex mutex_;
+  absl::Time purged_at_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
+  absl::flat_hash_map<int, Connection> connections_ ABSL_GUARDED_BY(mutex_);   // By descriptor.
+  absl::flat_hash_map<std::string, int> descriptors_ ABSL_GUARDED_BY(mutex_);  // By peer.
+  absl::flat_hash_map<std::string, size_t> of_address_ ABSL_GUARDED_BY(mutex_);
+  Throttle throttle_ ABSL_GUARDED_BY(mutex_);
+};
+
+// Returns the peer as Connections names it, of gRPC's name for it ("ipv4:192.0.2.1:4711", "ipv6:%5B::1%5D:4711"); empty
+// for a unix socket's.
+std::string PeerName(absl::string_view uri);
+
+}  // namespace syncbn::rpc
+
+#endif  // SYNCBN_SERVER_RPC_CONNECTIONS_H_
