@@ -17,11 +17,14 @@
 #include "plumbing/channel_arguments.h"
 #include "plumbing/forked.h"
 #include "plumbing/grpc_process.h"
+#include "plumbing/log.h"
 #include "server/rpc/acceptor.h"
 #include "server/rpc/listen_address.h"
 #include "server/rpc/listener.h"
 #include "server/rpc/master_loop.h"
 #include "server/rpc/server_tls.h"
+#include "server/state/sqlite_store.h"
+#include "server/state/writer.h"
 #include "vocabulary/version.h"
 
 namespace syncbn {
@@ -66,6 +69,24 @@ size_t DefaultMaxConnections() {
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return size_t{1} << 20;
   const size_t descriptors = limit.rlim_cur;
   return std::max<size_t>(descriptors - std::min<size_t>(descriptors / 4, 128), 1);
+}
+
+// Takes what is stored in the directory, if there is one, and has the loop store more there. Returns the writer, which
+// is null without a directory.
+absl::StatusOr<std::unique_ptr<state::Writer>> OpenState(const std::string& directory, rpc::LoopOptions* loop) {
+  if (directory.empty()) return nullptr;
+  auto store = state::OpenSqliteStore(directory);
+  if (!store.ok()) return store.status();
+  auto groups = (*store)->Load();
+  if (!groups.ok()) return groups.status();
+  size_t layers = 0;
+  for (const core::GroupState& group : *groups) layers += group.layers.size();
+  Log(LogLevel::kInfo,
+      absl::StrCat("restored ", layers, " layers of ", groups->size(), " groups from \"", directory, "\""));
+  loop->restored = *std::move(groups);
+  auto writer = std::make_unique<state::Writer>(*std::move(store), absl::StrCat("\"", directory, "\""));
+  loop->state_writer = writer.get();
+  return writer;
 }
 
 // Sets the common channel arguments. Removes reflection and channelz, which register themselves with every server of
@@ -133,7 +154,9 @@ void Tune(grpc::ServerBuilder* builder, const MasterServer::Options& options) {
 
 class MasterServer::Impl {
  public:
-  explicit Impl(rpc::LoopOptions options) : loop_(std::move(options)) {}
+  // `state_writer` is that of the options.
+  Impl(rpc::LoopOptions options, std::unique_ptr<state::Writer> state_writer)
+      : state_writer_(std::move(state_writer)), loop_(std::move(options)) {}
   ~Impl() { Shutdown(absl::ZeroDuration()); }
 
   absl::Status Start(const Options& options, const std::vector<rpc::ListenAddress>& addresses,
@@ -193,6 +216,7 @@ class MasterServer::Impl {
     acceptor_->Stop();
     server_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
     loop_.Stop();
+    if (state_writer_ != nullptr) state_writer_->Close();
   }
 
  private:
@@ -200,7 +224,8 @@ class MasterServer::Impl {
     return std::all_of(addresses.begin(), addresses.end(), [](const auto& address) { return address.is_local(); });
   }
 
-  const OpenHere open_;  // Until the loop and the server have been taken down.
+  const OpenHere open_;                                // Until the loop and the server have been taken down.
+  const std::unique_ptr<state::Writer> state_writer_;  // Null without a state directory.
   rpc::MasterLoop loop_;
   std::shared_ptr<rpc::ServerTls> tls_;
   std::unique_ptr<grpc::Server> server_;
@@ -226,7 +251,9 @@ absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options option
   loop.join_timeout = options.join_timeout;
   loop.max_watchers = options.max_watchers;
   loop.description = options.description.empty() ? absl::StrCat("syncbn-master/", kVersion) : options.description;
-  auto impl = std::make_unique<Impl>(std::move(loop));
+  auto state_writer = OpenState(options.state_dir, &loop);
+  if (!state_writer.ok()) return state_writer.status();
+  auto impl = std::make_unique<Impl>(std::move(loop), *std::move(state_writer));
   if (absl::Status status = impl->Start(options, *addresses, *std::move(tls)); !status.ok()) return status;
   return std::unique_ptr<MasterServer>(new MasterServer(std::move(impl)));
 }

@@ -99,7 +99,7 @@ Effects Coalesce(Effects effects) {
 
 }  // namespace
 
-Coordinator::Coordinator(Limits limits) : limits_(std::move(limits)) {}
+Coordinator::Coordinator(Limits limits) : limits_(std::move(limits)), journal_(limits_) {}
 Coordinator::~Coordinator() = default;
 
 Effects Coordinator::On(const Event& event, absl::Time now) {
@@ -108,11 +108,20 @@ Effects Coordinator::On(const Event& event, absl::Time now) {
   for (const Effect& effect : effects) {
     if (const auto* close = std::get_if<CloseStream>(&effect)) streams_.erase(close->stream);
   }
+  // Groups that a shutdown ends go on at the next master.
+  if (journal_.begun() && !shutting_down_) journal_.Note(effects);
   return Coalesce(std::move(effects));
 }
 
 absl::Time Coordinator::NextDeadline() const {
-  return alarms_.empty() ? absl::InfiniteFuture() : alarms_.begin()->first;
+  return std::min(alarms_.empty() ? absl::InfiniteFuture() : alarms_.begin()->first, journal_.NextDeadline());
+}
+
+StateChanges Coordinator::TakeChanges(size_t max_bytes) {
+  return journal_.Take(max_bytes, [this](const GroupId& id) -> const Group* {
+    const auto slot = groups_.find(id);
+    return slot == groups_.end() ? nullptr : slot->second.group.get();
+  });
 }
 
 Coordinator::Groups::iterator Coordinator::SlotOf(StreamId stream, const GroupId& id) {
@@ -148,6 +157,7 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
   if (auto error = CheckAlone(join, limits_)) return refuse(std::move(*error));
   if (auto error = FillConfig(join.config, join.world_size, limits_, filled)) return refuse(std::move(*error));
   if (auto error = EndSuperseded(join, now, effects)) return refuse(std::move(*error));
+  if (auto error = journal_.CheckGeneration(join)) return refuse(std::move(*error));
   Groups::iterator slot = groups_.find(join.id);
   const bool first = slot == groups_.end();
   if (first) {
@@ -157,8 +167,13 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
     auto group = std::make_unique<Group>(join, filled, run_id, limits_, now);
     slot = groups_.emplace(join.id, Slot{std::move(group), absl::InfiniteFuture()}).first;
   }
+  const uint64_t run_before = first ? 0 : slot->second.group->run_id();
   if (slot->second.group->OnJoin(frame.stream, join, filled, kProtocolVersion, now, effects)) {
     streams_[frame.stream] = join.id;
+    // The run of an earlier master goes on.
+    if (join.run_id != 0 && join.run_id != run_before) {
+      slot->second.group->Resume(journal_.Claim(join.id, join.run_id));
+    }
     slot->second.group->OnFrame(frame.stream, frame, now, effects);
   } else if (first) {
     groups_.erase(slot);  // It has never had a member, and its run would refuse the workers of the real one.
@@ -222,6 +237,7 @@ void Coordinator::Handle(const ReaderLags& reader, absl::Time, Effects&) {
 
 // Gives one turn to each group for which something is due. A group that does not finish in its turn stays due.
 void Coordinator::Handle(const TimePassed&, absl::Time now, Effects& effects) {
+  journal_.OnTimePassed(now);
   std::vector<GroupId> due;
   for (auto alarm = alarms_.begin(); alarm != alarms_.end() && alarm->first <= now; ++alarm) {
     due.push_back(alarm->second);
@@ -269,14 +285,16 @@ void Coordinator::SetAlarm(Groups::iterator slot) {
 absl::StatusOr<const Group*> Coordinator::Find(const GroupId& id) const {
   const auto it = groups_.find(id);
   if (it != groups_.end()) return it->second.group.get();
+  const auto unclaimed = journal_.unclaimed().find(id);
+  if (unclaimed != journal_.unclaimed().end()) return unclaimed->second.get();
   constexpr size_t kShown = 10;
   std::vector<std::string> names;
-  for (const auto& [known, slot] : groups_) {
+  for (const GroupSummary& known : ListGroups()) {
     if (names.size() == kShown) {
       names.push_back("...");
       break;
     }
-    names.push_back(absl::StrCat("\"", known.job, "\"/\"", known.group, "\""));
+    names.push_back(absl::StrCat("\"", known.id.job, "\"/\"", known.id.group, "\""));
   }
   return absl::NotFoundError(absl::StrCat("there is no group \"", id.group, "\" of job \"", id.job,
                                           "\"; there are: ", names.empty() ? "none" : absl::StrJoin(names, ", ")));
@@ -290,6 +308,10 @@ size_t Coordinator::LongestResult(const GroupId& id) const {
 std::vector<GroupSummary> Coordinator::ListGroups() const {
   std::vector<GroupSummary> summaries;
   for (const auto& [id, slot] : groups_) summaries.push_back(slot.group->Summary());
+  for (const auto& [id, group] : journal_.unclaimed()) {
+    if (!groups_.contains(id)) summaries.push_back(group->Summary());
+  }
+  std::sort(summaries.begin(), summaries.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
   return summaries;
 }
 

@@ -56,8 +56,9 @@ class InspectionService::Watcher final
   bool called_ = false;
 };
 
-InspectionService::InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers)
-    : coordinator_(coordinator), clock_(clock), max_watchers_(max_watchers) {}
+InspectionService::InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers,
+                                     const state::Writer* state_writer)
+    : coordinator_(coordinator), clock_(clock), max_watchers_(max_watchers), state_writer_(state_writer) {}
 
 InspectionService::~InspectionService() = default;
 
@@ -109,6 +110,10 @@ void InspectionService::OnGroupEnded(const core::GroupEnded& ended) {
 
 grpc::Status InspectionService::ListGroups(const v1::ListGroupsRequest&, v1::ListGroupsResponse* response) const {
   for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, response->add_groups());
+  if (state_writer_ != nullptr) {
+    const bool pending = coordinator_.journal().has_changes() || !state_writer_->idle();
+    ToProto(state_writer_->status(), pending, response->mutable_state());
+  }
   return grpc::Status::OK;
 }
 

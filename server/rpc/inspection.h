@@ -12,6 +12,7 @@
 #include "grpcpp/server_builder.h"
 #include "plumbing/clock.h"
 #include "server/core/coordinator.h"
+#include "server/state/writer.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 
 namespace syncbn::rpc {
@@ -19,8 +20,10 @@ namespace syncbn::rpc {
 // Thread safety: none; it lives on the thread that drives the queue, once Serve was called.
 class InspectionService {
  public:
-  // The coordinator's times are those of `clock`. `max_watchers` may call WatchRounds at a time.
-  InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers);
+  // The coordinator's times are those of `clock`. `max_watchers` may call WatchRounds at a time. `state_writer` is null
+  // if nothing is stored.
+  InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers,
+                    const state::Writer* state_writer);
   ~InspectionService();
   InspectionService(const InspectionService&) = delete;
   InspectionService& operator=(const InspectionService&) = delete;
@@ -54,6 +57,7 @@ class InspectionService {
   const core::Coordinator& coordinator_;
   const Clock& clock_;
   const size_t max_watchers_;
+  const state::Writer* const state_writer_;
   AsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
   absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;  // One of them waits for its call.

@@ -5,9 +5,12 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "server/core/limits.h"
+#include "server/core/state.h"
+#include "server/state/writer.h"
 
 namespace syncbn::rpc {
 
@@ -18,6 +21,9 @@ struct LoopOptions {
   absl::Duration join_timeout;
   size_t max_watchers = 0;
   std::string description;
+  // Stores the master's state, and must outlive the loop; null if nothing is stored.
+  state::Writer* state_writer = nullptr;
+  std::vector<core::GroupState> restored;  // What was stored before.
 };
 
 }  // namespace syncbn::rpc

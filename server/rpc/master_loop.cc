@@ -56,13 +56,16 @@ LoopOptions Fitting(LoopOptions options) {
 MasterLoop::MasterLoop(LoopOptions options)
     : options_(Fitting(std::move(options))),
       coordinator_(options_.limits),
+      state_saver_(&coordinator_, options_.state_writer, options_.limits.max_turn_bytes),
       sessions_(
           options_, coordinator_, [this](const core::Event& event) { Deliver(event); }, &log_, &now_),
-      inspection_(coordinator_, clock_, options_.max_watchers),
+      inspection_(coordinator_, clock_, options_.max_watchers, options_.state_writer),
       health_({v1::StatisticsService::service_full_name(), v1::InspectionService::service_full_name()}),
       shutdown_tag_(this, &MasterLoop::OnShutdown),
       stop_tag_(this, &MasterLoop::OnStop),
-      listening_tag_(this, &MasterLoop::OnListening) {}
+      listening_tag_(this, &MasterLoop::OnListening) {
+  if (options_.state_writer != nullptr) coordinator_.Restore(options_.restored, now_);
+}
 
 void MasterLoop::Register(grpc::ServerBuilder* builder) {
   sessions_.Register(builder);
@@ -92,11 +95,14 @@ void MasterLoop::Run() {
     if (coordinator_.NextDeadline() <= now_) Deliver(core::TimePassed{});
     sessions_.RunTimers();
     ServeBacklog(event == grpc::CompletionQueue::TIMEOUT);
+    state_saver_.OnTurn(now_);
     EndIfIdle();
   }
 }
 
-absl::Time MasterLoop::NextWakeUp() const { return std::min(coordinator_.NextDeadline(), sessions_.NextTimer()); }
+absl::Time MasterLoop::NextWakeUp() const {
+  return std::min({coordinator_.NextDeadline(), sessions_.NextTimer(), state_saver_.NextTurn()});
+}
 
 void MasterLoop::ServeBacklog(bool quiet) {
   quiet_polls_ = quiet ? quiet_polls_ + 1 : 0;
@@ -195,6 +201,7 @@ void MasterLoop::OnShutdown(bool) {
   sessions_.EndServing();
   inspection_.EndServing();
   health_.EndServing();
+  state_saver_.Finish();
   Deliver(core::Shutdown{});
 }
 

@@ -46,6 +46,7 @@ class MasterOptions(_Options):
         ("key_file", c_char_p),
         ("trusted_ca_file", c_char_p),
         ("client_cert_auth", c_int32),
+        ("state_dir", c_char_p),
     ]
 
 

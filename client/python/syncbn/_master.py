@@ -150,8 +150,11 @@ class Master:
       insecure: listen beyond loopback without TLS.
       cert_file, key_file: this server's certificate: TLS.
       trusted_ca_file: with `client_cert_auth`, who may sign the workers' certificates.
+      state_dir: a directory that keeps the running statistics, for the master that is started with it next. One master
+        uses it at a time.
 
-    Errors: as `syncbn-master` has them, as exceptions: an address in use, an address beyond loopback without TLS.
+    Errors: as `syncbn-master` has them, as exceptions: an address in use, an address beyond loopback without TLS, a
+    state directory that another master uses or whose file is damaged.
 
     Use it in a `with` block, whose end shuts it down.
     """
@@ -165,12 +168,14 @@ class Master:
         key_file: Optional[Any] = None,
         trusted_ca_file: Optional[Any] = None,
         client_cert_auth: bool = False,
+        state_dir: Optional[Any] = None,
     ) -> None:
         self._process: Optional[_Process] = None
         self._asking = threading.RLock()  # A finalizer may shut it down, on the thread that asks.
         self._pid = os.getpid()
         _forks.refuse()
         files = {"cert_file": cert_file, "key_file": key_file, "trusted_ca_file": trusted_ca_file}
+        files["state_dir"] = state_dir
         options: Dict[str, Any] = {"address": _arguments.text("address", address, 4096)}
         options.update((name, _arguments.path(name, file)) for name, file in files.items())
         options.update(insecure=_arguments.truth("insecure", insecure))
