@@ -48,6 +48,14 @@ absl::Status MakeDirectory(const std::string& directory) {
   return S_ISDIR(found.st_mode) ? absl::OkStatus() : unusable("it is not a directory");
 }
 
+// SQLite would begin anew with a file that is shorter than its header.
+absl::Status CheckSize(const std::string& file) {
+  constexpr off_t kLeast = 512;
+  struct stat found = {};
+  if (stat(file.c_str(), &found) != 0 || found.st_size == 0 || found.st_size >= kLeast) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("it has ", found.st_size, " bytes"));
+}
+
 // Says what to do about a file that cannot be used.
 absl::Status Explain(const absl::Status& status, const std::string& file) {
   switch (status.code()) {
@@ -303,6 +311,7 @@ class SqliteStore final : public Store {
 absl::StatusOr<std::unique_ptr<Store>> OpenSqliteStore(const std::string& directory, const std::string& vfs) {
   if (absl::Status status = MakeDirectory(directory); !status.ok()) return status;
   const std::string file = absl::StrCat(directory, "/state.db");
+  if (absl::Status status = CheckSize(file); !status.ok()) return Explain(status, file);
   sqlite3* handle = nullptr;
   const int flags = SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE | SQLITE_OPEN_NOMUTEX;
   const int result = sqlite3_open_v2(file.c_str(), &handle, flags, vfs.empty() ? nullptr : vfs.c_str());

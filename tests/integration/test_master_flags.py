@@ -22,6 +22,7 @@ FLAGS = [
     "max-groups",
     "max-retained-bytes",
     "max-connections",
+    "state-dir",
     "reflection",
     "exit-timeout",
     "max-lifetime",
@@ -39,6 +40,7 @@ BAD_VALUES = [
         for flag in ("exit-timeout", "max-lifetime")
     ],
     *[(flag, [""], "the name of a file") for flag in ("cert-file", "key-file", "trusted-ca-file")],
+    ("state-dir", [""], "the name of a directory"),
     ("log-level", ["", "loud", "INFO", "10"], "debug, info, warning or error"),
     ("reflection", ["", "maybe", "2"], "on or off"),
     *[(flag, ["maybe", "2", "-1", "10", "yes please"], "true or false") for flag in ("insecure", "client-cert-auth")],

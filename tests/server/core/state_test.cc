@@ -178,7 +178,7 @@ class Training {
 
   // Begins the next step: each layer's rounds, in an order of its own.
   void Step() {
-    sequence_ += 1 + random_() % 3;  // Gaps are allowed.
+    if (!rounds_.empty()) sequence_ += 1 + random_() % 3;  // Gaps are allowed.
     rounds_.push_back(sequence_);
     const bool turned = random_() % 2 == 0;
     for (size_t layer = 0; layer < specs_.size(); ++layer) Round(specs_[turned ? 1 - layer : layer], sequence_);
