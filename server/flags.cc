@@ -129,6 +129,8 @@ class Options {
           "most bytes of ended rounds that a group remembers, for replays");
     Whole("--max-connections", &server.max_connections, 1 << 20, "most connections at one time")
         ->default_str("what the limit of descriptors leaves room for");
+    Text("--state-dir", &server.state_dir, "keep running statistics in this directory, for the master after this one",
+         "DIR", "the name of a directory");
     Whole("--max-connections-per-address", &server.max_connections_per_address, 1 << 20,
           "most connections of one address")
         ->default_str("half of all; any number from this host");
@@ -227,15 +229,16 @@ class Options {
     return Named(option, name)->type_name("on|off");
   }
 
-  void Text(const std::string& name, std::string* value, const std::string& description) {
+  void Text(const std::string& name, std::string* value, const std::string& description,
+            const std::string& type = "FILE", const std::string& meaning = "the name of a file") {
     auto* const option = app_->add_option_function<std::string>(
         name,
-        [name, value](const std::string& text) {
-          if (text.empty()) Refuse(name, text, "the name of a file");
+        [name, value, meaning](const std::string& text) {
+          if (text.empty()) Refuse(name, text, meaning);
           *value = text;
         },
         description);
-    Named(option, name)->type_name("FILE");
+    Named(option, name)->type_name(type);
   }
 
   CLI::Option* TokenFile(const std::string& name, std::string* value, const std::string& description) {

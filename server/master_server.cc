@@ -1,10 +1,8 @@
 #include "server/master_server.h"
 
-#include <sys/random.h>
 #include <sys/resource.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <utility>
 
@@ -18,9 +16,9 @@
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
 #include "plumbing/channel_arguments.h"
-#include "plumbing/check.h"
 #include "plumbing/forked.h"
 #include "plumbing/grpc_process.h"
+#include "plumbing/log.h"
 #include "plumbing/secret.h"
 #include "server/rpc/acceptor.h"
 #include "server/rpc/auto_tls.h"
@@ -30,6 +28,8 @@
 #include "server/rpc/master_loop.h"
 #include "server/rpc/secrets.h"
 #include "server/rpc/server_tls.h"
+#include "server/state/sqlite_store.h"
+#include "server/state/writer.h"
 #include "vocabulary/version.h"
 
 namespace syncbn {
@@ -95,6 +95,24 @@ size_t DefaultMaxConnections() {
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return size_t{1} << 20;
   const size_t descriptors = limit.rlim_cur;
   return std::max<size_t>(descriptors - std::min<size_t>(descriptors / 4, 128), 1);
+}
+
+// Takes what is stored in the directory, if there is one, and has the loop store more there. Returns the writer, which
+// is null without a directory.
+absl::StatusOr<std::unique_ptr<state::Writer>> OpenState(const std::string& directory, rpc::LoopOptions* loop) {
+  if (directory.empty()) return nullptr;
+  auto store = state::OpenSqliteStore(directory);
+  if (!store.ok()) return store.status();
+  auto groups = (*store)->Load();
+  if (!groups.ok()) return groups.status();
+  size_t layers = 0;
+  for (const core::GroupState& group : *groups) layers += group.layers.size();
+  Log(LogLevel::kInfo,
+      absl::StrCat("restored ", layers, " layers of ", groups->size(), " groups from \"", directory, "\""));
+  loop->restored = *std::move(groups);
+  auto writer = std::make_unique<state::Writer>(*std::move(store), absl::StrCat("\"", directory, "\""));
+  loop->state_writer = writer.get();
+  return writer;
 }
 
 // Sets the common channel arguments. Removes reflection and channelz, which register themselves with every server of
@@ -189,8 +207,12 @@ absl::StatusOr<rpc::LoopOptions> MakeLoopOptions(const MasterServer::Options& op
 
 class MasterServer::Impl {
  public:
-  Impl(rpc::LoopOptions options, size_t max_connections, size_t max_connections_per_address)
-      : connections_(max_connections, max_connections_per_address), loop_(WithConnections(std::move(options))) {}
+  // `state_writer` is that of the options.
+  Impl(rpc::LoopOptions options, std::unique_ptr<state::Writer> state_writer, size_t max_connections,
+       size_t max_connections_per_address)
+      : connections_(max_connections, max_connections_per_address),
+        state_writer_(std::move(state_writer)),
+        loop_(WithConnections(std::move(options))) {}
   ~Impl() { Shutdown(absl::ZeroDuration()); }
 
   absl::Status Start(const Options& options, const std::vector<rpc::ListenAddress>& addresses,
@@ -258,6 +280,7 @@ class MasterServer::Impl {
     acceptor_->Stop();
     server_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
     loop_.Stop();
+    if (state_writer_ != nullptr) state_writer_->Close();
   }
 
  private:
@@ -268,6 +291,7 @@ class MasterServer::Impl {
 
   const OpenHere open_;  // Until the loop and the server have been taken down.
   rpc::Connections connections_;
+  const std::unique_ptr<state::Writer> state_writer_;  // Null without a state directory.
   rpc::MasterLoop loop_;
   std::optional<rpc::AutoTls> made_;
   std::shared_ptr<rpc::ServerTls> tls_;
@@ -298,7 +322,9 @@ absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options option
   }
   auto tls = LoadTls(options.tls);
   if (!tls.ok()) return tls.status();
-  auto impl = std::make_unique<Impl>(*std::move(loop),
+  auto state_writer = OpenState(options.state_dir, &*loop);
+  if (!state_writer.ok()) return state_writer.status();
+  auto impl = std::make_unique<Impl>(*std::move(loop), *std::move(state_writer),
                                      options.max_connections != 0 ? options.max_connections : DefaultMaxConnections(),
                                      options.max_connections_per_address);
   if (absl::Status status = impl->Start(options, *addresses, *std::move(tls), std::move(made)); !status.ok()) {

@@ -77,6 +77,9 @@ class MasterServer {
     size_t max_connections_per_address = 0;
     // Serves gRPC's reflection. By default, only if no address can be reached from another machine.
     std::optional<bool> reflection;
+    // Where the running statistics are kept between the lives of masters: a directory that one master uses at a time,
+    // made if only its last part does not exist. Empty: they begin anew with each master.
+    std::string state_dir;
     // Description of this process for its workers. Empty for "syncbn-master/" and the version.
     std::string description;
   };
@@ -85,9 +88,10 @@ class MasterServer {
   //
   // Returns: the master, which serves already.
   // Errors: INVALID_ARGUMENT (a malformed or unknown address, an unusable TLS file, token or identity template, no TLS
-  // beyond loopback);
-  // UNAVAILABLE (an address that cannot be bound, with the reason); FAILED_PRECONDITION (FORKED) in a process that was
-  // forked, directly or indirectly, from one that has or had a worker or master.
+  // beyond loopback, a state directory that cannot be used); UNAVAILABLE (an address that cannot be bound, with the
+  // reason; a state directory that another master uses); DATA_LOSS (a damaged state file, which stays as it is);
+  // FAILED_PRECONDITION (a state file of a newer version, which stays as it is; FORKED in a process that was forked,
+  // directly or indirectly, from one that has or had a worker or master).
   static absl::StatusOr<std::unique_ptr<MasterServer>> Start(Options options);
 
   // Shuts down without grace.

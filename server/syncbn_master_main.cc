@@ -14,6 +14,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
@@ -128,6 +129,13 @@ std::unique_ptr<syncbn::Watchdog> Watch(syncbn::MasterServer& server, absl::Dura
       });
 }
 
+// Tells what a restart may cure, by 1, from what someone must change first.
+int ExitCode(const absl::Status& status) {
+  const bool for_someone = absl::IsInvalidArgument(status) || absl::IsDataLoss(status) ||  // A damaged state file.
+                           absl::IsFailedPrecondition(status);                             // One of a newer version.
+  return for_someone ? 2 : 1;
+}
+
 void TuneAllocator() {
   // A frame of many layers takes half a megabyte, and arrives from every worker at once. On the heap, such frames would
   // leave holes; mapped memory is returned. Setting the threshold keeps it from growing by itself. Read buffers stay
@@ -158,7 +166,7 @@ int main(int argc, char** argv) {
   auto server = syncbn::MasterServer::Start(flags.server);
   if (!server.ok()) {
     std::fprintf(stderr, "syncbn-master: %s\n", std::string(server.status().message()).c_str());
-    return server.status().code() == absl::StatusCode::kInvalidArgument ? 2 : 1;
+    return ExitCode(server.status());
   }
   Log(LogLevel::kInfo, Describe(**server, flags));
   std::printf("syncbn-master ready on %s\n", absl::StrJoin((*server)->targets(), " ").c_str());

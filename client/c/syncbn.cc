@@ -315,6 +315,7 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   server.tls.trusted_ca_file = Text(options.trusted_ca_file);
   server.tls.client_cert_auth = options.client_cert_auth != 0;
   server.token = Text(options.token);
+  server.state_dir = Text(options.state_dir);
   auto started = syncbn::MasterServer::Start(std::move(server));
   if (!started.ok()) return Report(started.status(), error);
   std::string target = (*started)->target();

@@ -120,13 +120,16 @@ typedef struct syncbn_master_options {
   const char* trusted_ca_file;
   int32_t client_cert_auth;
   const char* token; /* What every worker must join with. Default: each job has the token of its first join. */
+  const char* state_dir; /* Where running statistics are kept between masters; NULL: nowhere. */
 } syncbn_master_options;
 #define SYNCBN_MASTER_OPTIONS_INIT SYNCBN_SIZED(syncbn_master_options)
 
 /* Starts a master that serves until it is shut down.
  *
- * Errors: INVALID_ARGUMENT for options that contradict each other, and for an address beyond loopback without TLS;
- * UNAVAILABLE for an address that cannot be listened on. */
+ * Errors: INVALID_ARGUMENT for options that contradict each other, for an address beyond loopback without TLS, and for
+ * a state directory that cannot be used; UNAVAILABLE for an address that cannot be listened on, and for a state
+ * directory that another master uses; DATA_LOSS for a damaged state file, and FAILED_PRECONDITION for one of a newer
+ * version. */
 SYNCBN_API syncbn_code syncbn_master_start(const syncbn_master_options* options, syncbn_master** out,
                                            syncbn_error** error);
 /* Returns the target that workers connect to, as "127.0.0.1:40123". */

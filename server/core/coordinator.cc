@@ -109,7 +109,8 @@ Effects Coalesce(Effects effects) {
 
 }  // namespace
 
-Coordinator::Coordinator(Limits limits, uint64_t instance) : limits_(std::move(limits)), instance_(instance) {}
+Coordinator::Coordinator(Limits limits, uint64_t instance)
+    : limits_(std::move(limits)), instance_(instance), journal_(limits_) {}
 Coordinator::~Coordinator() = default;
 
 Effects Coordinator::On(const Event& event, absl::Time now) {
@@ -118,11 +119,20 @@ Effects Coordinator::On(const Event& event, absl::Time now) {
   for (const Effect& effect : effects) {
     if (const auto* close = std::get_if<CloseStream>(&effect)) streams_.erase(close->stream);
   }
+  // Groups that a shutdown ends go on at the next master.
+  if (journal_.begun() && !shutting_down_) journal_.Note(effects);
   return Coalesce(std::move(effects));
 }
 
 absl::Time Coordinator::NextDeadline() const {
-  return alarms_.empty() ? absl::InfiniteFuture() : alarms_.begin()->first;
+  return std::min(alarms_.empty() ? absl::InfiniteFuture() : alarms_.begin()->first, journal_.NextDeadline());
+}
+
+StateChanges Coordinator::TakeChanges(size_t max_bytes) {
+  return journal_.Take(max_bytes, [this](const GroupId& id) -> const Group* {
+    const auto slot = groups_.find(id);
+    return slot == groups_.end() ? nullptr : slot->second.group.get();
+  });
 }
 
 Coordinator::Groups::iterator Coordinator::SlotOf(StreamId stream, const GroupId& id) {
@@ -160,6 +170,7 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
   if (auto error = CheckToken(join)) return refuse(std::move(*error));
   uint64_t ended_run = 0;
   if (auto error = EndSuperseded(join, now, &ended_run, effects)) return refuse(std::move(*error));
+  if (auto error = journal_.CheckGeneration(join)) return refuse(std::move(*error));
   Groups::iterator slot = groups_.find(join.id);
   const bool first = slot == groups_.end();
   if (first) {
@@ -170,9 +181,15 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
     group->NoteOver(ended_run);
     slot = groups_.emplace(join.id, Slot{std::move(group), absl::InfiniteFuture()}).first;
   }
-  if (slot->second.group->OnJoin(frame.stream, join, filled, now, effects)) {
+  Group& group = *slot->second.group;
+  const uint64_t run_before = first ? 0 : group.run_id();
+  if (group.OnJoin(frame.stream, join, filled, now, effects)) {
     streams_[frame.stream] = join.id;
-    slot->second.group->OnFrame(frame.stream, frame, now, effects);
+    // The run of an earlier master goes on.
+    if (join.run_id == group.run_id() && join.run_id != run_before) {
+      group.Resume(journal_.Claim(join.id, join.run_id));
+    }
+    group.OnFrame(frame.stream, frame, now, effects);
   } else if (first) {
     groups_.erase(slot);  // It has never had a member, and its run would refuse the workers of the real one.
     return;
@@ -244,6 +261,7 @@ void Coordinator::Handle(const ReaderLags& reader, absl::Time, Effects&) {
 
 // Gives one turn to each group for which something is due. A group that does not finish in its turn stays due.
 void Coordinator::Handle(const TimePassed&, absl::Time now, Effects& effects) {
+  journal_.OnTimePassed(now);
   std::vector<GroupId> due;
   for (auto alarm = alarms_.begin(); alarm != alarms_.end() && alarm->first <= now; ++alarm) {
     due.push_back(alarm->second);
@@ -291,14 +309,16 @@ void Coordinator::SetAlarm(Groups::iterator slot) {
 absl::StatusOr<const Group*> Coordinator::Find(const GroupId& id) const {
   const auto it = groups_.find(id);
   if (it != groups_.end()) return it->second.group.get();
+  const auto unclaimed = journal_.unclaimed().find(id);
+  if (unclaimed != journal_.unclaimed().end()) return unclaimed->second.get();
   constexpr size_t kShown = 10;
   std::vector<std::string> names;
-  for (const auto& [known, slot] : groups_) {
+  for (const GroupSummary& known : ListGroups()) {
     if (names.size() == kShown) {
       names.push_back("...");
       break;
     }
-    names.push_back(absl::StrCat("\"", known.job, "\"/\"", known.group, "\""));
+    names.push_back(absl::StrCat("\"", known.id.job, "\"/\"", known.id.group, "\""));
   }
   return absl::NotFoundError(absl::StrCat("there is no group \"", id.group, "\" of job \"", id.job,
                                           "\"; there are: ", names.empty() ? "none" : absl::StrJoin(names, ", ")));
@@ -312,6 +332,10 @@ size_t Coordinator::LongestResult(const GroupId& id) const {
 std::vector<GroupSummary> Coordinator::ListGroups() const {
   std::vector<GroupSummary> summaries;
   for (const auto& [id, slot] : groups_) summaries.push_back(slot.group->Summary());
+  for (const auto& [id, group] : journal_.unclaimed()) {
+    if (!groups_.contains(id)) summaries.push_back(group->Summary());
+  }
+  std::sort(summaries.begin(), summaries.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
   return summaries;
 }
 

@@ -19,6 +19,8 @@
 #include "server/core/effects.h"
 #include "server/core/events.h"
 #include "server/core/limits.h"
+#include "server/core/state.h"
+#include "server/core/state_journal.h"
 #include "server/core/types.h"
 #include "server/core/views.h"
 
@@ -45,6 +47,14 @@ class Coordinator {
   //
   // Returns the effects, in the order in which they must be carried out. Every bad input has its answer among them.
   Effects On(const Event& event, absl::Time now);
+
+  // Takes what an earlier master has stored, before the first event, and begins to note changes. Its groups are seen in
+  // the views at once, and go on when a worker of their run joins: see state_journal.h.
+  void Restore(const std::vector<GroupState>& groups, absl::Time now) { journal_.Begin(groups, now); }
+  // What is to be stored, if Restore was called.
+  const StateJournal& journal() const { return journal_; }
+  // Returns changes of `max_bytes` in vectors, or a little more, and forgets them.
+  StateChanges TakeChanges(size_t max_bytes);
 
   // Returns when On(TimePassed) is next due; InfiniteFuture if nothing waits for time to pass.
   absl::Time NextDeadline() const;
@@ -104,6 +114,7 @@ class Coordinator {
   Groups groups_;
   absl::flat_hash_map<StreamId, GroupId> streams_;  // Those that have joined and are open.
   absl::btree_set<std::pair<absl::Time, GroupId>> alarms_;
+  StateJournal journal_;
   uint64_t runs_ = 0;
   uint64_t memories_ = 0;
   bool shutting_down_ = false;

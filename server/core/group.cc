@@ -303,6 +303,8 @@ GroupView Group::View(absl::Time now) const {
   return view;
 }
 
+GroupState Group::State() const { return {id_, generation_, run_id_, members_.world_size(), config_, {}}; }
+
 void Group::CheckInvariants() const {
   members_.CheckInvariants();
   layers_.CheckInvariants();

@@ -16,6 +16,7 @@
 #include "server/core/limits.h"
 #include "server/core/members.h"
 #include "server/core/rounds.h"
+#include "server/core/state.h"
 #include "server/core/types.h"
 #include "server/core/views.h"
 
@@ -80,6 +81,12 @@ class Group {
   std::vector<LayerSummary> LayerSummaries() const { return layers_.Summaries(); }
   // Returns null if no member has declared a layer of that name.
   const Layer* FindLayer(absl::string_view name) const { return layers_.Find(name); }
+
+  // Returns what is to be stored of the group, without layers.
+  GroupState State() const;
+  // Goes on with the run of an earlier master, and with the layers that it has stored. No round may have completed
+  // here.
+  void Resume(const std::vector<LayerState>& stored) { layers_.Resume(stored); }
 
   // Aborts unless every counter and index of the group agrees with what it counts.
   void CheckInvariants() const;

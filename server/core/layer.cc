@@ -36,20 +36,18 @@ std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
 }
 
 void Layer::Observe(const EndedRound& round) {
-  const DeclarationPtr& declaration = round.declaration;
-  if (running_of_ != nullptr && declaration->spec.channels != running_of_->spec.channels) {
-    // Sequences tell which size is newer. Declarations do not: a worker that resends an old round declares the old size
-    // again. Ignore an older round that ends late, and do not begin statistics with an empty batch.
-    if (round.outcome->key.sequence < newest_forward_sequence_ || round.outcome->count == 0) return;
-    running_ = RunningStatistics();
-    newest_forward_.reset();
-    newest_forward_sequence_ = 0;
-  }
-  if (round.outcome->count != 0) running_of_ = declaration;
-  running_.Update(declaration->spec, *round.outcome);
+  if (!running_.Observe(round.declaration, *round.outcome)) return;
   if (newest_forward_sequence_ > round.outcome->key.sequence) return;
   newest_forward_ = round.outcome;
   newest_forward_sequence_ = round.outcome->key.sequence;
+}
+
+void Layer::Resume(const LayerState& state) {
+  History& h = history(Phase::kForward);
+  SYNCBN_CHECK(state.spec.name == name() && !running_.newest_sequence().has_value(), name());
+  running_.Resume(state);
+  declarations_.NoteAgreement();
+  h.newest_completed = std::max(h.newest_completed.value_or(0), state.newest_sequence);
 }
 
 const EndedRound* Layer::Find(Phase phase, uint64_t sequence) const {
@@ -246,15 +244,7 @@ LayerView Layer::View() const {
   if (auto batch = newest_forward_.lock(); batch != nullptr && batch->first.size() == spec.channels) {
     view.batch = std::move(batch);
   }
-  if (running_of_ != nullptr && running_of_->spec.channels == spec.channels) {
-    view.running.updates = running_.updates;
-    view.running.mean = running_.mean;
-    view.running.var = running_.var;
-  }
-  if (view.running.mean.empty() && spec.kind == LayerKind::kBatchNorm) {
-    view.running.mean.assign(spec.channels, 0.0);
-    view.running.var.assign(spec.channels, 1.0);
-  }
+  view.running = running_.View(spec);
   return view;
 }
 

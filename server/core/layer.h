@@ -19,6 +19,7 @@
 #include "server/core/limits.h"
 #include "server/core/outcome_budget.h"
 #include "server/core/running_statistics.h"
+#include "server/core/state.h"
 #include "server/core/types.h"
 #include "server/core/views.h"
 
@@ -67,6 +68,13 @@ class Layer {
 
   LayerSummary Summary() const;
   LayerView View() const;
+
+  // Returns what is to be stored of the layer; nothing before its running statistics' first update.
+  std::optional<LayerState> State() const { return running_.State(); }
+  // Goes on after an earlier master, with what it has stored or with nothing. No forward round of the layer may have
+  // completed here.
+  void Resume(const LayerState& state);
+  void ResumeFromNothing() { running_.ResumeFromNothing(); }
 
   // Aborts unless the records agree with the counts that are kept of them. Returns the number of records.
   size_t CheckInvariants() const;
@@ -124,7 +132,6 @@ class Layer {
   std::weak_ptr<const RoundOutcome> newest_forward_;  // Null before the first, and once the outcome is forgotten.
   uint64_t newest_forward_sequence_ = 0;
   RunningStatistics running_;
-  DeclarationPtr running_of_;  // The declaration of the newest round in them; null before the first.
   uint64_t completed_ = 0;
   uint64_t failed_ = 0;
 };

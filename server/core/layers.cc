@@ -73,14 +73,26 @@ void Layers::FixSet(const Join& join) {
   for (const LayerSpec& spec : join.layers) set_.insert(spec.name);
 }
 
-Layer& Layers::Declare(Rank rank, const LayerSpec& spec, bool returning) {
+Layer& Layers::FindOrAdd(const LayerSpec& spec) {
   auto it = layers_.find(spec.name);
   if (it == layers_.end()) {
     it = layers_.emplace(spec.name, std::make_unique<Layer>(spec, limits_, &budget_)).first;
+    if (resumed_) it->second->ResumeFromNothing();
   }
   longest_result_ = std::max(longest_result_, LongestResult(spec));
-  it->second->Declare(rank, spec, returning);
   return *it->second;
+}
+
+Layer& Layers::Declare(Rank rank, const LayerSpec& spec, bool returning) {
+  Layer& layer = FindOrAdd(spec);
+  layer.Declare(rank, spec, returning);
+  return layer;
+}
+
+void Layers::Resume(const std::vector<LayerState>& stored) {
+  resumed_ = true;
+  for (auto& [name, layer] : layers_) layer->ResumeFromNothing();
+  for (const LayerState& state : stored) FindOrAdd(state.spec).Resume(state);
 }
 
 void Layers::Forget(Rank rank) {

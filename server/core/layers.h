@@ -15,6 +15,7 @@
 #include "server/core/layer.h"
 #include "server/core/limits.h"
 #include "server/core/outcome_budget.h"
+#include "server/core/state.h"
 #include "server/core/types.h"
 #include "server/core/views.h"
 
@@ -52,6 +53,9 @@ class Layers {
 
   // Adds the layer if it is new, and declares it for the rank; `returning` as in declarations.h.
   Layer& Declare(Rank rank, const LayerSpec& spec, bool returning);
+  // Goes on after an earlier master, with what it has stored. Rounds may have completed under it that nobody has
+  // stored, of these layers and of those that are added later.
+  void Resume(const std::vector<LayerState>& stored);
   // Drops every declaration of the rank.
   void Forget(Rank rank);
 
@@ -61,12 +65,15 @@ class Layers {
  private:
   friend struct InvariantsPeer;
 
+  Layer& FindOrAdd(const LayerSpec& spec);
+
   const Limits& limits_;
   OutcomeBudget budget_;  // Layers refer to it.
   absl::btree_map<std::string, std::unique_ptr<Layer>> layers_;
   std::optional<Rank> set_declared_by_;
   absl::btree_set<std::string> set_;
   size_t longest_result_ = 0;
+  bool resumed_ = false;
 };
 
 }  // namespace syncbn::core

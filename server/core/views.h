@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "server/core/state.h"
 #include "server/core/types.h"
 
 namespace syncbn::core {
@@ -72,6 +73,7 @@ struct RunningStatisticsView {
   std::vector<double> mean;
   std::vector<double> var;
   uint64_t updates = 0;
+  std::optional<MissingRounds> missing;  // Rounds that they may lack since a restart of the master.
 };
 
 struct LayerView {

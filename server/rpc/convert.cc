@@ -246,6 +246,17 @@ void ToProto(const core::LayerView& view, v1::GetLayerResponse* message) {
   Assign(view.running.mean, message->mutable_running()->mutable_mean());
   Assign(view.running.var, message->mutable_running()->mutable_var());
   message->mutable_running()->set_updates(view.running.updates);
+  if (view.running.missing.has_value()) {
+    const core::MissingRounds& missing = *view.running.missing;
+    if (missing.after.has_value()) message->mutable_running()->mutable_missing()->set_after(*missing.after);
+    message->mutable_running()->mutable_missing()->set_before(missing.before);
+  }
+}
+
+void ToProto(const state::Writer::Status& status, bool pending, v1::StateDirectory* message) {
+  message->set_pending(pending);
+  if (status.saved_at != absl::InfinitePast()) ToProto(status.saved_at, message->mutable_saved_at());
+  message->set_error(status.error);
 }
 
 void ToProto(const core::RoundEnded& ended, absl::Time now, v1::WatchRoundsResponse* message) {

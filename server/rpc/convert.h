@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "server/core/coordinator.h"
 #include "server/core/types.h"
+#include "server/state/writer.h"
 #include "syncbn/v1/inspection.pb.h"
 #include "syncbn/v1/statistics.pb.h"
 
@@ -32,6 +33,7 @@ void ToProto(const core::RoundOutcome& outcome, v1::RoundResult* message);
 void ToProto(const core::SendLayerError& error, v1::LayerError* message);
 void ToProto(const core::LateRound& round, v1::LateRound* message);
 
+void ToProto(const state::Writer::Status& status, bool pending, v1::StateDirectory* message);
 void ToProto(const core::GroupSummary& summary, v1::GroupSummary* message);
 void ToProto(const core::GroupView& view, v1::GetGroupResponse* message);
 void ToProto(const core::LayerSummary& summary, v1::LayerSummary* message);

@@ -133,6 +133,10 @@ void InspectionService::OnGroupEnded(const core::GroupEnded& ended) {
 
 grpc::Status InspectionService::ListGroups(const v1::ListGroupsRequest&, v1::ListGroupsResponse* response) const {
   for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, response->add_groups());
+  if (options_.state_writer != nullptr) {
+    const bool pending = coordinator_.journal().has_changes() || !options_.state_writer->idle();
+    ToProto(options_.state_writer->status(), pending, response->mutable_state());
+  }
   return grpc::Status::OK;
 }
 

@@ -14,6 +14,7 @@
 #include "server/core/coordinator.h"
 #include "server/rpc/loop_options.h"
 #include "server/rpc/unary_calls.h"
+#include "server/state/writer.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 
 namespace syncbn::rpc {

@@ -10,8 +10,10 @@
 
 #include "absl/time/time.h"
 #include "server/core/limits.h"
+#include "server/core/state.h"
 #include "server/core/types.h"
 #include "server/rpc/identity.h"
+#include "server/state/writer.h"
 
 namespace syncbn::rpc {
 
@@ -34,6 +36,9 @@ struct LoopOptions {
   // If present, callers of InspectionService must bear it.
   core::Secret inspection_token;
   uint64_t instance = 0;  // As core::Coordinator's.
+  // Stores the master's state, and must outlive the loop; null if nothing is stored.
+  state::Writer* state_writer = nullptr;
+  std::vector<core::GroupState> restored;  // What was stored before.
 };
 
 }  // namespace syncbn::rpc

@@ -56,6 +56,7 @@ LoopOptions Fitting(LoopOptions options) {
 MasterLoop::MasterLoop(LoopOptions options)
     : options_(Fitting(std::move(options))),
       coordinator_(options_.limits, options_.instance),
+      state_saver_(&coordinator_, options_.state_writer, options_.limits.max_turn_bytes),
       sessions_(
           options_, coordinator_, [this](const core::Event& event) { Deliver(event); }, &log_, &now_),
       inspection_(coordinator_, clock_, options_),
@@ -64,7 +65,9 @@ MasterLoop::MasterLoop(LoopOptions options)
       shutdown_tag_(this, &MasterLoop::OnShutdown),
       stop_tag_(this, &MasterLoop::OnStop),
       listening_tag_(this, &MasterLoop::OnListening),
-      probe_tag_(this, &MasterLoop::OnProbe) {}
+      probe_tag_(this, &MasterLoop::OnProbe) {
+  if (options_.state_writer != nullptr) coordinator_.Restore(options_.restored, now_);
+}
 
 void MasterLoop::Register(grpc::ServerBuilder* builder) {
   sessions_.Register(builder);
@@ -95,12 +98,14 @@ void MasterLoop::Run() {
     sessions_.RunTimers();
     unary_calls_.RunTimers();
     ServeBacklog(event == grpc::CompletionQueue::TIMEOUT);
+    state_saver_.OnTurn(now_);
     EndIfIdle();
   }
 }
 
 absl::Time MasterLoop::NextWakeUp() const {
-  return std::min({coordinator_.NextDeadline(), sessions_.NextTimer(), unary_calls_.NextTimer()});
+  return std::min({coordinator_.NextDeadline(), sessions_.NextTimer(), unary_calls_.NextTimer(),
+                   state_saver_.NextTurn()});
 }
 
 void MasterLoop::ServeBacklog(bool quiet) {
@@ -209,6 +214,7 @@ void MasterLoop::OnShutdown(bool) {
   sessions_.EndServing();
   inspection_.EndServing();
   health_.EndServing();
+  state_saver_.Finish();
   Deliver(core::Shutdown{});
 }
 

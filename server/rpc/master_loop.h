@@ -19,6 +19,7 @@
 #include "server/rpc/inspection.h"
 #include "server/rpc/loop_options.h"
 #include "server/rpc/sessions.h"
+#include "server/rpc/state_saver.h"
 #include "server/rpc/unary_calls.h"
 
 namespace syncbn::rpc {
@@ -79,6 +80,7 @@ class MasterLoop {
   absl::Time now_ = clock_.Now();  // Of the event that is being handled.
   EventLog log_;
   core::Coordinator coordinator_;
+  StateSaver state_saver_;
   std::unique_ptr<grpc::ServerCompletionQueue> queue_;
   Sessions sessions_;
   InspectionService inspection_;

@@ -27,6 +27,7 @@ FLAGS = [
     "max-groups",
     "max-retained-bytes",
     "max-connections",
+    "state-dir",
     "max-connections-per-address",
     "watchdog",
     "reflection",
@@ -49,6 +50,7 @@ BAD_VALUES = [
         for flag in ("exit-timeout", "max-lifetime", "watchdog")
     ],
     *[(flag, [""], "the name of a file") for flag in ("cert-file", "key-file", "trusted-ca-file")],
+    ("state-dir", [""], "the name of a directory"),
     ("log-level", ["", "loud", "INFO", "10"], "debug, info, warning or error"),
     *[(flag, ["", "maybe", "2"], "on or off") for flag in ("reflection", "inspection")],
     *[(flag, ["maybe", "2", "-1", "10", "yes please"], "true or false") for flag in ("insecure", "client-cert-auth", "auto-tls")],

@@ -74,6 +74,12 @@ std::string ReasonOf(const core::RoundOutcome& outcome) {
 
 Engine::Engine(core::Limits limits) : coordinator_(limits), now_(absl::FromUnixSeconds(1'700'000'000)) {}
 
+std::vector<core::StateChanges> Engine::TakeChanges(size_t max_bytes) {
+  std::vector<core::StateChanges> taken;
+  while (coordinator_.journal().has_changes()) taken.push_back(coordinator_.TakeChanges(max_bytes));
+  return taken;
+}
+
 core::Effects Engine::On(const core::Event& event) {
   core::Effects effects = coordinator_.On(event, now_);
   coordinator_.CheckInvariants();

@@ -12,6 +12,7 @@
 
 #include "absl/time/time.h"
 #include "server/core/coordinator.h"
+#include "server/core/state.h"
 
 namespace syncbn::testing {
 
@@ -58,6 +59,11 @@ std::string ReasonOf(const core::RoundOutcome& outcome);
 class Engine {
  public:
   explicit Engine(core::Limits limits = core::Limits());
+
+  // Begins with what an earlier coordinator has stored. Before the first event.
+  void Restore(const std::vector<core::GroupState>& groups) { coordinator_.Restore(groups, now_); }
+  // Takes everything that is to be stored, `max_bytes` at a time.
+  std::vector<core::StateChanges> TakeChanges(size_t max_bytes = SIZE_MAX);
 
   absl::Time now() const { return now_; }
   const core::Coordinator& coordinator() const { return coordinator_; }

@@ -47,6 +47,7 @@ class MasterOptions(_Options):
         ("trusted_ca_file", c_char_p),
         ("client_cert_auth", c_int32),
         ("token", c_char_p),
+        ("state_dir", c_char_p),
     ]
 
 

@@ -171,8 +171,11 @@ class Master:
       trusted_ca_file: with `client_cert_auth`, who may sign the workers' certificates.
       token: what every worker must join with. Default: $SYNCBN_TOKEN; without it, each job has the token of its first
         join.
+      state_dir: a directory that keeps the running statistics, for the master that is started with it next. One master
+        uses it at a time.
 
-    Errors: as `syncbn-master` has them, as exceptions: an address in use, an address beyond loopback without TLS.
+    Errors: as `syncbn-master` has them, as exceptions: an address in use, an address beyond loopback without TLS, a
+    state directory that another master uses or whose file is damaged.
 
     Use it in a `with` block, whose end shuts it down.
     """
@@ -188,6 +191,7 @@ class Master:
         client_cert_auth: bool = False,
         auto_tls: bool = False,
         token: Optional[str] = None,
+        state_dir: Optional[Any] = None,
     ) -> None:
         self._process: Optional[_Process] = None
         self._asking = threading.RLock()  # A finalizer may shut it down, on the thread that asks.
@@ -195,6 +199,7 @@ class Master:
         _forks.refuse()
         token = _arguments.token(os.environ.get("SYNCBN_TOKEN") or None if token is None else token)
         files = {"cert_file": cert_file, "key_file": key_file, "trusted_ca_file": trusted_ca_file}
+        files["state_dir"] = state_dir
         options: Dict[str, Any] = {"address": _arguments.text("address", address, 4096)}
         options.update((name, _arguments.path(name, file)) for name, file in files.items())
         options.update(insecure=_arguments.truth("insecure", insecure))

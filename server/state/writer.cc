@@ -1,0 +1,90 @@
+#include "server/state/writer.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "plumbing/check.h"
+#include "plumbing/log.h"
+
+namespace syncbn::state {
+namespace {
+
+constexpr absl::Duration kFirstPause = absl::Milliseconds(100);
+constexpr absl::Duration kLongestPause = absl::Seconds(5);
+
+}  // namespace
+
+Writer::Writer(std::unique_ptr<Store> store, std::string where) : store_(std::move(store)), where_(std::move(where)) {
+  thread_ = std::thread([this] { Run(); });
+}
+
+Writer::~Writer() { Close(); }
+
+bool Writer::idle() const {
+  const absl::MutexLock lock(&mutex_);
+  return queue_.empty();
+}
+
+void Writer::Write(core::StateChanges changes) {
+  const absl::MutexLock lock(&mutex_);
+  SYNCBN_CHECK(!closing_);
+  queue_.push_back(std::move(changes));
+}
+
+void Writer::Close() {
+  {
+    const absl::MutexLock lock(&mutex_);
+    closing_ = true;
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+Writer::Status Writer::status() const {
+  const absl::MutexLock lock(&mutex_);
+  return status_;
+}
+
+void Writer::Run() {
+  absl::Duration pause = kFirstPause;
+  absl::MutexLock lock(&mutex_);
+  while (true) {
+    mutex_.Await(absl::Condition(this, &Writer::MayProceed));
+    if (queue_.empty()) return;
+    // Elements of a deque stay where they are while others are added behind them.
+    const core::StateChanges& changes = queue_.front();
+    mutex_.Unlock();
+    const absl::Status saved = store_->Save(changes);
+    Report(saved);
+    mutex_.Lock();
+    if (saved.ok()) {
+      pause = kFirstPause;
+      queue_.pop_front();
+    } else if (closing_) {
+      return;
+    } else {
+      mutex_.AwaitWithTimeout(absl::Condition(this, &Writer::closing), pause);
+      pause = std::min(2 * pause, kLongestPause);
+    }
+  }
+}
+
+void Writer::Report(const absl::Status& saved) {
+  Status before;
+  {
+    const absl::MutexLock lock(&mutex_);
+    before = status_;
+    status_.error = std::string(saved.message());
+    if (saved.ok()) status_.saved_at = absl::Now();
+  }
+  if (!saved.ok()) {
+    throttle_.Log(LogLevel::kError, "state", absl::Now(),
+                  absl::StrCat("the running statistics cannot be stored in ", where_, ": ", saved.message(),
+                               "; training goes on, and if the master ends, they are as they were when last stored"));
+  } else if (!before.error.empty()) {
+    Log(LogLevel::kInfo, absl::StrCat("the running statistics are stored in ", where_, " again"));
+  }
+}
+
+}  // namespace syncbn::state

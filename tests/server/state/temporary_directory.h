@@ -1,0 +1,34 @@
+// A directory that is there for one test.
+
+#ifndef SYNCBN_TESTS_SERVER_STATE_TEMPORARY_DIRECTORY_H_
+#define SYNCBN_TESTS_SERVER_STATE_TEMPORARY_DIRECTORY_H_
+
+#include <stdlib.h>
+
+#include <filesystem>
+#include <string>
+
+#include "gtest/gtest.h"
+
+namespace syncbn::testing {
+
+class TemporaryDirectory {
+ public:
+  TemporaryDirectory() {
+    std::string path = ::testing::TempDir() + "/state-XXXXXX";
+    EXPECT_NE(mkdtemp(path.data()), nullptr) << path;
+    path_ = path;
+  }
+  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+}  // namespace syncbn::testing
+
+#endif  // SYNCBN_TESTS_SERVER_STATE_TEMPORARY_DIRECTORY_H_
