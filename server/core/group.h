@@ -45,9 +45,9 @@ class Group {
   uint32_t present() const { return members_.present(); }
   bool empty() const { return members_.present() == 0; }
 
-  // Admits the worker, or refuses it by closing the stream. Returns whether it was admitted.
-  bool OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, uint32_t protocol_version, absl::Time now,
-              Effects& effects);
+  // Admits the worker. Returns why it is refused; nothing if it is admitted.
+  std::optional<Error> OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, uint32_t protocol_version,
+                              absl::Time now, Effects& effects);
   // Handles a member's frame, except for its join.
   void OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now, Effects& effects);
   void OnStreamClosed(StreamId stream, absl::Time now, Effects& effects);
@@ -70,7 +70,8 @@ class Group {
   bool Owns(StreamId stream) const { return members_.RankOf(stream).has_value(); }
 
   GroupSummary Summary() const;
-  GroupView View(absl::Time now) const;
+  GroupView View(absl::Time now, const GroupParts& parts) const;
+  std::vector<MemberView> MemberViews() const;
   std::vector<LayerSummary> LayerSummaries() const { return layers_.Summaries(); }
   // Returns null if no member has declared a layer of that name.
   const Layer* FindLayer(absl::string_view name) const { return layers_.Find(name); }
@@ -93,6 +94,8 @@ class Group {
   // After a loss or a leave.
   void OnMemberGone(absl::Time now, Effects& effects);
   void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
+  // `stream` is the one by which the member is, or was, connected.
+  MemberChanged Change(Rank rank, StreamId stream) const;
 
   const GroupId id_;
   const uint64_t generation_;
@@ -103,6 +106,8 @@ class Group {
   Layers layers_;
   Rounds rounds_;
   absl::Time linger_until_;
+  uint64_t joins_ = 0;
+  ReasonCounts refused_joins_;
 };
 
 }  // namespace syncbn::core

@@ -35,14 +35,14 @@ void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::T
   if (layer == nullptr) return Reject(rank, key, UndeclaredLayerError(rank, key), effects);
   if (Replay(rank, contribution, *layer, effects)) return;
   auto round = pending_.find(key);
-  DeclarationPtr declaration = DeclarationFor(rank, key, *layer, round);
+  const DeclarationPtr declaration = DeclarationFor(rank, key, *layer, round);
   if ((declaration->spec.kind == LayerKind::kSum) != (key.phase == Phase::kSum)) {
     return Reject(rank, key, LayerKindError(rank, key), effects);
   }
   if (auto error = CheckArrival(rank, contribution, *layer, round))
     return Reject(rank, key, *std::move(error), effects);
   if (round == pending_.end()) round = Begin(key, *layer, now);
-  if (!Accept(rank, contribution, std::move(declaration), round, effects)) return;
+  if (!Accept(rank, contribution, declaration, round, now, effects)) return;
   if (auto error = CheckAccepted(rank, contribution, *layer, round)) {
     Fail(round, *std::move(error), now, effects);
   } else {
@@ -50,14 +50,15 @@ void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::T
   }
 }
 
-void Rounds::Reject(Rank rank, const RoundKey& key, Error error, Effects& effects) const {
+void Rounds::Reject(Rank rank, const RoundKey& key, Error error, Effects& effects) {
+  statistics_.rejected.Add(error.reason);
   auto outcome = std::make_shared<RoundOutcome>();
   outcome->key = key;
   outcome->error = std::move(error);
   effects.push_back(SendResults{{members_[rank].stream}, {std::move(outcome)}});
 }
 
-bool Rounds::Replay(Rank rank, const Contribution& contribution, const Layer& layer, Effects& effects) const {
+bool Rounds::Replay(Rank rank, const Contribution& contribution, const Layer& layer, Effects& effects) {
   const RoundKey& key = contribution.key;
   const EndedRound* const ended = layer.Find(key.phase, key.sequence);
   if (ended == nullptr) return false;
@@ -68,6 +69,7 @@ bool Rounds::Replay(Rank rank, const Contribution& contribution, const Layer& la
   } else if (ended->outcome == nullptr) {
     Reject(rank, key, OutcomeForgottenError(key, limits_.max_retained_bytes), effects);
   } else {
+    ++statistics_.replayed;
     effects.push_back(SendResults{{members_[rank].stream}, {ended->outcome}});
   }
   return true;
@@ -150,15 +152,16 @@ Rounds::Pending::iterator Rounds::Begin(const RoundKey& key, const Layer& layer,
   return begun;
 }
 
-bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr declaration, Pending::iterator round,
-                    Effects& effects) {
+bool Rounds::Accept(Rank rank, const Contribution& contribution, const DeclarationPtr& declaration,
+                    Pending::iterator round, absl::Time now, Effects& effects) {
   const Member& member = members_[rank];
   PendingRound& pending = round->second;
   const auto before = pending.payloads.find(rank);
   if (before != pending.payloads.end()) {
     if (SameNumbers(before->second, contribution)) {
       before->second.incarnation = member.incarnation;
-      members_.NoteContribution(rank, /*fresh=*/false);
+      ++statistics_.repeated;
+      members_.NoteContribution(rank, round->first, declaration, now, /*fresh=*/false);
       return true;
     }
     if (before->second.incarnation == member.incarnation) {
@@ -174,7 +177,8 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr 
   if (pending.payloads.empty()) pending.declaration = declaration;
   Payload payload;
   payload.incarnation = member.incarnation;
-  payload.declaration = std::move(declaration);
+  payload.declaration = declaration;
+  payload.arrived = now;
   payload.count = contribution.count;
   payload.backward_role = contribution.backward_role;
   payload.first.assign(contribution.first.begin(), contribution.first.end());
@@ -184,7 +188,8 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr 
   pending.payloads.emplace(rank, std::move(payload));
   pending.last_rank = rank;
   pending.straddles = pending.straddles || member.resuming;
-  members_.NoteContribution(rank, /*fresh=*/true);
+  ++statistics_.accepted;
+  members_.NoteContribution(rank, round->first, declaration, now, /*fresh=*/true);
   return true;
 }
 

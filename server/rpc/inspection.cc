@@ -1,17 +1,48 @@
 #include "server/rpc/inspection.h"
 
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "grpcpp/grpcpp.h"
 #include "grpcpp/support/async_stream.h"
+#include "plumbing/duration.h"
 #include "server/core/error.h"
 #include "server/rpc/convert.h"
 #include "server/rpc/status.h"
 #include "server/rpc/stream_call.h"
 #include "server/rpc/unary_call.h"
+#include "vocabulary/protocol_version.h"
+#include "vocabulary/version.h"
 
 namespace syncbn::rpc {
+namespace {
+
+using syncbn::ToProto;
+
+// Returns why the mask cannot be used; nothing if it can.
+std::optional<core::Error> ReadMask(const google::protobuf::FieldMask& mask, core::GroupParts* parts) {
+  if (mask.paths().empty()) return std::nullopt;
+  *parts = {false, false, false};
+  for (const std::string& path : mask.paths()) {
+    if (path == "members") {
+      parts->members = true;
+    } else if (path == "pending") {
+      parts->pending = true;
+    } else if (path == "recent" || path == "failures") {
+      parts->recent = true;
+    } else if (path != "summary" && path != "config" && path != "statistics") {
+      return core::MalformedError(absl::StrCat("read_mask names \"", Brief(path), "\"; a group has summary, config, ",
+                                               "statistics, members, pending, recent and failures"));
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
 
 // One WatchRounds call. Holds at most a thousand events for a watcher that does not read, then drops the newest.
 class InspectionService::Watcher final
@@ -56,8 +87,9 @@ class InspectionService::Watcher final
   bool called_ = false;
 };
 
-InspectionService::InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers)
-    : coordinator_(coordinator), clock_(clock), max_watchers_(max_watchers) {}
+InspectionService::InspectionService(const core::Coordinator& coordinator, const Sessions& sessions, const Clock& clock,
+                                     size_t max_watchers)
+    : coordinator_(coordinator), sessions_(sessions), clock_(clock), max_watchers_(max_watchers) {}
 
 InspectionService::~InspectionService() = default;
 
@@ -67,6 +99,7 @@ void InspectionService::Serve(grpc::ServerCompletionQueue* queue, int* live_call
     ServeUnary(&service_, method, queue, live_calls,
                [this, answer](const auto& request, auto* response) { return (this->*answer)(request, response); });
   };
+  serve(&AsyncService::RequestGetMaster, &InspectionService::GetMaster);
   serve(&AsyncService::RequestListGroups, &InspectionService::ListGroups);
   serve(&AsyncService::RequestGetGroup, &InspectionService::GetGroup);
   serve(&AsyncService::RequestListLayers, &InspectionService::ListLayers);
@@ -107,15 +140,41 @@ void InspectionService::OnGroupEnded(const core::GroupEnded& ended) {
   }
 }
 
+grpc::Status InspectionService::GetMaster(const v1::GetMasterRequest&, v1::GetMasterResponse* response) const {
+  response->set_version(kVersion);
+  response->set_grpc_version(grpc::Version());
+  response->set_protocol_version(kProtocolVersion);
+  ToProto(started_at_, response->mutable_started_at());
+  ToProto(clock_.Now() - started_at_, response->mutable_uptime());
+  response->set_listening(listening_);
+  response->set_streams(static_cast<uint32_t>(sessions_.streams()));
+  response->set_stream_unread_bytes_max(sessions_.most_unread_bytes());
+  response->set_streams_started(sessions_.started());
+  const std::array<uint64_t, 17>& handled = sessions_.handled();
+  for (size_t code = 0; code < handled.size(); ++code) {
+    if (handled[code] == 0) continue;
+    v1::Count* const count = response->add_streams_ended();
+    const std::string name = absl::StatusCodeToString(static_cast<absl::StatusCode>(code));
+    count->set_name(name);
+    count->set_count(handled[code]);
+  }
+  ToProto(sessions_.closed(), response->mutable_streams_closed());
+  return grpc::Status::OK;
+}
+
 grpc::Status InspectionService::ListGroups(const v1::ListGroupsRequest&, v1::ListGroupsResponse* response) const {
-  for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, response->add_groups());
+  const absl::Time now = clock_.Now();
+  for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, now, response->add_groups());
   return grpc::Status::OK;
 }
 
 grpc::Status InspectionService::GetGroup(const v1::GetGroupRequest& request, v1::GetGroupResponse* response) const {
-  const auto view = coordinator_.GetGroup(ToGroupId(request.job(), request.group()), clock_.Now());
+  core::GroupParts parts;
+  if (auto error = ReadMask(request.read_mask(), &parts)) return ToGrpc(*error);
+  const absl::Time now = clock_.Now();
+  const auto view = coordinator_.GetGroup(ToGroupId(request.job(), request.group()), now, parts);
   if (!view.ok()) return ToGrpc(view.status(), core::kGroupUnknown);
-  ToProto(*view, response);
+  ToProto(*view, now, response);
   return grpc::Status::OK;
 }
 

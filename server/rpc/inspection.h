@@ -12,6 +12,7 @@
 #include "grpcpp/server_builder.h"
 #include "plumbing/clock.h"
 #include "server/core/coordinator.h"
+#include "server/rpc/sessions.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 
 namespace syncbn::rpc {
@@ -19,8 +20,10 @@ namespace syncbn::rpc {
 // Thread safety: none; it lives on the thread that drives the queue, once Serve was called.
 class InspectionService {
  public:
-  // The coordinator's times are those of `clock`. `max_watchers` may call WatchRounds at a time.
-  InspectionService(const core::Coordinator& coordinator, const Clock& clock, size_t max_watchers);
+  // The coordinator's times are those of `clock`. `max_watchers` may call WatchRounds at a time. What is referred to
+  // must outlive the object.
+  InspectionService(const core::Coordinator& coordinator, const Sessions& sessions, const Clock& clock,
+                    size_t max_watchers);
   ~InspectionService();
   InspectionService(const InspectionService&) = delete;
   InspectionService& operator=(const InspectionService&) = delete;
@@ -33,6 +36,7 @@ class InspectionService {
   // Returns whether no WatchRounds call is being served or waited for.
   bool idle() const { return watchers_.empty(); }
 
+  void SetListening(bool listening) { listening_ = listening; }
   // Tells the watchers of the group and the layer.
   void OnRoundEnded(const core::RoundEnded& ended, absl::Time now);
   // Ends the calls of the group's watchers.
@@ -46,18 +50,22 @@ class InspectionService {
   // Closes the watcher's call if there is no such group, or no room.
   void Admit(Watcher& watcher);
 
+  grpc::Status GetMaster(const v1::GetMasterRequest& request, v1::GetMasterResponse* response) const;
   grpc::Status ListGroups(const v1::ListGroupsRequest& request, v1::ListGroupsResponse* response) const;
   grpc::Status GetGroup(const v1::GetGroupRequest& request, v1::GetGroupResponse* response) const;
   grpc::Status ListLayers(const v1::ListLayersRequest& request, v1::ListLayersResponse* response) const;
   grpc::Status GetLayer(const v1::GetLayerRequest& request, v1::GetLayerResponse* response) const;
 
   const core::Coordinator& coordinator_;
+  const Sessions& sessions_;
   const Clock& clock_;
   const size_t max_watchers_;
+  const absl::Time started_at_ = clock_.Now();
   AsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
   absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;  // One of them waits for its call.
   bool serving_ = true;
+  bool listening_ = true;
 };
 
 }  // namespace syncbn::rpc

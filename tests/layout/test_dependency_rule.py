@@ -24,8 +24,9 @@ RULES = [
     ("vocabulary/wire", r"vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     ("server/core", r"server/core/|vocabulary/|kernels/(moments|coefficients)\.h$|plumbing/check\.h$", rf"{GRPC}|{CONCURRENCY}"),
     ("plumbing", r"plumbing/", r"$^"),
-    ("server/log", r"server/log/|plumbing/", r"grpc(pp)?/|.*\.pb\.h$"),
+    ("server/log", r"server/(core|log)/|plumbing/", r"grpc(pp)?/|.*\.pb\.h$"),
     ("server/rpc", r"server/(core|log|rpc)/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
+    ("server/http", r"server/(http/|rpc/listen_address\.h$)|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     ("server", r"server/|vocabulary/|plumbing/", r"$^"),
     ("client/cc", r"client/cc/|kernels/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     (
