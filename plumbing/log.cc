@@ -18,7 +18,7 @@ namespace {
 thread_local int t_depth = 0;
 
 struct Sink {
-  LogSink function;
+  LogRecordSink function;
   int callers = 0;  // Calls that have not returned.
 };
 
@@ -86,6 +86,11 @@ void FromGrpc(gpr_log_func_args* arguments) { Log(LogLevel::kDebug, absl::StrCat
 }  // namespace
 
 void SetLogSink(LogSink function) {
+  if (function == nullptr) return SetLogRecordSink(nullptr);
+  SetLogRecordSink([function = std::move(function)](const LogRecord& record) { function(record.level, record.text); });
+}
+
+void SetLogRecordSink(LogRecordSink function) {
   RouteGrpcLog();
   State& state = TheState();
   std::shared_ptr<Sink> sink;
@@ -97,7 +102,7 @@ void SetLogSink(LogSink function) {
   while (sink->callers != 0) pthread_cond_wait(&state.left, state.mutex.native_handle());
 }
 
-void Log(LogLevel level, absl::string_view line) {
+void Log(LogLevel level, absl::string_view line, absl::Span<const LogField> fields) {
   State& state = TheState();
   std::shared_ptr<Sink> sink;
   {
@@ -108,7 +113,7 @@ void Log(LogLevel level, absl::string_view line) {
   const std::string text = Printable(line);
   if (sink == nullptr) return WriteToStderr(level, text);
   ++t_depth;
-  sink->function(level, text);
+  sink->function({level, text, fields});
   --t_depth;
   const std::lock_guard<std::mutex> lock(state.mutex);
   --sink->callers;

@@ -145,7 +145,9 @@ class Options {
             [this](double seconds) {
               flags_->watchdog = seconds == 0.0 ? absl::InfiniteDuration() : absl::Seconds(seconds);
             });
+    DefineHttp();
     DefineLogLevel();
+    DefineLogFormat();
     app_->set_config("--config-file", "", "read flags from this file (TOML or INI)")
         ->envname(VariableOf("--config-file"))
         ->type_name("FILE");
@@ -188,6 +190,19 @@ class Options {
         ->type_name("URI:NAME|DNS:NAME ...");
   }
 
+  void DefineHttp() {
+    const std::string name = "--http-address";
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [this, name](const std::string& text) {
+          if (text.empty()) Refuse(name, text, "HOST:PORT or off");
+          flags_->http_address = text == "off" ? "" : text;
+        },
+        "where to serve the status page, metrics and probes: HOST:PORT, or off");
+    Named(option, name)->type_name("ADDRESS")->default_str("127.0.0.1:8080, if it is free");
+    Whole("--metrics-max-ranks", &flags_->metrics_max_ranks, 1 << 20, "most workers of a group with metrics by rank");
+  }
+
   void DefineLogLevel() {
     const std::string name = "--log-level";
     auto* const option = app_->add_option_function<std::string>(
@@ -205,6 +220,18 @@ class Options {
         },
         "what goes to stderr: debug, info, warning or error");
     Named(option, name)->type_name("LEVEL")->default_str("info");
+  }
+
+  void DefineLogFormat() {
+    const std::string name = "--log-format";
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [this, name](const std::string& text) {
+          if (text != "text" && text != "json") Refuse(name, text, "text or json");
+          flags_->log_format = text == "json" ? LogFormat::kJson : LogFormat::kText;
+        },
+        "how lines on stderr are written: text or json");
+    Named(option, name)->type_name("FORMAT")->default_str("text");
   }
 
   // CLI11 would accept any number for a switch, and not name the values that it may have.

@@ -3,12 +3,14 @@
 #ifndef SYNCBN_SERVER_FLAGS_H_
 #define SYNCBN_SERVER_FLAGS_H_
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/time/time.h"
 #include "plumbing/log.h"
+#include "server/log/process_log.h"
 #include "server/master_server.h"
 
 namespace syncbn {
@@ -16,6 +18,11 @@ namespace syncbn {
 struct Flags {
   MasterServer::Options server;
   LogLevel log_level = LogLevel::kInfo;
+  LogFormat log_format = LogFormat::kText;
+  // Address of the pages about the master. Unset: 127.0.0.1:8080, if it is free. Empty: none.
+  std::optional<std::string> http_address;
+  // Groups of more workers have no metrics by rank.
+  uint32_t metrics_max_ranks = 256;
   // Time for workers to drain after a signal.
   absl::Duration exit_timeout = absl::Seconds(5);
   // How long the master may leave its own probes unanswered before the process ends; infinite for ever.

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "grpcpp/channel.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/impl/server_builder_option.h"
 #include "grpcpp/resource_quota.h"
@@ -263,6 +264,12 @@ class MasterServer::Impl {
     return tls_->Reload();
   }
 
+  std::shared_ptr<grpc::Channel> InProcessChannel() const {
+    grpc::ChannelArguments arguments;
+    arguments.SetMaxReceiveMessageSize(-1);  // Answers are bounded by the master's limits.
+    return server_->InProcessChannel(arguments);
+  }
+
   absl::Time certificate_expiry() const { return tls_ == nullptr ? absl::InfiniteFuture() : tls_->expiry(); }
 
   bool Probe() {
@@ -346,6 +353,7 @@ size_t MasterServer::workers() const { return impl_->workers(); }
 absl::Status MasterServer::ReloadCertificates() { return impl_->ReloadCertificates(); }
 absl::Time MasterServer::certificate_expiry() const { return impl_->certificate_expiry(); }
 bool MasterServer::Probe() { return impl_->IsForked() || impl_->Probe(); }
+std::shared_ptr<grpc::Channel> MasterServer::InProcessChannel() const { return impl_->InProcessChannel(); }
 void MasterServer::Shutdown(absl::Duration grace) {
   if (!impl_->IsForked()) impl_->Shutdown(grace);
 }

@@ -13,6 +13,10 @@
 #include "absl/time/time.h"
 #include "server/core/limits.h"
 
+namespace grpc {
+class Channel;
+}  // namespace grpc
+
 namespace syncbn {
 
 // Serves StatisticsService, InspectionService, health and reflection until it is destroyed or shut down. Channelz
@@ -122,6 +126,10 @@ class MasterServer {
   absl::Status ReloadCertificates();
   // Returns: the time at which the certificate expires; the infinite future without TLS.
   absl::Time certificate_expiry() const;
+
+  // Returns: a channel to this master within the process, without TLS. Its calls fail once the master has been shut
+  // down.
+  std::shared_ptr<grpc::Channel> InProcessChannel() const;
 
   // Ends every worker's stream with SHUTTING_DOWN, waits at most `grace` for the streams to drain, then stops. Returns
   // when that is done. Idempotent.

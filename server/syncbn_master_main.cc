@@ -13,8 +13,10 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
@@ -22,21 +24,37 @@
 #include "plumbing/grpc_process.h"
 #include "plumbing/log.h"
 #include "server/flags.h"
+#include "server/http/http_server.h"
+#include "server/http/inspection_client.h"
+#include "server/http/round_log.h"
 #include "server/log/process_log.h"
 #include "server/master_server.h"
+#include "server/systemd.h"
 #include "server/watchdog.h"
 #include "vocabulary/version.h"
 
 namespace {
 
 using syncbn::Log;
+using syncbn::LogField;
 using syncbn::LogLevel;
+using syncbn::http::HttpOptions;
+using syncbn::http::HttpServer;
+using syncbn::http::InspectionClient;
+
+constexpr char kDefaultHttpAddress[] = "127.0.0.1:8080";
 
 // Opens descriptors 0 to 2 if they are closed, so that no socket gets a number that output is written to.
 void OpenStandardDescriptors() {
   int descriptor = open("/dev/null", O_RDWR);
   while (descriptor >= 0 && descriptor <= STDERR_FILENO) descriptor = open("/dev/null", O_RDWR);
   if (descriptor >= 0) close(descriptor);
+}
+
+// Returns the limit of descriptors in force.
+rlim_t DescriptorLimit() {
+  rlimit limit = {};
+  return getrlimit(RLIMIT_NOFILE, &limit) == 0 ? limit.rlim_cur : 0;
 }
 
 // Raises the soft limit of descriptors, of which each worker takes one. The default is low for programs that use
@@ -51,15 +69,43 @@ void RaiseDescriptorLimit() {
   }
 }
 
+// Serves the pages about the master. Returns null if they are off, or if nobody has asked for them and the usual port
+// is taken: two masters on one host are common.
+absl::StatusOr<std::unique_ptr<HttpServer>> ServeHttp(const syncbn::Flags& flags, const syncbn::MasterServer& server) {
+  if (flags.http_address.has_value() && flags.http_address->empty()) return nullptr;
+  const HttpOptions options = {flags.http_address.value_or(kDefaultHttpAddress), flags.metrics_max_ranks};
+  auto http = HttpServer::Start(options, server.InProcessChannel());
+  if (http.ok()) {
+    Log(LogLevel::kInfo, absl::StrCat("status page, metrics and probes on http://", (*http)->address(), "/"),
+        {LogField{"event", "http"}, LogField{"address", (*http)->address()}});
+  } else if (!flags.http_address.has_value()) {
+    Log(LogLevel::kInfo, absl::StrCat("no status page: ", http.status().message(), "; --http-address gives another"));
+    return nullptr;
+  }
+  return http;
+}
+
+// Writes the rounds that each group remembers to the log.
+void DumpRounds(const syncbn::MasterServer& server) {
+  if (const absl::Status status = syncbn::http::LogRounds(InspectionClient(server.InProcessChannel())); !status.ok()) {
+    Log(LogLevel::kWarning, absl::StrCat("the rounds cannot be written to the log: ", status.message()));
+  }
+}
+
 // Returns the signals that the program waits for.
 sigset_t Signals() {
   sigset_t signals;
   sigemptyset(&signals);
-  for (const int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&signals, signal);
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1}) sigaddset(&signals, signal);
   return signals;
 }
 
 std::string Day(absl::Time time) { return absl::FormatTime("%Y-%m-%d %H:%M UTC", time, absl::UTCTimeZone()); }
+
+// Returns whether the master's loop answers.
+bool IsAlive(const syncbn::MasterServer& server) {
+  return InspectionClient(server.InProcessChannel()).GetMaster().ok();
+}
 
 void Reload(syncbn::MasterServer& server) {
   const absl::Status status = server.ReloadCertificates();
@@ -73,16 +119,18 @@ void Reload(syncbn::MasterServer& server) {
   }
 }
 
-// Waits for SIGTERM or SIGINT, at most for `lifetime`, and reloads the certificates at SIGHUP. Returns the reason to
-// end.
+// Waits for SIGTERM or SIGINT, at most for `lifetime`; reloads the certificates at SIGHUP, and writes the newest rounds
+// to the log at SIGUSR1. Tells systemd's watchdog, if there is one, that the master answers. Returns the reason to end.
 std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
   constexpr absl::Duration kLongestWait = absl::Hours(24);
   const sigset_t signals = Signals();
   const auto start = std::chrono::steady_clock::now();
+  syncbn::SystemdWatchdog watchdog;
   while (true) {
     const absl::Duration left = lifetime - absl::FromChrono(std::chrono::steady_clock::now() - start);
     if (left <= absl::ZeroDuration()) return "its lifetime has ended";
-    const timespec wait = absl::ToTimespec(std::min(left, kLongestWait));
+    watchdog.Poke([&server] { return IsAlive(server); });
+    const timespec wait = absl::ToTimespec(std::min({left, kLongestWait, watchdog.interval()}));
     switch (sigtimedwait(&signals, nullptr, &wait)) {
       case SIGTERM:
         return "SIGTERM";
@@ -91,10 +139,17 @@ std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
       case SIGHUP:
         Reload(server);
         break;
+      case SIGUSR1:
+        DumpRounds(server);
+        break;
       default:  // The wait is over, or the process was stopped and continued.
         break;
     }
   }
+}
+
+std::vector<LogField> ReadyFields(const syncbn::MasterServer& server) {
+  return {{"event", "ready"}, {"version", syncbn::kVersion}, {"addresses", absl::StrJoin(server.targets(), ",")}};
 }
 
 std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& flags) {
@@ -110,7 +165,8 @@ std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& fl
   absl::StrAppend(&text, flags.server.token.empty() ? "; no token" : "; workers need the token");
   const auto& limits = flags.server.limits;
   absl::StrAppend(&text, "; at most ", server.max_connections(), " connections, ", limits.max_groups, " groups, ",
-                  limits.max_workers, " workers, ", limits.max_channels, " channels");
+                  limits.max_workers, " workers, ", limits.max_channels, " channels, ", DescriptorLimit(),
+                  " descriptors");
   return text;
 }
 
@@ -158,7 +214,7 @@ int main(int argc, char** argv) {
 
   syncbn::Flags flags;
   if (const auto code = syncbn::ParseFlags(argc, argv, &flags)) return *code;
-  syncbn::LogToStderr(flags.log_level);
+  syncbn::LogToStderr(flags.log_level, flags.log_format);
   for (const std::string& doubt : flags.doubts) Log(LogLevel::kWarning, doubt);
   RaiseDescriptorLimit();
   grpc::channelz::experimental::InitChannelzService();  // For every server of the process; there is one.
@@ -168,7 +224,13 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "syncbn-master: %s\n", std::string(server.status().message()).c_str());
     return ExitCode(server.status());
   }
-  Log(LogLevel::kInfo, Describe(**server, flags));
+  auto http = ServeHttp(flags, **server);
+  if (!http.ok()) {
+    std::fprintf(stderr, "syncbn-master: %s\n", std::string(http.status().message()).c_str());
+    return http.status().code() == absl::StatusCode::kInvalidArgument ? 2 : 1;
+  }
+  Log(LogLevel::kInfo, Describe(**server, flags), ReadyFields(**server));
+  syncbn::NotifySystemd("READY=1");
   std::printf("syncbn-master ready on %s\n", absl::StrJoin((*server)->targets(), " ").c_str());
   std::fflush(stdout);
   std::string reason;
@@ -176,7 +238,8 @@ int main(int argc, char** argv) {
     const auto watchdog = Watch(**server, flags.watchdog);
     reason = AwaitEnd(**server, flags.max_lifetime);
   }
-  Log(LogLevel::kInfo, absl::StrCat("shutting down: ", reason));
+  Log(LogLevel::kInfo, absl::StrCat("shutting down: ", reason), {LogField{"event", "shutdown"}});
+  syncbn::NotifySystemd("STOPPING=1");
   (*server)->Shutdown(flags.exit_timeout);
   Log(LogLevel::kInfo, "stopped");
   std::printf("syncbn-master stopped\n");

@@ -160,10 +160,14 @@ void Coordinator::Handle(const FrameReceived& frame, absl::Time now, Effects& ef
 }
 
 void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, Effects& effects) {
-  const auto refuse = [&](Error error) { effects.push_back(CloseStream{frame.stream, std::move(error)}); };
-  if (shutting_down_) return refuse(ShuttingDownError());
-  if (!frame.join.has_value()) return refuse(NoJoinError());
+  const auto close = [&](Error error) { effects.push_back(CloseStream{frame.stream, std::move(error)}); };
+  if (shutting_down_) return close(ShuttingDownError());
+  if (!frame.join.has_value()) return close(NoJoinError());
   const Join& join = *frame.join;
+  const auto refuse = [&](Error error) {
+    effects.push_back(JoinRefused{join.id, join.rank, frame.stream, error});
+    close(std::move(error));
+  };
   GroupConfig filled;
   if (auto error = CheckAlone(join, limits_)) return refuse(std::move(*error));
   if (auto error = FillConfig(join.config, join.world_size, limits_, filled)) return refuse(std::move(*error));
@@ -183,16 +187,19 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
   }
   Group& group = *slot->second.group;
   const uint64_t run_before = first ? 0 : group.run_id();
-  if (group.OnJoin(frame.stream, join, filled, now, effects)) {
+  if (auto error = group.OnJoin(frame.stream, join, filled, now, effects)) {
+    refuse(*std::move(error));
+    if (first) {
+      groups_.erase(slot);  // It has never had a member, and its run would refuse the workers of the real one.
+      return;
+    }
+  } else {
     streams_[frame.stream] = join.id;
     // The run of an earlier master goes on.
     if (join.run_id == group.run_id() && join.run_id != run_before) {
       group.Resume(journal_.Claim(join.id, join.run_id));
     }
     group.OnFrame(frame.stream, frame, now, effects);
-  } else if (first) {
-    groups_.erase(slot);  // It has never had a member, and its run would refuse the workers of the real one.
-    return;
   }
   SetAlarm(slot);
 }
@@ -339,10 +346,10 @@ std::vector<GroupSummary> Coordinator::ListGroups() const {
   return summaries;
 }
 
-absl::StatusOr<GroupView> Coordinator::GetGroup(const GroupId& id, absl::Time now) const {
+absl::StatusOr<GroupView> Coordinator::GetGroup(const GroupId& id, absl::Time now, const GroupParts& parts) const {
   const absl::StatusOr<const Group*> group = Find(id);
   if (!group.ok()) return group.status();
-  return (*group)->View(now);
+  return (*group)->View(now, parts);
 }
 
 absl::StatusOr<std::vector<LayerSummary>> Coordinator::ListLayers(const GroupId& id) const {
@@ -356,7 +363,7 @@ absl::StatusOr<LayerView> Coordinator::GetLayer(const GroupId& id, absl::string_
   if (!group.ok()) return group.status();
   if (const Layer* const found = (*group)->FindLayer(layer)) return found->View();
   return absl::NotFoundError(absl::StrCat("group \"", id.group, "\" of job \"", id.job, "\" has no layer \"", layer,
-                                          "\" among its ", (*group)->Summary().layers));
+                                          "\" among its ", (*group)->LayerSummaries().size()));
 }
 
 void Coordinator::CheckInvariants() const {

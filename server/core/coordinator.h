@@ -66,7 +66,7 @@ class Coordinator {
   // Returns all groups, ordered by job and group name.
   std::vector<GroupSummary> ListGroups() const;
   // Errors: NOT_FOUND, naming the groups (or layers) that exist.
-  absl::StatusOr<GroupView> GetGroup(const GroupId& id, absl::Time now) const;
+  absl::StatusOr<GroupView> GetGroup(const GroupId& id, absl::Time now, const GroupParts& parts = GroupParts()) const;
   // Returns the group's layers, ordered by name.
   absl::StatusOr<std::vector<LayerSummary>> ListLayers(const GroupId& id) const;
   absl::StatusOr<LayerView> GetLayer(const GroupId& id, absl::string_view layer) const;

@@ -76,13 +76,34 @@ struct RoundEnded {
   Rank last_rank = 0;
 };
 
+// The state of a member has changed. For the log; not sent to workers.
+struct MemberChanged {
+  GroupId group;
+  Rank rank = 0;
+  StreamId stream = 0;  // By which the member is, or was, connected.
+  MemberState state = MemberState::kAbsent;
+  bool returned = false;  // It is present, and is the incarnation that the group knows: its stream had broken.
+  uint64_t incarnation = 0;
+  std::string description;
+  uint32_t present = 0;
+  uint32_t world_size = 0;
+};
+
+// A worker may not join. Its stream's CloseStream follows.
+struct JoinRefused {
+  GroupId group;
+  Rank rank = 0;
+  StreamId stream = 0;
+  Error error;
+};
+
 // A group is gone. Its watchers' calls end.
 struct GroupEnded {
   GroupId group;
 };
 
 using Effect = std::variant<SendJoined, SendResults, SendLayerError, SendMembership, SendLateRounds, CloseStream,
-                            RoundEnded, GroupEnded>;
+                            RoundEnded, MemberChanged, JoinRefused, GroupEnded>;
 using Effects = std::vector<Effect>;
 
 }  // namespace syncbn::core

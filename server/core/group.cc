@@ -62,18 +62,18 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, uint6
 
 // ---- Joining --------------------------------------------------------------------------------------------------------
 
-bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, absl::Time now, Effects& effects) {
+std::optional<Error> Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, absl::Time now,
+                                   Effects& effects) {
   rounds_.BeginTurn();
   auto error = CheckJoin(join, filled);
   if (!error.has_value()) error = layers_.CheckSpecs(join.layers);
-  if (error.has_value()) {
-    effects.push_back(CloseStream{stream, std::move(error)});
-    return false;
+  if (!error.has_value()) {
+    error = layers_.CheckSet(join);
+    if (error.has_value()) OnLayerSetRefused(join, *error, now, effects);
   }
-  if (error = layers_.CheckSet(join); error.has_value()) {
-    OnLayerSetRefused(join, *error, now, effects);
-    effects.push_back(CloseStream{stream, std::move(error)});
-    return false;
+  if (error.has_value()) {
+    refused_joins_.Add(error->reason);
+    return error;
   }
   const bool comes_back = join.run_id != 0;
   const bool with_history = comes_back && !join.without_outcome;
@@ -82,6 +82,7 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
   continues_ = continues_ || with_history;
   const bool others_left = AdoptLeft(join);
   const bool had_left = members_[join.rank].state == MemberState::kLeft;
+  ++joins_;
   Seat(stream, join, now, effects);
   SendJoinedTo(join.rank, effects);
   if (others_left) rounds_.BeginReview(now, effects);
@@ -90,7 +91,7 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
   // Members tell the next master who has left, so they learn who is back.
   const bool complete = members_.present() == members_.world_size();
   if (others_left || had_left || complete) AnnounceMembership(join.rank, effects);
-  return true;
+  return std::nullopt;
 }
 
 std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& filled) const {
@@ -139,6 +140,8 @@ void Group::Seat(StreamId stream, const Join& join, absl::Time now, Effects& eff
     const uint64_t incarnation = members_[join.rank].incarnation;
     effects.push_back(CloseStream{*seated.replaced, ReplacedStreamError(join.rank, incarnation)});
   }
+  effects.push_back(Change(join.rank, stream));
+  std::get<MemberChanged>(effects.back()).returned = !seated.reborn;
   if (!seated.reborn) return;
   layers_.Forget(join.rank);
   // Its predecessor will not contribute any more, so rounds wait for it in vain.
@@ -226,12 +229,15 @@ void Group::OnStreamClosed(StreamId stream, absl::Time now, Effects& effects) {
   const std::optional<Rank> rank = members_.RankOf(stream);
   if (!rank.has_value()) return;
   members_.Lose(*rank, now + *config_.rejoin_grace);
+  effects.push_back(Change(*rank, stream));
   OnMemberGone(now, effects);
   OnTimePassed(now, effects);  // A grace of 0 is over already.
 }
 
 void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
+  const StreamId stream = members_[rank].stream;
   members_.Leave(rank);
+  effects.push_back(Change(rank, stream));
   layers_.Forget(rank);
   OnMemberGone(now, effects);
   rounds_.BeginReview(now, effects);
@@ -245,6 +251,19 @@ void Group::OnMemberGone(absl::Time now, Effects& effects) {
 void Group::AnnounceMembership(std::optional<Rank> except, Effects& effects) const {
   std::vector<StreamId> streams = members_.Streams(except);
   if (!streams.empty()) effects.push_back(SendMembership{std::move(streams), members_.Snapshot()});
+}
+
+MemberChanged Group::Change(Rank rank, StreamId stream) const {
+  const Member& member = members_[rank];
+  return {id_,
+          rank,
+          stream,
+          member.state,
+          /*returned=*/false,
+          member.incarnation,
+          member.description,
+          members_.present(),
+          members_.world_size()};
 }
 
 void Group::OnReaderLags(StreamId stream, bool lags) {
@@ -284,23 +303,53 @@ GroupSummary Group::Summary() const {
   summary.rounds_in_flight = rounds_.size();
   summary.rounds_completed = rounds_.completed();
   summary.rounds_failed = rounds_.failed();
+  summary.oldest_round = rounds_.OldestBegun();
   return summary;
 }
 
-GroupView Group::View(absl::Time now) const {
+GroupView Group::View(absl::Time now, const GroupParts& parts) const {
   GroupView view;
   view.summary = Summary();
   view.config = config_;
+  view.statistics = rounds_.statistics();
+  view.joins = joins_;
+  view.refused_joins = refused_joins_;
+  view.lost = members_.lost();
+  view.left = members_.left();
+  view.pending_bytes = rounds_.pending_bytes();
+  view.retained_bytes = layers_.retained_bytes();
+  if (parts.members) view.members = MemberViews();
+  if (parts.pending) view.pending = rounds_.Views(now);
+  if (parts.recent) {
+    const FlightRecorder& recorder = rounds_.recorder();
+    view.recent = recorder.Rounds();
+    view.failures.assign(recorder.failures().begin(), recorder.failures().end());
+  }
+  return view;
+}
+
+std::vector<MemberView> Group::MemberViews() const {
+  std::vector<MemberView> views;
   for (Rank rank = 0; rank < members_.world_size(); ++rank) {
     const Member& member = members_[rank];
     const size_t shown = std::min(member.blocked_on.size(), kMostShownKeys);
-    view.members.push_back({rank, member.state, member.incarnation, member.description, member.contributions,
-                            member.last_arrivals, member.joined_at,
-                            std::vector<RoundKey>(member.blocked_on.begin(), member.blocked_on.begin() + shown),
-                            member.blocked_on.size()});
+    MemberView view;
+    view.rank = rank;
+    view.state = member.state;
+    view.incarnation = member.incarnation;
+    view.description = member.description;
+    view.contributions = member.contributions;
+    view.last_arrivals = member.last_arrivals;
+    view.joined_at = member.joined_at;
+    view.blocked_on.assign(member.blocked_on.begin(), member.blocked_on.begin() + shown);
+    view.blocked_on_count = member.blocked_on.size();
+    if (member.activity != nullptr) {
+      view.last_contribution = LastContribution{member.activity->key(), member.activity->at};
+      view.lateness = member.activity->lateness;
+    }
+    views.push_back(std::move(view));
   }
-  view.pending = rounds_.Views(now);
-  return view;
+  return views;
 }
 
 GroupState Group::State() const { return {id_, generation_, run_id_, members_.world_size(), config_, {}}; }

@@ -53,8 +53,9 @@ class Group {
   // The group of this name has been in another run, which is over; 0 if it has not.
   void NoteOver(uint64_t run_id) { over_run_id_ = run_id; }
 
-  // Admits the worker, or refuses it by closing the stream. Returns whether it was admitted.
-  bool OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, absl::Time now, Effects& effects);
+  // Admits the worker. Returns why it is refused; nothing if it is admitted.
+  std::optional<Error> OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, absl::Time now,
+                              Effects& effects);
   // Handles a member's frame, except for its join.
   void OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now, Effects& effects);
   void OnStreamClosed(StreamId stream, absl::Time now, Effects& effects);
@@ -77,7 +78,8 @@ class Group {
   bool Owns(StreamId stream) const { return members_.RankOf(stream).has_value(); }
 
   GroupSummary Summary() const;
-  GroupView View(absl::Time now) const;
+  GroupView View(absl::Time now, const GroupParts& parts) const;
+  std::vector<MemberView> MemberViews() const;
   std::vector<LayerSummary> LayerSummaries() const { return layers_.Summaries(); }
   // Returns null if no member has declared a layer of that name.
   const Layer* FindLayer(absl::string_view name) const { return layers_.Find(name); }
@@ -113,6 +115,8 @@ class Group {
   // After a loss or a leave.
   void OnMemberGone(absl::Time now, Effects& effects);
   void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
+  // `stream` is the one by which the member is, or was, connected.
+  MemberChanged Change(Rank rank, StreamId stream) const;
 
   const GroupId id_;
   const uint64_t generation_;
@@ -128,6 +132,8 @@ class Group {
   Layers layers_;
   Rounds rounds_;
   absl::Time linger_until_;
+  uint64_t joins_ = 0;
+  ReasonCounts refused_joins_;
 };
 
 }  // namespace syncbn::core

@@ -35,6 +35,30 @@ std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
   return std::nullopt;
 }
 
+namespace {
+
+ChannelSummary SummaryOf(const std::vector<double>& mean, const std::vector<double>& var) {
+  constexpr double kConstant = 1e-10;
+  constexpr double kMostMagnitude = 1e4;
+  ChannelSummary summary;
+  summary.least_var = var.front();
+  for (uint32_t c = 0; c < var.size(); ++c) {
+    summary.least_var = std::min(summary.least_var, var[c]);
+    summary.greatest_var = std::max(summary.greatest_var, var[c]);
+    summary.greatest_mean = std::max(summary.greatest_mean, std::abs(mean[c]));
+    // A comparison with NaN is false, so these find it too.
+    const bool tame = std::abs(mean[c]) <= kMostMagnitude && var[c] <= kMostMagnitude * kMostMagnitude;
+    if (!tame) {
+      if (summary.exploding++ < kMostShownKeys) summary.exploding_channels.push_back(c);
+    } else if (var[c] <= kConstant * std::max(1.0, mean[c] * mean[c])) {
+      if (summary.constant++ < kMostShownKeys) summary.constant_channels.push_back(c);
+    }
+  }
+  return summary;
+}
+
+}  // namespace
+
 void Layer::Observe(const EndedRound& round) {
   if (!running_.Observe(round.declaration, *round.outcome)) return;
   if (newest_forward_sequence_ > round.outcome->key.sequence) return;
@@ -225,6 +249,18 @@ size_t Layer::CheckInvariants() const {
   return records;
 }
 
+std::optional<ChannelSummary> Layer::SummarizeChannels() const {
+  const auto batch = newest_forward_.lock();
+  const size_t channels = declarations_.current()->spec.channels;
+  const std::vector<double>& mean = batch != nullptr ? batch->first : running_.mean;
+  const std::vector<double>& var = batch != nullptr ? batch->second : running_.var;
+  // Results of a size that the layer no longer has are of no use, nor is what nobody has sent yet.
+  if (mean.size() != channels || var.size() != channels || (batch == nullptr && running_.updates == 0)) {
+    return std::nullopt;
+  }
+  return SummaryOf(mean, var);
+}
+
 LayerSummary Layer::Summary() const {
   LayerSummary summary;
   summary.spec = declarations_.current()->spec;
@@ -233,6 +269,7 @@ LayerSummary Layer::Summary() const {
   summary.rounds_completed = completed_;
   summary.rounds_failed = failed_;
   summary.conflict = declarations_.conflict();
+  if (summary.spec.kind == LayerKind::kBatchNorm) summary.channels = SummarizeChannels();
   return summary;
 }
 

@@ -121,6 +121,8 @@ class Layer {
   void Prune(Phase phase);
   // Stops awaiting a backward round, which has ended.
   void EndAwaiting(uint64_t sequence);
+  // Returns nothing while no statistics of the layer's present size are known.
+  std::optional<ChannelSummary> SummarizeChannels() const;
   // Updates the running statistics with a completed forward round.
   void Observe(const EndedRound& round);
 

@@ -42,6 +42,8 @@ class Layers {
   // The size in bytes of the longest result that a round of the layers declared so far can have.
   size_t longest_result() const { return longest_result_; }
   std::vector<LayerSummary> Summaries() const;
+  // The bytes of ended rounds that are kept for replays.
+  size_t retained_bytes() const { return budget_.bytes(); }
 
   // Returns why these layers cannot be declared (MALFORMED_FRAME, LIMIT_EXCEEDED); nothing if they can.
   std::optional<Error> CheckSpecs(const std::vector<LayerSpec>& specs) const;

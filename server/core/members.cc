@@ -199,9 +199,23 @@ void Members::Unblock(Rank rank) {
   --blocked_;
 }
 
-void Members::NoteContribution(Rank rank, bool fresh) {
-  members_[rank].has_contributed = true;
-  if (fresh) ++members_[rank].contributions;
+void Members::NoteContribution(Rank rank, const RoundKey& key, const DeclarationPtr& declaration, absl::Time now,
+                               bool fresh) {
+  Member& member = members_[rank];
+  member.has_contributed = true;
+  if (!fresh) return;
+  ++member.contributions;
+  if (member.activity == nullptr) member.activity = std::make_unique<Activity>();
+  Activity& activity = *member.activity;
+  if (activity.layer != declaration) activity.layer = declaration;
+  activity.sequence = key.sequence;
+  activity.phase = key.phase;
+  activity.at = now;
+}
+
+void Members::NoteLateness(Rank rank, absl::Duration lateness) {
+  SYNCBN_CHECK(members_[rank].activity != nullptr, "rank ", rank);
+  members_[rank].activity->lateness.Add(lateness);
 }
 
 void Members::NoteOutcome(Rank rank, const RoundKey& key) {
@@ -230,6 +244,7 @@ void Members::CheckInvariants() const {
     lagging += member.lags;
     catching_up += member.catching_up;
     SYNCBN_CHECK(is_present || is_lost || !member.catching_up, "rank ", rank);
+    SYNCBN_CHECK((member.activity == nullptr) == (member.contributions == 0), "rank ", rank);
   }
   SYNCBN_CHECK(present_ == present && ranks_.size() == present, present_, " and ", ranks_.size(), ", not ", present);
   SYNCBN_CHECK(left_ == left, left_, ", not ", left);

@@ -10,6 +10,7 @@
 #define SYNCBN_SERVER_CORE_MEMBERS_H_
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -19,9 +20,21 @@
 #include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/time/time.h"
+#include "server/core/duration_histogram.h"
 #include "server/core/types.h"
 
 namespace syncbn::core {
+
+// What a member has contributed, since its rank was first taken.
+struct Activity {
+  DeclarationPtr layer;  // Of the newest contribution, which the next three describe.
+  uint64_t sequence = 0;
+  Phase phase = Phase::kForward;
+  absl::Time at;
+  DurationHistogram lateness;  // Behind the first contribution to each completed round.
+
+  RoundKey key() const { return {layer->spec.name, sequence, phase}; }
+};
 
 struct Member {
   MemberState state = MemberState::kAbsent;
@@ -35,10 +48,11 @@ struct Member {
   bool has_contributed = false;  // In this incarnation.
   // Came back from an earlier master, and has not sent yet all that it had sent to that one.
   bool catching_up = false;
-  absl::Time grace_until;            // While lost: when it is given up.
-  bool given_up = false;             // While lost.
-  bool lags = false;                 // While present: has not read what it was sent.
-  std::vector<RoundKey> blocked_on;  // While present: sends nothing until one of these rounds ends. Ascending.
+  absl::Time grace_until;              // While lost: when it is given up.
+  bool given_up = false;               // While lost.
+  bool lags = false;                   // While present: has not read what it was sent.
+  std::vector<RoundKey> blocked_on;    // While present: sends nothing until one of these rounds ends. Ascending.
+  std::unique_ptr<Activity> activity;  // Null before the first contribution.
 };
 
 // Thread safety: none; pure.
@@ -52,6 +66,8 @@ class Members {
   uint32_t present() const { return present_; }
   uint32_t left() const { return left_; }
   uint32_t given_up() const { return given_up_; }
+  // Members whose streams have broken.
+  uint32_t lost() const { return given_up_ + static_cast<uint32_t>(graces_.size()); }
   uint32_t blocked() const { return blocked_; }
   bool any_lags() const { return lagging_ != 0; }
   uint32_t catching_up() const { return catching_up_; }
@@ -99,7 +115,9 @@ class Members {
   void Block(Rank rank, std::vector<RoundKey> keys);
   void Unblock(Rank rank);
   // `fresh`: not a repetition of what the round already held.
-  void NoteContribution(Rank rank, bool fresh);
+  void NoteContribution(Rank rank, const RoundKey& key, const DeclarationPtr& declaration, absl::Time now, bool fresh);
+  // The member contributed to a round that has completed, so much after the first.
+  void NoteLateness(Rank rank, absl::Duration lateness);
   // The member is told how a round that it contributed to has ended.
   void NoteOutcome(Rank rank, const RoundKey& key);
   void NoteLastArrival(Rank rank) { ++members_[rank].last_arrivals; }

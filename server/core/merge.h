@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/container/btree_map.h"
+#include "absl/time/time.h"
 #include "server/core/limits.h"
 #include "server/core/types.h"
 
@@ -17,6 +18,7 @@ namespace syncbn::core {
 struct Payload {
   uint64_t incarnation = 0;
   DeclarationPtr declaration;  // The one under which it was made.
+  absl::Time arrived;          // First, if it was repeated.
   int64_t count = 0;
   BackwardRole backward_role = BackwardRole::kRequired;
   std::vector<double> first;

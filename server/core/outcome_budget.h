@@ -43,6 +43,9 @@ class OutcomeBudget {
   // Has layers drop the oldest records beyond the limit, among those whose outcomes are forgotten.
   void Trim();
 
+  // The bytes of outcomes and records that are counted.
+  size_t bytes() const { return bytes_ + record_bytes_; }
+
   // Aborts unless `records` records are counted and the totals are their sums.
   void CheckInvariants(size_t records) const;
 

@@ -28,7 +28,8 @@ bool Rounds::MayBeDecided(const PendingRound& round) const {
   return all_may_be_in || too_few_may_remain;
 }
 
-Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing) const {
+Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing,
+                             absl::Time now) const {
   if (round.restored) return FateOfRestored(key, round, missing);
   std::vector<Rank> lost;
   size_t awaited = 0;
@@ -43,7 +44,7 @@ Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, cons
       ++awaited;
     }
   }
-  if (!lost.empty() && !proceeds()) return {true, WorkersLostError(key, lost)};
+  if (!lost.empty() && !proceeds()) return {true, WithLastContributions(WorkersLostError(key, lost), now)};
   const size_t possible = round.payloads.size() + awaited;
   const size_t least = LeastWorkers(round);
   if (possible < least) return {true, TooFewWorkersError(key, possible, least, config_.min_workers, lost)};
@@ -54,7 +55,7 @@ void Rounds::MaybeEnd(Pending::iterator round, absl::Time now, Effects& effects)
   if (!MayBeDecided(round->second)) return;
   Spend(RanksCost());
   std::vector<Rank> missing = round->second.MissingRanks(members_.world_size());
-  Fate fate = FateOf(round->first, round->second, missing);
+  Fate fate = FateOf(round->first, round->second, missing, now);
   if (!fate.decided) return;
   if (fate.error.has_value()) {
     Fail(round, *std::move(fate.error), now, effects);
@@ -146,12 +147,29 @@ void Rounds::EndWithoutMissing(Pending::iterator round, absl::string_view when, 
   if (round->second.restored) {
     Fail(round, OutcomeLostError(round->first, missing), now, effects);
   } else if (!proceeds()) {
-    Fail(round, RoundTimeoutError(round->first, awaited, when, DeclarationHint(round, awaited)), now, effects);
+    Error error = RoundTimeoutError(round->first, awaited, when, DeclarationHint(round, awaited));
+    Fail(round, WithLastContributions(std::move(error), now), now, effects);
   } else if (contributed < LeastWorkers(round->second)) {
-    Fail(round, TooFewContributedError(round->first, contributed, when, config_.min_workers, awaited), now, effects);
+    Error error = TooFewContributedError(round->first, contributed, when, config_.min_workers, awaited);
+    Fail(round, WithLastContributions(std::move(error), now), now, effects);
   } else {
     Complete(round, std::move(missing), now, effects);
   }
+}
+
+Error Rounds::WithLastContributions(Error error, absl::Time now) const {
+  constexpr size_t kShown = 4;
+  const size_t shown = std::min(error.ranks.size(), kShown);
+  for (size_t i = 0; i < shown; ++i) {
+    const Activity* const activity = members_[error.ranks[i]].activity.get();
+    if (activity == nullptr) {
+      absl::StrAppend(&error.message, "; rank ", error.ranks[i], " has contributed nothing yet");
+    } else {
+      absl::StrAppend(&error.message, "; rank ", error.ranks[i], " contributed last to the ", Describe(activity->key()),
+                      ", ", absl::FormatDuration(absl::Trunc(now - activity->at, absl::Milliseconds(1))), " before");
+    }
+  }
+  return error;
 }
 
 std::string Rounds::DeclarationHint(Pending::const_iterator round, const std::vector<Rank>& missing) const {
@@ -251,8 +269,8 @@ void Rounds::Finish(Pending::iterator round, std::shared_ptr<const RoundOutcome>
     if (!payload.repeats) tell(rank);
   }
   for (const Rank rank : pending.latecomers) tell(rank);
-  ++(failed ? failed_ : completed_);
-  if (!failed) members_.NoteLastArrival(pending.last_rank);
+  Count(pending, *outcome, now);
+  recorder_.Record(pending.declaration, pending.payloads, pending.begun, now, outcome);
   const auto contributors = static_cast<uint32_t>(pending.payloads.size());
   effects.push_back(RoundEnded{id_, outcome, now - pending.begun, contributors, pending.last_rank});
   Layer& layer = layers_.Get(round->first.layer);
@@ -272,6 +290,19 @@ void Rounds::Erase(Pending::iterator round) {
   idle_ -= pending.Idle() ? 1 : 0;
   alarms_.erase({pending.alarm, round->first});
   pending_.erase(round);
+}
+
+void Rounds::Count(const PendingRound& round, const RoundOutcome& outcome, absl::Time now) {
+  PhaseStatistics& statistics = statistics_.of(outcome.key.phase);
+  if (outcome.error.has_value()) {
+    ++failed_;
+    statistics.failed.Add(outcome.error->reason);
+    return;
+  }
+  ++completed_;
+  statistics.durations.Add(now - round.begun);
+  members_.NoteLastArrival(round.last_rank);
+  for (const auto& [rank, payload] : round.payloads) members_.NoteLateness(rank, payload.arrived - round.begun);
 }
 
 Roster Rounds::RosterOf(const Payloads& payloads) {
@@ -340,6 +371,12 @@ std::string Rounds::DescribeWaiters() const {
 
 // ---- Views and invariants -------------------------------------------------------------------------------------------
 
+std::optional<absl::Time> Rounds::OldestBegun() const {
+  std::optional<absl::Time> oldest;
+  for (const auto& [key, round] : pending_) oldest = std::min(oldest.value_or(round.begun), round.begun);
+  return oldest;
+}
+
 std::vector<PendingRoundView> Rounds::Views(absl::Time now) const {
   std::vector<Pending::const_iterator> rounds;
   rounds.reserve(pending_.size());
@@ -385,7 +422,8 @@ void Rounds::CheckInvariants() const {
     SYNCBN_CHECK(!layer.declarations().conflict().has_value(), Describe(key));
     const bool to_be_reviewed = review_.has_value() && !(key < review_->first);
     if (!to_be_reviewed && MayBeDecided(round)) {
-      SYNCBN_CHECK(!FateOf(key, round, round.MissingRanks(members_.world_size())).decided, Describe(key));
+      const std::vector<Rank> missing = round.MissingRanks(members_.world_size());
+      SYNCBN_CHECK(!FateOf(key, round, missing, round.begun).decided, Describe(key));
     }
     bytes += round.bytes;
   }

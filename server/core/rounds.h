@@ -19,10 +19,12 @@
 #include "absl/time/time.h"
 #include "server/core/effects.h"
 #include "server/core/events.h"
+#include "server/core/flight_recorder.h"
 #include "server/core/layers.h"
 #include "server/core/limits.h"
 #include "server/core/members.h"
 #include "server/core/pending_round.h"
+#include "server/core/round_statistics.h"
 #include "server/core/types.h"
 #include "server/core/views.h"
 
@@ -50,7 +52,12 @@ class Rounds {
  public:
   // `config` has every default filled in. All arguments must outlive this object.
   Rounds(const GroupId& id, const GroupConfig& config, const Limits& limits, Members& members, Layers& layers)
-      : id_(id), config_(config), limits_(limits), members_(members), layers_(layers) {}
+      : id_(id),
+        config_(config),
+        limits_(limits),
+        members_(members),
+        layers_(layers),
+        recorder_(members.world_size()) {}
   Rounds(const Rounds&) = delete;
   Rounds& operator=(const Rounds&) = delete;
 
@@ -58,6 +65,11 @@ class Rounds {
   size_t size() const { return pending_.size() - idle_; }
   uint64_t completed() const { return completed_; }
   uint64_t failed() const { return failed_; }
+  size_t pending_bytes() const { return pending_bytes_; }
+  const RoundStatistics& statistics() const { return statistics_; }
+  const FlightRecorder& recorder() const { return recorder_; }
+  // Returns when the oldest round in flight began; nothing if there is none.
+  std::optional<absl::Time> OldestBegun() const;
 
   // Begins the work of one event, for the measure of max_turn_bytes.
   void BeginTurn() { turn_ = limits_.max_turn_bytes; }
@@ -123,7 +135,7 @@ class Rounds {
 
   // ---- Arrival (rounds_arrival.cc)
   // Answers a contribution to a round that has ended. Returns whether it has.
-  bool Replay(Rank rank, const Contribution& contribution, const EndedRound* ended, Effects& effects) const;
+  bool Replay(Rank rank, const Contribution& contribution, const EndedRound* ended, Effects& effects);
   // Returns whether the contribution may be ignored: its sender has the outcome, and nobody needs it.
   bool IsNeedless(Rank rank, const Contribution& contribution, const EndedRound* ended) const;
   // Returns the declaration under which the rank's contribution is made. `round` may be pending_.end().
@@ -141,15 +153,15 @@ class Rounds {
   Pending::iterator Begin(const RoundKey& key, const Layer& layer, absl::Time now);
   // Adds the contribution to the round. A repetition changes nothing; a predecessor's contribution, which nobody has
   // seen yet, is replaced. Returns false, having rejected it, if the rank has contributed other numbers.
-  bool Accept(Rank rank, const Contribution& contribution, DeclarationPtr declaration, Pending::iterator round,
-              Effects& effects);
-  void Reject(Rank rank, const RoundKey& key, Error error, Effects& effects) const;
+  bool Accept(Rank rank, const Contribution& contribution, const DeclarationPtr& declaration, Pending::iterator round,
+              absl::Time now, Effects& effects);
+  void Reject(Rank rank, const RoundKey& key, Error error, Effects& effects);
 
   // ---- End (rounds.cc)
   void MaybeEnd(Pending::iterator round, absl::Time now, Effects& effects);
   // Returns false if a count of members alone shows that the fate of the round is undecided.
   bool MayBeDecided(const PendingRound& round) const;
-  Fate FateOf(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing) const;
+  Fate FateOf(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing, absl::Time now) const;
   // Returns the number of contributions without which a round may not proceed; 0 under the policy FAIL.
   size_t LeastWorkers(const PendingRound& round) const;
   void AnnounceLate(Pending::iterator round, absl::Time now, Effects& effects);
@@ -159,11 +171,14 @@ class Rounds {
   void EndWithoutMissing(Pending::iterator round, absl::string_view when, absl::Time now, Effects& effects);
   // Returns a hint if a missing rank has declared the layer otherwise than the round's contributors; or "".
   std::string DeclarationHint(Pending::const_iterator round, const std::vector<Rank>& missing) const;
+  // Appends to the error what each of its ranks, which are missing from a round, has contributed last.
+  Error WithLastContributions(Error error, absl::Time now) const;
   // Removes the ranks that have left: nobody waits for them.
   std::vector<Rank> WithoutLeft(std::vector<Rank> ranks) const;
   void Complete(Pending::iterator round, std::vector<Rank> missing, absl::Time now, Effects& effects);
   void Fail(Pending::iterator round, Error error, absl::Time now, Effects& effects);
   void Erase(Pending::iterator round);
+  void Count(const PendingRound& round, const RoundOutcome& outcome, absl::Time now);
   void Finish(Pending::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now, Effects& effects);
   // Returns the round's contributors.
   static Roster RosterOf(const Payloads& payloads);
@@ -200,6 +215,8 @@ class Rounds {
   std::array<std::shared_ptr<const Roster>, 3> newest_rosters_;  // By phase.
   uint64_t completed_ = 0;
   uint64_t failed_ = 0;
+  RoundStatistics statistics_;
+  FlightRecorder recorder_;
 };
 
 }  // namespace syncbn::core

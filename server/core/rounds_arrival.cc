@@ -43,7 +43,7 @@ void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::T
   if (layer == nullptr) return Reject(rank, key, UndeclaredLayerError(rank, key), effects);
   if (Replay(rank, contribution, ended, effects)) return;
   auto round = pending_.find(key);
-  DeclarationPtr declaration = DeclarationFor(rank, key, *layer, round);
+  const DeclarationPtr declaration = DeclarationFor(rank, key, *layer, round);
   if ((declaration->spec.kind == LayerKind::kSum) != (key.phase == Phase::kSum)) {
     return Reject(rank, key, LayerKindError(rank, key), effects);
   }
@@ -51,7 +51,7 @@ void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::T
     return Reject(rank, key, *std::move(error), effects);
   if (round == pending_.end()) round = Begin(key, *layer, now);
   const bool was_idle = round->second.Idle();
-  if (!Accept(rank, contribution, std::move(declaration), round, effects)) return;
+  if (!Accept(rank, contribution, declaration, round, now, effects)) return;
   if (was_idle && !round->second.Idle()) NoteWaiter(round, now);
   if (!round->second.payloads.contains(rank)) {
     MaybeEnd(round, now, effects);
@@ -62,7 +62,8 @@ void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::T
   }
 }
 
-void Rounds::Reject(Rank rank, const RoundKey& key, Error error, Effects& effects) const {
+void Rounds::Reject(Rank rank, const RoundKey& key, Error error, Effects& effects) {
+  statistics_.rejected.Add(error.reason);
   auto outcome = std::make_shared<RoundOutcome>();
   outcome->key = key;
   outcome->error = std::move(error);
@@ -77,7 +78,7 @@ bool Rounds::IsNeedless(Rank rank, const Contribution& contribution, const Ended
   return pending_bytes_ + bytes > limits_.max_pending_bytes / 2 || pending_.size() >= limits_.max_rounds_in_frame;
 }
 
-bool Rounds::Replay(Rank rank, const Contribution& contribution, const EndedRound* ended, Effects& effects) const {
+bool Rounds::Replay(Rank rank, const Contribution& contribution, const EndedRound* ended, Effects& effects) {
   const RoundKey& key = contribution.key;
   if (ended == nullptr || ended->restored) return false;
   const Contributor* const before = ended->Find(rank);
@@ -87,6 +88,7 @@ bool Rounds::Replay(Rank rank, const Contribution& contribution, const EndedRoun
   } else if (ended->outcome == nullptr) {
     Reject(rank, key, OutcomeForgottenError(key, limits_.max_retained_bytes), effects);
   } else {
+    ++statistics_.replayed;
     effects.push_back(SendResults{{members_[rank].stream}, {ended->outcome}});
   }
   return true;
@@ -180,13 +182,13 @@ Rounds::Pending::iterator Rounds::Begin(const RoundKey& key, const Layer& layer,
   return begun;
 }
 
-bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr declaration, Pending::iterator round,
-                    Effects& effects) {
+bool Rounds::Accept(Rank rank, const Contribution& contribution, const DeclarationPtr& declaration,
+                    Pending::iterator round, absl::Time now, Effects& effects) {
   const Member& member = members_[rank];
   PendingRound& pending = round->second;
   if (pending.restored && !pending.Expects(rank)) {
     AddLatecomer(rank, &pending);
-    members_.NoteContribution(rank, /*fresh=*/false);
+    members_.NoteContribution(rank, round->first, declaration, now, /*fresh=*/false);
     return true;
   }
   const auto before = pending.payloads.find(rank);
@@ -194,7 +196,8 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr 
     if (SameNumbers(before->second, contribution)) {
       before->second.incarnation = member.incarnation;
       before->second.repeats = before->second.repeats && contribution.repeats;
-      members_.NoteContribution(rank, /*fresh=*/false);
+      ++statistics_.repeated;
+      members_.NoteContribution(rank, round->first, declaration, now, /*fresh=*/false);
       return true;
     }
     if (pending.restored || before->second.incarnation == member.incarnation) {
@@ -210,7 +213,8 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr 
   if (pending.payloads.empty() && !pending.restored) pending.declaration = declaration;
   Payload payload;
   payload.incarnation = member.incarnation;
-  payload.declaration = std::move(declaration);
+  payload.declaration = declaration;
+  payload.arrived = now;
   payload.count = contribution.count;
   payload.backward_role = contribution.backward_role;
   payload.repeats = contribution.repeats;
@@ -220,7 +224,8 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr 
   pending_bytes_ += payload.bytes();
   pending.payloads.emplace(rank, std::move(payload));
   pending.last_rank = rank;
-  members_.NoteContribution(rank, /*fresh=*/true);
+  ++statistics_.accepted;
+  members_.NoteContribution(rank, round->first, declaration, now, /*fresh=*/true);
   return true;
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "server/core/round_statistics.h"
 #include "server/core/state.h"
 #include "server/core/types.h"
 
@@ -26,11 +27,18 @@ struct GroupSummary {
   size_t rounds_in_flight = 0;
   uint64_t rounds_completed = 0;
   uint64_t rounds_failed = 0;
+  std::optional<absl::Time> oldest_round;  // When the oldest round in flight began.
 };
 
 // The most entries that a view shows of a list that may be long.
 inline constexpr size_t kMostShownRounds = 100;
 inline constexpr size_t kMostShownKeys = 8;
+
+// A contribution that was accepted.
+struct LastContribution {
+  RoundKey key;
+  absl::Time at;
+};
 
 struct MemberView {
   Rank rank = 0;
@@ -42,6 +50,8 @@ struct MemberView {
   absl::Time joined_at;
   std::vector<RoundKey> blocked_on;  // The first kMostShownKeys.
   size_t blocked_on_count = 0;       // Of all.
+  std::optional<LastContribution> last_contribution;
+  DurationHistogram lateness;  // Behind the first contribution to each completed round.
 };
 
 struct PendingRoundView {
@@ -54,11 +64,57 @@ struct PendingRoundView {
   absl::Duration time_left;
 };
 
+// How long after a round's first contribution a rank has contributed.
+struct Arrival {
+  Rank rank = 0;
+  absl::Duration after;
+};
+
+// A round that has ended.
+struct RecordedRound {
+  RoundKey key;
+  const char* reason = "";  // Of its failure; "" if it completed.
+  absl::Time begun;         // When its first contribution came.
+  absl::Duration duration;
+  std::vector<Arrival> arrivals;  // The latest kMostNamedRanks, latest first.
+  size_t arrived = 0;             // Of all.
+  std::optional<Error> error;     // Only in the list of failures.
+};
+
+// The parts of a GroupView that take long to make in a large group.
+struct GroupParts {
+  bool members = true;
+  bool pending = true;
+  bool recent = true;
+};
+
 struct GroupView {
   GroupSummary summary;
   GroupConfig config;
+  RoundStatistics statistics;
+  uint64_t joins = 0;
+  ReasonCounts refused_joins;
+  uint32_t lost = 0;
+  uint32_t left = 0;
+  size_t pending_bytes = 0;               // Of contributions to rounds in flight.
+  size_t retained_bytes = 0;              // Of outcomes that are kept for replays.
+  std::vector<RecordedRound> recent;      // Newest first.
+  std::vector<RecordedRound> failures;    // Newest first.
   std::vector<MemberView> members;        // By rank.
   std::vector<PendingRoundView> pending;  // The oldest kMostShownRounds, oldest first.
+};
+
+// What the newest batch statistics, or the running ones if those are forgotten, say about a layer's channels.
+struct ChannelSummary {
+  // A channel is constant if its variance is at most 1e-10 of max(1, mean^2): nothing distinguishes its values. It
+  // explodes if a number is not finite, or beyond 1e4 in magnitude, near the end of float16's range, or its square.
+  uint32_t constant = 0;
+  uint32_t exploding = 0;
+  std::vector<uint32_t> constant_channels;   // The first kMostShownKeys.
+  std::vector<uint32_t> exploding_channels;  // The first kMostShownKeys.
+  double least_var = 0.0;
+  double greatest_var = 0.0;
+  double greatest_mean = 0.0;  // In magnitude.
 };
 
 struct LayerSummary {
@@ -67,6 +123,7 @@ struct LayerSummary {
   uint64_t rounds_completed = 0;
   uint64_t rounds_failed = 0;
   std::optional<Error> conflict;
+  std::optional<ChannelSummary> channels;  // Absent for sums, and while no result is known.
 };
 
 struct RunningStatisticsView {

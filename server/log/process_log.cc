@@ -21,9 +21,12 @@
 namespace syncbn {
 namespace {
 
-// Returns whether a page can be written without blocking. stderr is shared with the program's parent and others, so it
-// cannot be made non-blocking itself.
+// Writes only where a page can be written without blocking. stderr is shared with the program's parent and others, so
+// it cannot be made non-blocking itself.
 class StderrSink final : public spdlog::sinks::base_sink<std::mutex> {
+ public:
+  explicit StderrSink(bool json) : json_(json) {}
+
  private:
   void sink_it_(const spdlog::details::log_msg& message) override {
     spdlog::memory_buf_t line;
@@ -33,12 +36,22 @@ class StderrSink final : public spdlog::sinks::base_sink<std::mutex> {
       text.resize(PIPE_BUF - 4);
       text += "...\n";
     }
-    if (lost_ != 0 && !Write(absl::StrCat(lost_, " lines of the log are lost: nobody read them\n"))) {
+    if (lost_ != 0 && !Write(Lost(message))) {
       ++lost_;
       return;
     }
     lost_ = 0;
     if (!Write(text)) ++lost_;
+  }
+
+  // Returns the line that says how many are lost.
+  std::string Lost(const spdlog::details::log_msg& like) {
+    const std::string text = absl::StrCat(lost_, " lines of the log are lost: nobody read them");
+    const std::string payload = json_ ? absl::StrCat("\"message\":\"", text, "\"") : text;
+    const spdlog::details::log_msg message(like.time, {}, like.logger_name, spdlog::level::warn, payload);
+    spdlog::memory_buf_t line;
+    formatter_->format(message, line);
+    return std::string(line.data(), line.size());
   }
 
   void flush_() override {}
@@ -50,6 +63,7 @@ class StderrSink final : public spdlog::sinks::base_sink<std::mutex> {
     return write(STDERR_FILENO, text.data(), text.size()) >= 0;
   }
 
+  const bool json_;
   uint64_t lost_ = 0;
 };
 
@@ -65,6 +79,37 @@ std::string Escape(absl::string_view line) {
     }
   }
   return text;
+}
+
+// Returns the text as a JSON string. Bytes beyond ASCII become the characters of the same numbers, since the text may
+// not be UTF-8.
+std::string Quote(absl::string_view text) {
+  std::string quoted = "\"";
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '"' || c == '\\') {
+      quoted += '\\';
+      quoted += c;
+    } else if (byte >= 0x20 && byte < 0x7f) {
+      quoted += c;
+    } else {
+      absl::StrAppend(&quoted, "\\u00", absl::Hex(byte, absl::kZeroPad2));
+    }
+  }
+  return quoted + "\"";
+}
+
+// Returns the members of a JSON object, but for time and level. What is too long for one write to a pipe is cut off
+// within its string, so that the line stays JSON.
+std::string JsonMembers(const LogRecord& record) {
+  for (size_t longest = 2048;; longest /= 2) {
+    std::string json = absl::StrCat("\"message\":", Quote(record.text.substr(0, longest)));
+    for (const LogField& field : record.fields) {
+      const absl::string_view value = field.value;
+      absl::StrAppend(&json, ",", Quote(field.name), ":", Quote(value.substr(0, longest)));
+    }
+    if (json.size() + 100 <= PIPE_BUF || longest == 1) return json;
+  }
 }
 
 spdlog::level::level_enum ToSpdlog(LogLevel level) {
@@ -87,15 +132,17 @@ void FromProtobuf(google::protobuf::LogLevel, const char*, int, const std::strin
 
 }  // namespace
 
-void LogToStderr(LogLevel level) {
-  auto logger = std::make_shared<spdlog::logger>("syncbn-master", std::make_shared<StderrSink>());
+void LogToStderr(LogLevel level, LogFormat format) {
+  const bool json = format == LogFormat::kJson;
+  auto logger = std::make_shared<spdlog::logger>("syncbn-master", std::make_shared<StderrSink>(json));
   logger->set_level(ToSpdlog(level));
-  logger->set_formatter(
-      std::make_unique<spdlog::pattern_formatter>("%Y-%m-%dT%H:%M:%S.%eZ %l %v", spdlog::pattern_time_type::utc));
-  SetLogSink([logger = std::move(logger)](LogLevel line_level, absl::string_view line) {
-    const auto spdlog_level = ToSpdlog(line_level);
+  logger->set_formatter(std::make_unique<spdlog::pattern_formatter>(
+      json ? R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l",%v})" : "%Y-%m-%dT%H:%M:%S.%eZ %l %v",
+      spdlog::pattern_time_type::utc));
+  SetLogRecordSink([logger = std::move(logger), json](const LogRecord& record) {
+    const auto spdlog_level = ToSpdlog(record.level);
     if (!logger->should_log(spdlog_level)) return;
-    const std::string text = Escape(line);
+    const std::string text = json ? JsonMembers(record) : Escape(record.text);
     logger->log(spdlog_level, spdlog::string_view_t(text.data(), text.size()));
   });
   google::protobuf::SetLogHandler(&FromProtobuf);

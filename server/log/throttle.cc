@@ -7,13 +7,13 @@
 namespace syncbn {
 namespace {
 
-// Lines of one reason at once, and the interval between those that follow.
-constexpr int kBurst = 5;
+// The interval between the lines that follow the first.
 constexpr absl::Duration kInterval = absl::Seconds(10);
 
 }  // namespace
 
-void Throttle::Log(LogLevel level, absl::string_view reason, absl::Time now, absl::string_view line) {
+void Throttle::Log(LogLevel level, absl::string_view reason, absl::Time now, absl::string_view line,
+                   absl::Span<const LogField> fields, int burst) {
   const auto [it, is_new] = buckets_.try_emplace(std::string(reason));
   Bucket& bucket = it->second;
   if (is_new) bucket.since = now;
@@ -23,13 +23,13 @@ void Throttle::Log(LogLevel level, absl::string_view reason, absl::Time now, abs
     bucket.lines = intervals >= bucket.lines ? 0 : bucket.lines - static_cast<int>(intervals);
     bucket.since = now;
   }
-  if (bucket.lines >= kBurst) {
+  if (bucket.lines >= burst) {
     ++bucket.held_back;
     return;
   }
   ++bucket.lines;
   const uint64_t more = std::exchange(bucket.held_back, 0);
-  syncbn::Log(level, more == 0 ? std::string(line) : absl::StrCat(line, " (and ", more, " more of this kind)"));
+  syncbn::Log(level, more == 0 ? std::string(line) : absl::StrCat(line, " (and ", more, " more of this kind)"), fields);
 }
 
 }  // namespace syncbn

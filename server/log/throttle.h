@@ -9,17 +9,24 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "plumbing/log.h"
 
 namespace syncbn {
 
-// Logs the first few lines of each reason, then one every ten seconds, with the number of lines that were left out.
+// Logs the first lines of each reason, then one every ten seconds, with the number of lines that were left out.
 //
 // Thread safety: none.
 class Throttle {
  public:
+  // The lines of a reason that strangers can cause: a few at once.
+  static constexpr int kBurst = 5;
+  // The lines of a reason of which a group has one for each worker.
+  static constexpr int kLongBurst = 256;
+
   // Lines are counted by `reason`, which must be one of a bounded set. `now` must not go backwards.
-  void Log(LogLevel level, absl::string_view reason, absl::Time now, absl::string_view line);
+  void Log(LogLevel level, absl::string_view reason, absl::Time now, absl::string_view line,
+           absl::Span<const LogField> fields = {}, int burst = kBurst);
 
  private:
   struct Bucket {

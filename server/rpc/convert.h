@@ -34,8 +34,10 @@ void ToProto(const core::SendLayerError& error, v1::LayerError* message);
 void ToProto(const core::LateRound& round, v1::LateRound* message);
 
 void ToProto(const state::Writer::Status& status, bool pending, v1::StateDirectory* message);
-void ToProto(const core::GroupSummary& summary, v1::GroupSummary* message);
-void ToProto(const core::GroupView& view, v1::GetGroupResponse* message);
+// Adds a count for each reason.
+void ToProto(const core::ReasonCounts& counts, google::protobuf::RepeatedPtrField<v1::Count>* messages);
+void ToProto(const core::GroupSummary& summary, absl::Time now, v1::GroupSummary* message);
+void ToProto(const core::GroupView& view, absl::Time now, v1::GetGroupResponse* message);
 void ToProto(const core::LayerSummary& summary, v1::LayerSummary* message);
 void ToProto(const core::LayerView& view, v1::GetLayerResponse* message);
 void ToProto(const core::RoundEnded& ended, absl::Time now, v1::WatchRoundsResponse* message);

@@ -1,18 +1,49 @@
 #include "server/rpc/inspection.h"
 
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "grpcpp/grpcpp.h"
 #include "grpcpp/support/async_stream.h"
+#include "plumbing/duration.h"
 #include "server/core/error.h"
 #include "server/rpc/convert.h"
 #include "server/rpc/secrets.h"
 #include "server/rpc/status.h"
 #include "server/rpc/stream_call.h"
 #include "server/rpc/unary_call.h"
+#include "vocabulary/protocol_version.h"
+#include "vocabulary/version.h"
 
 namespace syncbn::rpc {
+namespace {
+
+using syncbn::ToProto;
+
+// Returns why the mask cannot be used; nothing if it can.
+std::optional<core::Error> ReadMask(const google::protobuf::FieldMask& mask, core::GroupParts* parts) {
+  if (mask.paths().empty()) return std::nullopt;
+  *parts = {false, false, false};
+  for (const std::string& path : mask.paths()) {
+    if (path == "members") {
+      parts->members = true;
+    } else if (path == "pending") {
+      parts->pending = true;
+    } else if (path == "recent" || path == "failures") {
+      parts->recent = true;
+    } else if (path != "summary" && path != "config" && path != "statistics") {
+      return core::MalformedError(absl::StrCat("read_mask names \"", Brief(path), "\"; a group has summary, config, ",
+                                               "statistics, members, pending, recent and failures"));
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace
 
 // One WatchRounds call. Holds at most a thousand events for a watcher that does not read, then drops the newest.
 class InspectionService::Watcher final
@@ -61,9 +92,9 @@ class InspectionService::Watcher final
   bool called_ = false;
 };
 
-InspectionService::InspectionService(const core::Coordinator& coordinator, const Clock& clock,
+InspectionService::InspectionService(const core::Coordinator& coordinator, const Sessions& sessions, const Clock& clock,
                                      const LoopOptions& options)
-    : coordinator_(coordinator), clock_(clock), options_(options) {}
+    : coordinator_(coordinator), sessions_(sessions), clock_(clock), options_(options) {}
 
 InspectionService::~InspectionService() = default;
 
@@ -76,6 +107,7 @@ void InspectionService::Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* ca
                  return allowed.ok() ? (this->*answer)(request, response) : allowed;
                });
   };
+  serve(&AsyncService::RequestGetMaster, &InspectionService::GetMaster);
   serve(&AsyncService::RequestListGroups, &InspectionService::ListGroups);
   serve(&AsyncService::RequestGetGroup, &InspectionService::GetGroup);
   serve(&AsyncService::RequestListLayers, &InspectionService::ListLayers);
@@ -131,8 +163,31 @@ void InspectionService::OnGroupEnded(const core::GroupEnded& ended) {
   }
 }
 
+grpc::Status InspectionService::GetMaster(const v1::GetMasterRequest&, v1::GetMasterResponse* response) const {
+  response->set_version(kVersion);
+  response->set_grpc_version(grpc::Version());
+  response->set_protocol_version(kProtocolVersion);
+  ToProto(started_at_, response->mutable_started_at());
+  ToProto(clock_.Now() - started_at_, response->mutable_uptime());
+  response->set_listening(listening_);
+  response->set_streams(static_cast<uint32_t>(sessions_.streams()));
+  response->set_stream_unread_bytes_max(sessions_.most_unread_bytes());
+  response->set_streams_started(sessions_.started());
+  const std::array<uint64_t, 17>& handled = sessions_.handled();
+  for (size_t code = 0; code < handled.size(); ++code) {
+    if (handled[code] == 0) continue;
+    v1::Count* const count = response->add_streams_ended();
+    const std::string name = absl::StatusCodeToString(static_cast<absl::StatusCode>(code));
+    count->set_name(name);
+    count->set_count(handled[code]);
+  }
+  ToProto(sessions_.closed(), response->mutable_streams_closed());
+  return grpc::Status::OK;
+}
+
 grpc::Status InspectionService::ListGroups(const v1::ListGroupsRequest&, v1::ListGroupsResponse* response) const {
-  for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, response->add_groups());
+  const absl::Time now = clock_.Now();
+  for (const core::GroupSummary& group : coordinator_.ListGroups()) ToProto(group, now, response->add_groups());
   if (options_.state_writer != nullptr) {
     const bool pending = coordinator_.journal().has_changes() || !options_.state_writer->idle();
     ToProto(options_.state_writer->status(), pending, response->mutable_state());
@@ -141,9 +196,12 @@ grpc::Status InspectionService::ListGroups(const v1::ListGroupsRequest&, v1::Lis
 }
 
 grpc::Status InspectionService::GetGroup(const v1::GetGroupRequest& request, v1::GetGroupResponse* response) const {
-  const auto view = coordinator_.GetGroup(ToGroupId(request.job(), request.group()), clock_.Now());
+  core::GroupParts parts;
+  if (auto error = ReadMask(request.read_mask(), &parts)) return ToGrpc(*error);
+  const absl::Time now = clock_.Now();
+  const auto view = coordinator_.GetGroup(ToGroupId(request.job(), request.group()), now, parts);
   if (!view.ok()) return ToGrpc(view.status(), core::kGroupUnknown);
-  ToProto(*view, response);
+  ToProto(*view, now, response);
   return grpc::Status::OK;
 }
 

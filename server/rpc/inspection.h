@@ -13,6 +13,7 @@
 #include "plumbing/clock.h"
 #include "server/core/coordinator.h"
 #include "server/rpc/loop_options.h"
+#include "server/rpc/sessions.h"
 #include "server/rpc/unary_calls.h"
 #include "server/state/writer.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
@@ -23,7 +24,8 @@ namespace syncbn::rpc {
 class InspectionService {
  public:
   // The coordinator's times are those of `clock`. What is referred to must outlive the object.
-  InspectionService(const core::Coordinator& coordinator, const Clock& clock, const LoopOptions& options);
+  InspectionService(const core::Coordinator& coordinator, const Sessions& sessions, const Clock& clock,
+                    const LoopOptions& options);
   ~InspectionService();
   InspectionService(const InspectionService&) = delete;
   InspectionService& operator=(const InspectionService&) = delete;
@@ -36,6 +38,7 @@ class InspectionService {
   // Returns whether no WatchRounds call is being served or waited for.
   bool idle() const { return watchers_.empty(); }
 
+  void SetListening(bool listening) { listening_ = listening; }
   // Tells the watchers of the group and the layer. Ends the calls of those that have lost events for 5 s: others may
   // want their places.
   void OnRoundEnded(const core::RoundEnded& ended, absl::Time now);
@@ -52,18 +55,22 @@ class InspectionService {
   // Closes the watcher's call if it may not be served, if there is no such group, or no room.
   void Admit(Watcher& watcher);
 
+  grpc::Status GetMaster(const v1::GetMasterRequest& request, v1::GetMasterResponse* response) const;
   grpc::Status ListGroups(const v1::ListGroupsRequest& request, v1::ListGroupsResponse* response) const;
   grpc::Status GetGroup(const v1::GetGroupRequest& request, v1::GetGroupResponse* response) const;
   grpc::Status ListLayers(const v1::ListLayersRequest& request, v1::ListLayersResponse* response) const;
   grpc::Status GetLayer(const v1::GetLayerRequest& request, v1::GetLayerResponse* response) const;
 
   const core::Coordinator& coordinator_;
+  const Sessions& sessions_;
   const Clock& clock_;
   const LoopOptions& options_;
+  const absl::Time started_at_ = clock_.Now();
   AsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
   absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;  // One of them waits for its call.
   bool serving_ = true;
+  bool listening_ = true;
 };
 
 }  // namespace syncbn::rpc

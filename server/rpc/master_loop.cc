@@ -55,11 +55,12 @@ LoopOptions Fitting(LoopOptions options) {
 
 MasterLoop::MasterLoop(LoopOptions options)
     : options_(Fitting(std::move(options))),
+      log_([this](core::StreamId stream) { return sessions_.PeerOf(stream); }),
       coordinator_(options_.limits, options_.instance),
       state_saver_(&coordinator_, options_.state_writer, options_.limits.max_turn_bytes),
       sessions_(
           options_, coordinator_, [this](const core::Event& event) { Deliver(event); }, &log_, &now_),
-      inspection_(coordinator_, clock_, options_),
+      inspection_(coordinator_, sessions_, clock_, options_),
       health_({v1::StatisticsService::service_full_name(), v1::InspectionService::service_full_name()},
               options_.max_watchers),
       shutdown_tag_(this, &MasterLoop::OnShutdown),
@@ -163,7 +164,7 @@ void MasterLoop::Apply(const core::SendMembership& change) {
 }
 
 void MasterLoop::Apply(const core::SendLateRounds& late) {
-  log_.OnLateRounds(late, now_);
+  log_.On(late, now_);
   if (late.streams.empty()) return;
   v1::MasterFrame frame;
   for (const core::LateRound& round : late.rounds) ToProto(round, frame.add_late_rounds());
@@ -173,7 +174,7 @@ void MasterLoop::Apply(const core::SendLateRounds& late) {
 void MasterLoop::Apply(const core::CloseStream& close) { sessions_.Close(close.stream, close.error); }
 
 void MasterLoop::Apply(const core::RoundEnded& ended) {
-  log_.OnRoundEnded(ended, now_);
+  log_.On(ended, now_);
   inspection_.OnRoundEnded(ended, now_);
 }
 
@@ -206,6 +207,7 @@ void MasterLoop::Stop() {
 void MasterLoop::OnListening(bool) {
   listening_told_ = true;
   health_.SetListening(listening_);
+  inspection_.SetListening(listening_);
 }
 
 void MasterLoop::OnProbe(bool) { probe_answered_ = true; }

@@ -13,7 +13,7 @@
 #include "grpcpp/server_builder.h"
 #include "plumbing/clock.h"
 #include "server/core/coordinator.h"
-#include "server/rpc/event_log.h"
+#include "server/log/narrator.h"
 #include "server/rpc/event_loop.h"
 #include "server/rpc/health.h"
 #include "server/rpc/inspection.h"
@@ -66,6 +66,8 @@ class MasterLoop {
   void Apply(const core::SendLateRounds& late);
   void Apply(const core::CloseStream& close);
   void Apply(const core::RoundEnded& ended);
+  void Apply(const core::MemberChanged& change) { log_.On(change, now_); }
+  void Apply(const core::JoinRefused& refused) { log_.On(refused, now_); }
   void Apply(const core::GroupEnded& ended);
 
   // Runs a tag on the loop's thread, as soon as possible.
@@ -78,7 +80,7 @@ class MasterLoop {
   const LoopOptions options_;
   const Clock clock_;
   absl::Time now_ = clock_.Now();  // Of the event that is being handled.
-  EventLog log_;
+  Narrator log_;
   core::Coordinator coordinator_;
   StateSaver state_saver_;
   std::unique_ptr<grpc::ServerCompletionQueue> queue_;

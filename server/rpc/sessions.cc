@@ -28,7 +28,7 @@ size_t Fingerprint(const core::RoundKey& key) {
   return absl::Hash<std::tuple<const std::string&, uint64_t, core::Phase>>()({key.layer, key.sequence, key.phase});
 }
 
-Sessions::Sessions(const LoopOptions& options, const core::Coordinator& coordinator, Deliver deliver, EventLog* log,
+Sessions::Sessions(const LoopOptions& options, const core::Coordinator& coordinator, Deliver deliver, Narrator* log,
                    const absl::Time* now)
     : options_(options), coordinator_(coordinator), deliver_(std::move(deliver)), log_(log), now_(now) {}
 
@@ -59,6 +59,7 @@ Sessions::Session* Sessions::Find(core::StreamId id) {
 // ---- WorkerStream::Handler ------------------------------------------------------------------------------------------
 
 void Sessions::OnAccepted(WorkerStream* stream) {
+  ++started_;
   timers_.insert({*now_ + options_.join_timeout, TimerKind::kJoin, stream->id()});
   AwaitStream();
 }
@@ -105,6 +106,7 @@ void Sessions::OnHalfClosed(WorkerStream* stream) {
 }
 
 void Sessions::OnBroken(WorkerStream* stream) {
+  ++handled_[static_cast<size_t>(grpc::StatusCode::CANCELLED)];
   Of(stream).frame.reset();
   Of(stream).broken = true;
   deliver_(core::StreamClosed{stream->id()});
@@ -177,7 +179,7 @@ void Sessions::ServeBacklog() {
 }
 
 void Sessions::Refuse(Session& session, const core::Error& error) {
-  log_->OnStreamClosed(error, *now_);
+  NoteClosed(session.stream->id(), error);
   session.frame.reset();
   deliver_(core::StreamClosed{session.stream->id()});
   CloseStream(session, ToGrpc(error));
@@ -249,7 +251,11 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
   const size_t size = frame.ByteSizeLong();
   for (const core::StreamId id : streams) {
     Session* const session = Find(id);
-    if (session == nullptr || !session->stream->Admits(size)) continue;
+    if (session == nullptr || !session->stream->open()) continue;
+    if (!session->stream->Admits(size)) {
+      CutOff(*session);
+      continue;
+    }
     if (!bytes.has_value()) bytes = SerializeToBuffer(frame);
     session->stream->Send(*bytes);
   }
@@ -274,7 +280,7 @@ void Sessions::NoteMember(core::StreamId id) {
 void Sessions::Close(core::StreamId id, const std::optional<core::Error>& error) {
   Session* const session = Find(id);
   if (session == nullptr) return;
-  if (error.has_value()) log_->OnStreamClosed(*error, *now_);
+  if (error.has_value()) NoteClosed(id, *error);
   CloseStream(*session, error.has_value() ? ToGrpc(*error) : grpc::Status::OK);
 }
 
@@ -283,8 +289,32 @@ void Sessions::Close(core::StreamId id, const std::optional<core::Error>& error)
 void Sessions::CloseStream(Session& session, const grpc::Status& status) {
   if (session.stream->closed()) return;
   timers_.insert({*now_ + kCloseTimeout, TimerKind::kClose, session.stream->id()});
+  ++handled_[static_cast<size_t>(status.error_code())];
   session.stream->Close(status);
   NoteLag(session);  // What it leaves unread from here on holds nobody up.
+}
+
+void Sessions::NoteClosed(core::StreamId id, const core::Error& error) {
+  closed_.Add(error.reason);
+  log_->OnStreamClosed(id, error, *now_);
+}
+
+void Sessions::CutOff(Session& session) {
+  if (std::exchange(session.cut_off, true)) return;
+  closed_.Add("SLOW_READER");
+  log_->OnReaderCutOff(session.stream->id(), session.stream->unread_bytes(), *now_);
+  session.stream->Cancel();
+}
+
+std::string Sessions::PeerOf(core::StreamId id) const {
+  const auto it = sessions_.find(id);
+  return it == sessions_.end() ? "" : it->second->stream->peer();
+}
+
+size_t Sessions::most_unread_bytes() const {
+  size_t most = 0;
+  for (const auto& [id, session] : sessions_) most = std::max(most, session->stream->unread_bytes());
+  return most;
 }
 
 void Sessions::Retire(Session& session) {
@@ -326,7 +356,7 @@ void Sessions::RunTimer(TimerKind kind, Session& session) {
     case TimerKind::kLag:
       session.lag_timer_set = false;
       if (!session.lags) return;
-      if (session.stream->written() == session.written_then) return session.stream->Cancel();
+      if (session.stream->written() == session.written_then) return CutOff(session);
       SetLagTimer(session);
       return;
     case TimerKind::kClose:

@@ -3,12 +3,14 @@
 #ifndef SYNCBN_SERVER_RPC_SESSIONS_H_
 #define SYNCBN_SERVER_RPC_SESSIONS_H_
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -19,7 +21,7 @@
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/server_builder.h"
 #include "server/core/coordinator.h"
-#include "server/rpc/event_log.h"
+#include "server/log/narrator.h"
 #include "server/rpc/frame_reader.h"
 #include "server/rpc/lanes.h"
 #include "server/rpc/loop_options.h"
@@ -39,7 +41,7 @@ class Sessions final : public WorkerStream::Handler {
   using Deliver = std::function<void(const core::Event&)>;
 
   // `now` is the time of the event that is being handled. What is pointed or referred to must outlive the object.
-  Sessions(const LoopOptions& options, const core::Coordinator& coordinator, Deliver deliver, EventLog* log,
+  Sessions(const LoopOptions& options, const core::Coordinator& coordinator, Deliver deliver, Narrator* log,
            const absl::Time* now);
   Sessions(const Sessions&) = delete;
   Sessions& operator=(const Sessions&) = delete;
@@ -53,6 +55,17 @@ class Sessions final : public WorkerStream::Handler {
   bool idle() const { return sessions_.empty(); }
   // Returns the number of streams that have asked to join and have not ended. Any thread.
   size_t joined() const { return joined_.load(std::memory_order_relaxed); }
+
+  // Returns the address of the stream's worker; "" if the stream has gone.
+  std::string PeerOf(core::StreamId id) const;
+  // The calls that are being served, and the most bytes that one of them leaves unread.
+  size_t streams() const { return sessions_.size() - (serving_ ? 1 : 0); }
+  size_t most_unread_bytes() const;
+  // The calls that came, and those that have been closed, by gRPC's code, since the start.
+  uint64_t started() const { return started_; }
+  const std::array<uint64_t, 17>& handled() const { return handled_; }
+  // The streams that were closed with an error, or cut off.
+  const core::ReasonCounts& closed() const { return closed_; }
 
   // Sends the frame to those of the streams that are still there. `answered` has the fingerprints of the rounds whose
   // outcomes are in it.
@@ -90,6 +103,7 @@ class Sessions final : public WorkerStream::Handler {
     bool answered_since_read = false;
     bool lags = false;  // It leaves much unread.
     bool lag_timer_set = false;
+    bool cut_off = false;
     uint64_t written_then = 0;  // When the lag's timer was set.
     // The worker sends nothing until it is answered, so the next read waits for an answer, at most until read_at.
     bool read_held = false;
@@ -133,6 +147,10 @@ class Sessions final : public WorkerStream::Handler {
 
   // ---- Ends
   void CloseStream(Session& session, const grpc::Status& status);
+  // Counts and logs a stream that is closed with an error.
+  void NoteClosed(core::StreamId id, const core::Error& error);
+  // Breaks the stream off since its worker does not read.
+  void CutOff(Session& session);
   // The worker has had all that it waited for, and will send nothing more.
   void Retire(Session& session);
   void RunTimer(TimerKind kind, Session& session);
@@ -140,7 +158,7 @@ class Sessions final : public WorkerStream::Handler {
   const LoopOptions& options_;
   const core::Coordinator& coordinator_;
   const Deliver deliver_;
-  EventLog* const log_;
+  Narrator* const log_;
   const absl::Time* const now_;
   StatisticsAsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
@@ -151,6 +169,9 @@ class Sessions final : public WorkerStream::Handler {
   std::vector<core::StreamId> retiring_;
   bool serving_ = true;
   std::atomic<size_t> joined_{0};
+  uint64_t started_ = 0;
+  std::array<uint64_t, 17> handled_ = {};  // By code.
+  core::ReasonCounts closed_;
 };
 
 }  // namespace syncbn::rpc

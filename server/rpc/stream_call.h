@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <deque>
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "grpcpp/server_context.h"
@@ -38,6 +39,9 @@ class StreamCall {
     closing_ = status;
     WriteNext();
   }
+
+  // Returns the address of the caller, as gRPC writes it. A call has come.
+  std::string peer() const { return context_.peer(); }
 
   // Breaks the call off.
   void Cancel() { context_.TryCancel(); }

@@ -43,10 +43,8 @@ PeerNames WorkerStream::names() const {
 }
 
 bool WorkerStream::Admits(size_t bytes) {
-  if (!open() || cut_off_) return false;
-  cut_off_ = unread_bytes_ + bytes > max_unread_bytes_;
-  if (cut_off_) Cancel();
-  return !cut_off_;
+  cut_off_ = cut_off_ || unread_bytes_ + bytes > max_unread_bytes_;
+  return open() && !cut_off_;
 }
 
 void WorkerStream::Send(const grpc::ByteBuffer& frame) {

@@ -58,7 +58,7 @@ class WorkerStream final
   // Frames that have been written.
   uint64_t written() const { return written_; }
   // Returns whether a frame of so many bytes may be sent. A worker that would leave more than max_unread_bytes unread
-  // is cut off instead, before the frame is built.
+  // is to be cut off instead, before the frame is built.
   bool Admits(size_t bytes);
   // Queues a frame that was admitted.
   void Send(const grpc::ByteBuffer& frame);

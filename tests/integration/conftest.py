@@ -1,9 +1,13 @@
 """Run with `tools/python -m pytest tests/integration`."""
 
+import os
 from typing import Any, Callable, Iterator, List
 
 import pytest
 from processes import PATIENCE, Master
+
+# Masters of tests leave the usual port to others.
+os.environ.setdefault("SYNCBN_HTTP_ADDRESS", "off")
 
 
 @pytest.fixture

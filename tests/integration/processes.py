@@ -17,10 +17,12 @@ PATIENCE = 60.0
 class Master:
     """syncbn-master, ready when made."""
 
-    def __init__(self, *flags: str, address: str = "127.0.0.1:0", env: Optional[Dict[str, str]] = None) -> None:
+    def __init__(
+        self, *flags: str, address: str = "127.0.0.1:0", env: Optional[Dict[str, str]] = None, stderr: Any = None
+    ) -> None:
         command = [MASTER, "--max-lifetime", "300", *(["--address", address] if address else []), *flags]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **(env or {})}
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

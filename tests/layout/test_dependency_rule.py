@@ -25,9 +25,10 @@ RULES = [
     ("vocabulary/wire", r"vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     ("server/core", r"server/core/|vocabulary/|kernels/(moments|coefficients)\.h$|plumbing/check\.h$", rf"{GRPC}|{CONCURRENCY}|{SQLITE}"),
     ("plumbing", r"plumbing/", r"$^"),
-    ("server/log", r"server/log/|plumbing/", r"grpc(pp)?/|.*\.pb\.h$"),
+    ("server/log", r"server/(core|log)/|plumbing/", r"grpc(pp)?/|.*\.pb\.h$"),
     ("server/state", r"server/(core|log|state)/|vocabulary/|plumbing/|syncbn/v1/", r"grpc(pp)?/"),
     ("server/rpc", r"server/(core|log|rpc|state)/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
+    ("server/http", r"server/(http/|rpc/listen_address\.h$)|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     ("server", r"server/|vocabulary/|plumbing/", r"$^"),
     ("client/cc", r"client/cc/|kernels/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     (

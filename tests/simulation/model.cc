@@ -466,6 +466,16 @@ void Model::Check(const core::SendLateRounds& late, absl::Time now) {
   }
 }
 
+void Model::Check(const core::MemberChanged& change, absl::Time) {
+  if (change.rank >= change.world_size || change.present > change.world_size) {
+    Violate("a member changes that cannot be");
+  }
+}
+
+void Model::Check(const core::JoinRefused& refused, absl::Time) {
+  if (Open(refused.stream) && SeatOf(refused.stream).has_value()) Violate("a join is refused that was admitted");
+}
+
 void Model::Check(const core::GroupEnded&, absl::Time) {
   if (!shutting_down_) {
     for (const auto& [rank, member] : members_) {

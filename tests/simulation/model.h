@@ -120,6 +120,8 @@ class Model {
   void Check(const core::SendLateRounds& late, absl::Time now);
   void Check(const core::CloseStream& close, absl::Time now);
   void Check(const core::RoundEnded& ended, absl::Time now);
+  void Check(const core::MemberChanged& change, absl::Time now);
+  void Check(const core::JoinRefused& refused, absl::Time now);
   void Check(const core::GroupEnded& ended, absl::Time now);
 
   void CheckFailure(const core::RoundOutcome& outcome, const Pending& round, absl::Time now);

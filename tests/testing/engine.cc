@@ -230,6 +230,10 @@ void Engine::Record(const core::Effect& effect) {
     logs_.at(close->stream).closed_with = close->error;
   } else if (const auto* ended = std::get_if<core::RoundEnded>(&effect)) {
     ended_.push_back(*ended);
+  } else if (const auto* member = std::get_if<core::MemberChanged>(&effect)) {
+    changes_.push_back(*member);
+  } else if (const auto* refused = std::get_if<core::JoinRefused>(&effect)) {
+    refused_.push_back(*refused);
   } else if (std::holds_alternative<core::GroupEnded>(effect)) {
     ++groups_ended_;
   }

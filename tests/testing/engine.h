@@ -100,6 +100,9 @@ class Engine {
   std::shared_ptr<const core::RoundOutcome> Outcome(core::StreamId stream, const core::RoundKey& key) const;
   // All ended rounds, in the order of their ends.
   const std::vector<core::RoundEnded>& ended() const { return ended_; }
+  // All changes of members, and all joins that were refused, in the order in which they happened.
+  const std::vector<core::MemberChanged>& changes() const { return changes_; }
+  const std::vector<core::JoinRefused>& refused() const { return refused_; }
   size_t groups_ended() const { return groups_ended_; }
   core::GroupView View() const;
   core::LayerView Layer(const std::string& name) const;
@@ -115,6 +118,8 @@ class Engine {
   std::map<core::StreamId, bool> gone_;  // Closed by the worker.
   std::map<core::StreamId, StreamLog> logs_;
   std::vector<core::RoundEnded> ended_;
+  std::vector<core::MemberChanged> changes_;
+  std::vector<core::JoinRefused> refused_;
   size_t groups_ended_ = 0;
 };
 

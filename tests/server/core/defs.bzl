@@ -1,6 +1,6 @@
 """The rule for tests of the round engine."""
 
-def engine_test(name, **kwargs):
+def engine_test(name, extra_deps = [], **kwargs):
     """A test that drives a coordinator on a virtual clock; without gRPC, so it runs under tsan too."""
     native.cc_test(
         name = name,
@@ -14,6 +14,6 @@ def engine_test(name, **kwargs):
             "//tests/testing:moments_oracle",
             "//third_party:absl",
             "//third_party:gtest_main",
-        ],
+        ] + extra_deps,
         **kwargs
     )

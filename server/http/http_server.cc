@@ -1,0 +1,155 @@
+#include "server/http/http_server.h"
+
+#include <array>
+#include <atomic>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
+#include "civetweb.h"
+#include "server/http/inspection_client.h"
+#include "server/http/routes.h"
+#include "server/rpc/listen_address.h"
+
+namespace syncbn::http {
+namespace {
+
+// Returns whether the Host of a request names this machine. A page of another site can direct a browser to a server on
+// loopback under a name of its own, but not under these.
+bool IsLocalName(absl::string_view host) {
+  if (host.empty()) return true;  // HTTP/1.0: no browser.
+  if (absl::StartsWith(host, "[::1]")) return true;
+  host = host.substr(0, host.find(':'));
+  return host == "localhost" || absl::StartsWith(host, "127.");
+}
+
+}  // namespace
+
+class HttpServer::Impl {
+ public:
+  Impl(std::shared_ptr<grpc::Channel> channel, const HttpOptions& options, const rpc::ListenAddress& address)
+      : client_(std::move(channel)), max_ranks_(options.metrics_max_ranks), local_(address.is_local()) {}
+  ~Impl() {
+    if (context_ != nullptr) mg_stop(context_);
+    if (context_ != nullptr) mg_exit_library();
+  }
+
+  absl::Status Start(const rpc::ListenAddress& address) {
+    std::vector<std::string> sockets;
+    for (const rpc::SocketAddress& socket : address.sockets) sockets.push_back(socket.ToString());
+    const std::string ports = absl::StrJoin(sockets, ",");
+    const char* const options[] = {"listening_ports",
+                                   ports.c_str(),
+                                   "num_threads",
+                                   "8",
+                                   "request_timeout_ms",
+                                   "5000",
+                                   "connection_queue",
+                                   "32",
+                                   "max_request_size",
+                                   "8192",
+                                   "enable_keep_alive",
+                                   "no",
+                                   "linger_timeout_ms",
+                                   "1000",
+                                   nullptr};
+    mg_callbacks callbacks = {};
+    callbacks.log_message = &Impl::Note;
+    std::array<char, 256> text = {};
+    unsigned code = 0;
+    mg_error_data error = {&code, text.data(), text.size()};
+    mg_init_data init = {&callbacks, this, const_cast<const char**>(options)};
+    mg_init_library(0);
+    starting_ = true;
+    context_ = mg_start2(&init, &error);
+    starting_ = false;
+    if (context_ == nullptr) {
+      mg_exit_library();
+      return absl::UnavailableError(absl::StrCat("cannot serve HTTP on \"", address.text,
+                                                 "\": ", failure_.empty() ? std::string(text.data()) : failure_));
+    }
+    mg_set_request_handler(context_, "**", &Impl::Handle, this);
+    std::array<mg_server_port, 8> bound = {};
+    const int count = mg_get_server_ports(context_, static_cast<int>(bound.size()), bound.data());
+    address_ = absl::StrCat(address.host, ":", count > 0 ? bound[0].port : 0);
+    return absl::OkStatus();
+  }
+
+  const std::string& address() const { return address_; }
+
+ private:
+  // Keeps civetweb's message about an address that cannot be bound, and its other messages from stderr: they are about
+  // peers.
+  static int Note(const mg_connection* connection, const char* message) {
+    auto* const self = static_cast<Impl*>(mg_get_user_data(mg_get_context(connection)));
+    if (self != nullptr && self->starting_ && self->failure_.empty()) self->failure_ = message;
+    return 1;
+  }
+
+  static int Handle(mg_connection* connection, void* self) { return static_cast<const Impl*>(self)->Serve(connection); }
+
+  // Returns the HTTP status.
+  int Serve(mg_connection* connection) const {
+    const mg_request_info* const request = mg_get_request_info(connection);
+    const absl::string_view method = request->request_method;
+    const char* const host = mg_get_header(connection, "Host");
+    if (method != "GET" && method != "HEAD") {
+      return Send(connection, {405, "text/plain; charset=utf-8", "only GET and HEAD are served here\n"}, true);
+    }
+    if (local_ && host != nullptr && !IsLocalName(host)) {
+      return Send(connection, {421, "text/plain; charset=utf-8", "this server is called localhost or 127.0.0.1\n"},
+                  true);
+    }
+    const absl::string_view query = request->query_string == nullptr ? "" : request->query_string;
+    const auto value_of = [query](const char* name) {
+      std::array<char, 2048> value = {};
+      const int length = mg_get_var(query.data(), query.size(), name, value.data(), value.size());
+      return length <= 0 ? std::string() : std::string(value.data(), static_cast<size_t>(length));
+    };
+    return Send(connection, Route(request->local_uri, value_of, client_, max_ranks_), method == "GET");
+  }
+
+  static int Send(mg_connection* connection, const Answer& answer, bool with_body) {
+    mg_response_header_start(connection, answer.status);
+    mg_response_header_add(connection, "Content-Type", answer.type.c_str(), -1);
+    mg_response_header_add(connection, "Content-Length", absl::StrCat(answer.body.size()).c_str(), -1);
+    mg_response_header_add(connection, "Cache-Control", "no-store", -1);
+    mg_response_header_add(connection, "Content-Security-Policy", "default-src 'self'; frame-ancestors 'none'", -1);
+    mg_response_header_add(connection, "X-Content-Type-Options", "nosniff", -1);
+    if (answer.status == 405) mg_response_header_add(connection, "Allow", "GET, HEAD", -1);
+    mg_response_header_send(connection);
+    if (with_body) mg_write(connection, answer.body.data(), answer.body.size());
+    return answer.status;
+  }
+
+  const InspectionClient client_;
+  const uint32_t max_ranks_;
+  const bool local_;
+  mg_context* context_ = nullptr;
+  std::atomic<bool> starting_{false};  // Only the thread that starts the server calls Note then.
+  std::string failure_;
+  std::string address_;
+};
+
+absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpOptions& options,
+                                                              std::shared_ptr<grpc::Channel> channel) {
+  auto address = rpc::ParseListenAddress(options.address);
+  if (!address.ok()) return address.status();
+  if (!address->is_tcp()) {
+    return absl::InvalidArgumentError(absl::StrCat("\"", options.address, "\" is not HOST:PORT, which HTTP needs"));
+  }
+  // A host's name may stand for several addresses, and a free port of one need not be free on the others.
+  if (address->sockets.front().port() == 0) address->sockets.resize(1);
+  auto impl = std::make_unique<Impl>(std::move(channel), options, *address);
+  if (absl::Status status = impl->Start(*address); !status.ok()) return status;
+  return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
+}
+
+HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+HttpServer::~HttpServer() = default;
+std::string HttpServer::address() const { return impl_->address(); }
+
+}  // namespace syncbn::http
