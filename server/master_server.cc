@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
@@ -267,7 +268,9 @@ class MasterServer::Impl {
   std::shared_ptr<grpc::Channel> InProcessChannel() const {
     grpc::ChannelArguments arguments;
     arguments.SetMaxReceiveMessageSize(-1);  // Answers are bounded by the master's limits.
-    return server_->InProcessChannel(arguments);
+    std::vector<std::unique_ptr<grpc::experimental::ClientInterceptorFactoryInterface>> interceptors;
+    interceptors.push_back(rpc::MakeBearer(own_token_));
+    return server_->experimental().InProcessChannelWithInterceptors(arguments, std::move(interceptors));
   }
 
   absl::Time certificate_expiry() const { return tls_ == nullptr ? absl::InfiniteFuture() : tls_->expiry(); }
@@ -293,10 +296,13 @@ class MasterServer::Impl {
  private:
   rpc::LoopOptions WithConnections(rpc::LoopOptions options) {
     options.connections = &connections_;
+    options.own_token = rpc::SecretOf(own_token_);
     return options;
   }
 
   const OpenHere open_;  // Until the loop and the server have been taken down.
+  // Lets channels of this process inspect the master, whatever its options are.
+  const std::string own_token_ = absl::BytesToHexString(RandomBytes(16));
   rpc::Connections connections_;
   const std::unique_ptr<state::Writer> state_writer_;  // Null without a state directory.
   rpc::MasterLoop loop_;

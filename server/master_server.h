@@ -127,8 +127,8 @@ class MasterServer {
   // Returns: the time at which the certificate expires; the infinite future without TLS.
   absl::Time certificate_expiry() const;
 
-  // Returns: a channel to this master within the process, without TLS. Its calls fail once the master has been shut
-  // down.
+  // Returns: a channel to this master within the process, without TLS. Its calls to InspectionService are served
+  // whatever the options say about inspection. They fail once the master has been shut down.
   std::shared_ptr<grpc::Channel> InProcessChannel() const;
 
   // Ends every worker's stream with SHUTTING_DOWN, waits at most `grace` for the streams to drain, then stops. Returns

@@ -119,7 +119,7 @@ typedef struct syncbn_master_options {
   const char* key_file;
   const char* trusted_ca_file;
   int32_t client_cert_auth;
-  const char* token; /* What every worker must join with. Default: each job has the token of its first join. */
+  const char* token;     /* What every worker must join with. Default: each job has the token of its first join. */
   const char* state_dir; /* Where running statistics are kept between masters; NULL: nowhere. */
 } syncbn_master_options;
 #define SYNCBN_MASTER_OPTIONS_INIT SYNCBN_SIZED(syncbn_master_options)

@@ -123,8 +123,8 @@ class Group {
   uint64_t run_id_;
   uint64_t over_run_id_ = 0;  // The run before this one, which this master has ended; 0 if there was none.
   const uint64_t memory_;
-  bool resumed_;              // An earlier master may have begun this run.
-  bool continues_ = false;    // A member has been told the end of a round in this run by an earlier master.
+  bool resumed_;            // An earlier master may have begun this run.
+  bool continues_ = false;  // A member has been told the end of a round in this run by an earlier master.
   const Secret token_;
   const GroupConfig config_;  // With every default filled in.
   const Limits& limits_;

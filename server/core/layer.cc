@@ -250,15 +250,15 @@ size_t Layer::CheckInvariants() const {
 }
 
 std::optional<ChannelSummary> Layer::SummarizeChannels() const {
-  const auto batch = newest_forward_.lock();
-  const size_t channels = declarations_.current()->spec.channels;
-  const std::vector<double>& mean = batch != nullptr ? batch->first : running_.mean;
-  const std::vector<double>& var = batch != nullptr ? batch->second : running_.var;
+  const LayerSpec& spec = declarations_.current()->spec;
   // Results of a size that the layer no longer has are of no use, nor is what nobody has sent yet.
-  if (mean.size() != channels || var.size() != channels || (batch == nullptr && running_.updates == 0)) {
-    return std::nullopt;
+  if (const auto batch = newest_forward_.lock(); batch != nullptr) {
+    if (batch->first.size() != spec.channels || batch->second.size() != spec.channels) return std::nullopt;
+    return SummaryOf(batch->first, batch->second);
   }
-  return SummaryOf(mean, var);
+  const RunningStatisticsView running = running_.View(spec);
+  if (running.updates == 0) return std::nullopt;
+  return SummaryOf(running.mean, running.var);
 }
 
 LayerSummary Layer::Summary() const {

@@ -29,7 +29,7 @@ bool Rounds::MayBeDecided(const PendingRound& round) const {
 }
 
 Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing,
-                             absl::Time now) const {
+                            absl::Time now) const {
   if (round.restored) return FateOfRestored(key, round, missing);
   std::vector<Rank> lost;
   size_t awaited = 0;

@@ -19,7 +19,7 @@ void StateJournal::Begin(const std::vector<GroupState>& groups, absl::Time now) 
     join.id = state.id;
     join.world_size = state.world_size;
     join.generation = state.generation;
-    auto group = std::make_unique<Group>(join, state.config, state.run_id, limits_, now);
+    auto group = std::make_unique<Group>(join, state.config, state.run_id, /*memory=*/0, limits_, now);
     group->Resume(state.layers);
     const bool added = unclaimed_.emplace(state.id, std::move(group)).second;
     SYNCBN_CHECK(added, "group \"", state.id.group, "\" is stored twice");

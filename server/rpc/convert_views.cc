@@ -175,6 +175,12 @@ void ToProto(const core::LayerView& view, v1::GetLayerResponse* message) {
   }
 }
 
+void ToProto(const state::Writer::Status& status, bool pending, v1::StateDirectory* message) {
+  message->set_pending(pending);
+  if (status.saved_at != absl::InfinitePast()) ToProto(status.saved_at, message->mutable_saved_at());
+  message->set_error(status.error);
+}
+
 void ToProto(const core::RoundEnded& ended, absl::Time now, v1::WatchRoundsResponse* message) {
   const core::RoundOutcome& outcome = *ended.outcome;
   ToProto(outcome.key, message->mutable_key());

