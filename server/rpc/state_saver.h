@@ -14,8 +14,8 @@ namespace syncbn::rpc {
 
 // Hands over what has changed once a layer has had `kMostUnsavedRounds` rounds since it was last handed over, once
 // `kLongestDelay` has passed, and at once if a group has ended; as long as the writer is busy, nothing. So the store
-// lags by less than the 16 rounds of each layer that workers repeat to a master that does not know them, unless the disk
-// is slow; and a training whose rounds are rare writes rarely.
+// lags by less than the 16 rounds of each layer that workers repeat to a master that does not know them, unless the
+// disk is slow; and a training whose rounds are rare writes rarely.
 //
 // Thread safety: none; it lives on the loop's thread.
 class StateSaver {

@@ -56,8 +56,7 @@ absl::StatusOr<Statement> Statement::Prepare(sqlite3* database, const char* sql)
 
 void Statement::BindText(int parameter, absl::string_view text) {
   const char* const data = text.data() == nullptr ? "" : text.data();
-  const int result =
-      sqlite3_bind_text64(statement_.get(), parameter, data, text.size(), SQLITE_STATIC, SQLITE_UTF8);
+  const int result = sqlite3_bind_text64(statement_.get(), parameter, data, text.size(), SQLITE_STATIC, SQLITE_UTF8);
   SYNCBN_CHECK(result == SQLITE_OK, "parameter ", parameter, ", ", text.size(), " bytes: ", result);
 }
 

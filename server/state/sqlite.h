@@ -23,8 +23,8 @@ struct FinalizeStatement {
 };
 using Database = std::unique_ptr<sqlite3, CloseDatabase>;
 
-// Returns the status of a result: OK for SQLITE_OK, ROW and DONE; DATA_LOSS for a damaged file; UNAVAILABLE for one that
-// another process has locked; RESOURCE_EXHAUSTED for a full disk; otherwise INTERNAL. The text is SQLite's.
+// Returns the status of a result: OK for SQLITE_OK, ROW and DONE; DATA_LOSS for a damaged file; UNAVAILABLE for one
+// that another process has locked; RESOURCE_EXHAUSTED for a full disk; otherwise INTERNAL. The text is SQLite's.
 absl::Status ToStatus(sqlite3* database, int result);
 
 // Runs one statement that returns no rows.

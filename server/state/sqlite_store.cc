@@ -189,8 +189,8 @@ class SqliteStore final : public Store {
       "missing_after = ?8, missing_before = ?9, mean = ?10, var = ?11, checksum = ?12";
 
   absl::Status LoadGroups(std::map<core::GroupId, core::GroupState>* groups) {
-    auto rows = Statement::Prepare(
-        database_.get(), "SELECT job, name, generation, run_id, world_size, config, checksum FROM groups");
+    auto rows = Statement::Prepare(database_.get(),
+                                   "SELECT job, name, generation, run_id, world_size, config, checksum FROM groups");
     if (!rows.ok()) return rows.status();
     while (true) {
       const auto more = rows->Step();

@@ -14,8 +14,8 @@ namespace syncbn::state {
 // The version of the tables. A file of a greater one is refused.
 inline constexpr int kSchemaVersion = 1;
 
-// Opens the file "state.db" in `directory`, which is made if only its last part does not exist. The file is locked until
-// the store is destroyed, by a lock of the process's that a forked child does not have.
+// Opens the file "state.db" in `directory`, which is made if only its last part does not exist. The file is locked
+// until the store is destroyed, by a lock of the process's that a forked child does not have.
 //
 // SQLite's write-ahead log is used: a process may be killed, and a machine may lose its power, at any time. What Save
 // has stored survives the former. After the latter the newest transactions may be gone.

@@ -1,5 +1,7 @@
 // What a master stores, and how the next one goes on with it: as if it had never ended.
 
+#include "server/core/state.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,7 +13,6 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "server/core/coordinator.h"
-#include "server/core/state.h"
 #include "tests/testing/engine.h"
 
 namespace syncbn::core {

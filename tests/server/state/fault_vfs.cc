@@ -60,9 +60,25 @@ int SectorSize(sqlite3_file* file) { return Real(file)->pMethods->xSectorSize(Re
 int Characteristics(sqlite3_file* file) { return Real(file)->pMethods->xDeviceCharacteristics(Real(file)); }
 
 // Version 1 has no shared memory, which an exclusively locked file does not need.
-const sqlite3_io_methods kMethods = {
-    1,       Close,   Read,    Write,   Truncate, Sync,   FileSize, Lock, Unlock, CheckReservedLock, FileControl,
-    SectorSize, Characteristics, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+const sqlite3_io_methods kMethods = {1,
+                                     Close,
+                                     Read,
+                                     Write,
+                                     Truncate,
+                                     Sync,
+                                     FileSize,
+                                     Lock,
+                                     Unlock,
+                                     CheckReservedLock,
+                                     FileControl,
+                                     SectorSize,
+                                     Characteristics,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr,
+                                     nullptr};
 
 int Open(sqlite3_vfs* vfs, const char* name, sqlite3_file* file, int flags, int* out_flags) {
   auto* const system = static_cast<sqlite3_vfs*>(vfs->pAppData);

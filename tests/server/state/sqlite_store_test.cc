@@ -2,8 +2,8 @@
 
 #include "server/state/sqlite_store.h"
 
-#include <sqlite3.h>
 #include <signal.h>
+#include <sqlite3.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -34,11 +34,11 @@ using core::GroupState;
 using core::LayerState;
 using core::StateChanges;
 using ::testing::AnyOf;
-using ::testing::HasSubstr;
-using ::testing::IsEmpty;
 using testing::Fault;
 using testing::FaultCalls;
 using testing::FaultVfs;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 using testing::SetFault;
 using testing::TemporaryDirectory;
 
@@ -80,7 +80,8 @@ std::string Dump(const LayerState& layer) {
   std::string text = absl::StrCat(layer.spec.name, " ", layer.spec.channels, " ", layer.spec.eps, " ",
                                   layer.spec.momentum.value_or(-1.0), " ", layer.updates, " ", layer.newest_sequence);
   for (const uint64_t sequence : layer.recent) absl::StrAppend(&text, " ", sequence);
-  if (layer.missing.has_value()) absl::StrAppend(&text, " ", layer.missing->after.value_or(-1), "-", layer.missing->before);
+  if (layer.missing.has_value())
+    absl::StrAppend(&text, " ", layer.missing->after.value_or(-1), "-", layer.missing->before);
   for (const auto* vector : {&layer.mean, &layer.var}) {
     text.append(reinterpret_cast<const char*>(vector->data()), vector->size() * sizeof(double));
   }
@@ -139,7 +140,8 @@ TEST(SqliteStoreTest, ANewStoreIsEmptyAndItsDirectoryIsMade) {
 TEST(SqliteStoreTest, EveryBitComesBack) {
   const TemporaryDirectory directory;
   std::vector<LayerState> layers;
-  for (uint32_t seed = 0; seed < 70; ++seed) layers.push_back(MakeLayer(absl::StrCat("layer ", 100 + seed), 1 + seed, seed));
+  for (uint32_t seed = 0; seed < 70; ++seed)
+    layers.push_back(MakeLayer(absl::StrCat("layer ", 100 + seed), 1 + seed, seed));
   std::vector<GroupState> groups = {MakeGroup(std::string("a\0b", 3), layers),
                                     MakeGroup("z", {MakeLayer("\xe2\x82\xac'\"", 1000, 1)})};
   groups[1].config.missing_policy = MissingPolicy::kFail;
@@ -181,7 +183,8 @@ TEST(SqliteStoreTest, DirectoriesThatCannotBeUsed) {
   for (const std::string& path : {directory.path() + "/file", directory.path() + "/no/such", std::string("/proc/x")}) {
     const absl::Status status = Open(path).status;
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
-    EXPECT_THAT(std::string(status.message()), HasSubstr(absl::StrCat("the state directory \"", path, "\" cannot be used: ")));
+    EXPECT_THAT(std::string(status.message()),
+                HasSubstr(absl::StrCat("the state directory \"", path, "\" cannot be used: ")));
   }
 }
 

@@ -14,10 +14,10 @@
 namespace syncbn::rpc {
 namespace {
 
-using ::testing::IsEmpty;
-using ::testing::SizeIs;
 using testing::HeldDisk;
 using testing::HeldStore;
+using ::testing::IsEmpty;
+using ::testing::SizeIs;
 
 // A group of one worker and one layer, on a virtual clock.
 class StateSaverTest : public ::testing::Test {
