@@ -33,9 +33,9 @@ class Worker:
     def contribution(layer: str, sequence: int) -> Dict[str, Any]:
         numbers = random.Random(f"{layer} {sequence}")
         mean = [numbers.gauss(0, 1) for _ in range(LAYERS[layer])]
-        moments = {"count": "8", "mean": mean, "m2": [abs(m) + 1 for m in mean]}
+        moments = {"count": "8", "mean": mean, "m2": [abs(m) + 1 for m in mean], "backward_role": "BACKWARD_ROLE_NONE"}
         key = {"layer": layer, "sequence": str(sequence), "phase": "PHASE_FORWARD"}
-        return {"key": key, "moments": moments, "backward_role": "BACKWARD_ROLE_NONE"}
+        return {"key": key, "moments": moments}
 
     def train(self, target: str, count: int, kept: int = KEPT) -> None:
         """Joins, gives the newest rounds again, and goes on with the next ones; returns when all are answered."""
@@ -61,7 +61,7 @@ class Worker:
         results = [result for frame in frames for result in frame.get("results", [])]
         assert len(results) == len(sequences) * len(LAYERS)
         assert all(result.get("moments") for result in results), results
-        self.run_id, self.incarnation = joined[0]["runId"], joined[0]["incarnation"]
+        self.run_id, self.incarnation = joined[0]["run_id"], joined[0]["incarnation"]
         self.done += count
 
 
@@ -85,7 +85,7 @@ def await_stored(target: str) -> None:
     while True:
         state = inspect(target, "ListGroups")["state"]
         if not state.get("pending"):
-            assert "savedAt" in state and "error" not in state
+            assert "saved_at" in state and "error" not in state
             return
         assert time.monotonic() < end, state
 
@@ -129,7 +129,7 @@ def test_the_next_master_shows_them_before_anyone_comes_back(start: Callable[...
     master = start(Master, "--state-dir", str(tmp_path))
     assert statistics(master.target) == before
     [group] = inspect(master.target, "ListGroups")["groups"]
-    assert group["runId"] == worker.run_id and "present" not in group
+    assert group["run_id"] == worker.run_id and "present" not in group
 
 
 def test_rounds_that_nobody_gives_again_are_missing(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:
@@ -146,7 +146,7 @@ def test_rounds_that_nobody_gives_again_are_missing(start: Callable[..., Any], t
 
 
 def refused(directory: pathlib.Path) -> "subprocess.CompletedProcess[str]":
-    command = [MASTER, "--address", "127.0.0.1:0", "--max-lifetime", "0", "--state-dir", str(directory)]
+    command = [MASTER, "--address", "127.0.0.1:0", "--max-lifetime", "0.01", "--state-dir", str(directory)]
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
