@@ -26,9 +26,12 @@ def run(script, *options):
     )
 
 
-def test_quickstart(tmp_path):
+@pytest.mark.parametrize("front", ["torch", "numpy"])
+def test_quickstart(tmp_path, front):
     done = run(
         "quickstart/quickstart.py",
+        "--front",
+        front,
         "--steps",
         "5",
         "--json",

@@ -1,0 +1,64 @@
+"""python -m syncbn, and the console script of the wheel."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import processes
+import syncbn
+
+
+def run(*arguments, **variables):
+    environment = {k: v for k, v in processes.environment(**variables).items() if v is not None}
+    return subprocess.run(
+        [sys.executable, "-m", "syncbn", *arguments], capture_output=True, text=True, timeout=240, env=environment
+    )
+
+
+def test_the_doctor_of_an_installation_that_works(master):
+    done = run("doctor", SYNCBN_TARGET=master.target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"syncbn {syncbn.__version__} in " in done.stdout and syncbn.build_info() in done.stdout
+    assert re.search(r"^ok    a round with itself: 50 rounds, .* ms at the median", done.stdout, re.M)
+    assert re.search(rf"^ok    the master at {re.escape(master.target)}: 50 rounds", done.stdout, re.M)
+    assert done.stdout.endswith("All is well.\n") and "FAIL" not in done.stdout
+
+
+def test_the_doctor_of_a_target_that_does_not_answer():
+    with socket.socket() as taken:  # Bound and not listening.
+        taken.bind(("127.0.0.1", 0))
+        target = "127.0.0.1:%d" % taken.getsockname()[1]
+        done = run("doctor", "--target", target, "--join-timeout", "0.5", SYNCBN_MASTER="")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(rf"^FAIL  the master at {target}: Unavailable: ", done.stdout, re.M), done.stdout
+    assert re.search("^ok    a round with itself", done.stdout, re.M)
+
+
+def test_the_doctor_without_a_target_does_not_ask_for_one():
+    done = run("doctor", SYNCBN_TARGET="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "neither --target nor SYNCBN_TARGET" in done.stdout
+
+
+@pytest.mark.skipif(
+    not os.path.exists(os.environ.get("SYNCBN_MASTER", "")), reason="SYNCBN_MASTER does not name the master's binary"
+)
+def test_the_masters_program_is_the_binary():
+    done = run("master", "--version")
+    assert (done.returncode, done.stdout) == (0, f"syncbn-master {syncbn.__version__}\n")
+    refused = run("master", "--no-such-flag")
+    assert refused.returncode == 2 and "no-such-flag" in refused.stderr
+
+
+def test_an_installation_without_the_masters_program(tmp_path):
+    done = run("master", "--version", SYNCBN_MASTER=str(tmp_path / "absent"))
+    assert done.returncode == 2 and "SYNCBN_MASTER may name one" in done.stderr
+
+
+def test_a_command_that_is_none():
+    done = run("operate")
+    assert done.returncode == 2 and "doctor" in done.stderr
