@@ -1,7 +1,9 @@
 """python -m syncbn, and the console script of the wheel."""
 
 import os
+import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -62,3 +64,38 @@ def test_an_installation_without_the_masters_program(tmp_path):
 def test_a_command_that_is_none():
     done = run("operate")
     assert done.returncode == 2 and "doctor" in done.stderr
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Runs a copy of setup.py, as it stands in a clone."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("wheel")
+    original = pathlib.Path(syncbn.__file__).parents[1]
+    if not (original / "setup.py").is_file():
+        pytest.skip("this is an installed package")
+    folder = tmp_path / "client" / "python"
+    (folder / "syncbn").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(original / name, folder)
+
+    def run_setup(*arguments):
+        environment = {name: value for name, value in os.environ.items() if name != "SYNCBN_LIBRARY"}
+        command = [sys.executable, "setup.py", *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment)
+
+    return run_setup
+
+
+def test_a_source_install_has_the_version_of_the_tree(setup, tmp_path):
+    (tmp_path / "VERSION").write_text("7.8.9\n")
+    done = setup("--version")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "7.8.9", done.stdout + done.stderr
+
+
+def test_a_source_install_says_what_it_lacks(setup, tmp_path):
+    done = setup("--version")
+    assert done.returncode != 0 and "there is no file VERSION" in done.stderr
+    (tmp_path / "VERSION").write_text("7.8.9\n")
+    done = setup("bdist_wheel")
+    assert done.returncode != 0 and "tools/build_wheel makes a whole wheel" in done.stderr
