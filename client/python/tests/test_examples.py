@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 def run(script, *options):
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *options], capture_output=True, text=True, timeout=240
+        [sys.executable, str(EXAMPLES / script), *options], capture_output=True, text=True, timeout=700
     )
 
 
