@@ -57,9 +57,9 @@ def stop(process: "subprocess.Popen[str]") -> None:
 def running_master(lifetime: int = int(_TIME_LIMIT) + 60) -> Iterator[str]:
     """Starts a master on a free port of loopback, for `lifetime` seconds at most; gives its target.
 
-    Without the binary (a machine that has the wheel alone), the master is in this process.
+    Without $SYNCBN_MASTER (a machine that has the wheel alone), the master is a `syncbn.Master`.
     """
-    binary = os.environ.get("SYNCBN_MASTER") or shutil.which("syncbn-master")
+    binary = os.environ.get("SYNCBN_MASTER")
     if not binary:
         with syncbn.Master(address="127.0.0.1:0") as master:
             yield master.target

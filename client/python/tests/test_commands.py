@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -49,16 +50,41 @@ def test_the_doctor_without_a_target_does_not_ask_for_one():
 @pytest.mark.skipif(
     not os.path.exists(os.environ.get("SYNCBN_MASTER", "")), reason="SYNCBN_MASTER does not name the master's binary"
 )
-def test_the_masters_program_is_the_binary():
+def test_the_masters_program_is_the_one_that_is_named():
     done = run("master", "--version")
     assert (done.returncode, done.stdout) == (0, f"syncbn-master {syncbn.__version__}\n")
-    refused = run("master", "--no-such-flag")
-    assert refused.returncode == 2 and "no-such-flag" in refused.stderr
+    refused = run("master", "--max-workers", "none")
+    assert refused.returncode == 2 and "max-workers" in refused.stderr
 
 
-def test_an_installation_without_the_masters_program(tmp_path):
-    done = run("master", "--version", SYNCBN_MASTER=str(tmp_path / "absent"))
-    assert done.returncode == 2 and "SYNCBN_MASTER may name one" in done.stderr
+def test_a_named_program_that_is_absent(tmp_path):
+    done = run("master", SYNCBN_MASTER=str(tmp_path / "absent"))
+    assert done.returncode == 2 and "there is no such program" in done.stderr
+
+
+def test_a_master_as_a_program():
+    command = [sys.executable, "-m", "syncbn", "master", "--exit-timeout", "0.1"]
+    environment = processes.environment(SYNCBN_MASTER="", SYNCBN_ADDRESS="127.0.0.1:0")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        target = process.stdout.readline().split("syncbn-master ready on ")[1].strip()
+        with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
+            assert worker.synchronize("layer", 2, [1.0], [2.0]).var[0] == 1.0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_flags_with_which_no_master_can_serve():
+    for arguments, words in (
+        (["--address", "0.0.0.0:0"], "insecure"),
+        (["--exit-timeout", "-1"], "exit-timeout"),
+        (["--max-workers", "3"], "max-workers"),
+    ):
+        done = run("master", *arguments, SYNCBN_MASTER="")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
 
 
 def test_a_command_that_is_none():

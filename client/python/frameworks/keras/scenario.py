@@ -34,12 +34,15 @@ def make(kind, **options):
 
 
 def step(layer, x, mask, dy, eagerly=False):
-    """(y, dx, dgamma, moving mean, moving variance) of the loss sum(y * dy)."""
-    steps = {"torch": torch_step, "jax": jax_step, "tensorflow": tensorflow_step}
-    return [np.asarray(value) for value in steps[BACKEND](layer, x, mask, dy, eagerly)]
+    """(y, dx, dgamma, moving mean, moving variance) of the loss sum(y * dy). `eagerly` is for TensorFlow."""
+    if BACKEND == "tensorflow":
+        found = tensorflow_step(layer, x, mask, dy, eagerly)
+    else:
+        found = {"torch": torch_step, "jax": jax_step}[BACKEND](layer, x, mask, dy)
+    return [np.asarray(value) for value in found]
 
 
-def torch_step(layer, x, mask, dy, eagerly):
+def torch_step(layer, x, mask, dy):
     import torch
 
     given = torch.from_numpy(x.copy()).requires_grad_()
@@ -49,7 +52,7 @@ def torch_step(layer, x, mask, dy, eagerly):
     return y.detach(), given.grad, layer.gamma.value.grad, *moving
 
 
-def jax_step(layer, x, mask, dy, eagerly):
+def jax_step(layer, x, mask, dy):
     import jax
 
     fixed = [v.value for v in layer.non_trainable_variables]
@@ -58,8 +61,8 @@ def jax_step(layer, x, mask, dy, eagerly):
         y, new = layer.stateless_call(trainable, fixed, x, training=True, mask=mask)
         return (y * dy).sum(), (y, new)
 
-    gradients = jax.grad(loss, (0, 1), has_aux=True)
-    ((dgamma, _), dx), (y, new) = (gradients if eagerly else jax.jit(gradients))([v.value for v in layer.trainable_variables], x)
+    gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    ((dgamma, _), dx), (y, new) = gradients([v.value for v in layer.trainable_variables], x)
     return y, dx, dgamma, *new
 
 
@@ -165,8 +168,9 @@ def main():
     with syncbn.Master() as master:
         for mask in (None, MASK):
             check_two_workers(master, mask, required=True, eagerly=False)
-        check_two_workers(master, None, required=True, eagerly=True)
-        if BACKEND == "tensorflow":  # Its workers do not know beforehand whether a gradient follows.
+        if BACKEND == "tensorflow":
+            check_two_workers(master, None, required=True, eagerly=True)
+            # Workers of TensorFlow do not know beforehand whether a gradient follows.
             check_two_workers(master, None, required=None, eagerly=False)
         check_fit(master)
     check_configuration()

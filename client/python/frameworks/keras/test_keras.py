@@ -8,7 +8,7 @@ import processes
 import pytest
 
 BOUND = 1e-5
-LIMIT_SECONDS = 400.0
+LIMIT_SECONDS = 1200.0
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
