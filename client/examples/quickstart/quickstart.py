@@ -1,12 +1,14 @@
 """The quickstart: four workers of uneven batches train as one process on the whole batch would.
 
-It starts a master and four PyTorch worker processes (1, 2, 5 and 8 of each global batch of 16), which train a small
-convolutional network on 1,797 handwritten digits. Beside them: one process on the whole batch, and the same four
-workers without synchronized batch normalization. Then it compares the three.
+It starts a master and four worker processes (1, 2, 5 and 8 of each global batch of 16), which train a small network on
+1,797 handwritten digits: a convolutional one in PyTorch where that is installed, else one in NumPy. Beside them: one
+process on the whole batch, and the same four workers without synchronized batch normalization. Then it compares the
+three.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -22,11 +24,13 @@ from typing import Any, Dict, Iterator, List, Optional
 import numpy as np
 
 import syncbn
-import training
+import task
 from output import console, progress, show_table
 
 _HERE = pathlib.Path(__file__).resolve().parent
-_TIME_LIMIT = 110.0  # Seconds; the master ends itself after 120.
+_SCRIPTS = {"torch": "training.py", "numpy": "training_numpy.py"}
+# Seconds, for machines whose cores are taken; the master ends itself a minute later.
+_TIME_LIMIT = 600.0
 _READY = "syncbn-master ready on "
 # The largest difference of the parameters of the synchronized run at its end, in float64.
 _TOLERANCE = 1e-9
@@ -50,12 +54,12 @@ def stop(process: "subprocess.Popen[str]") -> None:
 
 
 @contextlib.contextmanager
-def running_master(lifetime: int = 120) -> Iterator[str]:
+def running_master(lifetime: int = int(_TIME_LIMIT) + 60) -> Iterator[str]:
     """Starts a master on a free port of loopback, for `lifetime` seconds at most; gives its target.
 
-    Without the binary (a machine that has the wheel alone), the master is in this process.
+    Without $SYNCBN_MASTER (a machine that has the wheel alone), the master is a `syncbn.Master`.
     """
-    binary = os.environ.get("SYNCBN_MASTER") or shutil.which("syncbn-master")
+    binary = os.environ.get("SYNCBN_MASTER")
     if not binary:
         with syncbn.Master(address="127.0.0.1:0") as master:
             yield master.target
@@ -81,10 +85,10 @@ def running_master(lifetime: int = 120) -> Iterator[str]:
 class Trainer:
     """A training process, and how many of its steps are done."""
 
-    def __init__(self, name: str, output: pathlib.Path, options: List[str]) -> None:
+    def __init__(self, script: str, name: str, output: pathlib.Path, options: List[str]) -> None:
         self.name, self.output, self.steps = name, output, 0
         self.process = subprocess.Popen(
-            [sys.executable, str(_HERE / "training.py"), "--output", str(output), *options],
+            [sys.executable, str(_HERE / script), "--output", str(output), *options],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -177,7 +181,7 @@ def summarize(workers: List[Records], whole: Records, steps: int) -> Dict[str, A
         },
         "float32_first_step": {
             **{quantity: difference(workers, whole, "float32", "first", quantity) for quantity in quantities},
-            "bound": 2.0**-24 * training.longest_sums(),
+            "bound": float(whole["float32/bound"]),
         },
         "accuracy": {
             "whole": [float(whole["main/accuracy"])],
@@ -186,9 +190,9 @@ def summarize(workers: List[Records], whole: Records, steps: int) -> Dict[str, A
         },
         "round_latency_ms": {name: float(np.percentile(latency, q)) * 1e3 for name, q in (("p50", 50), ("p99", 99))},
         "losses": {
-            "whole": list(whole["main/losses"] / training.GLOBAL_BATCH),
+            "whole": list(whole["main/losses"] / task.GLOBAL_BATCH),
             **{
-                label: list(sum(records[f"{run}/losses"] for records in workers) / training.GLOBAL_BATCH)
+                label: list(sum(records[f"{run}/losses"] for records in workers) / task.GLOBAL_BATCH)
                 for label, run in (("synchronized", "main"), ("unsynchronized", "unsynchronized"))
             },
         },
@@ -258,17 +262,18 @@ def plot(summary: Dict[str, Any], path: pathlib.Path) -> bool:
 def devices_of(text: str) -> List[str]:
     """One device for each worker, from one for all or a list."""
     devices = text.split(",")
-    return devices * len(training.SIZES) if len(devices) == 1 else devices
+    return devices * len(task.SIZES) if len(devices) == 1 else devices
 
 
 def run(arguments: argparse.Namespace, target: str) -> Dict[str, Any]:
     # A master that is not ours may still know the group of another run.
-    group = f"{training.GROUP}-{os.getpid()}" if arguments.master else training.GROUP
+    group = f"{task.GROUP}-{os.getpid()}" if arguments.master else task.GROUP
     common = ["--steps", str(arguments.steps), "--dtype", arguments.dtype]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
 
         def start(name: str, options: List[str]) -> Trainer:
-            trainer = Trainer(name, pathlib.Path(folder) / f"{name.replace(' ', '-')}.npz", [*common, *options])
+            output = pathlib.Path(folder) / f"{name.replace(' ', '-')}.npz"
+            trainer = Trainer(_SCRIPTS[arguments.front], name, output, [*common, *options])
             stack.callback(stop, trainer.process)
             return trainer
 
@@ -290,6 +295,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument(
+        "--front",
+        choices=list(_SCRIPTS),
+        default="torch" if importlib.util.find_spec("torch") else "numpy",
+        help="what the workers train with; default: torch where it is installed",
+    )
+    parser.add_argument(
         "--devices",
         default="cpu",
         help='of the workers: "cuda", or one for each, "cuda:0,cuda:1,cpu,cpu"; the reference runs on the CPU',
@@ -298,15 +309,17 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the numbers to a file as well")
     parser.add_argument("--plot", metavar="FILE", type=pathlib.Path, default=pathlib.Path("build/quickstart.png"))
     arguments = parser.parse_args()
-    if len(devices_of(arguments.devices)) != len(training.SIZES):
-        parser.error(f"--devices takes one device, or one for each of the {len(training.SIZES)} workers")
+    if len(devices_of(arguments.devices)) != len(task.SIZES):
+        parser.error(f"--devices takes one device, or one for each of the {len(task.SIZES)} workers")
+    if arguments.front == "numpy" and set(devices_of(arguments.devices)) != {"cpu"}:
+        parser.error("--devices: NumPy's workers run on the CPU")
     started = time.monotonic()
     # An end from outside runs the same clean-up as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.nullcontext(arguments.master) if arguments.master else running_master() as target:
             console.print(
-                f"Master on {target}; four workers with {training.SIZES} of each batch of {training.GLOBAL_BATCH}."
+                f"Master on {target}; four {arguments.front} workers with {task.SIZES} of each batch of {task.GLOBAL_BATCH}."
             )
             summary = run(arguments, target)
     except Failure as failure:

@@ -5,9 +5,6 @@ standard output tell the launcher how far it is.
 """
 
 import argparse
-import pathlib
-import sys
-import time
 from typing import Any, Dict, Optional
 
 import numpy as np
@@ -15,17 +12,9 @@ import torch
 
 import syncbn
 import syncbn.torch
+from task import GLOBAL_BATCH, LEARNING_RATE, MOMENTUM, SIZES, Record, run
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "data"))
-import digits  # noqa: E402
-
-GLOBAL_BATCH = 16
-SIZES = (1, 2, 5, 8)  # Each worker's part of a batch.
-GROUP = "quickstart"
-LATENCY_ROUNDS = 200
-LATENCY_CHANNELS = 32
-
-Record = Dict[str, Any]
+import digits  # After `task`, which says where it is.
 
 
 def make_model(dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -83,7 +72,7 @@ def train(
     dtype, device = parameter.dtype, parameter.device
     images, labels = images_of(data.images, dtype).to(device), torch.from_numpy(data.labels).to(device)
     begin, end = (0, GLOBAL_BATCH) if rank is None else (sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     record: Record = {"losses": np.zeros(steps)}
     for step, batch in enumerate(digits.batches(len(images), GLOBAL_BATCH, steps)):
         rows = torch.from_numpy(batch[begin:end]).to(device)
@@ -109,64 +98,38 @@ def train(
     return record
 
 
-def measure_latency(worker: syncbn.Worker) -> np.ndarray:
-    """Seconds of each of many rounds that all workers begin together."""
-    mean, m2 = np.zeros(LATENCY_CHANNELS), np.ones(LATENCY_CHANNELS)
-    seconds = np.zeros(LATENCY_ROUNDS)
-    for index in range(LATENCY_ROUNDS):
-        start = time.perf_counter()
-        worker.synchronize("latency", 1, mean, m2)
-        seconds[index] = time.perf_counter() - start
-    return seconds
+def prepare(arguments: argparse.Namespace) -> torch.device:
+    """Returns: the device to train on."""
+    device = torch.device(arguments.device)
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        # By default a GPU's convolutions of float32 numbers keep 11 of their 24 bits.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return device
 
 
-def run_whole(steps: int, dtype: torch.dtype, device: torch.device) -> Dict[str, Record]:
-    data = digits.load()
-    return {
-        "main": train(make_model(dtype, device), data, steps, None, None),
-        "float32": train(make_model(torch.float32, device), data, 1, None, None),
-    }
+def run_whole(arguments: argparse.Namespace) -> Dict[str, Record]:
+    data, device = digits.load(), prepare(arguments)
+    single = train(make_model(torch.float32, device), data, 1, None, None)
+    single["bound"] = 2.0**-24 * longest_sums()
+    dtype = getattr(torch, arguments.dtype)
+    return {"main": train(make_model(dtype, device), data, arguments.steps, None, None), "float32": single}
 
 
-def run_worker(worker: syncbn.Worker, steps: int, dtype: torch.dtype, device: torch.device) -> Dict[str, Record]:
+def run_worker(worker: syncbn.Worker, arguments: argparse.Namespace) -> Dict[str, Record]:
     """With synchronization, in float32 for one step, and without."""
-    data = digits.load()
-    worker.wait_for_members(60.0)
+    data, device = digits.load(), prepare(arguments)
+    dtype, steps = getattr(torch, arguments.dtype), arguments.steps
 
     def synchronized(kind: torch.dtype, prefix: str) -> torch.nn.Module:
         return syncbn.torch.convert_sync_batchnorm(make_model(kind, device), worker, prefix=prefix)
 
-    records = {
+    return {
         "main": train(synchronized(dtype, "bn"), data, steps, worker.rank, worker),
         "float32": train(synchronized(torch.float32, "single.bn"), data, 1, worker.rank, worker),
         "unsynchronized": train(make_model(dtype, device), data, steps, worker.rank, worker),
     }
-    records["main"]["latency"] = measure_latency(worker)
-    return records
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", help="the master; without it, this is the reference on the whole batch")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--group", default=GROUP)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1")
-    parser.add_argument("--output", required=True, help="the .npz file to write")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.device.type == "cuda":
-        # By default a GPU's convolutions of float32 numbers keep 11 of their 24 bits.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.target is None:
-        records = run_whole(arguments.steps, dtype, arguments.device)
-    else:
-        with syncbn.Worker(arguments.target, arguments.group, arguments.rank, len(SIZES), timeout=60.0) as worker:
-            records = run_worker(worker, arguments.steps, dtype, arguments.device)
-    np.savez(arguments.output, **{f"{run}/{name}": v for run, record in records.items() for name, v in record.items()})
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", run_whole, run_worker)

@@ -17,6 +17,7 @@ from syncbn import _environment, errors
 _logger = logging.getLogger("syncbn")
 # The time that a wait stays inside a store before the interpreter may look at signals (Ctrl-C).
 _SLICE_SECONDS = 1.0
+_CHECK_SECONDS = 0.02
 TELL_AFTER_SECONDS = 10.0
 
 
@@ -69,7 +70,9 @@ class TorchBoard(Board):
 
     def __init__(self, store: Any, topic: str) -> None:
         self.identity = self._store = store
-        self._topic = topic
+        # torchrun's store outlives a restart of the processes, and keeps the notes of those that have ended.
+        launch = [_environment.text(name) for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
+        self._topic = "/".join([topic, *filter(None, launch)])
 
     def _key(self, name: str) -> str:
         return f"{self._topic}/{name}"
@@ -87,14 +90,30 @@ class TorchBoard(Board):
         return int(self._call(self._store.add, self._key(name), step))
 
     def _look(self, name: str, seconds: float) -> Optional[str]:
+        key = self._key(name)
+        there = self._check(key, seconds) if hasattr(self._store, "check") else self._wait(key, seconds)
+        return str(self._call(self._store.get, key).decode()) if there else None
+
+    def _check(self, key: str, seconds: float) -> bool:
+        """Asks again and again: the store's own wait prints lines to stderr whenever its time is over."""
+        deadline = time.monotonic() + seconds
+        while not self._call(self._store.check, [key]):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(_CHECK_SECONDS, left))
+        return True
+
+    def _wait(self, key: str, seconds: float) -> bool:
+        """In torch before version 2, whose stores do not say whether a key is there."""
         try:
-            self._store.wait([self._key(name)], datetime.timedelta(seconds=seconds))
+            self._store.wait([key], datetime.timedelta(seconds=seconds))
         except RuntimeError as error:
             # torch has no class of its own for this before version 2.
             if "timeout" in str(error).lower() or "timed out" in str(error).lower():
-                return None
+                return False
             raise Gone(f"torch.distributed's store has failed, whose process may have ended: {error}") from error
-        return str(self._call(self._store.get, self._key(name)).decode())
+        return True
 
 
 class JaxBoard(Board):
@@ -165,6 +184,5 @@ def launchers_board(topic: str) -> Optional[Board]:
             errors.Code.FAILED_PRECONDITION,
         ) from None
     store: Any = getattr(sys.modules["torch.distributed"], "TCPStore")  # Which torch's hints do not know.
-    launch = [_environment.text(name) or "" for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
     connected = store(host, port, None, False, datetime.timedelta(seconds=30), wait_for_workers=False)
-    return TorchBoard(connected, "/".join([topic, *launch]))
+    return TorchBoard(connected, topic)

@@ -8,10 +8,11 @@ import ctypes
 import logging
 import os
 import pathlib
+import struct
 from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-from syncbn import errors
+from syncbn import _forks, errors
 
 API_MAJOR, API_MINOR = 0, 1
 
@@ -173,7 +174,35 @@ class EvaluateOptions(_Options):
     ]
 
 
+_FORMATS = {c_double: "d", c_int32: "i", c_int64: "q", c_size_t: "Q", c_uint64: "Q", c_void_p: "Q"}
+
+
+def _members(kind: Any, begin: int = 0) -> Iterator[Tuple[int, Any]]:
+    """Offset and type of a struct's members in memory, those of structs within it in their place."""
+    for name, member in kind._fields_:
+        offset = begin + getattr(kind, name).offset
+        if issubclass(member, ctypes.Structure):
+            yield from _members(member, offset)
+        else:
+            yield offset, member
+
+
+def _layout(kind: Any) -> struct.Struct:
+    """Packs a struct from all its members in order, NULL as 0: several times as fast as to make the struct."""
+    text, end = "=", 0
+    for offset, member in _members(kind):
+        text += "x" * (offset - end) + _FORMATS[member]
+        end = offset + ctypes.sizeof(member)
+    return struct.Struct(text + "x" * (ctypes.sizeof(kind) - end))
+
+
+PASS_OPTIONS = _layout(PassOptions)
+FORWARD_OUTPUTS = _layout(ForwardOutputs)
+BACKWARD_INPUTS = _layout(BackwardInputs)
+BACKWARD_OUTPUTS = _layout(BackwardOutputs)
+
 _HANDLE = c_void_p  # syncbn_worker*, syncbn_round* and so on.
+_STRUCT = c_void_p  # A struct's bytes, or a reference to it.
 _HANDLE_OUT = POINTER(c_void_p)
 _RANKS_OUT = POINTER(POINTER(c_uint32))
 _DOUBLES = POINTER(c_double)
@@ -232,9 +261,9 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_round_missing_ranks": (c_size_t, [_HANDLE, _RANKS_OUT]),
     "syncbn_round_destroy": (None, [_HANDLE]),
     "syncbn_stream_order_check": (c_int32, [c_int32, _ERROR]),
-    "syncbn_forward_start": (c_int32, [_HANDLE, c_char_p, POINTER(Tensor), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
+    "syncbn_forward_start": (c_int32, [_HANDLE, c_char_p, _STRUCT, _STRUCT, _HANDLE_OUT, _ERROR]),
     "syncbn_forward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
-    "syncbn_forward_finish": (c_int32, [_HANDLE, POINTER(Tensor), POINTER(ForwardOutputs), _ERROR]),
+    "syncbn_forward_finish": (c_int32, [_HANDLE, _STRUCT, _STRUCT, _ERROR]),
     "syncbn_forward_stream_ordered": (c_int32, [_HANDLE]),
     "syncbn_forward_sequence": (c_uint64, [_HANDLE]),
     "syncbn_forward_count": (c_int64, [_HANDLE]),
@@ -242,9 +271,9 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_forward_var": (_DOUBLES, [_HANDLE]),
     "syncbn_forward_backward_required": (c_int32, [_HANDLE]),
     "syncbn_forward_destroy": (None, [_HANDLE]),
-    "syncbn_backward_start": (c_int32, [_HANDLE, POINTER(BackwardInputs), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
+    "syncbn_backward_start": (c_int32, [_HANDLE, _STRUCT, _STRUCT, _HANDLE_OUT, _ERROR]),
     "syncbn_backward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
-    "syncbn_backward_finish": (c_int32, [_HANDLE, POINTER(BackwardInputs), POINTER(BackwardOutputs), _ERROR]),
+    "syncbn_backward_finish": (c_int32, [_HANDLE, _STRUCT, _STRUCT, _ERROR]),
     "syncbn_backward_destroy": (None, [_HANDLE]),
     "syncbn_evaluate": (c_int32, [POINTER(Tensor), POINTER(EvaluateOptions), c_void_p, _ERROR]),
     "syncbn_evaluate_backward": (
@@ -350,6 +379,24 @@ def call(function: Callable[..., int], *arguments: Any) -> int:
     raise _take_error(code, error)
 
 
+def compute(function: Callable[..., int], *arguments: Any) -> None:
+    """As `call`, for a function that never has anything to log, nor is pending."""
+    error = c_void_p()
+    code = function(*arguments, ctypes.byref(error))
+    if code != 0:
+        raise _take_error(code, error)
+
+
+def begin(function: Callable[..., int], *arguments: Any) -> int:
+    """As `create`, for a pass, which has nothing to log before it is waited for."""
+    handle, error = c_void_p(), c_void_p()
+    code = function(*arguments, ctypes.byref(handle), ctypes.byref(error))
+    if code != 0:
+        raise _take_error(code, error)
+    assert handle.value
+    return handle.value
+
+
 def create(function: Callable[..., int], *arguments: Any) -> int:
     """As `call`, for a function that creates a handle; returns the handle."""
     handle = c_void_p()
@@ -366,14 +413,15 @@ def text(value: Optional[Any]) -> Optional[bytes]:
 class Owned:
     """A handle of the library's, destroyed once, by the process that made it; silent also while the interpreter ends."""
 
-    __slots__ = ("value", "_destroy", "_pid", "_getpid")
+    __slots__ = ("value", "_destroy", "_process", "_generation")
 
     def __init__(self, value: int, destroy: Callable[[int], None]) -> None:
         self.value: Optional[int] = value
-        self._destroy, self._pid = destroy, os.getpid()
-        self._getpid = os.getpid  # A module's names may be gone when the last handles go.
+        self._destroy = destroy
+        self._process = _forks.here  # A module's names may be gone when the last handles go.
+        self._generation = self._process.generation
 
     def __del__(self) -> None:
         value, self.value = self.value, None
-        if value is not None and self._getpid() == self._pid:
+        if value is not None and self._process.generation == self._generation:
             self._destroy(value)

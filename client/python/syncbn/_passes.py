@@ -4,7 +4,7 @@ Everything here goes by address: the caller keeps the memory alive for the lengt
 """
 
 import ctypes
-from typing import Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -14,15 +14,36 @@ from syncbn._library import (
     BackwardOutputs,
     EvaluateOptions,
     ForwardOutputs,
-    PassOptions,
     Tensor,
     Vector,
+    begin,
     call,
-    create,
+    compute,
     lib,
-    text,
 )
 from syncbn.core import Worker, wait
+
+
+def _reference(given: Any) -> Any:
+    """A struct, or the bytes of one, as the library takes it."""
+    return given if isinstance(given, bytes) else ctypes.byref(given)
+
+
+def _options(
+    num_threads: int,
+    stream: Optional[int],
+    *,
+    role: int = 0,
+    sequence: Optional[int] = None,
+    stream_ordered: bool = False,
+    again: bool = False,
+) -> bytes:
+    """A PassOptions."""
+    layout = _library.PASS_OPTIONS
+    has_sequence = sequence is not None
+    return layout.pack(
+        layout.size, num_threads, stream or 0, role, has_sequence, sequence or 0, stream_ordered, again
+    )
 
 
 class ForwardPass:
@@ -53,20 +74,13 @@ class ForwardPass:
         self._role = role
         self._waited = False
         self._stopwatch = worker._recorder.stopwatch(layer)
-        on_gpu = x.device == _library.DEVICE_CUDA
-        options = PassOptions(
-            num_threads=num_threads,
-            stream=stream,
-            backward_role=role,
-            has_sequence=sequence is not None,
-            sequence=sequence or 0,
-            stream_ordered=worker.stream_ordered and on_gpu,
-        )
+        ordered = worker.stream_ordered and x.device == _library.DEVICE_CUDA
+        options = _options(num_threads, stream, role=role, sequence=sequence, stream_ordered=ordered)
         with worker.handle() as handle:
-            made = create(lib.syncbn_forward_start, handle, text(layer), ctypes.byref(x), ctypes.byref(options))
+            made = begin(lib.syncbn_forward_start, handle, layer.encode(), ctypes.byref(x), options)
             self._owned = _library.Owned(made, lib.syncbn_forward_destroy)
-        self.stream_ordered = bool(lib.syncbn_forward_stream_ordered(self._handle))
-        if worker.stream_ordered and on_gpu and not self.stream_ordered:
+        self.stream_ordered = ordered and bool(lib.syncbn_forward_stream_ordered(made))
+        if ordered and not self.stream_ordered:
             worker.explain_host_driven(x.device_index)
 
     @property
@@ -75,7 +89,9 @@ class ForwardPass:
 
     def wait(self) -> None:
         """Waits for the merged statistics; raises the round's error."""
-        with self.worker.handle(), self._stopwatch.waiting():
+        if self._waited:
+            return
+        with self.worker.handle(), self._stopwatch:
             wait(lib.syncbn_forward_wait, self._handle)
         self._stopwatch.ended()
         self._waited = True
@@ -86,8 +102,8 @@ class ForwardPass:
             self.wait()
         return self._handle
 
-    def finish(self, x: Tensor, outputs: ForwardOutputs) -> None:
-        call(lib.syncbn_forward_finish, self._handle, ctypes.byref(x), ctypes.byref(outputs))
+    def finish(self, x: Tensor, outputs: Union[ForwardOutputs, bytes]) -> None:
+        compute(lib.syncbn_forward_finish, self._handle, ctypes.byref(x), _reference(outputs))
 
     @property
     def sequence(self) -> int:
@@ -117,21 +133,27 @@ class ForwardPass:
         return np.ctypeslib.as_array(lib.syncbn_forward_var(self._outcome()), (channels,)).copy()
 
     def backward(
-        self, inputs: BackwardInputs, outputs: BackwardOutputs, *, num_threads: int = 1, stream: Optional[int] = None
+        self,
+        inputs: Union[BackwardInputs, bytes],
+        outputs: Union[BackwardOutputs, bytes],
+        *,
+        num_threads: int = 1,
+        stream: Optional[int] = None,
     ) -> None:
         """One backward pass from its start to its finish, its round between them or, stream-ordered, still to come.
 
         Any number of them may follow on one forward pass, as many at every worker.
         """
-        options = PassOptions(num_threads=num_threads, stream=stream, again=self._backward_passes > 0)
+        options = _options(num_threads, stream, again=self._backward_passes > 0)
         self._backward_passes += 1
+        given = _reference(inputs)
         # The worker is held, so that a close on another thread ends the wait instead of pulling it away.
         with self.worker.handle():
-            handle = create(lib.syncbn_backward_start, self._handle, ctypes.byref(inputs), ctypes.byref(options))
+            handle = begin(lib.syncbn_backward_start, self._handle, given, options)
             try:
                 if not self.stream_ordered:
                     self._wait_backward(handle)
-                call(lib.syncbn_backward_finish, handle, ctypes.byref(inputs), ctypes.byref(outputs))
+                compute(lib.syncbn_backward_finish, handle, given, _reference(outputs))
             finally:
                 lib.syncbn_backward_destroy(handle)
 
@@ -140,7 +162,7 @@ class ForwardPass:
             wait(lib.syncbn_backward_wait, handle)
             return
         stopwatch = self.worker._recorder.stopwatch(self.layer)
-        with stopwatch.waiting():
+        with stopwatch:
             wait(lib.syncbn_backward_wait, handle)
         stopwatch.ended()
 

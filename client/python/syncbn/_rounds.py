@@ -26,7 +26,8 @@ def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
     The interpreter's lock is free during a slice, and a signal's handler runs at its end; on other threads than the main
     one see `_signals`.
     """
-    watch = None if threading.current_thread() is threading.main_thread() else _signals.Watch()
+    watch: Optional[_signals.Watch] = None
+    begun = time.monotonic()
     deadline = None if timeout is None else time.monotonic_ns() + nanoseconds(timeout)
     while True:
         slice_ns = _SLICE_NS if deadline is None else max(0, min(_SLICE_NS, deadline - time.monotonic_ns()))
@@ -34,6 +35,8 @@ def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
             return True
         if deadline is not None and time.monotonic_ns() >= deadline:
             return False
+        if watch is None and threading.current_thread() is not threading.main_thread():
+            watch = _signals.Watch(begun)
         if watch is not None:
             watch.check()
 
@@ -76,7 +79,7 @@ class Round:
     def wait(self, timeout: Optional[float] = None) -> bool:
         """Whether there is an outcome within `timeout` seconds (None: until there is). Raises it if it is an error."""
         timeout = _arguments.patience("timeout", timeout)
-        with self._worker.handle(), self._stopwatch.waiting():
+        with self._worker.handle(), self._stopwatch:
             done = wait(lib.syncbn_round_wait, self._handle.value, timeout)
         if done:
             self._stopwatch.ended(self._missing_ranks())

@@ -78,10 +78,10 @@ def _hear(descriptor: int) -> None:
 
 
 class Watch:
-    """Over one wait on a thread that is not the main one."""
+    """Over one wait on a thread that is not the main one, which began at that time of `time.monotonic`."""
 
-    def __init__(self) -> None:
-        self._begun = time.monotonic()
+    def __init__(self, begun: float) -> None:
+        self._begun = begun
 
     def check(self) -> None:
         """To be called now and then: raises KeyboardInterrupt if the main thread should, and is stuck."""

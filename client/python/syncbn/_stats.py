@@ -1,10 +1,9 @@
 """What a worker's rounds have cost: `Worker.stats`."""
 
-import contextlib
 import math
 import threading
 import time
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional
 
 from syncbn import errors
 
@@ -97,24 +96,24 @@ class _Times:
 
 
 class Stopwatch:
-    """The time that the threads of a worker wait for one round."""
+    """The time that a thread of a worker waits for one round: within `with` blocks."""
+
+    __slots__ = ("_recorder", "_layer", "_begun", "_nanoseconds", "_recorded")
 
     def __init__(self, recorder: "Recorder", layer: str) -> None:
         self._recorder, self._layer = recorder, layer
-        self._nanoseconds = 0
+        self._begun = self._nanoseconds = 0
         self._recorded = False
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A wait for the round. An error ends the round."""
-        begun = time.monotonic_ns()
-        try:
-            yield
-        except errors.Error as error:
-            self._nanoseconds += time.monotonic_ns() - begun
+    def __enter__(self) -> None:
+        """Begins a wait for the round, which ends with the block. An error ends the round."""
+        self._begun = time.monotonic_ns()
+
+    def __exit__(self, kind: Any, error: Optional[BaseException], traceback: Any) -> None:
+        if error is None or isinstance(error, errors.Error):
+            self._nanoseconds += time.monotonic_ns() - self._begun
+        if isinstance(error, errors.Error):
             self.ended(error.ranks, failed=True)
-            raise
-        self._nanoseconds += time.monotonic_ns() - begun
 
     def ended(self, missing: Iterable[int] = (), failed: bool = False) -> None:
         """The outcome is known. Only the first call counts."""
@@ -136,7 +135,10 @@ class Recorder:
 
     def add(self, layer: str, nanoseconds: int, failed: bool, missing: Iterable[int]) -> None:
         with self._lock:
-            self._layers.setdefault(layer, _Times()).add(nanoseconds, failed)
+            times = self._layers.get(layer)
+            if times is None:
+                times = self._layers[layer] = _Times()
+            times.add(nanoseconds, failed)
             for rank in missing:
                 self._missing[rank] = self._missing.get(rank, 0) + 1
 

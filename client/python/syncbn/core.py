@@ -44,6 +44,26 @@ def _role(backward: Any) -> int:
     return _BACKWARD_ROLES[None if backward is None else bool(backward)]
 
 
+class _Held:
+    """A worker's C handle, kept alive for the length of a `with` block: a close on another thread waits for its end."""
+
+    __slots__ = ("_worker",)
+
+    def __init__(self, worker: "Worker") -> None:
+        self._worker = worker
+
+    def __enter__(self) -> int:
+        return self._worker._hold()
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self._worker._let_go(error)
+
+
 class Worker:
     """One member of a group: joins when it is made.
 
@@ -104,10 +124,11 @@ class Worker:
         _place: Optional[_places.Place] = None,
     ) -> None:
         self._handle: Optional[int] = None
-        self._pid = os.getpid()
+        self._generation = _forks.here.generation
         self._explained: Set[int] = set()
         self._users = 0
-        self._idle = threading.Condition()
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
         self._layers: Dict[str, Tuple[Any, ...]] = {}
         self._changed_layers: Dict[str, str] = {}
         self._unnamed_layers = 0
@@ -167,29 +188,28 @@ class Worker:
         with self.handle() as handle:
             return int(lib.syncbn_worker_run_id(handle))
 
-    @contextlib.contextmanager
-    def handle(self) -> Iterator[int]:
-        """The C handle, kept alive for the length of the block."""
-        if os.getpid() != self._pid:
+    def handle(self) -> "_Held":
+        """The C handle, kept alive for the length of a `with` block."""
+        return _Held(self)
+
+    def _hold(self) -> int:
+        if self._generation != _forks.here.generation:
             raise _forks.error()
-        with self._idle:
+        with self._lock:
             if self._handle is None:
                 raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
             self._users += 1
-            handle = self._handle
-        try:
-            yield handle
-        except errors.LayerMismatch as error:
+            return self._handle
+
+    def _let_go(self, error: Optional[BaseException]) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._handle is None:  # A close waits.
+                self._idle.notify_all()
+        if isinstance(error, errors.LayerMismatch):
             self._advise(error)
-            raise
-        except errors.WorkerLost as error:
+        elif isinstance(error, errors.WorkerLost):
             self._lost.update(error.ranks)
-            raise
-        finally:
-            with self._idle:
-                self._users -= 1
-                if self._users == 0:
-                    self._idle.notify_all()
 
     def wait_for_members(self, timeout: Optional[float] = 30.0) -> bool:
         """Whether every rank of the group was present within `timeout` seconds."""
@@ -267,7 +287,7 @@ class Worker:
 
     def _close(self) -> None:
         """Ends the worker, but no master that it has started."""
-        if os.getpid() != self._pid:  # Its locks may be as another thread held them at the fork.
+        if self._generation != _forks.here.generation:  # Its locks may be as another thread held them at the fork.
             self._handle = self._meeting = None
             return
         with _open_lock:

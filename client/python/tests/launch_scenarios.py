@@ -6,11 +6,12 @@ Each scenario has a process group of its own, and prints "passed NAME". The last
 """
 
 import contextlib
+import logging
 import os
 import pathlib
 import sys
 import time
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, List
 
 import torch
 import torch.distributed as dist
@@ -140,6 +141,16 @@ def a_process_group_is_initialized_anew() -> None:
     second.leave()
 
 
+def a_restart_of_the_launch_has_notes_of_its_own() -> None:
+    """In the same store, as torchrun's is. A process has ended before it could meet the others."""
+    with environment(TORCHELASTIC_RESTART_COUNT=0):
+        if RANK != 2:
+            syncbn.torch.init_worker().close()
+    dist.barrier()
+    with environment(TORCHELASTIC_RESTART_COUNT=1), syncbn.torch.init_worker(timeout=60) as worker:
+        assert worker.all_reduce("sum", [1.0])[0] == WORLD
+
+
 def process_groups_of_a_part_of_the_processes() -> None:
     """Each has a worker, whose layers synchronize among its members alone; beside them, one for all."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
@@ -154,6 +165,17 @@ def process_groups_of_a_part_of_the_processes() -> None:
             assert "no member" in str(error)
         else:
             raise AssertionError("a worker of a foreign group")
+
+
+class Told(logging.Handler):
+    """What the log says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: List[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def two_pairs_lose_a_process() -> None:
@@ -172,7 +194,11 @@ def two_pairs_lose_a_process() -> None:
     if RANK == 3:
         os._exit(0)
     if RANK == 2:
-        worker.leave()  # After ten minutes, if it waited for rank 3 to leave.
+        told = Told()
+        logging.getLogger("syncbn").addHandler(told)
+        logging.getLogger("syncbn").setLevel(logging.INFO)
+        worker.leave()
+        assert "rank 1 has ended without leaving its worker" in told.messages, told.messages  # Of the two.
         print("passed rank_0_does_not_wait_for_a_worker_that_has_ended", flush=True)
     os._exit(0)
 
@@ -187,6 +213,7 @@ SCENARIOS: Dict[str, Callable[[], None]] = {
         a_rank_0_that_does_not_come_is_named,
         a_master_that_cannot_start_is_an_error_everywhere,
         a_process_group_is_initialized_anew,
+        a_restart_of_the_launch_has_notes_of_its_own,
         process_groups_of_a_part_of_the_processes,
     )
 }

@@ -22,13 +22,16 @@ pytestmark = pytest.mark.skipif(
 
 def run(script, *options):
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *options], capture_output=True, text=True, timeout=240
+        [sys.executable, str(EXAMPLES / script), *options], capture_output=True, text=True, timeout=700
     )
 
 
-def test_quickstart(tmp_path):
+@pytest.mark.parametrize("front", ["torch", "numpy"])
+def test_quickstart(tmp_path, front):
     done = run(
         "quickstart/quickstart.py",
+        "--front",
+        front,
         "--steps",
         "5",
         "--json",

@@ -75,24 +75,11 @@ def _site(frame: FrameType) -> Optional[_Site]:
 class Context:
     """The checkpointed segments that the caller runs in, innermost first."""
 
-    def __init__(self) -> None:
-        self._sites: List[_Site] = []
-        frame: Optional[FrameType] = sys._getframe(1)
-        while frame is not None:
-            if frame.f_globals.get("__name__") == _MODULE:
-                site = _site(frame)
-                if site is not None:
-                    self._sites.append(site)
-            frame = frame.f_back
-
-    @property
-    def active(self) -> bool:
-        return bool(self._sites)
-
-    @property
-    def gradient_follows(self) -> bool:
-        """Whether gradients are off now, but a second half with gradients will follow."""
-        return any(site.reentrant and not site.second_half for site in self._sites)
+    def __init__(self, sites: List[_Site]) -> None:
+        self._sites = sites
+        self.active = bool(sites)
+        # Whether gradients are off now, but a second half with gradients will follow.
+        self.gradient_follows = any(site.reentrant and not site.second_half for site in sites)
 
     def replay(self, layer: object) -> Any:
         """The forward pass of the first half if this is a second half, else None."""
@@ -114,3 +101,22 @@ class Context:
             segment = _Segment()
             setattr(site.owner, _ATTRIBUTE, segment)
         return segment
+
+
+_NO_CHECKPOINT = Context([])
+
+
+def context() -> Context:
+    """The caller's."""
+    module = sys.modules.get(_MODULE)
+    if module is None:  # Nobody has imported it: no frame is of it.
+        return _NO_CHECKPOINT
+    namespace, sites = module.__dict__, []
+    frame: Optional[FrameType] = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals is namespace:
+            site = _site(frame)
+            if site is not None:
+                sites.append(site)
+        frame = frame.f_back
+    return Context(sites) if sites else _NO_CHECKPOINT

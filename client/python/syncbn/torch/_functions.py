@@ -9,12 +9,12 @@ Where autograd records the last of them too, _second.Last refuses to be differen
 """
 
 import functools
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from syncbn import _passes
-from syncbn._library import BackwardInputs, BackwardOutputs, ForwardOutputs
+from syncbn._library import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS, Tensor
 from syncbn.torch import _second, _tensors
 
 _Gradients4 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
@@ -30,17 +30,47 @@ class _Saved(NamedTuple):
     bias: Optional[_tensors.Form]
     channels_last: bool
     needed: Tuple[bool, bool, bool, bool]  # The gradients of x, weight, bias and z.
+    members: Tuple[int, ...]  # Of a struct Tensor: x in the forward pass.
     open_gate: Optional[torch.Tensor]  # With a ReLU: one bit for each element of y, in memory order, that is positive.
 
 
 def _form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
-    return None if tensor is None else _tensors.Form.of(tensor)
+    return None if tensor is None else _tensors.Form(tensor)
 
 
 def _buffer(form: Optional[_tensors.Form], needed: bool) -> Optional[torch.Tensor]:
     if form is None or not needed:
         return None
     return torch.empty(form.shape, dtype=form.dtype, device=form.device)
+
+
+class Request(NamedTuple):
+    """What a layer asks of a forward pass."""
+
+    forward_pass: _passes.ForwardPass  # Its round has begun, or has ended.
+    x: Tuple[int, ...]  # The members of a struct Tensor that describes the input.
+    y: torch.Tensor  # The output's memory.
+    gate: Optional[torch.Tensor]  # With a ReLU: memory for _Saved.open_gate.
+    channels_last: bool
+    device: ContextManager[Any]
+    running_mean: Optional[torch.Tensor]  # Those to be updated, if any.
+    running_var: Optional[torch.Tensor]
+    count_batch: Callable[[], float]  # Called once if they are; returns the new values' weight.
+
+    def wait(self) -> Optional[int]:
+        """Values in each channel, over all workers. None: not known yet, but at least 2, since it is stream-ordered, and
+        smaller batches are host-driven. Refuses a single one.
+        """
+        if self.forward_pass.stream_ordered:
+            return None
+        self.forward_pass.wait()
+        count = self.forward_pass.count
+        if count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {tuple(self.y.shape)} "
+                "and nothing from the other workers"
+            )
+        return count
 
 
 def _backward(
@@ -56,18 +86,22 @@ def _backward(
     dx = _tensors.empty_like(x) if saved.needed[0] or fused_dz else None  # The library computes dz beside dx alone.
     d_weight, d_bias = _buffer(saved.weight, saved.needed[1]), _buffer(saved.bias, saved.needed[2])
     dz = _tensors.empty_like(x) if fused_dz else dy if saved.needed[3] else None
-    inputs = BackwardInputs(
-        dy=_tensors.describe(dy, channels_last),
-        x=_tensors.address(x, channels_last),
-        weight=_tensors.vector(weight, x),
-        relu=gate is not None,
-        relu_mask=None if gate is None else gate.data_ptr(),
+    inputs = BACKWARD_INPUTS.pack(
+        BACKWARD_INPUTS.size,
+        _tensors.address(dy, channels_last) or 0,
+        *saved.members[1:],  # dy is given back in the form of x.
+        _tensors.address(x, channels_last) or 0,
+        *_tensors.vector_members(weight),
+        *_tensors.NO_VECTOR,  # The bias: a gate is given instead.
+        gate is not None,
+        0 if gate is None else gate.data_ptr(),
     )
-    outputs = BackwardOutputs(
-        dx=None if dx is None else _tensors.address(dx, channels_last),
-        d_residual=_tensors.address(dz, channels_last) if fused_dz and dz is not None else None,
-        d_weight=_tensors.vector(d_weight, x),
-        d_bias=_tensors.vector(d_bias, x),
+    outputs = BACKWARD_OUTPUTS.pack(
+        BACKWARD_OUTPUTS.size,
+        0 if dx is None else dx.data_ptr(),
+        dz.data_ptr() if fused_dz and dz is not None else 0,
+        *_tensors.vector_members(d_weight),
+        *_tensors.vector_members(d_bias),
     )
     device, threads, stream = _tensors.execution(x)
     with device:
@@ -102,39 +136,38 @@ class Normalize(torch.autograd.Function):
         bias: Optional[torch.Tensor],
         z: Optional[torch.Tensor],
         anchor: Optional[torch.Tensor],
-        forward_pass: _passes.ForwardPass,
-        channels_last: bool,
-        running_mean: Optional[torch.Tensor],
-        running_var: Optional[torch.Tensor],
-        momentum: float,
-        relu: bool,
+        request: Request,
     ) -> torch.Tensor:
-        """x is dense, in that layout, and so is z. `anchor` makes y differentiable where nothing else does."""
-        y = _tensors.empty_like(x)
-        device, _, _ = _tensors.execution(x)
+        """x is as the request describes it, dense, and so is z. `anchor` makes y differentiable where nothing else does.
+
+        The wait for the round comes as late as it can: nothing after it could be done before.
+        """
+        forward_pass, channels_last = request.forward_pass, request.channels_last
+        # The bias is not saved: no gradient needs its values, and a program may change it before backward.
+        ctx.save_for_backward(x, weight)
+        gate, needed = request.gate, ctx.needs_input_grad[:4]
+        forms = _tensors.Form(x), _form(weight), _form(bias)
+        ctx.saved = _Saved(forward_pass, *forms, channels_last, needed, request.x, gate)
         # Named, so that copies live until the library is through with them.
         own_weight, own_bias = _tensors.readable(weight), _tensors.readable(bias)
         own_z = None if z is None else _tensors.readable_as(z, channels_last)
-        needed = tuple(ctx.needs_input_grad[:4])
-        gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if relu else None
-        with _tensors.writable(running_mean, running_var) as (mean, var), device:
-            outputs = ForwardOutputs(
-                weight=_tensors.vector(own_weight, x),
-                bias=_tensors.vector(own_bias, x),
-                running_mean=_tensors.vector(mean, x),
-                running_var=_tensors.vector(var, x),
-                momentum=momentum,
-                residual=None if own_z is None else _tensors.address(own_z, channels_last),
-                relu=relu,
-                relu_mask=None if gate is None else gate.data_ptr(),
-                y=_tensors.describe(y, channels_last),
-            )
-            forward_pass.finish(_tensors.describe(x, channels_last), outputs)
-        # The bias is not saved: no gradient needs its values, and a program may change it before backward.
-        ctx.save_for_backward(x, weight)
-        form = _tensors.Form.of(x)
-        ctx.saved = _Saved(forward_pass, form, _form(weight), _form(bias), channels_last, needed, gate)
-        return y
+        parameters = _tensors.vector_members(own_weight) + _tensors.vector_members(own_bias)
+        mean, var = _tensors.readable(request.running_mean), _tensors.readable(request.running_var)
+        running = _tensors.vector_members(mean) + _tensors.vector_members(var)
+        activation = 0 if own_z is None else _tensors.address(own_z, channels_last) or 0, gate is not None
+        given = Tensor(*request.x)
+        rest = (*activation, 0 if gate is None else gate.data_ptr(), request.y.data_ptr(), *request.x[1:])
+        momentum = 0.0
+        if request.wait() == 0:
+            running = _tensors.NO_VECTOR * 2
+        elif mean is not None:
+            momentum = request.count_batch()
+        with request.device:
+            outputs = FORWARD_OUTPUTS.pack(FORWARD_OUTPUTS.size, *parameters, *running, momentum, *rest)
+            forward_pass.finish(given, outputs)
+        _tensors.write_back(request.running_mean, mean)
+        _tensors.write_back(request.running_var, var)
+        return request.y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
@@ -145,7 +178,7 @@ class Normalize(torch.autograd.Function):
             gradients = (*_Gradients.apply(dz, x, weight, saved), dz if saved.needed[3] else None)
         else:
             gradients = _backward(saved, dy, x, weight)
-        return (*gradients, None, None, None, None, None, None, None)
+        return (*gradients, None, None)
 
 
 class _Gradients(torch.autograd.Function):

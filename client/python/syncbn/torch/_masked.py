@@ -144,7 +144,7 @@ class _Normalize(torch.autograd.Function):
         anchor: Optional[torch.Tensor],
         state: _Pass,
     ) -> torch.Tensor:
-        forms: List[Any] = [None if v is None else _tensors.Form.of(v) for v in (x, counts, weight, bias)]
+        forms: List[Any] = [None if v is None else _tensors.Form(v) for v in (x, counts, weight, bias)]
         needed = ctx.needs_input_grad
         ctx.saved = _Saved(state, forms[0], forms[1], forms[2], forms[3], (needed[0], needed[2], needed[3]))
         ctx.save_for_backward(x, counts, weight)
@@ -277,7 +277,7 @@ def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     if _replicas.current() is not None:
         raise RuntimeError("a mask does not go with replicas on threads: run a process for each")
     _tensors.check_supported(x, layer.weight, layer.bias)
-    checkpoint = _checkpointing.Context()
+    checkpoint = _checkpointing.context()
     state = checkpoint.replay(layer)
     first_time = state is None
     if state is None:

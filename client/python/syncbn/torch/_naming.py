@@ -39,6 +39,7 @@ class NumberedName(str):
 
     identity: str
     _copies: Dict[int, int]
+    _claimed_for: Any = None  # A weak reference to the worker that `claim` has last found it to be unique for.
 
     def __deepcopy__(self, memo: Any) -> "NumberedName":
         thread = threading.get_ident()
@@ -60,12 +61,15 @@ def number(worker: Optional[Worker]) -> NumberedName:
 def claim(worker: Worker, name: str) -> None:
     """Refuses a number that two layers of a worker have, which were made on different threads."""
     if isinstance(name, NumberedName):
+        if name._claimed_for is not None and name._claimed_for() is worker:
+            return
         owner = _claims.setdefault(worker, {}).setdefault(str(name), name.identity)
         if owner != name.identity:
             raise ValueError(
                 f"two layers of this worker have numbered themselves {str(name)!r}, since they were made on different "
                 "threads: give them names with layer=, or convert the model with convert_sync_batchnorm"
             )
+        name._claimed_for = weakref.ref(worker)
 
 
 def _is_wrapping(parent: torch.nn.Module, child: str) -> bool:

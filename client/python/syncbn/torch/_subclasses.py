@@ -182,6 +182,7 @@ def run_forward(module: Any, function: Callable[..., Any], args: Any, kwargs: An
 
 _run_outside_of_graphs: Any = _synchronized.outside_of_graphs(run_forward)
 _local = threading.local()
+_NO_CONTEXT = contextlib.nullcontext()
 
 
 def _running() -> List[_Answers]:
@@ -194,8 +195,10 @@ def _running() -> List[_Answers]:
 
 def in_own_forward(module: Any) -> Any:
     """A context for the forward of SyncBatchNorm: one that was assigned to the module may call it."""
-    found = [answers for answers in _running() if answers.module is module]
-    return found[0].own_forward() if found else contextlib.nullcontext()
+    for answers in getattr(_local, "running", ()):
+        if answers.module is module:
+            return answers.own_forward()
+    return _NO_CONTEXT
 
 
 class PatchedForward:

@@ -1,6 +1,6 @@
 """What every synchronized layer does in training: one round, and the normalization with its outcome."""
 
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch.fx.proxy import Proxy
@@ -86,6 +86,12 @@ def check_vectors(
     running_var: Optional[torch.Tensor],
 ) -> None:
     """Refuses parameters and buffers of another size than x's channels, or on another device."""
+    channels, device = x.size(1), x.device
+    for vector in (running_mean, running_var, weight, bias):
+        if vector is not None and (vector.numel() != channels or vector.device != device):
+            break
+    else:
+        return
     named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     vectors = [(name, vector) for name, vector in named if vector is not None]
     sizes = {vector.numel() for _, vector in vectors}
@@ -160,58 +166,55 @@ class Synchronized(torch.nn.Module):
         _tensors.check_supported(input, step.weight, step.bias, step.z)
         channels_last = _tensors.is_channels_last(input)
         x = _tensors.dense(input, channels_last)
-        checkpoint = _checkpointing.Context()
+        checkpoint = _checkpointing.context()
         place = _replicas.current()
         if place is not None:
             return step.activate(self._normalize_with_replicas(x, step, place, checkpoint))
+        # Before the round, so that no other worker waits for one that finds no memory.
+        y = _tensors.empty_like(x)
+        gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if step.relu else None
+        description = _tensors.members(x, channels_last)
+        execution = _tensors.execution(x)
         forward_pass = checkpoint.replay(self)
         first_time = forward_pass is None
         if forward_pass is None:
-            forward_pass = self._run_round(x, channels_last, step, checkpoint.gradient_follows)
-        checkpoint.record(self, forward_pass)
-        # The count of a stream-ordered pass is not known yet, but at least 2: smaller batches are host-driven.
-        count = None if forward_pass.stream_ordered else forward_pass.count
-        if count == 1:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)} "
-                "and nothing from the other workers"
-            )
-        update = first_time and step.running_mean is not None and count != 0
-        return _functions.Normalize.apply(
-            x,
-            step.weight,
-            step.bias,
-            step.z,
-            self._anchor(x, step, forward_pass),
+            forward_pass = self._begin_round(x, description, execution, step, checkpoint.gradient_follows)
+        update = first_time and step.running_mean is not None
+        request = _functions.Request(
             forward_pass,
+            description,
+            y,
+            gate,
             channels_last,
+            execution[0],
             step.running_mean if update else None,
             step.running_var if update else None,
-            step._count_batch() if update else 0.0,
-            step.relu,
+            step._count_batch,
         )
+        if checkpoint.active:
+            request.wait()  # A round that has failed is not left with the segment.
+            checkpoint.record(self, forward_pass)
+        anchor = self._anchor(x, step, request)
+        return _functions.Normalize.apply(x, step.weight, step.bias, step.z, anchor, request)
 
-    def _run_round(
-        self, x: torch.Tensor, channels_last: bool, step: Step, gradient_follows: bool
+    def _begin_round(
+        self, x: torch.Tensor, description: Tuple[int, ...], execution: Any, step: Step, gradient_follows: bool
     ) -> _passes.ForwardPass:
-        """Merges x's moments with those of the other workers."""
+        """Begins to merge x's moments with those of the other workers."""
         worker = self.worker or default_worker()
         layer = self._declare(worker, x.size(1), step.eps)
-        device, threads, stream = _tensors.execution(x)
+        device, threads, stream = execution
         with device:
-            forward_pass = _passes.ForwardPass(
+            return _passes.ForwardPass(
                 worker,
                 layer,
-                _tensors.describe(x, channels_last),
+                _library.Tensor(*description),
                 role=self._role(x, gradient_follows),
                 num_threads=threads,
                 stream=stream,
                 eps=step.eps,
                 clamp=self.eps_mode == "clamp",
             )
-            if not forward_pass.stream_ordered:
-                forward_pass.wait()
-        return forward_pass
 
     def _declare(self, worker: Worker, channels: int, eps: float) -> str:
         """Makes the layer known to the master; returns its name."""
@@ -249,13 +252,15 @@ class Synchronized(torch.nn.Module):
         return _library.BACKWARD_REQUIRED if x.requires_grad else _library.BACKWARD_IF_REQUIRED
 
     @staticmethod
-    def _anchor(x: torch.Tensor, step: Step, forward_pass: _passes.ForwardPass) -> Optional[torch.Tensor]:
+    def _anchor(x: torch.Tensor, step: Step, request: _functions.Request) -> Optional[torch.Tensor]:
         """Something differentiable, where only another worker calls for this one's part in the backward round."""
-        if not torch.is_grad_enabled() or not forward_pass.backward_required:
+        if not torch.is_grad_enabled():
             return None
-        if any(t is not None and t.requires_grad for t in (x, step.weight, step.bias, step.z)):
-            return None
-        return torch.empty(0, requires_grad=True)
+        for tensor in (x, step.weight, step.bias, step.z):
+            if tensor is not None and tensor.requires_grad:
+                return None
+        request.wait()
+        return torch.empty(0, requires_grad=True) if request.forward_pass.backward_required else None
 
 
 def batch_norm(input: torch.Tensor, step: Step) -> torch.Tensor:

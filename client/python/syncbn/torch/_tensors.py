@@ -1,7 +1,7 @@
 """torch tensors as the C interface sees them: addresses, without a copy where the memory is dense."""
 
 import contextlib
-from typing import Any, ContextManager, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, ContextManager, Optional, Tuple
 
 import torch
 from torch.autograd import forward_ad
@@ -17,6 +17,8 @@ _TYPES = {
     torch.float16: _library.FLOAT16,
     torch.bfloat16: _library.BFLOAT16,
 }
+
+_ANYWHERE = contextlib.nullcontext()
 
 # Below this many elements the threads cost more than they save.
 _ELEMENTS_PER_THREAD = 1 << 16
@@ -34,18 +36,35 @@ def type_of(tensor: torch.Tensor) -> int:
         raise UnsupportedTensor(text) from None
 
 
-def _transformed(x: torch.Tensor) -> bool:
-    """Whether x is a wrapper of torch.func (functorch, before torch 2)."""
-    functorch = getattr(_torch._C, "_functorch", None)
-    return functorch is not None and bool(functorch.is_functorch_wrapped_tensor(x))
+# Tells a wrapper of torch.func (functorch, before torch 2).
+_transformed: Callable[[torch.Tensor], bool] = getattr(
+    getattr(_torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda x: False
+)
+_is_zero_tensor: Callable[[torch.Tensor], bool] = _torch.Tensor._is_zerotensor
+
+# Classes whose objects have their elements in memory of their own, if their layout is strided.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def check_supported(*tensors: Optional[torch.Tensor]) -> None:
     """Raises UnsupportedTensor for an input or a parameter of a training layer that has no values, or not in memory of
     its own. Before the round, so that no other worker waits for one that cannot go on."""
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        tensors = tuple(tensor for tensor in tensors if tensor is not None and not _is_usual(tensor))
     for tensor in tensors:
         if tensor is not None:
             _check_supported(tensor)
+
+
+def _is_usual(x: torch.Tensor) -> bool:
+    """Whether x is supported at first sight: what nearly every tensor is."""
+    return (
+        type(x) in _PLAIN
+        and (x.is_cpu or x.is_cuda)
+        and x.dtype in _TYPES
+        and x.layout is torch.strided
+        and not _transformed(x)
+    )
 
 
 def _check_supported(x: torch.Tensor) -> None:
@@ -69,17 +88,26 @@ def _check_supported(x: torch.Tensor) -> None:
 
 def is_channels_last(x: torch.Tensor) -> bool:
     """Dense with the channels innermost, and not dense with them in second place as well."""
-    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return x.dim() > 2 and not x.is_contiguous() and _is_dense(x, True)
+
+
+def _is_dense(x: torch.Tensor, channels_last: bool) -> bool:
+    """Whether the strides are those of memory without gaps, in that layout."""
+    if not channels_last:
+        return x.is_contiguous()
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def dense(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """x itself if it is dense in that layout, else a copy that is. Differentiable."""
     if x.is_neg():
         x = x.resolve_neg()
-    if _torch.Tensor._is_zerotensor(x):  # It has no memory.
+    if _is_zero_tensor(x):  # It has no memory.
         x = x.clone()
     if channels_last:
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+        return x if _is_dense(x, True) else x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
 
 
@@ -104,21 +132,18 @@ def _in_memory(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class Form(NamedTuple):
-    """What a tensor has to be for memory of it to be handed out."""
+class Form:
+    """What a tensor has to be for memory of it to be handed out: what this one is."""
 
-    shape: Tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    __slots__ = ("shape", "dtype", "device")
 
-    @staticmethod
-    def of(x: torch.Tensor) -> "Form":
-        return Form(tuple(x.shape), x.dtype, x.device)
+    def __init__(self, x: torch.Tensor) -> None:
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
 
     def check(self, name: str, x: torch.Tensor) -> None:
-        if Form.of(x) != self:
+        if x.shape != self.shape or x.dtype != self.dtype or x.device != self.device:
             raise RuntimeError(
-                f"{name} is {tuple(x.shape)}, {x.dtype}, on {x.device}, where SyncBatchNorm saved {self.shape}, "
+                f"{name} is {tuple(x.shape)}, {x.dtype}, on {x.device}, where SyncBatchNorm saved {tuple(self.shape)}, "
                 f"{self.dtype}, on {self.device}: a saved-tensor hook must give back what it was given"
             )
 
@@ -142,8 +167,15 @@ def vector_given_back(name: str, x: Optional[torch.Tensor], form: Optional[Form]
 
 
 def readable(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    """A parameter, contiguous; a copy where it is not."""
-    return None if x is None else dense(_in_memory(x), False)
+    """A parameter or a buffer, contiguous; a copy where it is not."""
+    if x is None or _is_readable(x):
+        return x
+    return dense(_in_memory(x), False)
+
+
+def _is_readable(x: torch.Tensor) -> bool:
+    """Whether the library can take x as it is, contiguous."""
+    return type(x) in _PLAIN and x.layout is torch.strided and x.is_contiguous() and not x.is_neg() and x.data_ptr() != 0
 
 
 def readable_as(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -151,46 +183,61 @@ def readable_as(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return dense(_in_memory(x), channels_last)
 
 
-@contextlib.contextmanager
-def writable(*buffers: Optional[torch.Tensor]) -> Iterator[List[Optional[torch.Tensor]]]:
-    """Buffers for the library to update: those that are not contiguous as copies, which are written back."""
-    copies = [readable(buffer) for buffer in buffers]
-    yield copies
-    for buffer, copied in zip(buffers, copies):
-        if buffer is not None and copied is not None and copied.data_ptr() != buffer.data_ptr():
-            with torch.no_grad():
-                buffer.copy_(copied)
+def write_back(buffer: Optional[torch.Tensor], updated: Optional[torch.Tensor]) -> None:
+    """Ends an update of what `readable` has made of a buffer, which may be a copy."""
+    if buffer is None or updated is None or updated is buffer or updated.data_ptr() == buffer.data_ptr():
+        return
+    with torch.no_grad():
+        buffer.copy_(updated)
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """With the strides of x, which is dense."""
+    """A plain tensor with the strides of x, which is dense."""
+    if type(x) is torch.Tensor:
+        return torch.empty_like(x, requires_grad=False)
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
 
 
 def address(x: torch.Tensor, channels_last: bool) -> Optional[int]:
-    """Where the elements of a tensor are that is dense in that layout; None: it has none. Every address goes here."""
-    laid_out = x.movedim(1, -1) if channels_last else x
-    if not laid_out.is_contiguous() or x.is_neg():
+    """Where the elements of a tensor are that is dense in that layout; None: it has none.
+
+    Every address goes here, but for those of tensors that this package has just made or found to be readable.
+    """
+    if not _is_dense(x, channels_last) or x.is_neg():
         raise RuntimeError("SyncBatchNorm: the memory of a tensor is not dense")
     return x.data_ptr() or None
 
 
-def describe(x: torch.Tensor, channels_last: bool) -> Tensor:
-    """A dense x of [batch, channels, ...] for the C interface."""
-    batch, channels = x.shape[0], x.shape[1]
+def members(x: torch.Tensor, channels_last: bool) -> Tuple[int, ...]:
+    """Those of a struct Tensor for a dense x of [batch, channels, ...]."""
+    batch, channels = x.shape[:2]
     spatial = 1
     for size in x.shape[2:]:
         spatial *= size
-    return Tensor(
-        address(x, channels_last),
+    on_cpu = x.is_cpu
+    return (
+        address(x, channels_last) or 0,
         batch,
         channels,
         spatial,
         type_of(x),
         _library.CHANNELS_LAST if channels_last else _library.CHANNELS_FIRST,
-        _library.DEVICE_CUDA if x.is_cuda else _library.DEVICE_CPU,
-        x.device.index or 0,
+        _library.DEVICE_CPU if on_cpu else _library.DEVICE_CUDA,
+        0 if on_cpu else x.device.index or 0,
     )
+
+
+def describe(x: torch.Tensor, channels_last: bool) -> Tensor:
+    """A dense x of [batch, channels, ...] for the C interface."""
+    return Tensor(*members(x, channels_last))
+
+
+def vector_members(x: Optional[torch.Tensor]) -> Tuple[int, int]:
+    """Those of a struct Vector for a parameter or buffer that `readable` has returned, or a new one; None: absent."""
+    return NO_VECTOR if x is None else (x.data_ptr(), type_of(x))
+
+
+NO_VECTOR = (0, _library.FLOAT32)
 
 
 def vector(tensor: Optional[torch.Tensor], x: torch.Tensor) -> Vector:
@@ -225,4 +272,4 @@ def execution(x: torch.Tensor) -> Tuple[ContextManager[Any], int, Optional[int]]
             )
         return torch.cuda.device(x.device), 1, torch.cuda.current_stream(x.device).cuda_stream
     threads = max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD))
-    return contextlib.nullcontext(), threads, None
+    return _ANYWHERE, threads, None

@@ -142,7 +142,7 @@ class _Sum(torch.autograd.Function):
 def _merged_moments(values: torch.Tensor, caller: _Caller) -> Tuple[torch.Tensor, torch.Tensor]:
     """The moments of [positions, C]."""
     _tensors.check_supported(values)
-    checkpoint = _checkpointing.Context()
+    checkpoint = _checkpointing.context()
     merged = checkpoint.replay(caller)
     if merged is None:
         merged = _Round(caller, values, checkpoint.gradient_follows)

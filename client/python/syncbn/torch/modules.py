@@ -135,11 +135,12 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
         are taken from those positions alone; the output is normalized everywhere.
         z: of the input's shape and type; added to the normalized values, before the activation. A residual connection.
         """
-        given = {name: value for name, value in (("mask", mask), ("z", z)) if value is not None}
-        node = _synchronized.leaf_call(self, (input,), given)
-        if node is not None:
-            traced: torch.Tensor = node
-            return traced
+        if type(input) is not torch.Tensor or mask is not None or z is not None:
+            given = {name: value for name, value in (("mask", mask), ("z", z)) if value is not None}
+            node = _synchronized.leaf_call(self, (input,), given)
+            if node is not None:
+                traced: torch.Tensor = node
+                return traced
         self._check_input_dim(input)
         if mask is not None:
             masked: torch.Tensor = _masked_forward(self, input, mask, z)
@@ -181,11 +182,12 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
 
     def _count_batch(self) -> float:
         """Counts this batch; returns the new value's weight in the running statistics."""
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        counted = self.num_batches_tracked
+        if counted is not None:
+            counted.add_(1)
         if self.momentum is not None:
             return self.momentum
-        return 0.0 if self.num_batches_tracked is None else 1.0 / float(self.num_batches_tracked)
+        return 0.0 if counted is None else 1.0 / float(counted)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: None = None) -> torch.nn.Module:

@@ -1,0 +1,127 @@
+"""python -m syncbn, and the console script of the wheel."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import processes
+import syncbn
+
+
+def run(*arguments, **variables):
+    environment = {k: v for k, v in processes.environment(**variables).items() if v is not None}
+    return subprocess.run(
+        [sys.executable, "-m", "syncbn", *arguments], capture_output=True, text=True, timeout=240, env=environment
+    )
+
+
+def test_the_doctor_of_an_installation_that_works(master):
+    done = run("doctor", SYNCBN_TARGET=master.target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"syncbn {syncbn.__version__} in " in done.stdout and syncbn.build_info() in done.stdout
+    assert re.search(r"^ok    a round with itself: 50 rounds, .* ms at the median", done.stdout, re.M)
+    assert re.search(rf"^ok    the master at {re.escape(master.target)}: 50 rounds", done.stdout, re.M)
+    assert done.stdout.endswith("All is well.\n") and "FAIL" not in done.stdout
+
+
+def test_the_doctor_of_a_target_that_does_not_answer():
+    with socket.socket() as taken:  # Bound and not listening.
+        taken.bind(("127.0.0.1", 0))
+        target = "127.0.0.1:%d" % taken.getsockname()[1]
+        done = run("doctor", "--target", target, "--join-timeout", "0.5", SYNCBN_MASTER="")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(rf"^FAIL  the master at {target}: Unavailable: ", done.stdout, re.M), done.stdout
+    assert re.search("^ok    a round with itself", done.stdout, re.M)
+
+
+def test_the_doctor_without_a_target_does_not_ask_for_one():
+    done = run("doctor", SYNCBN_TARGET="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "neither --target nor SYNCBN_TARGET" in done.stdout
+
+
+@pytest.mark.skipif(
+    not os.path.exists(os.environ.get("SYNCBN_MASTER", "")), reason="SYNCBN_MASTER does not name the master's binary"
+)
+def test_the_masters_program_is_the_one_that_is_named():
+    done = run("master", "--version")
+    assert (done.returncode, done.stdout) == (0, f"syncbn-master {syncbn.__version__}\n")
+    refused = run("master", "--max-workers", "none")
+    assert refused.returncode == 2 and "max-workers" in refused.stderr
+
+
+def test_a_named_program_that_is_absent(tmp_path):
+    done = run("master", SYNCBN_MASTER=str(tmp_path / "absent"))
+    assert done.returncode == 2 and "there is no such program" in done.stderr
+
+
+def test_a_master_as_a_program():
+    command = [sys.executable, "-m", "syncbn", "master", "--exit-timeout", "0.1"]
+    environment = processes.environment(SYNCBN_MASTER="", SYNCBN_ADDRESS="127.0.0.1:0")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        target = process.stdout.readline().split("syncbn-master ready on ")[1].strip()
+        with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
+            assert worker.synchronize("layer", 2, [1.0], [2.0]).var[0] == 1.0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_flags_with_which_no_master_can_serve():
+    for arguments, words in (
+        (["--address", "0.0.0.0:0"], "insecure"),
+        (["--exit-timeout", "-1"], "exit-timeout"),
+        (["--max-workers", "3"], "max-workers"),
+    ):
+        done = run("master", *arguments, SYNCBN_MASTER="")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_a_command_that_is_none():
+    done = run("operate")
+    assert done.returncode == 2 and "doctor" in done.stderr
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Runs a copy of setup.py, as it stands in a clone."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("wheel")
+    original = pathlib.Path(syncbn.__file__).parents[1]
+    if not (original / "setup.py").is_file():
+        pytest.skip("this is an installed package")
+    folder = tmp_path / "client" / "python"
+    (folder / "syncbn").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(original / name, folder)
+
+    def run_setup(*arguments):
+        environment = {name: value for name, value in os.environ.items() if name != "SYNCBN_LIBRARY"}
+        command = [sys.executable, "setup.py", *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, env=environment)
+
+    return run_setup
+
+
+def test_a_source_install_has_the_version_of_the_tree(setup, tmp_path):
+    (tmp_path / "VERSION").write_text("7.8.9\n")
+    done = setup("--version")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "7.8.9", done.stdout + done.stderr
+
+
+def test_a_source_install_says_what_it_lacks(setup, tmp_path):
+    done = setup("--version")
+    assert done.returncode != 0 and "there is no file VERSION" in done.stderr
+    (tmp_path / "VERSION").write_text("7.8.9\n")
+    done = setup("bdist_wheel")
+    assert done.returncode != 0 and "tools/build_wheel makes a whole wheel" in done.stderr
