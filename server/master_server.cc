@@ -1,8 +1,11 @@
 #include "server/master_server.h"
 
+#include <sys/random.h>
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -15,6 +18,7 @@
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
 #include "plumbing/channel_arguments.h"
+#include "plumbing/check.h"
 #include "plumbing/forked.h"
 #include "plumbing/grpc_process.h"
 #include "server/rpc/acceptor.h"
@@ -42,6 +46,16 @@ absl::StatusOr<std::vector<rpc::ListenAddress>> ParseAddresses(const MasterServe
     addresses.push_back(*std::move(address));
   }
   return addresses;
+}
+
+// Returns a number that no other master has.
+uint64_t DrawInstance() {
+  uint64_t instance = 0;
+  while (instance == 0) {
+    const ssize_t drawn = getrandom(&instance, sizeof(instance), 0);
+    SYNCBN_CHECK(drawn == sizeof(instance) || errno == EINTR, "getrandom has failed: ", std::strerror(errno));
+  }
+  return instance;
 }
 
 // Returns null without TLS.
@@ -226,6 +240,7 @@ absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options option
   loop.join_timeout = options.join_timeout;
   loop.max_watchers = options.max_watchers;
   loop.description = options.description.empty() ? absl::StrCat("syncbn-master/", kVersion) : options.description;
+  loop.instance = DrawInstance();
   auto impl = std::make_unique<Impl>(std::move(loop));
   if (absl::Status status = impl->Start(options, *addresses, *std::move(tls)); !status.ok()) return status;
   return std::unique_ptr<MasterServer>(new MasterServer(std::move(impl)));

@@ -56,6 +56,18 @@ absl::Status InterruptedError() {
   return MakeStatus(absl::StatusCode::kCancelled, "the wait was interrupted", {"INTERRUPTED", "", {}});
 }
 
+std::string ToSerializedStatus(const absl::Status& status) {
+  google::rpc::Status message;
+  message.set_code(static_cast<int>(status.code()));
+  message.set_message(std::string(status.message()));
+  if (const absl::optional<absl::Cord> payload = status.GetPayload(kTypeUrl)) {
+    google::protobuf::Any* const detail = message.add_details();
+    detail->set_type_url(kTypeUrl);
+    detail->set_value(std::string(*payload));
+  }
+  return message.SerializeAsString();
+}
+
 absl::Status FromSerializedStatus(absl::string_view serialized) {
   google::rpc::Status message;
   if (!message.ParseFromArray(serialized.data(), static_cast<int>(serialized.size()))) {

@@ -31,6 +31,9 @@ absl::Status LeftError();
 absl::Status ClosedError();
 absl::Status InterruptedError();
 
+// Returns the status as a serialized google.rpc.Status, with its details.
+std::string ToSerializedStatus(const absl::Status& status);
+
 // Returns the status that a master has sent, as a serialized google.rpc.Status. *Errors*: INTERNAL if it is none.
 absl::Status FromSerializedStatus(absl::string_view serialized_google_rpc_status);
 

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 
 #include "client/cc/errors.h"
 #include "google/protobuf/io/zero_copy_stream.h"
+#include "plumbing/check.h"
 #include "plumbing/duration.h"
 #include "plumbing/messages.h"
 #include "syncbn/v1/statistics.pb.h"
@@ -41,6 +43,53 @@ void ToProto(const session::Join& from, const Worker::Options& options, v1::Join
   wire::ToProto({options.round_timeout, options.missing_policy, options.min_workers, options.rejoin_grace},
                 join->mutable_config());
   for (const auto& layer : from.layers) wire::ToProto(*layer, join->add_layers());
+  join->set_without_outcome(from.without_outcome);
+  join->mutable_left_ranks()->Add(from.left_ranks.begin(), from.left_ranks.end());
+}
+
+void ToProto(const session::Contribution& contribution, v1::EndedRound* message) {
+  const session::EndedRound& from = *contribution.repeats();
+  wire::ToProto(contribution.key(), message->mutable_key());
+  if (!from.error.ok()) {
+    SYNCBN_CHECK(message->mutable_error()->ParseFromString(ToSerializedStatus(from.error)));
+    return;
+  }
+  message->mutable_missing_ranks()->Add(from.missing_ranks.begin(), from.missing_ranks.end());
+  message->set_digest(from.digest);
+  message->set_count(from.count);
+  message->set_backward_required(from.backward_required);
+  message->mutable_abstaining_ranks()->Add(from.abstaining_ranks.begin(), from.abstaining_ranks.end());
+}
+
+// Returns an encoded contribution as one of WorkerFrame.repeats: it differs in its tag alone.
+Buffer AsRepeat(const Buffer& encoded) {
+  constexpr uint8_t kLengthDelimited = 2;
+  static_assert(v1::WorkerFrame::kRepeatsFieldNumber < 16 && v1::WorkerFrame::kContributionsFieldNumber < 16);
+  Buffer repeat(encoded.size());
+  std::memcpy(repeat.data(), encoded.data(), encoded.size());
+  repeat.data()[0] = v1::WorkerFrame::kRepeatsFieldNumber << 3 | kLengthDelimited;
+  return repeat;
+}
+
+// Appends what comes before the contributions, if there is anything.
+void EncodeHead(const session::ClientFrame& frame, const Worker::Options& options, std::vector<Buffer>* parts) {
+  v1::WorkerFrame head;
+  if (frame.join.has_value()) ToProto(*frame.join, options, head.mutable_join());
+  for (const auto& layer : frame.layers) wire::ToProto(*layer, head.add_layers());
+  for (const session::ContributionPtr& contribution : frame.contributions) {
+    if (contribution->repeats() != nullptr) ToProto(*contribution, head.add_ended_rounds());
+  }
+  parts->push_back(Encode(head));
+}
+
+bool HasHead(const session::ClientFrame& frame) {
+  return frame.join.has_value() || !frame.layers.empty() ||
+         std::any_of(frame.contributions.begin(), frame.contributions.end(),
+                     [](const session::ContributionPtr& contribution) { return contribution->repeats() != nullptr; });
+}
+
+bool HasTail(const session::ClientFrame& frame) {
+  return frame.caught_up || frame.blocked_on != nullptr || frame.leave.has_value();
 }
 
 // ---- From the master ------------------------------------------------------------------------------------------------
@@ -99,8 +148,12 @@ std::vector<T> FromProto(const google::protobuf::RepeatedField<T>& field) {
 }
 
 session::Joined FromProto(const v1::Joined& joined) {
-  return {joined.incarnation(), joined.run_id(), FromProto(joined.config().round_timeout()),
-          static_cast<size_t>(joined.membership().present_ranks_size())};
+  return {joined.incarnation(),
+          joined.run_id(),
+          FromProto(joined.config().round_timeout()),
+          static_cast<size_t>(joined.membership().present_ranks_size()),
+          FromProto(joined.membership().left_ranks()),
+          joined.memory()};
 }
 
 session::LateRound FromProto(v1::LateRound* late) {
@@ -110,6 +163,8 @@ session::LateRound FromProto(v1::LateRound* late) {
 session::Outcome FromProto(v1::RoundResult* message) {
   session::Outcome outcome;
   outcome.key = FromProto(message->mutable_key());
+  outcome.digest = message->digest();
+  outcome.refused = message->refused();
   RoundResult& result = outcome.result;
   result.missing_ranks = FromProto(message->missing_ranks());
   switch (message->outcome_case()) {
@@ -119,6 +174,7 @@ session::Outcome FromProto(v1::RoundResult* message) {
       result.first = FromProto(message->moments().mean());
       result.second = FromProto(message->moments().var());
       result.backward_required = message->moments().backward_required();
+      outcome.abstaining_ranks = FromProto(message->moments().abstaining_ranks());
       break;
     case v1::RoundResult::kGradientSums:
       outcome.payload = Phase::kBackward;
@@ -144,17 +200,20 @@ session::Outcome FromProto(v1::RoundResult* message) {
 }  // namespace
 
 void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, std::vector<Buffer>* parts) {
-  if (frame.join.has_value() || !frame.layers.empty()) {
-    v1::WorkerFrame head;
-    if (frame.join.has_value()) ToProto(*frame.join, options, head.mutable_join());
-    for (const auto& layer : frame.layers) wire::ToProto(*layer, head.add_layers());
-    parts->push_back(Encode(head));
-  }
+  if (HasHead(frame)) EncodeHead(frame, options, parts);
   for (const session::ContributionPtr& contribution : frame.contributions) {
-    parts->push_back(static_cast<const EncodedContribution&>(*contribution).encoded());
+    const Buffer& encoded = static_cast<const EncodedContribution&>(*contribution).encoded();
+    const session::EndedRound* const repeats = contribution->repeats();
+    if (repeats == nullptr) {
+      parts->push_back(encoded);
+    } else if (repeats->error.ok()) {
+      parts->push_back(AsRepeat(encoded));
+    }
   }
-  if (!parts->empty() && frame.blocked_on == nullptr && !frame.leave.has_value()) return;
+  if (!parts->empty() && !HasTail(frame)) return;
   v1::WorkerFrame tail;
+  tail.set_caught_up(frame.caught_up);
+  for (const RoundKey& key : frame.forgotten) wire::ToProto(key, tail.add_forgotten());
   if (frame.blocked_on != nullptr) {
     wire::ToProto(frame.blocked_on->key(), tail.add_blocked_on());
   }
@@ -171,7 +230,10 @@ absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_v
   }
   session::ServerFrame frame;
   if (message->has_joined()) frame.joined = FromProto(message->joined());
-  if (message->has_membership()) frame.present_ranks = message->membership().present_ranks_size();
+  if (message->has_membership()) {
+    frame.membership = session::Membership{static_cast<size_t>(message->membership().present_ranks_size()),
+                                           FromProto(message->membership().left_ranks())};
+  }
   for (v1::LateRound& late : *message->mutable_late_rounds()) frame.late_rounds.push_back(FromProto(&late));
   // Layer errors are for people: the rounds that they concern have their outcomes among the results.
   frame.outcomes.reserve(static_cast<size_t>(message->results_size()));

@@ -50,6 +50,9 @@ class RoundImpl {
  public:
   RoundImpl(std::shared_ptr<WorkerImpl> worker, PendingRounds rounds)
       : worker_(std::move(worker)), rounds_(std::move(rounds)) {}
+  RoundImpl(const RoundImpl&) = delete;
+  RoundImpl& operator=(const RoundImpl&) = delete;
+  ~RoundImpl() { worker_->Drop(rounds_); }
 
   uint64_t sequence() const { return rounds_.front()->key().sequence; }
 

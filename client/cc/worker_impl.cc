@@ -72,7 +72,7 @@ void WorkerImpl::Apply(session::Complete& complete) {
   auto& round = static_cast<PendingRound&>(*complete.contribution);
   SYNCBN_CHECK(!round.done, "a round ends for the second time");
   round.status = std::move(complete.status);
-  round.result = std::move(complete.result);
+  if (!round.dropped) round.result = std::move(complete.result);
   round.done = true;
 }
 
@@ -209,7 +209,10 @@ absl::Status WorkerImpl::Leave(absl::string_view reason) {
     return DetailsOf(session_.end()).reason == "LEFT" ? absl::OkStatus() : session_.end();
   }
   session_.Leave(reason);
-  const auto ended = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return session_.state() != State::kJoined; };
+  const auto ended = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    // A master that starts anew may need what this worker holds.
+    return session_.state() != State::kJoined && !session_.may_come_back();
+  };
   Await(ended, Now() + kLeaveTimeout).IgnoreError();
   Apply(session_.FinishLeave());
   return absl::OkStatus();
@@ -327,6 +330,16 @@ bool WorkerImpl::HasOutcome(const PendingRounds& rounds) const {
   if (forked()) return true;  // A wait returns at once.
   absl::MutexLock lock(&mutex_);
   return HasEnded(rounds);
+}
+
+void WorkerImpl::Drop(const PendingRounds& rounds) {
+  if (forked()) return;
+  absl::InlinedVector<RoundResult, 1> results;  // Freed without the lock.
+  absl::MutexLock lock(&mutex_);
+  for (const std::shared_ptr<PendingRound>& round : rounds) {
+    round->dropped = true;
+    results.push_back(std::move(round->result));
+  }
 }
 
 void WorkerImpl::WaitForAny(absl::Span<const PendingRounds* const> rounds, const std::function<bool()>& woken,

@@ -37,6 +37,7 @@ struct PendingRound : public EncodedContribution {
   using EncodedContribution::EncodedContribution;
 
   bool done = false;
+  bool dropped = false;  // Nobody will ask for the result.
   absl::Status status;
   RoundResult result;
 };
@@ -71,6 +72,8 @@ class WorkerImpl {
   absl::StatusOr<PendingRounds> Begin(RoundKey key, const Payload& payload);
   absl::Status WaitFor(const PendingRounds& rounds, absl::Duration timeout);
   bool HasOutcome(const PendingRounds& rounds) const;
+  // Frees the results, which nobody will ask for. The session keeps the contributions for longer.
+  void Drop(const PendingRounds& rounds);
   // As in worker_internal.h.
   void WaitForAny(absl::Span<const PendingRounds* const> rounds, const std::function<bool()>& woken,
                   absl::Duration timeout);

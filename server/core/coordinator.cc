@@ -20,6 +20,16 @@ namespace {
 // Masters count incarnations from 0, or from a time in microseconds, and stay far below this.
 constexpr uint64_t kGreatestIncarnation = uint64_t{1} << 62;
 
+constexpr uint64_t kOdd = 0x9e3779b97f4a7c15u;
+
+// Returns a number that looks random, and is not 0 (splitmix64's finalizer).
+uint64_t Mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  x ^= x >> 31;
+  return x == 0 ? 1 : x;
+}
+
 std::optional<Error> CheckVersions(const Join& join) {
   if (join.min_protocol_version > join.max_protocol_version) {
     return MalformedError(absl::StrCat("min_protocol_version ", join.min_protocol_version,
@@ -99,7 +109,7 @@ Effects Coalesce(Effects effects) {
 
 }  // namespace
 
-Coordinator::Coordinator(Limits limits) : limits_(std::move(limits)) {}
+Coordinator::Coordinator(Limits limits, uint64_t instance) : limits_(std::move(limits)), instance_(instance) {}
 Coordinator::~Coordinator() = default;
 
 Effects Coordinator::On(const Event& event, absl::Time now) {
@@ -147,17 +157,19 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
   GroupConfig filled;
   if (auto error = CheckAlone(join, limits_)) return refuse(std::move(*error));
   if (auto error = FillConfig(join.config, join.world_size, limits_, filled)) return refuse(std::move(*error));
-  if (auto error = EndSuperseded(join, now, effects)) return refuse(std::move(*error));
+  uint64_t ended_run = 0;
+  if (auto error = EndSuperseded(join, now, &ended_run, effects)) return refuse(std::move(*error));
   Groups::iterator slot = groups_.find(join.id);
   const bool first = slot == groups_.end();
   if (first) {
     if (auto error = MakeRoom(now, effects)) return refuse(std::move(*error));
     // A worker that comes back to a restarted master brings its run along.
     const uint64_t run_id = join.run_id != 0 ? join.run_id : NewRunId(now);
-    auto group = std::make_unique<Group>(join, filled, run_id, limits_, now);
+    auto group = std::make_unique<Group>(join, filled, run_id, NewMemory(), limits_, now);
+    group->NoteOver(ended_run);
     slot = groups_.emplace(join.id, Slot{std::move(group), absl::InfiniteFuture()}).first;
   }
-  if (slot->second.group->OnJoin(frame.stream, join, filled, kProtocolVersion, now, effects)) {
+  if (slot->second.group->OnJoin(frame.stream, join, filled, now, effects)) {
     streams_[frame.stream] = join.id;
     slot->second.group->OnFrame(frame.stream, frame, now, effects);
   } else if (first) {
@@ -167,11 +179,13 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
   SetAlarm(slot);
 }
 
-std::optional<Error> Coordinator::EndSuperseded(const Join& join, absl::Time now, Effects& effects) {
+std::optional<Error> Coordinator::EndSuperseded(const Join& join, absl::Time now, uint64_t* ended_run,
+                                                Effects& effects) {
   const auto slot = groups_.find(join.id);
   if (slot == groups_.end()) return std::nullopt;
   const Group& group = *slot->second.group;
   if (join.generation < group.generation()) return OutdatedGenerationError(join, group.generation());
+  *ended_run = group.run_id();
   if (join.generation > group.generation()) {
     EndGroup(slot, NewGenerationError(join), now, effects);
   } else if (group.empty() && join.incarnation == 0) {
@@ -192,14 +206,12 @@ std::optional<Error> Coordinator::MakeRoom(absl::Time now, Effects& effects) {
   return std::nullopt;
 }
 
-// The time mixes in what an earlier master cannot have used (splitmix64's finalizer).
+// The time mixes in what an earlier master cannot have used.
 uint64_t Coordinator::NewRunId(absl::Time now) {
-  uint64_t x = static_cast<uint64_t>(absl::ToUnixNanos(now)) + ++runs_ * 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  x ^= x >> 31;
-  return x == 0 ? 1 : x;
+  return Mix(static_cast<uint64_t>(absl::ToUnixNanos(now)) + ++runs_ * kOdd);
 }
+
+uint64_t Coordinator::NewMemory() { return instance_ == 0 ? 0 : Mix(instance_ + ++memories_ * kOdd); }
 
 // ---- Other events ---------------------------------------------------------------------------------------------------
 

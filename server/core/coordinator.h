@@ -34,7 +34,9 @@ class Group;
 // Thread safety: none; the caller serializes.
 class Coordinator {
  public:
-  explicit Coordinator(Limits limits = Limits());
+  // `instance`: a number that no other process has, from which the names of this one's memories are made. 0: they have
+  // no names, and workers repeat nothing that they have had an answer to.
+  explicit Coordinator(Limits limits = Limits(), uint64_t instance = 0);
   ~Coordinator();
   Coordinator(const Coordinator&) = delete;
   Coordinator& operator=(const Coordinator&) = delete;
@@ -79,9 +81,9 @@ class Coordinator {
   void Handle(const Shutdown& shutdown, absl::Time now, Effects& effects);
 
   void HandleFirstFrame(const FrameReceived& frame, absl::Time now, Effects& effects);
-  // Ends the older generation or the abandoned run of the group that this join names. Returns why the join is refused
-  // if it is the outdated one.
-  std::optional<Error> EndSuperseded(const Join& join, absl::Time now, Effects& effects);
+  // Ends the older generation or the abandoned run of the group that this join names; `ended_run` becomes the run that
+  // ends. Returns why the join is refused if it is the outdated one.
+  std::optional<Error> EndSuperseded(const Join& join, absl::Time now, uint64_t* ended_run, Effects& effects);
   // Ends the group that has been empty for longest if there is no room for another. Returns why there is none left.
   std::optional<Error> MakeRoom(absl::Time now, Effects& effects);
   void EndGroup(Groups::iterator slot, const Error& why, absl::Time now, Effects& effects);
@@ -92,12 +94,16 @@ class Coordinator {
   // Keeps `alarms_` in step with the group's NextDeadline().
   void SetAlarm(Groups::iterator slot);
   uint64_t NewRunId(absl::Time now);
+  // Returns the name of the memory of a new group.
+  uint64_t NewMemory();
 
   const Limits limits_;
+  const uint64_t instance_;
   Groups groups_;
   absl::flat_hash_map<StreamId, GroupId> streams_;  // Those that have joined and are open.
   absl::btree_set<std::pair<absl::Time, GroupId>> alarms_;
   uint64_t runs_ = 0;
+  uint64_t memories_ = 0;
   bool shutting_down_ = false;
 };
 

@@ -15,6 +15,7 @@
 
 namespace syncbn::core {
 
+// Answers a join. Sent again to every member if the group takes the run of a worker that comes back.
 struct SendJoined {
   StreamId stream = 0;
   uint32_t protocol_version = 0;
@@ -22,6 +23,7 @@ struct SendJoined {
   uint64_t run_id = 0;
   GroupConfig config;  // With every default filled in.
   Membership membership;
+  uint64_t memory = 0;  // Names the memory in which this group is kept.
 };
 
 // One frame, the same for all these streams. Outcomes are in the order in which their rounds ended.

@@ -36,8 +36,13 @@ struct EndedRound {
   // One member contributed alone, under a policy that allows it, although others were present.
   bool alone = false;
   bool backward_required = false;
+  // It ended under an earlier master, and its contributions have not all been repeated to this one: the outcome is not
+  // known, nor are the digests (which are 0).
+  bool restored = false;
   int64_t count = 0;
-  DeclarationPtr declaration;  // Of all its contributions.
+  uint64_t digest = 0;              // Of the outcome; 0 if it is unknown or an error.
+  std::vector<Rank> missing_ranks;  // Of the outcome, while it is restored.
+  DeclarationPtr declaration;       // Of all its contributions.
   std::shared_ptr<const Roster> roster;
   std::vector<uint64_t> digests;  // Of the contributions, in the order of the roster.
   bool awaited = false;           // A forward round whose backward round is required and has not ended.

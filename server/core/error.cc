@@ -57,6 +57,14 @@ Error MalformedError(std::string message) {
   return MakeError(StatusCode::kInvalidArgument, kMalformedFrame, std::move(message));
 }
 
+const char* ReasonNamed(absl::string_view name) {
+  for (const char* const reason : {kLayerSetMismatch, kRoundTimeout, kWorkerLost, kDeadlock, kLayerSpecMismatch,
+                                   kTooFewWorkers, kInvalidContribution, kNotFinite, kOutcomeLost}) {
+    if (name == reason) return reason;
+  }
+  return kGroupEnded;
+}
+
 Error ShuttingDownError() { return MakeError(StatusCode::kUnavailable, kShuttingDown, "the master is shutting down"); }
 
 // ---- A join ---------------------------------------------------------------------------------------------------------
@@ -204,6 +212,34 @@ Error ForwardUnknownError(const RoundKey& key, bool failed) {
 Error NotAContributorError(Rank rank, const RoundKey& key, absl::string_view why) {
   return MakeError(StatusCode::kFailedPrecondition, kNotAContributor,
                    StrCat("rank ", rank, " contributes to the ", Describe(key), ", but ", why), {rank});
+}
+
+Error OutcomeLostError(const RoundKey& key, const std::vector<Rank>& silent) {
+  return MakeError(
+      StatusCode::kAborted, kOutcomeLost,
+      StrCat("the ", Describe(key), " ended under an earlier master, and its outcome is lost: ", RankList(silent),
+             silent.size() == 1 ? " has" : " have", " not repeated what the outcome was made of"),
+      silent);
+}
+
+Error OutcomeUnknownError(const RoundKey& key, Rank rank) {
+  return MakeError(StatusCode::kAborted, kOutcomeLost,
+                   StrCat("the ", Describe(key), " may have ended under an earlier master: rank ", rank,
+                          " has contributed to later rounds, and forgotten those before them"),
+                   {rank});
+}
+
+Error OutcomeDiffersError(const RoundKey& key) {
+  return MakeError(StatusCode::kAborted, kOutcomeLost,
+                   StrCat("the ", Describe(key), " ended under an earlier master, and its outcome is lost: ",
+                          "what workers have contributed to it since gives another result"));
+}
+
+Error OutcomeChangedError(Rank rank, const RoundKey& key) {
+  return MakeError(StatusCode::kFailedPrecondition, kOutcomeChanged,
+                   StrCat("the ", Describe(key), " has ended otherwise than rank ", rank,
+                          " knows it from an earlier master: the group has gone on without this worker"),
+                   {rank});
 }
 
 // ---- A contribution whose numbers fail its round

@@ -40,6 +40,8 @@ inline constexpr char kPayloadChanged[] = "PAYLOAD_CHANGED";
 inline constexpr char kInvalidContribution[] = "INVALID_CONTRIBUTION";
 inline constexpr char kNotFinite[] = "NOT_FINITE";
 inline constexpr char kGroupEnded[] = "GROUP_ENDED";
+inline constexpr char kOutcomeLost[] = "OUTCOME_LOST";
+inline constexpr char kOutcomeChanged[] = "OUTCOME_CHANGED";
 inline constexpr char kGroupUnknown[] = "GROUP_UNKNOWN";
 inline constexpr char kLayerUnknown[] = "LAYER_UNKNOWN";
 
@@ -75,6 +77,9 @@ Error LimitError(Value value, absl::string_view what, absl::string_view limit_na
 }
 
 Error ShuttingDownError();
+
+// Returns the reason of these letters: one of those above, or GROUP_ENDED for one that this master does not know.
+const char* ReasonNamed(absl::string_view name);
 
 // ---- A join ---------------------------------------------------------------------------------------------------------
 
@@ -124,6 +129,17 @@ Error ForwardForgottenError(const RoundKey& key, size_t max_awaited_bytes);
 // `failed`: the forward round has ended with an error.
 Error ForwardUnknownError(const RoundKey& key, bool failed);
 Error NotAContributorError(Rank rank, const RoundKey& key, absl::string_view why);
+// The round ended under an earlier master, and these ranks have not repeated what they contributed.
+Error OutcomeLostError(const RoundKey& key, const std::vector<Rank>& silent);
+// The rank may have forgotten the round, which then ended under an earlier master.
+Error OutcomeUnknownError(const RoundKey& key, Rank rank);
+// What was repeated gives another result than it gave to the earlier master.
+Error OutcomeDiffersError(const RoundKey& key);
+
+// ---- A member whose past is not the group's -------------------------------------------------------------------------
+
+// The round ended here, and ended otherwise under the earlier master that the rank has its outcome from.
+Error OutcomeChangedError(Rank rank, const RoundKey& key);
 
 // ---- A contribution whose numbers fail its round
 // ---------------------------------------------------------------------

@@ -17,7 +17,12 @@ struct FrameReceived {
   StreamId stream = 0;
   std::optional<Join> join;
   std::vector<LayerSpec> layers;
+  // Rounds that ended under an earlier master. Members that have caught up report none.
+  std::vector<EndedReport> ended;
+  // Of each layer and phase, the greatest sequence that the worker has contributed to and forgotten.
+  std::vector<RoundKey> forgotten;
   std::vector<Contribution> contributions;
+  bool caught_up = false;  // All that it had sent to earlier masters, and still holds, has been sent to this one.
   std::vector<RoundKey> blocked_on;
   std::optional<std::string> leave;  // The reason.
 };

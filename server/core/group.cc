@@ -6,13 +6,15 @@
 #include "absl/strings/str_cat.h"
 #include "plumbing/check.h"
 #include "server/core/error.h"
+#include "vocabulary/protocol_version.h"
 
 namespace syncbn::core {
 namespace {
 
-// Incarnations that an earlier master of the run gave out are smaller than the time in microseconds.
-uint64_t IncarnationFloor(const Join& join, absl::Time now) {
-  if (join.run_id == 0) return 0;
+// Incarnations that an earlier master of the run gave out are smaller than the time in microseconds. A new run may turn
+// out to be one of an earlier master.
+uint64_t IncarnationFloor(const Join& join, uint64_t memory, absl::Time now) {
+  if (join.run_id == 0 && memory == 0) return 0;
   return static_cast<uint64_t>(std::max<int64_t>(absl::ToUnixMicros(now), 0));
 }
 
@@ -41,13 +43,16 @@ std::optional<Error> FillConfig(const GroupConfig& config, uint32_t world_size, 
   return std::nullopt;
 }
 
-Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const Limits& limits, absl::Time now)
+Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, uint64_t memory, const Limits& limits,
+             absl::Time now)
     : id_(join.id),
       generation_(join.generation),
       run_id_(run_id),
+      memory_(memory),
+      resumed_(join.run_id != 0),
       config_(filled),
       limits_(limits),
-      members_(join.world_size, IncarnationFloor(join, now)),
+      members_(join.world_size, IncarnationFloor(join, memory, now)),
       layers_(limits),
       rounds_(id_, config_, limits, members_, layers_),
       linger_until_(now + limits.group_linger) {
@@ -56,8 +61,7 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const
 
 // ---- Joining --------------------------------------------------------------------------------------------------------
 
-bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, uint32_t protocol_version,
-                   absl::Time now, Effects& effects) {
+bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, absl::Time now, Effects& effects) {
   rounds_.BeginTurn();
   auto error = CheckJoin(join, filled);
   if (!error.has_value()) error = layers_.CheckSpecs(join.layers);
@@ -70,17 +74,29 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
     effects.push_back(CloseStream{stream, std::move(error)});
     return false;
   }
+  const bool comes_back = join.run_id != 0;
+  const bool with_history = comes_back && !join.without_outcome;
+  if (with_history && join.run_id != run_id_) AdoptRun(join.run_id, effects);
+  resumed_ = resumed_ || comes_back;
+  continues_ = continues_ || with_history;
+  const bool others_left = AdoptLeft(join);
+  const bool had_left = members_[join.rank].state == MemberState::kLeft;
   Seat(stream, join, now, effects);
-  const uint64_t incarnation = members_[join.rank].incarnation;
-  effects.push_back(SendJoined{stream, protocol_version, incarnation, run_id_, config_, members_.Snapshot()});
+  SendJoinedTo(join.rank, effects);
+  if (others_left) rounds_.BeginReview(now, effects);
   for (const LayerSpec& spec : join.layers) Declare(join.rank, spec, join.incarnation != 0, now, effects);
   layers_.FixSet(join);
-  if (members_.present() == members_.world_size()) AnnounceMembership(join.rank, effects);
+  // Members tell the next master who has left, so they learn who is back.
+  const bool complete = members_.present() == members_.world_size();
+  if (others_left || had_left || complete) AnnounceMembership(join.rank, effects);
   return true;
 }
 
 std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& filled) const {
-  if (join.run_id != 0 && join.run_id != run_id_) return WrongRunError(join, run_id_);
+  const bool other_run = join.run_id != 0 && join.run_id != run_id_;
+  const bool compatible =
+      join.incarnation != 0 && join.run_id != over_run_id_ && (join.without_outcome || !HasHistory());
+  if (other_run && !compatible) return WrongRunError(join, run_id_);
   if (join.world_size != members_.world_size()) {
     return ConfigMismatchError(join, "world_size", join.world_size, members_.world_size());
   }
@@ -89,7 +105,30 @@ std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& fille
     const FieldDifference& first = differences.front();
     return ConfigMismatchError(join, first.name, first.mine, first.theirs);
   }
-  return members_.CheckClaim(join);
+  return members_.CheckClaim(join, /*resumed=*/resumed_ || other_run);
+}
+
+void Group::SendJoinedTo(Rank rank, Effects& effects) const {
+  const Member& member = members_[rank];
+  effects.push_back(
+      SendJoined{member.stream, kProtocolVersion, member.incarnation, run_id_, config_, members_.Snapshot(), memory_});
+}
+
+void Group::AdoptRun(uint64_t run_id, Effects& effects) {
+  run_id_ = run_id;
+  for (Rank rank = 0; rank < members_.world_size(); ++rank) {
+    if (members_[rank].state == MemberState::kPresent) SendJoinedTo(rank, effects);
+  }
+}
+
+bool Group::AdoptLeft(const Join& join) {
+  // A worker that has been here before knows of leaves from this master.
+  if (!resumed_ || join.incarnation == 0 || join.incarnation == members_[join.rank].incarnation) return false;
+  bool any = false;
+  for (const Rank rank : join.left_ranks) {
+    if (rank < members_.world_size() && rank != join.rank) any = members_.AdoptLeft(rank) || any;
+  }
+  return any;
 }
 
 void Group::Seat(StreamId stream, const Join& join, absl::Time now, Effects& effects) {
@@ -105,6 +144,7 @@ void Group::Seat(StreamId stream, const Join& join, absl::Time now, Effects& eff
   if (seated.predecessor_contributed && config_.missing_policy == MissingPolicy::kFail) {
     rounds_.FailAwaiting(join.rank, now, effects);
   }
+  rounds_.BeginReview(now, effects);  // It does not repeat what its predecessor had contributed to an earlier master.
 }
 
 void Group::OnLayerSetRefused(const Join& join, const Error& error, absl::Time now, Effects& effects) {
@@ -143,9 +183,16 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
   }
   const bool returning = frame.join.has_value() && frame.join->incarnation != 0;
   for (const LayerSpec& spec : frame.layers) Declare(*rank, spec, returning, now, effects);
+  for (const EndedReport& report : frame.ended) {
+    if (error = rounds_.OnEnded(*rank, report, now, effects); !error.has_value()) continue;
+    effects.push_back(CloseStream{stream, std::move(error)});
+    OnStreamClosed(stream, now, effects);
+    return;
+  }
   for (const Contribution& contribution : frame.contributions) {
     rounds_.OnContribution(*rank, contribution, now, effects);
   }
+  if (frame.caught_up) rounds_.OnCaughtUp(*rank, frame.forgotten, now, effects);
   rounds_.OnBlocked(*rank, frame.blocked_on);
   if (frame.leave.has_value()) {
     Leave(*rank, now, effects);

@@ -34,8 +34,10 @@ std::optional<Error> FillConfig(const GroupConfig& config, uint32_t world_size, 
 // Thread safety: none; pure.
 class Group {
  public:
-  // `limits` must outlive this object.
-  Group(const Join& join, const GroupConfig& filled, uint64_t run_id, const Limits& limits, absl::Time now);
+  // A join that names a run resumes it. `memory` is told to the members: see SendJoined. `limits` must outlive this
+  // object.
+  Group(const Join& join, const GroupConfig& filled, uint64_t run_id, uint64_t memory, const Limits& limits,
+        absl::Time now);
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
@@ -45,9 +47,11 @@ class Group {
   uint32_t present() const { return members_.present(); }
   bool empty() const { return members_.present() == 0; }
 
+  // The group of this name has been in another run, which is over; 0 if it has not.
+  void NoteOver(uint64_t run_id) { over_run_id_ = run_id; }
+
   // Admits the worker, or refuses it by closing the stream. Returns whether it was admitted.
-  bool OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, uint32_t protocol_version, absl::Time now,
-              Effects& effects);
+  bool OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, absl::Time now, Effects& effects);
   // Handles a member's frame, except for its join.
   void OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now, Effects& effects);
   void OnStreamClosed(StreamId stream, absl::Time now, Effects& effects);
@@ -81,6 +85,13 @@ class Group {
  private:
   friend struct InvariantsPeer;
 
+  // Returns whether a round may have ended in the group's run. Otherwise the run of a worker that comes back is as
+  // good, and better if a round has ended in that.
+  bool HasHistory() const { return continues_ || rounds_.completed() != 0; }
+  void AdoptRun(uint64_t run_id, Effects& effects);
+  void SendJoinedTo(Rank rank, Effects& effects) const;
+  // Takes the word of a worker that comes back for ranks that have left. Returns whether there were any.
+  bool AdoptLeft(const Join& join);
   // Returns why the join does not fit the group's run and config, or may not have its rank.
   std::optional<Error> CheckJoin(const Join& join, const GroupConfig& filled) const;
   void Seat(StreamId stream, const Join& join, absl::Time now, Effects& effects);
@@ -96,7 +107,11 @@ class Group {
 
   const GroupId id_;
   const uint64_t generation_;
-  const uint64_t run_id_;
+  uint64_t run_id_;
+  uint64_t over_run_id_ = 0;  // The run before this one, which this master has ended; 0 if there was none.
+  const uint64_t memory_;
+  bool resumed_;              // An earlier master may have begun this run.
+  bool continues_ = false;    // A member has been told the end of a round in this run by an earlier master.
   const GroupConfig config_;  // With every default filled in.
   const Limits& limits_;
   Members members_;

@@ -120,38 +120,33 @@ void Layer::EndAwaiting(uint64_t sequence) {
 }
 
 void Layer::Record(const RoundKey& key, EndedRound round) {
-  SYNCBN_CHECK(key.layer == name() && round.outcome != nullptr && round.declaration != nullptr, Describe(key));
+  SYNCBN_CHECK(key.layer == name() && round.declaration != nullptr, Describe(key));
   SYNCBN_CHECK(round.roster != nullptr && round.roster->size() == round.digests.size(), Describe(key));
-  SYNCBN_CHECK(round.failed == round.outcome->error.has_value(), Describe(key));
+  SYNCBN_CHECK((round.outcome == nullptr) == round.restored, Describe(key));
+  SYNCBN_CHECK(round.restored || round.failed == round.outcome->error.has_value(), Describe(key));
   SYNCBN_CHECK(Find(key.phase, key.sequence) == nullptr, "the ", Describe(key), " has ended twice");
-  History& h = history(key.phase);
-  const RoundOutcome& outcome = *round.outcome;
   if (round.failed) {
     ++failed_;
   } else {
-    ++completed_;
+    History& h = history(key.phase);
+    completed_ += round.restored ? 0 : 1;
     declarations_.NoteAgreement();
     h.newest_completed = std::max(h.newest_completed.value_or(0), key.sequence);
     if (key.phase == Phase::kForward) {
-      Observe(round);
+      if (!round.restored) Observe(round);
       round.awaited = round.backward_required;
     }
   }
   if (key.phase == Phase::kBackward) EndAwaiting(key.sequence);
-  size_t bytes =
-      (outcome.first.size() + outcome.second.size()) * sizeof(double) + outcome.missing_ranks.size() * sizeof(Rank);
-  if (round.failed) bytes += outcome.error->message.size() + outcome.error->ranks.size() * sizeof(Rank);
   const bool aside = round.failed || round.alone;
-  constexpr size_t kMapBytes = 64;
-  size_t record_bytes = sizeof(EndedRound) + sizeof(OutcomeBudget::Entry) + kMapBytes;
-  record_bytes += round.digests.size() * sizeof(uint64_t);
-  // A shared roster costs next to nothing. Two of its owners are this record and the group's newest roster.
-  if (round.roster.use_count() <= 2) record_bytes += round.roster->size() * sizeof(Contributor);
+  File(key, std::move(round), aside);
+}
+
+void Layer::File(const RoundKey& key, EndedRound round, bool aside) {
+  History& h = history(key.phase);
   auto record = std::make_unique<EndedRound>(std::move(round));
   EndedRound* const address = record.get();
-  h.rounds[key.sequence] =
-      Retained{std::move(record), budget_->Charge({this, key.phase, key.sequence, address, bytes, record_bytes, false}),
-               ++h.ended};
+  h.rounds[key.sequence] = Retained{std::move(record), Charge(key, address), ++h.ended};
   h.greatest = std::max(h.greatest, key.sequence);
   if (aside) {
     h.aside.push_back(key.sequence);
@@ -165,6 +160,51 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
     if (oldest != h.rounds.end()) Retire(h, oldest);
   }
   budget_->Trim();
+}
+
+OutcomeBudget::Handle Layer::Charge(const RoundKey& key, EndedRound* round) {
+  size_t bytes = 0;
+  if (round->outcome != nullptr) {
+    const RoundOutcome& outcome = *round->outcome;
+    bytes = (outcome.first.size() + outcome.second.size()) * sizeof(double) +
+            (outcome.missing_ranks.size() + outcome.abstaining_ranks.size()) * sizeof(Rank);
+    if (round->failed) bytes += outcome.error->message.size() + outcome.error->ranks.size() * sizeof(Rank);
+  }
+  constexpr size_t kMapBytes = 64;
+  size_t record_bytes = sizeof(EndedRound) + sizeof(OutcomeBudget::Entry) + kMapBytes;
+  record_bytes += round->digests.size() * sizeof(uint64_t);
+  // A shared roster costs next to nothing. Two of its owners are this record and the group's newest roster.
+  if (round->roster.use_count() <= 2) record_bytes += round->roster->size() * sizeof(Contributor);
+  return budget_->Charge({this, key.phase, key.sequence, round, bytes, record_bytes, round->outcome == nullptr});
+}
+
+void Layer::Restore(const RoundKey& key, EndedRound round) {
+  SYNCBN_CHECK(!round.restored && !round.failed && round.outcome != nullptr, Describe(key));
+  ++completed_;
+  if (key.phase == Phase::kForward) Observe(round);
+  History& h = history(key.phase);
+  for (Records* records : {&h.rounds, &h.awaited}) {
+    const auto record = records->find(key.sequence);
+    if (record == records->end()) continue;
+    round.awaited = record->second.round->awaited;
+    budget_->Refund(record->second.handle);
+    *record->second.round = std::move(round);
+    record->second.handle = Charge(key, record->second.round.get());
+    budget_->Trim();
+    return;
+  }
+}
+
+void Layer::NoteForgotten(Rank rank, const RoundKey& key) {
+  auto& forgotten = history(key.phase).forgotten;
+  if (!forgotten.has_value() || forgotten->first < key.sequence) forgotten.emplace(key.sequence, rank);
+}
+
+std::optional<Rank> Layer::ForgottenBy(Phase phase, uint64_t sequence) const {
+  // Backward rounds end in any order, so that a lesser one need not have ended before a greater one.
+  const auto& forgotten = history(phase).forgotten;
+  if (phase == Phase::kBackward || !forgotten.has_value() || sequence > forgotten->first) return std::nullopt;
+  return forgotten->second;
 }
 
 size_t Layer::CheckInvariants() const {

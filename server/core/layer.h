@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/btree_map.h"
@@ -54,8 +55,15 @@ class Layer {
   // Drops a record, for OutcomeBudget.
   void Drop(Phase phase, uint64_t sequence);
   // Records a round that has just ended, and retires records that have become too old. Updates the running statistics
-  // if it is a completed forward round.
+  // if it is a completed forward round. A restored round is recorded without its outcome.
   void Record(const RoundKey& key, EndedRound round);
+  // Takes the outcome of a restored round, which has been merged again.
+  void Restore(const RoundKey& key, EndedRound round);
+
+  // Notes that the rank has contributed to a round, and forgotten it and those before it.
+  void NoteForgotten(Rank rank, const RoundKey& key);
+  // Returns a rank that may have forgotten its contribution to the round, and with it that the round has ended.
+  std::optional<Rank> ForgottenBy(Phase phase, uint64_t sequence) const;
 
   LayerSummary Summary() const;
   LayerView View() const;
@@ -86,6 +94,8 @@ class Layer {
     // ... of rounds that failed or completed with one worker alone, a fixed number is kept, in the order in which they
     // ended.
     std::deque<uint64_t> aside;
+    // The greatest sequence that a member has forgotten of those that an earlier master ended, and the member.
+    std::optional<std::pair<uint64_t, Rank>> forgotten;
   };
 
   const History& history(Phase phase) const { return histories_[static_cast<size_t>(phase) - 1]; }
@@ -93,6 +103,9 @@ class Layer {
   bool FarBehind(const History& h, uint64_t sequence) const {
     return h.newest > retained_rounds_ && sequence < h.newest - retained_rounds_;
   }
+  // Files a record, and retires those that have become too old.
+  void File(const RoundKey& key, EndedRound round, bool aside);
+  OutcomeBudget::Handle Charge(const RoundKey& key, EndedRound* round);
   void Erase(Records& records, Records::iterator record);
   // Erases a record that has become too old, or keeps it aside if its backward round is awaited.
   void Retire(History& h, Records::iterator record);

@@ -7,6 +7,12 @@
 #include "server/core/error.h"
 
 namespace syncbn::core {
+namespace {
+
+// Incarnations stay far below this, so that a worker that names a greater one does not spoil those of all others.
+constexpr uint64_t kBelievable = uint64_t{1} << 61;
+
+}  // namespace
 
 Members::Members(uint32_t world_size, uint64_t incarnation_floor)
     : members_(world_size), incarnation_floor_(incarnation_floor) {
@@ -44,7 +50,7 @@ bool Members::Vacant(Rank rank) const {
 
 // ---- Joining --------------------------------------------------------------------------------------------------------
 
-std::optional<Error> Members::CheckClaim(const Join& join) const {
+std::optional<Error> Members::CheckClaim(const Join& join, bool resumed) const {
   const Member& member = members_[join.rank];
   if (join.incarnation != 0 && join.incarnation < member.incarnation) {
     return OutdatedIncarnationError(join, member.incarnation);
@@ -53,7 +59,7 @@ std::optional<Error> Members::CheckClaim(const Join& join) const {
   if (join.incarnation != 0 && join.incarnation == member.incarnation) return std::nullopt;
   if (member.state == MemberState::kPresent) return RankTakenError(join, member.incarnation, member.description);
   // This master knows every incarnation that it has given out; an earlier master of the run may have given out others.
-  if (incarnation_floor_ != 0 || join.incarnation <= member.incarnation) return std::nullopt;
+  if (resumed || join.incarnation <= member.incarnation) return std::nullopt;
   return UnknownIncarnationError(join, member.incarnation);
 }
 
@@ -64,7 +70,9 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
   seated.reborn = join.incarnation == 0 || join.incarnation > member.incarnation;
   seated.predecessor_contributed = member.has_contributed;
   // The first that this master sees of an incarnation that an earlier master gave out.
-  if (join.incarnation != member.incarnation) member.resuming = join.incarnation != 0;
+  if (join.incarnation != member.incarnation) SetCatchingUp(join.rank, join.incarnation != 0);
+  // The clock of this master may be behind that of the one before it.
+  if (join.incarnation < kBelievable) incarnation_floor_ = std::max(incarnation_floor_, join.incarnation);
   Detach(join.rank);
   if (seated.reborn) {
     member.has_contributed = false;
@@ -80,6 +88,22 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
   ++present_;
   layer_set_errors_.erase(join.rank);
   return seated;
+}
+
+bool Members::AdoptLeft(Rank rank) {
+  Member& member = members_[rank];
+  if (member.state != MemberState::kAbsent) return false;
+  member.state = MemberState::kLeft;
+  member.incarnation = 1;  // The least that it can have had: a successor that an earlier master let in is greater.
+  layer_set_errors_.erase(rank);
+  ++left_;
+  return true;
+}
+
+void Members::SetCatchingUp(Rank rank, bool catching_up) {
+  if (members_[rank].catching_up == catching_up) return;
+  members_[rank].catching_up = catching_up;
+  catching_up_ += catching_up ? 1 : -1;
 }
 
 void Members::NoteLayerSetError(Rank rank, Error error) {
@@ -126,6 +150,7 @@ void Members::Lose(Rank rank, absl::Time grace_until) {
 void Members::Leave(Rank rank) {
   SYNCBN_CHECK(members_[rank].state == MemberState::kPresent, "rank ", rank);
   Detach(rank);
+  SetCatchingUp(rank, false);
   members_[rank].state = MemberState::kLeft;
   ++left_;
 }
@@ -175,13 +200,12 @@ void Members::NoteContribution(Rank rank, bool fresh) {
 }
 
 void Members::NoteOutcome(Rank rank, const RoundKey& key) {
-  Member& member = members_[rank];
-  member.resuming = false;
+  const Member& member = members_[rank];
   if (std::binary_search(member.blocked_on.begin(), member.blocked_on.end(), key)) Unblock(rank);
 }
 
 void Members::CheckInvariants() const {
-  uint32_t present = 0, left = 0, given_up = 0, blocked = 0, lagging = 0, graces = 0;
+  uint32_t present = 0, left = 0, given_up = 0, blocked = 0, lagging = 0, graces = 0, catching_up = 0;
   for (Rank rank = 0; rank < world_size(); ++rank) {
     const Member& member = members_[rank];
     const bool is_present = member.state == MemberState::kPresent;
@@ -199,12 +223,15 @@ void Members::CheckInvariants() const {
     given_up += member.given_up;
     blocked += !member.blocked_on.empty();
     lagging += member.lags;
+    catching_up += member.catching_up;
+    SYNCBN_CHECK(is_present || is_lost || !member.catching_up, "rank ", rank);
   }
   SYNCBN_CHECK(present_ == present && ranks_.size() == present, present_, " and ", ranks_.size(), ", not ", present);
   SYNCBN_CHECK(left_ == left, left_, ", not ", left);
   SYNCBN_CHECK(given_up_ == given_up, given_up_, ", not ", given_up);
   SYNCBN_CHECK(blocked_ == blocked, blocked_, ", not ", blocked);
   SYNCBN_CHECK(lagging_ == lagging, lagging_, ", not ", lagging);
+  SYNCBN_CHECK(catching_up_ == catching_up, catching_up_, ", not ", catching_up);
   SYNCBN_CHECK(graces_.size() == graces, graces_.size(), ", not ", graces);
   for (const auto& [rank, error] : layer_set_errors_) SYNCBN_CHECK(rank < world_size() && Vacant(rank), "rank ", rank);
 }

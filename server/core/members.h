@@ -32,9 +32,8 @@ struct Member {
   uint64_t last_arrivals = 0;  // Completed rounds to which it was the last to contribute.
   absl::Time joined_at;
   bool has_contributed = false;  // In this incarnation.
-  // Came back from an earlier master and has been told no outcome since. That master may have completed rounds that the
-  // member contributes to now.
-  bool resuming = false;
+  // Came back from an earlier master, and has not sent yet all that it had sent to that one.
+  bool catching_up = false;
   absl::Time grace_until;            // While lost: when it is given up.
   bool given_up = false;             // While lost.
   bool lags = false;                 // While present: has not read what it was sent.
@@ -44,8 +43,7 @@ struct Member {
 // Thread safety: none; pure.
 class Members {
  public:
-  // New incarnations are greater than `incarnation_floor`. If it is not 0, an earlier master of the same run may have
-  // given out incarnations that this one has not seen.
+  // New incarnations are greater than `incarnation_floor`.
   Members(uint32_t world_size, uint64_t incarnation_floor);
 
   uint32_t world_size() const { return static_cast<uint32_t>(members_.size()); }
@@ -55,6 +53,7 @@ class Members {
   uint32_t given_up() const { return given_up_; }
   uint32_t blocked() const { return blocked_; }
   bool any_lags() const { return lagging_ != 0; }
+  uint32_t catching_up() const { return catching_up_; }
 
   // Returns the rank that is connected by the stream, if any.
   std::optional<Rank> RankOf(StreamId stream) const;
@@ -66,13 +65,16 @@ class Members {
 
   // ---- Joining
   // Returns why the join may not have its rank: a newer incarnation exists (FENCED), another worker is connected
-  // (RANK_TAKEN), or the incarnation was never given out (MALFORMED_FRAME).
-  std::optional<Error> CheckClaim(const Join& join) const;
+  // (RANK_TAKEN), or the incarnation was never given out (MALFORMED_FRAME). `resumed`: an earlier master of the run may
+  // have given out incarnations that this one has not seen.
+  std::optional<Error> CheckClaim(const Join& join, bool resumed) const;
   struct Seated {
     std::optional<StreamId> replaced;      // The stream that the same rank was connected by until now.
     bool reborn = false;                   // A new incarnation.
     bool predecessor_contributed = false;  // The rank had contributed, in the incarnation that ends here.
   };
+  // Takes an earlier master's word that a rank has left, of which nothing is known here. Returns whether that is news.
+  bool AdoptLeft(Rank rank);
   // Connects the rank by the stream. CheckClaim has found nothing against it.
   Seated Seat(StreamId stream, const Join& join, absl::Time now);
   // Keeps the error of a join that was refused for the set of its layers. The rank must be vacant. Rounds do not wait
@@ -91,6 +93,7 @@ class Members {
   void SetLags(Rank rank, bool lags);
 
   // ---- Rounds
+  void CatchUp(Rank rank) { SetCatchingUp(rank, false); }
   // Marks the member as blocked on the keys, each of which it has contributed to and awaits.
   void Block(Rank rank, std::vector<RoundKey> keys);
   void Unblock(Rank rank);
@@ -108,15 +111,17 @@ class Members {
 
   // Ends what the rank's state implies: its stream, its grace, its block.
   void Detach(Rank rank);
+  void SetCatchingUp(Rank rank, bool catching_up);
 
   std::vector<Member> members_;  // By rank.
-  const uint64_t incarnation_floor_;
+  uint64_t incarnation_floor_;
   absl::flat_hash_map<StreamId, Rank> ranks_;  // Of present members.
   uint32_t present_ = 0;
   uint32_t left_ = 0;
   uint32_t given_up_ = 0;
   uint32_t blocked_ = 0;  // Members whose blocked_on is not empty.
   uint32_t lagging_ = 0;
+  uint32_t catching_up_ = 0;
   absl::btree_set<std::pair<absl::Time, Rank>> graces_;  // Of lost members that are not given up.
   absl::btree_map<Rank, Error> layer_set_errors_;        // Of vacant ranks.
 };

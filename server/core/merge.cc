@@ -57,6 +57,22 @@ int64_t BitsOf(double value) {
   return bits;
 }
 
+// A hash of numbers in their order, the same in every process.
+class BitsDigest {
+ public:
+  void Add(uint64_t bits) {
+    // Two sums run in parallel: each step is a multiplication that the next one of its kind waits for.
+    uint64_t& sum = sums_[turn_ ^= 1];
+    sum = (sum ^ bits) * 0x9e3779b97f4a7c15u;
+    sum ^= sum >> 32;
+  }
+  uint64_t value() const { return (sums_[0] * 0xbf58476d1ce4e5b9u) ^ sums_[1]; }
+
+ private:
+  uint64_t sums_[2] = {0x2545f4914f6cdd1du, 0x94d049bb133111ebu};
+  size_t turn_ = 0;
+};
+
 // Returns true if |value| <= bound for all values; NaN fails. As integers without their signs, doubles are ordered by
 // magnitude, and NaN is the greatest.
 bool AllWithin(absl::Span<const double> vector, double bound) {
@@ -133,6 +149,21 @@ uint64_t Digest(const Contribution& contribution) {
   return DigestOf(contribution.count, contribution.backward_role, contribution.first, contribution.second);
 }
 
+uint64_t ResultDigest(const RoundOutcome& outcome) {
+  BitsDigest digest;
+  digest.Add(static_cast<uint64_t>(outcome.count));
+  digest.Add(outcome.backward_required ? 1 : 0);
+  for (const std::vector<Rank>* ranks : {&outcome.missing_ranks, &outcome.abstaining_ranks}) {
+    digest.Add(ranks->size());
+    for (const Rank rank : *ranks) digest.Add(rank);
+  }
+  for (const std::vector<double>* values : {&outcome.first, &outcome.second}) {
+    digest.Add(values->size());
+    for (const double value : *values) digest.Add(static_cast<uint64_t>(BitsOf(value)));
+  }
+  return digest.value() == 0 ? 1 : digest.value();
+}
+
 std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerSpec& spec, Rank rank,
                                   const Limits& limits) {
   const VectorNames names = NamesOf(contribution.key.phase);
@@ -157,6 +188,7 @@ void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& out
   int64_t count = 0;
   for (const auto& [rank, payload] : payloads) {
     if (payload.backward_role == BackwardRole::kRequired) outcome.backward_required = true;
+    if (payload.backward_role == BackwardRole::kNone) outcome.abstaining_ranks.push_back(rank);
     if (payload.count == 0) continue;
     if (count == 0) {
       outcome.first = payload.first;

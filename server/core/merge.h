@@ -21,6 +21,7 @@ struct Payload {
   BackwardRole backward_role = BackwardRole::kRequired;
   std::vector<double> first;
   std::vector<double> second;
+  bool repeats = false;
 
   size_t bytes() const { return (first.size() + second.size()) * sizeof(double); }
 };
@@ -46,6 +47,10 @@ using Payloads = absl::btree_map<Rank, Payload>;
 // leaves mean and biased variance; MergeSums adds vectors.
 void MergeForward(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome);
 void MergeSums(const Payloads& payloads, uint32_t channels, RoundOutcome& outcome);
+
+// Returns a hash of all bits of a result, never 0. It is the same in every process, so that a master can tell whether
+// repeated contributions have given what they gave to an earlier one.
+uint64_t ResultDigest(const RoundOutcome& outcome);
 
 // Returns NOT_FINITE, naming the channel, if finite moments have overflowed in their merge. Layers that propagate,
 // backward rounds and sums may have any result.

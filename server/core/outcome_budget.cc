@@ -8,10 +8,15 @@
 namespace syncbn::core {
 
 OutcomeBudget::Handle OutcomeBudget::Charge(Entry entry) {
-  SYNCBN_CHECK(entry.layer != nullptr && entry.round != nullptr && !entry.forgotten);
+  SYNCBN_CHECK(entry.layer != nullptr && entry.round != nullptr);
+  SYNCBN_CHECK((entry.round->outcome == nullptr) == entry.forgotten);
+  record_bytes_ += entry.record_bytes;
+  if (entry.forgotten) {
+    forgotten_.push_back(entry);
+    return std::prev(forgotten_.end());
+  }
   remembered_.push_back(entry);
   bytes_ += entry.bytes;
-  record_bytes_ += entry.record_bytes;
   while (bytes_ > max_bytes_ && remembered_.size() > min_outcomes_) {
     Entry& oldest = remembered_.front();
     oldest.round->outcome.reset();

@@ -36,7 +36,7 @@ class OutcomeBudget {
       : max_bytes_(max_bytes), min_outcomes_(min_outcomes), max_record_bytes_(max_record_bytes) {}
 
   // Counts a record, and forgets the oldest outcomes if there are too many bytes of them now. The entry's round must
-  // stay at its address until the record is refunded.
+  // stay at its address until the record is refunded. `entry.forgotten`: its outcome is unknown.
   Handle Charge(Entry entry);
   // Stops counting a record that is about to be destroyed.
   void Refund(Handle handle);

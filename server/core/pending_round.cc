@@ -10,6 +10,15 @@ bool PendingRound::Expects(Rank rank) const {
   return expected.empty() || std::binary_search(expected.begin(), expected.end(), rank);
 }
 
+bool PendingRound::Idle() const {
+  return restored && latecomers.empty() &&
+         std::all_of(payloads.begin(), payloads.end(), [](const auto& entry) { return entry.second.repeats; });
+}
+
+bool PendingRound::Knows(Rank rank) const {
+  return payloads.contains(rank) || std::find(latecomers.begin(), latecomers.end(), rank) != latecomers.end();
+}
+
 std::vector<Rank> PendingRound::MissingRanks(uint32_t world_size) const {
   std::vector<Rank> missing;
   SYNCBN_CHECK(payloads.size() <= needed, payloads.size(), " of ", needed);
@@ -34,7 +43,9 @@ std::vector<Rank> PendingRound::MissingRanks(uint32_t world_size) const {
 }
 
 void PendingRound::CheckInvariants(uint32_t world_size) const {
-  SYNCBN_CHECK(!payloads.empty() && payloads.contains(last_rank), "rank ", last_rank);
+  SYNCBN_CHECK(restored || payloads.contains(last_rank), "rank ", last_rank);
+  SYNCBN_CHECK(restored ? !expected.empty() && (!payloads.empty() || !latecomers.empty()) : latecomers.empty());
+  for (const Rank rank : latecomers) SYNCBN_CHECK(rank < world_size && !Expects(rank), "rank ", rank);
   SYNCBN_CHECK(declaration != nullptr);
   SYNCBN_CHECK(begun <= alarm && alarm <= deadline);
   SYNCBN_CHECK(needed == (expected.empty() ? world_size : expected.size()), needed);
@@ -43,6 +54,7 @@ void PendingRound::CheckInvariants(uint32_t world_size) const {
   for (const auto& [rank, payload] : payloads) {
     SYNCBN_CHECK(rank < world_size && Expects(rank), "rank ", rank);
     SYNCBN_CHECK(payload.declaration != nullptr && payload.incarnation != 0, "rank ", rank);
+    SYNCBN_CHECK(restored || !payload.repeats, "rank ", rank);
     sum += payload.bytes();
   }
   SYNCBN_CHECK(bytes == sum, bytes, ", not ", sum);

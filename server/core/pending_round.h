@@ -16,8 +16,10 @@ namespace syncbn::core {
 struct PendingRound {
   absl::Time begun;
   absl::Time deadline;
-  absl::Time alarm;            // When time next matters: when the round becomes late, then its deadline.
-  bool straddles = false;      // Some of its contributions may be of the time before the master's restart.
+  absl::Time alarm;  // When time next matters: when the round becomes late, then its deadline.
+  // It ended under an earlier master with the contributions of `expected`, and is merged again from those. Only late
+  // contributors and those that have not heard of the end wait for it; where nobody waits, it is *idle*.
+  bool restored = false;
   DeclarationPtr declaration;  // Of its first contribution. All others must be made under the same one.
   size_t bytes = 0;            // Of the payloads.
   size_t needed = 0;           // Contributions, if nobody leaves.
@@ -26,9 +28,14 @@ struct PendingRound {
   std::vector<Rank> expected;
   int64_t count = 0;  // Backward rounds: of the forward round, which may be forgotten before this one ends.
   Payloads payloads;
-  Rank last_rank = 0;  // The newest contributor.
+  std::vector<Rank> latecomers;  // Restored rounds: ranks that wait for the outcome and do not count.
+  Rank last_rank = 0;            // The newest contributor.
 
   bool Expects(Rank rank) const;
+  // Returns whether nobody waits for the outcome.
+  bool Idle() const;
+  // Returns whether the rank has sent a contribution, be it one that does not count.
+  bool Knows(Rank rank) const;
   // Returns the ranks that are to contribute and have not, ascending. Ranks that have left are among them.
   std::vector<Rank> MissingRanks(uint32_t world_size) const;
 

@@ -20,6 +20,7 @@ size_t Rounds::LeastWorkers(const PendingRound& round) const {
 }
 
 bool Rounds::MayBeDecided(const PendingRound& round) const {
+  if (round.restored) return true;
   if (!proceeds() && AnyRankFailsRounds()) return true;
   const size_t gone = members_.left() + (proceeds() ? members_.given_up() : 0);
   const bool all_may_be_in = round.payloads.size() + gone >= round.needed;
@@ -28,6 +29,7 @@ bool Rounds::MayBeDecided(const PendingRound& round) const {
 }
 
 Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing) const {
+  if (round.restored) return FateOfRestored(key, round, missing);
   std::vector<Rank> lost;
   size_t awaited = 0;
   for (const Rank rank : missing) {
@@ -93,7 +95,9 @@ void Rounds::OnTimePassed(absl::Time now, Effects& effects) {
   while (turn_ != 0 && !alarms_.empty() && alarms_.begin()->first <= now && !DeadlinesWait()) {
     const auto round = pending_.find(alarms_.begin()->second);
     SYNCBN_CHECK(round != pending_.end(), "an alarm is set for the ", Describe(alarms_.begin()->second));
-    if (round->second.deadline <= now) {
+    if (round->second.Idle()) {
+      Drop(round);
+    } else if (round->second.deadline <= now) {
       Expire(round, now, effects);
     } else {
       AnnounceLate(round, now, effects);
@@ -121,6 +125,9 @@ void Rounds::AnnounceLate(Pending::iterator round, absl::Time now, Effects& effe
   Spend(RanksCost());
   std::vector<StreamId> streams;
   for (const auto& [rank, payload] : pending.payloads) {
+    if (!payload.repeats && members_[rank].state == MemberState::kPresent) streams.push_back(members_[rank].stream);
+  }
+  for (const Rank rank : pending.latecomers) {
     if (members_[rank].state == MemberState::kPresent) streams.push_back(members_[rank].stream);
   }
   effects.push_back(SendLateRounds{id_, std::move(streams), {std::move(late)}});
@@ -136,7 +143,9 @@ void Rounds::EndWithoutMissing(Pending::iterator round, absl::string_view when, 
   const std::vector<Rank> awaited = WithoutLeft(missing);
   Spend(RanksCost());
   const size_t contributed = round->second.payloads.size();
-  if (!proceeds()) {
+  if (round->second.restored) {
+    Fail(round, OutcomeLostError(round->first, missing), now, effects);
+  } else if (!proceeds()) {
     Fail(round, RoundTimeoutError(round->first, awaited, when, DeclarationHint(round, awaited)), now, effects);
   } else if (contributed < LeastWorkers(round->second)) {
     Fail(round, TooFewContributedError(round->first, contributed, when, config_.min_workers, awaited), now, effects);
@@ -170,7 +179,8 @@ void Rounds::FailLayer(absl::string_view layer, const Error& error, absl::Time n
 void Rounds::FailAwaiting(Rank rank, absl::Time now, Effects& effects) {
   for (auto round = pending_.begin(); round != pending_.end();) {
     const auto next = std::next(round);
-    if (round->second.Expects(rank) && !round->second.payloads.contains(rank)) {
+    const PendingRound& pending = round->second;
+    if (!pending.restored && pending.Expects(rank) && !pending.payloads.contains(rank)) {
       Fail(round, WorkerRestartedError(round->first, rank), now, effects);
     }
     round = next;
@@ -189,7 +199,9 @@ void Rounds::Complete(Pending::iterator round, std::vector<Rank> missing, absl::
   const LayerSpec& spec = pending.declaration->spec;
   auto outcome = std::make_shared<RoundOutcome>();
   outcome->key = round->first;
-  outcome->missing_ranks = std::move(missing);
+  const EndedRound* const ended =
+      pending.restored ? layers_.Get(round->first.layer).Find(round->first.phase, round->first.sequence) : nullptr;
+  outcome->missing_ranks = ended != nullptr ? ended->missing_ranks : std::move(missing);
   if (round->first.phase == Phase::kForward) {
     MergeForward(pending.payloads, spec.channels, *outcome);
   } else {
@@ -197,6 +209,10 @@ void Rounds::Complete(Pending::iterator round, std::vector<Rank> missing, absl::
   }
   if (auto error = CheckMerged(*outcome, spec)) return Fail(round, *std::move(error), now, effects);
   if (round->first.phase == Phase::kBackward) outcome->count = pending.count;
+  outcome->digest = ResultDigest(*outcome);
+  if (ended != nullptr && ended->digest != 0 && ended->digest != outcome->digest) {
+    return Fail(round, OutcomeDiffersError(round->first), now, effects);
+  }
   Finish(round, std::move(outcome), now, effects);
 }
 
@@ -204,6 +220,7 @@ void Rounds::Fail(Pending::iterator round, Error error, absl::Time now, Effects&
   auto outcome = std::make_shared<RoundOutcome>();
   outcome->key = round->first;
   outcome->error = std::move(error);
+  outcome->refused = round->second.restored;  // It has ended otherwise.
   Finish(round, std::move(outcome), now, effects);
 }
 
@@ -218,35 +235,55 @@ void Rounds::Finish(Pending::iterator round, std::shared_ptr<const RoundOutcome>
   ended.alone = pending.payloads.size() == 1 && members_.present() > 1;
   ended.backward_required = outcome->backward_required;
   ended.count = outcome->count;
+  ended.digest = outcome->digest;
   ended.declaration = pending.declaration;
-  ended.roster = RosterOf(round->first.phase, pending.payloads);
+  ended.roster = Share(round->first.phase, RosterOf(pending.payloads));
   ended.digests.reserve(pending.payloads.size());
   std::vector<StreamId> streams;
   streams.reserve(pending.payloads.size());
-  for (const auto& [rank, payload] : pending.payloads) {
-    ended.digests.push_back(Digest(payload));
-    if (members_[rank].state != MemberState::kPresent) continue;
+  const auto tell = [&](Rank rank) {
+    if (members_[rank].state != MemberState::kPresent) return;
     streams.push_back(members_[rank].stream);
     members_.NoteOutcome(rank, round->first);
+  };
+  for (const auto& [rank, payload] : pending.payloads) {
+    ended.digests.push_back(Digest(payload));
+    if (!payload.repeats) tell(rank);
   }
+  for (const Rank rank : pending.latecomers) tell(rank);
   ++(failed ? failed_ : completed_);
   if (!failed) members_.NoteLastArrival(pending.last_rank);
   const auto contributors = static_cast<uint32_t>(pending.payloads.size());
   effects.push_back(RoundEnded{id_, outcome, now - pending.begun, contributors, pending.last_rank});
-  layers_.Get(round->first.layer).Record(round->first, std::move(ended));
-  SYNCBN_CHECK(pending.bytes <= pending_bytes_, pending.bytes, " of ", pending_bytes_);
-  pending_bytes_ -= pending.bytes;
-  alarms_.erase({pending.alarm, round->first});
-  pending_.erase(round);
+  Layer& layer = layers_.Get(round->first.layer);
+  if (!pending.restored) {
+    layer.Record(round->first, std::move(ended));
+  } else if (!failed) {
+    layer.Restore(round->first, std::move(ended));
+  }
+  Erase(round);
   if (!streams.empty()) effects.push_back(SendResults{std::move(streams), {std::move(outcome)}});
 }
 
-std::shared_ptr<const Roster> Rounds::RosterOf(Phase phase, const Payloads& payloads) {
+void Rounds::Erase(Pending::iterator round) {
+  const PendingRound& pending = round->second;
+  SYNCBN_CHECK(pending.bytes <= pending_bytes_, pending.bytes, " of ", pending_bytes_);
+  pending_bytes_ -= pending.bytes;
+  idle_ -= pending.Idle() ? 1 : 0;
+  alarms_.erase({pending.alarm, round->first});
+  pending_.erase(round);
+}
+
+Roster Rounds::RosterOf(const Payloads& payloads) {
   Roster roster;
   roster.reserve(payloads.size());
   for (const auto& [rank, payload] : payloads) {
     roster.push_back({rank, payload.backward_role, Contributor::LowBits(payload.incarnation)});
   }
+  return roster;
+}
+
+std::shared_ptr<const Roster> Rounds::Share(Phase phase, Roster roster) {
   std::shared_ptr<const Roster>& newest = newest_rosters_[static_cast<size_t>(phase) - 1];
   if (newest == nullptr || *newest != roster) newest = std::make_shared<const Roster>(std::move(roster));
   return newest;
@@ -259,13 +296,15 @@ void Rounds::OnBlocked(Rank rank, const std::vector<RoundKey>& keys) {
   if (keys.size() > pending_.size()) return;  // They cannot all be in flight.
   for (const RoundKey& key : keys) {
     const auto round = pending_.find(key);
-    if (round == pending_.end() || !round->second.payloads.contains(rank)) return;
+    if (round == pending_.end() || !round->second.Knows(rank)) return;
   }
   members_.Block(rank, keys);
 }
 
 void Rounds::FindDeadlock(absl::Time now, Effects& effects) {
-  // Absent and lost members may still come and contribute. Nobody waits for members that have left.
+  // Absent and lost members may still come and contribute, and those that catch up have contributions on the way.
+  // Nobody waits for members that have left.
+  if (members_.catching_up() != 0) return;
   const uint32_t blocked = members_.blocked();
   if (blocked == 0 || blocked != members_.present() || members_.present() + members_.left() != members_.world_size()) {
     return;
@@ -276,22 +315,11 @@ void Rounds::FindDeadlock(absl::Time now, Effects& effects) {
   }
   std::sort(keys.begin(), keys.end());
   keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
-  const auto straddles = [this](const RoundKey& key) { return pending_.at(key).straddles; };
-  // An earlier master may have told some members an outcome and others not: these wait for members that have gone on.
-  const bool split = std::any_of(keys.begin(), keys.end(), straddles);
   const std::string waiters = DescribeWaiters();
   for (const RoundKey& key : keys) {
     const auto round = pending_.find(key);
     SYNCBN_CHECK(round != pending_.end(), "a member is blocked on the ", Describe(key));
-    if (split) {
-      EndWithoutMissing(
-          round,
-          " before every worker had come to wait; the master has restarted, and an outcome that some of them had "
-          "before is lost",
-          now, effects);
-    } else {
-      Fail(round, DeadlockError(waiters, round->second.MissingRanks(members_.world_size())), now, effects);
-    }
+    Fail(round, DeadlockError(waiters, round->second.MissingRanks(members_.world_size())), now, effects);
   }
 }
 
@@ -315,7 +343,9 @@ std::string Rounds::DescribeWaiters() const {
 std::vector<PendingRoundView> Rounds::Views(absl::Time now) const {
   std::vector<Pending::const_iterator> rounds;
   rounds.reserve(pending_.size());
-  for (auto round = pending_.begin(); round != pending_.end(); ++round) rounds.push_back(round);
+  for (auto round = pending_.begin(); round != pending_.end(); ++round) {
+    if (!round->second.Idle()) rounds.push_back(round);
+  }
   // Rounds that began at the same time are ordered by their keys.
   const auto older = [](const auto& a, const auto& b) {
     return a->second.begun < b->second.begun || (a->second.begun == b->second.begun && a->first < b->first);
@@ -344,12 +374,14 @@ PendingRoundView Rounds::ViewOf(Pending::const_iterator round, absl::Time now) c
 }
 
 void Rounds::CheckInvariants() const {
-  size_t bytes = 0;
+  size_t bytes = 0, idle = 0;
   for (const auto& [key, round] : pending_) {
     round.CheckInvariants(members_.world_size());
     SYNCBN_CHECK(alarms_.contains({round.alarm, key}), Describe(key));
     const Layer& layer = std::as_const(layers_).Get(key.layer);
-    SYNCBN_CHECK(layer.Find(key.phase, key.sequence) == nullptr, "the ", Describe(key), " has ended");
+    const EndedRound* const ended = layer.Find(key.phase, key.sequence);
+    SYNCBN_CHECK(ended == nullptr || (round.restored && ended->restored), "the ", Describe(key), " has ended");
+    idle += round.Idle() ? 1 : 0;
     SYNCBN_CHECK(!layer.declarations().conflict().has_value(), Describe(key));
     const bool to_be_reviewed = review_.has_value() && !(key < review_->first);
     if (!to_be_reviewed && MayBeDecided(round)) {
@@ -358,13 +390,13 @@ void Rounds::CheckInvariants() const {
     bytes += round.bytes;
   }
   SYNCBN_CHECK(pending_bytes_ == bytes, pending_bytes_, ", not ", bytes);
+  SYNCBN_CHECK(idle_ == idle, idle_, ", not ", idle);
   SYNCBN_CHECK(alarms_.size() == pending_.size(), alarms_.size(), ", not ", pending_.size());
-  SYNCBN_CHECK(pending_bytes_ <= limits_.max_pending_bytes && pending_.size() <= limits_.max_rounds_in_flight);
+  SYNCBN_CHECK(pending_bytes_ <= limits_.max_pending_bytes && size() <= limits_.max_rounds_in_flight);
   for (Rank rank = 0; rank < members_.world_size(); ++rank) {
     for (const RoundKey& key : members_[rank].blocked_on) {
       const auto round = pending_.find(key);
-      SYNCBN_CHECK(round != pending_.end() && round->second.payloads.contains(rank), "rank ", rank, ", ",
-                   Describe(key));
+      SYNCBN_CHECK(round != pending_.end() && round->second.Knows(rank), "rank ", rank, ", ", Describe(key));
     }
   }
 }

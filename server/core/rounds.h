@@ -39,6 +39,9 @@ namespace syncbn::core {
 // The first three lead to Complete, which merges the contributions, or to Fail. Both lead to Finish, which records the
 // outcome, sends it to the contributors and forgets the round.
 //
+// A round that ended under an earlier master is recorded, without its outcome, when a member reports it. Its
+// contributors repeat what they had sent, and it is merged again, for those who wait for it: it is *restored*.
+//
 // An event that may decide many rounds (a leave, a loss) starts a *review*: MaybeEnd for each round, in turns of
 // Limits::max_turn_bytes, so that events of other groups are handled in between.
 //
@@ -51,7 +54,8 @@ class Rounds {
   Rounds(const Rounds&) = delete;
   Rounds& operator=(const Rounds&) = delete;
 
-  size_t size() const { return pending_.size(); }
+  // Rounds that somebody waits for.
+  size_t size() const { return pending_.size() - idle_; }
   uint64_t completed() const { return completed_; }
   uint64_t failed() const { return failed_; }
 
@@ -59,7 +63,12 @@ class Rounds {
   void BeginTurn() { turn_ = limits_.max_turn_bytes; }
   // Returns why the keys of a frame cannot be handled: a malformed name, or too many of them.
   std::optional<Error> CheckKeys(const FrameReceived& frame) const;
+  // A member that is catching up reports a round that ended under an earlier master. Returns an error if that is not
+  // how it ended here: the member's past is not the group's.
+  std::optional<Error> OnEnded(Rank rank, const EndedReport& report, absl::Time now, Effects& effects);
   void OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects);
+  // The member has caught up. `forgotten` as in FrameReceived.
+  void OnCaughtUp(Rank rank, const std::vector<RoundKey>& forgotten, absl::Time now, Effects& effects);
   // A member says that it sends nothing until one of these rounds ends. Ignored unless it awaits each of them.
   void OnBlocked(Rank rank, const std::vector<RoundKey>& keys);
   // Ends the rounds that block all members, if there are no others that could still contribute.
@@ -96,9 +105,27 @@ class Rounds {
     std::optional<Error> error;
   };
 
+  // ---- Rounds of an earlier master (rounds_restored.cc)
+  // Returns the contributors of the round that is reported, by rank; none if the report cannot be used.
+  Roster RosterOf(const EndedReport& report, const Layer& layer) const;
+  // Has the round, of which contributions have arrived, end as it ended before.
+  void Settle(Pending::iterator round, const EndedRound& ended);
+  // Fills a round in that is to be merged again.
+  void BeginRestored(const EndedRound& ended, PendingRound* round) const;
+  // Adds a rank to those that wait for the outcome of a restored round and do not count.
+  void AddLatecomer(Rank rank, PendingRound* round);
+  // Moves the deadline of a restored round that somebody has come to wait for.
+  void NoteWaiter(Pending::iterator round, absl::Time now);
+  Fate FateOfRestored(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing) const;
+  // Forgets an idle round.
+  void Drop(Pending::iterator round);
+  void DropIdle();
+
   // ---- Arrival (rounds_arrival.cc)
   // Answers a contribution to a round that has ended. Returns whether it has.
-  bool Replay(Rank rank, const Contribution& contribution, const Layer& layer, Effects& effects) const;
+  bool Replay(Rank rank, const Contribution& contribution, const EndedRound* ended, Effects& effects) const;
+  // Returns whether the contribution may be ignored: its sender has the outcome, and nobody needs it.
+  bool IsNeedless(Rank rank, const Contribution& contribution, const EndedRound* ended) const;
   // Returns the declaration under which the rank's contribution is made. `round` may be pending_.end().
   DeclarationPtr DeclarationFor(Rank rank, const RoundKey& key, const Layer& layer,
                                 Pending::const_iterator round) const;
@@ -136,9 +163,12 @@ class Rounds {
   std::vector<Rank> WithoutLeft(std::vector<Rank> ranks) const;
   void Complete(Pending::iterator round, std::vector<Rank> missing, absl::Time now, Effects& effects);
   void Fail(Pending::iterator round, Error error, absl::Time now, Effects& effects);
+  void Erase(Pending::iterator round);
   void Finish(Pending::iterator round, std::shared_ptr<const RoundOutcome> outcome, absl::Time now, Effects& effects);
-  // Returns the round's contributors: the roster of the phase's newest round, if they are the same.
-  std::shared_ptr<const Roster> RosterOf(Phase phase, const Payloads& payloads);
+  // Returns the round's contributors.
+  static Roster RosterOf(const Payloads& payloads);
+  // Returns the roster of the phase's newest round if it is the same.
+  std::shared_ptr<const Roster> Share(Phase phase, Roster roster);
   std::string DescribeWaiters() const;
   PendingRoundView ViewOf(Pending::const_iterator round, absl::Time now) const;
 
@@ -162,6 +192,7 @@ class Rounds {
 
   Pending pending_;
   absl::btree_set<std::pair<absl::Time, RoundKey>> alarms_;  // Of the pending rounds.
+  size_t idle_ = 0;                                          // Restored rounds that nobody waits for.
   size_t pending_bytes_ = 0;
   size_t turn_ = 0;  // What is left of max_turn_bytes.
   // The key from which on rounds are still to be reviewed, and when that became due.

@@ -11,7 +11,8 @@
 namespace syncbn::core {
 
 std::optional<Error> Rounds::CheckKeys(const FrameReceived& frame) const {
-  const size_t rounds = std::max(frame.contributions.size(), frame.blocked_on.size());
+  const size_t rounds =
+      std::max({frame.contributions.size(), frame.blocked_on.size(), frame.ended.size(), frame.forgotten.size()});
   if (rounds > limits_.max_rounds_in_frame) {
     return LimitError(rounds, "rounds in one frame", "max_rounds_in_frame", limits_.max_rounds_in_frame);
   }
@@ -23,8 +24,13 @@ std::optional<Error> Rounds::CheckKeys(const FrameReceived& frame) const {
   for (const Contribution& contribution : frame.contributions) {
     if (auto error = malformed(contribution.key)) return error;
   }
-  for (const RoundKey& key : frame.blocked_on) {
-    if (auto error = malformed(key)) return error;
+  for (const std::vector<RoundKey>* keys : {&frame.blocked_on, &frame.forgotten}) {
+    for (const RoundKey& key : *keys) {
+      if (auto error = malformed(key)) return error;
+    }
+  }
+  for (const EndedReport& report : frame.ended) {
+    if (auto error = malformed(report.key)) return error;
   }
   return std::nullopt;
 }
@@ -32,8 +38,10 @@ std::optional<Error> Rounds::CheckKeys(const FrameReceived& frame) const {
 void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects) {
   const RoundKey& key = contribution.key;
   const Layer* const layer = layers_.Find(key.layer);
+  const EndedRound* const ended = layer == nullptr ? nullptr : layer->Find(key.phase, key.sequence);
+  if (contribution.repeats && IsNeedless(rank, contribution, ended)) return;
   if (layer == nullptr) return Reject(rank, key, UndeclaredLayerError(rank, key), effects);
-  if (Replay(rank, contribution, *layer, effects)) return;
+  if (Replay(rank, contribution, ended, effects)) return;
   auto round = pending_.find(key);
   DeclarationPtr declaration = DeclarationFor(rank, key, *layer, round);
   if ((declaration->spec.kind == LayerKind::kSum) != (key.phase == Phase::kSum)) {
@@ -42,8 +50,12 @@ void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::T
   if (auto error = CheckArrival(rank, contribution, *layer, round))
     return Reject(rank, key, *std::move(error), effects);
   if (round == pending_.end()) round = Begin(key, *layer, now);
+  const bool was_idle = round->second.Idle();
   if (!Accept(rank, contribution, std::move(declaration), round, effects)) return;
-  if (auto error = CheckAccepted(rank, contribution, *layer, round)) {
+  if (was_idle && !round->second.Idle()) NoteWaiter(round, now);
+  if (!round->second.payloads.contains(rank)) {
+    MaybeEnd(round, now, effects);
+  } else if (auto error = CheckAccepted(rank, contribution, *layer, round)) {
     Fail(round, *std::move(error), now, effects);
   } else {
     MaybeEnd(round, now, effects);
@@ -54,13 +66,20 @@ void Rounds::Reject(Rank rank, const RoundKey& key, Error error, Effects& effect
   auto outcome = std::make_shared<RoundOutcome>();
   outcome->key = key;
   outcome->error = std::move(error);
+  outcome->refused = true;
   effects.push_back(SendResults{{members_[rank].stream}, {std::move(outcome)}});
 }
 
-bool Rounds::Replay(Rank rank, const Contribution& contribution, const Layer& layer, Effects& effects) const {
+bool Rounds::IsNeedless(Rank rank, const Contribution& contribution, const EndedRound* ended) const {
+  if (!members_[rank].catching_up || ended == nullptr || !ended->restored || ended->Find(rank) == nullptr) return true;
+  // What nobody may come to need takes no room from what somebody does.
+  const size_t bytes = (contribution.first.size() + contribution.second.size()) * sizeof(double);
+  return pending_bytes_ + bytes > limits_.max_pending_bytes / 2 || pending_.size() >= limits_.max_rounds_in_frame;
+}
+
+bool Rounds::Replay(Rank rank, const Contribution& contribution, const EndedRound* ended, Effects& effects) const {
   const RoundKey& key = contribution.key;
-  const EndedRound* const ended = layer.Find(key.phase, key.sequence);
-  if (ended == nullptr) return false;
+  if (ended == nullptr || ended->restored) return false;
   const Contributor* const before = ended->Find(rank);
   if (before != nullptr && ended->DigestOf(before) != Digest(contribution)) {
     const bool restarted = before->incarnation != Contributor::LowBits(members_[rank].incarnation);
@@ -87,11 +106,17 @@ DeclarationPtr Rounds::DeclarationFor(Rank rank, const RoundKey& key, const Laye
 std::optional<Error> Rounds::CheckArrival(Rank rank, const Contribution& contribution, const Layer& layer,
                                           Pending::const_iterator round) const {
   const RoundKey& key = contribution.key;
-  if (round == pending_.end() && layer.Expired(key.phase, key.sequence)) {
+  const bool known = round != pending_.end() || layer.Find(key.phase, key.sequence) != nullptr;
+  if (!known && layer.Expired(key.phase, key.sequence)) {
     if (key.phase == Phase::kBackward && layer.LostAwaited(key.sequence)) {
       return ForwardForgottenError(key, limits_.max_awaited_bytes);
     }
     return RoundTooOldError(key, limits_.retained_rounds);
+  }
+  if (!known) {
+    if (const std::optional<Rank> forgetful = layer.ForgottenBy(key.phase, key.sequence)) {
+      return OutcomeUnknownError(key, *forgetful);
+    }
   }
   if (key.phase == Phase::kBackward) {
     if (auto error = CheckBackward(rank, key, layer, round)) return error;
@@ -102,6 +127,8 @@ std::optional<Error> Rounds::CheckArrival(Rank rank, const Contribution& contrib
 std::optional<Error> Rounds::CheckBackward(Rank rank, const RoundKey& key, const Layer& layer,
                                            Pending::const_iterator round) const {
   if (round != pending_.end() && round->second.Expects(rank)) return std::nullopt;
+  const EndedRound* const ended = layer.Find(Phase::kBackward, key.sequence);
+  if (ended != nullptr && ended->Find(rank) != nullptr) return std::nullopt;
   const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
   if (forward == nullptr || forward->failed) return ForwardUnknownError(key, forward != nullptr);
   const Contributor* const contributor = forward->Find(rank);
@@ -113,8 +140,8 @@ std::optional<Error> Rounds::CheckBackward(Rank rank, const RoundKey& key, const
 
 std::optional<Error> Rounds::CheckRoom(Rank rank, const Contribution& contribution,
                                        Pending::const_iterator round) const {
-  if (round == pending_.end() && pending_.size() >= limits_.max_rounds_in_flight) {
-    return LimitError(pending_.size() + 1, "rounds in flight", "max_rounds_in_flight", limits_.max_rounds_in_flight);
+  if (round == pending_.end() && !contribution.repeats && size() >= limits_.max_rounds_in_flight) {
+    return LimitError(size() + 1, "rounds in flight", "max_rounds_in_flight", limits_.max_rounds_in_flight);
   }
   size_t bytes = pending_bytes_ + (contribution.first.size() + contribution.second.size()) * sizeof(double);
   if (round != pending_.end()) {
@@ -133,7 +160,10 @@ Rounds::Pending::iterator Rounds::Begin(const RoundKey& key, const Layer& layer,
   round.deadline = now + *config_.round_timeout;
   round.alarm = std::min(round.deadline, now + limits_.late_round_after);
   round.needed = members_.world_size();
-  if (key.phase == Phase::kBackward) {
+  if (const EndedRound* const ended = layer.Find(key.phase, key.sequence)) {
+    BeginRestored(*ended, &round);
+    ++idle_;
+  } else if (key.phase == Phase::kBackward) {
     const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
     SYNCBN_CHECK(forward != nullptr && !forward->failed, Describe(key));
     for (const Contributor& contributor : *forward->roster) {
@@ -154,14 +184,20 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr 
                     Effects& effects) {
   const Member& member = members_[rank];
   PendingRound& pending = round->second;
+  if (pending.restored && !pending.Expects(rank)) {
+    AddLatecomer(rank, &pending);
+    members_.NoteContribution(rank, /*fresh=*/false);
+    return true;
+  }
   const auto before = pending.payloads.find(rank);
   if (before != pending.payloads.end()) {
     if (SameNumbers(before->second, contribution)) {
       before->second.incarnation = member.incarnation;
+      before->second.repeats = before->second.repeats && contribution.repeats;
       members_.NoteContribution(rank, /*fresh=*/false);
       return true;
     }
-    if (before->second.incarnation == member.incarnation) {
+    if (pending.restored || before->second.incarnation == member.incarnation) {
       Reject(rank, round->first, ChangedPayloadError(rank, round->first), effects);
       return false;
     }
@@ -171,19 +207,19 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, DeclarationPtr 
     pending_bytes_ -= bytes;
     pending.payloads.erase(before);
   }
-  if (pending.payloads.empty()) pending.declaration = declaration;
+  if (pending.payloads.empty() && !pending.restored) pending.declaration = declaration;
   Payload payload;
   payload.incarnation = member.incarnation;
   payload.declaration = std::move(declaration);
   payload.count = contribution.count;
   payload.backward_role = contribution.backward_role;
+  payload.repeats = contribution.repeats;
   payload.first.assign(contribution.first.begin(), contribution.first.end());
   payload.second.assign(contribution.second.begin(), contribution.second.end());
   pending.bytes += payload.bytes();
   pending_bytes_ += payload.bytes();
   pending.payloads.emplace(rank, std::move(payload));
   pending.last_rank = rank;
-  pending.straddles = pending.straddles || member.resuming;
   members_.NoteContribution(rank, /*fresh=*/true);
   return true;
 }

@@ -75,6 +75,8 @@ struct Join {
   GroupConfig config;
   std::vector<LayerSpec> layers;
   std::string description;
+  std::vector<Rank> left_ranks;  // As the worker has last heard from an earlier master.
+  bool without_outcome = false;  // It has not been told the end of any round in its run.
 };
 
 // A worker's part of a round. `first` and `second` are, by phase: mean and m2; sum_dy and sum_dy_xmu; the vector, and
@@ -85,6 +87,7 @@ struct Contribution {
   BackwardRole backward_role = BackwardRole::kRequired;  // Forward only.
   absl::Span<const double> first;
   absl::Span<const double> second;
+  bool repeats = false;  // The sender has had the outcome from an earlier master, and wants none.
 };
 
 // Why a call or a round failed. `reason` is one of those that statistics.proto lists, and has static storage.
@@ -105,6 +108,20 @@ struct RoundOutcome {
   std::vector<double> second;  // var (biased); sum_dy_xmu; empty.
   bool backward_required = false;
   std::vector<Rank> missing_ranks;
+  std::vector<Rank> abstaining_ranks;  // Forward: contributors whose role was NONE.
+  uint64_t digest = 0;                 // Of all the above but the key; 0 if there is an error.
+  bool refused = false;                // The error is told to one sender, and is not the outcome of the round.
+};
+
+// What a member knows of a round that ended under an earlier master: enough to end it again in the same way.
+struct EndedReport {
+  RoundKey key;
+  std::optional<Error> error;  // If set, what follows is empty.
+  std::vector<Rank> missing_ranks;
+  uint64_t digest = 0;
+  int64_t count = 0;               // Forward,
+  bool backward_required = false;  // and these too.
+  std::vector<Rank> abstaining_ranks;
 };
 
 struct Membership {

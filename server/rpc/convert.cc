@@ -36,6 +36,7 @@ void ToProto(const core::RoundOutcome& outcome, v1::MergedMoments* message) {
   Assign(outcome.first, message->mutable_mean());
   Assign(outcome.second, message->mutable_var());
   message->set_backward_required(outcome.backward_required);
+  Assign(outcome.abstaining_ranks, message->mutable_abstaining_ranks());
 }
 
 void ToProto(const core::RoundOutcome& outcome, v1::MergedGradientSums* message) {
@@ -75,6 +76,8 @@ std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) 
   join->run_id = message.run_id();
   join->generation = message.generation();
   join->description = message.description();
+  join->without_outcome = message.without_outcome();
+  join->left_ranks.assign(message.left_ranks().begin(), message.left_ranks().end());
   if (auto error = MalformedIf(wire::FromProto(message.config(), &join->config))) return error;
   join->layers.reserve(message.layers_size());
   for (const v1::LayerSpec& layer : message.layers()) {
@@ -109,6 +112,24 @@ std::optional<core::Error> FromProto(const v1::Contribution& message, core::Cont
   return std::nullopt;
 }
 
+std::optional<core::Error> FromProto(const v1::EndedRound& message, core::EndedReport* report) {
+  if (auto error = FromProto(message.key(), &report->key)) return error;
+  if (message.has_error()) {
+    if (message.error().code() == 0) {
+      return core::MalformedError(
+          absl::StrCat("the error of the ", core::Describe(report->key), ", which has ended, has no code"));
+    }
+    report->error = FromProto(message.error());
+    return std::nullopt;
+  }
+  report->missing_ranks.assign(message.missing_ranks().begin(), message.missing_ranks().end());
+  report->abstaining_ranks.assign(message.abstaining_ranks().begin(), message.abstaining_ranks().end());
+  report->digest = message.digest();
+  report->count = message.count();
+  report->backward_required = message.backward_required();
+  return std::nullopt;
+}
+
 void ToProto(const core::SendJoined& joined, const std::string& description, v1::Joined* message) {
   message->set_protocol_version(joined.protocol_version);
   message->set_incarnation(joined.incarnation);
@@ -116,6 +137,7 @@ void ToProto(const core::SendJoined& joined, const std::string& description, v1:
   ToProto(joined.config, message->mutable_config());
   message->set_description(description);
   ToProto(joined.membership, message->mutable_membership());
+  message->set_memory(joined.memory);
 }
 
 void ToProto(const core::Membership& membership, v1::Membership* message) {
@@ -128,9 +150,11 @@ void ToProto(const core::RoundOutcome& outcome, v1::RoundResult* message) {
   ToProto(outcome.key, message->mutable_key());
   if (outcome.error.has_value()) {
     ToProto(*outcome.error, &outcome.key, message->mutable_error());
+    message->set_refused(outcome.refused);
     return;
   }
   Assign(outcome.missing_ranks, message->mutable_missing_ranks());
+  message->set_digest(outcome.digest);
   switch (outcome.key.phase) {
     case core::Phase::kForward:
       return ToProto(outcome, message->mutable_moments());

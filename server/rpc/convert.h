@@ -24,6 +24,7 @@ std::optional<core::Error> FromProto(const v1::RoundKey& message, core::RoundKey
 std::optional<core::Error> FromProto(const v1::LayerSpec& message, core::LayerSpec* spec);
 std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join);
 std::optional<core::Error> FromProto(const v1::Contribution& message, core::Contribution* contribution);
+std::optional<core::Error> FromProto(const v1::EndedRound& message, core::EndedReport* report);
 
 void ToProto(const core::SendJoined& joined, const std::string& description, v1::Joined* message);
 void ToProto(const core::Membership& membership, v1::Membership* message);

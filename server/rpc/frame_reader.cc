@@ -134,6 +134,10 @@ std::optional<absl::string_view> ReadPiece(CodedInputStream& input, int length, 
   return copy;
 }
 
+bool IsContribution(int number) {
+  return number == v1::WorkerFrame::kContributionsFieldNumber || number == v1::WorkerFrame::kRepeatsFieldNumber;
+}
+
 // Reads the length of the frame's field that `tag` begins. The number is 0 for an unknown field, which is skipped.
 // Returns nothing if the frame is malformed.
 struct FieldHead {
@@ -171,6 +175,12 @@ std::optional<core::Error> FrameReader::Open() {
   size_t unknown = 0;
   std::optional<core::Error> error;
   while (const uint32_t tag = input.ReadTag()) {
+    if (tag == (uint32_t{v1::WorkerFrame::kCaughtUpFieldNumber} << 3 | kVarint)) {
+      uint64_t value = 0;
+      if (!input.ReadVarint64(&value)) return NotAFrame();
+      head_.caught_up = value != 0;
+      continue;
+    }
     const std::optional<FieldHead> head = ReadHead(input, tag);
     if (!head.has_value()) return NotAFrame();
     if (head->number == 0) {
@@ -179,7 +189,7 @@ std::optional<core::Error> FrameReader::Open() {
       }
       continue;
     }
-    if (head->number == v1::WorkerFrame::kContributionsFieldNumber) {
+    if (IsContribution(head->number)) {
       if (++contributions_ > limits_.max_rounds_in_frame) return TooManyRounds();
       if (!input.Skip(head->length)) return NotAFrame();
       continue;
@@ -216,11 +226,20 @@ std::optional<core::Error> FrameReader::TakePiece(int number, absl::string_view 
       if (auto error = Parse(piece, 0, &layer)) return error;
       return FromProto(layer, &head_.layers.emplace_back());
     }
+    case v1::WorkerFrame::kEndedRoundsFieldNumber: {
+      constexpr size_t kMessagesOfAReport = 16;
+      v1::EndedRound report;
+      if (head_.ended.size() == limits_.max_rounds_in_frame) return TooManyRounds();
+      if (auto error = Parse(piece, kMessagesOfAReport, &report)) return error;
+      return FromProto(report, &head_.ended.emplace_back());
+    }
     default: {
+      const bool forgotten = number == v1::WorkerFrame::kForgottenFieldNumber;
+      std::vector<core::RoundKey>& keys = forgotten ? head_.forgotten : head_.blocked_on;
       v1::RoundKey key;
-      if (head_.blocked_on.size() == limits_.max_rounds_in_frame) return TooManyRounds();
+      if (keys.size() == limits_.max_rounds_in_frame) return TooManyRounds();
       if (auto error = Parse(piece, 0, &key)) return error;
-      return FromProto(key, &head_.blocked_on.emplace_back());
+      return FromProto(key, &keys.emplace_back());
     }
   }
 }
@@ -229,7 +248,10 @@ std::optional<int> FrameReader::FindContribution() {
   while (const uint32_t tag = input_->ReadTag()) {
     const std::optional<FieldHead> head = ReadHead(*input_, tag);
     if (!head.has_value()) return std::nullopt;
-    if (head->number == v1::WorkerFrame::kContributionsFieldNumber) return head->length;
+    if (IsContribution(head->number)) {
+      pending_repeats_ = head->number == v1::WorkerFrame::kRepeatsFieldNumber;
+      return head->length;
+    }
     if (head->number != 0 && !input_->Skip(head->length)) return std::nullopt;
   }
   return std::nullopt;
@@ -243,6 +265,7 @@ std::optional<core::Error> FrameReader::Next(const SliceLimits& slice, google::p
     input_.emplace(&*bytes_);
     event->join = std::move(head_.join);
     event->layers = std::move(head_.layers);
+    event->ended = std::move(head_.ended);
     begun_ = true;
   }
   std::string copy;
@@ -264,10 +287,13 @@ std::optional<core::Error> FrameReader::Next(const SliceLimits& slice, google::p
     auto* const message = google::protobuf::Arena::CreateMessage<v1::Contribution>(arena);
     if (auto error = Parse(*piece, kMessagesOfAContribution, message)) return error;
     if (auto error = FromProto(*message, &event->contributions.emplace_back())) return error;
+    event->contributions.back().repeats = pending_repeats_;
     bytes += length;
     ++read_;
   }
   if (done()) {
+    event->forgotten = std::move(head_.forgotten);
+    event->caught_up = head_.caught_up;
     event->blocked_on = std::move(head_.blocked_on);
     event->leave = std::move(head_.leave);
   }

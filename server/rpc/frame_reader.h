@@ -70,6 +70,7 @@ class FrameReader {
   size_t contributions_ = 0;
   size_t read_ = 0;
   std::optional<int> pending_length_;  // The length of a contribution that was found and did not fit into the slice.
+  bool pending_repeats_ = false;       // It is one of `repeats`.
   bool begun_ = false;
 };
 

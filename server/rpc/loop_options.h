@@ -4,6 +4,7 @@
 #define SYNCBN_SERVER_RPC_LOOP_OPTIONS_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "absl/time/time.h"
@@ -18,6 +19,7 @@ struct LoopOptions {
   absl::Duration join_timeout;
   size_t max_watchers = 0;
   std::string description;
+  uint64_t instance = 0;  // As core::Coordinator's.
 };
 
 }  // namespace syncbn::rpc

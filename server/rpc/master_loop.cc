@@ -24,7 +24,7 @@ size_t ResultBytes(const core::RoundOutcome& outcome) {
   constexpr size_t kOverhead = 512;  // Beside vectors and texts.
   const size_t error = outcome.error.has_value() ? outcome.error->message.size() : 0;
   return (outcome.first.size() + outcome.second.size()) * sizeof(double) + outcome.key.layer.size() + error +
-         outcome.missing_ranks.size() * 2 + kOverhead;
+         (outcome.missing_ranks.size() + outcome.abstaining_ranks.size()) * 2 + kOverhead;
 }
 
 // Adds as many of the outcomes, from the one at `begin` on, as belong into one frame, and notes their fingerprints.
@@ -55,7 +55,7 @@ LoopOptions Fitting(LoopOptions options) {
 
 MasterLoop::MasterLoop(LoopOptions options)
     : options_(Fitting(std::move(options))),
-      coordinator_(options_.limits),
+      coordinator_(options_.limits, options_.instance),
       sessions_(
           options_, coordinator_, [this](const core::Event& event) { Deliver(event); }, &log_, &now_),
       inspection_(coordinator_, clock_, options_.max_watchers),

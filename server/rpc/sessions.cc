@@ -139,7 +139,7 @@ void Sessions::HandleSlice(Session& session) {
   event.stream = id;
   if (auto error = session.frame->Next(session.slice, arena.get(), &event)) return Refuse(session, *error);
   for (const core::Contribution& contribution : event.contributions) {
-    session.unanswered.insert(Fingerprint(contribution.key));
+    if (!contribution.repeats) session.unanswered.insert(Fingerprint(contribution.key));
   }
   const bool done = session.frame->done();
   const bool blocked = done && !event.blocked_on.empty();

@@ -1,7 +1,9 @@
 #include "server/rpc/status.h"
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 #include "google/rpc/error_details.pb.h"
 #include "server/core/error.h"
@@ -50,6 +52,29 @@ void ToProto(const core::Error& error, const std::string& layer, google::rpc::St
   google::rpc::ErrorInfo info = InfoOf(error);
   if (!layer.empty()) (*info.mutable_metadata())["layer"] = layer;
   Fill(error, info, status);
+}
+
+core::Error FromProto(const google::rpc::Status& status) {
+  google::rpc::ErrorInfo info;
+  for (const google::protobuf::Any& detail : status.details()) {
+    if (detail.Is<google::rpc::ErrorInfo>() && detail.UnpackTo(&info)) break;
+  }
+  core::Error error;
+  error.code = static_cast<absl::StatusCode>(status.code());
+  error.reason = core::ReasonNamed(info.reason());
+  error.message = Brief(status.message());
+  const auto ranks = info.metadata().find("ranks");
+  if (ranks != info.metadata().end()) {
+    for (const absl::string_view text : absl::StrSplit(ranks->second, ',', absl::SkipEmpty())) {
+      core::Rank rank = 0;
+      if (error.ranks.size() < core::kMostNamedRanks && absl::SimpleAtoi(text, &rank)) error.ranks.push_back(rank);
+    }
+  }
+  const auto count = info.metadata().find("rank_count");
+  if (count == info.metadata().end() || !absl::SimpleAtoi(count->second, &error.rank_count)) {
+    error.rank_count = static_cast<uint32_t>(error.ranks.size());
+  }
+  return error;
 }
 
 grpc::Status ToGrpc(const core::Error& error) {

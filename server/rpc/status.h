@@ -15,6 +15,10 @@ namespace syncbn::rpc {
 void ToProto(const core::Error& error, const core::RoundKey* key, google::rpc::Status* status);
 void ToProto(const core::Error& error, const std::string& layer, google::rpc::Status* status);
 
+// Returns the error that a worker has kept of an earlier master's answer. A reason that no round fails with becomes
+// GROUP_ENDED.
+core::Error FromProto(const google::rpc::Status& status);
+
 // Returns at most 1024 bytes of the message. A call's status travels in HTTP/2 trailers, twice and escaped, and a peer
 // drops trailers of more than 8 KiB.
 std::string Brief(std::string message);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <tuple>
 #include <variant>
 
 #include "absl/strings/str_cat.h"
@@ -23,6 +24,7 @@ constexpr absl::Duration kSayBlockedIfUnsure = absl::Milliseconds(200);
 constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
 constexpr absl::Duration kLeastMargin = absl::Seconds(2);  // Beyond round_timeout, for a master's answer.
 constexpr size_t kChunksUnderWay = 4;
+constexpr size_t kMostHeldBytes = size_t{32} << 20;
 
 session::Options MakeOptions(const Settings& settings, core::Rank rank) {
   session::Options options;
@@ -38,17 +40,17 @@ bool SameBits(const std::vector<double>& a, const std::vector<double>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
 }
 
-bool SameResult(const RoundResult& a, const RoundResult& b) {
-  return a.count == b.count && a.backward_required == b.backward_required && a.missing_ranks == b.missing_ranks &&
-         SameBits(a.first, b.first) && SameBits(a.second, b.second);
-}
-
 // A later attempt to join may succeed after these.
 bool IsPassing(const std::string& reason) {
   return reason.empty() || reason == "SHUTTING_DOWN" || reason == "RANK_TAKEN";
 }
 
 }  // namespace
+
+bool SameResult(const RoundResult& a, const RoundResult& b) {
+  return a.count == b.count && a.backward_required == b.backward_required && a.missing_ranks == b.missing_ranks &&
+         SameBits(a.first, b.first) && SameBits(a.second, b.second);
+}
 
 CheckedSession::CheckedSession(const Settings& settings, core::Rank rank, uint64_t first_sequence, absl::Time now,
                                SessionBug bug, Tally* tally)
@@ -120,9 +122,13 @@ Effects CheckedSession::OnFrame(const session::ServerFrame& frame, bool stale, a
       if (round.contribution->key() == outcome.key) Violate(absl::StrCat(Name(outcome.key), " is lost"));
     }
   }
-  const auto present = frame.present_ranks.has_value() ? frame.present_ranks
-                       : frame.joined.has_value()      ? std::optional<size_t>(frame.joined->present_ranks)
-                                                       : std::nullopt;
+  std::optional<size_t> present;
+  if (frame.joined.has_value())
+    std::tie(present, left_ranks_) = std::tie(frame.joined->present_ranks, frame.joined->left_ranks);
+  if (frame.membership.has_value()) {
+    present = frame.membership->present_ranks;
+    left_ranks_ = frame.membership->left_ranks;
+  }
   if (present.has_value() && session_.present_ranks() != *present) Violate("it is wrong about who is present");
   return effects;
 }
@@ -133,14 +139,16 @@ void CheckedSession::OnWritten() {
 }
 
 Effects CheckedSession::OnStreamBroken(const session::Break& why, absl::Time now) {
-  const bool left = leave_written_;
+  const bool left = leave_written_ && (why.status.ok() || !DetailsOf(why.status).reason.empty());
   const bool over = !IsPassing(DetailsOf(why.status).reason);
   NoteBreak(joined_, now);
-  open_ = up_ = join_written_ = joined_ = writing_ = must_retract_ = false;
+  open_ = up_ = join_written_ = joined_ = writing_ = must_retract_ = leave_written_ = false;
   said_.clear();
   all_said_ = false;
   said_blocked_on_ = nullptr;
   for (Round& round : rounds_) round.on_stream = false;
+  for (Answered& answered : answered_rounds_) answered.round.on_stream = false;
+  must_catch_up_ = false;
   Effects effects = session_.OnStreamBroken(why, now);
   const Done done = Check(effects, now, why.status);
   if ((left || over) && !done.ended.has_value()) Violate("the master has dismissed it, and it goes on");
@@ -273,14 +281,18 @@ void CheckedSession::Check(const session::CloseStream&, absl::Time) {
 }
 
 void CheckedSession::Check(const session::JoinedGroup& joined, absl::Time now) {
-  if (frame_ == nullptr || !frame_->joined.has_value() || !join_written_ || joined_) {
+  if (frame_ == nullptr || !frame_->joined.has_value() || !join_written_) {
     return Violate("it has joined, and was not let in");
   }
   if (joined.incarnation != frame_->joined->incarnation || joined.run_id != frame_->joined->run_id) {
     Violate("it takes itself for another");
   }
+  const bool came_back = run_id_ != 0;
   incarnation_ = joined.incarnation;
   run_id_ = joined.run_id;
+  if (joined_) return;  // Its group goes on with an earlier run.
+  memory_ = frame_->joined->memory;
+  must_catch_up_ = came_back && memory_ != 0;
   joined_ = true;
   joined_at_ = now;
   failures_ = 0;
@@ -295,6 +307,7 @@ void CheckedSession::Check(const session::Complete& complete, absl::Time) {
   const Round* const round = Find(complete.contribution.get());
   const RoundKey& key = complete.contribution->key();
   if (round == nullptr) return Violate(absl::StrCat(Name(key), " ends twice, or has not begun"));
+  const Round ended = *round;
   rounds_.erase(rounds_.begin() + (round - rounds_.data()));
   answered_ = true;
   if (frame_ == nullptr) {
@@ -306,6 +319,7 @@ void CheckedSession::Check(const session::Complete& complete, absl::Time) {
   if (outcome == frame_->outcomes.end()) return Violate(absl::StrCat(Name(key), " ends without an outcome"));
   // A program that has sent too many elements cannot use the result of those that have sent as many as they should.
   const size_t sent = static_cast<const SimulatedContribution&>(*complete.contribution).numbers->first.size();
+  if (outcome->status == complete.status && !outcome->refused) answered_rounds_.push_back({ended, memory_});
   const bool misfit = key.phase == syncbn::Phase::kBackward && sent != 0 && sent != outcome->result.first.size();
   if (misfit && outcome->status.ok() && complete.status.code() == absl::StatusCode::kInternal) return;
   if (outcome->status != complete.status || !SameResult(outcome->result, complete.result)) {
@@ -350,7 +364,14 @@ void CheckedSession::Check(const session::Write& write, absl::Time now) {
   } else if (!joined_) {
     Violate("it writes before it is let in");
   }
-  for (const session::ContributionPtr& part : frame.contributions) CheckPart(part, now);
+  for (const session::ContributionPtr& part : frame.contributions) {
+    if (part->repeats() != nullptr) {
+      CheckRepeat(part);
+    } else {
+      CheckPart(part, now);
+    }
+  }
+  if (frame.caught_up) CheckCaughtUp(frame);
   if (frame.blocked_on != nullptr) CheckBlocked(frame.blocked_on);
   if (must_retract_) ++tally_.retracted;
   must_retract_ = false;
@@ -372,6 +393,7 @@ void CheckedSession::CheckJoin(const session::ClientFrame& frame) {
   if (!frame.contributions.empty() || frame.blocked_on != nullptr || frame.leave.has_value()) {
     Violate("its join says more than it knows the master wants to hear");
   }
+  if (frame.join->left_ranks != left_ranks_) Violate("it is wrong about who has left");
   last_written_.clear();
   if (run_id_ != 0) ++tally_.rejoins;
 }
@@ -380,19 +402,55 @@ void CheckedSession::CheckPart(const session::ContributionPtr& part, absl::Time 
   Round* const round = Find(part.get());
   const RoundKey& key = part->key();
   if (round == nullptr) return Violate(absl::StrCat("it sends ", Name(key), ", which has ended or has not begun"));
-  if (round->on_stream) Violate(absl::StrCat("it sends ", Name(key), " twice"));
-  uint64_t& last = last_written_[round->vector];
-  if (round->order < last) Violate(absl::StrCat("it sends ", Name(key), " out of order"));
-  last = round->order;
-  if (round->channels != 0 && said_[key.layer] != round->channels) {
-    Violate(absl::StrCat("it sends ", Name(key), " with ", round->channels, " channels, and the master knows of ",
-                         said_[key.layer]));
-  }
   if (!round->vector.empty()) CheckChunk(*round);
+  CheckPlace(*round);
   if (round->first_sent.has_value()) ++tally_.resent;
   if (!round->first_sent.has_value()) round->first_sent = now;
   round->sent = now;
-  round->on_stream = true;
+}
+
+void CheckedSession::CheckPlace(Round& round) {
+  const RoundKey& key = round.contribution->key();
+  if (round.on_stream) Violate(absl::StrCat("it sends ", Name(key), " twice"));
+  uint64_t& last = last_written_[round.vector];
+  if (round.order < last) Violate(absl::StrCat("it sends ", Name(key), " out of order"));
+  last = round.order;
+  if (round.channels != 0 && said_[key.layer] != round.channels) {
+    Violate(absl::StrCat("it sends ", Name(key), " with ", round.channels, " channels, and the master knows of ",
+                         said_[key.layer]));
+  }
+  round.on_stream = true;
+}
+
+void CheckedSession::CheckRepeat(const session::ContributionPtr& part) {
+  ++tally_.repeated;
+  for (Answered& answered : answered_rounds_) {
+    if (answered.round.contribution != part) continue;
+    if (answered.memory == memory_) Violate(absl::StrCat("it repeats ", Name(part->key()), ", which the master knows"));
+    return CheckPlace(answered.round);
+  }
+  Violate(absl::StrCat("it repeats ", Name(part->key()), ", of which it has no outcome"));
+}
+
+void CheckedSession::CheckCaughtUp(const session::ClientFrame& frame) {
+  if (!must_catch_up_) Violate("it has caught up, and had nothing to catch up with");
+  must_catch_up_ = false;
+  for (const Round& round : rounds_) {
+    if (round.first_sent.has_value() && !round.on_stream) {
+      Violate(absl::StrCat("it has caught up without ", Name(round.contribution->key())));
+    }
+  }
+  for (const Answered& answered : answered_rounds_) {
+    if (answered.memory == memory_ || answered.round.on_stream) continue;
+    const RoundKey& key = answered.round.contribution->key();
+    ++tally_.forgotten;
+    // No schedule has as many rounds as are kept of a layer, but the bytes of a few may be too many.
+    if (settings_.contribution_bytes < kMostHeldBytes / 200) Violate(absl::StrCat("it has forgotten ", Name(key)));
+    const bool told = std::any_of(frame.forgotten.begin(), frame.forgotten.end(), [&key](const RoundKey& forgotten) {
+      return forgotten.layer == key.layer && forgotten.phase == key.phase && forgotten.sequence >= key.sequence;
+    });
+    if (!told) Violate(absl::StrCat("it does not tell that it has forgotten ", Name(key)));
+  }
 }
 
 void CheckedSession::CheckChunk(const Round& round) {
@@ -430,6 +488,7 @@ void CheckedSession::CheckAllSent(absl::Time now) {
     if (said == said_.end() || said->second != channels) Violate(absl::StrCat("layer ", layer, " is not declared"));
   }
   all_said_ = true;
+  if (must_catch_up_) Violate("it has sent all, and does not say so");
   if (leaving_ && !leave_written_) Violate("it does not leave");
   if (must_retract_) Violate("it is not blocked any more, and the master is not told");
   const bool blocked = blocked_on_ != nullptr && Find(blocked_on_.get()) != nullptr;

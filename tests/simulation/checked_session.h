@@ -22,6 +22,9 @@
 
 namespace syncbn::simulation {
 
+// Returns whether two results are the same to the bit.
+bool SameResult(const RoundResult& a, const RoundResult& b);
+
 // The session of one simulated worker. Its methods are the session's, whose comments hold for them.
 class CheckedSession {
  public:
@@ -33,6 +36,7 @@ class CheckedSession {
   State state() const { return session_.state(); }
   uint64_t incarnation() const { return incarnation_; }
   uint64_t run_id() const { return run_id_; }
+  bool may_come_back() const { return session_.may_come_back(); }
   absl::Time NextTimer() const { return session_.NextTimer(); }
   // The first promise that was broken.
   const std::optional<std::string>& violation() const { return violation_; }
@@ -68,6 +72,11 @@ class CheckedSession {
     std::optional<absl::Time> first_sent;
     absl::Time sent;
   };
+  // A round that has ended for all who contributed to it.
+  struct Answered {
+    Round round;
+    uint64_t memory = 0;  // Of the master that has told its outcome.
+  };
   // The session's answer to one call, in short.
   struct Done {
     bool wrote = false;
@@ -90,6 +99,9 @@ class CheckedSession {
   // ---- What is written
   void CheckJoin(const session::ClientFrame& frame);
   void CheckPart(const session::ContributionPtr& part, absl::Time now);
+  void CheckRepeat(const session::ContributionPtr& part);
+  void CheckPlace(Round& round);
+  void CheckCaughtUp(const session::ClientFrame& frame);
   void CheckChunk(const Round& round);
   void CheckBlocked(const session::ContributionPtr& on);
   void CheckAllSent(absl::Time now);
@@ -136,6 +148,10 @@ class CheckedSession {
 
   // Rounds.
   std::vector<Round> rounds_;  // In the order in which they were begun.
+  std::vector<Answered> answered_rounds_;
+  uint64_t memory_ = 0;  // Of the master.
+  bool must_catch_up_ = false;
+  std::vector<uint32_t> left_ranks_;
   uint64_t begun_ = 0;
   // The order of the newest that was written to this stream; of each long vector's chunks, and of all others.
   std::map<std::string, uint64_t> last_written_;

@@ -15,7 +15,7 @@ void World::Fault() {
   const size_t index = random_.Below(lives_.size());
   Life& life = lives_[index];
   const uint64_t kind = random_.Below(14);
-  if (kind == 0) return RestartMaster();
+  if (settings_.only_masters_die || kind == 0) return RestartMaster();
   if (kind >= 12) return Intrude(index);
   if (!life.alive) return;
   if (kind <= 4) {

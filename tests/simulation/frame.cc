@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/cc/errors.h"
+#include "server/core/error.h"
 
 namespace syncbn::simulation {
 namespace {
@@ -12,6 +13,9 @@ session::Outcome ToOutcome(const core::RoundOutcome& outcome) {
   session::Outcome converted;
   converted.key = outcome.key;
   converted.payload = converted.key.phase;
+  converted.digest = outcome.digest;
+  converted.refused = outcome.refused;
+  converted.abstaining_ranks = outcome.abstaining_ranks;
   if (outcome.error.has_value()) {
     converted.status = ToStatus(*outcome.error, outcome.key.layer);
     return converted;
@@ -19,6 +23,21 @@ session::Outcome ToOutcome(const core::RoundOutcome& outcome) {
   converted.result =
       RoundResult{outcome.count, outcome.first, outcome.second, outcome.backward_required, outcome.missing_ranks};
   return converted;
+}
+
+std::shared_ptr<const core::EndedReport> ToReport(const RoundKey& key, const session::EndedRound& ended) {
+  auto report = std::make_shared<core::EndedReport>();
+  report->key = key;
+  if (!ended.error.ok()) {
+    report->error = ToError(ended.error);
+    return report;
+  }
+  report->missing_ranks = ended.missing_ranks;
+  report->digest = ended.digest;
+  report->count = ended.count;
+  report->backward_required = ended.backward_required;
+  report->abstaining_ranks = ended.abstaining_ranks;
+  return report;
 }
 
 }  // namespace
@@ -41,13 +60,18 @@ FramePtr FromSession(const session::ClientFrame& from, const Settings& settings,
   if (from.join.has_value()) {
     frame->join = MakeJoin(settings, rank, from.join->incarnation, from.join->run_id);
     frame->join->layers.clear();
+    frame->join->left_ranks = from.join->left_ranks;
+    frame->join->without_outcome = from.join->without_outcome;
     for (const auto& layer : from.join->layers) frame->join->layers.push_back(*layer);
   }
   for (const auto& layer : from.layers) frame->layers.push_back(*layer);
   for (const session::ContributionPtr& contribution : from.contributions) {
     const auto& simulated = static_cast<const SimulatedContribution&>(*contribution);
-    frame->parts.push_back({simulated.key(), simulated.numbers});
+    frame->parts.push_back({simulated.key(), simulated.numbers, nullptr});
+    if (const auto* ended = simulated.repeats()) frame->parts.back().report = ToReport(simulated.key(), *ended);
   }
+  frame->caught_up = from.caught_up;
+  frame->forgotten = from.forgotten;
   if (from.blocked_on != nullptr) frame->blocked_on.push_back(from.blocked_on->key());
   frame->leave = from.leave.has_value();
   return frame;
@@ -60,8 +84,13 @@ core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame) {
   event.layers = frame.layers;
   for (const Part& part : frame.parts) {
     const testing::Numbers& numbers = *part.numbers;
+    if (part.report != nullptr) event.ended.push_back(*part.report);
+    if (part.report != nullptr && part.report->error.has_value()) continue;
     event.contributions.push_back({part.key, numbers.count, numbers.role, numbers.first, numbers.second});
+    event.contributions.back().repeats = part.report != nullptr;
   }
+  event.caught_up = frame.caught_up;
+  event.forgotten = frame.forgotten;
   event.blocked_on = frame.blocked_on;
   if (frame.leave) event.leave = "finished";
   return event;
@@ -71,15 +100,22 @@ absl::Status ToStatus(const core::Error& error, const std::string& layer) {
   return MakeStatus(error.code, error.message, {error.reason, layer, error.ranks});
 }
 
+core::Error ToError(const absl::Status& status) {
+  const ErrorDetails details = DetailsOf(status);
+  return core::MakeError(status.code(), core::ReasonNamed(details.reason), std::string(status.message()),
+                         {details.ranks.begin(), details.ranks.end()});
+}
+
 ServerFramePtr ToSession(const core::Effect& effect) {
   auto frame = std::make_shared<session::ServerFrame>();
   if (const auto* joined = std::get_if<core::SendJoined>(&effect)) {
-    frame->joined = session::Joined{joined->incarnation, joined->run_id, *joined->config.round_timeout,
-                                    joined->membership.present_ranks.size()};
+    frame->joined = session::Joined{joined->incarnation,           joined->run_id,
+                                    *joined->config.round_timeout, joined->membership.present_ranks.size(),
+                                    joined->membership.left_ranks, joined->memory};
   } else if (const auto* results = std::get_if<core::SendResults>(&effect)) {
     for (const auto& outcome : results->outcomes) frame->outcomes.push_back(ToOutcome(*outcome));
   } else if (const auto* change = std::get_if<core::SendMembership>(&effect)) {
-    frame->present_ranks = change->membership.present_ranks.size();
+    frame->membership = session::Membership{change->membership.present_ranks.size(), change->membership.left_ranks};
   } else if (const auto* late = std::get_if<core::SendLateRounds>(&effect)) {
     for (const core::LateRound& round : late->rounds) {
       frame->late_rounds.push_back({round.key, round.age, round.missing_ranks, round.missing});

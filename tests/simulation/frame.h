@@ -31,6 +31,8 @@ struct SimulatedContribution final : public session::Contribution {
 struct Part {
   core::RoundKey key;
   NumbersPtr numbers;
+  // What the worker has been told of the round's end, by another master; null if it asks for the outcome.
+  std::shared_ptr<const core::EndedReport> report = nullptr;
 };
 
 // A core::FrameReceived that owns its numbers, on its way.
@@ -38,6 +40,8 @@ struct Frame {
   std::optional<core::Join> join;
   std::vector<core::LayerSpec> layers;
   std::vector<Part> parts;
+  bool caught_up = false;
+  std::vector<core::RoundKey> forgotten;
   std::vector<core::RoundKey> blocked_on;
   bool leave = false;
 };
@@ -58,6 +62,7 @@ ServerFramePtr ToSession(const core::Effect& effect);
 // Returns the streams that an effect goes to.
 std::vector<core::StreamId> ReceiversOf(const core::Effect& effect);
 absl::Status ToStatus(const core::Error& error, const std::string& layer);
+core::Error ToError(const absl::Status& status);
 
 // "a/0/1": layer, sequence, phase.
 std::string Name(const RoundKey& key);

@@ -48,7 +48,8 @@ void Model::Begin() {
   told_.clear();
   must_answer_.clear();
   ended_now_.clear();
-  deadlock_now_ = split_now_ = false;
+  deadlock_now_ = diverged_now_ = false;
+  lost_now_.clear();
 }
 
 void Model::Violate(const std::string& what) {
@@ -93,8 +94,171 @@ void Model::TakeFrame(Rank rank, absl::Time now) {
   sender_.seated = true;
   sender_.leaves = frame_->leave;
   for (const core::LayerSpec& spec : frame_->layers) members_[rank].channels[spec.name] = spec.channels;
-  for (const Part& part : frame_->parts) Take(rank, part, now);
+  for (const Part& part : frame_->parts) {
+    if (part.report == nullptr || TakeReport(rank, *part.report)) continue;
+    diverged_now_ = true;
+    ++tally_.diverged;
+    return;
+  }
+  for (const Part& part : frame_->parts) {
+    if (part.report == nullptr) {
+      Take(rank, part, now);
+    } else if (!part.report->error.has_value()) {
+      TakeRepeat(rank, part, now);
+    }
+  }
+  if (frame_->caught_up && std::exchange(members_[rank].catching_up, false)) {
+    for (const RoundKey& key : frame_->forgotten) {
+      std::pair<uint64_t, Rank>& greatest =
+          forgotten_.emplace(std::make_pair(key.layer, key.phase), std::make_pair(key.sequence, rank)).first->second;
+      if (greatest.first < key.sequence) greatest = {key.sequence, rank};
+    }
+  }
   members_[rank].blocked_on = frame_->blocked_on;
+}
+
+// ---- Rounds of an earlier master ------------------------------------------------------------------------------------
+
+std::vector<Rank> Model::RosterOf(const core::EndedReport& report) const {
+  std::vector<Rank> expected;
+  int64_t count = 0;
+  bool required = false;
+  if (report.key.phase == core::Phase::kBackward) {
+    if (!FindForward(report.key, &expected, &count, &required)) return {};
+  } else {
+    for (Rank rank = 0; rank < settings_.world_size; ++rank) expected.push_back(rank);
+  }
+  std::vector<Rank> roster;
+  for (const Rank rank : expected) {
+    if (!std::count(report.missing_ranks.begin(), report.missing_ranks.end(), rank)) roster.push_back(rank);
+  }
+  return roster;
+}
+
+bool Model::FindForward(const RoundKey& key, std::vector<Rank>* expected, int64_t* count, bool* required) const {
+  const RoundKey forward{key.layer, key.sequence, core::Phase::kForward};
+  expected->clear();
+  if (const auto restored = restored_.find(forward); restored != restored_.end()) {
+    const core::EndedReport& report = restored->second.report;
+    for (const Rank rank : restored->second.roster) {
+      const auto& abstaining = report.abstaining_ranks;
+      if (!std::count(abstaining.begin(), abstaining.end(), rank)) expected->push_back(rank);
+    }
+    *count = report.count;
+    *required = report.backward_required;
+    return true;
+  }
+  const auto ended = ended_.find(forward);
+  if (ended == ended_.end() || ended->second.outcome->error.has_value()) return false;
+  for (const auto& [contributor, held] : ended->second.parts) {
+    if (held.numbers->role != core::BackwardRole::kNone) expected->push_back(contributor);
+  }
+  *count = ended->second.outcome->count;
+  *required = ended->second.outcome->backward_required;
+  return true;
+}
+
+bool Model::TakeReport(Rank rank, const core::EndedReport& report) {
+  if (!members_[rank].catching_up) return true;
+  if (const auto ended = ended_.find(report.key); ended != ended_.end()) {
+    const core::RoundOutcome& outcome = *ended->second.outcome;
+    if (outcome.error.has_value() || report.error.has_value()) {
+      return outcome.error.has_value() == report.error.has_value();
+    }
+    return outcome.digest == report.digest;
+  }
+  if (const auto known = restored_.find(report.key); known != restored_.end()) {
+    return !report.error.has_value() && known->second.report.digest == report.digest;
+  }
+  const auto pending = pending_.find(report.key);
+  if (report.error.has_value()) {
+    if (pending != pending_.end()) return true;  // It fails with this error, and is said to end.
+    auto outcome = std::make_shared<core::RoundOutcome>();
+    outcome->key = report.key;
+    outcome->error = report.error;
+    ended_[report.key] = Ended{std::move(outcome), {}};
+    return true;
+  }
+  const std::vector<Rank> roster = RosterOf(report);
+  if (roster.empty()) return true;
+  restored_[report.key] = {report, roster};
+  completed_.insert(report.key.layer);
+  if (pending == pending_.end()) return true;
+  Pending& round = pending->second;
+  round.restored = true;
+  round.expected = roster;
+  for (auto part = round.parts.begin(); part != round.parts.end();) {
+    if (std::count(roster.begin(), roster.end(), part->first)) {
+      ++part;
+      continue;
+    }
+    round.latecomers.insert(part->first);
+    part = round.parts.erase(part);
+  }
+  return true;
+}
+
+void Model::TakeRepeat(Rank rank, const Part& part, absl::Time now) {
+  const auto restored = restored_.find(part.key);
+  if (!members_[rank].catching_up || restored == restored_.end()) return;
+  const std::vector<Rank>& roster = restored->second.roster;
+  if (!std::count(roster.begin(), roster.end(), rank)) return;
+  Pending& round = PendingRestored(part.key, now);
+  if (!round.parts.emplace(rank, Held{members_[rank].incarnation, part.numbers}).second) return;
+  round.repeats.insert(rank);
+}
+
+Model::Pending& Model::PendingRestored(const RoundKey& key, absl::Time now) {
+  const auto [round, begins] = pending_.emplace(key, Pending());
+  if (!begins) return round->second;
+  round->second.begun = now;
+  round->second.restored = true;
+  if (key.phase == core::Phase::kBackward) {
+    bool required = false;
+    FindForward(key, &round->second.expected, &round->second.forward_count, &required);
+  }
+  round->second.expected = restored_.at(key).roster;
+  return round->second;
+}
+
+void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
+  const Restored& restored = restored_.at(part.key);
+  Pending& round = PendingRestored(part.key, now);
+  if (round.idle()) round.begun = now;
+  if (!std::count(restored.roster.begin(), restored.roster.end(), rank)) {
+    round.latecomers.insert(rank);
+    return;
+  }
+  const auto before = round.parts.find(rank);
+  if (before == round.parts.end()) {
+    added_[part.key] = std::nullopt;
+    round.parts[rank] = Held{members_[rank].incarnation, part.numbers};
+  } else if (SameNumbers(*before->second.numbers, *part.numbers)) {
+    round.repeats.erase(rank);
+  } else {
+    must_answer_.push_back(part.key);
+  }
+}
+
+bool Model::MayRepeat(Rank rank, absl::Time now) const {
+  const bool joins_anew =
+      frame_ != nullptr && frame_->join.has_value() && frame_->join->rank == rank && frame_->join->incarnation == 0;
+  if (joins_anew) return false;
+  const auto member = members_.find(rank);
+  if (member == members_.end() || (member->second.incarnation == 0 && !member->second.left)) return true;
+  if (member->second.left || Left(rank)) return false;
+  return member->second.catching_up && !GivenUp(rank, now);
+}
+
+bool Model::Forgotten(const RoundKey& key) const {
+  const auto forgotten = forgotten_.find({key.layer, key.phase});
+  return key.phase != core::Phase::kBackward && forgotten != forgotten_.end() &&
+         key.sequence <= forgotten->second.first;
+}
+
+size_t Model::InFlight() const {
+  return static_cast<size_t>(
+      std::count_if(pending_.begin(), pending_.end(), [](const auto& round) { return !round.second.idle(); }));
 }
 
 void Model::Take(Rank rank, const Part& part, absl::Time now) {
@@ -102,19 +266,15 @@ void Model::Take(Rank rank, const Part& part, absl::Time now) {
     must_answer_.push_back(part.key);
     return;
   }
+  if (restored_.count(part.key) != 0) return TakeRestored(rank, part, now);
   const uint64_t incarnation = members_[rank].incarnation;
   auto round = pending_.find(part.key);
   if (round == pending_.end()) {
     Pending fresh;
     fresh.begun = now;
     if (part.key.phase == core::Phase::kBackward) {
-      const auto forward = ended_.find({part.key.layer, part.key.sequence, core::Phase::kForward});
-      if (forward != ended_.end() && !forward->second.outcome->error.has_value()) {
-        fresh.forward_count = forward->second.outcome->count;
-        for (const auto& [contributor, held] : forward->second.parts) {
-          if (held.numbers->role != core::BackwardRole::kNone) fresh.expected.push_back(contributor);
-        }
-      }
+      bool required = false;
+      FindForward(part.key, &fresh.expected, &fresh.forward_count, &required);
     } else {
       for (Rank r = 0; r < settings_.world_size; ++r) fresh.expected.push_back(r);
     }
@@ -146,21 +306,23 @@ void Model::After(const core::Effects& effects, const core::Coordinator& coordin
   if (coordinator.NextDeadline() > now) CheckWaiting(now);  // Else it has not done all that is due.
   size_t in_flight = 0;
   for (const core::GroupSummary& group : coordinator.ListGroups()) in_flight += group.rounds_in_flight;
-  if (in_flight != pending_.size()) {
-    Violate(absl::StrCat(in_flight, " rounds are in flight, and ", pending_.size(), " should be"));
+  if (in_flight != InFlight()) {
+    Violate(absl::StrCat(in_flight, " rounds are in flight, and ", InFlight(), " should be"));
   }
 }
 
 void Model::Check(const core::SendJoined& joined, absl::Time now) {
+  if (frame_ != nullptr && frame_->join.has_value() && SeatOf(joined.stream).has_value()) {
+    // Its group goes on with the run of the one that joins.
+    if (joined.run_id != frame_->join->run_id) Violate(absl::StrCat("stream ", joined.stream, " is told another run"));
+    if (joined.incarnation != members_[*SeatOf(joined.stream)].incarnation) Violate("a member becomes another");
+    return;
+  }
   if (joined.stream != sender_.stream || frame_ == nullptr || !frame_->join.has_value() || !Open(joined.stream)) {
     return Violate(absl::StrCat("stream ", joined.stream, " is told joined, and has not asked"));
   }
   const core::Join& join = joining_.at(joined.stream);
-  if (run_id_ == 0) {
-    run_id_ = joined.run_id;
-    resumed_ = join.run_id != 0;
-  }
-  if (joined.run_id != run_id_ || (join.run_id != 0 && join.run_id != run_id_)) Violate("a join into another run");
+  CheckRunOf(joined, join);
   if (Intrudes(join)) Violate(absl::StrCat("rank ", join.rank, " is seated with other layers"));
   refused_.erase(join.rank);
   Member& member = members_[join.rank];
@@ -172,10 +334,37 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
                          join.incarnation, ", and ", std::max(greatest, member.incarnation), " has been there"));
   }
   greatest = std::max(greatest, joined.incarnation);
+  const bool known = join.incarnation == member.incarnation && member.incarnation != 0;
+  const bool catching_up = known ? member.catching_up : join.incarnation != 0;
+  if (resumed_ && join.incarnation != 0 && !known) {
+    for (const Rank rank : join.left_ranks) {
+      if (rank == join.rank || members_[rank].incarnation != 0 || members_[rank].left) continue;
+      members_[rank].left = true;
+      refused_.erase(rank);
+    }
+  }
   member = Member();
+  member.catching_up = catching_up;
   member.stream = joined.stream;
   member.incarnation = joined.incarnation;
   TakeFrame(join.rank, now);
+}
+
+void Model::CheckRunOf(const core::SendJoined& joined, const core::Join& join) {
+  const bool with_history = join.run_id != 0 && !join.without_outcome;
+  if (run_id_ == 0) run_id_ = joined.run_id;
+  if (with_history ? joined.run_id != join.run_id : joined.run_id != run_id_) Violate("a join into another run");
+  if (joined.run_id != run_id_) {
+    if (continues_ || completions_ != 0 || join.run_id == over_run_id_) Violate("a run gives way to another");
+    ++tally_.adopted;
+    run_id_ = joined.run_id;
+    for (const auto& [rank, member] : members_) {
+      uint64_t& greatest = incarnations_[{run_id_, rank}];
+      greatest = std::max(greatest, member.incarnation);
+    }
+  }
+  resumed_ = resumed_ || join.run_id != 0;
+  continues_ = continues_ || with_history;
 }
 
 void Model::Check(const core::SendMembership& change, absl::Time) {
@@ -213,6 +402,8 @@ void Model::Check(const core::CloseStream& close, absl::Time now) {
     }
     member.lost_at = now;
     ++tally_.fenced;
+  } else if (reason == "OUTCOME_CHANGED" && diverged_now_ && close.stream == sender_.stream) {
+    member.lost_at = now;
   } else if (reason != "SHUTTING_DOWN" || !shutting_down_) {
     Violate(absl::StrCat("the stream of rank ", *rank, " is closed with ", reason));
   }
@@ -233,7 +424,9 @@ void Model::CheckRefusedJoin(const core::CloseStream& close) {
 std::string Model::WhyRefused(const core::Join& join) const {
   const auto member = members_.find(join.rank);
   if (shutting_down_) return "SHUTTING_DOWN";
-  if (join.run_id != 0 && join.run_id != run_id_) return "RUN_SUPERSEDED";
+  const bool history = continues_ || completions_ != 0;
+  const bool compatible = join.incarnation != 0 && join.run_id != over_run_id_ && (join.without_outcome || !history);
+  if (join.run_id != 0 && join.run_id != run_id_ && !compatible) return "RUN_SUPERSEDED";
   if (member == members_.end() || join.incarnation == member->second.incarnation) return "";
   if (join.incarnation != 0 && join.incarnation < member->second.incarnation) return "FENCED";
   return member->second.stream != 0 ? "RANK_TAKEN" : "";
@@ -261,6 +454,9 @@ void Model::Check(const core::SendLateRounds& late, absl::Time now) {
                   missing.end());
     std::vector<StreamId> streams;
     for (const auto& [rank, held] : round.parts) {
+      if (Present(rank) && round.repeats.count(rank) == 0) streams.push_back(members_[rank].stream);
+    }
+    for (const Rank rank : round.latecomers) {
       if (Present(rank)) streams.push_back(members_[rank].stream);
     }
     if (told.age != now - round.begun || told.age < SimulatedLimits().late_round_after ||
@@ -275,9 +471,14 @@ void Model::Check(const core::GroupEnded&, absl::Time) {
     for (const auto& [rank, member] : members_) {
       if (member.stream != 0) Violate("a group ends while someone is present");
     }
-    if (!pending_.empty()) Violate("a group ends before its rounds");
+    if (InFlight() != 0) Violate("a group ends before its rounds");
   }
+  over_run_id_ = run_id_;
   run_id_ = 0;
+  resumed_ = continues_ = false;
+  completions_ = 0;
+  restored_.clear();
+  forgotten_.clear();
   refused_.clear();
   members_.clear();
   pending_.clear();
@@ -293,7 +494,8 @@ void Model::Check(const core::SendResults& results, absl::Time) {
     }
   }
   for (const auto& outcome : results.outcomes) {
-    if (outcome->error.has_value() && IsRefusal(outcome->error->reason) && results.streams.size() == 1) {
+    if (outcome->refused && (restored_.count(outcome->key) == 0 || IsRefusal(outcome->error->reason))) {
+      if (results.streams.size() != 1) Violate("a refusal goes to several workers");
       CheckRefusal(results.streams[0], *outcome);
     } else {
       outcomes_.push_back({&results, outcome.get()});
@@ -304,6 +506,11 @@ void Model::Check(const core::SendResults& results, absl::Time) {
 // Results that go to the same streams share a frame, so one may come before the news that its round has ended.
 void Model::CheckOutcomes() {
   for (const auto& [results, outcome] : outcomes_) {
+    if (const auto lost = lost_now_.find(outcome->key); lost != lost_now_.end()) {
+      if (!testing::SameOutcome(*lost->second, *outcome)) Violate("a lost outcome is told in another way");
+      for (const StreamId stream : results->streams) told_.insert({stream, outcome->key});
+      continue;
+    }
     const auto ended = ended_.find(outcome->key);
     if (ended == ended_.end() || !testing::SameOutcome(*ended->second.outcome, *outcome)) {
       return Violate(absl::StrCat("an outcome of ", Name(outcome->key), " that is not the one it ended with"));
@@ -344,8 +551,11 @@ void Model::CheckRefusal(StreamId stream, const core::RoundOutcome& outcome) {
 
 bool Model::RefusalIsDue(Rank rank, const Part& part, const std::string& reason) const {
   const auto ended = ended_.find(part.key);
-  const auto forward = ended_.find({part.key.layer, part.key.sequence, core::Phase::kForward});
-  const bool forward_completed = forward != ended_.end() && !forward->second.outcome->error.has_value();
+  std::vector<Rank> contributors;
+  int64_t count = 0;
+  bool required = false;
+  const bool forward_completed = FindForward(part.key, &contributors, &count, &required);
+  if (reason == "OUTCOME_LOST") return Forgotten(part.key);
   if (reason == "PAYLOAD_CHANGED") {
     const auto round = pending_.find(part.key);
     if (ended == ended_.end() && round == pending_.end()) return false;
@@ -356,9 +566,7 @@ bool Model::RefusalIsDue(Rank rank, const Part& part, const std::string& reason)
   if (part.key.phase != core::Phase::kBackward) return false;
   if (reason == "FORWARD_ROUND_UNKNOWN") return !forward_completed;
   if (reason != "NOT_A_CONTRIBUTOR" || !forward_completed) return false;
-  const auto before = forward->second.parts.find(rank);
-  return before == forward->second.parts.end() || before->second.numbers->role == core::BackwardRole::kNone ||
-         !forward->second.outcome->backward_required;
+  return !std::count(contributors.begin(), contributors.end(), rank) || !required;
 }
 
 // ---- How rounds end -------------------------------------------------------------------------------------------------
@@ -376,8 +584,10 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
     round.parts.erase(sender_.rank);
     must_answer_.push_back(outcome.key);
   }
-  if (ended.contributors != round.parts.size()) Violate(absl::StrCat(Name(outcome.key), " miscounts contributors"));
-  if (ended.duration != now - round.begun || ended.duration > *settings_.config.round_timeout) {
+  if (ended.contributors != round.parts.size() && !round.restored)
+    Violate(absl::StrCat(Name(outcome.key), " miscounts contributors"));
+  const bool miscounted = ended.duration != now - round.begun && !round.restored;
+  if (miscounted || ended.duration > *settings_.config.round_timeout) {
     Violate(absl::StrCat(Name(outcome.key), " lasted ", absl::FormatDuration(now - round.begun)));
   }
   if (outcome.error.has_value()) {
@@ -385,15 +595,26 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
     CheckFailure(outcome, round, now);
   } else {
     ++tally_.completed;
+    ++completions_;
+    if (round.restored && !round.idle()) ++tally_.restored;
     completed_.insert(outcome.key.layer);
     if (outcome.key.sequence >= settings_.redeclared_at.value_or(UINT64_MAX)) ++tally_.redeclared;
     CheckCompletion(outcome, round, now);
   }
   for (const auto& [rank, held] : round.parts) {
+    if (Present(rank) && round.repeats.count(rank) == 0) to_tell_.push_back({members_[rank].stream, outcome.key});
+  }
+  for (const Rank rank : round.latecomers) {
     if (Present(rank)) to_tell_.push_back({members_[rank].stream, outcome.key});
   }
-  ended_now_.insert(outcome.key);
-  ended_[outcome.key] = Ended{ended.outcome, round.parts};
+  if (round.restored && outcome.error.has_value()) {
+    lost_now_[outcome.key] = ended.outcome.get();
+    if (!outcome.refused) Violate(absl::StrCat(Name(outcome.key), " ends again in another way"));
+  } else {
+    ended_now_.insert(outcome.key);
+    ended_[outcome.key] = Ended{ended.outcome, round.parts};
+    restored_.erase(outcome.key);
+  }
   pending_.erase(found);
 }
 
@@ -401,6 +622,12 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
   const core::Error& error = *outcome.error;
   const std::string reason = error.reason;
   const std::vector<Rank> missing = Missing(round);
+  // A member has said that it had failed with this error.
+  if (frame_ != nullptr && std::any_of(frame_->parts.begin(), frame_->parts.end(), [&](const Part& part) {
+        return part.key == outcome.key && part.report != nullptr && part.report->error.has_value();
+      })) {
+    return;
+  }
   std::vector<Rank> awaited;
   std::vector<Rank> lost;
   for (const Rank rank : missing) {
@@ -408,9 +635,16 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
     awaited.push_back(rank);
     if (GivenUp(rank, now)) lost.push_back(rank);
   }
-  const bool late = now >= round.begun + *settings_.config.round_timeout || Split();
+  const bool late = now >= round.begun + *settings_.config.round_timeout;
   bool due = false;
-  if (reason == "ROUND_TIMEOUT") {
+  if (reason == "OUTCOME_LOST") {
+    due = Forgotten(outcome.key) || (round.restored && !error.ranks.empty());
+    for (const Rank rank : error.ranks) {
+      if (!Forgotten(outcome.key) && !late && MayRepeat(rank, now)) due = false;
+    }
+    // Nobody but one who has restarted gives other numbers than its predecessor has given.
+    if (round.restored && error.ranks.empty()) due = worker_restarted_;
+  } else if (reason == "ROUND_TIMEOUT") {
     due = !proceeds() && late && error.ranks == awaited;
   } else if (reason == "TOO_FEW_WORKERS") {
     const size_t possible = round.parts.size() + (late ? 0 : awaited.size() - lost.size());
@@ -442,13 +676,22 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
 
 void Model::CheckCompletion(const core::RoundOutcome& outcome, const Pending& round, absl::Time now) {
   const std::vector<Rank> missing = Missing(round);
-  if (outcome.missing_ranks != missing) Violate(absl::StrCat(Name(outcome.key), " names the wrong missing ranks"));
-  const bool late = now >= round.begun + *settings_.config.round_timeout || Split();
+  if (round.restored) {
+    const core::EndedReport& report = restored_.at(outcome.key).report;
+    if (outcome.digest != report.digest || outcome.missing_ranks != report.missing_ranks) {
+      Violate(absl::StrCat(Name(outcome.key), " completes otherwise than under the master before"));
+    }
+    if (!missing.empty()) return;  // The books do not have what was dropped.
+  } else if (outcome.missing_ranks != missing) {
+    Violate(absl::StrCat(Name(outcome.key), " names the wrong missing ranks"));
+  }
+  const bool late = now >= round.begun + *settings_.config.round_timeout;
   for (const Rank rank : missing) {
     if (Left(rank) || (proceeds() && (late || GivenUp(rank, now)))) continue;
     Violate(absl::StrCat(Name(outcome.key), " completes without rank ", rank));
   }
-  if (proceeds() && round.parts.size() < Least(round)) Violate(absl::StrCat(Name(outcome.key), " has too few workers"));
+  if (proceeds() && !round.restored && round.parts.size() < Least(round))
+    Violate(absl::StrCat(Name(outcome.key), " has too few workers"));
   if (!missing.empty()) ++tally_.partial;
   bool required = false;
   for (const auto& [rank, held] : round.parts) {
@@ -555,6 +798,14 @@ void Model::CheckTold() {
 
 void Model::CheckWaiting(absl::Time now) {
   for (const auto& [key, round] : pending_) {
+    if (round.idle()) continue;
+    if (round.restored) {
+      for (const Rank rank : Missing(round)) {
+        if (!MayRepeat(rank, now - absl::Nanoseconds(1))) {
+          Violate(absl::StrCat(Name(key), " waits for rank ", rank, ", which cannot repeat its contribution"));
+        }
+      }
+    }
     size_t awaited = 0;
     size_t lost = 0;
     for (const Rank rank : Missing(round)) {
@@ -563,7 +814,9 @@ void Model::CheckWaiting(absl::Time now) {
       // On the stroke of the grace or the deadline, its alarm may be the next event.
       (GivenUp(rank, now - absl::Nanoseconds(1)) ? lost : awaited) += 1;
     }
-    if (awaited == 0 || (lost != 0 && !proceeds()) || (proceeds() && round.parts.size() + awaited < Least(round))) {
+    const bool in_vain =
+        awaited == 0 || (lost != 0 && !proceeds()) || (proceeds() && round.parts.size() + awaited < Least(round));
+    if (in_vain && !round.restored) {
       Violate(absl::StrCat(Name(key), " waits for nobody who could come"));
     }
     if (now > round.begun + *settings_.config.round_timeout) Violate(absl::StrCat(Name(key), " outlives its deadline"));
@@ -646,7 +899,8 @@ bool Model::Blocked(Rank rank) const {
   const std::vector<RoundKey>& keys = members_.at(rank).blocked_on;
   return !keys.empty() && std::all_of(keys.begin(), keys.end(), [&](const RoundKey& key) {
     const auto round = pending_.find(key);
-    return round != pending_.end() && round->second.parts.count(rank) != 0;
+    return round != pending_.end() &&
+           (round->second.parts.count(rank) != 0 || round->second.latecomers.count(rank) != 0);
   });
 }
 
@@ -654,15 +908,10 @@ bool Model::Deadlocked() const {
   size_t blocked = 0;
   for (Rank rank = 0; rank < settings_.world_size; ++rank) {
     if (Left(rank)) continue;
-    if (!Present(rank) || !Blocked(rank)) return false;
+    if (!Present(rank) || !Blocked(rank) || members_.at(rank).catching_up) return false;
     ++blocked;
   }
   return blocked != 0;
-}
-
-bool Model::Split() {
-  split_now_ = split_now_ || (resumed_ && Deadlocked());
-  return split_now_;
 }
 
 size_t Model::Least(const Pending& round) const {

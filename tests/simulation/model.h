@@ -32,6 +32,8 @@ class Model {
   void BeforeClose(core::StreamId stream, absl::Time now);
   void BeforeTime() { Begin(); }
   void BeforeShutdown();
+  // A worker has died, or two have the same rank. Its successor may contribute other numbers under the same keys.
+  void NoteWorkerRestart() { worker_restarted_ = true; }
   void After(const core::Effects& effects, const core::Coordinator& coordinator, absl::Time now);
 
   // The running statistics are those of the rounds that completed.
@@ -55,6 +57,15 @@ class Model {
     std::vector<core::Rank> expected;
     int64_t forward_count = 0;
     bool told_late = false;
+    bool restored = false;
+    std::set<core::Rank> repeats;     // Restored: contributors that have the outcome,
+    std::set<core::Rank> latecomers;  // and ranks that wait for it and do not count.
+    bool idle() const { return restored && latecomers.empty() && repeats.size() == parts.size(); }
+  };
+  // A round that ended under an earlier master, and of which this one does not know the outcome.
+  struct Restored {
+    core::EndedReport report;
+    std::vector<core::Rank> roster;
   };
   struct Ended {
     std::shared_ptr<const core::RoundOutcome> outcome;
@@ -64,6 +75,7 @@ class Model {
     core::StreamId stream = 0;  // 0 if it has none.
     uint64_t incarnation = 0;
     bool left = false;
+    bool catching_up = false;
     std::map<std::string, uint32_t> channels;  // By layer, as it was declared last.
     std::optional<absl::Time> lost_at;
     std::vector<core::RoundKey> blocked_on;
@@ -88,6 +100,18 @@ class Model {
   void Violate(const std::string& what);
   void TakeFrame(core::Rank rank, absl::Time now);
   void Take(core::Rank rank, const Part& part, absl::Time now);
+  // Returns false if the report is not what this master knows, so that the rank is dismissed.
+  bool TakeReport(core::Rank rank, const core::EndedReport& report);
+  void TakeRepeat(core::Rank rank, const Part& part, absl::Time now);
+  Pending& PendingRestored(const core::RoundKey& key, absl::Time now);
+  void TakeRestored(core::Rank rank, const Part& part, absl::Time now);
+  std::vector<core::Rank> RosterOf(const core::EndedReport& report) const;
+  // Finds what a backward round has to know of its forward round. Returns false if that has not completed.
+  bool FindForward(const core::RoundKey& key, std::vector<core::Rank>* expected, int64_t* count, bool* required) const;
+  bool MayRepeat(core::Rank rank, absl::Time now) const;
+  void CheckRunOf(const core::SendJoined& joined, const core::Join& join);
+  bool Forgotten(const core::RoundKey& key) const;
+  size_t InFlight() const;
 
   void Check(const core::SendJoined& joined, absl::Time now);
   void Check(const core::SendResults& results, absl::Time now);
@@ -129,9 +153,6 @@ class Model {
   bool Blocked(core::Rank rank) const;
   bool Deadlocked() const;
   bool proceeds() const { return settings_.config.missing_policy == core::MissingPolicy::kProceed; }
-  // Everyone is blocked where an earlier master may have told some of them an outcome: rounds end as at their
-  // deadlines.
-  bool Split();
   size_t Least(const Pending& round) const;
   std::vector<core::Rank> Missing(const Pending& round) const;
   static bool Bad(const Part& part, const core::LayerSpec& spec);
@@ -146,11 +167,17 @@ class Model {
   std::map<core::Rank, Member> members_;
   std::map<core::RoundKey, Pending> pending_;
   std::map<core::RoundKey, Ended> ended_;
+  std::map<core::RoundKey, Restored> restored_;
+  std::map<std::pair<std::string, core::Phase>, std::pair<uint64_t, core::Rank>> forgotten_;
   std::map<std::string, Running> running_;
   std::set<std::string> completed_;  // Layers that have had a completed round.
   std::set<core::Rank> refused_;     // Vacant, and last claimed by someone with other layers.
   uint64_t run_id_ = 0;              // 0 while there is no group.
-  bool resumed_ = false;             // The run began under another master.
+  uint64_t over_run_id_ = 0;         // The run before it, which this master has ended.
+  bool resumed_ = false;             // The run may have begun under another master,
+  bool continues_ = false;           // and a round has ended there.
+  size_t completions_ = 0;
+  bool worker_restarted_ = false;
   bool shutting_down_ = false;
 
   // The event that is being handled.
@@ -170,7 +197,8 @@ class Model {
   std::vector<core::RoundKey> must_answer_;
   std::set<core::RoundKey> ended_now_;
   bool deadlock_now_ = false;
-  bool split_now_ = false;
+  bool diverged_now_ = false;
+  std::map<core::RoundKey, const core::RoundOutcome*> lost_now_;  // Restored rounds that failed.
 };
 
 }  // namespace syncbn::simulation

@@ -42,16 +42,22 @@ void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
     if (bug_ == Bug::kNoFencing && event.join->incarnation != 0 && event.join->incarnation < present) {
       asked_ = std::exchange(event.join->incarnation, present);
     }
+    if (bug_ == Bug::kForgottenLeaves) event.join->left_ranks.clear();
     if (bug_ == Bug::kStolenSeat && event.join->incarnation == 0) event.join->incarnation = present;
     return;
   }
   const auto rank = rank_of_.find(stream);
   if (rank == rank_of_.end()) return;
+  if (bug_ == Bug::kEarlyCatchUp) event.caught_up = true;
+  if (bug_ == Bug::kChangedRoster) {
+    for (core::EndedReport& report : event.ended) report.missing_ranks.clear();
+  }
   if (bug_ == Bug::kLostDeclaration && rank->second == 0) event.layers.clear();
   if (bug_ == Bug::kStaleStream && closed_.count(stream) != 0 && closed_.count(seats_[rank->second]) == 0) {
     event.stream = seats_[rank->second];
   }
   for (core::Contribution& contribution : event.contributions) {
+    if (bug_ == Bug::kAskingRepeats) contribution.repeats = false;
     if (bug_ == Bug::kDoubleCount && rank->second == 0) {
       const StreamId first = first_stream_.emplace(contribution.key, stream).first->second;
       if (first != stream && contribution.key.phase == core::Phase::kForward) contribution.count *= 2;
@@ -73,6 +79,7 @@ core::Effects Mutant::Distort(core::Effects effects) {
       seats_[rank] = joined->stream;
       incarnations_[rank] = joined->incarnation;
       if (asked_ != 0) joined->incarnation = asked_;
+      if (bug_ == Bug::kSameMemory) joined->memory = 1;
     } else if (auto* close = std::get_if<core::CloseStream>(&effect)) {
       closed_.insert(close->stream);
     } else if (auto* late = std::get_if<core::SendLateRounds>(&effect)) {

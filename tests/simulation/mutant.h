@@ -33,11 +33,17 @@ enum class Bug {
   kSilentLate,       // Nobody is told of rounds that wait for long.
   kLostDeclaration,  // A new declaration of rank 0 is not heard.
   kStolenSeat,       // A stranger gets the seat of a worker that is alive.
+  kSameMemory,       // A master that starts anew says that it has the memory of the one before it.
+  kChangedRoster,    // It is not heard that a round ended without some ranks.
+  kEarlyCatchUp,     // A worker that comes back is taken to have sent all that it holds.
+  kAskingRepeats,    // Repeated contributions are taken for ones that ask for an outcome.
+  kForgottenLeaves,  // It is not heard who has left.
 };
 
 class Mutant {
  public:
-  explicit Mutant(Bug bug) : bug_(bug), coordinator_(SimulatedLimits()) {}
+  // `instance`: of the process.
+  Mutant(Bug bug, uint64_t instance) : bug_(bug), coordinator_(SimulatedLimits(), instance) {}
 
   core::Effects OnFrame(core::StreamId stream, const Frame& frame, absl::Time now);
   core::Effects OnClosed(core::StreamId stream, absl::Time now);

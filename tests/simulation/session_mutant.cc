@@ -16,8 +16,11 @@ using session::Session;
 
 session::Options Distorted(session::Options options, SessionBug bug) {
   if (bug == SessionBug::kNeverGivesUp) options.join_timeout = absl::InfiniteDuration();
+  if (bug == SessionBug::kShortLog) options.log.rounds = 1;
   return options;
 }
+
+bool Repeats(const session::ContributionPtr& part) { return part->repeats() != nullptr; }
 
 }  // namespace
 
@@ -40,6 +43,7 @@ Effects SessionMutant::OnTime(absl::Time now) {
 
 Effects SessionMutant::OnFrame(session::ServerFrame frame, bool stale, absl::Time now) {
   if (stale && bug_ != SessionBug::kStaleFrame) return {};
+  if (bug_ == SessionBug::kIgnoredMemory && frame.joined.has_value()) frame.joined->memory = 1;
   return Distort(session_.OnFrame(std::move(frame), now));
 }
 
@@ -96,7 +100,8 @@ Effects SessionMutant::Distort(Effects effects) {
 void SessionMutant::Distort(ClientFrame& frame) {
   auto& parts = frame.contributions;
   if (frame.join.has_value()) {
-    if (bug_ == SessionBug::kForgottenSelf) frame.join = session::Join{0, 0, frame.join->layers};
+    if (bug_ == SessionBug::kForgottenSelf) frame.join = session::Join{0, 0, frame.join->layers, {}, false};
+    if (bug_ == SessionBug::kForgottenLeaves) frame.join->left_ranks.clear();
     return;
   }
   leave_written_ = leave_written_ || frame.leave.has_value();
@@ -120,6 +125,18 @@ void SessionMutant::Distort(ClientFrame& frame) {
       for (const auto& part : parts) begun_.erase(std::remove(begun_.begin(), begun_.end(), part), begun_.end());
       if (!parts.empty()) parts.insert(parts.end(), begun_.begin(), begun_.end());
       begun_.clear();
+      break;
+    case SessionBug::kForgottenRepeat:
+      parts.erase(std::remove_if(parts.begin(), parts.end(), Repeats), parts.end());
+      break;
+    case SessionBug::kLateRepeat:
+      if (frame.caught_up) {
+        late_repeats_.assign(parts.begin(), parts.end());
+        parts.erase(std::remove_if(parts.begin(), parts.end(), Repeats), parts.end());
+      } else {
+        parts.insert(parts.end(), late_repeats_.begin(), late_repeats_.end());
+        late_repeats_.clear();
+      }
       break;
     case SessionBug::kEarlyLeave:
       if (left_) parts.clear();

@@ -41,6 +41,11 @@ enum class SessionBug {
   kStaleFrame,         // A frame of an earlier stream is taken for one of the present stream.
   kForgottenSelf,      // A worker that comes back does not say who it was.
   kSecondStream,       // Two streams are opened at once.
+  kForgottenRepeat,    // What has been answered is not sent to a master that does not know it.
+  kLateRepeat,         // It is sent after the worker has said that it had sent all.
+  kIgnoredMemory,      // A master that has lost its memory is not noticed.
+  kShortLog,           // Answered rounds are forgotten too early.
+  kForgottenLeaves,    // A master that starts anew is not told who has left.
 };
 
 // A session, and the part of its driver that keeps the events of earlier streams away from it.
@@ -50,6 +55,7 @@ class SessionMutant {
 
   session::Session::State state() const { return session_.state(); }
   bool writing() const { return session_.writing(); }
+  bool may_come_back() const { return session_.may_come_back(); }
   size_t present_ranks() const { return session_.present_ranks(); }
   absl::Time NextTimer() const;
 
@@ -92,6 +98,7 @@ class SessionMutant {
   std::map<std::string, uint64_t> last_sequence_;          // By layer; for kRepeatedSequence.
   session::ContributionPtr answered_;                      // For kResentAnswer.
   std::vector<std::shared_ptr<const LayerOptions>> late_;  // For kLateDeclaration.
+  std::vector<session::ContributionPtr> late_repeats_;     // For kLateRepeat.
 };
 
 }  // namespace syncbn::simulation

@@ -34,6 +34,8 @@ struct Settings {
   absl::Duration join_timeout = absl::Seconds(1);
   std::vector<std::string> targets;  // Tried in turn. The master is at kMaster, and nobody elsewhere.
   size_t contribution_bytes = 100;   // As the session is told.
+  // Masters die, and nothing else goes wrong: every round completes.
+  bool only_masters_die = false;
 
   const std::vector<core::LayerSpec>& LayersAt(uint64_t sequence) const {
     return redeclared_at.has_value() && sequence >= *redeclared_at ? later : layers;
@@ -68,11 +70,16 @@ struct Tally {
   uint64_t fenced = 0;
   uint64_t late = 0;                        // Rounds that were told to be.
   uint64_t taken = 0;                       // Joins that were refused because another had the seat.
+  uint64_t restored = 0;                    // Rounds that were merged again for those who waited for them.
+  uint64_t adopted = 0;                     // Runs that a new group took from a worker that came back.
+  uint64_t diverged = 0;                    // Workers that knew another outcome than their group.
   std::map<std::string, uint64_t> failed;   // By reason.
   std::map<std::string, uint64_t> refused;  // To the sender alone.
   // Sessions.
   uint64_t rejoins = 0;
-  uint64_t resent = 0;                    // Contributions that an earlier stream had taken already.
+  uint64_t resent = 0;                    // Contributions that an earlier stream had taken already,
+  uint64_t repeated = 0;                  // and those of them that had been answered by another master.
+  uint64_t forgotten = 0;                 // Answered contributions that were not held any more.
   uint64_t unanswered = 0;                // Rounds that ended with their session.
   uint64_t chunks = 0;                    // Chunks of long vectors that were sent,
   uint64_t held_back = 0;                 // and checks that found one waiting for others.
@@ -90,10 +97,15 @@ struct Tally {
     fenced += other.fenced;
     late += other.late;
     taken += other.taken;
+    restored += other.restored;
+    adopted += other.adopted;
+    diverged += other.diverged;
     for (const auto& [reason, times] : other.failed) failed[reason] += times;
     for (const auto& [reason, times] : other.refused) refused[reason] += times;
     rejoins += other.rejoins;
     resent += other.resent;
+    repeated += other.repeated;
+    forgotten += other.forgotten;
     unanswered += other.unanswered;
     chunks += other.chunks;
     held_back += other.held_back;

@@ -49,12 +49,16 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   }
   std::printf(
       "%llu events, %llu restarts of masters, %llu of workers, %llu broken streams; rounds: %llu completed (%llu "
-      "without all), %llu replayed; %llu fenced, %llu seats taken\n",
+      "without all), %llu replayed, %llu restored; contributions: %llu repeated, %llu forgotten; %llu runs adopted, "
+      "%llu "
+      "diverged; %llu fenced, %llu seats taken\n",
       static_cast<unsigned long long>(sum.events), static_cast<unsigned long long>(sum.master_restarts),
       static_cast<unsigned long long>(sum.worker_restarts), static_cast<unsigned long long>(sum.broken_streams),
       static_cast<unsigned long long>(sum.tally.completed), static_cast<unsigned long long>(sum.tally.partial),
-      static_cast<unsigned long long>(sum.tally.replayed), static_cast<unsigned long long>(sum.tally.fenced),
-      static_cast<unsigned long long>(sum.tally.taken));
+      static_cast<unsigned long long>(sum.tally.replayed), static_cast<unsigned long long>(sum.tally.restored),
+      static_cast<unsigned long long>(sum.tally.repeated), static_cast<unsigned long long>(sum.tally.forgotten),
+      static_cast<unsigned long long>(sum.tally.adopted), static_cast<unsigned long long>(sum.tally.diverged),
+      static_cast<unsigned long long>(sum.tally.fenced), static_cast<unsigned long long>(sum.tally.taken));
   for (const auto& [reason, times] : sum.tally.failed) {
     std::printf("  failed with %s: %llu\n", reason.c_str(), static_cast<unsigned long long>(times));
   }
@@ -75,6 +79,11 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.tally.taken, 0u);
   EXPECT_GT(sum.tally.rejoins, 0u);
   EXPECT_GT(sum.tally.resent, 0u);
+  EXPECT_GT(sum.tally.repeated, 0u);
+  EXPECT_GT(sum.tally.forgotten, 0u);
+  EXPECT_GT(sum.tally.restored, 0u);
+  EXPECT_GT(sum.tally.adopted, 0u);
+  EXPECT_GT(sum.tally.diverged, 0u);
   EXPECT_GT(sum.tally.unanswered, 0u);
   EXPECT_GT(sum.tally.held_back, 0u);
   EXPECT_GT(sum.tally.blocked, 0u);
@@ -85,7 +94,7 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
     EXPECT_GT(sum.tally.ended[reason], 0u) << reason;
   }
   for (const char* reason : {"ROUND_TIMEOUT", "WORKER_LOST", "DEADLOCK", "TOO_FEW_WORKERS", "INVALID_CONTRIBUTION",
-                             "NOT_FINITE", "LAYER_SET_MISMATCH"}) {
+                             "NOT_FINITE", "LAYER_SET_MISMATCH", "OUTCOME_LOST"}) {
     EXPECT_GT(sum.tally.failed[reason], 0u) << reason;
   }
   for (const char* reason : {"PAYLOAD_CHANGED", "FORWARD_ROUND_UNKNOWN", "NOT_A_CONTRIBUTOR"}) {
@@ -129,7 +138,10 @@ INSTANTIATE_TEST_SUITE_P(
                       OfMaster("WrongVariance", Bug::kWrongVariance), OfMaster("SplitOutcome", Bug::kSplitOutcome),
                       OfMaster("AcceptedNan", Bug::kAcceptedNan), OfMaster("AnyLayers", Bug::kAnyLayers),
                       OfMaster("SilentLate", Bug::kSilentLate), OfMaster("LostDeclaration", Bug::kLostDeclaration),
-                      OfMaster("StolenSeat", Bug::kStolenSeat)),
+                      OfMaster("StolenSeat", Bug::kStolenSeat), OfMaster("SameMemory", Bug::kSameMemory),
+                      OfMaster("ChangedRoster", Bug::kChangedRoster), OfMaster("EarlyCatchUp", Bug::kEarlyCatchUp),
+                      OfMaster("AskingRepeats", Bug::kAskingRepeats),
+                      OfMaster("ForgottenLeaves", Bug::kForgottenLeaves)),
     [](const auto& info) { return info.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(
@@ -148,7 +160,10 @@ INSTANTIATE_TEST_SUITE_P(
         OfSession("LateDeclaration", SessionBug::kLateDeclaration),
         OfSession("UnboundedChunks", SessionBug::kUnboundedChunks), OfSession("EarlyLeave", SessionBug::kEarlyLeave),
         OfSession("SendAfterLeave", SessionBug::kSendAfterLeave), OfSession("StaleFrame", SessionBug::kStaleFrame),
-        OfSession("ForgottenSelf", SessionBug::kForgottenSelf), OfSession("SecondStream", SessionBug::kSecondStream)),
+        OfSession("ForgottenSelf", SessionBug::kForgottenSelf), OfSession("SecondStream", SessionBug::kSecondStream),
+        OfSession("ForgottenRepeat", SessionBug::kForgottenRepeat), OfSession("LateRepeat", SessionBug::kLateRepeat),
+        OfSession("IgnoredMemory", SessionBug::kIgnoredMemory), OfSession("ShortLog", SessionBug::kShortLog),
+        OfSession("ForgottenLeaves", SessionBug::kForgottenLeaves)),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

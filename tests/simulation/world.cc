@@ -65,6 +65,16 @@ void World::DrawHabits() {
   slow_ = random_.Chance(0.3) ? 0.05 : 0.0;
 }
 
+void World::DrawOnlyMastersDie() {
+  settings_.only_masters_die = true;
+  settings_.config.round_timeout = absl::Seconds(10);
+  settings_.join_timeout = absl::Seconds(10);
+  settings_.contribution_bytes = 100;
+  habits_.one_by_one = false;  // In orders of their own they wait for each other.
+  habits_.early_leave = habits_.bad_numbers = 0.0;
+  echoes_ = changed_echoes_ = 0.0;
+}
+
 void World::Draw() {
   settings_.world_size = static_cast<uint32_t>(random_.Between(2, 6));
   settings_.config = DrawConfig();
@@ -75,6 +85,7 @@ void World::Draw() {
   if (random_.Chance(0.2)) settings_.contribution_bytes = size_t{9} << 20;
   DrawHabits();
   DrawLayers();
+  if (random_.Chance(0.3)) DrawOnlyMastersDie();
   StartMaster();
   spawning_.assign(settings_.world_size, 0);
   for (core::Rank rank = 0; rank < settings_.world_size; ++rank) {

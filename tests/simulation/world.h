@@ -102,6 +102,7 @@ class World {
   void Draw();
   void DrawLayers();
   void DrawHabits();
+  void DrawOnlyMastersDie();
   core::GroupConfig DrawConfig();
   template <typename... Args>
   void Log(const Args&... args) {
@@ -164,6 +165,7 @@ class World {
   void Apply(size_t index, const session::JoinedGroup& joined);
   void Apply(size_t index, const session::Notice& notice);
   void Apply(size_t index, const session::Ended& ended);
+  void CheckOutcome(const session::Complete& complete);
 
   // ---- Faults, and what no honest session does
   void Fault();
@@ -194,7 +196,8 @@ class World {
   uint64_t masters_ = 0;
   std::vector<Stream> streams_;
   std::vector<Life> lives_;
-  std::vector<int> spawning_;  // By rank: spawns that are under way.
+  std::vector<int> spawning_;                       // By rank: spawns that are under way.
+  std::map<core::RoundKey, RoundResult> outcomes_;  // As the first worker was told.
 };
 
 }  // namespace syncbn::simulation

@@ -15,15 +15,19 @@ using core::StreamId;
 
 void World::StartMaster() {
   ++masters_;
-  master_ = std::make_unique<Mutant>(bugs_.master);
+  master_ = std::make_unique<Mutant>(bugs_.master, masters_);
   model_ = std::make_unique<Model>(settings_, &incarnations_, &report_.tally);
+  if (report_.worker_restarts != 0) model_->NoteWorkerRestart();
 }
 
 void World::RestartMaster() {
   if (master_ == nullptr) return;
+  const auto has_left = [](const Life& life) { return life.session->LeaveDue() != absl::InfiniteFuture(); };
+  // What has left takes along what it holds.
+  if (settings_.only_masters_die && std::any_of(lives_.begin(), lives_.end(), has_left)) return;
   ++report_.master_restarts;
   model_->CheckStatistics(master_->coordinator());
-  const bool orderly = random_.Chance(0.5);
+  const bool orderly = random_.Chance(settings_.only_masters_die ? 0.1 : 0.5);
   Log(orderly ? "the master shuts down" : "the master crashes");
   if (orderly) {
     model_->BeforeShutdown();

@@ -24,6 +24,7 @@ void World::Spawn(Rank rank) {
   uint64_t first = 0;
   if (predecessor != nullptr) {
     ++report_.worker_restarts;
+    model_->NoteWorkerRestart();
     // From where all have been, as from a checkpoint that is up to date; or, carelessly, from where it was.
     first = random_.Chance(0.7) ? reached : predecessor->trainer.sequence();
   }
@@ -81,9 +82,10 @@ void World::ServeTimers(size_t index) {
     if (report_.violation.has_value()) return;
     if (turn > settings_.targets.size()) NoteViolation("session: a timer is due that was served just now");
   }
-  // A leave waits for its acknowledgement only while a stream is joined, and not for long.
+  // A leave waits for its acknowledgement not for long, and only while there is a master or one may come back.
   const bool left = session.LeaveDue() != absl::InfiniteFuture();
-  const bool waits = session.state() == State::kJoined && Now() < session.LeaveDue();
+  const bool hopes = session.state() == State::kJoined || session.may_come_back();
+  const bool waits = hopes && Now() < session.LeaveDue();
   if (lives_[index].alive && left && !waits) Apply(index, session.FinishLeave(Now()));
 }
 
@@ -190,8 +192,27 @@ void World::Apply(size_t index, const session::Complete& complete) {
     Log("rank ", lives_[index].trainer.rank(), ": ", Name(complete.contribution->key()),
         " ends: ", complete.status.message());
   }
+  CheckOutcome(complete);
   lives_[index].trainer.OnOutcome(complete);
   Schedule(now_ + random_.Between(10, 300), Kind::kAct, index);
+}
+
+// Every worker gets the same outcome of a round, whatever becomes of masters.
+void World::CheckOutcome(const session::Complete& complete) {
+  const RoundKey& key = complete.contribution->key();
+  if (!complete.status.ok()) {
+    // Some contribute to backward rounds that they have announced to take no part in.
+    if (settings_.only_masters_die && DetailsOf(complete.status).reason != "NOT_A_CONTRIBUTOR") {
+      NoteViolation(absl::StrCat(Name(key), " fails, though only masters have died: ", complete.status.message()));
+    }
+    return;
+  }
+  // Those who restart may use sequences again, and a group that proceeds does so without those that are cut off.
+  const bool one = settings_.only_masters_die ||
+                   (report_.worker_restarts == 0 && settings_.config.missing_policy == core::MissingPolicy::kFail);
+  if (!one) return;
+  const auto [first, news] = outcomes_.emplace(key, complete.result);
+  if (!news && !SameResult(first->second, complete.result)) NoteViolation(absl::StrCat(Name(key), " has two outcomes"));
 }
 
 void World::Apply(size_t index, const session::JoinedGroup&) {
@@ -209,6 +230,9 @@ void World::Apply(size_t index, const session::Ended& ended) {
   life.alive = false;
   life.due = kNever;
   life.left = DetailsOf(ended.why).reason == "LEFT";
+  if (settings_.only_masters_die && !life.left) {
+    NoteViolation(absl::StrCat("rank ", rank, " ends, though only masters have died: ", ended.why.message()));
+  }
   EnsureLife(rank);
 }
 

@@ -22,11 +22,22 @@ struct DeclaredLayer;
 struct KnownLayer;
 class Session;
 
+// What is known of a round that has ended: enough for another master to end it again in the same way.
+struct EndedRound {
+  absl::Status error;  // OK if it completed; otherwise the rest is empty.
+  std::vector<uint32_t> missing_ranks;
+  uint64_t digest = 0;
+  int64_t count = 0;               // Of a forward round,
+  bool backward_required = false;  // as these.
+  std::vector<uint32_t> abstaining_ranks;
+};
+
 // This worker's part of one round: the key, and the session's notes on what became of it.
 //
 // The numbers are the driver's. It derives a type that holds them as its transport sends them (bytes of the wire, or
 // plain vectors in a simulation), makes each contribution within Session::Begin, and finds it again in the frames to
-// write and in Complete. The session keeps a contribution until its round has ended, and may send it several times.
+// write and in Complete. The session keeps a contribution until its round has ended and for some while longer, and may
+// send it several times.
 class Contribution {
  public:
   // `bytes`: what it takes in a frame.
@@ -36,6 +47,11 @@ class Contribution {
 
   const RoundKey& key() const { return key_; }
   size_t bytes() const { return bytes_; }
+  // Identifies the layer; null before the round has begun.
+  const KnownLayer* layer() const { return layer_; }
+  // In a frame: what is known of the round's end. Null for a contribution that asks for an outcome. One to a round that
+  // has failed tells of the failure, and its numbers are not sent.
+  const EndedRound* repeats() const { return repeated_ ? &end_ : nullptr; }
 
  private:
   friend class Session;
@@ -53,6 +69,11 @@ class Contribution {
   bool sent_ = false;
   bool ended_ = false;
   absl::Time first_sent_at_, sent_at_;
+  // Once the round has ended with an outcome that all of its contributors have been told:
+  EndedRound end_;
+  uint64_t answered_by_ = 0;  // The memory of the master that told it.
+  bool repeated_ = false;     // It was last sent to tell another master of it.
+  bool resent_ = false;       // It is among what a worker has to send before it has caught up.
   // For a chunk of a long vector: how many chunks of that vector were sent and have no answer, and whether this one is
   // among them. Null for others.
   std::shared_ptr<size_t> siblings_under_way_;
@@ -68,6 +89,8 @@ struct Join {
   uint64_t incarnation = 0;
   uint64_t run_id = 0;
   std::vector<std::shared_ptr<const LayerOptions>> layers;
+  std::vector<uint32_t> left_ranks;
+  bool without_outcome = false;  // No round of the run has ended for this worker.
 };
 
 // Its parts count in this order.
@@ -75,7 +98,9 @@ struct ClientFrame {
   std::optional<Join> join;  // In the first frame of a stream, and only there.
   std::vector<std::shared_ptr<const LayerOptions>> layers;
   std::vector<ContributionPtr> contributions;
-  ContributionPtr blocked_on;  // Null: not blocked. A frame without any part takes an earlier `blocked_on` back.
+  bool caught_up = false;           // All that earlier masters had from this worker, and it still holds, is sent.
+  std::vector<RoundKey> forgotten;  // With caught_up: see RoundLog::Forgotten.
+  ContributionPtr blocked_on;       // Null: not blocked. A frame without any part takes an earlier `blocked_on` back.
   std::optional<std::string> leave;
 };
 
@@ -86,6 +111,13 @@ struct Joined {
   uint64_t run_id = 0;
   absl::Duration round_timeout;
   size_t present_ranks = 0;
+  std::vector<uint32_t> left_ranks;
+  uint64_t memory = 0;  // Names the memory in which the master keeps the group; 0 if it has no name.
+};
+
+struct Membership {
+  size_t present_ranks = 0;
+  std::vector<uint32_t> left_ranks;
 };
 
 struct Outcome {
@@ -93,6 +125,9 @@ struct Outcome {
   absl::Status status;              // Not OK: why the round failed, with its details (client/cc/errors.h).
   Phase payload = Phase::kForward;  // If OK, the kind of result that the master sent.
   RoundResult result;
+  std::vector<uint32_t> abstaining_ranks;
+  uint64_t digest = 0;
+  bool refused = false;  // The error concerns this worker's contribution, and is not the outcome of the round.
 };
 
 // A round that has waited for long, and goes on.
@@ -105,7 +140,7 @@ struct LateRound {
 
 struct ServerFrame {
   std::optional<Joined> joined;
-  std::optional<size_t> present_ranks;  // The membership has changed.
+  std::optional<Membership> membership;  // It has changed.
   std::vector<Outcome> outcomes;
   std::vector<LateRound> late_rounds;
 };

@@ -39,7 +39,9 @@ bool IsPassing(absl::string_view reason) { return reason == "SHUTTING_DOWN" || r
 }  // namespace
 
 Session::Session(Options options, absl::Time now)
-    : options_(std::move(options)), attempts_(options_.rank, options_.join_timeout, options_.tls, now) {
+    : options_(std::move(options)),
+      attempts_(options_.rank, options_.join_timeout, options_.tls, now),
+      log_(options_.log) {
   for (const LayerOptions& layer : options_.layers) declarations_.Declare(layer);
 }
 
@@ -83,8 +85,9 @@ Effects Session::OnStreamUp() {
   if (state_ == State::kEnded) return {};
   SYNCBN_CHECK(state_ == State::kConnecting && stream_open_, "a stream came up that was not being opened");
   ClientFrame frame;
-  declarations_.BeginStream(PendingInOrder(), &frame.layers);
-  frame.join = Join{incarnation_, run_id_, {}};
+  // The master may turn out to have lost its memory.
+  declarations_.BeginStream(HeldInOrder(std::nullopt), &frame.layers);
+  frame.join = Join{incarnation_, run_id_, {}, left_ranks_, run_id_ != 0 && !had_outcome_};
   for (const LayerOptions& layer : options_.layers) {
     frame.join->layers.push_back(OptionsOf(declarations_.Find(layer.name)->said));
   }
@@ -98,9 +101,12 @@ Effects Session::OnStreamBroken(Break why, absl::Time now) {
   stream_open_ = false;
   writing_ = false;
   if (state_ == State::kEnded) return {};
-  if (leave_sent_) return End(LeftError());
   const std::string reason = DetailsOf(why.status).reason;
+  // A master that has died while the leave was on its way may need, when it is back, what this worker holds.
+  if (leave_sent_ && (why.status.ok() || !reason.empty())) return End(LeftError());
+  leave_sent_ = false;
   const bool first = run_id_ == 0;
+  if (state_ == State::kJoined || !reason.empty()) dismissed_ = !reason.empty();
   if (reason.empty()) {
     const TargetTurn& targets = attempts_.targets();
     if (first && why.cause == Break::Cause::kRefusedByTls && !targets.has_several()) {
@@ -131,11 +137,17 @@ Effects Session::OnFrame(ServerFrame frame, absl::Time now) {
   if (state_ == State::kEnded) return {};
   heard_at_ = now;
   Effects effects;
-  if (frame.joined.has_value() && state_ == State::kConnecting) {
-    OnJoined(*frame.joined, now);
+  if (frame.joined.has_value()) {
+    if (state_ == State::kConnecting) OnJoined(*frame.joined, now);
+    // A joined worker is told so again if its group goes on with an earlier run.
+    incarnation_ = frame.joined->incarnation;
+    run_id_ = frame.joined->run_id;
+    NoteMembership(frame.joined->present_ranks, std::move(frame.joined->left_ranks));
     effects.push_back(JoinedGroup{incarnation_, run_id_});
   }
-  if (frame.present_ranks.has_value()) present_ranks_ = *frame.present_ranks;
+  if (frame.membership.has_value()) {
+    NoteMembership(frame.membership->present_ranks, std::move(frame.membership->left_ranks));
+  }
   if (!frame.late_rounds.empty()) effects.push_back(LateNotice(frame.late_rounds));
   for (Outcome& outcome : frame.outcomes) OnOutcome(std::move(outcome), &effects);
   return effects;
@@ -145,15 +157,26 @@ void Session::OnJoined(const Joined& joined, absl::Time now) {
   state_ = State::kJoined;
   attempts_.Joined(now);
   round_timeout_ = joined.round_timeout;
-  incarnation_ = joined.incarnation;
-  run_id_ = joined.run_id;
-  present_ranks_ = joined.present_ranks;
+  memory_ = joined.memory;
+  catching_up_ = run_id_ != 0 && memory_ != 0;
   // Frames on the way when the last stream broke may or may not have arrived: the master knows. The chunks of a long
-  // vector go in the same order everywhere: else workers could wait for each other's.
-  unsent_ = PendingInOrder();
-  for (const ContributionRef& contribution : unsent_) SetUnderWay(*contribution, false);
+  // vector go in the same order everywhere: else workers could wait for each other's. A master that has lost its memory
+  // gets answered rounds again as well, in their place: forward rounds before the backward rounds that belong to them.
+  unsent_ = catching_up_ ? HeldInOrder(memory_) : PendingInOrder();
+  to_resend_ = 0;
+  for (const ContributionRef& contribution : unsent_) {
+    SetUnderWay(*contribution, false);
+    contribution->repeated_ = contribution->ended_;
+    contribution->resent_ = catching_up_ && contribution->sent_;
+    to_resend_ += contribution->resent_ ? 1 : 0;
+  }
   told_ = nullptr;
   retract_ = false;
+}
+
+void Session::NoteMembership(size_t present_ranks, std::vector<uint32_t> left_ranks) {
+  present_ranks_ = present_ranks;
+  left_ranks_ = std::move(left_ranks);
 }
 
 Notice Session::LateNotice(const std::vector<LateRound>& rounds) const {
@@ -193,6 +216,7 @@ Effects Session::End(absl::Status why) {
   }
   pending_.clear();
   unsent_.clear();
+  log_.Clear();
   blocked_on_ = told_ = nullptr;
   if (stream_open_) effects.push_back(CloseStream{});
   effects.push_back(Ended{end_});

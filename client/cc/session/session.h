@@ -26,6 +26,7 @@
 #include "client/cc/session/attempts.h"
 #include "client/cc/session/declarations.h"
 #include "client/cc/session/frame.h"
+#include "client/cc/session/round_log.h"
 #include "client/cc/session/types.h"
 
 namespace syncbn::session {
@@ -87,6 +88,7 @@ struct Options {
   bool tls = false;
   // Elements of a summed vector in one contribution: what masters accept by default.
   size_t chunk_elements = size_t{1} << 20;
+  LogLimits log;
 };
 
 // One worker's membership in its group: when and where to connect, what to declare and to send and when, which rounds
@@ -114,6 +116,11 @@ class Session {
   State state() const { return state_; }
   // Why the session has ended; OK before.
   const absl::Status& end() const { return end_; }
+  // The stream has broken without a word, so that the same master or another may soon be there. False once a master has
+  // said that it goes away, or that another worker has the rank.
+  bool may_come_back() const {
+    return (state_ == State::kWaiting || state_ == State::kConnecting) && run_id_ != 0 && !dismissed_;
+  }
   // The members of the group with a live stream, as far as is known.
   size_t present_ranks() const { return present_ranks_; }
   // A frame is being written. Send does nothing until OnWritten.
@@ -222,17 +229,23 @@ class Session {
   Effects End(absl::Status why);
   // The pending contributions in the order in which they were begun.
   std::vector<ContributionRef> PendingInOrder() const;
+  // Those, and the answered ones that are held and were not answered by the master with this memory.
+  std::vector<ContributionRef> HeldInOrder(std::optional<uint64_t> memory) const;
+  void NoteMembership(size_t present_ranks, std::vector<uint32_t> left_ranks);
 
   // ---- Rounds
   absl::StatusOr<uint64_t> ResolveSequence(const std::string& layer, Phase phase, uint64_t sequence);
   absl::Status BeginSum(RoundKey key, size_t length, MakeContribution make);
   void Enqueue(ContributionRef contribution, KnownLayer& layer, size_t length);
+  // Keeps a round that has ended for a master that does not know it.
+  void Keep(ContributionRef contribution, const Outcome& outcome);
   // Moves what may go now, and what one frame should hold, from unsent_ to the frame, and declarations before it.
   void FillFrame(absl::Time now, ClientFrame* frame);
   // Returns true for a chunk of a long vector that waits until others have been answered. Without that, results would
   // come faster than they are read, and the master would cut this worker off. One of each vector may always go, since
   // other workers may send vectors in another order.
   bool MustWait(const Contribution& contribution) const;
+  void NoteResent(Contribution& contribution);
   void SetUnderWay(Contribution& contribution, bool under_way);
   // The worker is blocked, and has sent all that it has begun.
   bool IsBlocked() const;
@@ -248,11 +261,15 @@ class Session {
   absl::Status end_;
 
   Attempts attempts_;
+  bool dismissed_ = false;    // The newest stream ended with a reason.
   bool stream_open_ = false;  // From Connect to OnStreamBroken.
   bool writing_ = false;
   uint64_t incarnation_ = 0;
   uint64_t run_id_ = 0;  // 0: no master has let this worker in yet.
   size_t present_ranks_ = 0;
+  std::vector<uint32_t> left_ranks_;
+  uint64_t memory_ = 0;  // Of the master that this worker has joined.
+  bool had_outcome_ = false;
 
   absl::Duration round_timeout_;                      // The group's.
   absl::Time heard_at_ = absl::InfinitePast();        // When the newest frame came.
@@ -262,7 +279,10 @@ class Session {
   Declarations declarations_;
   absl::flat_hash_set<ContributionRef, KeyHash, KeyEqual> pending_;
   std::vector<ContributionRef> unsent_;
-  size_t under_way_ = 0;  // Chunks of long vectors that were sent and have no answer.
+  RoundLog log_;
+  bool catching_up_ = false;  // The master of this stream has not been told that all is sent.
+  size_t to_resend_ = 0;      // What is in unsent_ and must be sent before.
+  size_t under_way_ = 0;      // Chunks of long vectors that were sent and have no answer.
   absl::flat_hash_map<std::string, std::array<uint64_t, 3>> next_sequence_;  // By layer and phase.
   uint64_t first_sequence_ = 0;
 

@@ -158,7 +158,12 @@ Effects Session::Send(absl::Time now) {
   if (state_ != State::kJoined || writing_) return {};
   ClientFrame frame;
   FillFrame(now, &frame);
-  const bool news = !frame.layers.empty() || !frame.contributions.empty();
+  if (catching_up_ && to_resend_ == 0) {
+    catching_up_ = false;
+    frame.caught_up = true;
+    frame.forgotten = log_.Forgotten();
+  }
+  const bool news = !frame.layers.empty() || !frame.contributions.empty() || frame.caught_up;
   // Any frame takes back what an earlier one has told the master, so one with news says it again.
   const bool say_blocked = told_ == blocked_on_ ? news : (blocked_surely_ && news) || now >= say_blocked_at_;
   if (say_blocked && IsBlocked()) frame.blocked_on = blocked_on_;
@@ -180,14 +185,20 @@ void Session::FillFrame(absl::Time now, ClientFrame* frame) {
   size_t taken = 0;
   for (size_t bytes = 0; taken < unsent_.size() && bytes < kFullFrameBytes && taken < kFullFrameRounds; ++taken) {
     ContributionRef& contribution = unsent_[taken];
-    if (contribution->ended_) continue;
+    if (contribution->ended_ && !contribution->repeated_) {
+      NoteResent(*contribution);
+      continue;
+    }
     if (MustWait(*contribution)) {
       held_back.push_back(std::move(contribution));
       continue;
     }
     if (!declarations_.AddBefore(*contribution, frame)) break;
-    SetUnderWay(*contribution, true);
-    ExpectAnswer(*contribution, now);
+    NoteResent(*contribution);
+    if (!contribution->ended_) {
+      SetUnderWay(*contribution, true);
+      ExpectAnswer(*contribution, now);
+    }
     bytes += contribution->bytes();
     frame->contributions.push_back(std::move(contribution));
   }
@@ -196,9 +207,14 @@ void Session::FillFrame(absl::Time now, ClientFrame* frame) {
   unsent_.insert(unsent_.begin(), std::make_move_iterator(held_back.begin()), std::make_move_iterator(held_back.end()));
 }
 
+void Session::NoteResent(Contribution& contribution) {
+  if (std::exchange(contribution.resent_, false)) --to_resend_;
+}
+
 bool Session::MustWait(const Contribution& contribution) const {
-  return contribution.siblings_under_way_ != nullptr && *contribution.siblings_under_way_ > 0 &&
-         under_way_ >= kChunksUnderWay && !leaving_.has_value();
+  // What was under way on another stream was little enough.
+  return !contribution.resent_ && !contribution.ended_ && contribution.siblings_under_way_ != nullptr &&
+         *contribution.siblings_under_way_ > 0 && under_way_ >= kChunksUnderWay && !leaving_.has_value();
 }
 
 void Session::SetUnderWay(Contribution& contribution, bool under_way) {
@@ -217,6 +233,15 @@ std::vector<Session::ContributionRef> Session::PendingInOrder() const {
   std::vector<ContributionRef> pending(pending_.begin(), pending_.end());
   std::sort(pending.begin(), pending.end(), [](const auto& a, const auto& b) { return a->order_ < b->order_; });
   return pending;
+}
+
+std::vector<Session::ContributionRef> Session::HeldInOrder(std::optional<uint64_t> memory) const {
+  std::vector<ContributionRef> held(pending_.begin(), pending_.end());
+  log_.ForEach([&](const ContributionRef& contribution) {
+    if (contribution->answered_by_ != memory) held.push_back(contribution);
+  });
+  std::sort(held.begin(), held.end(), [](const auto& a, const auto& b) { return a->order_ < b->order_; });
+  return held;
 }
 
 // ---- Blocked --------------------------------------------------------------------------------------------------------
@@ -246,12 +271,38 @@ void Session::OnOutcome(Outcome outcome, Effects* effects) {
   attempts_.Answered();
   SetUnderWay(*contribution, false);
   contribution->ended_ = true;
-  absl::Status status = std::move(outcome.status);
+  absl::Status status = outcome.status;
   if (status.ok()) {
     status =
         CheckResult(contribution->key(), outcome.payload, contribution->length_, contribution->finite_, outcome.result);
   }
+  had_outcome_ = had_outcome_ || !outcome.refused;
+  if (status == outcome.status && !outcome.refused && memory_ != 0) Keep(contribution, outcome);
   effects->push_back(Complete{std::move(contribution), std::move(status), std::move(outcome.result)});
+}
+
+void Session::Keep(ContributionRef contribution, const Outcome& outcome) {
+  const RoundKey& key = contribution->key();
+  const KnownLayer* const layer = contribution->layer_;
+  if (key.phase == Phase::kBackward) log_.EndAwaiting(layer, key.sequence);
+  EndedRound& end = contribution->end_;
+  end.error = outcome.status;
+  if (outcome.status.ok()) {
+    end.missing_ranks = outcome.result.missing_ranks;
+    end.digest = outcome.digest;
+  }
+  if (outcome.status.ok() && key.phase == Phase::kForward) {
+    end.count = outcome.result.count;
+    end.backward_required = outcome.result.backward_required;
+    end.abstaining_ranks = outcome.abstaining_ranks;
+  }
+  contribution->answered_by_ = memory_;
+  // A backward round that this worker has no part in does not end for it.
+  const auto has = [this](const std::vector<uint32_t>& ranks) {
+    return std::find(ranks.begin(), ranks.end(), options_.rank) != ranks.end();
+  };
+  const bool awaited = end.backward_required && !has(end.abstaining_ranks) && !has(end.missing_ranks);
+  log_.Add(layer, std::move(contribution), awaited);
 }
 
 }  // namespace syncbn::session

@@ -158,52 +158,5 @@ TEST_F(DeadlockTest, ManyWorkersAreNamedInPart) {
   EXPECT_THAT(outcome->error->message, HasSubstr("; and 4 more workers"));
 }
 
-// An earlier master told rank 1 an outcome and died before it told the others.
-class SplitOutcomeTest : public ::testing::Test {
- protected:
-  void JoinAll(const GroupConfig& config) {
-    engine_.Advance(absl::Hours(1));
-    for (Rank rank = 0; rank < 3; ++rank) {
-      Join join = testing::MakeJoin(rank, 3);
-      join.config = config;
-      join.run_id = 77;
-      join.incarnation = 1;
-      workers_.push_back(engine_.Join(join));
-      engine_.Declare(workers_.back(), {testing::BatchNormLayer("a", 1)});
-    }
-    for (const StreamId worker : workers_) {
-      engine_.ContributeAndBlock(worker, testing::Forward("a", worker == workers_[1] ? 5 : 4), {4, {1.0}, {0.5}});
-    }
-  }
-
-  Engine engine_;
-  std::vector<StreamId> workers_;
-};
-
-TEST_F(SplitOutcomeTest, IsNoDeadlock) {
-  JoinAll(GroupConfig());
-  for (const StreamId worker : {workers_[0], workers_[2]}) {
-    const auto outcome = engine_.Outcome(worker, testing::Forward("a", 4));
-    EXPECT_EQ(testing::ReasonOf(*outcome), kRoundTimeout);
-    EXPECT_EQ(outcome->error->ranks, std::vector<Rank>({1})) << "those who have gone on";
-    EXPECT_THAT(outcome->error->message, ::testing::HasSubstr("the master has restarted"));
-  }
-  EXPECT_EQ(testing::ReasonOf(*engine_.Outcome(workers_[1], testing::Forward("a", 5))), kRoundTimeout);
-  // From here on each worker has an order of its own.
-  for (const StreamId worker : workers_) {
-    engine_.ContributeAndBlock(worker, testing::Forward("a", worker == workers_[1] ? 7 : 6), {4, {1.0}, {0.5}});
-  }
-  EXPECT_EQ(testing::ReasonOf(*engine_.Outcome(workers_[0], testing::Forward("a", 6))), kDeadlock);
-}
-
-TEST_F(SplitOutcomeTest, AProceedingGroupProceeds) {
-  GroupConfig config;
-  config.missing_policy = MissingPolicy::kProceed;
-  config.min_workers = 2;
-  JoinAll(config);
-  EXPECT_EQ(engine_.Outcome(workers_[0], testing::Forward("a", 4))->count, 8);
-  EXPECT_EQ(testing::ReasonOf(*engine_.Outcome(workers_[1], testing::Forward("a", 5))), kTooFewWorkers);
-}
-
 }  // namespace
 }  // namespace syncbn::core

@@ -523,10 +523,12 @@ TEST(RunTest, WorkersBringTheirRunToARestartedMaster) {
 
 TEST(RunTest, AnotherRunIsOver) {
   Engine engine;
-  const StreamId worker = engine.Join(MakeJoin(0, 2));
+  const auto workers = JoinAll(engine, 2);
+  for (const StreamId worker : workers) engine.Contribute(worker, Forward("bn", 0), kNumbers);
+  engine.Close(workers[1]);
   Join join = MakeJoin(1, 2);
-  join.run_id = engine.log(worker).joined->run_id + 1;
-  join.incarnation = 1;
+  join.run_id = engine.log(workers[0]).joined->run_id + 1;
+  join.incarnation = engine.log(workers[1]).joined->incarnation;
   EXPECT_EQ(engine.log(engine.Join(join)).close_reason(), kRunSuperseded);
 }
 

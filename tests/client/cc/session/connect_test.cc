@@ -290,7 +290,7 @@ TEST(SilentMasterTest, AnyFrameShowsThatItLivesButNotForEver) {
     harness.Advance(absl::Seconds(1));
     if (harness.ended.has_value()) break;
     ServerFrame frame;
-    frame.present_ranks = 2;
+    frame.membership = Membership{2, {}};
     harness.Apply(harness.session().OnFrame(std::move(frame), harness.now()));
   }
   EXPECT_EQ(harness.now() - sent, absl::Seconds(2 * (10 + 1) + 5));
@@ -347,12 +347,17 @@ TEST(LeaveTest, AnOutcomeMayComeBeforeTheEnd) {
   EXPECT_TRUE(harness.completed.at(round.get()).status.ok());
 }
 
-TEST(LeaveTest, ABreakAfterTheLeaveIsNotMended) {
+TEST(LeaveTest, AfterABreakItLeavesAgain) {
   Harness harness;
   harness.Join();
   harness.session().Leave("finished");
   EXPECT_THAT(harness.Send(), ElementsAre("leave"));
   harness.Break();
+  EXPECT_FALSE(harness.ended.has_value());
+  EXPECT_TRUE(harness.session().may_come_back());
+  harness.Join();
+  EXPECT_THAT(harness.Send(), ElementsAre("leave"));
+  harness.Break(MakeStatus(absl::StatusCode::kUnavailable, "going away", {"SHUTTING_DOWN", "", {}}));
   EXPECT_EQ(Reason(*harness.ended), "LEFT");
 }
 

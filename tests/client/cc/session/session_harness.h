@@ -29,7 +29,14 @@ inline std::vector<std::string> Words(const ClientFrame& frame) {
   std::vector<std::string> words;
   if (frame.join.has_value()) words.push_back("join");
   for (const auto& layer : frame.layers) words.push_back(absl::StrCat("declare ", layer->name, ":", layer->channels));
-  for (const ContributionPtr& contribution : frame.contributions) words.push_back(name(contribution->key()));
+  for (const ContributionPtr& contribution : frame.contributions) {
+    const EndedRound* const repeats = contribution->repeats();
+    words.push_back(absl::StrCat(repeats == nullptr    ? ""
+                                 : repeats->error.ok() ? "repeat "
+                                                       : "report ",
+                                 name(contribution->key())));
+  }
+  if (frame.caught_up) words.push_back("caught up");
   if (frame.blocked_on != nullptr) words.push_back(absl::StrCat("blocked ", name(frame.blocked_on->key())));
   if (frame.leave.has_value()) words.push_back("leave");
   return words;
@@ -64,6 +71,7 @@ class Harness {
     Apply(session_.OnTime(now_));
   }
   std::string targets = "one:1";
+  uint64_t memory = 0;  // Of the master.
 
   // ---- The master
 
@@ -71,7 +79,7 @@ class Harness {
   void Joined(absl::Duration round_timeout = absl::Minutes(10)) {
     Written();
     ServerFrame frame;
-    frame.joined = syncbn::session::Joined{1, 77, round_timeout, 1};
+    frame.joined = syncbn::session::Joined{1, 77, round_timeout, 1, {}, memory};
     Apply(session_.OnFrame(std::move(frame), now_));
   }
   // Connects and joins, from the start or after a break.

@@ -1,0 +1,189 @@
+// Rounds that ended under an earlier master: members report them, and repeat what they had contributed.
+
+#include <algorithm>
+#include <iterator>
+#include <memory>
+#include <utility>
+
+#include "plumbing/check.h"
+#include "server/core/error.h"
+#include "server/core/rounds.h"
+
+namespace syncbn::core {
+namespace {
+
+// Returns whether a report agrees with what is recorded.
+bool Agree(const EndedReport& report, const EndedRound& ended) {
+  if (report.error.has_value() || ended.failed) return report.error.has_value() == ended.failed;
+  return report.digest == 0 || ended.digest == 0 || report.digest == ended.digest;
+}
+
+}  // namespace
+
+// ---- Reports --------------------------------------------------------------------------------------------------------
+
+std::optional<Error> Rounds::OnEnded(Rank rank, const EndedReport& report, absl::Time now, Effects& effects) {
+  const RoundKey& key = report.key;
+  Layer* const layer = layers_.Find(key.layer);
+  if (layer == nullptr || !members_[rank].catching_up) return std::nullopt;
+  if (const EndedRound* const ended = layer->Find(key.phase, key.sequence)) {
+    if (Agree(report, *ended)) return std::nullopt;
+    return OutcomeChangedError(rank, key);
+  }
+  if (layer->Expired(key.phase, key.sequence)) return std::nullopt;
+  const auto round = pending_.find(key);
+  if (report.error.has_value() && round != pending_.end()) {
+    Fail(round, *report.error, now, effects);
+    return std::nullopt;
+  }
+  EndedRound ended;
+  ended.declaration = DeclarationFor(rank, key, *layer, round);
+  if ((ended.declaration->spec.kind == LayerKind::kSum) != (key.phase == Phase::kSum)) return std::nullopt;
+  if (report.error.has_value()) {
+    auto outcome = std::make_shared<RoundOutcome>();
+    outcome->key = key;
+    outcome->error = report.error;
+    ended.failed = true;
+    ended.outcome = std::move(outcome);
+    ended.roster = Share(key.phase, {});
+    layer->Record(key, std::move(ended));
+    return std::nullopt;
+  }
+  Roster roster = RosterOf(report, *layer);
+  if (roster.empty()) return std::nullopt;
+  ended.restored = true;
+  ended.alone = roster.size() == 1 && members_.present() > 1;
+  ended.backward_required = report.backward_required;
+  ended.count = report.count;
+  if (key.phase == Phase::kBackward) ended.count = layer->Find(Phase::kForward, key.sequence)->count;
+  ended.digest = report.digest;
+  ended.missing_ranks = report.missing_ranks;
+  ended.digests.resize(roster.size());
+  ended.roster = Share(key.phase, std::move(roster));
+  const EndedRound settled = ended;
+  layer->Record(key, std::move(ended));
+  if (round == pending_.end()) return std::nullopt;
+  Settle(round, settled);
+  MaybeEnd(round, now, effects);
+  return std::nullopt;
+}
+
+Roster Rounds::RosterOf(const EndedReport& report, const Layer& layer) const {
+  const auto contains = [](const std::vector<Rank>& ascending, Rank rank) {
+    return std::binary_search(ascending.begin(), ascending.end(), rank);
+  };
+  Roster roster;
+  if (report.key.phase != Phase::kBackward) {
+    for (Rank rank = 0; rank < members_.world_size(); ++rank) {
+      if (contains(report.missing_ranks, rank)) continue;
+      const bool abstains = contains(report.abstaining_ranks, rank);
+      roster.push_back({rank, abstains ? BackwardRole::kNone : BackwardRole::kRequired, 0});
+    }
+    return roster;
+  }
+  const EndedRound* const forward = layer.Find(Phase::kForward, report.key.sequence);
+  if (forward == nullptr || forward->failed) return roster;
+  for (const Contributor& contributor : *forward->roster) {
+    if (contributor.role == BackwardRole::kNone || contains(report.missing_ranks, contributor.rank)) continue;
+    roster.push_back({contributor.rank, BackwardRole::kRequired, 0});
+  }
+  return roster;
+}
+
+void Rounds::BeginRestored(const EndedRound& ended, PendingRound* round) const {
+  round->restored = true;
+  round->alarm = round->deadline;
+  round->expected.clear();
+  for (const Contributor& contributor : *ended.roster) round->expected.push_back(contributor.rank);
+  round->needed = round->expected.size();
+  round->count = ended.count;
+  round->declaration = ended.declaration;
+}
+
+void Rounds::Settle(Pending::iterator round, const EndedRound& ended) {
+  PendingRound& pending = round->second;
+  const absl::Time alarm = pending.alarm;
+  BeginRestored(ended, &pending);
+  pending.alarm = alarm;
+  for (auto payload = pending.payloads.begin(); payload != pending.payloads.end();) {
+    if (pending.Expects(payload->first)) {
+      ++payload;
+      continue;
+    }
+    const size_t bytes = payload->second.bytes();
+    SYNCBN_CHECK(bytes <= pending.bytes && pending.bytes <= pending_bytes_, bytes, " of ", pending_bytes_);
+    pending.bytes -= bytes;
+    pending_bytes_ -= bytes;
+    const Rank rank = payload->first;
+    payload = pending.payloads.erase(payload);
+    AddLatecomer(rank, &pending);
+  }
+}
+
+// ---- Those who wait -------------------------------------------------------------------------------------------------
+
+void Rounds::AddLatecomer(Rank rank, PendingRound* round) {
+  if (!round->Knows(rank)) round->latecomers.push_back(rank);
+}
+
+void Rounds::NoteWaiter(Pending::iterator round, absl::Time now) {
+  PendingRound& pending = round->second;
+  SYNCBN_CHECK(idle_ != 0 && pending.restored, Describe(round->first));
+  --idle_;
+  alarms_.erase({pending.alarm, round->first});
+  pending.begun = now;
+  pending.deadline = now + *config_.round_timeout;
+  pending.alarm = std::min(pending.deadline, now + limits_.late_round_after);
+  alarms_.insert({pending.alarm, round->first});
+}
+
+Rounds::Fate Rounds::FateOfRestored(const RoundKey& key, const PendingRound& round,
+                                    const std::vector<Rank>& missing) const {
+  if (missing.empty()) return {true, std::nullopt};
+  if (round.Idle()) return {};
+  // A member that has caught up would have repeated its contribution if it could, and one that has left cannot.
+  std::vector<Rank> silent;
+  for (const Rank rank : missing) {
+    const Member& member = members_[rank];
+    const bool may_come = member.state == MemberState::kAbsent || (member.catching_up && !member.given_up);
+    if (!may_come) silent.push_back(rank);
+  }
+  if (silent.empty()) return {};
+  return {true, OutcomeLostError(key, silent)};
+}
+
+// ---- The end of catching up -----------------------------------------------------------------------------------------
+
+void Rounds::OnCaughtUp(Rank rank, const std::vector<RoundKey>& forgotten, absl::Time now, Effects& effects) {
+  if (!members_[rank].catching_up) return;
+  members_.CatchUp(rank);
+  for (const RoundKey& key : forgotten) {
+    if (Layer* const layer = layers_.Find(key.layer)) layer->NoteForgotten(rank, key);
+  }
+  for (auto round = pending_.begin(); !forgotten.empty() && round != pending_.end();) {
+    const auto next = std::next(round);
+    const PendingRound& pending = round->second;
+    const Layer& layer = layers_.Get(round->first.layer);
+    const bool unknown = !pending.restored && pending.Expects(rank) && !pending.payloads.contains(rank) &&
+                         layer.ForgottenBy(round->first.phase, round->first.sequence) == rank;
+    if (unknown) Fail(round, OutcomeUnknownError(round->first, rank), now, effects);
+    round = next;
+  }
+  if (members_.catching_up() == 0 && members_.present() + members_.left() == members_.world_size()) DropIdle();
+  BeginReview(now, effects);
+}
+
+void Rounds::Drop(Pending::iterator round) {
+  SYNCBN_CHECK(round->second.Idle(), Describe(round->first));
+  Erase(round);
+}
+
+void Rounds::DropIdle() {
+  for (auto round = pending_.begin(); idle_ != 0 && round != pending_.end();) {
+    const auto next = std::next(round);
+    if (round->second.Idle()) Drop(round);
+    round = next;
+  }
+}
+
+}  // namespace syncbn::core

@@ -1,0 +1,321 @@
+// A master that has lost its memory: its workers report the rounds that have ended, and repeat what they had sent.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "server/core/coordinator.h"
+#include "server/core/error.h"
+#include "tests/testing/engine.h"
+
+namespace syncbn::core {
+namespace {
+
+using testing::Backward;
+using ::testing::ElementsAre;
+using testing::Forward;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using testing::Numbers;
+using testing::ReasonOf;
+using testing::Sum;
+
+constexpr uint64_t kRun = 77;
+constexpr uint64_t kIncarnation = 5;
+
+// A group of three that an earlier master has lost. Rank r contributes `Of(r)`.
+class RestoredTest : public ::testing::Test {
+ protected:
+  static Numbers Of(Rank rank) { return {2 + rank, {0.1 + rank}, {0.7 * (rank + 1)}}; }
+
+  // What the earlier master told of a round to which `ranks` had contributed.
+  static std::shared_ptr<const RoundOutcome> Told(const RoundKey& key, const std::vector<Rank>& ranks) {
+    testing::Engine earlier;
+    std::vector<StreamId> workers;
+    for (Rank rank = 0; rank < 3; ++rank) workers.push_back(Enter(earlier, rank, 0, 0));
+    for (Rank rank = 0; rank < 3; ++rank) {
+      if (std::find(ranks.begin(), ranks.end(), rank) == ranks.end()) earlier.Leave(workers[rank]);
+    }
+    for (const Rank rank : ranks) {
+      if (key.phase == Phase::kBackward) earlier.Contribute(workers[rank], Forward(key.layer, key.sequence), Of(rank));
+    }
+    for (const Rank rank : ranks) {
+      Numbers numbers = Of(rank);
+      if (key.phase == Phase::kSum) numbers.second.clear();
+      earlier.Contribute(workers[rank], key, numbers);
+    }
+    return earlier.Outcome(workers[ranks.front()], key);
+  }
+
+  static EndedReport ReportOf(const RoundOutcome& told) {
+    EndedReport report;
+    report.key = told.key;
+    report.error = told.error;
+    report.missing_ranks = told.missing_ranks;
+    report.digest = told.digest;
+    report.count = told.key.phase == Phase::kForward ? told.count : 0;
+    report.backward_required = told.backward_required;
+    report.abstaining_ranks = told.abstaining_ranks;
+    return report;
+  }
+
+  static StreamId Enter(testing::Engine& engine, Rank rank, uint64_t run, uint64_t incarnation,
+                        std::vector<Rank> left = {}) {
+    core::Join join = testing::MakeJoin(rank, 3);
+    join.run_id = run;
+    join.incarnation = incarnation;
+    join.left_ranks = std::move(left);
+    join.config = config_;
+    const StreamId stream = engine.Join(join);
+    engine.Declare(stream, {testing::BatchNormLayer("a", 1), testing::SumLayer("s", 1)});
+    return stream;
+  }
+
+  StreamId Return(Rank rank, std::vector<Rank> left = {}) {
+    return Enter(engine_, rank, kRun, kIncarnation, std::move(left));
+  }
+
+  // Has a worker send what it holds: rounds that it was told the end of, and one that it was not.
+  void Send(StreamId stream, const std::vector<std::shared_ptr<const RoundOutcome>>& told, Rank rank,
+            const std::vector<RoundKey>& asked = {}, bool repeats = true) {
+    FrameReceived frame;
+    frame.stream = stream;
+    const Numbers numbers = Of(rank);
+    const auto contribution = [&numbers](const RoundKey& key, bool repeat) {
+      return Contribution{key,
+                          key.phase == Phase::kForward ? numbers.count : 0,
+                          numbers.role,
+                          numbers.first,
+                          key.phase == Phase::kSum ? absl::Span<const double>() : numbers.second,
+                          repeat};
+    };
+    for (const auto& outcome : told) {
+      frame.ended.push_back(ReportOf(*outcome));
+      if (repeats && !outcome->error.has_value()) frame.contributions.push_back(contribution(outcome->key, true));
+    }
+    for (const RoundKey& key : asked) frame.contributions.push_back(contribution(key, false));
+    frame.caught_up = true;
+    frame.blocked_on = asked;
+    engine_.On(frame);
+  }
+
+  static inline GroupConfig config_;
+  testing::Engine engine_;
+};
+
+TEST_F(RestoredTest, WhoMissedAnOutcomeGetsTheSameBits) {
+  const auto told = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(third, {}, 2, {Forward("a", 4)});
+  Send(first, {told}, 0);
+  EXPECT_THAT(engine_.Outcomes(third, Forward("a", 4)), IsEmpty());
+  Send(second, {told}, 1);
+  EXPECT_TRUE(testing::SameOutcome(*engine_.Outcome(third, Forward("a", 4)), *told));
+  EXPECT_THAT(engine_.Outcomes(first, Forward("a", 4)), IsEmpty()) << "it has the outcome";
+  EXPECT_EQ(engine_.Layer("a").running.updates, 1u);
+}
+
+TEST_F(RestoredTest, WhatNobodyWaitsForIsSilentAndFreed) {
+  const auto told = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(first, {told}, 0);
+  EXPECT_EQ(engine_.View().summary.rounds_in_flight, 0u);
+  EXPECT_THAT(engine_.View().pending, IsEmpty());
+  Send(second, {told}, 1);
+  Send(third, {told}, 2);
+  for (const StreamId worker : {first, second, third}) {
+    EXPECT_THAT(engine_.log(worker).outcomes, IsEmpty());
+    EXPECT_THAT(engine_.log(worker).late_rounds, IsEmpty());
+  }
+  engine_.Advance(absl::Minutes(20));
+  EXPECT_FALSE(engine_.log(first).closed);
+}
+
+TEST_F(RestoredTest, ARosterStaysAsItWas) {
+  // Rank 2 had left before; its late contribution does not count now either.
+  const auto told = Told(Forward("a", 4), {0, 1});
+  ASSERT_THAT(told->missing_ranks, ElementsAre(2));
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(third, {}, 2, {Forward("a", 4)});
+  Send(second, {}, 1, {Forward("a", 4)});
+  Send(first, {told}, 0);
+  EXPECT_TRUE(testing::SameOutcome(*engine_.Outcome(second, Forward("a", 4)), *told));
+  EXPECT_TRUE(testing::SameOutcome(*engine_.Outcome(third, Forward("a", 4)), *told));
+}
+
+TEST_F(RestoredTest, ABackwardRoundFollowsAForwardRoundOfBefore) {
+  const auto forward = Told(Forward("a", 4), {0, 1, 2});
+  const auto backward = Told(Backward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(first, {forward, backward}, 0);
+  Send(second, {forward, backward}, 1);
+  Send(third, {forward}, 2, {Backward("a", 4)});
+  EXPECT_TRUE(testing::SameOutcome(*engine_.Outcome(third, Backward("a", 4)), *backward));
+}
+
+TEST_F(RestoredTest, ABackwardRoundNeedsNobodysForwardNumbers) {
+  const auto forward = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(first, {forward}, 0, {Backward("a", 4)}, /*repeats=*/false);
+  Send(second, {forward}, 1, {Backward("a", 4)}, /*repeats=*/false);
+  Send(third, {forward}, 2, {Backward("a", 4)}, /*repeats=*/false);
+  EXPECT_EQ(engine_.Outcome(third, Backward("a", 4))->count, forward->count);
+}
+
+TEST_F(RestoredTest, AFailureIsTheSameForThoseWhoMissedIt) {
+  auto failed = std::make_shared<RoundOutcome>();
+  failed->key = Sum("s", 1);
+  failed->error = MakeError(absl::StatusCode::kUnavailable, kWorkerLost, "rank 1 was lost", {1});
+  const StreamId first = Return(0), third = Return(2);
+  Send(third, {}, 2, {Sum("s", 1)});
+  Send(first, {failed}, 0);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Sum("s", 1))), kWorkerLost);
+  EXPECT_THAT(engine_.Outcome(third, Sum("s", 1))->error->ranks, ElementsAre(1));
+  const StreamId second = Return(1);
+  Send(second, {}, 1, {Sum("s", 1)});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(second, Sum("s", 1))), kWorkerLost);
+}
+
+TEST_F(RestoredTest, WhatIsMissingIsNamed) {
+  // Rank 1 has restarted, and holds nothing of what its predecessor had sent.
+  const auto told = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), third = Return(2);
+  Send(third, {}, 2, {Forward("a", 4)});
+  Send(first, {told}, 0);
+  EXPECT_THAT(engine_.Outcomes(third, Forward("a", 4)), IsEmpty()) << "rank 1 may come back";
+  Enter(engine_, 1, 0, 0);
+  const auto outcome = engine_.Outcome(third, Forward("a", 4));
+  EXPECT_EQ(ReasonOf(*outcome), kOutcomeLost);
+  EXPECT_TRUE(outcome->refused);
+  EXPECT_THAT(outcome->error->ranks, ElementsAre(1));
+  EXPECT_THAT(outcome->error->message, HasSubstr("forward round 4 of layer \"a\""));
+  // All are blocked now, on different rounds: no deadlock is found among what straddles the restart.
+  EXPECT_THAT(engine_.Outcomes(first, Forward("a", 4)), IsEmpty());
+}
+
+TEST_F(RestoredTest, ASuccessorMayGiveTheNumbersOfItsPredecessor) {
+  const auto told = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), reborn = Enter(engine_, 1, 0, 0), third = Return(2);
+  Send(first, {told}, 0);
+  engine_.Contribute(reborn, Forward("a", 4), Of(1));
+  Send(third, {told}, 2);
+  EXPECT_TRUE(testing::SameOutcome(*engine_.Outcome(reborn, Forward("a", 4)), *told));
+}
+
+TEST_F(RestoredTest, OtherNumbersThanBeforeAreFound) {
+  const auto told = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), reborn = Enter(engine_, 1, 0, 0), third = Return(2);
+  Send(first, {told}, 0);
+  engine_.Contribute(reborn, Forward("a", 4), Of(2));
+  Send(third, {told}, 2);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(reborn, Forward("a", 4))), kOutcomeLost);
+  EXPECT_THAT(engine_.Outcome(reborn, Forward("a", 4))->error->message, HasSubstr("another result"));
+}
+
+TEST_F(RestoredTest, ADeadlockIsFoundOnceAllHaveCaughtUp) {
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(first, {}, 0, {Sum("s", 0)});
+  Send(second, {}, 1, {Sum("s", 1)});
+  engine_.ContributeAndBlock(third, Sum("s", 2), {0, {1.0}, {}});
+  EXPECT_THAT(engine_.ended(), IsEmpty()) << "rank 2 has not sent all";
+  Send(third, {}, 2, {Sum("s", 3)});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(first, Sum("s", 0))), kDeadlock);
+}
+
+TEST_F(RestoredTest, WhatAMemberHasForgottenIsNotWaitedFor) {
+  const StreamId first = Return(0), second = Return(1);
+  Send(second, {}, 1, {Sum("s", 3)});
+  FrameReceived frame;
+  frame.stream = first;
+  frame.caught_up = true;
+  frame.forgotten = {Sum("s", 9)};
+  engine_.On(frame);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(second, Sum("s", 3))), kOutcomeLost);
+  EXPECT_THAT(engine_.Outcome(second, Sum("s", 3))->error->ranks, ElementsAre(0));
+  const StreamId third = Return(2);
+  Send(third, {}, 2, {Sum("s", 5)});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Sum("s", 5))), kOutcomeLost);
+}
+
+TEST_F(RestoredTest, AMemberThatKnowsAnotherOutcomeIsDismissed) {
+  config_.missing_policy = MissingPolicy::kProceed;
+  config_.min_workers = 2;
+  const auto told = Told(Sum("s", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1);
+  Send(first, {}, 0, {Sum("s", 4)});
+  Send(second, {}, 1, {Sum("s", 4)});
+  engine_.Advance(absl::Minutes(10));  // The others go on without rank 2.
+  ASSERT_EQ(ReasonOf(*engine_.Outcome(first, Sum("s", 4))), "");
+  const StreamId third = Return(2);
+  Send(third, {told}, 2);
+  config_ = GroupConfig();
+  EXPECT_EQ(engine_.log(third).close_reason(), kOutcomeChanged);
+}
+
+TEST_F(RestoredTest, WhoHasLeftIsKnownFromOthers) {
+  const StreamId first = Return(0, {2}), second = Return(1, {2});
+  Send(first, {}, 0, {Sum("s", 4)});
+  Send(second, {}, 1, {Sum("s", 4)});
+  const auto outcome = engine_.Outcome(second, Sum("s", 4));
+  EXPECT_EQ(ReasonOf(*outcome), "");
+  EXPECT_THAT(outcome->missing_ranks, ElementsAre(2));
+  EXPECT_THAT(engine_.log(second).joined->membership.left_ranks, ElementsAre(2));
+  const StreamId back = Return(2);  // A successor that the others had not heard of.
+  EXPECT_FALSE(engine_.log(back).closed);
+}
+
+TEST_F(RestoredTest, ANewRunGivesWayToOneInWhichRoundsHaveEnded) {
+  const StreamId reborn = Enter(engine_, 1, 0, 0);
+  ASSERT_NE(engine_.log(reborn).joined->run_id, kRun);
+  const StreamId first = Return(0);
+  EXPECT_FALSE(engine_.log(first).closed);
+  EXPECT_EQ(engine_.log(reborn).joined->run_id, kRun) << "it is told so";
+  Return(2);
+  EXPECT_EQ(engine_.View().summary.present, 3u);
+  core::Join stranger = testing::MakeJoin(2, 3);
+  stranger.run_id = kRun + 1;
+  stranger.incarnation = 1;
+  EXPECT_EQ(engine_.log(engine_.Join(stranger)).close_reason(), kRunSuperseded);
+}
+
+TEST_F(RestoredTest, AWorkerWithoutAnOutcomeBelongsToAnyRun) {
+  Return(0);
+  core::Join join = testing::MakeJoin(1, 3);
+  join.run_id = kRun + 1;
+  join.incarnation = 1;
+  join.without_outcome = true;
+  const StreamId second = engine_.Join(join);
+  EXPECT_FALSE(engine_.log(second).closed);
+  EXPECT_EQ(engine_.log(second).joined->run_id, kRun);
+}
+
+TEST_F(RestoredTest, IncarnationsGrowThoughTheClockIsBehind) {
+  const uint64_t later = static_cast<uint64_t>(absl::ToUnixMicros(engine_.now())) + 1'000'000'000;
+  Enter(engine_, 0, kRun, later);
+  const StreamId reborn = Enter(engine_, 1, 0, 0);
+  EXPECT_GT(engine_.log(reborn).joined->incarnation, later);
+}
+
+TEST(MemoryTest, EachGroupOfEachProcessHasAnotherName) {
+  const auto memory_of = [](uint64_t instance, const char* group) {
+    Coordinator coordinator(Limits(), instance);
+    FrameReceived frame;
+    frame.stream = 1;
+    frame.join = testing::MakeJoin(0, 1);
+    frame.join->id.group = group;
+    for (const Effect& effect : coordinator.On(frame, absl::FromUnixSeconds(1))) {
+      if (const auto* joined = std::get_if<SendJoined>(&effect)) return joined->memory;
+    }
+    return uint64_t{0};
+  };
+  EXPECT_NE(memory_of(1, "g"), memory_of(2, "g"));
+  EXPECT_NE(memory_of(1, "g"), 0u);
+  EXPECT_EQ(memory_of(0, "g"), 0u);
+}
+
+}  // namespace
+}  // namespace syncbn::core
