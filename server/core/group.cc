@@ -11,10 +11,8 @@
 namespace syncbn::core {
 namespace {
 
-// Incarnations that an earlier master of the run gave out are smaller than the time in microseconds. A new run may turn
-// out to be one of an earlier master.
-uint64_t IncarnationFloor(const Join& join, uint64_t memory, absl::Time now) {
-  if (join.run_id == 0 && memory == 0) return 0;
+// Returns what incarnations that an earlier master of the run gave out are smaller than: the time in microseconds.
+uint64_t IncarnationFloor(absl::Time now) {
   return static_cast<uint64_t>(std::max<int64_t>(absl::ToUnixMicros(now), 0));
 }
 
@@ -52,7 +50,7 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, uint6
       resumed_(join.run_id != 0),
       config_(filled),
       limits_(limits),
-      members_(join.world_size, IncarnationFloor(join, memory, now)),
+      members_(join.world_size, resumed_ ? IncarnationFloor(now) : 0),
       layers_(limits),
       rounds_(id_, config_, limits, members_, layers_),
       linger_until_(now + limits.group_linger) {
@@ -61,8 +59,13 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, uint6
 
 // ---- Joining --------------------------------------------------------------------------------------------------------
 
-bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, absl::Time now, Effects& effects) {
+bool Group::OnJoin(StreamId stream, const Join& asked, const GroupConfig& filled, absl::Time now, Effects& effects) {
   rounds_.BeginTurn();
+  Join join = asked;
+  if (join.without_outcome && join.run_id != run_id_ && join.run_id != over_run_id_) {
+    // Nothing has happened to it in its run, in which it had its incarnation. It is a new worker in this one.
+    join.run_id = join.incarnation = 0;
+  }
   auto error = CheckJoin(join, filled);
   if (!error.has_value()) error = layers_.CheckSpecs(join.layers);
   if (error.has_value()) {
@@ -76,7 +79,7 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
   }
   const bool comes_back = join.run_id != 0;
   const bool with_history = comes_back && !join.without_outcome;
-  if (with_history && join.run_id != run_id_) AdoptRun(join.run_id, effects);
+  if (comes_back && join.run_id != run_id_) AdoptRun(join.run_id, now, effects);
   resumed_ = resumed_ || comes_back;
   continues_ = continues_ || with_history;
   const bool others_left = AdoptLeft(join);
@@ -94,9 +97,10 @@ bool Group::OnJoin(StreamId stream, const Join& join, const GroupConfig& filled,
 
 std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& filled) const {
   const bool other_run = join.run_id != 0 && join.run_id != run_id_;
-  const bool compatible =
-      join.incarnation != 0 && join.run_id != over_run_id_ && (join.without_outcome || !HasHistory());
-  if (other_run && !compatible) return WrongRunError(join, run_id_);
+  // One that claims a rank of which a later life has been here is over.
+  const bool adopts = join.incarnation != 0 && join.run_id != over_run_id_ && !HasHistory() &&
+                      members_[join.rank].state == MemberState::kAbsent;
+  if (other_run && !adopts) return WrongRunError(join, run_id_);
   if (join.world_size != members_.world_size()) {
     return ConfigMismatchError(join, "world_size", join.world_size, members_.world_size());
   }
@@ -114,10 +118,13 @@ void Group::SendJoinedTo(Rank rank, Effects& effects) const {
       SendJoined{member.stream, kProtocolVersion, member.incarnation, run_id_, config_, members_.Snapshot(), memory_});
 }
 
-void Group::AdoptRun(uint64_t run_id, Effects& effects) {
+void Group::AdoptRun(uint64_t run_id, absl::Time now, Effects& effects) {
   run_id_ = run_id;
+  members_.RaiseFloor(IncarnationFloor(now));
   for (Rank rank = 0; rank < members_.world_size(); ++rank) {
-    if (members_[rank].state == MemberState::kPresent) SendJoinedTo(rank, effects);
+    if (members_[rank].state != MemberState::kPresent) continue;
+    members_.Renumber(rank);
+    SendJoinedTo(rank, effects);
   }
 }
 

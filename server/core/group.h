@@ -51,7 +51,7 @@ class Group {
   void NoteOver(uint64_t run_id) { over_run_id_ = run_id; }
 
   // Admits the worker, or refuses it by closing the stream. Returns whether it was admitted.
-  bool OnJoin(StreamId stream, const Join& join, const GroupConfig& filled, absl::Time now, Effects& effects);
+  bool OnJoin(StreamId stream, const Join& asked, const GroupConfig& filled, absl::Time now, Effects& effects);
   // Handles a member's frame, except for its join.
   void OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now, Effects& effects);
   void OnStreamClosed(StreamId stream, absl::Time now, Effects& effects);
@@ -88,7 +88,8 @@ class Group {
   // Returns whether a round may have ended in the group's run. Otherwise the run of a worker that comes back is as
   // good, and better if a round has ended in that.
   bool HasHistory() const { return continues_ || rounds_.completed() != 0; }
-  void AdoptRun(uint64_t run_id, Effects& effects);
+  // Takes another run than the group was in. Its members have incarnations of that run from now on.
+  void AdoptRun(uint64_t run_id, absl::Time now, Effects& effects);
   void SendJoinedTo(Rank rank, Effects& effects) const;
   // Takes the word of a worker that comes back for ranks that have left. Returns whether there were any.
   bool AdoptLeft(const Join& join);

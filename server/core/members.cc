@@ -76,8 +76,7 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
   Detach(join.rank);
   if (seated.reborn) {
     member.has_contributed = false;
-    member.incarnation =
-        join.incarnation != 0 ? join.incarnation : std::max(member.incarnation, incarnation_floor_) + 1;
+    member.incarnation = join.incarnation != 0 ? join.incarnation : NextIncarnation(join.rank);
   }
   member.state = MemberState::kPresent;
   member.stream = stream;
@@ -94,7 +93,6 @@ bool Members::AdoptLeft(Rank rank) {
   Member& member = members_[rank];
   if (member.state != MemberState::kAbsent) return false;
   member.state = MemberState::kLeft;
-  member.incarnation = 1;  // The least that it can have had: a successor that an earlier master let in is greater.
   layer_set_errors_.erase(rank);
   ++left_;
   return true;
@@ -217,7 +215,7 @@ void Members::CheckInvariants() const {
     }
     SYNCBN_CHECK(is_lost || !member.given_up, "rank ", rank);
     SYNCBN_CHECK(is_present || (!member.lags && member.blocked_on.empty()), "rank ", rank);
-    SYNCBN_CHECK((member.state == MemberState::kAbsent) == (member.incarnation == 0), "rank ", rank);
+    SYNCBN_CHECK(!(is_present || is_lost) || member.incarnation != 0, "rank ", rank);
     present += is_present;
     left += member.state == MemberState::kLeft;
     given_up += member.given_up;

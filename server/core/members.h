@@ -9,6 +9,7 @@
 #ifndef SYNCBN_SERVER_CORE_MEMBERS_H_
 #define SYNCBN_SERVER_CORE_MEMBERS_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -26,7 +27,7 @@ namespace syncbn::core {
 struct Member {
   MemberState state = MemberState::kAbsent;
   StreamId stream = 0;       // While present.
-  uint64_t incarnation = 0;  // The newest; 0 before the first.
+  uint64_t incarnation = 0;  // The newest; 0 before the first that was here.
   std::string description;
   uint64_t contributions = 0;
   uint64_t last_arrivals = 0;  // Completed rounds to which it was the last to contribute.
@@ -73,6 +74,10 @@ class Members {
     bool reborn = false;                   // A new incarnation.
     bool predecessor_contributed = false;  // The rank had contributed, in the incarnation that ends here.
   };
+  // New incarnations are greater than this from now on.
+  void RaiseFloor(uint64_t floor) { incarnation_floor_ = std::max(incarnation_floor_, floor); }
+  // Gives the rank a new incarnation, though it is the same worker.
+  void Renumber(Rank rank) { members_[rank].incarnation = NextIncarnation(rank); }
   // Takes an earlier master's word that a rank has left, of which nothing is known here. Returns whether that is news.
   bool AdoptLeft(Rank rank);
   // Connects the rank by the stream. CheckClaim has found nothing against it.
@@ -111,6 +116,7 @@ class Members {
 
   // Ends what the rank's state implies: its stream, its grace, its block.
   void Detach(Rank rank);
+  uint64_t NextIncarnation(Rank rank) const { return std::max(members_[rank].incarnation, incarnation_floor_) + 1; }
   void SetCatchingUp(Rank rank, bool catching_up);
 
   std::vector<Member> members_;  // By rank.

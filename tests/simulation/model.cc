@@ -241,8 +241,8 @@ void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
 }
 
 bool Model::MayRepeat(Rank rank, absl::Time now) const {
-  const bool joins_anew =
-      frame_ != nullptr && frame_->join.has_value() && frame_->join->rank == rank && frame_->join->incarnation == 0;
+  const bool joins_anew = frame_ != nullptr && frame_->join.has_value() && frame_->join->rank == rank &&
+                          frame_->join->incarnation == 0 && WhyRefused(*frame_->join).empty();
   if (joins_anew) return false;
   const auto member = members_.find(rank);
   if (member == members_.end() || (member->second.incarnation == 0 && !member->second.left)) return true;
@@ -315,13 +315,16 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
   if (frame_ != nullptr && frame_->join.has_value() && SeatOf(joined.stream).has_value()) {
     // Its group goes on with the run of the one that joins.
     if (joined.run_id != frame_->join->run_id) Violate(absl::StrCat("stream ", joined.stream, " is told another run"));
-    if (joined.incarnation != members_[*SeatOf(joined.stream)].incarnation) Violate("a member becomes another");
+    Member& member = members_[*SeatOf(joined.stream)];
+    uint64_t& greatest = incarnations_[{joined.run_id, *SeatOf(joined.stream)}];
+    if (joined.incarnation <= std::max(greatest, member.incarnation)) Violate("an incarnation of the run comes again");
+    greatest = member.incarnation = joined.incarnation;
     return;
   }
   if (joined.stream != sender_.stream || frame_ == nullptr || !frame_->join.has_value() || !Open(joined.stream)) {
     return Violate(absl::StrCat("stream ", joined.stream, " is told joined, and has not asked"));
   }
-  const core::Join& join = joining_.at(joined.stream);
+  const core::Join join = AsNew(joining_.at(joined.stream));
   CheckRunOf(joined, join);
   if (Intrudes(join)) Violate(absl::StrCat("rank ", join.rank, " is seated with other layers"));
   refused_.erase(join.rank);
@@ -353,15 +356,11 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
 void Model::CheckRunOf(const core::SendJoined& joined, const core::Join& join) {
   const bool with_history = join.run_id != 0 && !join.without_outcome;
   if (run_id_ == 0) run_id_ = joined.run_id;
-  if (with_history ? joined.run_id != join.run_id : joined.run_id != run_id_) Violate("a join into another run");
+  if (join.run_id != 0 ? joined.run_id != join.run_id : joined.run_id != run_id_) Violate("a join into another run");
   if (joined.run_id != run_id_) {
     if (continues_ || completions_ != 0 || join.run_id == over_run_id_) Violate("a run gives way to another");
     ++tally_.adopted;
     run_id_ = joined.run_id;
-    for (const auto& [rank, member] : members_) {
-      uint64_t& greatest = incarnations_[{run_id_, rank}];
-      greatest = std::max(greatest, member.incarnation);
-    }
   }
   resumed_ = resumed_ || join.run_id != 0;
   continues_ = continues_ || with_history;
@@ -421,12 +420,20 @@ void Model::CheckRefusedJoin(const core::CloseStream& close) {
   }
 }
 
-std::string Model::WhyRefused(const core::Join& join) const {
+core::Join Model::AsNew(core::Join join) const {
+  const bool other = join.run_id != 0 && join.run_id != run_id_ && run_id_ != 0 && join.run_id != over_run_id_;
+  if (other && join.without_outcome) join.run_id = join.incarnation = 0;
+  return join;
+}
+
+std::string Model::WhyRefused(const core::Join& asked) const {
+  const core::Join join = AsNew(asked);
   const auto member = members_.find(join.rank);
   if (shutting_down_) return "SHUTTING_DOWN";
   const bool history = continues_ || completions_ != 0;
-  const bool compatible = join.incarnation != 0 && join.run_id != over_run_id_ && (join.without_outcome || !history);
-  if (join.run_id != 0 && join.run_id != run_id_ && !compatible) return "RUN_SUPERSEDED";
+  const bool absent = member == members_.end() || (member->second.incarnation == 0 && !member->second.left);
+  const bool adopts = join.incarnation != 0 && join.run_id != over_run_id_ && !history && absent;
+  if (join.run_id != 0 && join.run_id != run_id_ && !adopts) return "RUN_SUPERSEDED";
   if (member == members_.end() || join.incarnation == member->second.incarnation) return "";
   if (join.incarnation != 0 && join.incarnation < member->second.incarnation) return "FENCED";
   return member->second.stream != 0 ? "RANK_TAKEN" : "";
@@ -763,15 +770,18 @@ Model::Merged Model::Merge(const RoundKey& key, const HeldParts& parts, int64_t 
 }
 
 void Model::UpdateRunning(const RoundKey& key, const Merged& merged) {
+  Running& running = running_[key.layer];
+  const bool later = key.sequence >= settings_.redeclared_at.value_or(UINT64_MAX);
+  running.mixed = running.mixed || (running.any_later && !later);
+  running.any_later = running.any_later || later;
   if (merged.count == 0) return;
   const core::LayerSpec& spec = settings_.LayerOf(key);
-  Running& running = running_[key.layer];
   // Begun anew with another number of channels; what comes late from before does not count.
   if (!running.mean.empty() && running.mean.size() != spec.channels) {
     running.mixed = running.mixed || running.later;
-    running = Running{{}, {}, 0, false, running.mixed};
+    running = Running{{}, {}, 0, false, running.mixed, running.any_later};
   }
-  running.later = key.sequence >= settings_.redeclared_at.value_or(UINT64_MAX);
+  running.later = later;
   running.mean.resize(spec.channels, 0.0L);
   running.var.resize(spec.channels, 1.0L);
   ++running.updates;

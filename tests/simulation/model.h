@@ -84,8 +84,9 @@ class Model {
     std::vector<long double> mean;
     std::vector<long double> var;
     uint64_t updates = 0;
-    bool later = false;  // They belong to the layer as it was declared anew.
-    bool mixed = false;  // An earlier size has come after the later one: which of them counts is a matter of order.
+    bool later = false;      // They belong to the layer as it was declared anew.
+    bool mixed = false;      // An earlier size has come after the later one: which of them counts is a matter of order.
+    bool any_later = false;  // A round of the later size has completed, be it one of empty batches.
   };
   // The merge of a round's contributions, as it should be.
   struct Merged {
@@ -135,7 +136,9 @@ class Model {
   // Returns true if some workers have declared the layer anew and others have not, and no round of it has completed.
   bool MayDisagree(const std::string& layer) const;
   // Why it is refused, whatever its layers are; empty if it is not.
-  std::string WhyRefused(const core::Join& join) const;
+  std::string WhyRefused(const core::Join& asked) const;
+  // A worker that has been told no outcome in another run is a new one in this run.
+  core::Join AsNew(core::Join join) const;
   void CheckRefusedJoin(const core::CloseStream& close);
   void CheckOutcomes();
   void CheckTold();

@@ -27,7 +27,7 @@ void World::RestartMaster() {
   if (settings_.only_masters_die && std::any_of(lives_.begin(), lives_.end(), has_left)) return;
   ++report_.master_restarts;
   model_->CheckStatistics(master_->coordinator());
-  const bool orderly = random_.Chance(settings_.only_masters_die ? 0.1 : 0.5);
+  const bool orderly = !settings_.only_masters_die && random_.Chance(0.5);
   Log(orderly ? "the master shuts down" : "the master crashes");
   if (orderly) {
     model_->BeforeShutdown();

@@ -159,7 +159,7 @@ void World::Apply(size_t index, const session::Connect& connect) {
   streams_.back().life = index;
   streams_.back().master = up ? masters_ : 0;
   const core::StreamId id = lives_[index].stream = streams_.size();
-  const bool lost = now_ < kFaultsEnd && random_.Chance(0.02);
+  const bool lost = now_ < kFaultsEnd && !settings_.only_masters_die && random_.Chance(0.02);
   if (up && !lost) return Schedule(now_ + Delay(), Kind::kStreamUp, id);
   streams_.back().dead = true;
   using Cause = session::Break::Cause;
