@@ -28,8 +28,26 @@ void RunningStatistics::Include(uint64_t sequence) {
   }
 }
 
+void RunningStatistics::Expect(uint64_t sequence) {
+  if (!Includes(sequence)) expected_.insert(sequence);
+}
+
+std::optional<MissingRounds> RunningStatistics::Missing() const {
+  if (expected_.empty()) return missing_;
+  const uint64_t least = *expected_.begin();
+  MissingRounds missing;
+  if (least != 0) missing.after = least - 1;
+  missing.before = *expected_.rbegin() + 1;
+  if (missing_.has_value()) {
+    missing.after = std::min(missing.after, missing_->after);  // None is the least.
+    missing.before = std::max(missing.before, missing_->before);
+  }
+  return missing;
+}
+
 bool RunningStatistics::Observe(const DeclarationPtr& declaration, const RoundOutcome& forward) {
   const uint64_t sequence = forward.key.sequence;
+  expected_.erase(sequence);
   if (Includes(sequence)) {
     connected_ = true;
     return true;
@@ -42,6 +60,7 @@ bool RunningStatistics::Observe(const DeclarationPtr& declaration, const RoundOu
     var_.clear();
     updates_ = 0;
     missing_.reset();
+    expected_.clear();
   }
   Include(sequence);
   if (forward.count == 0) return true;
@@ -72,7 +91,7 @@ void RunningStatistics::Update(const LayerSpec& spec, const RoundOutcome& forwar
 RunningStatisticsView RunningStatistics::View(const LayerSpec& spec) const {
   RunningStatisticsView view;
   if (declaration_ != nullptr && declaration_->spec.channels == spec.channels) {
-    view = {mean_, var_, updates_, missing_};
+    view = {mean_, var_, updates_, Missing()};
   } else if (spec.kind == LayerKind::kBatchNorm) {
     view.mean.assign(spec.channels, 0.0);
     view.var.assign(spec.channels, 1.0);
@@ -95,7 +114,7 @@ std::optional<LayerState> RunningStatistics::State() const {
   state.newest_sequence = newest_;
   state.recent.assign(recent_.begin() + oldest_, recent_.end());
   state.recent.insert(state.recent.end(), recent_.begin(), recent_.begin() + oldest_);
-  state.missing = missing_;
+  state.missing = Missing();
   return state;
 }
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "absl/container/btree_set.h"
 #include "server/core/state.h"
 #include "server/core/types.h"
 #include "server/core/views.h"
@@ -26,6 +27,10 @@ class RunningStatistics {
   // number of channels since.
   bool Observe(const DeclarationPtr& declaration, const RoundOutcome& forward);
 
+  // A forward round ended under an earlier master. Unless it is counted, it is missing until it is observed, which it
+  // is once its contributors have repeated what they had sent.
+  void Expect(uint64_t sequence);
+
   // The statistics of a layer with this spec: those of before the first update where they are of another size.
   RunningStatisticsView View(const LayerSpec& spec) const;
   // Returns the newest sequence that was observed; nothing before the first.
@@ -41,6 +46,8 @@ class RunningStatistics {
  private:
   bool Includes(uint64_t sequence) const;
   void Include(uint64_t sequence);
+  // Returns missing_, widened by what is expected.
+  std::optional<MissingRounds> Missing() const;
   // The variance that goes in is M2/(N-1), or M2/N if the layer says so; at count 1 the former has no value and the
   // running variance stays.
   void Update(const LayerSpec& spec, const RoundOutcome& forward);
@@ -54,6 +61,7 @@ class RunningStatistics {
   std::vector<uint64_t> recent_;  // A ring of the newest kRecentRounds sequences; the oldest is at `oldest_`.
   size_t oldest_ = 0;
   std::optional<MissingRounds> missing_;
+  absl::btree_set<uint64_t> expected_;  // Sequences, until they are observed.
   // No round can be missing before the next one: the statistics began with this master, or a round that was counted
   // under an earlier one has completed again, and workers give again all that came after it.
   bool connected_ = true;
