@@ -278,9 +278,9 @@ class MasterServer::Impl {
   bool Probe() {
     absl::MutexLock lock(&mutex_);
     if (!serving_) return true;
+    if (!loop_.Probe()) return false;
     const uint64_t turns = acceptor_->turns();
-    const bool accepts = turns != std::exchange(turns_, turns);
-    return loop_.Probe() && accepts;
+    return turns != std::exchange(turns_, turns);
   }
 
   void Shutdown(absl::Duration grace) {
@@ -314,7 +314,7 @@ class MasterServer::Impl {
   int port_ = 0;
   absl::Mutex mutex_;
   bool serving_ ABSL_GUARDED_BY(mutex_) = false;
-  uint64_t turns_ ABSL_GUARDED_BY(mutex_) = 0;  // The acceptor's, at the last probe.
+  uint64_t turns_ ABSL_GUARDED_BY(mutex_) = 0;  // The acceptor's, when the loop last answered a probe.
 };
 
 absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options options) {

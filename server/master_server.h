@@ -117,7 +117,7 @@ class MasterServer {
   size_t workers() const;
 
   // Asks the threads of the master for a sign of life. Returns whether they have given the one that the call before
-  // asked for; true at first, and after Shutdown.
+  // asked for; a call too soon after it returns false. True after Shutdown.
   bool Probe();
 
   // Reads certificate, key and trusted CA again, for connections to come; open ones keep theirs.

@@ -74,7 +74,7 @@ def test_the_master_of_a_worker_without_a_target_refuses_others():
     with syncbn.Worker(rank=0, world_size=1) as worker:
         assert worker.all_reduce("sum", [1.0]) == [1.0]
         with pytest.raises(syncbn.Unauthenticated) as caught:
-            syncbn.Worker(worker.target, "strangers", 0, 1, token="a guess")
+            syncbn.Worker(worker.target, "strangers", 0, 1, token="a-guess")
         assert caught.value.reason == "TOKEN_MISMATCH"
         # Another process knows the target at most.
         source = f"import syncbn; syncbn.Worker({worker.target!r}, 'strangers', 0, 1)"
