@@ -127,24 +127,26 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 
 function drawLatency(canvas, history) {
   const context = canvas.getContext("2d");
-  const { width, height } = canvas;
-  context.clearRect(0, 0, width, height);
+  const ratio = devicePixelRatio || 1;  // Text keeps its size whatever the width of the page.
+  const width = canvas.width = Math.round((canvas.clientWidth || 960) * ratio);
+  const height = canvas.height = Math.round((canvas.clientHeight || 180) * ratio);
+  const font = `${Math.round(13 * ratio)}px system-ui, sans-serif`;
   const known = history.filter((h) => h !== null);
   if (known.length === 0) {
-    context.font = "20px system-ui, sans-serif";
+    context.font = font;
     context.fillStyle = color("--dim");
     context.fillText("No rounds since this page was opened.", 12, height / 2);
     canvas.setAttribute("aria-label", "No rounds have completed since this page was opened.");
     return;
   }
   const top = Math.max(...known.map((h) => h.p99), 1e-4) * 1.15;
-  const y = (value) => height - 4 - (value / top) * (height - 26);
-  context.font = "20px system-ui, sans-serif";
+  const y = (value) => height - 4 * ratio - (value / top) * (height - 22 * ratio);
+  context.font = font;
   context.fillStyle = color("--dim");
-  context.fillText(show(top / 1.15), 6, 20);
+  context.fillText(show(top / 1.15), 6 * ratio, 15 * ratio);
   for (const [name, variable] of [["p99", "--tail"], ["p50", "--accent"]]) {
     context.strokeStyle = color(variable);
-    context.lineWidth = 3;
+    context.lineWidth = 2 * ratio;
     context.beginPath();
     let pen = false;
     history.forEach((h, i) => {
