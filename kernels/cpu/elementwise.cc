@@ -20,21 +20,51 @@ struct Segment {
   int64_t first = 0;
   int64_t size = 0;
   int64_t entry = 0;
+  int64_t end = 0;  // Elements before it may be read: behind it another thread may be writing, since y may be x.
+
+  bool CanRead(int64_t i) const { return first + i + kLanes <= end; }
 };
 
-// The next segment of [at, end).
-HWY_INLINE Segment NextSegment(const ElementwisePlan& plan, int64_t at, int64_t end) {
-  Segment segment;
-  segment.first = at;
-  if (plan.repeat == 1) {
-    segment.entry = at % plan.period;
-    segment.size = std::min(end - at, plan.period - segment.entry);
-  } else {
-    segment.entry = at / plan.repeat % plan.period;
-    segment.size = std::min(end - at, plan.repeat - at % plan.repeat);
+// Goes through the segments of consecutive elements. Only the start divides: a segment of a small plane takes little
+// longer than a division.
+class Segments {
+ public:
+  HWY_INLINE Segments(const ElementwisePlan& plan, int64_t begin) : plan_(plan), at_(begin) {
+    if (plan.repeat == 1) {
+      entry_ = begin % plan.period;
+      left_ = plan.period - entry_;
+    } else {
+      entry_ = begin / plan.repeat % plan.period;
+      left_ = plan.repeat - begin % plan.repeat;
+    }
   }
-  return segment;
-}
+
+  int64_t at() const { return at_; }
+
+  // The next one, or as much of it as lies before `end`.
+  HWY_INLINE Segment Next(int64_t end) {
+    const Segment segment = {at_, std::min(end - at_, left_), entry_, end};
+    at_ += segment.size;
+    left_ -= segment.size;
+    if (plan_.repeat == 1) {
+      entry_ += segment.size;
+      if (left_ == 0) {
+        entry_ = 0;
+        left_ = plan_.period;
+      }
+    } else if (left_ == 0) {
+      entry_ = entry_ + 1 == plan_.period ? 0 : entry_ + 1;
+      left_ = plan_.repeat;
+    }
+    return segment;
+  }
+
+ private:
+  const ElementwisePlan& plan_;
+  int64_t at_;
+  int64_t entry_;
+  int64_t left_;  // Elements of the segment that at_ is in.
+};
 
 // A coefficient's lanes for a group of elements: from the table, or the same for all.
 template <bool adjacent>
@@ -92,10 +122,9 @@ HWY_INLINE void ForwardSegment(const ForwardArgs& args, const Segment& segment) 
   const int64_t n = segment.size - i;
   if (n == 0) return;
   Lanes added = Zero();
-  if constexpr (residual) added = Load<type>(r + i * kSize, n);
-  Store<type>(
-      Normalize<residual, relu>(Load<type>(x + i * kSize, n), mean.At(i, n), scale.At(i, n), shift.At(i, n), added),
-      y + i * kSize, n);
+  if constexpr (residual) added = LoadPart<type>(r + i * kSize, n, segment.CanRead(i));
+  const Lanes last = LoadPart<type>(x + i * kSize, n, segment.CanRead(i));
+  Store<type>(Normalize<residual, relu>(last, mean.At(i, n), scale.At(i, n), shift.At(i, n), added), y + i * kSize, n);
 }
 
 // Taken from the stored outputs: a positive value may have been rounded to 0.
@@ -111,14 +140,14 @@ template <DataType type, bool adjacent, bool residual, bool relu>
 void ForwardLoop(const ForwardArgs& args, int64_t unit) {
   constexpr int64_t kTile = 2048;  // The mask is made while the outputs are in the first-level cache.
   const Range elements = args.plan.ElementsOf(unit);
-  for (int64_t begin = elements.begin; begin < elements.end; begin += kTile) {
-    const int64_t end = std::min(begin + kTile, elements.end);
-    for (int64_t at = begin; at < end;) {
-      const Segment segment = NextSegment(args.plan, at, end);
-      ForwardSegment<type, adjacent, residual, relu>(args, segment);
-      at += segment.size;
-    }
-    if (relu && args.epilogue.relu_mask != nullptr) WriteMask<type>(args.y, {begin, end}, args.epilogue.relu_mask);
+  const bool masks = relu && args.epilogue.relu_mask != nullptr;
+  const int64_t tile = masks ? kTile : elements.size();
+  Segments segments(args.plan, elements.begin);
+  while (segments.at() < elements.end) {
+    const int64_t begin = segments.at();
+    const int64_t end = std::min(begin + tile, elements.end);
+    while (segments.at() < end) ForwardSegment<type, adjacent, residual, relu>(args, segments.Next(end));
+    if (masks) WriteMask<type>(args.y, {begin, end}, args.epilogue.relu_mask);
   }
 }
 
@@ -162,11 +191,11 @@ class BackwardSegment {
   static constexpr int64_t kSize = Element<type>::kSize;
 
   template <bool whole>
-  static HWY_INLINE Lanes Read(const uint8_t* p, int64_t n) {
+  static HWY_INLINE Lanes Read(const uint8_t* p, int64_t n, bool readable) {
     if constexpr (whole) {
       return Load<type>(p);
     } else {
-      return Load<type>(p, n);
+      return LoadPart<type>(p, n, readable);
     }
   }
 
@@ -192,8 +221,8 @@ class BackwardSegment {
   HWY_INLINE void Group(int64_t i, int64_t n) const {
     const int64_t index = segment_.first + i;
     const int64_t offset = index * kSize;
-    const Lanes x = Read<whole>(args_.x + offset, n);
-    Lanes dy = Read<whole>(args_.dy + offset, n);
+    const Lanes x = Read<whole>(args_.x + offset, n, segment_.CanRead(i));
+    Lanes dy = Read<whole>(args_.dy + offset, n, segment_.CanRead(i));
     if constexpr (gate == Gate::kRecompute) {
       const ForwardLanes forward = {At<whole>(forward_mean_, i, n), At<whole>(forward_scale_, i, n),
                                     At<whole>(forward_shift_, i, n)};
@@ -217,10 +246,9 @@ class BackwardSegment {
 template <DataType type, bool adjacent, Gate gate>
 void BackwardLoop(const BackwardArgs& args, int64_t unit) {
   const Range elements = args.plan.ElementsOf(unit);
-  for (int64_t at = elements.begin; at < elements.end;) {
-    const Segment segment = NextSegment(args.plan, at, elements.end);
-    BackwardSegment<type, adjacent, gate>(args, segment).Run();
-    at += segment.size;
+  Segments segments(args.plan, elements.begin);
+  while (segments.at() < elements.end) {
+    BackwardSegment<type, adjacent, gate>(args, segments.Next(elements.end)).Run();
   }
 }
 

@@ -291,8 +291,66 @@ struct Element<DataType::kFloat16> {
 #endif
 };
 
+// Eight bfloat16 at once: where a vector has twice as many floats as doubles, the conversion of one part would use half
+// of it.
+using DF8 = hn::CappedTag<float, kLanes>;
+constexpr size_t kFloats = hn::MaxLanes(DF8());  // In one vector of them: as many as doubles, or twice as many.
+
+template <class Floats = DF8>
+HWY_INLINE Lanes LoadBFloat16(const uint8_t* p) {
+  using Bits = hn::Repartition<uint32_t, Floats>;
+  Lanes r;
+  for (size_t i = 0; i < kLanes / kFloats; ++i) {
+    const auto upper = hn::PromoteTo(Bits(), LoadBytes<hn::Rebind<uint16_t, Floats>>(p + i * kFloats * 2));
+    const auto v = hn::BitCast(Floats(), hn::ShiftLeft<16>(upper));
+    if constexpr (kFloats == kWide) {
+      r.part[i] = hn::PromoteTo(D(), v);
+    }
+#if HWY_TARGET != HWY_SCALAR  // Which has no halves.
+    else {
+      r.part[2 * i] = hn::PromoteTo(D(), hn::LowerHalf(v));
+      r.part[2 * i + 1] = hn::PromoteTo(D(), hn::UpperHalf(DF(), v));
+    }
+#endif
+  }
+  return r;
+}
+
+// Rounds to float first, and from there to the nearest even bfloat16. That differs from rounding once only where the
+// float lies half way between two bfloat16, so those lanes (and NaN, which the addition might carry into the sign) are
+// stored the slow way.
+template <class Floats = DF8>
+HWY_INLINE void StoreBFloat16(const Lanes& v, uint8_t* p) {
+  using Bits = hn::Repartition<uint32_t, Floats>;
+  const Bits du;
+  for (size_t i = 0; i < kLanes / kFloats; ++i) {
+    hn::Vec<Floats> single;
+    if constexpr (kFloats == kWide) {
+      single = ToFloat(v.part[i]);
+    }
+#if HWY_TARGET != HWY_SCALAR
+    else {
+      single = hn::Combine(Floats(), ToFloat(v.part[2 * i + 1]), ToFloat(v.part[2 * i]));
+    }
+#endif
+    const auto bits = hn::BitCast(du, single);
+    const auto half_way = hn::Eq(hn::ShiftLeft<16>(bits), hn::Set(du, 0x80000000u));
+    const auto not_a_number = hn::RebindMask(du, hn::Ne(single, single));
+    if (HWY_UNLIKELY(!hn::AllFalse(du, hn::Or(half_way, not_a_number)))) {
+      for (size_t j = i * (kFloats / kWide); j < (i + 1) * (kFloats / kWide); ++j) {
+        Element<DataType::kBFloat16>::Store(v.part[j], p + j * kWide * 2);
+      }
+      continue;
+    }
+    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Set(du, 0x8000u)));
+    StoreBytes<hn::Rebind<uint16_t, Floats>>(hn::TruncateTo(hn::Rebind<uint16_t, Floats>(), rounded),
+                                             p + i * kFloats * 2);
+  }
+}
+
 template <DataType type>
 HWY_INLINE Lanes Load(const uint8_t* p) {
+  if constexpr (type == DataType::kBFloat16) return LoadBFloat16(p);
   Lanes r;
   SYNCBN_FOR_PARTS(i) r.part[i] = Element<type>::Load(p + i * kWide * Element<type>::kSize);
   return r;
@@ -306,8 +364,16 @@ HWY_INLINE Lanes Load(const uint8_t* p, int64_t n) {
   return Load<type>(buffer);
 }
 
+// Loads a group of which n lanes count. Where all eight elements are the tensor's, they are loaded at once, and the
+// other lanes have its next elements; else 0: to gather a few elements costs as much as several whole groups.
+template <DataType type>
+HWY_INLINE Lanes LoadPart(const uint8_t* p, int64_t n, bool readable) {
+  return readable ? Load<type>(p) : Load<type>(p, n);
+}
+
 template <DataType type>
 HWY_INLINE void Store(const Lanes& v, uint8_t* p) {
+  if constexpr (type == DataType::kBFloat16) return StoreBFloat16(v, p);
   SYNCBN_FOR_PARTS(i) Element<type>::Store(v.part[i], p + i * kWide * Element<type>::kSize);
 }
 

@@ -38,6 +38,7 @@ struct ReductionPlan {
   int64_t chunks_per_split = 1;
   int64_t block = 1;  // Counters in a unit.
 
+  int64_t end_element() const { return first_element + rows * width * columns; }
   int64_t column_chunks() const;
   int64_t chunks() const;
   int64_t splits() const;

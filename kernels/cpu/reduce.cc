@@ -18,20 +18,21 @@ namespace syncbn::kernels::cpu::HWY_NAMESPACE {
 namespace {
 
 // Groups of eight elements at a fixed distance: consecutive ones of one channel, or the same eight channels of
-// consecutive rows. `lanes` < 8 of each group count; the other lanes read as 0, and are no part of the result.
+// consecutive rows. `lanes` < 8 of each group count; the other lanes are no part of the result.
 struct Run {
   int64_t first = 0;   // The first group's first element, from the tensor's start.
   int64_t stride = 0;  // In elements.
   int64_t groups = 0;
   int64_t lanes = kLanes;
+  bool readable = true;  // All eight elements of each group are in the tensor.
 };
 
 template <DataType type, bool whole>
-HWY_INLINE Lanes LoadGroup(const uint8_t* p, int64_t lanes) {
+HWY_INLINE Lanes LoadGroup(const uint8_t* p, const Run& run) {
   if constexpr (whole) {
     return Load<type>(p);
   } else {
-    return Load<type>(p, lanes);
+    return LoadPart<type>(p, run.lanes, run.readable);
   }
 }
 
@@ -65,13 +66,13 @@ HWY_INLINE void AddDeviations(const uint8_t* x, const Run& run, const Lanes& cen
   const uint8_t* p = x + run.first * Element<type>::kSize;
   int64_t left = run.groups;
   for (; left >= 2; left -= 2, p += 2 * step) {
-    const Lanes a = LoadGroup<type, whole>(p, run.lanes) - center;
-    const Lanes b = LoadGroup<type, whole>(p + step, run.lanes) - center;
+    const Lanes a = LoadGroup<type, whole>(p, run) - center;
+    const Lanes b = LoadGroup<type, whole>(p + step, run) - center;
     AddDeviation(Clip<whole>(a, run.lanes), &sums->first_a, &sums->second_a);
     AddDeviation(Clip<whole>(b, run.lanes), &sums->first_b, &sums->second_b);
   }
   if (left > 0) {
-    const Lanes a = LoadGroup<type, whole>(p, run.lanes) - center;
+    const Lanes a = LoadGroup<type, whole>(p, run) - center;
     AddDeviation(Clip<whole>(a, run.lanes), &sums->first_a, &sums->second_a);
   }
 }
@@ -96,14 +97,14 @@ struct ChannelLanes {
 
 // Adds dy and dy * (x - mean) of the group at element `at`.
 template <DataType type, Gate gate, bool whole>
-HWY_INLINE void AddGradient(const ReduceArgs& args, int64_t at, int64_t lanes, const ChannelLanes& channel,
+HWY_INLINE void AddGradient(const ReduceArgs& args, int64_t at, const Run& run, const ChannelLanes& channel,
                             Lanes* first, Lanes* second) {
   const int64_t offset = at * Element<type>::kSize;
-  const Lanes x = LoadGroup<type, whole>(args.x + offset, lanes);
-  const Lanes dy = PassGate<type, gate>(LoadGroup<type, whole>(args.dy + offset, lanes), x, channel.forward,
-                                        args.gate.mask, at, lanes);
-  *first = *first + Clip<whole>(dy, lanes);
-  *second = *second + Clip<whole>(dy * (x - channel.mean), lanes);
+  const Lanes x = LoadGroup<type, whole>(args.x + offset, run);
+  const Lanes dy = PassGate<type, gate>(LoadGroup<type, whole>(args.dy + offset, run), x, channel.forward,
+                                        args.gate.mask, at, run.lanes);
+  *first = *first + Clip<whole>(dy, run.lanes);
+  *second = *second + Clip<whole>(dy * (x - channel.mean), run.lanes);
 }
 
 template <DataType type, Gate gate, bool whole>
@@ -111,10 +112,10 @@ HWY_INLINE void AddGradients(const ReduceArgs& args, const Run& run, const Chann
   int64_t at = run.first;
   int64_t left = run.groups;
   for (; left >= 2; left -= 2, at += 2 * run.stride) {
-    AddGradient<type, gate, whole>(args, at, run.lanes, channel, &sums->first_a, &sums->second_a);
-    AddGradient<type, gate, whole>(args, at + run.stride, run.lanes, channel, &sums->first_b, &sums->second_b);
+    AddGradient<type, gate, whole>(args, at, run, channel, &sums->first_a, &sums->second_a);
+    AddGradient<type, gate, whole>(args, at + run.stride, run, channel, &sums->first_b, &sums->second_b);
   }
-  if (left > 0) AddGradient<type, gate, whole>(args, at, run.lanes, channel, &sums->first_a, &sums->second_a);
+  if (left > 0) AddGradient<type, gate, whole>(args, at, run, channel, &sums->first_a, &sums->second_a);
 }
 
 // The same for a run and the one that begins eight elements later.
@@ -123,8 +124,8 @@ HWY_INLINE void AddGradientsAbreast(const ReduceArgs& args, const Run& run, cons
                                     const ChannelLanes& channel_b, PairSums* sums) {
   int64_t at = run.first;
   for (int64_t left = run.groups; left > 0; --left, at += run.stride) {
-    AddGradient<type, gate, true>(args, at, kLanes, channel_a, &sums->first_a, &sums->second_a);
-    AddGradient<type, gate, true>(args, at + kLanes, kLanes, channel_b, &sums->first_b, &sums->second_b);
+    AddGradient<type, gate, true>(args, at, run, channel_a, &sums->first_a, &sums->second_a);
+    AddGradient<type, gate, true>(args, at + kLanes, run, channel_b, &sums->first_b, &sums->second_b);
   }
 }
 
@@ -142,6 +143,7 @@ RowRuns RunsOf(const ReductionPlan& plan, int64_t row, int64_t counter, const Ra
   runs.tail.first = runs.whole.first + runs.whole.groups * kLanes;
   runs.tail.lanes = columns.size() % kLanes;
   runs.tail.groups = runs.tail.lanes > 0 ? 1 : 0;
+  runs.tail.readable = runs.tail.first + kLanes <= plan.end_element();
   return runs;
 }
 
@@ -212,14 +214,14 @@ HWY_INLINE void MergeLanes(int64_t count, int64_t chunk_count, const Lanes& pivo
 }
 
 template <DataType type, bool whole>
-HWY_INLINE Lanes PivotOf(const uint8_t* x, int64_t first, int64_t lanes, int64_t count, const double* mean) {
-  if (count == 0) return LoadGroup<type, whole>(x + first * Element<type>::kSize, lanes);
-  return LoadDoubles(mean, lanes);
+HWY_INLINE Lanes PivotOf(const uint8_t* x, const Run& run, int64_t count, const double* mean) {
+  if (count == 0) return LoadGroup<type, whole>(x + run.first * Element<type>::kSize, run);
+  return LoadDoubles(mean, run.lanes);
 }
 
 template <DataType type, bool whole>
 HWY_INLINE void StatsGroup(const uint8_t* x, const Run& run, int64_t count, double* mean, double* m2) {
-  const Lanes pivot = PivotOf<type, whole>(x, run.first, run.lanes, count, mean);
+  const Lanes pivot = PivotOf<type, whole>(x, run, count, mean);
   PairSums sums;
   AddDeviations<type, whole>(x, run, pivot, &sums);
   MergeLanes(count, run.groups, pivot, sums.first_a + sums.first_b, sums.second_a + sums.second_b, run.lanes, mean, m2);
@@ -227,8 +229,8 @@ HWY_INLINE void StatsGroup(const uint8_t* x, const Run& run, int64_t count, doub
 
 template <DataType type>
 HWY_INLINE void StatsTwoGroups(const uint8_t* x, const Run& run, int64_t count, double* mean, double* m2) {
-  const Lanes pivot_a = PivotOf<type, true>(x, run.first, kLanes, count, mean);
-  const Lanes pivot_b = PivotOf<type, true>(x, run.first + kLanes, kLanes, count, mean + kLanes);
+  const Lanes pivot_a = PivotOf<type, true>(x, run, count, mean);
+  const Lanes pivot_b = PivotOf<type, true>(x + kLanes * Element<type>::kSize, run, count, mean + kLanes);
   PairSums sums;
   AddDeviationsAbreast<type>(x, run, pivot_a, pivot_b, &sums);
   MergeLanes(count, run.groups, pivot_a, sums.first_a, sums.second_a, kLanes, mean, m2);
@@ -242,6 +244,7 @@ Run GroupRun(const ReductionPlan& plan, const Range& rows, int64_t counter, int6
   run.stride = plan.width;
   run.groups = rows.size();
   run.lanes = std::min(kLanes, end - counter);
+  run.readable = run.first + (run.groups - 1) * run.stride + kLanes <= plan.end_element();
   return run;
 }
 
