@@ -202,7 +202,6 @@ BACKWARD_INPUTS = _layout(BackwardInputs)
 BACKWARD_OUTPUTS = _layout(BackwardOutputs)
 
 _HANDLE = c_void_p  # syncbn_worker*, syncbn_round* and so on.
-_STRUCT = c_void_p  # A struct's bytes, or a reference to it.
 _HANDLE_OUT = POINTER(c_void_p)
 _RANKS_OUT = POINTER(POINTER(c_uint32))
 _DOUBLES = POINTER(c_double)
@@ -261,9 +260,9 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_round_missing_ranks": (c_size_t, [_HANDLE, _RANKS_OUT]),
     "syncbn_round_destroy": (None, [_HANDLE]),
     "syncbn_stream_order_check": (c_int32, [c_int32, _ERROR]),
-    "syncbn_forward_start": (c_int32, [_HANDLE, c_char_p, _STRUCT, _STRUCT, _HANDLE_OUT, _ERROR]),
+    "syncbn_forward_start": (c_int32, [_HANDLE, c_char_p, POINTER(Tensor), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_forward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
-    "syncbn_forward_finish": (c_int32, [_HANDLE, _STRUCT, _STRUCT, _ERROR]),
+    "syncbn_forward_finish": (c_int32, [_HANDLE, POINTER(Tensor), POINTER(ForwardOutputs), _ERROR]),
     "syncbn_forward_stream_ordered": (c_int32, [_HANDLE]),
     "syncbn_forward_sequence": (c_uint64, [_HANDLE]),
     "syncbn_forward_count": (c_int64, [_HANDLE]),
@@ -271,9 +270,9 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_forward_var": (_DOUBLES, [_HANDLE]),
     "syncbn_forward_backward_required": (c_int32, [_HANDLE]),
     "syncbn_forward_destroy": (None, [_HANDLE]),
-    "syncbn_backward_start": (c_int32, [_HANDLE, _STRUCT, _STRUCT, _HANDLE_OUT, _ERROR]),
+    "syncbn_backward_start": (c_int32, [_HANDLE, POINTER(BackwardInputs), POINTER(PassOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_backward_wait": (c_int32, [_HANDLE, c_int64, _ERROR]),
-    "syncbn_backward_finish": (c_int32, [_HANDLE, _STRUCT, _STRUCT, _ERROR]),
+    "syncbn_backward_finish": (c_int32, [_HANDLE, POINTER(BackwardInputs), POINTER(BackwardOutputs), _ERROR]),
     "syncbn_backward_destroy": (None, [_HANDLE]),
     "syncbn_evaluate": (c_int32, [POINTER(Tensor), POINTER(EvaluateOptions), c_void_p, _ERROR]),
     "syncbn_evaluate_backward": (
@@ -281,6 +280,9 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
         [POINTER(BackwardInputs), POINTER(EvaluateOptions), POINTER(BackwardOutputs), _ERROR],
     ),
 }
+
+# Structs of passes, for which the functions take their bytes as well.
+_MAY_BE_PACKED = [POINTER(kind) for kind in (Tensor, PassOptions, ForwardOutputs, BackwardInputs, BackwardOutputs)]
 
 
 def library_path() -> pathlib.Path:
@@ -310,7 +312,7 @@ def _load() -> ctypes.CDLL:
     for name, (result, arguments) in _PROTOTYPES.items():
         function = getattr(loaded, name)
         function.restype = result
-        function.argtypes = arguments
+        function.argtypes = [c_void_p if argument in _MAY_BE_PACKED else argument for argument in arguments]
     version = loaded.syncbn_api_version()
     major, minor = version >> 16, version & 0xFFFF
     if major != API_MAJOR or minor < API_MINOR:
