@@ -47,7 +47,8 @@ def example(option: Option) -> str:
     """Returns a value of the option, as TOML writes it: the default, where that is a value."""
     if option.type is None:
         return "false"
-    default = option.default or ""
+    # "127.0.0.1:8080, if it is free" begins with the value.
+    default = re.sub(r"^(\S+:\d+), .*", r"\1", option.default or "")
     if re.fullmatch(r"\d+(\.\d+)?", default):
         return default
     if re.fullmatch(r"\S+", default):
