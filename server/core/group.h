@@ -88,7 +88,10 @@ class Group {
   GroupState State() const;
   // Goes on with the run of an earlier master, and with the layers that it has stored. No round may have completed
   // here.
-  void Resume(const std::vector<LayerState>& stored) { layers_.Resume(stored); }
+  void Resume(const std::vector<LayerState>& stored) {
+    continues_ = continues_ || !stored.empty();  // Layers are stored once a round of theirs has completed.
+    layers_.Resume(stored);
+  }
 
   // Aborts unless every counter and index of the group agrees with what it counts.
   void CheckInvariants() const;

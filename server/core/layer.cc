@@ -155,7 +155,11 @@ void Layer::Record(const RoundKey& key, EndedRound round) {
     declarations_.NoteAgreement();
     h.newest_completed = std::max(h.newest_completed.value_or(0), key.sequence);
     if (key.phase == Phase::kForward) {
-      if (!round.restored) Observe(round);
+      if (round.restored) {
+        running_.Expect(key.sequence);
+      } else {
+        Observe(round);
+      }
       round.awaited = round.backward_required;
     }
   }
