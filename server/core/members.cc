@@ -84,6 +84,7 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
     member.incarnation = join.incarnation != 0 ? join.incarnation : NextIncarnation(join.rank);
   }
   member.state = MemberState::kPresent;
+  member.left_before = false;
   member.stream = stream;
   member.description = join.description;
   member.joined_at = now;
@@ -98,6 +99,7 @@ bool Members::AdoptLeft(Rank rank) {
   Member& member = members_[rank];
   if (member.state != MemberState::kAbsent) return false;
   member.state = MemberState::kLeft;
+  member.left_before = true;
   layer_set_errors_.erase(rank);
   ++left_;
   return true;

@@ -20,6 +20,8 @@ struct PendingRound {
   // It ended under an earlier master with the contributions of `expected`, and is merged again from those. Only late
   // contributors and those that have not heard of the end wait for it; where nobody waits, it is *idle*.
   bool restored = false;
+  // A member had sent its contribution to an earlier master, under which the round may have ended.
+  bool straddles = false;
   DeclarationPtr declaration;  // Of its first contribution. All others must be made under the same one.
   size_t bytes = 0;            // Of the payloads.
   size_t needed = 0;           // Contributions, if nobody leaves.

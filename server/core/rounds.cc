@@ -45,10 +45,22 @@ Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, cons
     }
   }
   if (!lost.empty() && !proceeds()) return {true, WithLastContributions(WorkersLostError(key, lost), now)};
+  if (std::vector<Rank> gone = TakenAlong(round, missing); !gone.empty()) {
+    if (awaited != 0) return {};  // One that is still to come may know how the round has ended.
+    return {true, OutcomeLostError(key, gone)};
+  }
   const size_t possible = round.payloads.size() + awaited;
   const size_t least = LeastWorkers(round);
   if (possible < least) return {true, TooFewWorkersError(key, possible, least, config_.min_workers, lost)};
   return {awaited == 0, std::nullopt};
+}
+
+std::vector<Rank> Rounds::TakenAlong(const PendingRound& round, const std::vector<Rank>& missing) const {
+  std::vector<Rank> ranks;
+  for (const Rank rank : missing) {
+    if (round.straddles && members_[rank].left_before) ranks.push_back(rank);
+  }
+  return ranks;
 }
 
 void Rounds::MaybeEnd(Pending::iterator round, absl::Time now, Effects& effects) {
@@ -152,6 +164,8 @@ void Rounds::EndWithoutMissing(Pending::iterator round, absl::string_view when, 
   } else if (contributed < LeastWorkers(round->second)) {
     Error error = TooFewContributedError(round->first, contributed, when, config_.min_workers, awaited);
     Fail(round, WithLastContributions(std::move(error), now), now, effects);
+  } else if (std::vector<Rank> gone = TakenAlong(round->second, missing); !gone.empty()) {
+    Fail(round, OutcomeLostError(round->first, gone), now, effects);
   } else {
     Complete(round, std::move(missing), now, effects);
   }
@@ -208,7 +222,11 @@ void Rounds::FailAwaiting(Rank rank, absl::Time now, Effects& effects) {
 void Rounds::FailAll(const Error& why, absl::Time now, Effects& effects) {
   while (!pending_.empty()) {
     const auto round = pending_.begin();
-    Fail(round, GroupEndedError(round->first, why), now, effects);
+    if (round->second.Idle()) {
+      Drop(round);
+    } else {
+      Fail(round, GroupEndedError(round->first, why), now, effects);
+    }
   }
 }
 

@@ -224,6 +224,7 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, const Declarati
   pending_bytes_ += payload.bytes();
   pending.payloads.emplace(rank, std::move(payload));
   pending.last_rank = rank;
+  pending.straddles = pending.straddles || member.catching_up;
   ++statistics_.accepted;
   members_.NoteContribution(rank, round->first, declaration, now, /*fresh=*/true);
   return true;

@@ -49,7 +49,6 @@ std::string Narrator::PeerOf(core::StreamId stream) const {
 
 void Narrator::On(const core::MemberChanged& change, absl::Time now) {
   const char* event = "";
-  LogLevel level = LogLevel::kInfo;
   std::string text = absl::StrCat("rank ", change.rank, " of ", Describe(change.group));
   const std::string count = absl::StrCat("; ", change.present, " of ", change.world_size, " workers are connected");
   switch (change.state) {
@@ -60,7 +59,6 @@ void Narrator::On(const core::MemberChanged& change, absl::Time now) {
       break;
     case core::MemberState::kLost:
       event = "lost";
-      level = LogLevel::kWarning;
       absl::StrAppend(&text, " is lost: its stream has broken", count);
       break;
     case core::MemberState::kLeft:
@@ -74,7 +72,7 @@ void Narrator::On(const core::MemberChanged& change, absl::Time now) {
   fields.push_back({"rank", absl::StrCat(change.rank)});
   fields.push_back({"incarnation", absl::StrCat(change.incarnation)});
   if (change.state == core::MemberState::kPresent) fields.push_back({"peer", PeerOf(change.stream)});
-  throttle_.Log(level, event, now, text, fields, Throttle::kLongBurst);
+  throttle_.Log(LogLevel::kInfo, event, now, text, fields, Throttle::kLongBurst);
   if (change.state != core::MemberState::kPresent || change.present != change.world_size) return;
   throttle_.Log(LogLevel::kInfo, "complete", now,
                 absl::StrCat(Describe(change.group), " is complete: all ", change.world_size, " workers are connected"),

@@ -304,7 +304,7 @@ def test_the_log_as_json_tells_of_every_worker(start: Callable[..., Any], tmp_pa
     records = [json.loads(line) for line in master.log.read_text().splitlines()]
     events = {record.get("event"): record for record in records}
     assert {"ready", "http", "joined", "complete", "lost", "round_failed", "shutdown"} <= set(events)
-    assert events["lost"]["rank"] == "1" and events["lost"]["level"] == "warning"
+    assert events["lost"]["rank"] == "1" and events["lost"]["level"] == "info"
     assert events["lost"]["job"] == 'j"\n'
     assert events["round_failed"]["reason"] == "WORKER_LOST" and events["round_failed"]["ranks"] == "1"
     assert "rank 1 contributed last to the sum 0 of vector" in events["round_failed"]["message"]

@@ -66,7 +66,7 @@ void Model::BeforeFrame(StreamId stream, const Frame& frame, absl::Time now) {
     joining_[stream] = *frame.join;  // The rest of the frame counts once it is seated.
     const Rank rank = frame.join->rank;
     if (Intrudes(*frame.join) && WhyRefused(*frame.join).empty() && members_[rank].stream == 0 && !Left(rank)) {
-      refused_.insert(rank);
+      refused_.insert_or_assign(rank, now);
     }
   } else if (const auto rank = SeatOf(stream)) {
     TakeFrame(*rank, now);
@@ -222,6 +222,13 @@ Model::Pending& Model::PendingRestored(const RoundKey& key, absl::Time now) {
 }
 
 void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
+  if (part.key.phase == core::Phase::kBackward) {
+    std::vector<Rank> contributors;
+    int64_t count = 0;
+    bool required = false;
+    const bool known = FindForward(part.key, &contributors, &count, &required);
+    if (known && !std::count(contributors.begin(), contributors.end(), rank)) return must_answer_.push_back(part.key);
+  }
   const Restored& restored = restored_.at(part.key);
   Pending& round = PendingRestored(part.key, now);
   if (round.idle()) round.begun = now;
@@ -293,6 +300,16 @@ void Model::Take(Rank rank, const Part& part, absl::Time now) {
   }
   added_[part.key] = before == round->second.parts.end() ? std::nullopt : std::optional<Held>(before->second);
   round->second.parts[rank] = Held{incarnation, part.numbers};
+  round->second.straddles = round->second.straddles || members_[rank].catching_up;
+}
+
+std::vector<Rank> Model::TakenAlong(const Pending& round) const {
+  std::vector<Rank> ranks;
+  for (const Rank rank : Missing(round)) {
+    const auto member = members_.find(rank);
+    if (round.straddles && member != members_.end() && member->second.left_before) ranks.push_back(rank);
+  }
+  return ranks;
 }
 
 // ---- What it answers ------------------------------------------------------------------------------------------------
@@ -342,7 +359,7 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
   if (resumed_ && join.incarnation != 0 && !known) {
     for (const Rank rank : join.left_ranks) {
       if (rank == join.rank || members_[rank].incarnation != 0 || members_[rank].left) continue;
-      members_[rank].left = true;
+      members_[rank].left = members_[rank].left_before = true;
       refused_.erase(rank);
     }
   }
@@ -655,12 +672,15 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
   const bool late = now >= round.begun + *settings_.config.round_timeout;
   bool due = false;
   if (reason == "OUTCOME_LOST") {
-    due = Forgotten(outcome.key) || (round.restored && !error.ranks.empty());
+    const bool over = late || lost.size() == awaited.size();
+    const bool taken_along = over && !error.ranks.empty() && error.ranks == TakenAlong(round);
+    due = Forgotten(outcome.key) || (round.restored && !error.ranks.empty()) || taken_along;
     for (const Rank rank : error.ranks) {
       if (!Forgotten(outcome.key) && !late && MayRepeat(rank, now)) due = false;
     }
-    // Nobody but one who has restarted gives other numbers than its predecessor has given.
-    if (round.restored && error.ranks.empty()) due = worker_restarted_;
+    // Some change their numbers, or give others than their predecessors. CheckOutcome of the world knows where none
+    // does.
+    if (round.restored && error.ranks.empty()) due = true;
   } else if (reason == "ROUND_TIMEOUT") {
     due = !proceeds() && late && error.ranks == awaited;
   } else if (reason == "TOO_FEW_WORKERS") {
@@ -706,6 +726,9 @@ void Model::CheckCompletion(const core::RoundOutcome& outcome, const Pending& ro
   for (const Rank rank : missing) {
     if (Left(rank) || (proceeds() && (late || GivenUp(rank, now)))) continue;
     Violate(absl::StrCat(Name(outcome.key), " completes without rank ", rank));
+  }
+  if (!round.restored && !TakenAlong(round).empty()) {
+    Violate(absl::StrCat(Name(outcome.key), " completes without ranks that may have contributed before"));
   }
   if (proceeds() && !round.restored && round.parts.size() < Least(round))
     Violate(absl::StrCat(Name(outcome.key), " has too few workers"));
@@ -830,12 +853,16 @@ void Model::CheckWaiting(absl::Time now) {
     size_t lost = 0;
     for (const Rank rank : Missing(round)) {
       if (Left(rank)) continue;
-      if (refused_.count(rank) != 0 && !proceeds()) Violate(absl::StrCat(Name(key), " waits for one that was refused"));
+      const auto refused = refused_.find(rank);
+      // The engine may take several turns, at the same time, to end all rounds.
+      if (refused != refused_.end() && now > refused->second && !proceeds()) {
+        Violate(absl::StrCat(Name(key), " waits for one that was refused"));
+      }
       // On the stroke of the grace or the deadline, its alarm may be the next event.
       (GivenUp(rank, now - absl::Nanoseconds(1)) ? lost : awaited) += 1;
     }
-    const bool in_vain =
-        awaited == 0 || (lost != 0 && !proceeds()) || (proceeds() && round.parts.size() + awaited < Least(round));
+    const bool in_vain = awaited == 0 || (lost != 0 && !proceeds()) ||
+                         (proceeds() && TakenAlong(round).empty() && round.parts.size() + awaited < Least(round));
     if (in_vain && !round.restored) {
       Violate(absl::StrCat(Name(key), " waits for nobody who could come"));
     }

@@ -33,7 +33,6 @@ class Model {
   void BeforeTime() { Begin(); }
   void BeforeShutdown();
   // A worker has died, or two have the same rank. Its successor may contribute other numbers under the same keys.
-  void NoteWorkerRestart() { worker_restarted_ = true; }
   void After(const core::Effects& effects, const core::Coordinator& coordinator, absl::Time now);
 
   // The running statistics are those of the rounds that completed.
@@ -58,6 +57,7 @@ class Model {
     int64_t forward_count = 0;
     bool told_late = false;
     bool restored = false;
+    bool straddles = false;           // An earlier master has had a contribution, and perhaps ended it.
     std::set<core::Rank> repeats;     // Restored: contributors that have the outcome,
     std::set<core::Rank> latecomers;  // and ranks that wait for it and do not count.
     bool idle() const { return restored && latecomers.empty() && repeats.size() == parts.size(); }
@@ -75,6 +75,7 @@ class Model {
     core::StreamId stream = 0;  // 0 if it has none.
     uint64_t incarnation = 0;
     bool left = false;
+    bool left_before = false;  // It has left an earlier master.
     bool catching_up = false;
     std::map<std::string, uint32_t> channels;  // By layer, as it was declared last.
     std::optional<absl::Time> lost_at;
@@ -109,6 +110,8 @@ class Model {
   std::vector<core::Rank> RosterOf(const core::EndedReport& report) const;
   // Finds what a backward round has to know of its forward round. Returns false if that has not completed.
   bool FindForward(const core::RoundKey& key, std::vector<core::Rank>* expected, int64_t* count, bool* required) const;
+  // Returns the ranks that are missing from a round and may have contributed to it under an earlier master.
+  std::vector<core::Rank> TakenAlong(const Pending& round) const;
   bool MayRepeat(core::Rank rank, absl::Time now) const;
   void CheckRunOf(const core::SendJoined& joined, const core::Join& join);
   bool Forgotten(const core::RoundKey& key) const;
@@ -176,13 +179,13 @@ class Model {
   std::map<std::pair<std::string, core::Phase>, std::pair<uint64_t, core::Rank>> forgotten_;
   std::map<std::string, Running> running_;
   std::set<std::string> completed_;  // Layers that have had a completed round.
-  std::set<core::Rank> refused_;     // Vacant, and last claimed by someone with other layers.
-  uint64_t run_id_ = 0;              // 0 while there is no group.
-  uint64_t over_run_id_ = 0;         // The run before it, which this master has ended.
-  bool resumed_ = false;             // The run may have begun under another master,
-  bool continues_ = false;           // and a round has ended there.
+  // Vacant, and last claimed by someone with other layers, at this time.
+  std::map<core::Rank, absl::Time> refused_;
+  uint64_t run_id_ = 0;       // 0 while there is no group.
+  uint64_t over_run_id_ = 0;  // The run before it, which this master has ended.
+  bool resumed_ = false;      // The run may have begun under another master,
+  bool continues_ = false;    // and a round has ended there.
   size_t completions_ = 0;
-  bool worker_restarted_ = false;
   bool shutting_down_ = false;
 
   // The event that is being handled.

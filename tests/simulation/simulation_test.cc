@@ -17,7 +17,7 @@ namespace syncbn::simulation {
 namespace {
 
 uint64_t first_seed = 20'240'501;
-uint64_t schedules = 100'000;
+uint64_t schedules = 20'000;
 constexpr int kBlocks = 10;
 constexpr uint64_t kEnoughToFindABug = 5000;
 

@@ -165,6 +165,7 @@ class World {
   void Apply(size_t index, const session::JoinedGroup& joined);
   void Apply(size_t index, const session::Notice& notice);
   void Apply(size_t index, const session::Ended& ended);
+  bool HaveLeft(const std::vector<uint32_t>& ranks) const;
   void CheckOutcome(const session::Complete& complete);
 
   // ---- Faults, and what no honest session does

@@ -17,7 +17,6 @@ void World::StartMaster() {
   ++masters_;
   master_ = std::make_unique<Mutant>(bugs_.master, masters_);
   model_ = std::make_unique<Model>(settings_, &incarnations_, &report_.tally);
-  if (report_.worker_restarts != 0) model_->NoteWorkerRestart();
 }
 
 void World::RestartMaster() {

@@ -59,6 +59,8 @@ class Declarations {
   bool AddBefore(const Contribution& contribution, ClientFrame* frame);
   // Adds to the frame every declaration that the master does not have, as far as its contributions permit.
   void AddRest(ClientFrame* frame);
+  // Returns whether the master has been told every declaration.
+  bool all_said() const { return unsaid_.empty(); }
 
  private:
   bool AddBefore(uint64_t order, ClientFrame* frame);

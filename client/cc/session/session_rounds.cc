@@ -167,7 +167,7 @@ Effects Session::Send(absl::Time now) {
   // Any frame takes back what an earlier one has told the master, so one with news says it again.
   const bool say_blocked = told_ == blocked_on_ ? news : (blocked_surely_ && news) || now >= say_blocked_at_;
   if (say_blocked && IsBlocked()) frame.blocked_on = blocked_on_;
-  if (unsent_.empty() && leaving_.has_value() && !leave_sent_) {
+  if (unsent_.empty() && declarations_.all_said() && leaving_.has_value() && !leave_sent_) {
     frame.leave = leaving_;
     leave_sent_ = true;
   }

@@ -88,7 +88,7 @@ TEST_F(NarratorTest, AWorkerThatIsLostAndComesBackAndLeaves) {
   back.returned = true;
   narrator_.On(back, now_);
   narrator_.On(Change(core::MemberState::kLeft, 2), now_);
-  EXPECT_THAT(lines_, ElementsAre(AllOf(HasSubstr("warning: rank 3"), HasSubstr("is lost")), HasSubstr("is back from"),
+  EXPECT_THAT(lines_, ElementsAre(AllOf(HasSubstr("rank 3"), HasSubstr("is lost")), HasSubstr("is back from"),
                                   HasSubstr("has left; 2 of 4")));
 }
 

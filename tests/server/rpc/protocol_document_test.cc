@@ -30,7 +30,7 @@ TEST(ProtocolDocumentTest, ItsExampleIsWhatGoesOverTheWire) {
   const std::string join = BytesOf("join"), contribution = BytesOf("contribution"), result = BytesOf("result");
   ASSERT_EQ(join.size(), 28u);
   ASSERT_EQ(contribution.size(), 35u);
-  ASSERT_EQ(result.size(), 37u);
+  ASSERT_EQ(result.size(), 46u);
   MasterServer::Options options;
   options.addresses = {"127.0.0.1:0"};
   const auto server = MasterServer::Start(options);

@@ -213,7 +213,7 @@ TEST_P(BytesTest, AreLimitedForAConnectionWithoutAWorkerAlone) {
   // All connections have been looked at by now.
   contribution->mutable_key()->set_sequence(4);
   EXPECT_TRUE(stream.Write(frame) && stream.ReadResults().has_value());
-  EXPECT_EQ(log.Count("closed a connection"), 1u) << log.Text();
+  EXPECT_GE(log.Count("closed a connection"), 1u) << log.Text();
 }
 
 INSTANTIATE_TEST_SUITE_P(Addresses, BytesTest, ::testing::Values("127.0.0.1:0", "[::1]:0"));
