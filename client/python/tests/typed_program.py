@@ -1,8 +1,9 @@
 """A program of a user, for the type checker alone (tools/lint): it has to see the package's types, with --strict."""
 
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 import syncbn
@@ -14,13 +15,13 @@ import syncbn.torch
 def rounds(target: str) -> Tuple[float, int]:
     with syncbn.Worker(target, rank=0, world_size=1, timeout=60.0) as worker:
         merged: syncbn.Moments = worker.synchronize("layer", 2, np.zeros(3), np.ones(3))
-        total: np.ndarray = worker.all_reduce("loss", [1.0])
+        total: npt.NDArray[Any] = worker.all_reduce("loss", [1.0])
         stats: syncbn.Stats = worker.stats()
         waits: Dict[str, syncbn.LayerStats] = dict(stats.layers)
         return float(merged.mean.sum() + total[0]) + stats.seconds_waited, len(waits)
 
 
-def arrays(worker: syncbn.Worker, x: np.ndarray) -> Optional[np.ndarray]:
+def arrays(worker: syncbn.Worker, x: npt.NDArray[Any]) -> Optional[npt.NDArray[Any]]:
     y, state = syncbn.numpy.forward(worker, "layer", x, relu=True)
     gradients: syncbn.numpy.Gradients = state.backward(np.ones_like(y))
     return gradients.d_weight
