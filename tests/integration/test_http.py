@@ -345,9 +345,14 @@ def test_each_recipe_of_the_operations_page_runs(pages: HttpMaster) -> None:
     for recipe in RECIPES:
         assert "127.0.0.1:50051" in recipe
         arguments = shlex.split(recipe.replace("127.0.0.1:50051", pages.target))
-        # The stream of rounds has no end as long as its group lives.
+        # The stream of rounds has no end as long as its group lives. This master has no token, and takes any.
         done = subprocess.run(
-            [GRPCURL, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=PATIENCE
+            [GRPCURL, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            env=dict(os.environ, SYNCBN_TOKEN="token"),
         )
         watches = "WatchRounds" in recipe
         assert done.returncode == 0 or (watches and "DeadlineExceeded" in done.stderr), recipe + done.stderr

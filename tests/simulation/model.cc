@@ -66,7 +66,7 @@ void Model::BeforeFrame(StreamId stream, const Frame& frame, absl::Time now) {
     joining_[stream] = *frame.join;  // The rest of the frame counts once it is seated.
     const Rank rank = frame.join->rank;
     if (Intrudes(*frame.join) && WhyRefused(*frame.join).empty() && members_[rank].stream == 0 && !Left(rank)) {
-      refused_.insert_or_assign(rank, now);
+      refused_.insert(rank);
     }
   } else if (const auto rank = SeatOf(stream)) {
     TakeFrame(*rank, now);
@@ -853,11 +853,9 @@ void Model::CheckWaiting(absl::Time now) {
     size_t lost = 0;
     for (const Rank rank : Missing(round)) {
       if (Left(rank)) continue;
-      const auto refused = refused_.find(rank);
-      // The engine may take several turns, at the same time, to end all rounds.
-      if (refused != refused_.end() && now > refused->second && !proceeds()) {
-        Violate(absl::StrCat(Name(key), " waits for one that was refused"));
-      }
+      // The worker that a restored round waits for may still come, whoever has claimed its rank in between.
+      const bool in_vain_for = refused_.count(rank) != 0 && !proceeds() && !round.restored;
+      if (in_vain_for) Violate(absl::StrCat(Name(key), " waits for one that was refused"));
       // On the stroke of the grace or the deadline, its alarm may be the next event.
       (GivenUp(rank, now - absl::Nanoseconds(1)) ? lost : awaited) += 1;
     }

@@ -179,12 +179,11 @@ class Model {
   std::map<std::pair<std::string, core::Phase>, std::pair<uint64_t, core::Rank>> forgotten_;
   std::map<std::string, Running> running_;
   std::set<std::string> completed_;  // Layers that have had a completed round.
-  // Vacant, and last claimed by someone with other layers, at this time.
-  std::map<core::Rank, absl::Time> refused_;
-  uint64_t run_id_ = 0;       // 0 while there is no group.
-  uint64_t over_run_id_ = 0;  // The run before it, which this master has ended.
-  bool resumed_ = false;      // The run may have begun under another master,
-  bool continues_ = false;    // and a round has ended there.
+  std::set<core::Rank> refused_;     // Vacant, and last claimed by someone with other layers.
+  uint64_t run_id_ = 0;              // 0 while there is no group.
+  uint64_t over_run_id_ = 0;         // The run before it, which this master has ended.
+  bool resumed_ = false;             // The run may have begun under another master,
+  bool continues_ = false;           // and a round has ended there.
   size_t completions_ = 0;
   bool shutting_down_ = false;
 
