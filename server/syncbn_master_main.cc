@@ -86,8 +86,8 @@ absl::StatusOr<std::unique_ptr<HttpServer>> ServeHttp(const syncbn::Flags& flags
 }
 
 // Writes the rounds that each group remembers to the log.
-void DumpRounds(const syncbn::MasterServer& server) {
-  if (const absl::Status status = syncbn::http::LogRounds(InspectionClient(server.InProcessChannel())); !status.ok()) {
+void DumpRounds(const InspectionClient& client) {
+  if (const absl::Status status = syncbn::http::LogRounds(client); !status.ok()) {
     Log(LogLevel::kWarning, absl::StrCat("the rounds cannot be written to the log: ", status.message()));
   }
 }
@@ -101,11 +101,6 @@ sigset_t Signals() {
 }
 
 std::string Day(absl::Time time) { return absl::FormatTime("%Y-%m-%d %H:%M UTC", time, absl::UTCTimeZone()); }
-
-// Returns whether the master's loop answers.
-bool IsAlive(const syncbn::MasterServer& server) {
-  return InspectionClient(server.InProcessChannel()).GetMaster().ok();
-}
 
 void Reload(syncbn::MasterServer& server) {
   const absl::Status status = server.ReloadCertificates();
@@ -125,11 +120,12 @@ std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
   constexpr absl::Duration kLongestWait = absl::Hours(24);
   const sigset_t signals = Signals();
   const auto start = std::chrono::steady_clock::now();
+  const InspectionClient client(server.InProcessChannel());
   syncbn::SystemdWatchdog watchdog;
   while (true) {
     const absl::Duration left = lifetime - absl::FromChrono(std::chrono::steady_clock::now() - start);
     if (left <= absl::ZeroDuration()) return "its lifetime has ended";
-    watchdog.Poke([&server] { return IsAlive(server); });
+    watchdog.Poke([&client] { return client.GetMaster().ok(); });
     const timespec wait = absl::ToTimespec(std::min({left, kLongestWait, watchdog.interval()}));
     switch (sigtimedwait(&signals, nullptr, &wait)) {
       case SIGTERM:
@@ -140,7 +136,7 @@ std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
         Reload(server);
         break;
       case SIGUSR1:
-        DumpRounds(server);
+        DumpRounds(client);
         break;
       default:  // The wait is over, or the process was stopped and continued.
         break;

@@ -171,10 +171,10 @@ class Rounds {
   void EndWithoutMissing(Pending::iterator round, absl::string_view when, absl::Time now, Effects& effects);
   // Returns a hint if a missing rank has declared the layer otherwise than the round's contributors; or "".
   std::string DeclarationHint(Pending::const_iterator round, const std::vector<Rank>& missing) const;
-  // Appends to the error what each of its ranks, which are missing from a round, has contributed last.
   // Returns those of the missing ranks that may have contributed under an earlier master, before they left: the round
   // may have ended then, with numbers that nobody has any more.
   std::vector<Rank> TakenAlong(const PendingRound& round, const std::vector<Rank>& missing) const;
+  // Appends to the error what each of its ranks, which are missing from a round, has contributed last.
   Error WithLastContributions(Error error, absl::Time now) const;
   // Removes the ranks that have left: nobody waits for them.
   std::vector<Rank> WithoutLeft(std::vector<Rank> ranks) const;

@@ -20,7 +20,7 @@ namespace syncbn::state {
 namespace {
 
 constexpr int64_t kApplicationId = 0x53424e53;  // "SBNS"
-// How long to wait for a predecessor that is about to end.
+// Time to wait for a predecessor that is about to end.
 constexpr int kBusyMilliseconds = 1000;
 
 constexpr char kCreateTables[] = R"(
@@ -188,55 +188,56 @@ class SqliteStore final : public Store {
       "ON CONFLICT (job, group_name, name) DO UPDATE SET spec = ?4, updates = ?5, newest_sequence = ?6, recent = ?7, "
       "missing_after = ?8, missing_before = ?9, mean = ?10, var = ?11, checksum = ?12";
 
-  absl::Status LoadGroups(std::map<core::GroupId, core::GroupState>* groups) {
-    auto rows = Statement::Prepare(database_.get(),
-                                   "SELECT job, name, generation, run_id, world_size, config, checksum FROM groups");
+  // Calls `take` with each row, until it returns an error.
+  template <typename Take>
+  absl::Status ForEachRow(const char* query, const Take& take) {
+    auto rows = Statement::Prepare(database_.get(), query);
     if (!rows.ok()) return rows.status();
     while (true) {
       const auto more = rows->Step();
       if (!more.ok()) return more.status();
       if (!*more) return absl::OkStatus();
-      GroupRow row;
-      row.job = rows->Text(0);
-      row.name = rows->Text(1);
-      row.generation = rows->Number(2);
-      row.run_id = rows->Number(3);
-      row.world_size = rows->Number(4);
-      row.config = rows->Blob(5);
-      row.checksum = rows->Number(6);
-      auto group = FromRow(row);
-      if (!group.ok()) return group.status();
-      if (!groups->emplace(group->id, *group).second) return absl::DataLossError("a group is there twice");
+      if (absl::Status status = take(*rows); !status.ok()) return status;
     }
   }
 
-  absl::Status LoadLayers(std::map<core::GroupId, core::GroupState>* groups) {
-    auto rows = Statement::Prepare(
-        database_.get(),
-        "SELECT job, group_name, name, spec, updates, newest_sequence, recent, missing_after, missing_before, mean, "
-        "var, checksum FROM layers ORDER BY job, group_name, name");
-    if (!rows.ok()) return rows.status();
-    const auto number = [&rows](int column) -> std::optional<uint64_t> {
-      if (rows->IsNull(column)) return std::nullopt;
-      return rows->Number(column);
+  absl::Status LoadGroups(std::map<core::GroupId, core::GroupState>* groups) {
+    const auto take = [groups](Statement& found) -> absl::Status {
+      GroupRow row;
+      row.job = found.Text(0);
+      row.name = found.Text(1);
+      row.generation = found.Number(2);
+      row.run_id = found.Number(3);
+      row.world_size = found.Number(4);
+      row.config = found.Blob(5);
+      row.checksum = found.Number(6);
+      auto group = FromRow(row);
+      if (!group.ok()) return group.status();
+      if (!groups->emplace(group->id, *group).second) return absl::DataLossError("a group is there twice");
+      return absl::OkStatus();
     };
-    while (true) {
-      const auto more = rows->Step();
-      if (!more.ok()) return more.status();
-      if (!*more) return absl::OkStatus();
+    return ForEachRow("SELECT job, name, generation, run_id, world_size, config, checksum FROM groups", take);
+  }
+
+  absl::Status LoadLayers(std::map<core::GroupId, core::GroupState>* groups) {
+    const auto take = [groups](Statement& found) -> absl::Status {
+      const auto number = [&found](int column) -> std::optional<uint64_t> {
+        if (found.IsNull(column)) return std::nullopt;
+        return found.Number(column);
+      };
       LayerRow row;
-      row.job = rows->Text(0);
-      row.group = rows->Text(1);
-      row.name = rows->Text(2);
-      row.spec = rows->Blob(3);
-      row.updates = rows->Number(4);
-      row.newest_sequence = rows->Number(5);
-      row.recent = rows->Blob(6);
+      row.job = found.Text(0);
+      row.group = found.Text(1);
+      row.name = found.Text(2);
+      row.spec = found.Blob(3);
+      row.updates = found.Number(4);
+      row.newest_sequence = found.Number(5);
+      row.recent = found.Blob(6);
       row.missing_after = number(7);
       row.missing_before = number(8);
-      row.mean = rows->Blob(9);
-      row.var = rows->Blob(10);
-      row.checksum = rows->Number(11);
+      row.mean = found.Blob(9);
+      row.var = found.Blob(10);
+      row.checksum = found.Number(11);
       auto layer = FromRow(row);
       if (!layer.ok()) return layer.status();
       const auto group = groups->find({row.job, row.group});
@@ -244,7 +245,12 @@ class SqliteStore final : public Store {
       std::vector<core::LayerState>& layers = group->second.layers;
       if (!layers.empty() && layers.back().spec.name == row.name) return absl::DataLossError("a layer is there twice");
       layers.push_back(*std::move(layer));
-    }
+      return absl::OkStatus();
+    };
+    return ForEachRow(
+        "SELECT job, group_name, name, spec, updates, newest_sequence, recent, missing_after, missing_before, mean, "
+        "var, checksum FROM layers ORDER BY job, group_name, name",
+        take);
   }
 
   absl::Status Write(const core::StateChanges& changes) {

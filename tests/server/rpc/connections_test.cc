@@ -1,12 +1,8 @@
 // Connections: how many, what becomes of them when the listener or the process gets into trouble, and what gRPC would
 // let a stranger do with one.
 
-#include <arpa/inet.h>
 #include <fcntl.h>
-#include <netinet/in.h>
-#include <poll.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -29,6 +25,7 @@
 #include "server/master_server.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 #include "syncbn/v1/statistics.grpc.pb.h"
+#include "tests/server/rpc/idle_connection.h"
 #include "tests/server/rpc/log_collector.h"
 #include "tests/server/rpc/raw_stream.h"
 
@@ -47,31 +44,6 @@ std::unique_ptr<MasterServer> Start(const std::string& address, size_t max_conne
   EXPECT_TRUE(server.ok()) << server.status();
   return server.ok() ? *std::move(server) : nullptr;
 }
-
-// A TCP connection that says nothing.
-class Idle {
- public:
-  explicit Idle(int port) : descriptor_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
-    sockaddr_in address = {};
-    address.sin_family = AF_INET;
-    address.sin_port = htons(port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    EXPECT_EQ(connect(descriptor_, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
-  }
-  ~Idle() { close(descriptor_); }
-  Idle(const Idle&) = delete;
-  Idle& operator=(const Idle&) = delete;
-
-  // Waits for the server's first bytes (its settings), or for the end: false.
-  bool Greeted() {
-    char byte;
-    pollfd wait = {descriptor_, POLLIN, 0};
-    return poll(&wait, 1, kPatienceMs) == 1 && recv(descriptor_, &byte, 1, 0) == 1;
-  }
-
- private:
-  const int descriptor_;
-};
 
 bool Joins(RawStream& stream, const std::string& group, uint32_t rank, uint32_t world_size) {
   return stream.Write(JoinFrame(group, rank, world_size)) && stream.Read().has_value();

@@ -1,4 +1,4 @@
-// Which certificates stand for which jobs and ranks.
+// The jobs and ranks that certificates stand for.
 
 #include "server/rpc/identity.h"
 

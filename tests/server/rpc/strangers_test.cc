@@ -1,10 +1,4 @@
-// What strangers may do with their connections and calls before the master ends them, and what workers notice of it.
-
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <poll.h>
-#include <sys/socket.h>
-#include <unistd.h>
+// Limits of what strangers may do with connections and calls, and their effect on workers.
 
 #include <memory>
 #include <string>
@@ -25,6 +19,7 @@
 #include "server/master_server.h"
 #include "server/rpc/connections.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
+#include "tests/server/rpc/idle_connection.h"
 #include "tests/server/rpc/log_collector.h"
 #include "tests/server/rpc/raw_stream.h"
 
@@ -47,35 +42,6 @@ std::unique_ptr<MasterServer> Start(const MasterServer::Options& options = OnLoo
   EXPECT_TRUE(server.ok()) << server.status();
   return server.ok() ? *std::move(server) : nullptr;
 }
-
-// A TCP connection that says nothing, from an address of this machine.
-class Idle {
- public:
-  explicit Idle(int port, const char* from = "127.0.0.1")
-      : descriptor_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
-    sockaddr_in address = {};
-    address.sin_family = AF_INET;
-    inet_pton(AF_INET, from, &address.sin_addr);
-    EXPECT_EQ(bind(descriptor_, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
-    address.sin_port = htons(static_cast<uint16_t>(port));
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    EXPECT_EQ(connect(descriptor_, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
-  }
-  ~Idle() { close(descriptor_); }
-  Idle(const Idle&) = delete;
-  Idle& operator=(const Idle&) = delete;
-
-  // Waits for the server's first bytes (its settings), or for the end: false.
-  bool Greeted() {
-    char byte;
-    pollfd wait = {descriptor_, POLLIN, 0};
-    return poll(&wait, 1, static_cast<int>(absl::ToInt64Milliseconds(kPatience))) == 1 &&
-           recv(descriptor_, &byte, 1, 0) == 1;
-  }
-
- private:
-  const int descriptor_;
-};
 
 // A worker, alone in its group, on a connection of its own.
 class Worker {
