@@ -25,7 +25,7 @@ struct Flags {
   uint32_t metrics_max_ranks = 256;
   // Time for workers to drain after a signal.
   absl::Duration exit_timeout = absl::Seconds(5);
-  // How long the master may leave its own probes unanswered before the process ends; infinite for ever.
+  // Time without an answer to the master's own probes after which the process ends; infinite: never.
   absl::Duration watchdog = absl::Minutes(1);
   // Time after which the process ends by itself.
   absl::Duration max_lifetime = absl::InfiniteDuration();

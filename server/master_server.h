@@ -62,7 +62,7 @@ class MasterServer {
     std::string token;
     // Serves InspectionService. By default, only if no address can be reached from another machine.
     std::optional<bool> inspection;
-    // What callers of InspectionService must bear. If empty, it is `token`.
+    // The token that callers of InspectionService must bear. If empty, it is `token`.
     std::string inspection_token;
     core::Limits limits;
     // Longest frame from a worker, in bytes.

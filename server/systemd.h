@@ -1,4 +1,4 @@
-// What a service tells systemd about itself. Does nothing where systemd has not started the process.
+// Notifications of a service to systemd. Do nothing where systemd has not started the process.
 
 #ifndef SYNCBN_SERVER_SYSTEMD_H_
 #define SYNCBN_SERVER_SYSTEMD_H_

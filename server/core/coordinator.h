@@ -51,7 +51,7 @@ class Coordinator {
   // Takes what an earlier master has stored, before the first event, and begins to note changes. Its groups are seen in
   // the views at once, and go on when a worker of their run joins: see state_journal.h.
   void Restore(const std::vector<GroupState>& groups, absl::Time now) { journal_.Begin(groups, now); }
-  // What is to be stored, if Restore was called.
+  // Returns the changes that are to be stored, if Restore was called.
   const StateJournal& journal() const { return journal_; }
   // Returns changes of `max_bytes` in vectors, or a little more, and forgets them.
   StateChanges TakeChanges(size_t max_bytes);

@@ -148,7 +148,7 @@ Error NotAContributorError(Rank rank, const RoundKey& key, absl::string_view why
 Error OutcomeLostError(const RoundKey& key, const std::vector<Rank>& silent);
 // The rank may have forgotten the round, which then ended under an earlier master.
 Error OutcomeUnknownError(const RoundKey& key, Rank rank);
-// What was repeated gives another result than it gave to the earlier master.
+// The repeated contributions give another result than the one that the earlier master had.
 Error OutcomeDiffersError(const RoundKey& key);
 
 // ---- A member whose past is not the group's -------------------------------------------------------------------------

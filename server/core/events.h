@@ -19,7 +19,7 @@ struct FrameReceived {
   std::vector<LayerSpec> layers;
   // Rounds that ended under an earlier master. Members that have caught up report none.
   std::vector<EndedReport> ended;
-  // Of each layer and phase, the greatest sequence that the worker has contributed to and forgotten.
+  // The greatest sequence, by layer and phase, that the worker has contributed to and forgotten.
   std::vector<RoundKey> forgotten;
   std::vector<Contribution> contributions;
   bool caught_up = false;  // All that it had sent to earlier masters, and still holds, has been sent to this one.

@@ -45,7 +45,7 @@ class Group {
   const GroupId& id() const { return id_; }
   uint64_t generation() const { return generation_; }
   uint64_t run_id() const { return run_id_; }
-  // That of the first join, and so of every member.
+  // Returns the token of the first join, and so of every member.
   const Secret& token() const { return token_; }
   uint32_t present() const { return members_.present(); }
   bool empty() const { return members_.present() == 0; }

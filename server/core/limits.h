@@ -61,8 +61,8 @@ struct Limits {
   absl::Duration default_rejoin_grace = absl::Milliseconds(50);
   // The contributors of a round that has waited this long are told once, with the ranks that it waits for.
   absl::Duration late_round_after = absl::Seconds(10);
-  // How far one join may raise a group's generation. Requeued jobs raise it by 2^32 (client/python), times in
-  // microseconds by less than this for years.
+  // The greatest step by which a join may raise a group's generation. Requeued jobs raise it by 2^32 (client/python),
+  // times in microseconds by less than this for years.
   uint64_t max_generation_jump = uint64_t{1} << 48;
   // A group without a live stream is kept this long for its workers to come back to.
   absl::Duration group_linger = absl::Minutes(1);

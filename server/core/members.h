@@ -26,7 +26,7 @@
 
 namespace syncbn::core {
 
-// What a member has contributed, since its rank was first taken.
+// A member's contributions since its rank was first taken.
 struct Activity {
   DeclarationPtr layer;  // Of the newest contribution, which the next three describe.
   uint64_t sequence = 0;

@@ -1,4 +1,4 @@
-// What has become of a group's rounds and contributions, counted since the group began.
+// Counts of a group's rounds and contributions by their result, since the group began.
 
 #ifndef SYNCBN_SERVER_CORE_ROUND_STATISTICS_H_
 #define SYNCBN_SERVER_CORE_ROUND_STATISTICS_H_

@@ -73,7 +73,7 @@ void Rounds::Reject(Rank rank, const RoundKey& key, Error error, Effects& effect
 
 bool Rounds::IsNeedless(Rank rank, const Contribution& contribution, const EndedRound* ended) const {
   if (!members_[rank].catching_up || ended == nullptr || !ended->restored || ended->Find(rank) == nullptr) return true;
-  // What nobody may come to need takes no room from what somebody does.
+  // A contribution that perhaps nobody needs takes no room from those that somebody waits for.
   const size_t bytes = (contribution.first.size() + contribution.second.size()) * sizeof(double);
   return pending_bytes_ + bytes > limits_.max_pending_bytes / 2 || pending_.size() >= limits_.max_rounds_in_frame;
 }

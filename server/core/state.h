@@ -1,4 +1,4 @@
-// What a master stores of its groups, so that the master after it goes on with them: plain values.
+// Plain values: the state of its groups that a master stores for the master after it.
 
 #ifndef SYNCBN_SERVER_CORE_STATE_H_
 #define SYNCBN_SERVER_CORE_STATE_H_
@@ -49,7 +49,7 @@ struct GroupState {
   std::vector<LayerState> layers;
 };
 
-// What has changed since an earlier moment. `ended` comes first: a group may have ended and begun again.
+// Changes since an earlier moment. `ended` comes first: a group may have ended and begun again.
 struct StateChanges {
   std::vector<GroupId> ended;
   std::vector<GroupState> groups;  // Each with those layers that have changed.

@@ -67,7 +67,7 @@ void StateJournal::Note(const Effects& effects) {
       if (const auto stored = unclaimed_.find(round->group); stored != unclaimed_.end()) Drop(stored);
       if (round->outcome->key.phase == Phase::kForward) NoteRound(round->group, round->outcome->key.layer);
     } else if (const auto* ended = std::get_if<GroupEnded>(&effect)) {
-      // What is stored under the name of an unclaimed group is that group.
+      // The store holds the unclaimed group under this name, and not the one that has ended.
       if (!unclaimed_.contains(ended->group)) ended_.push_back(ended->group);
     }
   }

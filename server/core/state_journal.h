@@ -1,4 +1,4 @@
-// What a master stores between its lives: the changes since the last look, and the groups of an earlier master.
+// Bookkeeping of the state that outlives a master: changes since the last look, and groups of an earlier master.
 
 #ifndef SYNCBN_SERVER_CORE_STATE_JOURNAL_H_
 #define SYNCBN_SERVER_CORE_STATE_JOURNAL_H_

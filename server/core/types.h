@@ -117,7 +117,7 @@ struct RoundOutcome {
   bool refused = false;                // The error is told to one sender, and is not the outcome of the round.
 };
 
-// What a member knows of a round that ended under an earlier master: enough to end it again in the same way.
+// A member's report of a round that ended under an earlier master, so that it can end again in the same way.
 struct EndedReport {
   RoundKey key;
   std::optional<Error> error;  // If set, what follows is empty.

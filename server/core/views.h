@@ -64,7 +64,7 @@ struct PendingRoundView {
   absl::Duration time_left;
 };
 
-// How long after a round's first contribution a rank has contributed.
+// Time from a round's first contribution to a rank's.
 struct Arrival {
   Rank rank = 0;
   absl::Duration after;
@@ -104,7 +104,7 @@ struct GroupView {
   std::vector<PendingRoundView> pending;  // The oldest kMostShownRounds, oldest first.
 };
 
-// What the newest batch statistics, or the running ones if those are forgotten, say about a layer's channels.
+// Summary of a layer's channels, from the newest batch statistics, or the running ones once those are forgotten.
 struct ChannelSummary {
   // A channel is constant if its variance is at most 1e-10 of max(1, mean^2): nothing distinguishes its values. It
   // explodes if a number is not finite, or beyond 1e4 in magnitude, near the end of float16's range, or its square.

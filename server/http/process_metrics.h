@@ -1,4 +1,4 @@
-// What Prometheus's client libraries tell of the process that they are in.
+// Metrics of the process, as Prometheus's client libraries have them.
 
 #ifndef SYNCBN_SERVER_HTTP_PROCESS_METRICS_H_
 #define SYNCBN_SERVER_HTTP_PROCESS_METRICS_H_

@@ -51,7 +51,7 @@ class Connections {
   void Check();
 
  private:
-  // How much of something a peer may still do; it comes back with time.
+  // The amount of something that a peer may still do; it comes back with time.
   struct Budget {
     double left = 0.0;
     absl::Time as_of;

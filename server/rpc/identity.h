@@ -1,4 +1,4 @@
-// Which job and rank a worker's certificate stands for.
+// The jobs and ranks that a worker's certificate stands for.
 
 #ifndef SYNCBN_SERVER_RPC_IDENTITY_H_
 #define SYNCBN_SERVER_RPC_IDENTITY_H_

@@ -30,7 +30,7 @@ struct LoopOptions {
   std::string description;
   // If present, every join must have it.
   core::Secret token;
-  // What workers' certificates must say.
+  // Names that a worker's certificate must have; one that fits is enough.
   std::vector<IdentityTemplate> identity;
   bool inspection = true;
   // If present, callers of InspectionService must bear it.

@@ -22,7 +22,7 @@ class StateSaver {
  public:
   static constexpr uint64_t kMostUnsavedRounds = 8;
   static constexpr absl::Duration kLongestDelay = absl::Seconds(1);
-  // How long to wait for a writer that is busy.
+  // Time between two looks at a writer that is busy.
   static constexpr absl::Duration kPause = absl::Milliseconds(10);
 
   // Without a writer, which is null then, nothing is done. `max_turn_bytes` bounds what is copied at once.

@@ -108,7 +108,7 @@ def test_a_training_whose_masters_are_killed(start: Callable[..., Any], tmp_path
         count = chance.randrange(1, 8)
         worker.train(master.target, count)
         unsaved += count
-        # What was not stored must be among what the worker can give again.
+        # Rounds that were not stored must be among those that the worker can repeat.
         if unsaved + 7 > KEPT or chance.random() < 0.3:
             await_stored(master.target)
             unsaved = 0
@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_stops_no_round(start: Callable[..., Any], tmp_path
     assert inspect(master.target, "ListGroups")["state"]["error"]
     assert statistics(master.target) == undisturbed(start, worker.done)
     master.kill()
-    # What had been stored before is whole.
+    # The statistics that had been stored before are whole.
     master = start(Master, "--state-dir", str(tmp_path / "state"))
     assert int(statistics(master.target)["bn1"]["updates"]) > 0
 

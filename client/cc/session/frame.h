@@ -22,7 +22,7 @@ struct DeclaredLayer;
 struct KnownLayer;
 class Session;
 
-// What is known of a round that has ended: enough for another master to end it again in the same way.
+// Describes a round that has ended, so that another master can end it again in the same way.
 struct EndedRound {
   absl::Status error;  // OK if it completed; otherwise the rest is empty.
   std::vector<uint32_t> missing_ranks;

@@ -9,7 +9,7 @@
 namespace syncbn::session {
 namespace {
 
-// What an entry takes beside its bytes in a frame: the objects around them.
+// The memory of the objects around an entry's bytes.
 constexpr size_t kEntryBytes = 512;
 
 }  // namespace

@@ -18,7 +18,7 @@
 
 namespace syncbn::session {
 
-// How much of a worker's past is kept. PROTOCOL.md, section 13, lists both.
+// Limits of the rounds that a worker keeps. PROTOCOL.md, section 13, lists both.
 struct LogLimits {
   size_t rounds = 16;               // The newest of each layer and phase,
   size_t bytes = size_t{32} << 20;  // and of all layers together, as long as they take so much.

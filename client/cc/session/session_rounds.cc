@@ -212,7 +212,7 @@ void Session::NoteResent(Contribution& contribution) {
 }
 
 bool Session::MustWait(const Contribution& contribution) const {
-  // What was under way on another stream was little enough.
+  // Chunks that were under way on another stream were within the limit there.
   return !contribution.resent_ && !contribution.ended_ && contribution.siblings_under_way_ != nullptr &&
          *contribution.siblings_under_way_ > 0 && under_way_ >= kChunksUnderWay && !leaving_.has_value();
 }

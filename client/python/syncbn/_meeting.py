@@ -20,10 +20,10 @@ from syncbn._boards import Board
 from syncbn._master import Master
 
 _logger = logging.getLogger("syncbn")
-# How long rank 0 keeps its master for workers that have not left.
+# Seconds that rank 0 keeps its master for workers that have not left.
 _LEAVE_SECONDS = 600.0
-# How long, once no worker is connected to it: as long as a worker whose connection has broken takes to come back. On one host
-# connections break with their processes.
+# Seconds that it keeps the master once no worker is connected: a worker whose connection has broken comes back within
+# them. On one host, connections break with their processes alone.
 _RETURN_SECONDS = 30.0
 _RETURN_SECONDS_ON_ONE_HOST = 1.0
 _LOOK_SECONDS = 0.2

@@ -20,7 +20,7 @@ from syncbn.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batc
 
 __all__ = ["SyncBatchNorm"]
 
-# Those that use the framework's two converters, and so have to be there before these are replaced.
+# Modules that import the framework's two converters: they are loaded before the converters are replaced.
 _USERS = ("mmengine.model", "mmengine.runner", "mmengine._strategy")
 
 

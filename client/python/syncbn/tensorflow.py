@@ -26,7 +26,7 @@ class _Caller:
         """The forward round. Returns: mean, variance, and for `exchange` the count, the sequence and 1 or 0."""
         self._worker.declare_layer(self._layer, self._channels, eps=0.0)
         vectors = (mean, m2) if count else (None, None)
-        # Whether a gradient follows is not known here; if none of the workers knows, none waits for a backward round.
+        # TensorFlow does not tell here if a gradient follows; if no worker knows, none waits for a backward round.
         merged = self._worker.synchronize(self._layer, int(count), *vectors, backward=None)
         known = [merged.count, merged.sequence, merged.backward_required]
         return (*(_or_nan(v, merged.count) for v in (merged.mean, merged.var)), np.asarray(known, np.int64))

@@ -329,7 +329,7 @@ function showLayers(follower, layers) {
   setText($("layers-summary"), normal.length === 0 ? "No layers." : bad.length === 0 ?
     `${normal.length} layers; no channel is constant or explodes.` :
     `${bad.length} of ${normal.length} layers have channels that are constant or explode.`);
-  // Those with trouble first, then in the order of their names.
+  // Layers in trouble come first; the others follow in the order of their names.
   const shown = [...bad, ...normal.filter((l) => !bad.includes(l))].slice(0, 200);
   for (const layer of shown) {
     const name = layer.spec.name;

@@ -1,4 +1,4 @@
-// What the engine records of its rounds and members, for those who look at it from outside.
+// The engine's records of its rounds and members, for inspection.
 
 #include <string>
 #include <vector>

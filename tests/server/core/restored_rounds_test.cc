@@ -32,7 +32,7 @@ class RestoredTest : public ::testing::Test {
  protected:
   static Numbers Of(Rank rank) { return {2 + rank, {0.1 + rank}, {0.7 * (rank + 1)}}; }
 
-  // What the earlier master told of a round to which `ranks` had contributed.
+  // Returns the outcome that an earlier master told of a round to which `ranks` had contributed.
   static std::shared_ptr<const RoundOutcome> Told(const RoundKey& key, const std::vector<Rank>& ranks) {
     testing::Engine earlier;
     std::vector<StreamId> workers;

@@ -1,4 +1,4 @@
-// What a master stores, and how the next one goes on with it: as if it had never ended.
+// The state that a master stores; the next master goes on with it as if the first had never ended.
 
 #include "server/core/state.h"
 
@@ -28,7 +28,7 @@ using testing::Numbers;
 using testing::Sum;
 using testing::SumLayer;
 
-// What a store has: changes are applied as the store applies them.
+// Contents of a store, to which changes are applied as the store applies them.
 class Stored {
  public:
   void Save(const std::vector<StateChanges>& all) {

@@ -1,4 +1,4 @@
-// What the log says of each event.
+// The lines of the log, event by event.
 
 #include "server/log/narrator.h"
 

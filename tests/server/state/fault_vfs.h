@@ -8,7 +8,7 @@
 
 namespace syncbn::testing {
 
-// What happens to calls that change files: writes, truncations, syncs, and deletions.
+// Faults of calls that change files: writes, truncations, syncs, and deletions.
 enum class Fault {
   kNone,
   kFull,    // They fail with "disk full"; a write has written half.

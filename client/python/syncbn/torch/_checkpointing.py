@@ -78,7 +78,7 @@ class Context:
     def __init__(self, sites: List[_Site]) -> None:
         self._sites = sites
         self.active = bool(sites)
-        # Whether gradients are off now, but a second half with gradients will follow.
+        # True if gradients are off now, but a second half with gradients will follow.
         self.gradient_follows = any(site.reentrant and not site.second_half for site in sites)
 
     def replay(self, layer: object) -> Any:

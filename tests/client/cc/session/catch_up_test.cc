@@ -1,4 +1,4 @@
-// What a worker tells a master that does not know what has happened before.
+// The frames of a worker that comes to a master without memory of earlier rounds.
 
 #include <cstdint>
 #include <string>
