@@ -144,8 +144,10 @@ def a_process_group_is_initialized_anew() -> None:
 def a_restart_of_the_launch_has_notes_of_its_own() -> None:
     """In the same store, as torchrun's is. A process has ended before it could meet the others."""
     with environment(TORCHELASTIC_RESTART_COUNT=0):
-        if RANK != 2:
-            syncbn.torch.init_worker().close()
+        worker = syncbn.torch.init_worker() if RANK != 2 else None
+    dist.barrier()  # Until here: closing rank 0's worker ends the master that the others join.
+    if worker is not None:
+        worker.close()
     dist.barrier()
     with environment(TORCHELASTIC_RESTART_COUNT=1), syncbn.torch.init_worker(timeout=60) as worker:
         assert worker.all_reduce("sum", [1.0])[0] == WORLD
