@@ -46,6 +46,10 @@ struct syncbn_round {
   syncbn::Round round;
 };
 
+struct syncbn_rounds {
+  std::vector<syncbn::RoundKey> keys;
+};
+
 struct syncbn_forward {
   std::shared_ptr<syncbn::Worker> worker;
   syncbn::ForwardPass pass;
@@ -66,6 +70,13 @@ syncbn_code Report(const absl::Status& status, syncbn_error** error) {
   if (syncbn::IsPending(status)) return SYNCBN_PENDING;
   if (error != nullptr) *error = new syncbn_error{status, syncbn::DetailsOf(status), std::string(status.message())};
   return static_cast<syncbn_code>(status.code());
+}
+
+syncbn_code ReportRounds(absl::StatusOr<std::vector<syncbn::RoundKey>> keys, syncbn_rounds** out,
+                         syncbn_error** error) {
+  if (!keys.ok()) return Report(keys.status(), error);
+  *out = new syncbn_rounds{*std::move(keys)};
+  return 0;
 }
 
 absl::Status Missing(const char* what) { return absl::InvalidArgumentError(absl::StrCat(what, " is NULL")); }
@@ -365,7 +376,7 @@ syncbn_code syncbn_worker_join(const syncbn_worker_options* given, syncbn_worker
   options.tls.cert_file = Text(known.cert_file);
   options.tls.key_file = Text(known.key_file);
   options.token = Text(known.token);
-  if (absl::Status status = ReadEnum(known.missing_policy, SYNCBN_MISSING_FAIL, SYNCBN_MISSING_PROCEED,
+  if (absl::Status status = ReadEnum(known.missing_policy, SYNCBN_MISSING_FAIL, SYNCBN_MISSING_WAIT,
                                      syncbn::MissingPolicy::kFail, "missing_policy", &options.missing_policy);
       !status.ok()) {
     return Report(status, error);
@@ -397,6 +408,33 @@ syncbn_code syncbn_worker_resume_at(syncbn_worker* worker, uint64_t sequence, sy
   if (worker == nullptr) return Report(Missing("worker"), error);
   return Report(worker->worker->ResumeAt(sequence), error);
 }
+
+syncbn_code syncbn_worker_resume_layer_at(syncbn_worker* worker, const char* layer, int32_t phase, uint64_t sequence,
+                                          syncbn_error** error) {
+  if (worker == nullptr) return Report(Missing("worker"), error);
+  if (phase < SYNCBN_PHASE_FORWARD || phase > SYNCBN_PHASE_SUM) {
+    return Report(absl::InvalidArgumentError(absl::StrCat("phase is ", phase, ", not within 1 and 3")), error);
+  }
+  return Report(worker->worker->ResumeLayerAt({Text(layer), sequence, static_cast<syncbn::Phase>(phase)}), error);
+}
+
+syncbn_code syncbn_worker_next_rounds(const syncbn_worker* worker, syncbn_rounds** out, syncbn_error** error) {
+  if (worker == nullptr || out == nullptr) return Report(Missing(worker == nullptr ? "worker" : "out"), error);
+  return ReportRounds(worker->worker->NextRounds(), out, error);
+}
+
+syncbn_code syncbn_worker_newest_rounds(const syncbn_worker* worker, syncbn_rounds** out, syncbn_error** error) {
+  if (worker == nullptr || out == nullptr) return Report(Missing(worker == nullptr ? "worker" : "out"), error);
+  return ReportRounds(worker->worker->NewestRounds(), out, error);
+}
+
+size_t syncbn_rounds_size(const syncbn_rounds* rounds) { return rounds->keys.size(); }
+const char* syncbn_rounds_layer(const syncbn_rounds* rounds, size_t index) { return rounds->keys[index].layer.c_str(); }
+int32_t syncbn_rounds_phase(const syncbn_rounds* rounds, size_t index) {
+  return static_cast<int32_t>(rounds->keys[index].phase);
+}
+uint64_t syncbn_rounds_sequence(const syncbn_rounds* rounds, size_t index) { return rounds->keys[index].sequence; }
+void syncbn_rounds_destroy(syncbn_rounds* rounds) { delete rounds; }
 
 void syncbn_worker_interrupt(syncbn_worker* worker) { worker->worker->Interrupt(); }
 

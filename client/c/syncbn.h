@@ -153,7 +153,9 @@ SYNCBN_API syncbn_code syncbn_make_certificate(const char* host, const char* cer
 
 typedef struct syncbn_worker syncbn_worker;
 
-enum { SYNCBN_MISSING_FAIL = 1, SYNCBN_MISSING_PROCEED = 2 };
+/* What rounds do without a lost worker: fail; proceed with min_workers; wait for its successor, for rejoin_grace, which
+ * repeats what the worker had contributed since its checkpoint and goes on in its place. */
+enum { SYNCBN_MISSING_FAIL = 1, SYNCBN_MISSING_PROCEED = 2, SYNCBN_MISSING_WAIT = 3 };
 
 /* Writes the master's address, in the form of syncbn_worker_options.target, into `buffer`, with a final 0.
  *
@@ -176,7 +178,8 @@ typedef struct syncbn_worker_options {
   /* How long to try to reach the master, at first and after a break. Also how long to wait for a rank that another
    * worker holds; a warning in the log then names the holder. Default 30 s. */
   int64_t join_timeout_ns;
-  int64_t rejoin_grace_ns;     /* Default 50 ms; negative: none. The same for all workers. */
+  /* Default 50 ms, with WAIT half of round_timeout; negative: none. The same for all workers. */
+  int64_t rejoin_grace_ns;
   int32_t missing_policy;      /* Default FAIL. The same for all workers. */
   uint32_t min_workers;        /* With PROCEED. The same for all workers. */
   const char* description;     /* For people who inspect the group. Default: library, host and process id. */
@@ -221,6 +224,34 @@ SYNCBN_API syncbn_code syncbn_worker_wait_for_members(syncbn_worker* worker, int
  *
  * Errors: INVALID_ARGUMENT for SYNCBN_NEXT_SEQUENCE. */
 SYNCBN_API syncbn_code syncbn_worker_resume_at(syncbn_worker* worker, uint64_t sequence, syncbn_error** error);
+
+enum { SYNCBN_PHASE_FORWARD = 1, SYNCBN_PHASE_BACKWARD = 2, SYNCBN_PHASE_SUM = 3 };
+
+/* Sets the next automatic sequence of one layer in one phase to `sequence`.
+ *
+ * Errors: INVALID_ARGUMENT for SYNCBN_NEXT_SEQUENCE, an unknown phase, and a name of other than 1 to 255 bytes. */
+SYNCBN_API syncbn_code syncbn_worker_resume_layer_at(syncbn_worker* worker, const char* layer, int32_t phase,
+                                                     uint64_t sequence, syncbn_error** error);
+
+/* A list of rounds, ordered by layer. Free it with syncbn_rounds_destroy.
+ *
+ * Thread safety: any thread may read it. */
+typedef struct syncbn_rounds syncbn_rounds;
+
+/* Lists the rounds that SYNCBN_NEXT_SEQUENCE begins next: what a checkpoint keeps, for syncbn_worker_resume_layer_at.
+ * The first has an empty name and stands for all layers that are not listed, for syncbn_worker_resume_at. */
+SYNCBN_API syncbn_code syncbn_worker_next_rounds(const syncbn_worker* worker, syncbn_rounds** out,
+                                                 syncbn_error** error);
+/* Lists where the group stood when this worker joined it: the completed round of the greatest sequence for each layer
+ * and phase. Empty in a group that began then. */
+SYNCBN_API syncbn_code syncbn_worker_newest_rounds(const syncbn_worker* worker, syncbn_rounds** out,
+                                                   syncbn_error** error);
+SYNCBN_API size_t syncbn_rounds_size(const syncbn_rounds* rounds);
+/* The round at `index`, which is less than the size. The name lives as long as the list. */
+SYNCBN_API const char* syncbn_rounds_layer(const syncbn_rounds* rounds, size_t index);
+SYNCBN_API int32_t syncbn_rounds_phase(const syncbn_rounds* rounds, size_t index);
+SYNCBN_API uint64_t syncbn_rounds_sequence(const syncbn_rounds* rounds, size_t index);
+SYNCBN_API void syncbn_rounds_destroy(syncbn_rounds* rounds);
 
 /* Ends every wait of any thread or CUDA stream with CANCELLED, now: for an interrupt. The worker stays usable. */
 SYNCBN_API void syncbn_worker_interrupt(syncbn_worker* worker);

@@ -172,7 +172,7 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
   const DeviceScope scope = pass.backend_->Enter();
   if (!scope.status().ok()) return scope.status();
   const bool stream_ordered = options.stream_ordered && options.backward_role != BackwardRole::kIfRequired &&
-                              worker.missing_policy() == MissingPolicy::kFail && x.shape.values_per_channel() >= 2 &&
+                              worker.missing_policy() != MissingPolicy::kProceed && x.shape.values_per_channel() >= 2 &&
                               pass.backend_->CanBeStreamOrdered();
   if (absl::Status status = pass.backend_->Reduce(x.shape, x.data); !status.ok()) return status;
   auto begin = [name = pass.layer_.name, options, shape = x.shape](Worker& owner, const double* mean,

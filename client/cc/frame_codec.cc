@@ -152,13 +152,16 @@ std::vector<T> FromProto(const google::protobuf::RepeatedField<T>& field) {
   return std::vector<T>(field.begin(), field.end());
 }
 
-session::Joined FromProto(const v1::Joined& joined) {
-  return {joined.incarnation(),
-          joined.run_id(),
-          FromProto(joined.config().round_timeout()),
-          static_cast<size_t>(joined.membership().present_ranks_size()),
-          FromProto(joined.membership().left_ranks()),
-          joined.memory()};
+session::Joined FromProto(v1::Joined* message) {
+  session::Joined joined{message->incarnation(),
+                         message->run_id(),
+                         FromProto(message->config().round_timeout()),
+                         static_cast<size_t>(message->membership().present_ranks_size()),
+                         FromProto(message->membership().left_ranks()),
+                         message->memory(),
+                         {}};
+  for (v1::RoundKey& key : *message->mutable_newest_rounds()) joined.newest_rounds.push_back(FromProto(&key));
+  return joined;
 }
 
 session::LateRound FromProto(v1::LateRound* late) {
@@ -235,7 +238,7 @@ absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_v
     return absl::InternalError("the master sent a frame that is not a syncbn.v1.MasterFrame");
   }
   session::ServerFrame frame;
-  if (message->has_joined()) frame.joined = FromProto(message->joined());
+  if (message->has_joined()) frame.joined = FromProto(message->mutable_joined());
   if (message->has_membership()) {
     frame.membership = session::Membership{static_cast<size_t>(message->membership().present_ranks_size()),
                                            FromProto(message->membership().left_ranks())};

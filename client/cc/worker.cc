@@ -166,6 +166,12 @@ uint64_t Worker::run_id() const { return impl_->run_id(); }
 absl::Status Worker::WaitForMembers(absl::Duration timeout) { return impl_->WaitForMembers(timeout); }
 absl::Status Worker::ResumeAt(uint64_t sequence) { return impl_->ResumeAt(sequence); }
 
+absl::Status Worker::ResumeLayerAt(const RoundKey& key) { return impl_->ResumeLayerAt(key); }
+
+absl::StatusOr<std::vector<RoundKey>> Worker::NextRounds() const { return impl_->NextRounds(); }
+
+absl::StatusOr<std::vector<RoundKey>> Worker::NewestRounds() const { return impl_->NewestRounds(); }
+
 void Worker::Interrupt() {
   if (impl_->forked()) return;
   if (const auto attached = attachment()) attached->OnInterrupt();

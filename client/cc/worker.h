@@ -90,9 +90,10 @@ class Worker {
     uint32_t rank = 0;
     uint32_t world_size = 1;
     uint64_t generation = 0;
-    // The same for all workers of the group. Absent: the master's defaults (10 min, 50 ms).
+    // The same for all workers of the group, as is the policy. Absent: the master's defaults (10 min, 50 ms).
     std::optional<absl::Duration> round_timeout;
     std::optional<absl::Duration> rejoin_grace;
+    // kWait: rounds wait for a worker that restarts, for rejoin_grace, whose default is then half of round_timeout.
     MissingPolicy missing_policy = MissingPolicy::kFail;
     uint32_t min_workers = 0;
     // How long to try to reach the master, at first and after a break. Also how long to wait for a rank that another
@@ -152,6 +153,15 @@ class Worker {
   // Sets the next automatic sequence of every layer, in every phase. *Errors*: INVALID_ARGUMENT beyond
   // kGreatestSequence.
   absl::Status ResumeAt(uint64_t sequence);
+  // Sets the next automatic sequence of the layer in this phase to `key.sequence`. *Errors*: as of ResumeAt;
+  // INVALID_ARGUMENT for a name of other than 1 to 255 bytes.
+  absl::Status ResumeLayerAt(const RoundKey& key);
+  // *Returns* the rounds that kNextSequence begins next, by layer: what ResumeLayerAt takes. The first has an empty
+  // name and stands for all layers that are not listed: what ResumeAt takes.
+  absl::StatusOr<std::vector<RoundKey>> NextRounds() const;
+  // *Returns* where the group stood when this worker joined it: the completed round of the greatest sequence for each
+  // layer and phase, by layer. Empty in a group that began then.
+  absl::StatusOr<std::vector<RoundKey>> NewestRounds() const;
 
   // Ends every wait of a thread or CUDA stream with CANCELLED (INTERRUPTED), at once. The worker stays usable.
   void Interrupt();

@@ -242,6 +242,25 @@ absl::Status WorkerImpl::ResumeAt(uint64_t sequence) {
   return session_.ResumeAt(sequence);
 }
 
+absl::Status WorkerImpl::ResumeLayerAt(const RoundKey& key) {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  if (absl::Status status = Enter(); !status.ok()) return status;
+  return session_.ResumeLayerAt(key);
+}
+
+absl::StatusOr<std::vector<RoundKey>> WorkerImpl::NextRounds() const {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  return session_.NextRounds();
+}
+
+absl::StatusOr<std::vector<RoundKey>> WorkerImpl::NewestRounds() const {
+  if (forked()) return ForkedError();
+  absl::MutexLock lock(&mutex_);
+  return session_.newest_rounds();
+}
+
 void WorkerImpl::Interrupt() {
   if (forked()) return;
   absl::MutexLock lock(&mutex_);

@@ -63,6 +63,9 @@ class WorkerImpl {
   absl::Status Leave(absl::string_view reason);
   absl::Status WaitForMembers(absl::Duration timeout);
   absl::Status ResumeAt(uint64_t sequence);
+  absl::Status ResumeLayerAt(const RoundKey& key);
+  absl::StatusOr<std::vector<RoundKey>> NextRounds() const;
+  absl::StatusOr<std::vector<RoundKey>> NewestRounds() const;
   void Interrupt();
   absl::Status DeclareLayer(const LayerOptions& layer);
   std::optional<LayerOptions> FindLayer(absl::string_view name) const;

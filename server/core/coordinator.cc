@@ -222,7 +222,7 @@ std::optional<Error> Coordinator::EndSuperseded(const Join& join, absl::Time now
     const uint64_t most = limits_.max_generation_jump;
     if (join.generation - group.generation() > most) return GenerationJumpError(join, group.generation(), most);
     EndGroup(slot, NewGenerationError(join), now, effects);
-  } else if (group.empty() && join.incarnation == 0) {
+  } else if (group.empty() && join.incarnation == 0 && !group.AwaitsSuccessors()) {
     EndGroup(slot, NewRunError(join), now, effects);
   }
   return std::nullopt;

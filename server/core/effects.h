@@ -23,7 +23,8 @@ struct SendJoined {
   uint64_t run_id = 0;
   GroupConfig config;  // With every default filled in.
   Membership membership;
-  uint64_t memory = 0;  // Names the memory in which this group is kept.
+  uint64_t memory = 0;                  // Names the memory in which this group is kept.
+  std::vector<RoundKey> newest_rounds;  // For a worker that is new: where its group stands.
 };
 
 // One frame, the same for all these streams. Outcomes are in the order in which their rounds ended.

@@ -213,10 +213,10 @@ Error ChangedReplayError(Rank rank, const RoundKey& key, bool restarted) {
                    {rank});
 }
 
-Error OutcomeForgottenError(const RoundKey& key, size_t max_retained_bytes) {
+Error OutcomeForgottenError(const RoundKey& key, absl::string_view limit_name, size_t limit) {
   return MakeError(StatusCode::kFailedPrecondition, kRoundExpired,
                    StrCat("the ", Describe(key), " has ended, and its result has been forgotten to stay within ",
-                          "max_retained_bytes = ", max_retained_bytes));
+                          limit_name, " = ", limit));
 }
 
 Error RoundTooOldError(const RoundKey& key, uint64_t retained_rounds) {

@@ -138,7 +138,7 @@ Error LayerKindError(Rank rank, const RoundKey& key);
 Error ChangedPayloadError(Rank rank, const RoundKey& key);
 // The rank has contributed other numbers to a round that has ended; `restarted` if it was an earlier incarnation.
 Error ChangedReplayError(Rank rank, const RoundKey& key, bool restarted);
-Error OutcomeForgottenError(const RoundKey& key, size_t max_retained_bytes);
+Error OutcomeForgottenError(const RoundKey& key, absl::string_view limit_name, size_t limit);
 Error RoundTooOldError(const RoundKey& key, uint64_t retained_rounds);
 Error ForwardForgottenError(const RoundKey& key, size_t max_awaited_bytes);
 // `failed`: the forward round has ended with an error.

@@ -22,7 +22,10 @@ std::optional<Error> FillConfig(const GroupConfig& config, uint32_t world_size, 
                                 GroupConfig& filled) {
   filled = config;
   filled.round_timeout = config.round_timeout.value_or(limits.default_round_timeout);
-  filled.rejoin_grace = config.rejoin_grace.value_or(limits.default_rejoin_grace);
+  const bool waits = config.missing_policy == MissingPolicy::kWait;
+  const absl::Duration grace =
+      waits ? std::min(*filled.round_timeout / 2, limits.max_rejoin_grace) : limits.default_rejoin_grace;
+  filled.rejoin_grace = config.rejoin_grace.value_or(grace);
   if (*filled.round_timeout < limits.min_round_timeout || *filled.round_timeout > limits.max_round_timeout) {
     return MalformedError(absl::StrCat("round_timeout ", absl::FormatDuration(*filled.round_timeout), " is not within ",
                                        absl::FormatDuration(limits.min_round_timeout), " and ",
@@ -52,7 +55,7 @@ Group::Group(const Join& join, const GroupConfig& filled, uint64_t run_id, uint6
       config_(filled),
       limits_(limits),
       members_(join.world_size, resumed_ ? IncarnationFloor(now) : 0),
-      layers_(limits),
+      layers_(limits, filled.missing_policy),
       rounds_(id_, config_, limits, members_, layers_),
       linger_until_(now + limits.group_linger) {
   SYNCBN_CHECK(run_id != 0 && filled.round_timeout.has_value() && filled.rejoin_grace.has_value());
@@ -88,6 +91,7 @@ std::optional<Error> Group::OnJoin(StreamId stream, const Join& asked, const Gro
   ++joins_;
   Seat(stream, join, now, effects);
   SendJoinedTo(join.rank, effects);
+  if (join.incarnation == 0) std::get<SendJoined>(effects.back()).newest_rounds = layers_.NewestRounds();
   if (others_left) rounds_.BeginReview(now, effects);
   for (const LayerSpec& spec : join.layers) Declare(join.rank, spec, join.incarnation != 0, now, effects);
   layers_.FixSet(join);
@@ -116,8 +120,8 @@ std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& fille
 
 void Group::SendJoinedTo(Rank rank, Effects& effects) const {
   const Member& member = members_[rank];
-  effects.push_back(
-      SendJoined{member.stream, kProtocolVersion, member.incarnation, run_id_, config_, members_.Snapshot(), memory_});
+  effects.push_back(SendJoined{
+      member.stream, kProtocolVersion, member.incarnation, run_id_, config_, members_.Snapshot(), memory_, {}});
 }
 
 void Group::AdoptRun(uint64_t run_id, absl::Time now, Effects& effects) {
@@ -151,7 +155,7 @@ void Group::Seat(StreamId stream, const Join& join, absl::Time now, Effects& eff
   std::get<MemberChanged>(effects.back()).returned = !seated.reborn;
   if (!seated.reborn) return;
   layers_.Forget(join.rank);
-  // Its predecessor will not contribute any more, so rounds wait for it in vain.
+  // Its predecessor will not contribute any more. Unless it does what that would have done, rounds wait for it in vain.
   if (seated.predecessor_contributed && config_.missing_policy == MissingPolicy::kFail) {
     rounds_.FailAwaiting(join.rank, now, effects);
   }
@@ -251,7 +255,8 @@ void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
 }
 
 void Group::OnMemberGone(absl::Time now, Effects& effects) {
-  if (empty()) linger_until_ = now + limits_.group_linger;
+  if (empty())
+    linger_until_ = now + (waits() ? std::max(limits_.group_linger, *config_.rejoin_grace) : limits_.group_linger);
   AnnounceMembership(std::nullopt, effects);
 }
 

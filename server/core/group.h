@@ -49,6 +49,8 @@ class Group {
   const Secret& token() const { return token_; }
   uint32_t present() const { return members_.present(); }
   bool empty() const { return members_.present() == 0; }
+  // Returns whether successors of lost members may still come, whose place in the run they take.
+  bool AwaitsSuccessors() const { return waits() && members_.in_grace() != 0; }
 
   // The group of this name has been in another run, which is over; 0 if it has not.
   void NoteOver(uint64_t run_id) { over_run_id_ = run_id; }
@@ -105,6 +107,7 @@ class Group {
   // Takes another run than the group was in. Its members have incarnations of that run from now on.
   void AdoptRun(uint64_t run_id, absl::Time now, Effects& effects);
   void SendJoinedTo(Rank rank, Effects& effects) const;
+  bool waits() const { return config_.missing_policy == MissingPolicy::kWait; }
   // Takes the word of a worker that comes back for ranks that have left. Returns whether there were any.
   bool AdoptLeft(const Join& join);
   // Returns why the join does not fit the group's run and config, or may not have its rank.

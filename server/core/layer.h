@@ -66,6 +66,9 @@ class Layer {
   // Returns a rank that may have forgotten its contribution to the round, and with it that the round has ended.
   std::optional<Rank> ForgottenBy(Phase phase, uint64_t sequence) const;
 
+  // Returns the greatest sequence that has completed, if any has.
+  std::optional<uint64_t> NewestCompleted(Phase phase) const { return history(phase).newest_completed; }
+
   LayerSummary Summary() const;
   LayerView View() const;
 

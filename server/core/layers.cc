@@ -9,9 +9,10 @@
 
 namespace syncbn::core {
 
-Layers::Layers(const Limits& limits)
+Layers::Layers(const Limits& limits, MissingPolicy policy)
     : limits_(limits),
-      budget_(limits.max_retained_bytes, std::max<size_t>(limits.min_retained_outcomes, 1), limits.max_awaited_bytes) {}
+      budget_(policy == MissingPolicy::kWait ? limits.max_retained_bytes_waiting : limits.max_retained_bytes,
+              std::max<size_t>(limits.min_retained_outcomes, 1), limits.max_awaited_bytes) {}
 
 Layer* Layers::Find(absl::string_view name) { return const_cast<Layer*>(std::as_const(*this).Find(name)); }
 
@@ -26,6 +27,22 @@ const Layer& Layers::Get(absl::string_view name) const {
   const Layer* const layer = Find(name);
   SYNCBN_CHECK(layer != nullptr, "layer \"", name, "\"");
   return *layer;
+}
+
+std::vector<RoundKey> Layers::NewestRounds() const {
+  constexpr size_t kKeyBytes = 24;  // Of an encoded key, without the name.
+  std::vector<RoundKey> newest;
+  size_t bytes = 0;
+  for (const auto& [name, layer] : layers_) {
+    for (const Phase phase : {Phase::kForward, Phase::kBackward, Phase::kSum}) {
+      const std::optional<uint64_t> sequence = layer->NewestCompleted(phase);
+      if (!sequence.has_value()) continue;
+      bytes += kKeyBytes + name.size();
+      if (bytes > limits_.max_newest_rounds_bytes) return newest;
+      newest.push_back({name, *sequence, phase});
+    }
+  }
+  return newest;
 }
 
 std::vector<LayerSummary> Layers::Summaries() const {

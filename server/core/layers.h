@@ -28,7 +28,7 @@ namespace syncbn::core {
 class Layers {
  public:
   // `limits` must outlive this object.
-  explicit Layers(const Limits& limits);
+  Layers(const Limits& limits, MissingPolicy policy);
   Layers(const Layers&) = delete;
   Layers& operator=(const Layers&) = delete;
 
@@ -42,8 +42,13 @@ class Layers {
   // The size in bytes of the longest result that a round of the layers declared so far can have.
   size_t longest_result() const { return longest_result_; }
   std::vector<LayerSummary> Summaries() const;
-  // The bytes of ended rounds that are kept for replays.
+  // Returns the completed round of the greatest sequence for each layer and phase, by layer, as many as
+  // max_newest_rounds_bytes hold.
+  std::vector<RoundKey> NewestRounds() const;
+  // The bytes of ended rounds that are kept for replays,
   size_t retained_bytes() const { return budget_.bytes(); }
+  // and the bytes of outcomes that are kept at most.
+  size_t max_retained_bytes() const { return budget_.max_bytes(); }
 
   // Returns why these layers cannot be declared (MALFORMED_FRAME, LIMIT_EXCEEDED); nothing if they can.
   std::optional<Error> CheckSpecs(const std::vector<LayerSpec>& specs) const;

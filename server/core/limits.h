@@ -50,6 +50,11 @@ struct Limits {
   // The newest outcomes are kept whatever their size: as many as a client has chunks of a long vector in flight, all of
   // which it may ask for again after a reconnect.
   size_t min_retained_outcomes = 4;
+  // The same as max_retained_bytes under MISSING_POLICY_WAIT, where workers that restart ask again for the outcomes of
+  // a whole step.
+  size_t max_retained_bytes_waiting = size_t{64} << 20;
+  // The keys that tell a new worker where its group stands, in bytes.
+  size_t max_newest_rounds_bytes = size_t{1} << 20;
 
   // Bounds of what a group may declare.
   absl::Duration min_round_timeout = absl::Milliseconds(10);
@@ -58,7 +63,7 @@ struct Limits {
   // after late_round_after.
   absl::Duration default_round_timeout = absl::Minutes(10);
   absl::Duration max_rejoin_grace = absl::Minutes(10);
-  absl::Duration default_rejoin_grace = absl::Milliseconds(50);
+  absl::Duration default_rejoin_grace = absl::Milliseconds(50);  // Under MISSING_POLICY_WAIT half of round_timeout.
   // The contributors of a round that has waited this long are told once, with the ranks that it waits for.
   absl::Duration late_round_after = absl::Seconds(10);
   // The greatest step by which a join may raise a group's generation. Requeued jobs raise it by 2^32 (client/python),

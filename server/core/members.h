@@ -50,6 +50,7 @@ struct Member {
   // Came back from an earlier master, and has not sent yet all that it had sent to that one.
   bool catching_up = false;
   bool left_before = false;            // Has left under an earlier master, which may have had contributions of it.
+  bool begun_here = false;             // This incarnation has not been with an earlier master.
   absl::Time grace_until;              // While lost: when it is given up.
   bool given_up = false;               // While lost.
   bool lags = false;                   // While present: has not read what it was sent.
@@ -68,8 +69,10 @@ class Members {
   uint32_t present() const { return present_; }
   uint32_t left() const { return left_; }
   uint32_t given_up() const { return given_up_; }
-  // Members whose streams have broken.
-  uint32_t lost() const { return given_up_ + static_cast<uint32_t>(graces_.size()); }
+  // Members whose streams have broken,
+  uint32_t lost() const { return given_up_ + in_grace(); }
+  // and those of them that have not been given up.
+  uint32_t in_grace() const { return static_cast<uint32_t>(graces_.size()); }
   uint32_t blocked() const { return blocked_; }
   bool any_lags() const { return lagging_ != 0; }
   uint32_t catching_up() const { return catching_up_; }

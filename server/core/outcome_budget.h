@@ -45,6 +45,7 @@ class OutcomeBudget {
 
   // The bytes of outcomes and records that are counted.
   size_t bytes() const { return bytes_ + record_bytes_; }
+  size_t max_bytes() const { return max_bytes_; }
 
   // Aborts unless `records` records are counted and the totals are their sums.
   void CheckInvariants(size_t records) const;

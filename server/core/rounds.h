@@ -198,6 +198,7 @@ class Rounds {
   bool DeadlinesWait() const { return proceeds() && WaitsForReaders(); }
   bool AnyRankFailsRounds() const { return members_.given_up() != 0 || members_.any_layer_set_errors(); }
   bool proceeds() const { return config_.missing_policy == MissingPolicy::kProceed; }
+  bool waits() const { return config_.missing_policy == MissingPolicy::kWait; }
   void Spend(size_t bytes) { turn_ -= std::min(turn_, bytes); }
   // The cost of a look at all ranks.
   size_t RanksCost() const { return 512 + sizeof(Rank) * members_.world_size(); }

@@ -86,7 +86,8 @@ bool Rounds::Replay(Rank rank, const Contribution& contribution, const EndedRoun
     const bool restarted = before->incarnation != Contributor::LowBits(members_[rank].incarnation);
     Reject(rank, key, ChangedReplayError(rank, key, restarted), effects);
   } else if (ended->outcome == nullptr) {
-    Reject(rank, key, OutcomeForgottenError(key, limits_.max_retained_bytes), effects);
+    const char* const limit = waits() ? "max_retained_bytes_waiting" : "max_retained_bytes";
+    Reject(rank, key, OutcomeForgottenError(key, limit, layers_.max_retained_bytes()), effects);
   } else {
     ++statistics_.replayed;
     effects.push_back(SendResults{{members_[rank].stream}, {ended->outcome}});

@@ -141,11 +141,15 @@ Rounds::Fate Rounds::FateOfRestored(const RoundKey& key, const PendingRound& rou
                                     const std::vector<Rank>& missing) const {
   if (missing.empty()) return {true, std::nullopt};
   if (round.Idle()) return {};
-  // A member that has caught up would have repeated its contribution if it could, and one that has left cannot.
+  // A member that has caught up would have repeated its contribution if it could, and one that has left cannot. Where
+  // workers take the places of their predecessors, those that have begun here, or are still to come, contribute anew.
   std::vector<Rank> silent;
   for (const Rank rank : missing) {
     const Member& member = members_[rank];
-    const bool may_come = member.state == MemberState::kAbsent || (member.catching_up && !member.given_up);
+    const bool succeeds =
+        waits() && (member.state == MemberState::kLost || (member.begun_here && member.state == MemberState::kPresent));
+    const bool may_come =
+        member.state == MemberState::kAbsent || ((member.catching_up || succeeds) && !member.given_up);
     if (!may_come) silent.push_back(rank);
   }
   if (silent.empty()) return {};
@@ -169,7 +173,9 @@ void Rounds::OnCaughtUp(Rank rank, const std::vector<RoundKey>& forgotten, absl:
     if (unknown) Fail(round, OutcomeUnknownError(round->first, rank), now, effects);
     round = next;
   }
-  if (members_.catching_up() == 0 && members_.present() + members_.left() == members_.world_size()) DropIdle();
+  // Under MISSING_POLICY_WAIT a worker may yet restart, and need them. Their deadlines drop them.
+  const bool all_here = members_.present() + members_.left() == members_.world_size();
+  if (members_.catching_up() == 0 && all_here && !waits()) DropIdle();
   BeginReview(now, effects);
 }
 

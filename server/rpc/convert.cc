@@ -151,6 +151,7 @@ void ToProto(const core::SendJoined& joined, const std::string& description, v1:
   message->set_description(description);
   ToProto(joined.membership, message->mutable_membership());
   message->set_memory(joined.memory);
+  for (const core::RoundKey& key : joined.newest_rounds) ToProto(key, message->add_newest_rounds());
 }
 
 void ToProto(const core::Membership& membership, v1::Membership* message) {

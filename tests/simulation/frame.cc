@@ -111,7 +111,8 @@ ServerFramePtr ToSession(const core::Effect& effect) {
   if (const auto* joined = std::get_if<core::SendJoined>(&effect)) {
     frame->joined = session::Joined{joined->incarnation,           joined->run_id,
                                     *joined->config.round_timeout, joined->membership.present_ranks.size(),
-                                    joined->membership.left_ranks, joined->memory};
+                                    joined->membership.left_ranks, joined->memory,
+                                    joined->newest_rounds};
   } else if (const auto* results = std::get_if<core::SendResults>(&effect)) {
     for (const auto& outcome : results->outcomes) frame->outcomes.push_back(ToOutcome(*outcome));
   } else if (const auto* change = std::get_if<core::SendMembership>(&effect)) {

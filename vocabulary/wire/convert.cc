@@ -27,7 +27,7 @@ static_assert(Same(Phase::kForward, v1::PHASE_FORWARD) && Same(Phase::kBackward,
               Same(Phase::kSum, v1::PHASE_SUM) && Same(Phase::kSum, v1::Phase_MAX));
 static_assert(Same(MissingPolicy::kFail, v1::MISSING_POLICY_FAIL) &&
               Same(MissingPolicy::kProceed, v1::MISSING_POLICY_PROCEED) &&
-              Same(MissingPolicy::kProceed, v1::MissingPolicy_MAX));
+              Same(MissingPolicy::kWait, v1::MISSING_POLICY_WAIT) && Same(MissingPolicy::kWait, v1::MissingPolicy_MAX));
 static_assert(Same(LayerKind::kBatchNorm, v1::LAYER_KIND_BATCH_NORM) && Same(LayerKind::kSum, v1::LAYER_KIND_SUM) &&
               Same(LayerKind::kSum, v1::LayerKind_MAX));
 static_assert(Same(EpsMode::kAdd, v1::EPS_MODE_ADD) && Same(EpsMode::kClamp, v1::EPS_MODE_CLAMP) &&

@@ -112,7 +112,8 @@ struct Joined {
   absl::Duration round_timeout;
   size_t present_ranks = 0;
   std::vector<uint32_t> left_ranks;
-  uint64_t memory = 0;  // Names the memory in which the master keeps the group; 0 if it has no name.
+  uint64_t memory = 0;                  // Names the memory in which the master keeps the group; 0 if it has no name.
+  std::vector<RoundKey> newest_rounds;  // For a worker that is new: where its group stands.
 };
 
 struct Membership {

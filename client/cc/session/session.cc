@@ -138,6 +138,7 @@ Effects Session::OnFrame(ServerFrame frame, absl::Time now) {
   heard_at_ = now;
   Effects effects;
   if (frame.joined.has_value()) {
+    if (run_id_ == 0) newest_rounds_ = std::move(frame.joined->newest_rounds);
     if (state_ == State::kConnecting) OnJoined(*frame.joined, now);
     // A joined worker is told so again if its group goes on with an earlier run.
     incarnation_ = frame.joined->incarnation;

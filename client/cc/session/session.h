@@ -123,6 +123,9 @@ class Session {
   }
   // The members of the group with a live stream, as far as is known.
   size_t present_ranks() const { return present_ranks_; }
+  // Where the group stood when this worker joined it: the completed round of the greatest sequence for each layer and
+  // phase, by layer. Empty in a group that began then.
+  const std::vector<RoundKey>& newest_rounds() const { return newest_rounds_; }
   // A frame is being written. Send does nothing until OnWritten.
   bool writing() const { return writing_; }
 
@@ -181,6 +184,12 @@ class Session {
   // Every layer's next sequence, in every phase, becomes `sequence`. *Errors*: INVALID_ARGUMENT beyond
   // kGreatestSequence.
   absl::Status ResumeAt(uint64_t sequence);
+  // The layer's next sequence in this phase becomes `key.sequence`. *Errors*: as of ResumeAt; INVALID_ARGUMENT for a
+  // name of other than 1 to 255 bytes.
+  absl::Status ResumeLayerAt(const RoundKey& key);
+  // Returns the rounds that come next where kNextSequence is asked for, by layer and phase. The first has an empty
+  // name, and stands for all layers that are not listed.
+  std::vector<RoundKey> NextRounds() const;
 
   // Returns the frame that is due, if a stream is joined and not being written to: what was declared and begun, as far
   // as one frame should hold; that the worker is blocked; that it leaves.
@@ -234,6 +243,8 @@ class Session {
   void NoteMembership(size_t present_ranks, std::vector<uint32_t> left_ranks);
 
   // ---- Rounds
+  // The layer's next sequences, by phase.
+  std::array<uint64_t, 3>& NextSequences(const std::string& layer);
   absl::StatusOr<uint64_t> ResolveSequence(const std::string& layer, Phase phase, uint64_t sequence);
   absl::Status BeginSum(RoundKey key, size_t length, MakeContribution make);
   void Enqueue(ContributionRef contribution, KnownLayer& layer, size_t length);
@@ -268,6 +279,7 @@ class Session {
   uint64_t run_id_ = 0;  // 0: no master has let this worker in yet.
   size_t present_ranks_ = 0;
   std::vector<uint32_t> left_ranks_;
+  std::vector<RoundKey> newest_rounds_;
   uint64_t memory_ = 0;  // Of the master that this worker has joined.
   bool had_outcome_ = false;
 

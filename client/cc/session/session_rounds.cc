@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -24,11 +25,19 @@ constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
 // The same where nothing has shown yet that one thread alone uses the worker: others may have yet to start.
 constexpr absl::Duration kSayBlockedIfUnsureAfter = absl::Milliseconds(200);
 
+absl::Status CheckName(absl::string_view name) {
+  if (!name.empty() && name.size() <= 255) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("a layer's name has 1 to 255 bytes; this one has ", name.size()));
+}
+
+absl::Status CheckSequence(uint64_t sequence) {
+  if (sequence <= kGreatestSequence) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("the sequence to resume at is ", sequence, ", the greatest is ", kGreatestSequence));
+}
+
 absl::Status CheckLayer(const LayerOptions& layer) {
-  if (layer.name.empty() || layer.name.size() > 255) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("a layer's name has 1 to 255 bytes; this one has ", layer.name.size()));
-  }
+  if (absl::Status status = CheckName(layer.name); !status.ok()) return status;
   if (layer.channels == 0) {
     return absl::InvalidArgumentError(absl::StrCat("layer \"", layer.name, "\" has 0 channels; at least 1 is needed"));
   }
@@ -57,22 +66,40 @@ std::shared_ptr<const LayerOptions> Session::FindLayer(absl::string_view name) c
 }
 
 absl::Status Session::ResumeAt(uint64_t sequence) {
-  if (sequence > kGreatestSequence) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the sequence to resume at is ", sequence, ", the greatest is ", kGreatestSequence));
-  }
+  if (absl::Status status = CheckSequence(sequence); !status.ok()) return status;
   first_sequence_ = sequence;
   next_sequence_.clear();
   return absl::OkStatus();
 }
 
-absl::StatusOr<uint64_t> Session::ResolveSequence(const std::string& layer, Phase phase, uint64_t sequence) {
-  auto found = next_sequence_.find(layer);
-  if (found == next_sequence_.end()) {
-    found = next_sequence_.emplace(layer, std::array<uint64_t, 3>()).first;
-    found->second.fill(first_sequence_);
+absl::Status Session::ResumeLayerAt(const RoundKey& key) {
+  if (absl::Status status = CheckName(key.layer); !status.ok()) return status;
+  if (absl::Status status = CheckSequence(key.sequence); !status.ok()) return status;
+  NextSequences(key.layer)[static_cast<size_t>(key.phase) - 1] = key.sequence;
+  return absl::OkStatus();
+}
+
+std::vector<RoundKey> Session::NextRounds() const {
+  std::vector<RoundKey> rounds{{"", first_sequence_, Phase::kForward}};
+  for (const auto& [layer, next] : next_sequence_) {
+    for (const Phase phase : {Phase::kForward, Phase::kBackward, Phase::kSum}) {
+      rounds.push_back({layer, next[static_cast<size_t>(phase) - 1], phase});
+    }
   }
-  uint64_t& next = found->second[static_cast<size_t>(phase) - 1];
+  std::sort(rounds.begin(), rounds.end(), [](const RoundKey& a, const RoundKey& b) {
+    return std::tie(a.layer, a.phase) < std::tie(b.layer, b.phase);
+  });
+  return rounds;
+}
+
+std::array<uint64_t, 3>& Session::NextSequences(const std::string& layer) {
+  const auto [found, inserted] = next_sequence_.try_emplace(layer);
+  if (inserted) found->second.fill(first_sequence_);
+  return found->second;
+}
+
+absl::StatusOr<uint64_t> Session::ResolveSequence(const std::string& layer, Phase phase, uint64_t sequence) {
+  uint64_t& next = NextSequences(layer)[static_cast<size_t>(phase) - 1];
   if (sequence == kNextSequence) {
     if (next > kGreatestSequence) {
       return absl::OutOfRangeError(

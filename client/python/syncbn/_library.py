@@ -18,8 +18,9 @@ API_MAJOR, API_MINOR = 0, 1
 
 PENDING = -1
 NEXT_SEQUENCE = 2**64 - 1
-MISSING_FAIL, MISSING_PROCEED = 1, 2
+MISSING_FAIL, MISSING_PROCEED, MISSING_WAIT = 1, 2, 3
 LAYER_BATCH_NORM, LAYER_SUM = 1, 2
+PHASE_FORWARD, PHASE_BACKWARD, PHASE_SUM = 1, 2, 3
 EPS_MODES = {"add": 0, "clamp": 1}
 NUMERIC_POLICIES = {"refuse": 0, "propagate": 1}
 BACKWARD_REQUIRED, BACKWARD_IF_REQUIRED, BACKWARD_NONE = 1, 2, 3
@@ -237,6 +238,14 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_worker_run_id": (c_uint64, [_HANDLE]),
     "syncbn_worker_wait_for_members": (c_int32, [_HANDLE, c_int64, _ERROR]),
     "syncbn_worker_resume_at": (c_int32, [_HANDLE, c_uint64, _ERROR]),
+    "syncbn_worker_resume_layer_at": (c_int32, [_HANDLE, c_char_p, c_int32, c_uint64, _ERROR]),
+    "syncbn_worker_next_rounds": (c_int32, [_HANDLE, _HANDLE_OUT, _ERROR]),
+    "syncbn_worker_newest_rounds": (c_int32, [_HANDLE, _HANDLE_OUT, _ERROR]),
+    "syncbn_rounds_size": (c_size_t, [_HANDLE]),
+    "syncbn_rounds_layer": (c_char_p, [_HANDLE, c_size_t]),
+    "syncbn_rounds_phase": (c_int32, [_HANDLE, c_size_t]),
+    "syncbn_rounds_sequence": (c_uint64, [_HANDLE, c_size_t]),
+    "syncbn_rounds_destroy": (None, [_HANDLE]),
     "syncbn_worker_interrupt": (None, [_HANDLE]),
     "syncbn_worker_settle": (c_int32, [_HANDLE, c_int64, _ERROR]),
     "syncbn_worker_declare_layer": (c_int32, [_HANDLE, POINTER(LayerOptions), _ERROR]),

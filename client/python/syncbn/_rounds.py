@@ -3,12 +3,12 @@
 import ctypes
 import threading
 import time
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 from syncbn import _arguments, _library, _signals
-from syncbn._library import call, lib
+from syncbn._library import call, create, lib
 
 _NS = 1_000_000_000
 # Nanoseconds that a wait stays inside the library before the interpreter may look at signals (Ctrl-C).
@@ -39,6 +39,44 @@ def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
             watch = _signals.Watch(begun)
         if watch is not None:
             watch.check()
+
+
+PHASES = {_library.PHASE_FORWARD: "forward", _library.PHASE_BACKWARD: "backward", _library.PHASE_SUM: "sum"}
+_PHASE_NUMBERS = {name: number for number, name in PHASES.items()}
+
+
+def listed(function: Any, handle: Any) -> List[Tuple[str, int, int]]:
+    """(layer, phase, sequence) of each round in the list that a function of the library makes."""
+    rounds = _library.Owned(create(function, handle), lib.syncbn_rounds_destroy)
+    return [
+        (
+            lib.syncbn_rounds_layer(rounds.value, i).decode(),
+            lib.syncbn_rounds_phase(rounds.value, i),
+            lib.syncbn_rounds_sequence(rounds.value, i),
+        )
+        for i in range(lib.syncbn_rounds_size(rounds.value))
+    ]
+
+
+def of_state(state: Any) -> Tuple[int, List[Tuple[str, int, int]]]:
+    """What a worker's state_dict says: the sequence of layers that it does not name, and (layer, phase, sequence) of others.
+
+    Errors: `InvalidArgument` for anything else, naming the value.
+    """
+
+    def sequence(name: str, value: Any) -> int:
+        return _arguments.integer(name, value, 0, _arguments.MOST_SEQUENCE)
+
+    if not isinstance(state, dict) or set(state) != {"first", "next"} or not isinstance(state["next"], dict):
+        raise _arguments.refused(f'the state is {state!r}; it has to be what state_dict returned, with "first" and "next"')
+    rounds = []
+    for layer, phases in state["next"].items():
+        _arguments.text("a layer's name in the state", layer)
+        if not isinstance(phases, dict) or not set(phases) <= set(_PHASE_NUMBERS):
+            raise _arguments.refused(f"the state of layer {layer!r} is {phases!r}; it has a sequence for some of {list(_PHASE_NUMBERS)}")
+        for phase, value in phases.items():
+            rounds.append((layer, _PHASE_NUMBERS[phase], sequence(f"the {phase} sequence of layer {layer!r}", value)))
+    return sequence("the first sequence of the state", state["first"]), rounds
 
 
 class Moments(NamedTuple):

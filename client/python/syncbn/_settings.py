@@ -13,6 +13,11 @@ _logger = logging.getLogger("syncbn")
 # Seconds after which a round that lacks a worker fails: as long as a checkpoint or a validation may take.
 DEFAULT_TIMEOUT = 600.0
 DEFAULT_JOIN_TIMEOUT = 30.0
+_MISSING_POLICIES = {
+    "fail": _library.MISSING_FAIL,
+    "wait": _library.MISSING_WAIT,
+    "proceed": _library.MISSING_PROCEED,
+}
 
 
 class Missing(errors.InvalidArgument):
@@ -114,6 +119,7 @@ class Settings:
         join_timeout: Any,
         rejoin_grace: Any,
         min_workers: Any,
+        on_worker_lost: Any,
         description: Any,
         trusted_ca_file: Any,
         cert_file: Any,
@@ -137,6 +143,7 @@ class Settings:
         self.min_workers = None if workers is None else _arguments.integer("min_workers", workers, 1, self.world_size)
         described = _first(description, lambda: _environment.text("SYNCBN_DESCRIPTION"))
         most = _arguments.MOST_DESCRIPTION_BYTES
+        self.on_worker_lost = _on_worker_lost(on_worker_lost, self.min_workers)
         self.description = None if described is None else _arguments.text("description", described, most, empty=True)
         self.trusted_ca_file = _file("trusted_ca_file", trusted_ca_file)
         self.cert_file = _file("cert_file", cert_file)
@@ -171,7 +178,6 @@ class Settings:
         """The options for the library, with a target. They keep alive what they point to."""
         target = self.target
         grace = self.rejoin_grace
-        proceed = self.min_workers is not None
         return _library.WorkerOptions(
             target=None if callable(target) else text(target),
             job=text(self.job),
@@ -182,7 +188,7 @@ class Settings:
             round_timeout_ns=nanoseconds(self.timeout),
             join_timeout_ns=nanoseconds(self.join_timeout or DEFAULT_JOIN_TIMEOUT),
             rejoin_grace_ns=0 if grace is None else nanoseconds(grace) or -1,
-            missing_policy=_library.MISSING_PROCEED if proceed else _library.MISSING_FAIL,
+            missing_policy=_MISSING_POLICIES[self.on_worker_lost],
             min_workers=self.min_workers or 0,
             description=text(self.description),
             trusted_ca_file=text(self.trusted_ca_file),
@@ -198,6 +204,20 @@ def _seconds(name: str, given: Any, default: Optional[float], *, zero: bool = Tr
         return _arguments.seconds(name, given, zero=zero)
     found = _environment.seconds(f"SYNCBN_{name.upper()}", zero=zero)
     return default if found is None else found
+
+
+def _on_worker_lost(given: Any, min_workers: Optional[int]) -> str:
+    """What rounds do that lack a worker that is lost: "fail", "wait" or "proceed", which min_workers stands for."""
+    proceeds = min_workers is not None
+    found = _first(given, lambda: _environment.text("SYNCBN_ON_WORKER_LOST"), "proceed" if proceeds else "fail")
+    if found not in _MISSING_POLICIES:
+        raise _arguments.refused(f'on_worker_lost is {found!r}; it is "fail", "wait" or "proceed"')
+    if proceeds != (found == "proceed"):
+        raise _arguments.refused(
+            f"on_worker_lost is {found!r} and min_workers {min_workers}: rounds proceed without lost workers with min_workers, "
+            "and only with it"
+        )
+    return str(found)
 
 
 def _file(name: str, given: Any) -> Optional[str]:

@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Type
 
 import numpy as np
 
-from syncbn import _arguments, _forks, _library, _master, _meeting, _places, _settings, _signals, _stats, errors
+from syncbn import _arguments, _forks, _library, _master, _meeting, _places, _rounds, _settings, _signals, _stats, errors
 from syncbn._library import call, create, lib, text
 from syncbn._master import Master
 from syncbn._rounds import GradientSums, Moments, Round, wait
@@ -42,6 +42,13 @@ def _role(backward: Any) -> int:
     if backward is not None and not isinstance(backward, (bool, np.bool_)):
         raise TypeError(f"backward is {backward!r}; it has to be True, False or None")
     return _BACKWARD_ROLES[None if backward is None else bool(backward)]
+
+
+def _by_layer(rounds: List[Tuple[str, int, int]]) -> Dict[str, Dict[str, int]]:
+    layers: Dict[str, Dict[str, int]] = {}
+    for layer, phase, sequence in rounds:
+        layers.setdefault(layer, {})[_rounds.PHASES[phase]] = sequence
+    return layers
 
 
 class _Held:
@@ -87,8 +94,12 @@ class Worker:
       join_timeout: seconds for which the master is tried, at first and after a broken connection. Default: 30.
       rejoin_grace: seconds for which the others wait for this worker when its connection breaks (0: none). The same for
         all.
-      min_workers: rounds proceed without the missing as long as this many have contributed. None: they fail. The same
+      min_workers: rounds proceed without the missing as long as this many have contributed. None: they do not. The same
         for all.
+      on_worker_lost: what rounds do that lack a lost worker, the same for all. "fail": they end with `WorkerLost`, once
+        rejoin_grace is over. "wait": they wait until the worker has restarted, for rejoin_grace, by default half of
+        `timeout`; it goes on from its checkpoint with `load_state_dict`. "proceed": what min_workers says. Default:
+        $SYNCBN_ON_WORKER_LOST, else "proceed" with min_workers, else "fail".
       description: for people who inspect the group.
       trusted_ca_file, cert_file, key_file: any of these: TLS. Default: $SYNCBN_CLIENT_TRUSTED_CA_FILE and so on.
       token: the job's secret, the same for all its workers. A master that has a token accepts no other. Default:
@@ -115,6 +126,7 @@ class Worker:
         join_timeout: Optional[float] = None,
         rejoin_grace: Optional[float] = None,
         min_workers: Optional[int] = None,
+        on_worker_lost: Optional[str] = None,
         description: Optional[str] = None,
         trusted_ca_file: Optional[Any] = None,
         cert_file: Optional[Any] = None,
@@ -148,6 +160,7 @@ class Worker:
             join_timeout=join_timeout,
             rejoin_grace=rejoin_grace,
             min_workers=min_workers,
+            on_worker_lost=on_worker_lost,
             description=description,
             trusted_ca_file=trusted_ca_file,
             cert_file=cert_file,
@@ -158,6 +171,7 @@ class Worker:
         )
         self.job, self.group, self.stream_ordered = settings.job, settings.group, settings.stream_ordered
         self.rank, self.world_size, self.min_workers = settings.rank, settings.world_size, settings.min_workers
+        self.on_worker_lost = settings.on_worker_lost
         self._launch = settings.place.identity
         try:
             if settings.target is None:
@@ -222,6 +236,38 @@ class Worker:
         sequence = _arguments.integer("sequence", sequence, 0, _arguments.MOST_SEQUENCE)
         with self.handle() as handle:
             call(lib.syncbn_worker_resume_at, handle, sequence)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What a checkpoint keeps of this worker, between two steps: the next sequences of its layers.
+
+        Returns {"first": n, "next": {layer: {"forward": n, "backward": n, "sum": n}}}; "first" is the next sequence of
+        every layer that is not named.
+        """
+        with self.handle() as handle:
+            (_, _, first), *rounds = _rounds.listed(lib.syncbn_worker_next_rounds, handle)
+        return {"first": first, "next": _by_layer(rounds)}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Goes on after the step that `state_dict` was called after, in an earlier life of this worker.
+
+        With on_worker_lost="wait" the others need not go back: this worker gets the outcomes of the rounds that they have
+        had since, as long as it contributes the same numbers as before. That takes the same batches, and the same random
+        numbers: keep what they depend on in the checkpoint.
+
+        Errors: `InvalidArgument` for what is not a state, naming the value; the sequences are then unchanged.
+        """
+        first, rounds = _rounds.of_state(state)
+        with self.handle() as handle:
+            call(lib.syncbn_worker_resume_at, handle, first)
+            for layer, phase, sequence in rounds:
+                call(lib.syncbn_worker_resume_layer_at, handle, text(layer), phase, sequence)
+
+    def newest_rounds(self) -> Dict[str, Dict[str, int]]:
+        """Where the group stood when this worker joined it: {layer: {"forward": n, "backward": n, "sum": n}}, the greatest
+        sequence that had completed, for each layer and phase that had any. Empty in a group that began then.
+        """
+        with self.handle() as handle:
+            return _by_layer(_rounds.listed(lib.syncbn_worker_newest_rounds, handle))
 
     def interrupt(self) -> None:
         """Ends what any thread waits for with `Cancelled`, now. The worker stays usable."""

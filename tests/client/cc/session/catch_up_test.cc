@@ -177,7 +177,7 @@ TEST_F(CatchUpTest, WhoHasLeftAndWhetherARoundHasEndedIsSaid) {
 TEST_F(CatchUpTest, AMemberMayBeToldAnotherRun) {
   harness_.Join();
   ServerFrame frame;
-  frame.joined = Joined{1, 78, absl::Seconds(1), 1, {}, 1};
+  frame.joined = Joined{1, 78, absl::Seconds(1), 1, {}, 1, {}};
   harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
   Return(1);
   for (const ClientFrame& written : harness_.frames) {

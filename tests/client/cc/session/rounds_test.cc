@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "client/cc/errors.h"
@@ -116,6 +117,45 @@ TEST_F(RoundsTest, SequencesCountForEachLayerAndPhase) {
   EXPECT_EQ(next(Phase::kForward), kGreatestSequence);
   EXPECT_EQ(harness_.Begin({"bn", kNextSequence, Phase::kForward}, 1), nullptr);
   EXPECT_EQ(harness_.last_status.code(), absl::StatusCode::kOutOfRange);
+}
+
+TEST_F(RoundsTest, ACheckpointKeepsTheNextSequences) {
+  ASSERT_TRUE(harness_.session().Declare(BatchNorm("bn", 1)).ok());
+  ASSERT_TRUE(harness_.session().ResumeAt(3).ok());
+  harness_.Begin({"bn", kNextSequence, Phase::kForward}, 1);
+  harness_.Begin({"bn", kNextSequence, Phase::kForward}, 1);
+  harness_.Begin({"bn", 3, Phase::kBackward}, 1);
+  harness_.Sum("v", 1, 8);
+  const std::vector<RoundKey> next = harness_.session().NextRounds();
+  EXPECT_THAT(next, ElementsAre(RoundKey{"", 3, Phase::kForward}, RoundKey{"bn", 5, Phase::kForward},
+                                RoundKey{"bn", 4, Phase::kBackward}, RoundKey{"bn", 3, Phase::kSum},
+                                RoundKey{"v", 3, Phase::kForward}, RoundKey{"v", 3, Phase::kBackward},
+                                RoundKey{"v", 9, Phase::kSum}));
+  Harness successor;
+  ASSERT_TRUE(successor.session().ResumeAt(next[0].sequence).ok());
+  for (size_t i = 1; i < next.size(); ++i) ASSERT_TRUE(successor.session().ResumeLayerAt(next[i]).ok());
+  EXPECT_EQ(successor.session().NextRounds(), next);
+  EXPECT_EQ(successor.Sum("v")->key().sequence, 9u);
+  EXPECT_EQ(successor.Sum("w")->key().sequence, 3u);
+}
+
+TEST_F(RoundsTest, WhatCannotBeResumedAtIsRefused) {
+  const auto code = [&](RoundKey key) { return harness_.session().ResumeLayerAt(key).code(); };
+  EXPECT_EQ(code({"", 0, Phase::kSum}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code({std::string(256, 'x'), 0, Phase::kSum}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code({"v", kNextSequence, Phase::kSum}), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(harness_.session().NextRounds(), SizeIs(1)) << "a refusal has changed nothing";
+}
+
+TEST_F(RoundsTest, ANewWorkerKnowsWhereItsGroupStoodWhenItJoined) {
+  Harness harness;
+  harness.newest_rounds = {{"bn", 6, Phase::kForward}, {"v", 5, Phase::kSum}};
+  harness.Join();
+  EXPECT_EQ(harness.session().newest_rounds(), harness.newest_rounds);
+  const std::vector<RoundKey> before = std::exchange(harness.newest_rounds, {});
+  harness.Break();
+  harness.Join();
+  EXPECT_EQ(harness.session().newest_rounds(), before) << "also after a reconnect";
 }
 
 TEST_F(RoundsTest, WhatCannotBeginIsRefused) {

@@ -72,6 +72,7 @@ class Harness {
   }
   std::string targets = "one:1";
   uint64_t memory = 0;  // Of the master.
+  std::vector<RoundKey> newest_rounds;
 
   // ---- The master
 
@@ -79,7 +80,7 @@ class Harness {
   void Joined(absl::Duration round_timeout = absl::Minutes(10)) {
     Written();
     ServerFrame frame;
-    frame.joined = syncbn::session::Joined{1, 77, round_timeout, 1, {}, memory};
+    frame.joined = syncbn::session::Joined{1, 77, round_timeout, 1, {}, memory, newest_rounds};
     Apply(session_.OnFrame(std::move(frame), now_));
   }
   // Connects and joins, from the start or after a break.
