@@ -409,6 +409,31 @@ def test_function_transforms(master):
         refused(master, f"func-{name}", function, "torch.func|forward-mode")
 
 
+class OwnForward(torch.nn.BatchNorm1d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["layer", "subclass", "moments"])
+def test_traces_of_training(master, kind):
+    """torch.jit.trace, which TensorBoard's add_graph and the older ONNX exporter use too."""
+
+    def trace(layer):
+        traced = layer
+        if kind == "subclass":
+            traced = sync.convert_sync_batchnorm(OwnForward(CHANNELS), layer.worker, prefix="other")
+        elif kind == "moments":
+
+            def traced(x):
+                return sync.moments(x, 0, worker=layer.worker, layer="moments")
+
+        torch.jit.trace(traced, torch.randn(4, CHANNELS))
+
+    refused(master, f"trace-{kind}", trace, "torch.jit.trace")
+    model, x = sync.convert_sync_batchnorm(OwnForward(CHANNELS)).eval(), torch.randn(4, CHANNELS)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
 # ---- Subclasses of Tensor ----
 
 

@@ -1,5 +1,6 @@
 """What every synchronized layer does in training: one round, and the normalization with its outcome."""
 
+import inspect
 from typing import Any, Callable, Optional, Tuple
 
 import torch
@@ -9,8 +10,15 @@ from syncbn import _library, _passes
 from syncbn.core import Worker, default_worker
 from syncbn.torch import _checkpointing, _functions, _naming, _replicas, _tensors
 
-# torch.compile breaks its graph here: a round is no operation that it could trace.
-outside_of_graphs: Any = getattr(getattr(torch, "compiler", None), "disable", lambda function: function)
+
+def outside_of_graphs(function: Any) -> Any:
+    """A decorator: torch.compile breaks its graph at the function, since a round is no operation that it could trace."""
+    disable: Any = getattr(getattr(torch, "compiler", None), "disable", None)
+    if disable is None:
+        return function
+    if "reason" not in inspect.signature(disable).parameters:
+        return disable(function)
+    return disable(function, reason="a synchronized layer in training waits for other workers; do not use fullgraph")
 
 
 class SizeMismatch(RuntimeError, ValueError):

@@ -42,13 +42,19 @@ _transformed: Callable[[torch.Tensor], bool] = getattr(
 )
 _is_zero_tensor: Callable[[torch.Tensor], bool] = _torch.Tensor._is_zerotensor
 
+_tracing_state: Callable[[], Any] = _torch._C._get_tracing_state
+_ADVICE = "; put the layer into evaluation (eval()), which is local, or run it outside"
+
 # Classes whose objects have their elements in memory of their own, if their layout is strided.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def check_supported(*tensors: Optional[torch.Tensor]) -> None:
     """Raises UnsupportedTensor for an input or a parameter of a training layer that has no values, or not in memory of
-    its own. Before the round, so that no other worker waits for one that cannot go on."""
+    its own, and within torch.jit.trace. Before the round, so that no other worker waits for one that cannot go on."""
+    if _tracing_state() is not None:
+        text = "SyncBatchNorm in training cannot be recorded by torch.jit.trace, which add_graph and exporters use as well"
+        raise UnsupportedTensor(text + _ADVICE)
     if getattr(forward_ad, "_current_level", -1) < 0:
         tensors = tuple(tensor for tensor in tensors if tensor is not None and not _is_usual(tensor))
     for tensor in tensors:
@@ -68,22 +74,21 @@ def _is_usual(x: torch.Tensor) -> bool:
 
 
 def _check_supported(x: torch.Tensor) -> None:
-    advice = "; put the layer into evaluation (eval()), which is local, or run it outside"
     if x.device.type not in ("cpu", "cuda"):
         if x.device.type == "meta":
-            raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a meta tensor has not{advice}")
+            raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a meta tensor has not{_ADVICE}")
         raise UnsupportedTensor(f"SyncBatchNorm takes tensors on cpu and cuda, not on {x.device}")
     type_of(x)
     if x.layout != torch.strided:
         raise UnsupportedTensor(f"SyncBatchNorm takes dense tensors, not {x.layout}")
     if any(kind.__name__ in ("FakeTensor", "FunctionalTensor") for kind in type(x).__mro__):
-        raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a {type(x).__name__} has not{advice}")
+        raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a {type(x).__name__} has not{_ADVICE}")
     if _transformed(x):
         text = "SyncBatchNorm in training does not go with torch.func (vmap, grad, jvp, functionalize): a round with the "
-        raise UnsupportedTensor(text + f"other workers cannot be transformed. Use torch.autograd.grad{advice}")
+        raise UnsupportedTensor(text + f"other workers cannot be transformed. Use torch.autograd.grad{_ADVICE}")
     if getattr(forward_ad, "_current_level", -1) >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         text = "SyncBatchNorm in training has no forward-mode derivative: use reverse mode (torch.autograd.grad)"
-        raise UnsupportedTensor(text + advice)
+        raise UnsupportedTensor(text + _ADVICE)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
