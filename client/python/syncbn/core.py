@@ -194,6 +194,7 @@ class Worker:
 
     @property
     def closed(self) -> bool:
+        """Whether the worker has left or was closed: it takes part in no further round."""
         return self._handle is None
 
     @property
