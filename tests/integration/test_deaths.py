@@ -1,4 +1,4 @@
-"""A training whose master is killed again and again gives the same bits as one that nobody disturbs."""
+"""A training whose master or workers are killed again and again gives the same bits as one that nobody disturbs."""
 
 import importlib.util
 import pathlib
@@ -16,7 +16,21 @@ sys.modules["deaths"] = deaths
 _SPEC.loader.exec_module(deaths)
 
 
-def test_a_master_that_dies_ten_times_loses_nothing():
-    result = deaths.compare(steps=40, deaths=10, seed=20261126)
+SEED = 20261126
+
+
+def check(result):
     assert result["numbers"] > 50_000
     assert result["differences"] == 0
+
+
+def test_a_master_that_dies_ten_times_loses_nothing():
+    check(deaths.compare(steps=40, deaths=10, victims="masters", seed=SEED))
+
+
+def test_workers_that_die_five_times_go_on_from_their_checkpoints():
+    check(deaths.compare(steps=20, deaths=5, victims="workers", seed=SEED))
+
+
+def test_masters_and_workers_may_die_together():
+    check(deaths.compare(steps=20, deaths=5, victims="both", seed=SEED))

@@ -1,7 +1,9 @@
-"""Kills the master again and again while four workers train on the digits of the quickstart, and compares every bit of
-what they have at the end with a run that nobody disturbed.
+"""Kills the master, or workers, or both, again and again while four workers train on the digits of the quickstart, and
+compares every bit of what they have at the end with a run that nobody disturbed.
 
-`tools/benchmark deaths` runs it. The moment of each death is drawn: after a random step, and within the next one.
+`tools/benchmark deaths` runs it. The moment of each death is drawn: after a random step, and within the next one. A
+worker that was killed goes on from its own last checkpoint but one: the master may have died as well, and then others
+may still wait for the step before the last that this worker had finished.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional
 
 import numpy as np
 
@@ -26,8 +28,8 @@ WORKERS = 4
 PATIENCE = 120.0
 
 
-def work(target: str, rank: int, steps: int, output: str) -> None:
-    """A worker: trains for so many steps, and writes its parameters, running statistics and losses."""
+def work(target: str, rank: int, steps: int, output: pathlib.Path) -> None:
+    """A worker: trains for so many steps, from its checkpoint on if there is one, and writes what it has at the end."""
     import torch
 
     import syncbn
@@ -35,12 +37,41 @@ def work(target: str, rank: int, steps: int, output: str) -> None:
     import training
 
     torch.set_num_threads(1)
-    with syncbn.Worker(target, "deaths", rank, WORKERS, timeout=60.0) as worker:
-        worker.wait_for_members(PATIENCE)
+    newest, last_but_one = output.with_suffix(".newest"), output.with_suffix(".last-but-one")
+    data = training.digits.load()
+    images, labels = training.images_of(data.images, torch.float64), torch.from_numpy(data.labels)
+    begin, end = sum(training.SIZES[:rank]), sum(training.SIZES[: rank + 1])
+    with syncbn.Worker(target, "deaths", rank, WORKERS, timeout=PATIENCE, on_worker_lost="wait") as worker:
         model = training.make_model(torch.float64, torch.device("cpu"))
         model = syncbn.torch.convert_sync_batchnorm(model, worker)
-        record = training.train(model, training.digits.load(), steps, rank, worker)
-    np.savez(output, **{name: record[name] for name in ("losses", "last/parameters", "last/statistics")})
+        optimizer = torch.optim.SGD(model.parameters(), lr=training.LEARNING_RATE, momentum=training.MOMENTUM)
+        losses: List[float] = []
+        if last_but_one.exists():
+            state = torch.load(last_but_one)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            worker.load_state_dict(state["worker"])
+            losses = state["losses"]
+        for batch in list(training.digits.batches(len(images), training.GLOBAL_BATCH, steps))[len(losses) :]:
+            rows = torch.from_numpy(batch[begin:end])
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(images[rows]), labels[rows], reduction="sum")
+            loss.backward()
+            syncbn.torch.all_reduce_gradients(model, worker, weight=len(rows))
+            optimizer.step()
+            losses.append(loss.item())
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "worker": worker.state_dict()}
+            torch.save({**state, "losses": losses}, output.with_suffix(".new"))
+            if newest.exists():
+                os.replace(newest, last_but_one)
+            os.replace(output.with_suffix(".new"), newest)
+            print(len(losses), flush=True)
+
+    def join(tensors: Iterable[torch.Tensor]) -> np.ndarray:
+        return np.concatenate([tensor.detach().reshape(-1).numpy() for tensor in tensors])
+
+    statistics = join(buffer for name, buffer in model.named_buffers() if "running" in name)
+    np.savez(output, losses=np.array(losses), parameters=join(model.parameters()), statistics=statistics)
 
 
 class Master:
@@ -60,7 +91,7 @@ class Master:
         if not self.process.stdout.readline().startswith("syncbn-master ready"):
             raise SystemExit(f"the master ended with code {self.process.wait()} before it was ready")
 
-    def die(self, pause: float) -> None:
+    def restart(self, pause: float) -> None:
         self.stop()
         time.sleep(pause)  # As a supervisor takes its time.
         self._start()
@@ -71,18 +102,34 @@ class Master:
 
 
 class Worker:
+    """A worker; another takes its place when it is killed."""
+
     def __init__(self, target: str, rank: int, steps: int, output: pathlib.Path) -> None:
         self.output = output
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work", target, str(rank), str(steps), str(output)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.command = [sys.executable, __file__, "--work", target, str(rank), str(steps), str(output)]
+        self.start()
 
-    def await_step(self) -> None:
+    def start(self) -> None:
+        self.done = 0  # Steps that this process has told of.
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+
+    def await_step(self, step: int) -> None:
         assert self.process.stdout is not None
-        if self.process.stdout.readline() != "step\n":
-            raise SystemExit(f"a worker ended with code {self.process.wait()}")
+        while self.done < step:
+            line = self.process.stdout.readline()
+            if not line:
+                raise SystemExit(f"a worker ended with code {self.process.wait()}")
+            self.done = int(line)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def finish(self) -> Dict[str, np.ndarray]:
         self.process.communicate(timeout=PATIENCE)
@@ -92,23 +139,33 @@ class Worker:
             return dict(file)
 
 
-def train(directory: pathlib.Path, steps: int, deaths: List[int], randomly: random.Random) -> List[Dict[str, np.ndarray]]:
-    """Runs a training in which the master dies after each of the steps of `deaths`; returns what the workers have."""
+def kill(victims: str, master: Master, workers: List[Worker], randomly: random.Random) -> None:
+    """Has someone die and come back: the master, a worker, or by chance the one, the other or both."""
+    time.sleep(randomly.uniform(0.0, 0.03))
+    chosen = randomly.choice(("masters", "workers", "together")) if victims == "both" else victims
+    if chosen != "masters":
+        workers[randomly.randrange(WORKERS)].restart()
+    if chosen != "workers":
+        master.restart(pause=randomly.uniform(0.0, 0.2))
+
+
+def train(
+    directory: pathlib.Path, steps: int, deaths: List[int], victims: str, randomly: random.Random
+) -> List[Dict[str, np.ndarray]]:
+    """Runs a training in which someone dies after each of the steps of `deaths`; returns what the workers have."""
     master = Master(directory / "master")
     workers: List[Worker] = []
     try:
         workers = [Worker(master.target, rank, steps, directory / f"{rank}.npz") for rank in range(WORKERS)]
         for step in range(1, steps + 1):
             for worker in workers:
-                worker.await_step()
+                worker.await_step(step)
             if step in deaths:
-                time.sleep(randomly.uniform(0.0, 0.02))
-                master.die(pause=randomly.uniform(0.0, 0.2))
+                kill(victims, master, workers, randomly)
         return [worker.finish() for worker in workers]
     finally:
         for worker in workers:
-            worker.process.kill()
-            worker.process.wait()
+            worker.stop()
         master.stop()
 
 
@@ -121,13 +178,16 @@ def count_differences(a: List[Dict[str, np.ndarray]], b: List[Dict[str, np.ndarr
     )
 
 
-def compare(steps: int, deaths: int, seed: int) -> Dict[str, int]:
-    """Trains twice, once undisturbed; returns how many numbers were compared, and how many differ."""
+def compare(steps: int, deaths: int, victims: str, seed: int) -> Dict[str, int]:
+    """Trains twice, once undisturbed; returns how many numbers were compared, and how many differ.
+
+    victims: "masters", "workers" or "both".
+    """
     randomly = random.Random(seed)
     with tempfile.TemporaryDirectory() as calm, tempfile.TemporaryDirectory() as stormy:
-        expected = train(pathlib.Path(calm), steps, [], randomly)
+        expected = train(pathlib.Path(calm), steps, [], victims, randomly)
         chosen = sorted(randomly.sample(range(1, steps), deaths))
-        actual = train(pathlib.Path(stormy), steps, chosen, randomly)
+        actual = train(pathlib.Path(stormy), steps, chosen, victims, randomly)
     numbers = sum(values.size for record in expected for values in record.values())
     return {"numbers": numbers, "differences": count_differences(expected, actual)}
 
@@ -137,21 +197,29 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
     parser = argparse.ArgumentParser(prog="tools/benchmark deaths", description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--deaths", type=int, default=100)
+    parser.add_argument("--masters", type=int, default=100, help="how often the master is killed")
+    parser.add_argument("--workers", type=int, default=50, help="how often a worker is, in a run of its own")
+    parser.add_argument("--both", type=int, default=50, help="how often one of them or both are, in a third")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
     options = parser.parse_args(arguments)
     provenance = report.provenance("tools/benchmark deaths")
-    result = compare(options.steps, options.deaths, options.seed)
-    head = ["masters killed", "workers", "steps", "steps lost", "numbers compared", "that differ"]
-    # A step that is lost ends its worker, and with it this program.
-    values = (options.deaths, WORKERS, options.steps, 0, result["numbers"], result["differences"])
-    lines = [provenance, "", *report.table(head, [[str(value) for value in values]])]
+    head = ["killed", "times", "workers", "steps", "steps lost", "numbers compared", "that differ"]
+    rows = []
+    for victims in ("masters", "workers", "both"):
+        deaths = getattr(options, victims)
+        if deaths == 0:
+            continue
+        result = compare(options.steps, deaths, victims, options.seed)
+        # A step that is lost ends its worker with an error, and with it this program.
+        values = (victims, deaths, WORKERS, options.steps, 0, result["numbers"], result["differences"])
+        rows.append([str(value) for value in values])
+    lines = [provenance, "", *report.table(head, rows)]
     report.publish("deaths", lines, options.output)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        work(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+        work(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), pathlib.Path(sys.argv[5]))
     else:
         main()
