@@ -23,14 +23,17 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
+#include "grpcpp/version_info.h"
 #include "plumbing/secret.h"
+#include "vocabulary/protocol_version.h"
+#include "vocabulary/revision.h"
 #include "vocabulary/version.h"
 
 namespace syncbn {
 namespace {
 
 // Longest duration that a flag accepts: thirty years.
-constexpr double kMostSeconds = 1e9;
+constexpr int64_t kMostSeconds = 1000000000;
 constexpr char kVariablePrefix[] = "SYNCBN_";
 
 std::string WithHyphens(absl::string_view name) { return absl::StrReplaceAll(name, {{"_", "-"}}); }
@@ -100,58 +103,30 @@ class StrictConfig final : public CLI::ConfigTOML {
   const std::vector<std::string> known_;
 };
 
+absl::Duration DurationOrForever(double seconds) {
+  return seconds == 0.0 ? absl::InfiniteDuration() : absl::Seconds(seconds);
+}
+
+std::string VersionText() {
+  const std::string commit = *kRevision == '\0' ? "" : absl::StrCat("commit ", kRevision, ", ");
+  return absl::StrCat("syncbn-master ", kVersion, " (", commit, "protocol ", kProtocolVersion, ", gRPC ",
+                      GRPC_CPP_VERSION_STRING, ")");
+}
+
 // Defines the options of the program, each with its variable and its range.
 class Options {
  public:
   Options(CLI::App* app, Flags* flags) : app_(app), flags_(flags) {}
 
   void Define() {
-    MasterServer::Options& server = flags_->server;
     DefineAddresses();
-    Switch("--insecure", &server.insecure, "listen beyond loopback without TLS");
-    Text("--cert-file", &server.tls.cert_file, "PEM certificate: with it and its key, TLS alone is spoken");
-    Text("--key-file", &server.tls.key_file, "PEM key of the certificate");
-    Text("--trusted-ca-file", &server.tls.trusted_ca_file,
-         "PEM certificates that sign the workers'; with --client-cert-auth");
-    Switch("--client-cert-auth", &server.tls.client_cert_auth, "refuse workers without a trusted certificate");
-    DefineIdentity();
-    Switch("--auto-tls", &server.tls.auto_tls, "make the certificate and its key if the files do not exist");
-    TokenFile("--token-file", &server.token, "a file with the token that every worker must have");
-    OnOff("--inspection", &server.inspection, "serve InspectionService")
-        ->default_str("on if only this host can connect");
-    TokenFile("--inspection-token-file", &server.inspection_token,
-              "a file with the token that callers of InspectionService must bear")
-        ->default_str("the workers' token");
-    Whole("--max-channels", &server.limits.max_channels, 1 << 24, "most channels of a layer");
-    Whole("--max-workers", &server.limits.max_workers, 1 << 20, "most workers of a group");
-    Whole("--max-groups", &server.limits.max_groups, 1 << 20, "most groups at one time");
-    Whole("--max-retained-bytes", &server.limits.max_retained_bytes, int64_t{1} << 40,
-          "most bytes of ended rounds that a group remembers, for replays");
-    Whole("--max-connections", &server.max_connections, 1 << 20, "most connections at one time")
-        ->default_str("what the limit of descriptors leaves room for");
-    Text("--state-dir", &server.state_dir, "keep running statistics in this directory, for the master after this one",
-         "DIR", "the name of a directory");
-    Whole("--max-connections-per-address", &server.max_connections_per_address, 1 << 20,
-          "most connections of one address")
-        ->default_str("half of all; any number from this host");
-    OnOff("--reflection", &server.reflection, "serve gRPC's reflection and channelz")
-        ->default_str("on if only this host can connect");
-    Seconds("--exit-timeout", "seconds that workers are given to drain at a signal", "5",
-            [this](double seconds) { flags_->exit_timeout = absl::Seconds(seconds); });
-    Seconds("--max-lifetime", "exit after this many seconds; 0: never", "0", [this](double seconds) {
-      flags_->max_lifetime = seconds == 0.0 ? absl::InfiniteDuration() : absl::Seconds(seconds);
-    });
-    Seconds("--watchdog", "exit if the master does not answer its own probes for so many seconds; 0: never", "60",
-            [this](double seconds) {
-              flags_->watchdog = seconds == 0.0 ? absl::InfiniteDuration() : absl::Seconds(seconds);
-            });
+    DefineTls();
+    DefineStrangers();
+    DefineLimits();
     DefineHttp();
-    DefineLogLevel();
-    DefineLogFormat();
-    app_->set_config("--config-file", "", "read flags from this file (TOML or INI)")
-        ->envname(VariableOf("--config-file"))
-        ->type_name("FILE");
-    app_->set_version_flag("--version", absl::StrCat("syncbn-master ", kVersion));
+    DefineLog();
+    DefineLife();
+    DefineGeneral();
     app_->config_formatter(std::make_shared<StrictConfig>(names_));
   }
 
@@ -159,12 +134,14 @@ class Options {
   const std::vector<std::string>& names() const { return names_; }
 
  private:
+  // Adds the option to the heading of --help that was begun last.
   CLI::Option* Named(CLI::Option* option, const std::string& name) {
     names_.push_back(name.substr(2));
-    return option->envname(VariableOf(name));
+    return option->group(group_)->envname(VariableOf(name));
   }
 
   void DefineAddresses() {
+    group_ = "Addresses";
     const std::string name = "--address";
     auto* const option = app_->add_option_function<std::vector<std::string>>(
         name,
@@ -177,20 +154,57 @@ class Options {
         "where to listen: HOST:PORT (port 0: any) or unix:PATH; may repeat");
     Named(option, name)
         ->delimiter(',')
-        ->type_name("ADDRESS ...")
+        ->type_name("ADDRESS")
         ->default_str(absl::StrJoin(flags_->server.addresses, ","));
+    Switch("--insecure", &flags_->server.insecure, "listen beyond loopback without TLS");
   }
 
-  void DefineIdentity() {
+  void DefineTls() {
+    group_ = "TLS";
+    MasterServer::TlsOptions& tls = flags_->server.tls;
+    Text("--cert-file", &tls.cert_file, "PEM certificate: with it and its key, TLS alone is spoken");
+    Text("--key-file", &tls.key_file, "PEM key of the certificate");
+    Text("--trusted-ca-file", &tls.trusted_ca_file, "PEM certificates that sign the workers'; with --client-cert-auth");
+    Switch("--client-cert-auth", &tls.client_cert_auth, "refuse workers without a trusted certificate");
     const std::string name = "--identity-template";
-    Named(app_->add_option(name, flags_->server.tls.identity_templates,
+    Named(app_->add_option(name, tls.identity_templates,
                            "a name that a worker's certificate must have, with {job}, {group} and {rank}: "
                            "URI:spiffe://example.org/{job}/{rank}; may repeat"),
           name)
-        ->type_name("URI:NAME|DNS:NAME ...");
+        ->type_name("URI:NAME|DNS:NAME");
+    Switch("--auto-tls", &tls.auto_tls, "make the certificate and its key if the files do not exist");
+  }
+
+  void DefineStrangers() {
+    group_ = "Tokens and inspection";
+    MasterServer::Options& server = flags_->server;
+    TokenFile("--token-file", &server.token, "a file with the token that every worker must have");
+    OnOff("--inspection", &server.inspection, "serve InspectionService; off: no status page either")
+        ->default_str("on if only this host can connect");
+    TokenFile("--inspection-token-file", &server.inspection_token,
+              "a file with the token that callers of InspectionService, and readers of the status page, must bear")
+        ->default_str("the workers' token");
+    OnOff("--reflection", &server.reflection, "serve gRPC's reflection and channelz")
+        ->default_str("on if only this host can connect");
+  }
+
+  void DefineLimits() {
+    group_ = "Limits";
+    MasterServer::Options& server = flags_->server;
+    Whole("--max-workers", &server.limits.max_workers, 1 << 20, "most workers of a group");
+    Whole("--max-groups", &server.limits.max_groups, 1 << 20, "most groups at one time");
+    Whole("--max-channels", &server.limits.max_channels, 1 << 24, "most channels of a layer");
+    Whole("--max-retained-bytes", &server.limits.max_retained_bytes, int64_t{1} << 40,
+          "most bytes of ended rounds that a group remembers, for replays");
+    Whole("--max-connections", &server.max_connections, 1 << 20, "most connections at one time")
+        ->default_str("what the limit of descriptors leaves room for");
+    Whole("--max-connections-per-address", &server.max_connections_per_address, 1 << 20,
+          "most connections of one address")
+        ->default_str("half of all; any number from this host");
   }
 
   void DefineHttp() {
+    group_ = "Status page, metrics and probes";
     const std::string name = "--http-address";
     auto* const option = app_->add_option_function<std::string>(
         name,
@@ -198,9 +212,36 @@ class Options {
           if (text.empty()) Refuse(name, text, "HOST:PORT or off");
           flags_->http_address = text == "off" ? "" : text;
         },
-        "where to serve the status page, metrics and probes: HOST:PORT, or off");
+        "where to serve them by HTTP: HOST:PORT (port 0: any), or off");
     Named(option, name)->type_name("ADDRESS")->default_str("127.0.0.1:8080, if it is free");
     Whole("--metrics-max-ranks", &flags_->metrics_max_ranks, 1 << 20, "most workers of a group with metrics by rank");
+  }
+
+  void DefineLog() {
+    group_ = "Log";
+    DefineLogLevel();
+    DefineLogFormat();
+  }
+
+  void DefineLife() {
+    group_ = "Start and end";
+    Text("--state-dir", &flags_->server.state_dir,
+         "keep running statistics in this directory, for the master after this one", "DIR", "the name of a directory");
+    Seconds("--exit-timeout", "seconds that workers are given to drain at a signal", "5",
+            [this](double seconds) { flags_->exit_timeout = absl::Seconds(seconds); });
+    Seconds("--max-lifetime", "exit after this many seconds; 0: never", "0",
+            [this](double seconds) { flags_->max_lifetime = DurationOrForever(seconds); });
+    Seconds("--watchdog", "exit if the master does not answer its own probes for so many seconds; 0: never", "60",
+            [this](double seconds) { flags_->watchdog = DurationOrForever(seconds); });
+  }
+
+  void DefineGeneral() {
+    app_->set_config("--config-file", "", "read flags from this file (TOML or INI)")
+        ->envname(VariableOf("--config-file"))
+        ->type_name("FILE")
+        ->group("General");
+    app_->set_version_flag("--version", VersionText(), "print version, commit, protocol and gRPC")->group("General");
+    app_->get_help_ptr()->group("General");
   }
 
   void DefineLogLevel() {
@@ -291,7 +332,7 @@ class Options {
           }
           *value = static_cast<T>(number);
         },
-        description);
+        absl::StrCat(description, "; 1 .. ", most));
     return Named(option, name)->type_name("N")->default_str(absl::StrCat(*value));
   }
 
@@ -301,17 +342,18 @@ class Options {
         name,
         [name, take = std::move(take)](const std::string& text) {
           double seconds = 0.0;
-          if (!absl::SimpleAtod(text, &seconds) || !(seconds >= 0.0 && seconds <= kMostSeconds)) {
-            Refuse(name, text, "a number of seconds in 0 .. 1000000000");
+          if (!absl::SimpleAtod(text, &seconds) || !(seconds >= 0.0 && seconds <= static_cast<double>(kMostSeconds))) {
+            Refuse(name, text, absl::StrCat("a number of seconds in 0 .. ", kMostSeconds));
           }
           take(seconds);
         },
-        description);
+        absl::StrCat(description, "; 0 .. ", kMostSeconds));
     Named(option, name)->type_name("SECONDS")->default_str(fallback);
   }
 
   CLI::App* const app_;
   Flags* const flags_;
+  std::string group_;  // The heading of --help that options are added to.
   std::vector<std::string> names_;
 };
 

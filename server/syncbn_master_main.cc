@@ -31,6 +31,7 @@
 #include "server/master_server.h"
 #include "server/systemd.h"
 #include "server/watchdog.h"
+#include "vocabulary/revision.h"
 #include "vocabulary/version.h"
 
 namespace {
@@ -73,10 +74,17 @@ void RaiseDescriptorLimit() {
 // is taken: two masters on one host are common.
 absl::StatusOr<std::unique_ptr<HttpServer>> ServeHttp(const syncbn::Flags& flags, const syncbn::MasterServer& server) {
   if (flags.http_address.has_value() && flags.http_address->empty()) return nullptr;
-  const HttpOptions options = {flags.http_address.value_or(kDefaultHttpAddress), flags.metrics_max_ranks};
+  HttpOptions options;
+  options.address = flags.http_address.value_or(kDefaultHttpAddress);
+  options.token = flags.server.inspection_token.empty() ? flags.server.token : flags.server.inspection_token;
+  options.pages_open = flags.server.inspection.value_or(true);
+  options.metrics_max_ranks = flags.metrics_max_ranks;
+  options.revision = syncbn::kRevision;
   auto http = HttpServer::Start(options, server.InProcessChannel());
   if (http.ok()) {
-    Log(LogLevel::kInfo, absl::StrCat("status page, metrics and probes on http://", (*http)->address(), "/"),
+    const char* const what = options.pages_open ? "status page, metrics and probes" : "metrics and probes";
+    const char* const condition = options.pages_open && !options.token.empty() ? "; the page needs the token" : "";
+    Log(LogLevel::kInfo, absl::StrCat(what, " on http://", (*http)->address(), "/", condition),
         {LogField{"event", "http"}, LogField{"address", (*http)->address()}});
   } else if (!flags.http_address.has_value()) {
     Log(LogLevel::kInfo, absl::StrCat("no status page: ", http.status().message(), "; --http-address gives another"));
@@ -145,13 +153,17 @@ std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
 }
 
 std::vector<LogField> ReadyFields(const syncbn::MasterServer& server) {
-  return {{"event", "ready"}, {"version", syncbn::kVersion}, {"addresses", absl::StrJoin(server.targets(), ",")}};
+  return {{"event", "ready"},
+          {"version", syncbn::kVersion},
+          {"revision", syncbn::kRevision},
+          {"addresses", absl::StrJoin(server.targets(), ",")}};
 }
 
 std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& flags) {
   const auto& tls = flags.server.tls;
+  const std::string commit = *syncbn::kRevision == '\0' ? "" : absl::StrCat(" (commit ", syncbn::kRevision, ")");
   std::string text =
-      absl::StrCat("syncbn-master ", syncbn::kVersion, " listens on ", absl::StrJoin(server.targets(), " "));
+      absl::StrCat("syncbn-master ", syncbn::kVersion, commit, " listens on ", absl::StrJoin(server.targets(), " "));
   if (tls.cert_file.empty() && !tls.auto_tls) {
     absl::StrAppend(&text, "; no TLS");
   } else {

@@ -21,7 +21,9 @@
 #include "kernels/cpu/batch_norm.h"
 #include "plumbing/certificate.h"
 #include "plumbing/log.h"
+#include "server/http/http_server.h"
 #include "server/master_server.h"
+#include "vocabulary/revision.h"
 #include "vocabulary/version.h"
 
 struct syncbn_error {
@@ -33,6 +35,8 @@ struct syncbn_error {
 struct syncbn_master {
   std::unique_ptr<syncbn::MasterServer> server;
   std::string target;
+  std::unique_ptr<syncbn::http::HttpServer> http;  // Ends before the server.
+  std::string http_address;
 };
 
 // Passes keep the worker that they belong to, so that one that outlives its handle fails instead of crashing.
@@ -277,7 +281,8 @@ const char* syncbn_build_info(void) {
   static const std::string* const info = [] {
     const syncbn::DeviceRuntime* const cuda = syncbn::CudaRuntime();
     return new std::string(absl::StrCat("cpu=", syncbn::kernels::cpu::InstructionSet(),
-                                        " cuda=", cuda == nullptr ? "no" : cuda->Version()));
+                                        " cuda=", cuda == nullptr ? "no" : cuda->Version(),
+                                        *syncbn::kRevision == '\0' ? "" : " commit=", syncbn::kRevision));
   }();
   return info->c_str();
 }
@@ -330,11 +335,33 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   auto started = syncbn::MasterServer::Start(std::move(server));
   if (!started.ok()) return Report(started.status(), error);
   std::string target = (*started)->target();
-  *out = new syncbn_master{*std::move(started), std::move(target)};
+  *out = new syncbn_master{*std::move(started), std::move(target), nullptr, ""};
   return 0;
 }
 
 const char* syncbn_master_target(const syncbn_master* master) { return master->target.c_str(); }
+
+syncbn_code syncbn_master_serve_http(syncbn_master* master, const char* address, const char* token,
+                                     syncbn_error** error) {
+  if (master == nullptr) return Report(Missing("master"), error);
+  if (address == nullptr) return Report(Missing("address"), error);
+  if (master->http != nullptr) {
+    return Report(
+        absl::FailedPreconditionError(absl::StrCat("the master serves HTTP on \"", master->http_address, "\" already")),
+        error);
+  }
+  syncbn::http::HttpOptions options;
+  options.address = address;
+  options.token = Text(token);
+  options.revision = syncbn::kRevision;
+  auto http = syncbn::http::HttpServer::Start(options, master->server->InProcessChannel());
+  if (!http.ok()) return Report(http.status(), error);
+  master->http = *std::move(http);
+  master->http_address = master->http->address();
+  return 0;
+}
+
+const char* syncbn_master_http_address(const syncbn_master* master) { return master->http_address.c_str(); }
 
 size_t syncbn_master_workers(const syncbn_master* master) { return master->server->workers(); }
 

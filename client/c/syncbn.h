@@ -60,7 +60,8 @@ SYNCBN_API uint32_t syncbn_api_version(void);
 /* Returns the library's version, as "1.2.3". Static. */
 SYNCBN_API const char* syncbn_version(void);
 /* Returns what this build runs on: "cpu=AVX2 cuda=no", or "cpu=AVX2 cuda=13.0" with the CUDA version it was built with.
- * The NVIDIA driver is needed only from the first pass over a CUDA tensor. Static. */
+ * The NVIDIA driver is needed only from the first pass over a CUDA tensor. Libraries of packages end it with the commit
+ * that they were built from: " commit=1b2c3d4e5f60". Static. */
 SYNCBN_API const char* syncbn_build_info(void);
 
 typedef int32_t syncbn_code; /* As grpc::StatusCode: 0 OK, 1 CANCELLED, 3 INVALID_ARGUMENT, 4 DEADLINE_EXCEEDED, ... */
@@ -134,6 +135,18 @@ SYNCBN_API syncbn_code syncbn_master_start(const syncbn_master_options* options,
                                            syncbn_error** error);
 /* Returns the target that workers connect to, as "127.0.0.1:40123". */
 SYNCBN_API const char* syncbn_master_target(const syncbn_master* master);
+/* Serves the master's status page, metrics and probes by HTTP at `address`, HOST:PORT (port 0: any free one), until the
+ * master is destroyed. Without TLS: beyond loopback, everybody who reaches the port can read them. Readers of all but
+ * metrics and probes must bear `token`, as "Authorization: Bearer TOKEN" or as the password that a browser asks for;
+ * NULL: nothing. A process that was forked meanwhile shares the port until it ends.
+ *
+ * Errors: INVALID_ARGUMENT for an address that is no HOST:PORT or does not exist, and for a token with other than
+ * printable characters; UNAVAILABLE for an address that cannot be listened on; FAILED_PRECONDITION where it is served
+ * already. */
+SYNCBN_API syncbn_code syncbn_master_serve_http(syncbn_master* master, const char* address, const char* token,
+                                                syncbn_error** error);
+/* Returns the address with the actual port, as "127.0.0.1:8080"; "" where nothing is served by HTTP. */
+SYNCBN_API const char* syncbn_master_http_address(const syncbn_master* master);
 /* The number of workers' streams that are open now, over all groups. A process that ends closes its own. */
 SYNCBN_API size_t syncbn_master_workers(const syncbn_master* master);
 /* Tells every worker that the master ends, lets their streams drain for at most `grace_ns`, then ends them. */

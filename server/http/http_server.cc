@@ -10,6 +10,9 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 #include "civetweb.h"
+#include "plumbing/forked.h"
+#include "plumbing/secret.h"
+#include "server/http/access.h"
 #include "server/http/inspection_client.h"
 #include "server/http/routes.h"
 #include "server/rpc/listen_address.h"
@@ -31,7 +34,10 @@ bool IsLocalName(absl::string_view host) {
 class HttpServer::Impl {
  public:
   Impl(std::shared_ptr<grpc::Channel> channel, const HttpOptions& options, const rpc::ListenAddress& address)
-      : client_(std::move(channel)), max_ranks_(options.metrics_max_ranks), local_(address.is_local()) {}
+      : client_(std::move(channel)),
+        access_(options.token, options.pages_open),
+        metrics_{options.metrics_max_ranks, options.revision},
+        local_(address.is_local()) {}
   ~Impl() {
     if (context_ != nullptr) mg_stop(context_);
     if (context_ != nullptr) mg_exit_library();
@@ -79,6 +85,8 @@ class HttpServer::Impl {
   }
 
   const std::string& address() const { return address_; }
+  // Returns whether this is a forked child, which has none of the threads that this object waits for.
+  bool IsForked() const { return open_.forked(); }
 
  private:
   // Keeps civetweb's message about an address that cannot be bound, and its other messages from stderr: they are about
@@ -97,11 +105,15 @@ class HttpServer::Impl {
     const absl::string_view method = request->request_method;
     const char* const host = mg_get_header(connection, "Host");
     if (method != "GET" && method != "HEAD") {
-      return Send(connection, {405, "text/plain; charset=utf-8", "only GET and HEAD are served here\n"}, true);
+      return Send(connection, {405, kText, "only GET and HEAD are served here\n"}, true);
     }
     if (local_ && host != nullptr && !IsLocalName(host)) {
-      return Send(connection, {421, "text/plain; charset=utf-8", "this server is called localhost or 127.0.0.1\n"},
-                  true);
+      return Send(connection, {421, kText, "this server is called localhost or 127.0.0.1\n"}, true);
+    }
+    const char* const authorization = mg_get_header(connection, "Authorization");
+    const bool with_body = method == "GET";
+    if (const auto refusal = access_.Refuse(request->local_uri, authorization == nullptr ? "" : authorization)) {
+      return Send(connection, *refusal, with_body);
     }
     const absl::string_view query = request->query_string == nullptr ? "" : request->query_string;
     const auto value_of = [query](const char* name) {
@@ -109,7 +121,7 @@ class HttpServer::Impl {
       const int length = mg_get_var(query.data(), query.size(), name, value.data(), value.size());
       return length <= 0 ? std::string() : std::string(value.data(), static_cast<size_t>(length));
     };
-    return Send(connection, Route(request->local_uri, value_of, client_, max_ranks_), method == "GET");
+    return Send(connection, Route(request->local_uri, value_of, client_, metrics_), with_body);
   }
 
   static int Send(mg_connection* connection, const Answer& answer, bool with_body) {
@@ -119,14 +131,18 @@ class HttpServer::Impl {
     mg_response_header_add(connection, "Cache-Control", "no-store", -1);
     mg_response_header_add(connection, "Content-Security-Policy", "default-src 'self'; frame-ancestors 'none'", -1);
     mg_response_header_add(connection, "X-Content-Type-Options", "nosniff", -1);
+    // Browsers ask for a name and a password, and scripts of the page send what was given.
+    if (answer.status == 401) mg_response_header_add(connection, "WWW-Authenticate", "Basic realm=\"syncbn\"", -1);
     if (answer.status == 405) mg_response_header_add(connection, "Allow", "GET, HEAD", -1);
     mg_response_header_send(connection);
     if (with_body) mg_write(connection, answer.body.data(), answer.body.size());
     return answer.status;
   }
 
+  const OpenHere open_;
   const InspectionClient client_;
-  const uint32_t max_ranks_;
+  const Access access_;
+  const MetricsOptions metrics_;
   const bool local_;
   mg_context* context_ = nullptr;
   std::atomic<bool> starting_{false};  // Only the thread that starts the server calls Note then.
@@ -136,6 +152,10 @@ class HttpServer::Impl {
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpOptions& options,
                                                               std::shared_ptr<grpc::Channel> channel) {
+  if (absl::Status status = CheckNotForked(); !status.ok()) return status;
+  if (!options.token.empty()) {
+    if (absl::Status status = CheckToken(options.token); !status.ok()) return status;
+  }
   auto address = rpc::ParseListenAddress(options.address);
   if (!address.ok()) return address.status();
   if (!address->is_tcp()) {
@@ -149,7 +169,9 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpOptions&
 }
 
 HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-HttpServer::~HttpServer() = default;
+HttpServer::~HttpServer() {
+  if (impl_->IsForked()) impl_.release();
+}
 std::string HttpServer::address() const { return impl_->address(); }
 
 }  // namespace syncbn::http

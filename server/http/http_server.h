@@ -15,11 +15,18 @@ namespace syncbn::http {
 struct HttpOptions {
   // HOST:PORT; port 0 takes a free one.
   std::string address;
+  // What readers of everything but probes and metrics must bear: as "Authorization: Bearer TOKEN", or as the password
+  // that a browser asks for. Empty: nothing.
+  std::string token;
+  // Whether anything but probes and metrics is served.
+  bool pages_open = true;
   // Groups of more workers have no metrics by rank.
   uint32_t metrics_max_ranks = 256;
+  // The commit of the program, as a label of syncbn_build_info; empty if it is not known.
+  std::string revision;
 };
 
-// Serves, by GET:
+// Serves, by GET, and the pages only to those that the options admit:
 //
 //   /           a page that shows groups, members, rounds and layers, and follows them
 //   /metrics    Prometheus's text format
@@ -29,14 +36,15 @@ struct HttpOptions {
 //   /api/...    the answers of InspectionService as JSON: master, groups, group, layers, layer
 //
 // Answers come from the master by `channel`, so a request costs the master what a call of InspectionService costs. At
-// most eight requests are served at a time, requests have no bodies, and each must arrive within five seconds.
+// most eight requests are served at a time, requests have no bodies, and each must arrive within five seconds. A forked
+// child may destroy the object, which does nothing there; it shares the listening socket until it ends.
 //
 // Thread safety: all methods may be called from any thread.
 class HttpServer {
  public:
   // Returns: the server, which serves already.
-  // Errors: INVALID_ARGUMENT (an address that is no HOST:PORT, or that does not exist), UNAVAILABLE (it cannot be
-  // bound, with the reason).
+  // Errors: INVALID_ARGUMENT (an address that is no HOST:PORT, or that does not exist; a token that is none),
+  // UNAVAILABLE (the address cannot be bound, with the reason), FAILED_PRECONDITION (FORKED).
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const HttpOptions& options,
                                                            std::shared_ptr<grpc::Channel> channel);
 
@@ -51,7 +59,7 @@ class HttpServer {
  private:
   class Impl;
   explicit HttpServer(std::unique_ptr<Impl> impl);
-  const std::unique_ptr<Impl> impl_;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace syncbn::http

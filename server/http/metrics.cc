@@ -146,9 +146,10 @@ std::string CodeName(const std::string& name) {
   return name == "OK" ? name : code;
 }
 
-void AddMaster(const v1::GetMasterResponse& master, std::vector<MetricFamily>* all) {
+void AddMaster(const v1::GetMasterResponse& master, const std::string& revision, std::vector<MetricFamily>* all) {
   Family info("syncbn_build_info", "Constant 1; the labels say what runs.", MetricType::Gauge);
   info.Add({{"version", master.version()},
+            {"revision", revision},
             {"protocol", absl::StrCat(master.protocol_version())},
             {"grpc", master.grpc_version()}},
            1.0);
@@ -190,11 +191,11 @@ void AddProcess(std::vector<MetricFamily>* all) {
 
 }  // namespace
 
-absl::StatusOr<std::string> MetricsText(const InspectionClient& client, uint32_t max_ranks) {
+absl::StatusOr<std::string> MetricsText(const InspectionClient& client, const MetricsOptions& options) {
   std::vector<MetricFamily> all;
   const auto master = client.GetMaster();
   if (!master.ok()) return master.status();
-  AddMaster(*master, &all);
+  AddMaster(*master, options.revision, &all);
   const auto groups = client.ListGroups();
   if (!groups.ok()) return groups.status();
   Family count("syncbn_groups", "Groups that exist.", MetricType::Gauge);
@@ -203,11 +204,11 @@ absl::StatusOr<std::string> MetricsText(const InspectionClient& client, uint32_t
   GroupFamilies families;
   for (const v1::GroupSummary& summary : groups->groups()) {
     ReadMask mask;
-    if (summary.world_size() <= max_ranks) mask.emplace_back("members");
+    if (summary.world_size() <= options.max_ranks) mask.emplace_back("members");
     const auto group = client.GetGroup(summary.job(), summary.group(), mask);
     if (absl::IsNotFound(group.status())) continue;  // It has ended in the meantime.
     if (!group.ok()) return group.status();
-    families.Add(*group, max_ranks);
+    families.Add(*group, options.max_ranks);
   }
   std::move(families).Collect(&all);
   AddProcess(&all);

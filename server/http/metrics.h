@@ -11,10 +11,16 @@
 
 namespace syncbn::http {
 
-// Returns: the metrics in Prometheus's text format (0.0.4). The series of a group vanish with it. Groups of more than
-// `max_ranks` workers have no series by rank.
+struct MetricsOptions {
+  // Groups of more workers have no series by rank.
+  uint32_t max_ranks = 256;
+  // The commit of the program, as a label of syncbn_build_info; empty if it is not known.
+  std::string revision;
+};
+
+// Returns: the metrics in Prometheus's text format (0.0.4). The series of a group vanish with it.
 // Errors: as InspectionClient.
-absl::StatusOr<std::string> MetricsText(const InspectionClient& client, uint32_t max_ranks);
+absl::StatusOr<std::string> MetricsText(const InspectionClient& client, const MetricsOptions& options);
 
 }  // namespace syncbn::http
 

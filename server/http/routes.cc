@@ -6,14 +6,12 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "google/protobuf/util/json_util.h"
-#include "server/http/metrics.h"
 #include "server/http/page.h"
 #include "server/http/status_text.h"
 
 namespace syncbn::http {
 namespace {
 
-constexpr char kText[] = "text/plain; charset=utf-8";
 constexpr char kJson[] = "application/json";
 
 int HttpStatusOf(const absl::Status& status) {
@@ -86,11 +84,12 @@ Answer Api(absl::string_view name, const Query& query, const InspectionClient& c
 
 }  // namespace
 
-Answer Route(absl::string_view path, const Query& query, const InspectionClient& client, uint32_t max_ranks) {
+Answer Route(absl::string_view path, const Query& query, const InspectionClient& client,
+             const MetricsOptions& metrics) {
   if (path == "/livez") return Livez(client);
   if (path == "/readyz" || path == "/healthz") return Readyz(client);
   if (path == "/metrics") {
-    return TextAnswer(MetricsText(client, max_ranks), "text/plain; version=0.0.4; charset=utf-8");
+    return TextAnswer(MetricsText(client, metrics), "text/plain; version=0.0.4; charset=utf-8");
   }
   if (path == "/statusz") return TextAnswer(StatusText(client));
   if (path == "/") return {200, "text/html; charset=utf-8", kIndexHtml};

@@ -16,20 +16,24 @@ UNIT = ROOT / "deploy/systemd/syncbn-master.service"
 MAKE_CONFIG = ROOT / "deploy/systemd/make_config.py"
 PATIENCE = 60.0
 HELP = """\
-Options:
-  -h,--help                   Print this help message and exit
+Addresses:
   --where ADDRESS ...=127.0.0.1:1 ... (Env:SYNCBN_WHERE)
                               where to listen; may repeat
   --key-file FILE (Env:SYNCBN_KEY_FILE)
                               PEM key
   --state-dir DIR (Env:SYNCBN_STATE_DIR)
                               keep things here
+
+Limits:
   --most N=7 (Env:SYNCBN_MOST)
                               most things
   --many N=what there is room for (Env:SYNCBN_MANY)
                               many things
   --open (Env:SYNCBN_OPEN)
                               open it
+
+General:
+  -h,--help                   Print this help message and exit
   --version                   Display program version information and exit
 """
 

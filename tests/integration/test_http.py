@@ -1,5 +1,6 @@
 """The master's pages: metrics, probes, text, JSON, and the page for people in a browser."""
 
+import base64
 import http.client
 import json
 import os
@@ -259,6 +260,90 @@ def test_a_taken_port_is_an_error_if_it_was_asked_for(start: Callable[..., Any],
     assert done.returncode == 1
     assert f'cannot serve HTTP on "{address}"' in done.stderr and "in use" in done.stderr
     assert "ready" not in done.stdout
+
+
+def basic(password: str) -> str:
+    return "Basic " + base64.b64encode(f"anybody:{password}".encode()).decode()
+
+
+PROBES = ("/livez", "/readyz", "/healthz", "/metrics")
+PAGES = ("/", "/page.js", "/style.css", "/statusz", "/api/master", "/api/groups", "/nothing")
+
+
+@pytest.mark.parametrize(
+    "variables, token",
+    [
+        ({"SYNCBN_TOKEN": "for-workers"}, "for-workers"),
+        ({"SYNCBN_TOKEN": "for-workers", "SYNCBN_INSPECTION_TOKEN": "for-readers"}, "for-readers"),
+        ({"SYNCBN_INSPECTION_TOKEN": "for-readers"}, "for-readers"),
+    ],
+)
+def test_the_page_needs_the_token(
+    start: Callable[..., Any], tmp_path: pathlib.Path, variables: Dict[str, str], token: str
+) -> None:
+    master = start(HttpMaster, tmp_path / "log", env=variables)
+    assert "the page needs the token" in master.await_line("http://")
+    for path in PROBES:
+        assert master.get(path)[0] == 200
+    wrong = ["", "Bearer", "Bearer ", f"Bearer {token}x", f"Token {token}", "Basic !", basic(""), basic(token + "x")]
+    if token != "for-workers" and "SYNCBN_TOKEN" in variables:
+        wrong.append("Bearer for-workers")
+    for path in PAGES:
+        for authorization in wrong:
+            status, text = master.get(path, Authorization=authorization)
+            assert status == 401 and "token" in text and token not in text, (path, authorization)
+        for authorization in (f"Bearer {token}", f"bearer {token}", basic(token)):
+            assert master.get(path, Authorization=authorization)[0] == (404 if path == "/nothing" else 200)
+    assert master.get("/", "HEAD") == (401, "")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"http://{master.address}/", timeout=PATIENCE)
+    assert refused.value.headers["WWW-Authenticate"] == 'Basic realm="syncbn"'  # So a browser asks for it.
+
+
+@pytest.mark.parametrize("variables", [{}, {"SYNCBN_TOKEN": "for-workers"}])
+def test_inspection_off_closes_the_page(
+    start: Callable[..., Any], tmp_path: pathlib.Path, variables: Dict[str, str]
+) -> None:
+    master = start(HttpMaster, tmp_path / "log", "--inspection", "off", env=variables)
+    for path in PROBES:
+        assert master.get(path)[0] == 200
+    for path in PAGES:
+        status, text = master.get(path, Authorization="Bearer for-workers")
+        assert status == 403 and "--inspection off" in text
+
+
+def test_a_second_master_of_the_host_does_without_the_usual_port(tmp_path: pathlib.Path) -> None:
+    """In a network of their own, where nobody else has the port."""
+    script = """set -e
+        ip link set lo up
+        for n in 1 2; do
+          "$0" --address 127.0.0.1:0 --max-lifetime 60 >"$1/ready$n" 2>"$1/log$n" &
+          until grep -q ready "$1/ready$n"; do kill -0 $!; done
+        done
+        kill %1 %2
+        wait
+    """
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--net", "bash", "-c", script, MASTER, str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE,
+        env={name: value for name, value in os.environ.items() if name != "SYNCBN_HTTP_ADDRESS"},
+    )
+    if "unshare" in done.stdout or "ip: command not found" in done.stdout:
+        pytest.skip(f"no network of its own: {done.stdout}")
+    assert done.returncode == 0, done.stdout
+    assert "on http://127.0.0.1:8080/" in (tmp_path / "log1").read_text()
+    second = (tmp_path / "log2").read_text()
+    assert "no status page" in second and "--http-address gives another" in second and "listens on" in second
+
+
+def test_the_commit_is_told_everywhere_alike(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    told = subprocess.run([MASTER, "--version"], stdout=subprocess.PIPE, text=True, timeout=PATIENCE).stdout
+    [commit] = re.findall(r"\((?:commit (\S+), )?protocol 1, gRPC [\d.]+\)", told)
+    master = start(HttpMaster, tmp_path / "log", "--log-format", "json")
+    ready = json.loads(master.await_line('"ready"'))
+    assert ready["revision"] == commit and (not commit or f"(commit {commit})" in ready["message"])
+    [info] = [name for name in master.samples() if name.startswith("syncbn_build_info")]
+    assert f'revision="{commit}"' in info
 
 
 def test_slow_and_endless_requests_do_not_stop_others(pages: HttpMaster) -> None:

@@ -94,7 +94,9 @@ def test_help_names_every_flag_and_its_variable() -> None:
 def test_version() -> None:
     done = run("--version")
     version = (pathlib.Path(__file__).resolve().parents[2] / "VERSION").read_text()
-    assert (done.returncode, done.stdout) == (0, f"syncbn-master {version}")
+    assert done.returncode == 0
+    form = rf"syncbn-master {re.escape(version.strip())} \((commit [0-9a-f]{{12,}}(-dirty)?, )?protocol 1, gRPC [\d.]+\)\n"
+    assert re.fullmatch(form, done.stdout)
 
 
 # ---- Bad values ------------------------------------------------------------------------------------------------------

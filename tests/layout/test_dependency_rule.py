@@ -28,7 +28,7 @@ RULES = [
     ("server/log", r"server/(core|log)/|plumbing/", r"grpc(pp)?/|.*\.pb\.h$"),
     ("server/state", r"server/(core|log|state)/|vocabulary/|plumbing/|syncbn/v1/", r"grpc(pp)?/"),
     ("server/rpc", r"server/(core|log|rpc|state)/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
-    ("server/http", r"server/(http/|rpc/listen_address\.h$)|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
+    ("server/http", r"server/(http/|core/secret\.h$|rpc/(listen_address|secrets)\.h$)|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     ("server", r"server/|vocabulary/|plumbing/", r"$^"),
     ("client/cc", r"client/cc/|kernels/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     (
@@ -36,7 +36,7 @@ RULES = [
         r"client/cc/(session/|errors\.h$)|vocabulary/|plumbing/check\.h$",
         rf"{GRPC}|{CONCURRENCY}|{ABSL}(synchronization/|time/clock\.h)",
     ),
-    ("client/c", r"client/(cc|c)/|kernels/|vocabulary/|plumbing/|server/master_server\.h$", r"$^"),
+    ("client/c", r"client/(cc|c)/|kernels/|vocabulary/|plumbing/|server/(master_server|http/http_server)\.h$", r"$^"),
     ("client/examples", r"client/(cc|c)/|kernels/", r"$^"),
 ]
 OURS = re.compile(r"(kernels|plumbing|vocabulary|server|client|tests|syncbn)/")

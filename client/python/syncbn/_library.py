@@ -224,6 +224,8 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_log_take": (c_int32, [c_char_p, c_size_t]),
     "syncbn_master_start": (c_int32, [POINTER(MasterOptions), _HANDLE_OUT, _ERROR]),
     "syncbn_master_target": (c_char_p, [_HANDLE]),
+    "syncbn_master_serve_http": (c_int32, [_HANDLE, c_char_p, c_char_p, _ERROR]),
+    "syncbn_master_http_address": (c_char_p, [_HANDLE]),
     "syncbn_master_workers": (c_size_t, [_HANDLE]),
     "syncbn_master_shutdown": (None, [_HANDLE, c_int64]),
     "syncbn_master_destroy": (None, [_HANDLE]),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import select
@@ -24,6 +25,7 @@ _START_LIMIT = 120.0
 # For what follows upon the grace of a shutdown.
 _END_LIMIT = 30.0
 _MOST_GRACE = 86400.0
+_logger = logging.getLogger("syncbn")
 
 
 def _interpreter() -> str:
@@ -51,12 +53,13 @@ def _owner() -> Dict[str, Any]:
 class _Process:
     """The master's process, and the two pipes to it."""
 
-    def __init__(self, options: Dict[str, Any], token: Optional[str]) -> None:
+    def __init__(self, settings: Dict[str, Any], secrets: Dict[str, str]) -> None:
+        """`secrets` are variables for the process, since other users may see its arguments, but not its environment."""
         self._control = self._reports = -1
         self._unread = b""
         self.pid: Optional[int] = None
         try:
-            launcher = self._launch(options, token)
+            launcher = self._launch(settings, secrets)
             found = self._read(time.monotonic() + _START_LIMIT)
             code = launcher.wait()  # It has left the master to itself.
             if found is None:
@@ -69,24 +72,25 @@ class _Process:
             self.forget()  # Which ends it, if it is there.
             raise
         self.pid, self.target = int(found["pid"]), str(found["target"])
+        self.http_address: Optional[str] = found["http_address"]
+        self.http_failure: Optional[str] = found["http_failure"]
 
-    def _launch(self, options: Dict[str, Any], token: Optional[str]) -> "subprocess.Popen[bytes]":
+    def _launch(self, settings: Dict[str, Any], secrets: Dict[str, str]) -> "subprocess.Popen[bytes]":
         owner = _owner()
         passed = [] if owner["descriptor"] is None else [owner["descriptor"]]
         # Isolated from the program's packages and settings; where the interpreter itself needs PYTHONHOME, as far as that.
         isolation = ["-s", "-S"] if os.environ.get("PYTHONHOME") else ["-I", "-S"]
-        settings = json.dumps({"owner": owner, "options": options})
+        argument = json.dumps({"owner": owner, **settings})
         control, self._control = os.pipe()
         self._reports, reports = os.pipe()
         try:
             return subprocess.Popen(
-                [_interpreter(), *isolation, str(_SCRIPT), settings],
+                [_interpreter(), *isolation, str(_SCRIPT), argument],
                 stdin=control,
                 stdout=reports,
                 pass_fds=passed,
                 start_new_session=True,
-                # Other users may see the arguments of a process, but not its environment.
-                env=dict(os.environ, SYNCBN_LIBRARY=str(_library.PATH), SYNCBN_TOKEN=token or ""),
+                env={**os.environ, "SYNCBN_LIBRARY": str(_library.PATH), **secrets},
             )
         finally:
             for descriptor in [control, reports, *passed]:
@@ -157,6 +161,13 @@ def _key_pair(address: str, folder: str) -> Dict[str, str]:
     return files
 
 
+def _http_settings(given: Optional[str]) -> Optional[Dict[str, Any]]:
+    """Where to serve HTTP, and whether an address that is taken is an error; None: nowhere."""
+    address = (os.environ.get("SYNCBN_HTTP_ADDRESS") or "off") if given is None else given
+    address = _arguments.text("http_address", address, 4096)
+    return None if address == "off" else {"address": address, "required": given is not None}
+
+
 class Master:
     """A master that belongs to this process, and runs in a process of its own.
 
@@ -173,6 +184,10 @@ class Master:
         join.
       state_dir: a directory that keeps the running statistics, for the master that is started with it next. One master
         uses it at a time.
+      http_address: where to serve the status page, metrics and probes by HTTP, without TLS: "HOST:PORT" (port 0: any free
+        one), or "off". Default: $SYNCBN_HTTP_ADDRESS, and if that is taken, a warning in the log; without it, nowhere.
+      http_token: what readers of the status page must bear, as a password; "" for nothing. Metrics and probes need none.
+        Default: $SYNCBN_INSPECTION_TOKEN, else `token`.
 
     Errors: as `syncbn-master` has them, as exceptions: an address in use, an address beyond loopback without TLS, a
     state directory that another master uses or whose file is damaged.
@@ -192,6 +207,8 @@ class Master:
         auto_tls: bool = False,
         token: Optional[str] = None,
         state_dir: Optional[Any] = None,
+        http_address: Optional[str] = None,
+        http_token: Optional[str] = None,
     ) -> None:
         self._process: Optional[_Process] = None
         self._asking = threading.RLock()  # A finalizer may shut it down, on the thread that asks.
@@ -204,6 +221,9 @@ class Master:
         options.update((name, _arguments.path(name, file)) for name, file in files.items())
         options.update(insecure=_arguments.truth("insecure", insecure))
         options.update(client_cert_auth=_arguments.truth("client_cert_auth", client_cert_auth))
+        settings = {"options": options, "http": _http_settings(http_address)}
+        reader = os.environ.get("SYNCBN_INSPECTION_TOKEN") or token if http_token is None else http_token
+        secrets = {"SYNCBN_TOKEN": token or "", "SYNCBN_INSPECTION_TOKEN": _arguments.token(reader or None) or ""}
         with contextlib.ExitStack() as stack:
             self._certificate: Optional[str] = None
             if _arguments.truth("auto_tls", auto_tls):
@@ -212,14 +232,24 @@ class Master:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="syncbn-"))
                 options.update(_key_pair(options["address"], folder))
                 self._certificate = pathlib.Path(options["cert_file"]).read_text()
-            self._process = _Process(options, token)  # The master reads the files before it is ready.
+            self._process = _Process(settings, secrets)  # The master reads the files before it is ready.
         self._target, self._process_id = self._process.target, self._process.pid
+        self._http_address = self._process.http_address
+        if self._process.http_failure is not None:
+            _logger.warning("no status page: %s", self._process.http_failure)
+        if self._http_address is not None:
+            _logger.info("status page, metrics and probes on http://%s/", self._http_address)
         _open.add(self)
 
     @property
     def target(self) -> str:
         """What workers pass as their target."""
         return self._target
+
+    @property
+    def http_address(self) -> Optional[str]:
+        """Where the status page, metrics and probes are served, as "127.0.0.1:8080"; None if they are not."""
+        return self._http_address
 
     @property
     def certificate(self) -> Optional[str]:

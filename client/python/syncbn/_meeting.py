@@ -138,7 +138,7 @@ def alone(token: Optional[str]) -> Meeting:
             "SYNCBN_TARGET is not set and there is one worker: it is a group by itself, and normalizes over its own batches"
         )
     drawn = token or _draw_token()
-    master = Master(token=drawn)
+    master = Master(token=drawn, http_token=_http_token(token))
     return Meeting({"target": master.target}, master=master, token=drawn)
 
 
@@ -180,11 +180,16 @@ def _draw_token() -> str:
     return secrets.token_urlsafe(32)
 
 
+def _http_token(token: Optional[str]) -> Optional[str]:
+    """Nobody knows a token that was drawn: then readers of the status page, where it is asked for, need none."""
+    return None if token else os.environ.get("SYNCBN_INSPECTION_TOKEN") or ""
+
+
 def _start(board: Board, topic: str, world_size: int, token: Optional[str]) -> Tuple[Master, Any]:
     """Starts the master, and posts how to reach it, or why it could not be started."""
     drawn = {} if token else {"token": _draw_token()}
     try:
-        master, note = _start_master(world_size, token or drawn["token"])
+        master, note = _start_master(world_size, token or drawn["token"], _http_token(token))
         note.update(drawn)
     except BaseException as error:
         with contextlib.suppress(errors.Error):
@@ -198,13 +203,13 @@ def _start(board: Board, topic: str, world_size: int, token: Optional[str]) -> T
     return master, note
 
 
-def _start_master(world_size: int, token: str) -> Tuple[Master, Any]:
+def _start_master(world_size: int, token: str, http_token: Optional[str]) -> Tuple[Master, Any]:
     host, port = _address(world_size)
     if host is None:
-        master = Master(token=token)
+        master = Master(token=token, http_token=http_token)
         return master, {"target": master.target}
     shown = f"[{host}]" if ":" in host else host
-    master = Master(f"{shown}:{port}", auto_tls=True, token=token)
+    master = Master(f"{shown}:{port}", auto_tls=True, token=token, http_token=http_token)
     _logger.info("rank 0 has started a master with TLS at %s", master.target)
     return master, {"target": master.target, "certificate": master.certificate}
 

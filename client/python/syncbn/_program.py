@@ -43,6 +43,7 @@ def _parse(arguments: List[str]) -> argparse.Namespace:
     text("--key-file", None, "PEM key of the certificate")
     text("--trusted-ca-file", None, "PEM certificates that sign the workers'; with --client-cert-auth")
     switch("--client-cert-auth", "refuse workers without a trusted certificate")
+    text("--http-address", None, "where to serve the status page, metrics and probes: HOST:PORT, or off; default: off")
     seconds("--exit-timeout", 5.0, "seconds that workers are given to drain at a signal; default: %(default)s")
     seconds("--max-lifetime", 0.0, "exit after this many seconds; 0: never")
     parser.add_argument("--version", action="version", version=f"syncbn-master {syncbn.__version__}")
@@ -75,10 +76,13 @@ def run(arguments: List[str]) -> int:
             key_file=given.key_file,
             trusted_ca_file=given.trusted_ca_file,
             client_cert_auth=given.client_cert_auth,
+            http_address=given.http_address or "off",
         )
     except (syncbn.Error, ValueError) as error:
         print(f"syncbn-master: {error}", file=sys.stderr)
         return 2
+    if master.http_address is not None:
+        print(f"status page, metrics and probes on http://{master.http_address}/", file=sys.stderr)
     print(f"syncbn-master ready on {master.target}", flush=True)
     ended.wait(min(lifetime, threading.TIMEOUT_MAX) or None)
     master.shutdown(grace)

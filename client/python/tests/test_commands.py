@@ -52,7 +52,7 @@ def test_the_doctor_without_a_target_does_not_ask_for_one():
 )
 def test_the_masters_program_is_the_one_that_is_named():
     done = run("master", "--version")
-    assert (done.returncode, done.stdout) == (0, f"syncbn-master {syncbn.__version__}\n")
+    assert done.returncode == 0 and done.stdout.startswith(f"syncbn-master {syncbn.__version__} (")
     refused = run("master", "--max-workers", "none")
     assert refused.returncode == 2 and "max-workers" in refused.stderr
 
