@@ -48,6 +48,24 @@ def test_the_master_knows_every_argument() -> None:
     assert [argument for argument in arguments if argument not in known] == []
 
 
+def test_a_master_is_probed_where_it_serves() -> None:
+    for master in masters():
+        [address] = [argument for argument in master["args"] if argument.startswith("--http-address=")]
+        ports = {port["name"]: port["containerPort"] for port in master["ports"]}
+        assert address.endswith(f":{ports['http']}")
+        assert master["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+        assert master["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "http"}
+
+
+def test_prometheus_finds_the_port_of_the_service() -> None:
+    resources = [resource for path in MANIFESTS for resource in yaml.safe_load_all(path.read_text())]
+    [service] = [found for found in resources if found["kind"] == "Service"]
+    [monitor] = [found for found in resources if found["kind"] == "ServiceMonitor"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+
+
 def test_a_master_has_no_rights() -> None:
     for master in masters():
         assert master["securityContext"] == {
@@ -58,11 +76,15 @@ def test_a_master_has_no_rights() -> None:
 def test_the_manifests_fit_the_schemas() -> None:
     done = check()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 6
 
 
 def test_a_field_that_no_schema_has_is_seen(tmp_path: pathlib.Path) -> None:
-    cases = (("jobset.yaml", "backoffLimit", "backofLimit"), ("master.yaml", "replicas:", "replica:"))
+    cases = (
+        ("jobset.yaml", "backoffLimit", "backofLimit"),
+        ("master.yaml", "replicas:", "replica:"),
+        ("service-monitor.yaml", "honorLabels", "honourLabels"),
+    )
     for name, field, wrong in cases:
         path = tmp_path / name
         path.write_text((ROOT / "deploy/kubernetes" / name).read_text().replace(field, wrong))
