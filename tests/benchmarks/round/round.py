@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -59,8 +59,8 @@ def cpu_time(pid: int) -> float:
     return total / 1e3
 
 
-def start(command: List[str], stack: contextlib.ExitStack) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def start(command: List[str], stack: contextlib.ExitStack, stderr: Any = None) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
     def stop() -> None:
         assert process.stdin is not None
