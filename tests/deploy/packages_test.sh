@@ -3,7 +3,7 @@
 #
 #   packages_test.sh DIRECTORY
 #
-# As root, with mmdebstrap and openssl. It needs Debian's mirror (SYNCBN_DEBIAN_MIRROR; default deb.debian.org).
+# As root, with mmdebstrap, openssl and grpcurl (tools/install_deps). It needs Debian's mirror (SYNCBN_DEBIAN_MIRROR; default deb.debian.org).
 # tools/build_deb --test calls it. What runs in the new system listens on that system's own loopback.
 source "$(dirname "$0")/../../tools/lib.sh"
 
@@ -34,7 +34,8 @@ bootstrap() {
 install_packages() {
   say "Installing ${PACKAGES[*]}"
   cp "$directory"/*.deb "$root/test"
-  in_system sh -ec 'apt-get install -qq --no-install-recommends /test/*.deb >/dev/null'
+  # mmdebstrap leaves no lists of packages behind.
+  in_system sh -ec 'apt-get update -qq && apt-get install -qq --no-install-recommends /test/*.deb >/dev/null'
   in_system test -f /lib/systemd/system/syncbn-master.service
   in_system test -L /etc/systemd/system/multi-user.target.wants/syncbn-master.service
   in_system sh -c 'zcat /usr/share/man/man8/syncbn-master.8.gz' | grep -q -- '--address\|\\-\\-address' ||
@@ -46,10 +47,18 @@ make_certificates() {
 }
 
 try_master_and_trainers() {
-  say "Two trainers and the installed master: the installed configuration, both sides with certificates, a restart"
+  say "Two trainers and the installed master: the installed configuration, certificates, the slow one, an upgrade"
   make_certificates
-  cp tests/deploy/{try_master,trainer}.py "$root/test"
-  isolated python3 /test/try_master.py
+  make_newer_package
+  cp tests/deploy/{try_master,trainer}.py "$SYNCBN_DEPS/bin/grpcurl" "$root/test"
+  isolated python3 /test/try_master.py /test/grpcurl /test/newer.deb
+}
+
+# The master's package again, with a greater version.
+make_newer_package() {
+  dpkg-deb --raw-extract "$directory"/syncbn-master_*.deb "$work/newer"
+  sed -i 's/^Version: .*/&+newer/' "$work/newer/DEBIAN/control"
+  dpkg-deb --root-owner-group -z1 --build "$work/newer" "$root/test/newer.deb" >/dev/null
 }
 
 try_development_files() {
@@ -83,6 +92,7 @@ purge() {
 [[ $# == 1 && -d $1 ]] || die "usage: packages_test.sh DIRECTORY"
 [[ $(id -u) == 0 ]] || die "needs root, to make a system in a folder and run in it"
 command -v mmdebstrap >/dev/null || die "needs mmdebstrap"
+[[ -x $SYNCBN_DEPS/bin/grpcurl ]] || die "needs grpcurl: tools/install_deps"
 directory=$1
 work=$(mktemp -d)
 root=$work/root

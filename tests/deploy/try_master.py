@@ -2,12 +2,16 @@
 
 1. the configuration as it was installed, and two trainers;
 2. certificates on both sides, by the configuration's own keys, and a trainer without one, which is refused;
-3. a restart of the master while the trainers run: no round is lost.
+3. the slow one of two trainers, found as an operator would: by the page, by the metrics, by grpcurl;
+4. the installation of a newer package and a restart while the trainers run, and another restart: no round is lost.
+
+    try_master.py GRPCURL NEWER-PACKAGE
 
 Every merged result is compared with NumPy's, over the whole batch in float64. The script runs as root, the master as
 nobody.
 """
 
+import json
 import os
 import pathlib
 import re
@@ -15,7 +19,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import Dict, List, Optional
+import time
+import urllib.request
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy
 
@@ -24,6 +30,7 @@ TLS = pathlib.Path("/etc/syncbn/tls")
 # Where systemd shows the files of /etc/syncbn/tls to the service; here they are copied.
 CREDENTIALS = pathlib.Path("/run/credentials/syncbn-master.service")
 TARGET = "127.0.0.1:50051"
+PAGE = "http://127.0.0.1:8080"
 PATIENCE = 120.0
 NOBODY = 65534
 ROUNDS = 400
@@ -92,7 +99,71 @@ def example(key: str) -> str:
     return value
 
 
-def try_restart(config: pathlib.Path, variables: Dict[str, str]) -> None:
+def page(path: str) -> str:
+    with urllib.request.urlopen(PAGE + path, timeout=PATIENCE) as answer:
+        return str(answer.read().decode())
+
+
+def slowest_by_page() -> int:
+    """By the table that /statusz shows: rank, state, how often it was the last, mean lateness, and more."""
+    rows = re.findall(r"^ +(\d+) +present +(\d+) ", page("/statusz"), re.MULTILINE)
+    assert len(rows) == len(BATCHES), page("/statusz")
+    return int(max(rows, key=lambda row: int(row[1]))[0])
+
+
+def slowest_by_metrics() -> int:
+    late = re.findall(r'^syncbn_lateness_seconds_total{.*rank="(\d+)".*} (\S+)$', page("/metrics"), re.MULTILINE)
+    assert len(late) == len(BATCHES)
+    return int(max(late, key=lambda sample: float(sample[1]))[0])
+
+
+def slowest_by_grpcurl(grpcurl: str, variables: Dict[str, str]) -> int:
+    identity = [
+        "-cacert", variables["SYNCBN_CLIENT_TRUSTED_CA_FILE"], "-cert", variables["SYNCBN_CLIENT_CERT_FILE"],
+        "-key", variables["SYNCBN_CLIENT_KEY_FILE"],
+    ]
+
+    def ask(method: str, **request: str) -> Any:
+        command = [grpcurl, *identity, "-d", json.dumps(request), TARGET, f"syncbn.v1.InspectionService/{method}"]
+        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=PATIENCE).stdout)
+
+    [group] = ask("ListGroups")["groups"]
+    members = ask("GetGroup", job=group["job"], group=group["group"])["members"]
+    return int(max(members, key=lambda member: int(member.get("last_arrivals", 0))).get("rank", 0))
+
+
+def try_to_find_the_slow_one(config: pathlib.Path, grpcurl: str, variables: Dict[str, str]) -> None:
+    rounds, looked_at = 200, 100
+    ways: Dict[str, Callable[[], int]] = {
+        "the page": slowest_by_page,
+        "the metrics": slowest_by_metrics,
+        "grpcurl": lambda: slowest_by_grpcurl(grpcurl, variables),
+    }
+    for slow in range(len(BATCHES)):
+        master = Master(config)
+        processes = trainers(rounds, {**variables, "TRAINER_SLOW_RANK": str(slow), "TRAINER_SLOWNESS": "0.02"})
+        assert processes[0].stdout is not None
+        for step in range(looked_at):
+            assert processes[0].stdout.readline() == f"{step}\n"
+        for name, find in ways.items():
+            begin = time.monotonic()
+            assert find() == slow, name
+            print(f"rank {slow} is the slow one, says {name}, after {time.monotonic() - begin:.1f} s")
+        assert looked_at + finish(processes) == rounds
+        master.stop()
+
+
+def install(package: str) -> None:
+    subprocess.run(["dpkg", "--install", package], stdout=subprocess.DEVNULL, check=True, timeout=PATIENCE)
+    [version] = re.findall(r"^ Version: (.*)$", output_of("dpkg-deb", "--info", package), re.MULTILINE)
+    assert output_of("dpkg-query", "--show", "--showformat", "${Version}", "syncbn-master") == version
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=PATIENCE).stdout
+
+
+def try_upgrade(config: pathlib.Path, newer: str, variables: Dict[str, str]) -> None:
     master: Optional[Master] = Master(config)
     processes = trainers(ROUNDS, variables)
     assert processes[0].stdout is not None
@@ -102,13 +173,16 @@ def try_restart(config: pathlib.Path, variables: Dict[str, str]) -> None:
             assert processes[0].stdout.readline() == f"{seen}\n"
             seen += 1
         assert master is not None
+        if newer:  # As apt does it: the files first, while the old program runs, then the restart.
+            install(newer)
+            newer = ""
         master.stop()
         master = Master(config)
     assert seen + finish(processes) == ROUNDS
     master.stop()
 
 
-def main() -> None:
+def main(grpcurl: str, newer: str) -> None:
     master = Master(CONFIG)
     assert finish(trainers(20, {})) == 20
     master.stop()
@@ -135,10 +209,11 @@ def main() -> None:
             assert stranger.returncode != 0 and output == "", output
         print("trainers without a certificate are refused")
         master.stop()
-        try_restart(config, known)
-        print(f"two restarts of the master during {ROUNDS} rounds: none lost")
+        try_to_find_the_slow_one(config, grpcurl, known)
+        try_upgrade(config, newer, known)
+        print(f"an upgrade of the package and two restarts of the master during {ROUNDS} rounds: none lost")
 
 
 if __name__ == "__main__":
     numpy.seterr(all="raise")
-    main()
+    main(*sys.argv[1:])
