@@ -3,12 +3,15 @@
 #
 #   packages_test.sh DIRECTORY
 #
-# As root, with mmdebstrap, openssl and grpcurl (tools/install_deps). It needs Debian's mirror (SYNCBN_DEBIAN_MIRROR; default deb.debian.org).
-# tools/build_deb --test calls it. What runs in the new system listens on that system's own loopback.
+# As root, with mmdebstrap, openssl and grpcurl (tools/install_deps). It needs Debian's mirror (SYNCBN_DEBIAN_MIRROR;
+# default deb.debian.org). tools/build_deb --test calls it. What runs in the new system listens on that system's own
+# loopback.
 source "$(dirname "$0")/../../tools/lib.sh"
 
 MIRROR=${SYNCBN_DEBIAN_MIRROR:-http://deb.debian.org}
 PACKAGES=(syncbn-master libsyncbn1 libsyncbn-dev python3-syncbn)
+# The new system has no /dev/pts.
+INSTALL=(apt-get install -qq -o Dpkg::Use-Pty=0 --no-install-recommends)
 
 # in_system COMMAND...: runs it in the new system, with processes of its own that end with it.
 in_system() {
@@ -35,7 +38,7 @@ install_packages() {
   say "Installing ${PACKAGES[*]}"
   cp "$directory"/*.deb "$root/test"
   # mmdebstrap leaves no lists of packages behind.
-  in_system sh -ec 'apt-get update -qq && apt-get install -qq --no-install-recommends /test/*.deb >/dev/null'
+  in_system sh -ec "apt-get update -qq && ${INSTALL[*]} /test/*.deb >/dev/null"
   in_system test -f /lib/systemd/system/syncbn-master.service
   in_system test -L /etc/systemd/system/multi-user.target.wants/syncbn-master.service
   in_system sh -c 'zcat /usr/share/man/man8/syncbn-master.8.gz' | grep -q -- '--address\|\\-\\-address' ||
@@ -63,7 +66,7 @@ make_newer_package() {
 
 try_development_files() {
   say "A C program outside of Bazel, by pkg-config and by CMake"
-  in_system apt-get install -qq --no-install-recommends gcc libc6-dev make pkgconf cmake >/dev/null
+  in_system "${INSTALL[@]}" gcc libc6-dev make pkgconf cmake >/dev/null
   mkdir "$root/test/program"
   sed 's|"client/c/syncbn.h"|<syncbn.h>|' client/examples/c/train.c >"$root/test/program/train.c"
   cp tests/deploy/CMakeLists.txt "$root/test/program"
@@ -78,7 +81,7 @@ purge() {
   in_system sh -ec 'mkdir -p /var/lib/private/syncbn && touch /var/lib/private/syncbn/state && ln -s private/syncbn /var/lib'
   rm "$root"/etc/syncbn/tls/*
   in_system dpkg -L "${PACKAGES[@]}" >"$work/installed"
-  in_system sh -ec "apt-get purge -qq ${PACKAGES[*]} >/dev/null"
+  in_system sh -ec "apt-get purge -qq -o Dpkg::Use-Pty=0 ${PACKAGES[*]} >/dev/null"
   local left=() path
   while read -r path; do
     # Folders belong to other packages as well; those that do not have the name in theirs.

@@ -68,8 +68,12 @@ def trainers(rounds: int, variables: Dict[str, str]) -> List["subprocess.Popen[s
 
 def finish(processes: List["subprocess.Popen[str]"]) -> int:
     """Returns the number of lines that each of them has still printed, once all have ended with 0."""
-    outputs = [process.communicate(timeout=PATIENCE)[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes)
+    outputs = []
+    for process in processes:
+        assert process.stdout is not None
+        # communicate() would not see lines that readline() has read ahead. The master's lifetime bounds this.
+        outputs.append(process.stdout.read().splitlines())
+    assert [process.wait(PATIENCE) for process in processes] == [0] * len(processes)
     assert len({len(lines) for lines in outputs}) <= 2, outputs
     return len(outputs[0])
 
