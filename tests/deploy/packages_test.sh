@@ -80,6 +80,7 @@ purge() {
   say "Purging the packages"
   in_system sh -ec 'mkdir -p /var/lib/private/syncbn && touch /var/lib/private/syncbn/state && ln -s private/syncbn /var/lib'
   rm "$root"/etc/syncbn/tls/*
+  rm -r "$root/run/credentials"  # They are systemd's, where one runs.
   in_system dpkg -L "${PACKAGES[@]}" >"$work/installed"
   in_system sh -ec "apt-get purge -qq -o Dpkg::Use-Pty=0 ${PACKAGES[*]} >/dev/null"
   local left=() path
