@@ -221,6 +221,33 @@ dist.barrier()
 """
 
 
+def test_the_variable_gives_each_restart_a_store_of_its_own(monkeypatch):
+    """TORCH_DISABLE_SHARE_RDZV_TCP_STORE, which the README advises.
+
+    Without it, torch 2.15's launcher keeps one store for all attempts, without a prefix for each: the processes of the second
+    one find the keys of the first, and gloo and NCCL connect to addresses under them (pytorch#135712).
+    """
+    torch = pytest.importorskip("torch")
+    from torch.distributed.elastic import rendezvous
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous
+
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    launch = rendezvous.RendezvousParameters("c10d", "127.0.0.1:0", "restarts", 1, 1, local_addr="127.0.0.1", is_host=True)
+    backend, store = c10d_rendezvous_backend.create_backend(launch)
+    handler = dynamic_rendezvous.create_handler(store, backend, launch)
+    try:
+        for _ in range(2):
+            place = handler.next_rendezvous()
+            if isinstance(place, tuple):
+                pytest.skip("this torch's launcher has no store for the workers")
+            address = place.bootstrap_store_info
+            workers_store = torch.distributed.TCPStore(address.master_addr, address.master_port, 1, True)
+            assert not workers_store.check(["an address"])
+            workers_store.set("an address", "of a process that ends with this attempt")
+    finally:
+        handler.shutdown()
+
+
 def test_torchrun_restarts_after_a_worker_is_killed(tmp_path, master):
     """Training goes on from the checkpoint, in a later generation, to the end of one process on the whole batches.
 
@@ -235,7 +262,7 @@ sys.exit(subprocess.call([sys.executable, "-m", "torch.distributed.run", "--rdzv
     "127.0.0.1:0", "--rdzv_id", {tmp_path.name!r}, "--nproc_per_node", "3", "--max_restarts", "2", "--redirects", "1", "--tee",
     "1", {str(script)!r}, {str(tmp_path)!r}, {master.target!r}]))
 """
-    # Else torch 2's own processes may read, from the store that outlives the restart, addresses of those that have ended.
+    # Else gloo may find addresses of processes that have ended; see the test before.
     processes.run(command, 1, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
     ends = {path.name: path.read_text().split() for path in tmp_path.glob("end *")}
     assert sorted(ends) == ["end 1 0", "end 1 1", "end 1 2"]
