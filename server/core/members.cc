@@ -82,7 +82,6 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
     member.has_contributed = false;
     member.life_key = join.life_key;
     member.incarnation = join.incarnation != 0 ? join.incarnation : NextIncarnation(join.rank);
-    member.begun_here = join.incarnation == 0;
   }
   member.state = MemberState::kPresent;
   member.left_before = false;

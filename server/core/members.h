@@ -50,7 +50,6 @@ struct Member {
   // Came back from an earlier master, and has not sent yet all that it had sent to that one.
   bool catching_up = false;
   bool left_before = false;            // Has left under an earlier master, which may have had contributions of it.
-  bool begun_here = false;             // This incarnation has not been with an earlier master.
   absl::Time grace_until;              // While lost: when it is given up.
   bool given_up = false;               // While lost.
   bool lags = false;                   // While present: has not read what it was sent.

@@ -364,6 +364,7 @@ void Rounds::FindDeadlock(absl::Time now, Effects& effects) {
   }
   std::sort(keys.begin(), keys.end());
   keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
+  if (FailRestored(keys, now, effects)) return;
   const std::string waiters = DescribeWaiters();
   for (const RoundKey& key : keys) {
     const auto round = pending_.find(key);

@@ -128,6 +128,8 @@ class Rounds {
   void AddLatecomer(Rank rank, PendingRound* round);
   // Moves the deadline of a restored round that somebody has come to wait for.
   void NoteWaiter(Pending::iterator round, absl::Time now);
+  // Ends those of the rounds that are restored: nobody will repeat what they lack. Returns whether there were any.
+  bool FailRestored(const std::vector<RoundKey>& keys, absl::Time now, Effects& effects);
   Fate FateOfRestored(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing) const;
   // Forgets an idle round.
   void Drop(Pending::iterator round);

@@ -142,18 +142,28 @@ Rounds::Fate Rounds::FateOfRestored(const RoundKey& key, const PendingRound& rou
   if (missing.empty()) return {true, std::nullopt};
   if (round.Idle()) return {};
   // A member that has caught up would have repeated its contribution if it could, and one that has left cannot. Where
-  // workers take the places of their predecessors, those that have begun here, or are still to come, contribute anew.
+  // workers take the places of their predecessors, each may have gone back to an earlier step, and contribute anew.
   std::vector<Rank> silent;
   for (const Rank rank : missing) {
     const Member& member = members_[rank];
-    const bool succeeds =
-        waits() && (member.state == MemberState::kLost || (member.begun_here && member.state == MemberState::kPresent));
+    const bool goes_back = waits() && member.state != MemberState::kLeft;
     const bool may_come =
-        member.state == MemberState::kAbsent || ((member.catching_up || succeeds) && !member.given_up);
+        member.state == MemberState::kAbsent || ((member.catching_up || goes_back) && !member.given_up);
     if (!may_come) silent.push_back(rank);
   }
   if (silent.empty()) return {};
   return {true, OutcomeLostError(key, silent)};
+}
+
+bool Rounds::FailRestored(const std::vector<RoundKey>& keys, absl::Time now, Effects& effects) {
+  bool any = false;
+  for (const RoundKey& key : keys) {
+    const auto round = pending_.find(key);
+    if (round == pending_.end() || !round->second.restored) continue;
+    Fail(round, OutcomeLostError(key, round->second.MissingRanks(members_.world_size())), now, effects);
+    any = true;
+  }
+  return any;
 }
 
 // ---- The end of catching up -----------------------------------------------------------------------------------------

@@ -345,6 +345,32 @@ TEST_F(BothDieTest, OneThatDiesAfterItHasComeBackIsWaitedForToo) {
   EXPECT_TRUE(SameOutcome(*Told(1, Forward("a", 3)), *told));
 }
 
+TEST_F(BothDieTest, ASuccessorThatMeetsAThirdMasterIsStillWaitedFor) {
+  const auto told = Before(Forward("a", 3));
+  Return(1, {});  // It had joined the second master, and contributed nothing yet.
+  Return(0, {told});
+  Return(2, {});
+  Contribute(2, Forward("a", 3));
+  EXPECT_THAT(engine_.Outcomes(streams_[2], Forward("a", 3)), IsEmpty());
+  Contribute(1, Forward("a", 3));
+  EXPECT_TRUE(SameOutcome(*Told(2, Forward("a", 3)), *told));
+}
+
+TEST_F(BothDieTest, WhereAllWaitForWhatIsLostTheyAreToldSo) {
+  const auto told = Before(Forward("a", 3));
+  Return(1, {});
+  Return(0, {told});
+  Return(2, {});
+  for (const Rank rank : {0u, 1u}) {
+    engine_.ContributeAndBlock(streams_[rank], Forward("a", 4), Of(rank, Forward("a", 4)));
+  }
+  EXPECT_THAT(engine_.Outcomes(streams_[0], Forward("a", 4)), IsEmpty());
+  engine_.ContributeAndBlock(streams_[2], Forward("a", 3), Of(2, Forward("a", 3)));
+  EXPECT_EQ(ReasonOf(*Told(2, Forward("a", 3))), kOutcomeLost);
+  EXPECT_THAT(Told(2, Forward("a", 3))->error->ranks, ElementsAre(1));
+  EXPECT_THAT(engine_.Outcomes(streams_[0], Forward("a", 4)), IsEmpty()) << "rank 2 may still come";
+}
+
 TEST_F(BothDieTest, AnotherResultIsNotToldAsTheRoundsOwn) {
   const auto told = Before(Forward("a", 3));
   Return(0, {told});
