@@ -2,8 +2,8 @@
 
 `tools/benchmark observability` runs it. Two masters of one program are alive together, each with workers of its own, and
 take turns in blocks, in random order. One has neither HTTP nor inspection, and logs errors alone. The other logs everything
-as JSON, and while its block runs, its metrics are scraped and its page is followed by a reader, each once a second; the
-usual scrape is one in 15 seconds. A ratio is that of two neighbouring blocks; the table has the median of each start of
+as JSON, and while its block runs, its metrics are scraped and its page is followed by a reader, each once in --period
+seconds; the usual scrape is one in 15 seconds. A ratio is that of two neighbouring blocks; the table has the median of each start of
 the processes, and of these the median, the least and the greatest.
 """
 
@@ -28,7 +28,6 @@ import report  # noqa: E402
 from round import Block, Size, Team, read_line, start  # noqa: E402
 
 _GROUP = "watched"
-_PERIOD = 1.0
 ON, OFF = "on", "off"
 _FLAGS = {
     ON: ["--http-address", "127.0.0.1:0", "--inspection", "on", "--log-level", "debug", "--log-format", "json"],
@@ -37,10 +36,10 @@ _FLAGS = {
 
 
 class Reader:
-    """Asks a master's pages what Prometheus and an open page ask, once a second."""
+    """Asks a master's pages what Prometheus and an open page ask, once in so many seconds."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, period: float) -> None:
+        self._address, self._period = address, period
         self.answers = 0
 
     def _get(self, path: str, **query: str) -> bytes:
@@ -64,7 +63,7 @@ class Reader:
 
         def read() -> None:
             self._look()
-            while not ended.wait(_PERIOD):
+            while not ended.wait(self._period):
                 self._look()
 
         thread = threading.Thread(target=read)
@@ -82,7 +81,7 @@ class Pair(NamedTuple):
 
 
 @contextlib.contextmanager
-def pair(world_size: int) -> Iterator[Pair]:
+def pair(world_size: int, period: float) -> Iterator[Pair]:
     """Starts both masters, and the workers of each."""
     master, worker = os.environ["SYNCBN_MASTER"], os.environ["SYNCBN_ROUND_WORKER"]
     with contextlib.ExitStack() as stack:
@@ -102,7 +101,7 @@ def pair(world_size: int) -> Iterator[Pair]:
             for record in map(json.loads, (folder / ON).read_text().splitlines())
             if record.get("event") == "http"
         ]
-        yield Pair(teams, Reader(address))
+        yield Pair(teams, Reader(address, period))
 
 
 Runs = Dict[str, List[Block]]
@@ -114,7 +113,7 @@ def measure(world_size: int, options: argparse.Namespace) -> Tuple[Runs, int]:
     answers = 0
     size = Size(options.channels)
     for _ in range(options.teams):
-        with pair(world_size) as (teams, reader):
+        with pair(world_size, options.period) as (teams, reader):
             for _ in range(options.repeats):
                 for name in random.sample([ON, OFF], 2):
                     with reader.reading() if name == ON else contextlib.nullcontext():
@@ -149,6 +148,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teams", type=int, default=5, help="how often all processes are started anew")
     parser.add_argument("--repeats", type=int, default=6, help="blocks of each master for each start")
     parser.add_argument("--rounds", type=int, default=5000, help="rounds in a block")
+    parser.add_argument("--period", type=float, default=1.0, help="seconds between two looks at the master")
     parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
     return parser.parse_args()
 
