@@ -379,7 +379,7 @@ void ReadEnvironment(const std::vector<std::string>& names, std::vector<std::str
   known.push_back(VariableOf("config-file"));
   known.insert(known.end(), {kTokenVariable, kInspectionTokenVariable});
   std::vector<std::string> entries;
-  for (char** entry = environ; *entry != nullptr; ++entry) entries.emplace_back(*entry);
+  for (char** entry = environ; entry != nullptr && *entry != nullptr; ++entry) entries.emplace_back(*entry);
   for (const std::string& entry : entries) {
     const std::string name = entry.substr(0, entry.find('='));
     if (!absl::StartsWith(name, kVariablePrefix)) continue;

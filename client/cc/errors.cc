@@ -76,6 +76,7 @@ absl::Status FromSerializedStatus(absl::string_view serialized) {
   if (!message.ParseFromArray(serialized.data(), static_cast<int>(serialized.size()))) {
     return absl::InternalError("the master sent an error that cannot be parsed");
   }
+  if (message.code() == 0) return absl::InternalError("the master sent an error without a code");
   absl::Status status(static_cast<absl::StatusCode>(message.code()), message.message());
   for (const google::protobuf::Any& detail : message.details()) {
     if (detail.type_url() == kTypeUrl) status.SetPayload(kTypeUrl, absl::Cord(detail.value()));

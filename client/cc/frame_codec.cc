@@ -196,7 +196,6 @@ session::Outcome FromProto(v1::RoundResult* message) {
       break;
     case v1::RoundResult::kError:
       outcome.status = FromSerializedStatus(message->error().SerializeAsString());
-      if (outcome.status.ok()) outcome.status = absl::InternalError("the master sent an error without a code");
       break;
     case v1::RoundResult::OUTCOME_NOT_SET:
       outcome.status = absl::InternalError("the master sent a round's result without an outcome");

@@ -48,33 +48,6 @@ class Checksum {
   uint64_t sum_ = 0x53796e63424e0001u;
 };
 
-uint64_t ChecksumOf(const GroupRow& row) {
-  return Checksum()
-      .Add(row.job)
-      .Add(row.name)
-      .Add(row.generation)
-      .Add(row.run_id)
-      .Add(row.world_size)
-      .Add(row.config)
-      .sum();
-}
-
-uint64_t ChecksumOf(const LayerRow& row) {
-  return Checksum()
-      .Add(row.job)
-      .Add(row.group)
-      .Add(row.name)
-      .Add(row.spec)
-      .Add(row.updates)
-      .Add(row.newest_sequence)
-      .Add(row.recent)
-      .Add(row.missing_after)
-      .Add(row.missing_before)
-      .Add(row.mean)
-      .Add(row.var)
-      .sum();
-}
-
 // ---- Vectors --------------------------------------------------------------------------------------------------------
 
 std::string FromDoubles(const std::vector<double>& numbers) {
@@ -123,6 +96,35 @@ std::optional<std::vector<uint64_t>> ToSequences(absl::string_view bytes) {
 }
 
 }  // namespace
+
+// ---- Checksums ------------------------------------------------------------------------------------------------------
+
+uint64_t ChecksumOf(const GroupRow& row) {
+  return Checksum()
+      .Add(row.job)
+      .Add(row.name)
+      .Add(row.generation)
+      .Add(row.run_id)
+      .Add(row.world_size)
+      .Add(row.config)
+      .sum();
+}
+
+uint64_t ChecksumOf(const LayerRow& row) {
+  return Checksum()
+      .Add(row.job)
+      .Add(row.group)
+      .Add(row.name)
+      .Add(row.spec)
+      .Add(row.updates)
+      .Add(row.newest_sequence)
+      .Add(row.recent)
+      .Add(row.missing_after)
+      .Add(row.missing_before)
+      .Add(row.mean)
+      .Add(row.var)
+      .sum();
+}
 
 // ---- Groups ---------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,10 @@ struct LayerRow {
   uint64_t checksum = 0;
 };
 
+// Return the checksum of the row's other columns.
+uint64_t ChecksumOf(const GroupRow& row);
+uint64_t ChecksumOf(const LayerRow& row);
+
 // Return the row, with its checksum.
 GroupRow ToRow(const core::GroupState& group);
 LayerRow ToRow(const core::GroupId& id, const core::LayerState& layer);

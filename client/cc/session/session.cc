@@ -208,6 +208,7 @@ absl::Status Session::CheckFrameLength(size_t bytes) const {
 
 Effects Session::End(absl::Status why) {
   if (state_ == State::kEnded) return {};
+  SYNCBN_CHECK(!why.ok(), "a session ends without a reason");
   state_ = State::kEnded;
   end_ = std::move(why);
   Effects effects;

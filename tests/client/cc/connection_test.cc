@@ -399,5 +399,19 @@ TEST(LyingMasterTest, AFrameThatIsLongerThanWhatIsAwaitedEndsTheWorker) {
   EXPECT_EQ(AfterAFrameOf(size_t{130} << 20).code(), absl::StatusCode::kResourceExhausted);
 }
 
+TEST(LyingMasterTest, AnErrorThatSaysOkIsAnError) {
+  FakeMaster master([](FakeStream* stream) {
+    v1::WorkerFrame frame;
+    if (!Welcome(stream) || !AwaitContribution(stream, &frame)) return grpc::Status::OK;
+    google::rpc::Status details;
+    details.set_message("no code");
+    return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "larger than max", details.SerializeAsString());
+  });
+  const auto worker = JoinOrDie(Patient(master.target()));
+  const absl::Status status = Sum(*worker, "v", {1.0}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("an error without a code"));
+}
+
 }  // namespace
 }  // namespace syncbn::testing
