@@ -15,7 +15,12 @@ void World::Fault() {
   const size_t index = random_.Below(lives_.size());
   Life& life = lives_[index];
   const uint64_t kind = random_.Below(14);
-  if (settings_.only_masters_die || kind == 0) return RestartMaster();
+  if (settings_.only_deaths) {
+    if (MayDie(index) && (!settings_.masters_die || random_.Chance(0.6))) return Crash(index);
+    if (settings_.masters_die) RestartMaster();
+    return;
+  }
+  if (kind == 0) return RestartMaster();
   if (kind >= 12) return Intrude(index);
   if (!life.alive) return;
   if (kind <= 4) {
@@ -34,8 +39,28 @@ void World::Fault() {
   }
 }
 
+bool World::MayDie(size_t index) const {
+  const Life& victim = lives_[index];
+  // What has begun to leave does not come back.
+  if (!settings_.workers_die || !victim.alive || victim.session->LeaveDue() != absl::InfiniteFuture()) return false;
+  if (!settings_.masters_die) return true;
+  // With a master, one worker at a time: all others have to be alive, and beyond the step in which the last one died.
+  const core::Rank rank = victim.trainer.rank();
+  uint64_t died_at = 0;
+  for (const auto& [other, sequence] : died_at_) {
+    if (other != rank) died_at = std::max(died_at, sequence + 1);
+  }
+  return std::all_of(spawning_.begin(), spawning_.end(), [](int spawns) { return spawns == 0; }) &&
+         std::all_of(lives_.begin(), lives_.end(), [&](const Life& life) {
+           const bool again = life.trainer.rank() == rank && last_died_ == rank;
+           return !life.alive || again || life.trainer.sequence() >= died_at;
+         });
+}
+
 void World::Crash(size_t index) {
   Life& life = lives_[index];
+  last_died_ = life.trainer.rank();
+  died_at_[life.trainer.rank()] = std::max(died_at_[life.trainer.rank()], life.trainer.sequence());
   Log("rank ", life.trainer.rank(), " crashes");
   life.alive = false;
   life.due = kNever;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <variant>
 
 #include "absl/strings/str_cat.h"
@@ -87,6 +88,18 @@ void Model::BeforeClose(StreamId stream, absl::Time now) {
 void Model::BeforeShutdown() {
   Begin();
   shutting_down_ = true;
+}
+
+void Model::BeforeTime(absl::Time now) {
+  Begin();
+  DropIdle(now);
+}
+
+void Model::DropIdle(absl::Time now) {
+  for (auto round = pending_.begin(); round != pending_.end();) {
+    const bool due = now >= round->second.begun + *settings_.config.round_timeout;
+    round = round->second.idle() && due ? pending_.erase(round) : std::next(round);
+  }
 }
 
 void Model::TakeFrame(Rank rank, absl::Time now) {
@@ -250,11 +263,27 @@ void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
 bool Model::MayRepeat(Rank rank, absl::Time now) const {
   const bool joins_anew = frame_ != nullptr && frame_->join.has_value() && frame_->join->rank == rank &&
                           frame_->join->incarnation == 0 && WhyRefused(*frame_->join).empty();
-  if (joins_anew) return false;
+  if (joins_anew) return waits();
   const auto member = members_.find(rank);
   if (member == members_.end() || (member->second.incarnation == 0 && !member->second.left)) return true;
   if (member->second.left || Left(rank)) return false;
-  return member->second.catching_up && !GivenUp(rank, now);
+  // By the policy WAIT it may have taken a predecessor's place, and be at an earlier step.
+  return (member->second.catching_up || waits()) && !GivenUp(rank, now);
+}
+
+std::vector<RoundKey> Model::NewestRounds() const {
+  std::map<std::pair<std::string, core::Phase>, uint64_t> newest;
+  const auto note = [&newest](const RoundKey& key) {
+    uint64_t& sequence = newest.emplace(std::make_pair(key.layer, key.phase), key.sequence).first->second;
+    sequence = std::max(sequence, key.sequence);
+  };
+  for (const auto& [key, ended] : ended_) {
+    if (!ended.outcome->error.has_value()) note(key);
+  }
+  for (const auto& [key, restored] : restored_) note(key);
+  std::vector<RoundKey> rounds;
+  for (const auto& [of, sequence] : newest) rounds.push_back({of.first, sequence, of.second});
+  return rounds;
 }
 
 bool Model::Forgotten(const RoundKey& key) const {
@@ -347,6 +376,9 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
   refused_.erase(join.rank);
   Member& member = members_[join.rank];
   if (member.stream != 0) Violate(absl::StrCat("rank ", join.rank, " holds two seats"));
+  if (joined.newest_rounds != (join.incarnation == 0 ? NewestRounds() : std::vector<RoundKey>())) {
+    Violate(absl::StrCat("rank ", join.rank, " is told otherwise than its group stands"));
+  }
   uint64_t& greatest = incarnations_[{run_id_, join.rank}];
   if (join.incarnation == 0 ? joined.incarnation <= greatest
                             : joined.incarnation != join.incarnation || joined.incarnation < member.incarnation) {
@@ -500,10 +532,12 @@ void Model::Check(const core::JoinRefused& refused, absl::Time) {
   if (Open(refused.stream) && SeatOf(refused.stream).has_value()) Violate("a join is refused that was admitted");
 }
 
-void Model::Check(const core::GroupEnded&, absl::Time) {
+void Model::Check(const core::GroupEnded&, absl::Time now) {
   if (!shutting_down_) {
     for (const auto& [rank, member] : members_) {
       if (member.stream != 0) Violate("a group ends while someone is present");
+      const bool awaited = waits() && member.lost_at.has_value() && !member.left && !GivenUp(rank, now);
+      if (awaited) Violate("a group ends while someone's successor is waited for");
     }
     if (InFlight() != 0) Violate("a group ends before its rounds");
   }
@@ -649,7 +683,16 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
     ended_[outcome.key] = Ended{ended.outcome, round.parts};
     restored_.erase(outcome.key);
   }
+  // The report of a frame may end a round before the repeat that comes with it, which then waits alone.
+  const auto repeat = round.parts.find(sender_.rank);
+  const bool after = round.restored && outcome.error.has_value() && frame_ != nullptr && sender_.seated &&
+                     ended.contributors < round.parts.size() && round.repeats.count(sender_.rank) != 0;
+  const std::optional<Held> left_over = after ? std::optional<Held>(repeat->second) : std::nullopt;
   pending_.erase(found);
+  if (!left_over.has_value()) return;
+  Pending& again = PendingRestored(outcome.key, now);
+  again.parts.emplace(sender_.rank, *left_over);
+  again.repeats.insert(sender_.rank);
 }
 
 void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round, absl::Time now) {
@@ -672,11 +715,12 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
   const bool late = now >= round.begun + *settings_.config.round_timeout;
   bool due = false;
   if (reason == "OUTCOME_LOST") {
+    deadlock_now_ = deadlock_now_ || Deadlocked();
     const bool over = late || lost.size() == awaited.size();
     const bool taken_along = over && !error.ranks.empty() && error.ranks == TakenAlong(round);
     due = Forgotten(outcome.key) || (round.restored && !error.ranks.empty()) || taken_along;
     for (const Rank rank : error.ranks) {
-      if (!Forgotten(outcome.key) && !late && MayRepeat(rank, now)) due = false;
+      if (!Forgotten(outcome.key) && !late && !deadlock_now_ && MayRepeat(rank, now)) due = false;
     }
     // Some change their numbers, or give others than their predecessors. CheckOutcome of the world knows where none
     // does.
@@ -690,7 +734,8 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
     const bool restart = frame_ != nullptr && frame_->join.has_value();
     const std::vector<Rank> reborn = {restart ? frame_->join->rank : settings_.world_size};
     due = !proceeds() && !error.ranks.empty() &&
-          (error.ranks == lost || (error.ranks == reborn && std::count(missing.begin(), missing.end(), reborn[0])));
+          (error.ranks == lost ||
+           (!waits() && error.ranks == reborn && std::count(missing.begin(), missing.end(), reborn[0])));
   } else if (reason == "LAYER_SET_MISMATCH") {
     const bool refused = error.ranks.size() == 1 && refused_.count(error.ranks[0]) != 0;
     due = !proceeds() && refused && std::count(awaited.begin(), awaited.end(), error.ranks[0]) != 0;

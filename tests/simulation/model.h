@@ -30,7 +30,7 @@ class Model {
 
   void BeforeFrame(core::StreamId stream, const Frame& frame, absl::Time now);
   void BeforeClose(core::StreamId stream, absl::Time now);
-  void BeforeTime() { Begin(); }
+  void BeforeTime(absl::Time now);
   void BeforeShutdown();
   // A worker has died, or two have the same rank. Its successor may contribute other numbers under the same keys.
   void After(const core::Effects& effects, const core::Coordinator& coordinator, absl::Time now);
@@ -161,6 +161,11 @@ class Model {
   bool Blocked(core::Rank rank) const;
   bool Deadlocked() const;
   bool proceeds() const { return settings_.config.missing_policy == core::MissingPolicy::kProceed; }
+  bool waits() const { return settings_.config.missing_policy == core::MissingPolicy::kWait; }
+  // Forgets restored rounds that nobody waits for, at their deadlines.
+  void DropIdle(absl::Time now);
+  // Returns the completed round of the greatest sequence for each layer and phase.
+  std::vector<core::RoundKey> NewestRounds() const;
   size_t Least(const Pending& round) const;
   std::vector<core::Rank> Missing(const Pending& round) const;
   static bool Bad(const Part& part, const core::LayerSpec& spec);

@@ -11,6 +11,14 @@ namespace syncbn::simulation {
 using core::RoundOutcome;
 using core::StreamId;
 
+core::Limits Mutant::LimitsWith(Bug bug) {
+  core::Limits limits = SimulatedLimits();
+  if (bug != Bug::kForgottenSteps) return limits;
+  limits.max_retained_bytes_waiting = 0;
+  limits.min_retained_outcomes = 1;
+  return limits;
+}
+
 core::Effects Mutant::OnFrame(StreamId stream, const Frame& frame, absl::Time now) {
   core::FrameReceived event = ToEvent(stream, frame);
   if (bug_ != Bug::kNone) DistortFrame(stream, event);
@@ -43,6 +51,8 @@ void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
       asked_ = std::exchange(event.join->incarnation, present);
     }
     if (bug_ == Bug::kForgottenLeaves) event.join->left_ranks.clear();
+    core::MissingPolicy& policy = event.join->config.missing_policy;
+    if (bug_ == Bug::kImpatience && policy == core::MissingPolicy::kWait) policy = core::MissingPolicy::kFail;
     if (bug_ == Bug::kStolenSeat && event.join->incarnation == 0) event.join->incarnation = present;
     return;
   }
@@ -58,6 +68,7 @@ void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
   }
   for (core::Contribution& contribution : event.contributions) {
     if (bug_ == Bug::kAskingRepeats) contribution.repeats = false;
+    if (bug_ == Bug::kSmallerStep && incarnations_[rank->second] > 1 && contribution.count > 0) --contribution.count;
     if (bug_ == Bug::kDoubleCount && rank->second == 0) {
       const StreamId first = first_stream_.emplace(contribution.key, stream).first->second;
       if (first != stream && contribution.key.phase == core::Phase::kForward) contribution.count *= 2;
@@ -80,6 +91,9 @@ core::Effects Mutant::Distort(core::Effects effects) {
       incarnations_[rank] = joined->incarnation;
       if (asked_ != 0) joined->incarnation = asked_;
       if (bug_ == Bug::kSameMemory) joined->memory = 1;
+      if (bug_ == Bug::kWrongPlace) {
+        for (core::RoundKey& key : joined->newest_rounds) key.sequence -= key.sequence == 0 ? 0 : 1;
+      }
     } else if (auto* close = std::get_if<core::CloseStream>(&effect)) {
       closed_.insert(close->stream);
     } else if (auto* late = std::get_if<core::SendLateRounds>(&effect)) {

@@ -38,12 +38,16 @@ enum class Bug {
   kEarlyCatchUp,     // A worker that comes back is taken to have sent all that it holds.
   kAskingRepeats,    // Repeated contributions are taken for ones that ask for an outcome.
   kForgottenLeaves,  // It is not heard who has left.
+  kImpatience,       // Workers that declare that rounds wait for successors are taken to want no wait.
+  kForgottenSteps,   // Outcomes are forgotten as soon as others have ended, so that no step can be repeated.
+  kWrongPlace,       // A new worker is told that its group stands one sequence further back.
+  kSmallerStep,      // A successor's contributions count less than its predecessor's.
 };
 
 class Mutant {
  public:
   // `instance`: of the process.
-  Mutant(Bug bug, uint64_t instance) : bug_(bug), coordinator_(SimulatedLimits(), instance) {}
+  Mutant(Bug bug, uint64_t instance) : bug_(bug), coordinator_(LimitsWith(bug), instance) {}
 
   core::Effects OnFrame(core::StreamId stream, const Frame& frame, absl::Time now);
   core::Effects OnClosed(core::StreamId stream, absl::Time now);
@@ -53,6 +57,7 @@ class Mutant {
   const core::Coordinator& coordinator() const { return coordinator_; }
 
  private:
+  static core::Limits LimitsWith(Bug bug);
   core::Effects Distort(core::Effects effects);
   void Distort(core::SendResults& results);
   void DistortFrame(core::StreamId stream, core::FrameReceived& event);

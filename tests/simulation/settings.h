@@ -34,8 +34,12 @@ struct Settings {
   absl::Duration join_timeout = absl::Seconds(1);
   std::vector<std::string> targets;  // Tried in turn. The master is at kMaster, and nobody elsewhere.
   size_t contribution_bytes = 100;   // As the session is told.
-  // Masters die, and nothing else goes wrong: every round completes.
-  bool only_masters_die = false;
+  // Masters die, or workers do as well, and nothing else goes wrong: every round completes, with the same bits for all.
+  bool only_deaths = false;
+  // Workers die in such a schedule. Their successors repeat the last steps, with the same numbers.
+  bool workers_die = false;
+  // Masters die in it too. Then workers die one after the other: what two of them have taken along may be lost.
+  bool masters_die = true;
 
   const std::vector<core::LayerSpec>& LayersAt(uint64_t sequence) const {
     return redeclared_at.has_value() && sequence >= *redeclared_at ? later : layers;
@@ -68,12 +72,13 @@ struct Tally {
   uint64_t replayed = 0;
   uint64_t redeclared = 0;  // Completed, and the layer had been declared anew.
   uint64_t fenced = 0;
-  uint64_t late = 0;                        // Rounds that were told to be.
-  uint64_t taken = 0;                       // Joins that were refused because another had the seat.
-  uint64_t restored = 0;                    // Rounds that were merged again for those who waited for them.
-  uint64_t adopted = 0;                     // Runs that a new group took from a worker that came back.
-  uint64_t diverged = 0;                    // Workers that knew another outcome than their group.
-  std::map<std::string, uint64_t> failed;   // By reason.
+  uint64_t late = 0;                       // Rounds that were told to be.
+  uint64_t taken = 0;                      // Joins that were refused because another had the seat.
+  uint64_t restored = 0;                   // Rounds that were merged again for those who waited for them.
+  uint64_t adopted = 0;                    // Runs that a new group took from a worker that came back.
+  uint64_t diverged = 0;                   // Workers that knew another outcome than their group.
+  uint64_t succeeded = 0;                  // Workers that died where only deaths happen, and were told where all stand.
+  std::map<std::string, uint64_t> failed;  // By reason.
   std::map<std::string, uint64_t> refused;  // To the sender alone.
   // Sessions.
   uint64_t rejoins = 0;
@@ -100,6 +105,7 @@ struct Tally {
     restored += other.restored;
     adopted += other.adopted;
     diverged += other.diverged;
+    succeeded += other.succeeded;
     for (const auto& [reason, times] : other.failed) failed[reason] += times;
     for (const auto& [reason, times] : other.refused) refused[reason] += times;
     rejoins += other.rejoins;

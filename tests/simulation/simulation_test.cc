@@ -50,15 +50,15 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   std::printf(
       "%llu events, %llu restarts of masters, %llu of workers, %llu broken streams; rounds: %llu completed (%llu "
       "without all), %llu replayed, %llu restored; contributions: %llu repeated, %llu forgotten; %llu runs adopted, "
-      "%llu "
-      "diverged; %llu fenced, %llu seats taken\n",
+      "%llu diverged, %llu succeeded; %llu fenced, %llu seats taken\n",
       static_cast<unsigned long long>(sum.events), static_cast<unsigned long long>(sum.master_restarts),
       static_cast<unsigned long long>(sum.worker_restarts), static_cast<unsigned long long>(sum.broken_streams),
       static_cast<unsigned long long>(sum.tally.completed), static_cast<unsigned long long>(sum.tally.partial),
       static_cast<unsigned long long>(sum.tally.replayed), static_cast<unsigned long long>(sum.tally.restored),
       static_cast<unsigned long long>(sum.tally.repeated), static_cast<unsigned long long>(sum.tally.forgotten),
       static_cast<unsigned long long>(sum.tally.adopted), static_cast<unsigned long long>(sum.tally.diverged),
-      static_cast<unsigned long long>(sum.tally.fenced), static_cast<unsigned long long>(sum.tally.taken));
+      static_cast<unsigned long long>(sum.tally.succeeded), static_cast<unsigned long long>(sum.tally.fenced),
+      static_cast<unsigned long long>(sum.tally.taken));
   for (const auto& [reason, times] : sum.tally.failed) {
     std::printf("  failed with %s: %llu\n", reason.c_str(), static_cast<unsigned long long>(times));
   }
@@ -84,6 +84,7 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.tally.restored, 0u);
   EXPECT_GT(sum.tally.adopted, 0u);
   EXPECT_GT(sum.tally.diverged, 0u);
+  EXPECT_GT(sum.tally.succeeded, 0u);
   EXPECT_GT(sum.tally.unanswered, 0u);
   EXPECT_GT(sum.tally.held_back, 0u);
   EXPECT_GT(sum.tally.blocked, 0u);
@@ -141,7 +142,9 @@ INSTANTIATE_TEST_SUITE_P(
                       OfMaster("StolenSeat", Bug::kStolenSeat), OfMaster("SameMemory", Bug::kSameMemory),
                       OfMaster("ChangedRoster", Bug::kChangedRoster), OfMaster("EarlyCatchUp", Bug::kEarlyCatchUp),
                       OfMaster("AskingRepeats", Bug::kAskingRepeats),
-                      OfMaster("ForgottenLeaves", Bug::kForgottenLeaves)),
+                      OfMaster("ForgottenLeaves", Bug::kForgottenLeaves), OfMaster("Impatience", Bug::kImpatience),
+                      OfMaster("ForgottenSteps", Bug::kForgottenSteps), OfMaster("WrongPlace", Bug::kWrongPlace),
+                      OfMaster("SmallerStep", Bug::kSmallerStep)),
     [](const auto& info) { return info.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(

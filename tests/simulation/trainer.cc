@@ -112,20 +112,31 @@ std::optional<absl::Duration> Trainer::Wait(CheckedSession& session, absl::Time 
 }
 
 NumbersPtr Trainer::MakeNumbers(const Planned& round) {
+  if (!habits_.numbers_seed.has_value()) return MakeNumbers(round, random_);
+  uint64_t seed = *habits_.numbers_seed;
+  for (const uint64_t part : {uint64_t{rank_}, round.key.sequence, uint64_t(round.key.phase)}) {
+    seed = Random(seed ^ part).Next();
+  }
+  for (const char letter : round.key.layer) seed = Random(seed ^ static_cast<uint8_t>(letter)).Next();
+  Random random(seed);
+  return MakeNumbers(round, random);
+}
+
+NumbersPtr Trainer::MakeNumbers(const Planned& round, Random& random) const {
   auto numbers = std::make_shared<testing::Numbers>();
   const bool forward = round.key.phase == syncbn::Phase::kForward;
   const bool sum = round.key.phase == syncbn::Phase::kSum;
-  if (forward) numbers->count = random_.Between(0, 5);
-  if (forward && random_.Chance(habits_.odd_roles)) {
-    numbers->role = random_.Chance(0.5) ? BackwardRole::kIfRequired : BackwardRole::kNone;
+  if (forward) numbers->count = random.Between(0, 5);
+  if (forward && random.Chance(habits_.odd_roles)) {
+    numbers->role = random.Chance(0.5) ? BackwardRole::kIfRequired : BackwardRole::kNone;
   }
-  const bool empty = forward ? numbers->count == 0 : !sum && random_.Chance(0.1);
+  const bool empty = forward ? numbers->count == 0 : !sum && random.Chance(0.1);
   for (size_t c = 0; !empty && c < round.length; ++c) {
-    numbers->first.push_back((forward ? habits_.offset : 0.0) + random_.Unit());
-    if (!sum) numbers->second.push_back(numbers->count == 1 ? 0.0 : random_.Unit());
+    numbers->first.push_back((forward ? habits_.offset : 0.0) + random.Unit());
+    if (!sum) numbers->second.push_back(numbers->count == 1 ? 0.0 : random.Unit());
   }
-  if (!empty && random_.Chance(habits_.bad_numbers)) {
-    switch (random_.Below(3)) {
+  if (!empty && random.Chance(habits_.bad_numbers)) {
+    switch (random.Below(3)) {
       case 0:
         numbers->first[0] = std::numeric_limits<double>::quiet_NaN();
         break;

@@ -28,6 +28,8 @@ struct Habits {
   double bad_numbers = 0.0;    // A contribution has bad numbers.
   double odd_roles = 0.0;      // A forward contribution's role is not REQUIRED.
   double offset = 0.0;         // Added to means.
+  // Contributions are a function of this number, their rank and their key: a step that is repeated has the same ones.
+  std::optional<uint64_t> numbers_seed;
 };
 
 class Trainer {
@@ -57,6 +59,7 @@ class Trainer {
   // Returns the oldest contribution whose outcome it needs before it goes on; null if there is none.
   ContributionRef WaitsFor() const;
   NumbersPtr MakeNumbers(const Planned& round);
+  NumbersPtr MakeNumbers(const Planned& round, Random& random) const;
 
   const core::Rank rank_;
   uint64_t sequence_;

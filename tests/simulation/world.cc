@@ -21,6 +21,8 @@ core::GroupConfig World::DrawConfig() {
   if (random_.Chance(0.4)) {
     config.missing_policy = core::MissingPolicy::kProceed;
     config.min_workers = static_cast<uint32_t>(random_.Between(1, settings_.world_size));
+  } else if (random_.Chance(0.3)) {
+    config.missing_policy = core::MissingPolicy::kWait;
   }
   return config;
 }
@@ -65,14 +67,23 @@ void World::DrawHabits() {
   slow_ = random_.Chance(0.3) ? 0.05 : 0.0;
 }
 
-void World::DrawOnlyMastersDie() {
-  settings_.only_masters_die = true;
+void World::DrawOnlyDeaths() {
+  settings_.only_deaths = true;
   settings_.config.round_timeout = absl::Seconds(10);
   settings_.join_timeout = absl::Seconds(10);
   settings_.contribution_bytes = 100;
   habits_.one_by_one = false;  // In orders of their own they wait for each other.
   habits_.early_leave = habits_.bad_numbers = 0.0;
   echoes_ = changed_echoes_ = 0.0;
+  if (random_.Chance(0.4)) return;
+  settings_.workers_die = true;
+  settings_.config.missing_policy = core::MissingPolicy::kWait;
+  settings_.config.min_workers = 0;
+  settings_.config.rejoin_grace = absl::Seconds(5);
+  settings_.masters_die = random_.Chance(0.5);
+  habits_.sequences = random_.Between(2, 5);
+  habits_.sums_overlap = false;  // A step ends before the next begins, or there would be no checkpoint between them.
+  habits_.numbers_seed = random_.Next();
 }
 
 void World::Draw() {
@@ -85,7 +96,7 @@ void World::Draw() {
   if (random_.Chance(0.2)) settings_.contribution_bytes = size_t{9} << 20;
   DrawHabits();
   DrawLayers();
-  if (random_.Chance(0.3)) DrawOnlyMastersDie();
+  if (random_.Chance(0.3)) DrawOnlyDeaths();
   StartMaster();
   spawning_.assign(settings_.world_size, 0);
   for (core::Rank rank = 0; rank < settings_.world_size; ++rank) {
@@ -163,7 +174,7 @@ bool World::Step() {
 }
 
 void World::PassTime() {
-  model_->BeforeTime();
+  model_->BeforeTime(Now());
   Feed(master_->On(core::TimePassed(), Now()));
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -91,6 +92,7 @@ class World {
     std::unique_ptr<CheckedSession> session;
     bool alive = true;
     bool left = false;
+    uint64_t first = 0;         // The sequence that it began with.
     core::StreamId stream = 0;  // The newest; 0 if it has none.
     Micros stalled_since = 0;
     Micros stalled_until = 0;
@@ -102,7 +104,7 @@ class World {
   void Draw();
   void DrawLayers();
   void DrawHabits();
-  void DrawOnlyMastersDie();
+  void DrawOnlyDeaths();
   core::GroupConfig DrawConfig();
   template <typename... Args>
   void Log(const Args&... args) {
@@ -171,6 +173,8 @@ class World {
   // ---- Faults, and what no honest session does
   void Fault();
   void Crash(size_t index);
+  // Returns whether the worker may die in a schedule of deaths alone, and everybody can still go on.
+  bool MayDie(size_t index) const;
   void Stall(Life& life);
   void CutOneWay(core::StreamId id);
   void Intrude(size_t index);
@@ -197,7 +201,9 @@ class World {
   uint64_t masters_ = 0;
   std::vector<Stream> streams_;
   std::vector<Life> lives_;
-  std::vector<int> spawning_;                       // By rank: spawns that are under way.
+  std::vector<int> spawning_;  // By rank: spawns that are under way.
+  std::optional<core::Rank> last_died_;
+  std::map<core::Rank, uint64_t> died_at_;          // The sequence that the rank's newest life to die had reached.
   std::map<core::RoundKey, RoundResult> outcomes_;  // As the first worker was told.
 };
 

@@ -23,10 +23,10 @@ void World::RestartMaster() {
   if (master_ == nullptr) return;
   const auto has_left = [](const Life& life) { return life.session->LeaveDue() != absl::InfiniteFuture(); };
   // What has left takes along what it holds.
-  if (settings_.only_masters_die && std::any_of(lives_.begin(), lives_.end(), has_left)) return;
+  if (settings_.only_deaths && std::any_of(lives_.begin(), lives_.end(), has_left)) return;
   ++report_.master_restarts;
   model_->CheckStatistics(master_->coordinator());
-  const bool orderly = !settings_.only_masters_die && random_.Chance(0.5);
+  const bool orderly = !settings_.only_deaths && random_.Chance(0.5);
   Log(orderly ? "the master shuts down" : "the master crashes");
   if (orderly) {
     model_->BeforeShutdown();

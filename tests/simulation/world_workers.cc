@@ -27,8 +27,17 @@ void World::Spawn(Rank rank) {
     // From where all have been, as from a checkpoint that is up to date; or, carelessly, from where it was.
     first = random_.Chance(0.7) ? reached : predecessor->trainer.sequence();
   }
+  if (predecessor != nullptr && settings_.workers_die) {
+    // From its own checkpoint, of this step or one before it. If the master may have died too, it has to be the one
+    // before: others may be one step behind, and wait for what this worker's predecessor has taken along.
+    const uint64_t back = settings_.masters_die ? 1 : random_.Below(2);
+    const uint64_t reached_alone = predecessor->trainer.sequence();
+    first = std::max(predecessor->first, reached_alone - std::min(reached_alone, back));
+    ++report_.tally.succeeded;
+  }
   Log("rank ", rank, " starts at sequence ", first);
   Life life(Trainer(rank, first, &settings_, &habits_, random_.Next()));
+  life.first = first;
   life.session = std::make_unique<CheckedSession>(settings_, rank, first, Now(), bugs_.session, &report_.tally);
   lives_.push_back(std::move(life));
   Drive(lives_.size() - 1);
@@ -158,7 +167,7 @@ void World::Apply(size_t index, const session::Connect& connect) {
   streams_.back().life = index;
   streams_.back().master = up ? masters_ : 0;
   const core::StreamId id = lives_[index].stream = streams_.size();
-  const bool lost = now_ < kFaultsEnd && !settings_.only_masters_die && random_.Chance(0.02);
+  const bool lost = now_ < kFaultsEnd && !settings_.only_deaths && random_.Chance(0.02);
   if (up && !lost) return Schedule(now_ + Delay(), Kind::kStreamUp, id);
   streams_.back().dead = true;
   using Cause = session::Break::Cause;
@@ -211,14 +220,14 @@ void World::CheckOutcome(const session::Complete& complete) {
     // One that has left has taken along what it had contributed.
     const ErrorDetails details = DetailsOf(complete.status);
     const bool taken_along = details.reason == "OUTCOME_LOST" && HaveLeft(details.ranks);
-    if (settings_.only_masters_die && details.reason != "NOT_A_CONTRIBUTOR" && !taken_along) {
-      NoteViolation(absl::StrCat(Name(key), " fails, though only masters have died: ", complete.status.message()));
+    if (settings_.only_deaths && details.reason != "NOT_A_CONTRIBUTOR" && !taken_along) {
+      NoteViolation(absl::StrCat(Name(key), " fails, though there were only deaths: ", complete.status.message()));
     }
     return;
   }
   // Those who restart may use sequences again, and a group that proceeds does so without those that are cut off.
-  const bool one = settings_.only_masters_die ||
-                   (report_.worker_restarts == 0 && settings_.config.missing_policy == core::MissingPolicy::kFail);
+  const bool one = settings_.only_deaths ||
+                   (report_.worker_restarts == 0 && settings_.config.missing_policy != core::MissingPolicy::kProceed);
   if (!one) return;
   const auto [first, news] = outcomes_.emplace(key, complete.result);
   if (!news && !SameResult(first->second, complete.result)) NoteViolation(absl::StrCat(Name(key), " has two outcomes"));
@@ -239,8 +248,8 @@ void World::Apply(size_t index, const session::Ended& ended) {
   life.alive = false;
   life.due = kNever;
   life.left = DetailsOf(ended.why).reason == "LEFT";
-  if (settings_.only_masters_die && !life.left) {
-    NoteViolation(absl::StrCat("rank ", rank, " ends, though only masters have died: ", ended.why.message()));
+  if (settings_.only_deaths && !life.left) {
+    NoteViolation(absl::StrCat("rank ", rank, " ends, though there were only deaths: ", ended.why.message()));
   }
   EnsureLife(rank);
 }
