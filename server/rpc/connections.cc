@@ -163,6 +163,11 @@ void Connections::Strayed(absl::string_view peer) {
   if (strays.left < 0.0) Shut(*connection, "too many calls ended before a worker had joined by them", now);
 }
 
+void Connections::End(absl::string_view peer, absl::string_view why) {
+  const absl::MutexLock lock(&mutex_);
+  if (const Connection* const connection = Find(peer)) Shut(*connection, why, clock_.Now());
+}
+
 bool Connections::MakeRoom(absl::Time now) {
   const Connection* oldest = nullptr;
   for (const auto& [descriptor, connection] : connections_) {

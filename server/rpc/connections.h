@@ -46,6 +46,8 @@ class Connections {
   void Left(absl::string_view peer);
   // The peer has ended a call by which nobody had joined. Too many such calls end the connection.
   void Strayed(absl::string_view peer);
+  // Shuts the connection of this peer, if there is one. `why` goes to the log.
+  void End(absl::string_view peer, absl::string_view why);
 
   // Ends connections without a worker that have sent too much. To be called about once a second.
   void Check();

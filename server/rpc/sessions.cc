@@ -60,8 +60,18 @@ Sessions::Session* Sessions::Find(core::StreamId id) {
 
 void Sessions::OnAccepted(WorkerStream* stream) {
   ++started_;
+  Of(stream).connection = ConnectionOf(stream->peer());
   timers_.insert({*now_ + options_.join_timeout, TimerKind::kJoin, stream->id()});
   AwaitStream();
+}
+
+// Peers of unix sockets have no names, and so their streams share nothing.
+std::shared_ptr<UnreadBytes> Sessions::ConnectionOf(const std::string& peer) {
+  if (peer.empty()) return std::make_shared<UnreadBytes>();
+  std::weak_ptr<UnreadBytes>& known = connections_[peer];
+  std::shared_ptr<UnreadBytes> connection = known.lock();
+  if (connection == nullptr) known = connection = std::make_shared<UnreadBytes>();
+  return connection;
 }
 
 void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) {
@@ -125,6 +135,11 @@ void Sessions::OnGone(WorkerStream* stream) {
     options_.connections->Strayed(stream->peer());
   }
   sessions_.erase(stream->id());
+  // By what is left, not by name: the peer of a call that was cancelled is unknown.
+  for (auto connection = connections_.begin(); connection != connections_.end();) {
+    const auto at = connection++;
+    if (at->second.expired()) connections_.erase(at);
+  }
 }
 
 // ---- Frames, slice by slice -----------------------------------------------------------------------------------------
@@ -212,7 +227,8 @@ void Sessions::SetReadTimer(Session& session) {
 void Sessions::NoteLag(Session& session) {
   if (session.lane == nullptr) return;
   const size_t bound = options_.max_unread_bytes / (session.lags ? 4 : 2);
-  const bool lags = !session.stream->closed() && session.stream->unread_bytes() > bound;
+  const size_t own = session.stream->unread_bytes();
+  const bool lags = !session.stream->closed() && own > 0 && std::max(own, session.connection->bytes()) > bound;
   if (lags == session.lags) return;
   session.lags = lags;
   deliver_(core::ReaderLags{session.stream->id(), lags});
@@ -249,6 +265,7 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
   // Write to every stream first, then resume reading; reading in between would delay the last worker.
   std::optional<grpc::ByteBuffer> bytes;
   const size_t size = frame.ByteSizeLong();
+  absl::flat_hash_map<UnreadBytes*, UnreadBytes::Charge> charges;
   for (const core::StreamId id : streams) {
     Session* const session = Find(id);
     if (session == nullptr || !session->stream->open()) continue;
@@ -256,8 +273,16 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
       CutOff(*session);
       continue;
     }
+    UnreadBytes::Charge& charge = charges[session->connection.get()];
+    if (charge == nullptr && session->connection->bytes() + size > options_.max_unread_bytes) {
+      const std::string peer = session->stream->peer();  // Unknown once the call is cancelled.
+      CutOff(*session);
+      options_.connections->End(peer, "its workers leave too much unread");
+      continue;
+    }
     if (!bytes.has_value()) bytes = SerializeToBuffer(frame);
-    session->stream->Send(*bytes);
+    if (charge == nullptr) charge = session->connection->Add(size);
+    session->stream->Send(*bytes, charge);
   }
   for (const core::StreamId id : streams) {
     Session* const session = Find(id);

@@ -25,6 +25,7 @@
 #include "server/rpc/frame_reader.h"
 #include "server/rpc/lanes.h"
 #include "server/rpc/loop_options.h"
+#include "server/rpc/unread_bytes.h"
 #include "server/rpc/worker_stream.h"
 
 namespace syncbn::rpc {
@@ -32,7 +33,8 @@ namespace syncbn::rpc {
 size_t Fingerprint(const core::RoundKey& key);
 
 // A worker that sends faster than it reads, or than another of its group does, waits: no stream of a group is read from
-// while one of them has much unread. One that then reads nothing for seconds is cut off.
+// while one of them has much unread. One that then reads nothing for seconds is cut off. Streams of one connection, as
+// workers of one process have it, share what it may leave unread.
 //
 // Thread safety: none but for joined(); it lives on the thread that drives the queue, once Serve was called.
 class Sessions final : public WorkerStream::Handler {
@@ -90,8 +92,9 @@ class Sessions final : public WorkerStream::Handler {
 
   struct Session {
     std::unique_ptr<WorkerStream> stream;
-    Lane* lane = nullptr;                // Once it has joined.
-    std::unique_ptr<FrameReader> frame;  // While it is being handled.
+    std::shared_ptr<UnreadBytes> connection;  // Once a worker has called.
+    Lane* lane = nullptr;                     // Once it has joined.
+    std::unique_ptr<FrameReader> frame;       // While it is being handled.
     SliceLimits slice;
     // Fingerprints of the rounds that the worker has contributed to and that have no outcome yet. A set, not a count,
     // since a repeated contribution is answered once.
@@ -131,6 +134,8 @@ class Sessions final : public WorkerStream::Handler {
   // As many contributions as cannot bring forth more than max_turn_bytes of results.
   SliceLimits SliceOf(const Session& session) const;
   void HandleSlice(Session& session);
+  // Returns what the connection of a peer leaves unread, which is shared by its streams.
+  std::shared_ptr<UnreadBytes> ConnectionOf(const std::string& peer);
   // Ends a stream whose frame cannot be used.
   void Refuse(Session& session, const core::Error& error);
   // Reads the next frame, now or when no stream of the group lags.
@@ -163,7 +168,8 @@ class Sessions final : public WorkerStream::Handler {
   StatisticsAsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
   core::StreamId next_stream_ = 1;
-  absl::flat_hash_map<core::StreamId, std::unique_ptr<Session>> sessions_;  // One of them waits for its call.
+  absl::flat_hash_map<core::StreamId, std::unique_ptr<Session>> sessions_;    // One of them waits for its call.
+  absl::flat_hash_map<std::string, std::weak_ptr<UnreadBytes>> connections_;  // By peer.
   absl::btree_set<std::tuple<absl::Time, TimerKind, core::StreamId>> timers_;
   Lanes lanes_;
   std::vector<core::StreamId> retiring_;

@@ -47,8 +47,9 @@ bool WorkerStream::Admits(size_t bytes) {
   return open() && !cut_off_;
 }
 
-void WorkerStream::Send(const grpc::ByteBuffer& frame) {
+void WorkerStream::Send(const grpc::ByteBuffer& frame, UnreadBytes::Charge charge) {
   unread_bytes_ += frame.Length();
+  charges_.push_back(std::move(charge));
   Queue(frame);
 }
 

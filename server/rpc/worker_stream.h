@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <string>
 
 #include "grpcpp/completion_queue.h"
@@ -13,6 +14,7 @@
 #include "server/core/types.h"
 #include "server/rpc/identity.h"
 #include "server/rpc/stream_call.h"
+#include "server/rpc/unread_bytes.h"
 #include "syncbn/v1/statistics.grpc.pb.h"
 
 namespace syncbn::rpc {
@@ -60,13 +62,16 @@ class WorkerStream final
   // Returns whether a frame of so many bytes may be sent. A worker that would leave more than max_unread_bytes unread
   // is to be cut off instead, before the frame is built.
   bool Admits(size_t bytes);
-  // Queues a frame that was admitted.
-  void Send(const grpc::ByteBuffer& frame);
+  // Queues a frame that was admitted. `charge` is kept until it has been written.
+  void Send(const grpc::ByteBuffer& frame, UnreadBytes::Charge charge);
 
  private:
   void OnStart() override;
   void OnRead(bool ok) override;
-  void OnDequeue(const grpc::ByteBuffer& frame) override { unread_bytes_ -= frame.Length(); }
+  void OnDequeue(const grpc::ByteBuffer& frame) override {
+    unread_bytes_ -= frame.Length();
+    charges_.pop_front();
+  }
   void OnWritten() override;
   void OnEnded() override;
   void OnGone() override { handler_->OnGone(this); }
@@ -76,6 +81,7 @@ class WorkerStream final
   const size_t max_unread_bytes_;
   grpc::ByteBuffer incoming_;
   size_t unread_bytes_ = 0;
+  std::deque<UnreadBytes::Charge> charges_;  // Of the frames that are queued.
   uint64_t written_ = 0;
   bool cut_off_ = false;
 };

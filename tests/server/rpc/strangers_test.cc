@@ -220,6 +220,33 @@ TEST(StrangersTest, UnreadAnswersAreBoundedAndEnd) {
   EXPECT_FALSE(unread.front()->Finish().ok());
 }
 
+// Each stream leaves far less than max_unread_bytes.
+TEST(StrangersTest, StreamsOfOneConnectionShareWhatTheyMayLeaveUnread) {
+  constexpr uint32_t kChannels = 1 << 16;  // 1 MiB for each result.
+  constexpr int kStreams = 16;
+  LogCollector log;
+  MasterServer::Options options = OnLoopback();
+  options.max_unread_bytes = size_t{8} << 20;
+  const auto server = Start(options);
+  ASSERT_NE(server, nullptr);
+  Worker worker(server->target());
+  ASSERT_TRUE(worker.joined());
+  const auto channel = Connect(server->target());
+  std::vector<std::unique_ptr<RawStream>> deaf;
+  for (int i = 0; i < kStreams; ++i) {
+    v1::WorkerFrame frame = JoinFrame(absl::StrCat("deaf ", i), 0, 1);
+    *frame.add_layers() = BatchNormLayer("wide", kChannels);
+    auto* const contribution = frame.add_contributions();
+    *contribution->mutable_key() = Key("wide", 0, v1::PHASE_FORWARD);
+    contribution->mutable_moments()->set_backward_role(v1::BACKWARD_ROLE_NONE);
+    deaf.push_back(std::make_unique<RawStream>(channel));
+    deaf.back()->Write(frame);
+  }
+  EXPECT_TRUE(log.Sees("its workers leave too much unread")) << log.Text();
+  EXPECT_TRUE(worker.CompletesARound());
+  EXPECT_TRUE(Worker(server->target(), "later").joined());
+}
+
 TEST(StrangersTest, WatchersOfHealthAreLimited) {
   MasterServer::Options options = OnLoopback();
   options.max_watchers = 2;
