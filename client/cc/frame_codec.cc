@@ -94,7 +94,7 @@ bool HasHead(const session::ClientFrame& frame) {
 }
 
 bool HasTail(const session::ClientFrame& frame) {
-  return frame.caught_up || frame.blocked_on != nullptr || frame.leave.has_value();
+  return frame.caught_up || !frame.left_ranks.empty() || frame.blocked_on != nullptr || frame.leave.has_value();
 }
 
 // ---- From the master ------------------------------------------------------------------------------------------------
@@ -222,6 +222,7 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
   v1::WorkerFrame tail;
   tail.set_caught_up(frame.caught_up);
   for (const RoundKey& key : frame.forgotten) wire::ToProto(key, tail.add_forgotten());
+  tail.mutable_left_ranks()->Add(frame.left_ranks.begin(), frame.left_ranks.end());
   if (frame.blocked_on != nullptr) {
     wire::ToProto(frame.blocked_on->key(), tail.add_blocked_on());
   }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "plumbing/check.h"
+#include "server/core/rank_set.h"
 #include "server/core/types.h"
 
 namespace syncbn::core {
@@ -46,6 +47,9 @@ struct EndedRound {
   std::shared_ptr<const Roster> roster;
   std::vector<uint64_t> digests;  // Of the contributions, in the order of the roster.
   bool awaited = false;           // A forward round whose backward round is required and has not ended.
+  // A forward round that ended under an earlier master: the members that have told or repeated it, or wait for it. None
+  // of these has forgotten an end of the backward round. Empty for all other rounds.
+  RankSet holders;
 
   // Returns null if the rank has not contributed.
   const Contributor* Find(Rank rank) const {

@@ -89,10 +89,11 @@ std::optional<Error> Group::OnJoin(StreamId stream, const Join& asked, const Gro
   const bool others_left = AdoptLeft(join);
   const bool had_left = members_[join.rank].state == MemberState::kLeft;
   ++joins_;
-  Seat(stream, join, now, effects);
+  const bool reborn = Seat(stream, join, now, effects);
   SendJoinedTo(join.rank, effects);
   if (join.incarnation == 0) std::get<SendJoined>(effects.back()).newest_rounds = layers_.NewestRounds();
-  if (others_left) rounds_.BeginReview(now, effects);
+  // A new life does not repeat what its predecessor had contributed to an earlier master.
+  if (others_left || reborn) rounds_.BeginReview(now, effects);
   for (const LayerSpec& spec : join.layers) Declare(join.rank, spec, join.incarnation != 0, now, effects);
   layers_.FixSet(join);
   // Members tell the next master who has left, so they learn who is back.
@@ -144,7 +145,7 @@ bool Group::AdoptLeft(const Join& join) {
   return any;
 }
 
-void Group::Seat(StreamId stream, const Join& join, absl::Time now, Effects& effects) {
+bool Group::Seat(StreamId stream, const Join& join, absl::Time now, Effects& effects) {
   const Members::Seated seated = members_.Seat(stream, join, now);
   linger_until_ = absl::InfiniteFuture();
   if (seated.replaced.has_value()) {
@@ -153,13 +154,13 @@ void Group::Seat(StreamId stream, const Join& join, absl::Time now, Effects& eff
   }
   effects.push_back(Change(join.rank, stream));
   std::get<MemberChanged>(effects.back()).returned = !seated.reborn;
-  if (!seated.reborn) return;
+  if (!seated.reborn) return false;
   layers_.Forget(join.rank);
   // Its predecessor will not contribute any more. Unless it does what that would have done, rounds wait for it in vain.
   if (seated.predecessor_contributed && config_.missing_policy == MissingPolicy::kFail) {
     rounds_.FailAwaiting(join.rank, now, effects);
   }
-  rounds_.BeginReview(now, effects);  // It does not repeat what its predecessor had contributed to an earlier master.
+  return true;
 }
 
 void Group::OnLayerSetRefused(const Join& join, const Error& error, absl::Time now, Effects& effects) {
@@ -205,7 +206,7 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
     return;
   }
   for (const Contribution& contribution : frame.contributions) {
-    rounds_.OnContribution(*rank, contribution, now, effects);
+    rounds_.OnContribution(*rank, contribution, frame.left_ranks, now, effects);
   }
   if (frame.caught_up) rounds_.OnCaughtUp(*rank, frame.forgotten, now, effects);
   rounds_.OnBlocked(*rank, frame.blocked_on);

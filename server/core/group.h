@@ -112,7 +112,8 @@ class Group {
   bool AdoptLeft(const Join& join);
   // Returns why the join does not fit the group's run and config, or may not have its rank.
   std::optional<Error> CheckJoin(const Join& join, const GroupConfig& filled) const;
-  void Seat(StreamId stream, const Join& join, absl::Time now, Effects& effects);
+  // Returns whether the join begins a new life of the rank.
+  bool Seat(StreamId stream, const Join& join, absl::Time now, Effects& effects);
   // Handles a join that was refused because its set of layers differs from the group's.
   void OnLayerSetRefused(const Join& join, const Error& error, absl::Time now, Effects& effects);
   // Declares the layer for the rank. A conflict is announced, and fails the layer's rounds.

@@ -201,6 +201,7 @@ OutcomeBudget::Handle Layer::Charge(const RoundKey& key, EndedRound* round) {
   record_bytes += round->digests.size() * sizeof(uint64_t);
   // A shared roster costs next to nothing. Two of its owners are this record and the group's newest roster.
   if (round->roster.use_count() <= 2) record_bytes += round->roster->size() * sizeof(Contributor);
+  if (!round->holders.empty()) record_bytes += round->roster->size() / 8;
   return budget_->Charge({this, key.phase, key.sequence, round, bytes, record_bytes, round->outcome == nullptr});
 }
 
@@ -213,6 +214,7 @@ void Layer::Restore(const RoundKey& key, EndedRound round) {
     const auto record = records->find(key.sequence);
     if (record == records->end()) continue;
     round.awaited = record->second.round->awaited;
+    round.holders = std::move(record->second.round->holders);
     budget_->Refund(record->second.handle);
     *record->second.round = std::move(round);
     record->second.handle = Charge(key, record->second.round.get());
@@ -222,15 +224,31 @@ void Layer::Restore(const RoundKey& key, EndedRound round) {
 }
 
 void Layer::NoteForgotten(Rank rank, const RoundKey& key) {
-  auto& forgotten = history(key.phase).forgotten;
-  if (!forgotten.has_value() || forgotten->first < key.sequence) forgotten.emplace(key.sequence, rank);
+  History& h = history(key.phase);
+  uint64_t& greatest = h.forgotten.emplace(rank, 0).first->second;
+  greatest = std::max(greatest, key.sequence);
+  h.greatest_forgotten = std::max(h.greatest_forgotten, key.sequence);
+}
+
+bool Layer::MayHaveForgotten(Rank rank, Phase phase, uint64_t sequence) const {
+  const History& h = history(phase);
+  const auto forgotten = h.forgotten.find(rank);
+  if (forgotten == h.forgotten.end() || sequence > forgotten->second) return false;
+  if (phase != Phase::kBackward) return true;
+  // Backward rounds end in any order, so that a lesser one need not have ended before a greater one.
+  const EndedRound* const forward = Find(Phase::kForward, sequence);
+  if (forward == nullptr || forward->holders.empty() || forward->holders.contains(rank)) return false;
+  const Contributor* const contributor = forward->Find(rank);
+  return contributor != nullptr && contributor->role != BackwardRole::kNone;
 }
 
 std::optional<Rank> Layer::ForgottenBy(Phase phase, uint64_t sequence) const {
-  // Backward rounds end in any order, so that a lesser one need not have ended before a greater one.
-  const auto& forgotten = history(phase).forgotten;
-  if (phase == Phase::kBackward || !forgotten.has_value() || sequence > forgotten->first) return std::nullopt;
-  return forgotten->second;
+  const History& h = history(phase);
+  if (h.forgotten.empty() || sequence > h.greatest_forgotten) return std::nullopt;
+  for (const auto& [rank, greatest] : h.forgotten) {
+    if (MayHaveForgotten(rank, phase, sequence)) return rank;
+  }
+  return std::nullopt;
 }
 
 size_t Layer::CheckInvariants() const {

@@ -61,9 +61,12 @@ class Layer {
   // Takes the outcome of a restored round, which has been merged again.
   void Restore(const RoundKey& key, EndedRound round);
 
-  // Notes that the rank has contributed to a round, and forgotten it and those before it.
+  // Notes that the rank has contributed to a round, and forgotten it and those before it. Of backward rounds, it holds
+  // the forward rounds of those that have not ended for it: see EndedRound::holders.
   void NoteForgotten(Rank rank, const RoundKey& key);
-  // Returns a rank that may have forgotten its contribution to the round, and with it that the round has ended.
+  // Returns whether the rank may have forgotten its contribution to the round, and with it that the round has ended.
+  bool MayHaveForgotten(Rank rank, Phase phase, uint64_t sequence) const;
+  // Returns a rank that may have.
   std::optional<Rank> ForgottenBy(Phase phase, uint64_t sequence) const;
 
   // Returns the greatest sequence that has completed, if any has.
@@ -105,8 +108,10 @@ class Layer {
     // ... of rounds that failed or completed with one worker alone, a fixed number is kept, in the order in which they
     // ended.
     std::deque<uint64_t> aside;
-    // The greatest sequence that a member has forgotten of those that an earlier master ended, and the member.
-    std::optional<std::pair<uint64_t, Rank>> forgotten;
+    // The greatest sequences that members have forgotten of those that an earlier master ended, by rank, and the
+    // greatest of these.
+    absl::btree_map<Rank, uint64_t> forgotten;
+    uint64_t greatest_forgotten = 0;
   };
 
   const History& history(Phase phase) const { return histories_[static_cast<size_t>(phase) - 1]; }

@@ -9,6 +9,7 @@
 
 #include "absl/time/time.h"
 #include "server/core/merge.h"
+#include "server/core/rank_set.h"
 #include "server/core/types.h"
 
 namespace syncbn::core {
@@ -22,6 +23,8 @@ struct PendingRound {
   bool restored = false;
   // A member had sent its contribution to an earlier master, under which the round may have ended.
   bool straddles = false;
+  // Then: the ranks that had left before it can have ended, by the word of one that contributed to it.
+  RankSet left;
   DeclarationPtr declaration;  // Of its first contribution. All others must be made under the same one.
   size_t bytes = 0;            // Of the payloads.
   size_t needed = 0;           // Contributions, if nobody leaves.

@@ -14,6 +14,10 @@ namespace syncbn::core {
 // Grows with the greatest rank that it has held: 512 bytes at the most workers that a group may have.
 class RankSet {
  public:
+  bool empty() const {
+    return std::all_of(words_.begin(), words_.end(), [](uint64_t word) { return word == 0; });
+  }
+
   bool contains(Rank rank) const { return rank / 64 < words_.size() && (words_[rank / 64] >> (rank % 64) & 1) != 0; }
 
   void insert(Rank rank) {

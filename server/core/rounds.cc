@@ -58,7 +58,7 @@ Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, cons
 std::vector<Rank> Rounds::TakenAlong(const PendingRound& round, const std::vector<Rank>& missing) const {
   std::vector<Rank> ranks;
   for (const Rank rank : missing) {
-    if (round.straddles && members_[rank].left_before) ranks.push_back(rank);
+    if (round.straddles && members_[rank].left_before && !round.left.contains(rank)) ranks.push_back(rank);
   }
   return ranks;
 }
@@ -243,7 +243,10 @@ void Rounds::Complete(Pending::iterator round, std::vector<Rank> missing, absl::
   } else {
     MergeSums(pending.payloads, spec.channels, *outcome);
   }
-  if (auto error = CheckMerged(*outcome, spec)) return Fail(round, *std::move(error), now, effects);
+  if (auto error = CheckMerged(*outcome, spec)) {
+    if (pending.restored) error = OutcomeDiffersError(round->first);
+    return Fail(round, *std::move(error), now, effects);
+  }
   if (round->first.phase == Phase::kBackward) outcome->count = pending.count;
   outcome->digest = ResultDigest(*outcome);
   if (ended != nullptr && ended->digest != 0 && ended->digest != outcome->digest) {

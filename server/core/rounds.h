@@ -78,7 +78,9 @@ class Rounds {
   // A member that is catching up reports a round that ended under an earlier master. Returns an error if that is not
   // how it ended here: the member's past is not the group's.
   std::optional<Error> OnEnded(Rank rank, const EndedReport& report, absl::Time now, Effects& effects);
-  void OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects);
+  // `left_ranks` as in FrameReceived.
+  void OnContribution(Rank rank, const Contribution& contribution, const std::vector<Rank>& left_ranks, absl::Time now,
+                      Effects& effects);
   // The member has caught up. `forgotten` as in FrameReceived.
   void OnCaughtUp(Rank rank, const std::vector<RoundKey>& forgotten, absl::Time now, Effects& effects);
   // A member says that it sends nothing until one of these rounds ends. Ignored unless it awaits each of them.
@@ -120,6 +122,14 @@ class Rounds {
   // ---- Rounds of an earlier master (rounds_restored.cc)
   // Returns the contributors of the round that is reported, by rank; none if the report cannot be used.
   Roster RosterOf(const EndedReport& report, const Layer& layer) const;
+  // Notes that the member knows of a forward round that ended under an earlier master: see EndedRound::holders.
+  static void NoteHolder(Rank rank, EndedRound* ended);
+  // Returns whether the round, which completed under an earlier master, would have failed with these numbers. They are
+  // not what the rank contributed then. `round` may be pending_.end().
+  bool Contradicts(Rank rank, const Contribution& contribution, const EndedRound* ended,
+                   Pending::const_iterator round) const;
+  // A member that catches up has contributed to the round.
+  void NoteStraddling(const std::vector<Rank>& left_ranks, PendingRound* round) const;
   // Has the round, of which contributions have arrived, end as it ended before.
   void Settle(Pending::iterator round, const EndedRound& ended);
   // Fills a round in that is to be merged again.
@@ -173,8 +183,8 @@ class Rounds {
   void EndWithoutMissing(Pending::iterator round, absl::string_view when, absl::Time now, Effects& effects);
   // Returns a hint if a missing rank has declared the layer otherwise than the round's contributors; or "".
   std::string DeclarationHint(Pending::const_iterator round, const std::vector<Rank>& missing) const;
-  // Returns those of the missing ranks that may have contributed under an earlier master, before they left: the round
-  // may have ended then, with numbers that nobody has any more.
+  // Returns those of the missing ranks that may have contributed under an earlier master, and been told the outcome,
+  // before they left: it was made of numbers that nobody has any more.
   std::vector<Rank> TakenAlong(const PendingRound& round, const std::vector<Rank>& missing) const;
   // Appends to the error what each of its ranks, which are missing from a round, has contributed last.
   Error WithLastContributions(Error error, absl::Time now) const;

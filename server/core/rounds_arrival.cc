@@ -35,10 +35,12 @@ std::optional<Error> Rounds::CheckKeys(const FrameReceived& frame) const {
   return std::nullopt;
 }
 
-void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::Time now, Effects& effects) {
+void Rounds::OnContribution(Rank rank, const Contribution& contribution, const std::vector<Rank>& left_ranks,
+                            absl::Time now, Effects& effects) {
   const RoundKey& key = contribution.key;
-  const Layer* const layer = layers_.Find(key.layer);
-  const EndedRound* const ended = layer == nullptr ? nullptr : layer->Find(key.phase, key.sequence);
+  Layer* const layer = layers_.Find(key.layer);
+  EndedRound* const ended = layer == nullptr ? nullptr : layer->Find(key.phase, key.sequence);
+  if (ended != nullptr) NoteHolder(rank, ended);
   if (contribution.repeats && IsNeedless(rank, contribution, ended)) return;
   if (layer == nullptr) return Reject(rank, key, UndeclaredLayerError(rank, key), effects);
   if (Replay(rank, contribution, ended, effects)) return;
@@ -49,13 +51,17 @@ void Rounds::OnContribution(Rank rank, const Contribution& contribution, absl::T
   }
   if (auto error = CheckArrival(rank, contribution, *layer, round))
     return Reject(rank, key, *std::move(error), effects);
+  if (Contradicts(rank, contribution, ended, round)) {
+    if (contribution.repeats) return;
+    return Reject(rank, key, ChangedReplayError(rank, key, /*restarted=*/false), effects);
+  }
   if (round == pending_.end()) round = Begin(key, *layer, now);
   const bool was_idle = round->second.Idle();
   if (!Accept(rank, contribution, declaration, round, now, effects)) return;
   if (was_idle && !round->second.Idle()) NoteWaiter(round, now);
-  if (!round->second.payloads.contains(rank)) {
-    MaybeEnd(round, now, effects);
-  } else if (auto error = CheckAccepted(rank, contribution, *layer, round)) {
+  if (members_[rank].catching_up) NoteStraddling(left_ranks, &round->second);
+  auto error = round->second.restored ? std::nullopt : CheckAccepted(rank, contribution, *layer, round);
+  if (error.has_value()) {
     Fail(round, *std::move(error), now, effects);
   } else {
     MaybeEnd(round, now, effects);
@@ -225,7 +231,6 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, const Declarati
   pending_bytes_ += payload.bytes();
   pending.payloads.emplace(rank, std::move(payload));
   pending.last_rank = rank;
-  pending.straddles = pending.straddles || member.catching_up;
   ++statistics_.accepted;
   members_.NoteContribution(rank, round->first, declaration, now, /*fresh=*/true);
   return true;

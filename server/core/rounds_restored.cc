@@ -7,6 +7,7 @@
 
 #include "plumbing/check.h"
 #include "server/core/error.h"
+#include "server/core/merge.h"
 #include "server/core/rounds.h"
 
 namespace syncbn::core {
@@ -26,9 +27,10 @@ std::optional<Error> Rounds::OnEnded(Rank rank, const EndedReport& report, absl:
   const RoundKey& key = report.key;
   Layer* const layer = layers_.Find(key.layer);
   if (layer == nullptr || !members_[rank].catching_up) return std::nullopt;
-  if (const EndedRound* const ended = layer->Find(key.phase, key.sequence)) {
-    if (Agree(report, *ended)) return std::nullopt;
-    return OutcomeChangedError(rank, key);
+  if (EndedRound* const ended = layer->Find(key.phase, key.sequence)) {
+    if (!Agree(report, *ended)) return OutcomeChangedError(rank, key);
+    NoteHolder(rank, ended);
+    return std::nullopt;
   }
   if (layer->Expired(key.phase, key.sequence)) return std::nullopt;
   const auto round = pending_.find(key);
@@ -50,7 +52,11 @@ std::optional<Error> Rounds::OnEnded(Rank rank, const EndedReport& report, absl:
     return std::nullopt;
   }
   Roster roster = RosterOf(report, *layer);
-  if (roster.empty()) return std::nullopt;
+  if (roster.empty()) {
+    // Nobody has told of its forward round yet, so that the report is of no use; but the round has ended.
+    if (key.phase == Phase::kBackward) layer->NoteForgotten(rank, key);
+    return std::nullopt;
+  }
   ended.restored = true;
   ended.alone = roster.size() == 1 && members_.present() > 1;
   ended.backward_required = report.backward_required;
@@ -60,6 +66,7 @@ std::optional<Error> Rounds::OnEnded(Rank rank, const EndedReport& report, absl:
   ended.missing_ranks = report.missing_ranks;
   ended.digests.resize(roster.size());
   ended.roster = Share(key.phase, std::move(roster));
+  if (key.phase == Phase::kForward) ended.holders.insert(rank);
   const EndedRound settled = ended;
   layer->Record(key, std::move(ended));
   if (round == pending_.end()) return std::nullopt;
@@ -90,6 +97,19 @@ Roster Rounds::RosterOf(const EndedReport& report, const Layer& layer) const {
   return roster;
 }
 
+void Rounds::NoteHolder(Rank rank, EndedRound* ended) {
+  if (!ended->holders.empty()) ended->holders.insert(rank);
+}
+
+bool Rounds::Contradicts(Rank rank, const Contribution& contribution, const EndedRound* ended,
+                         Pending::const_iterator round) const {
+  const bool pending = round != pending_.end();
+  if (pending ? !round->second.restored : ended == nullptr || !ended->restored) return false;
+  if (pending ? !round->second.Expects(rank) : ended->Find(rank) == nullptr) return false;
+  const DeclarationPtr& declaration = pending ? round->second.declaration : ended->declaration;
+  return CheckNumbers(contribution, declaration->spec, rank, limits_).has_value();
+}
+
 void Rounds::BeginRestored(const EndedRound& ended, PendingRound* round) const {
   round->restored = true;
   round->alarm = round->deadline;
@@ -117,6 +137,13 @@ void Rounds::Settle(Pending::iterator round, const EndedRound& ended) {
     const Rank rank = payload->first;
     payload = pending.payloads.erase(payload);
     AddLatecomer(rank, &pending);
+  }
+}
+
+void Rounds::NoteStraddling(const std::vector<Rank>& left_ranks, PendingRound* round) const {
+  round->straddles = true;
+  for (const Rank rank : left_ranks) {
+    if (rank < members_.world_size()) round->left.insert(rank);
   }
 }
 
@@ -179,7 +206,7 @@ void Rounds::OnCaughtUp(Rank rank, const std::vector<RoundKey>& forgotten, absl:
     const PendingRound& pending = round->second;
     const Layer& layer = layers_.Get(round->first.layer);
     const bool unknown = !pending.restored && pending.Expects(rank) && !pending.payloads.contains(rank) &&
-                         layer.ForgottenBy(round->first.phase, round->first.sequence) == rank;
+                         layer.MayHaveForgotten(rank, round->first.phase, round->first.sequence);
     if (unknown) Fail(round, OutcomeUnknownError(round->first, rank), now, effects);
     round = next;
   }

@@ -233,6 +233,8 @@ std::optional<core::Error> FrameReader::TakePiece(int number, absl::string_view 
       if (auto error = Parse(piece, kMessagesOfAReport, &report)) return error;
       return FromProto(report, &head_.ended.emplace_back());
     }
+    case v1::WorkerFrame::kLeftRanksFieldNumber:
+      return TakeRanks(piece);
     default: {
       const bool forgotten = number == v1::WorkerFrame::kForgottenFieldNumber;
       std::vector<core::RoundKey>& keys = forgotten ? head_.forgotten : head_.blocked_on;
@@ -242,6 +244,22 @@ std::optional<core::Error> FrameReader::TakePiece(int number, absl::string_view 
       return FromProto(key, &keys.emplace_back());
     }
   }
+}
+
+std::optional<core::Error> FrameReader::TakeRanks(absl::string_view packed) {
+  CodedInputStream input(reinterpret_cast<const uint8_t*>(packed.data()), static_cast<int>(packed.size()));
+  const CodedInputStream::Limit whole = input.PushLimit(static_cast<int>(packed.size()));
+  while (input.BytesUntilLimit() > 0) {
+    uint32_t rank = 0;
+    if (!input.ReadVarint32(&rank)) return NotAFrame();
+    if (head_.left_ranks.size() == limits_.max_workers) {
+      return core::LimitError(limits_.max_workers + 1, "or more left_ranks in one frame", "max_workers",
+                              limits_.max_workers);
+    }
+    head_.left_ranks.push_back(rank);
+  }
+  input.PopLimit(whole);
+  return std::nullopt;
 }
 
 std::optional<int> FrameReader::FindContribution() {
@@ -268,6 +286,7 @@ std::optional<core::Error> FrameReader::Next(const SliceLimits& slice, google::p
     event->ended = std::move(head_.ended);
     begun_ = true;
   }
+  event->left_ranks = head_.left_ranks;
   std::string copy;
   size_t bytes = 0;
   event->contributions.reserve(std::min(slice.contributions, contributions_ - read_));

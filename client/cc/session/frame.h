@@ -66,7 +66,10 @@ class Contribution {
   // belongs to its forward round.
   std::shared_ptr<const DeclaredLayer> declared_;
   KnownLayer* layer_ = nullptr;
+  // The ranks that have not been told its round's end, because they had left before. Ascending.
+  std::shared_ptr<const std::vector<uint32_t>> left_ranks_;
   bool sent_ = false;
+  bool sent_before_ = false;  // On a stream before the present one.
   bool ended_ = false;
   absl::Time first_sent_at_, sent_at_;
   // Once the round has ended with an outcome that all of its contributors have been told:
@@ -98,6 +101,9 @@ struct ClientFrame {
   std::optional<Join> join;  // In the first frame of a stream, and only there.
   std::vector<std::shared_ptr<const LayerOptions>> layers;
   std::vector<ContributionPtr> contributions;
+  // Up to caught_up: the ranks that had left before the rounds ended of those contributions that ask for an outcome.
+  // Ascending.
+  std::vector<uint32_t> left_ranks;
   bool caught_up = false;           // All that earlier masters had from this worker, and it still holds, is sent.
   std::vector<RoundKey> forgotten;  // With caught_up: see RoundLog::Forgotten.
   ContributionPtr blocked_on;       // Null: not blocked. A frame without any part takes an earlier `blocked_on` back.

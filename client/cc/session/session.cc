@@ -1,6 +1,7 @@
 #include "client/cc/session/session.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -35,6 +36,13 @@ bool IsHopelessAtFirst(absl::StatusCode code) {
 
 // Returns true if a later attempt need not meet the same.
 bool IsPassing(const ErrorDetails& details) { return details.reason == "SHUTTING_DOWN" || IsRefusedForNow(details); }
+
+// Returns the ranks that are in both lists, which are ascending.
+std::shared_ptr<const std::vector<uint32_t>> Common(const std::vector<uint32_t>& a, const std::vector<uint32_t>& b) {
+  auto common = std::make_shared<std::vector<uint32_t>>();
+  std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(*common));
+  return common;
+}
 
 }  // namespace
 
@@ -87,7 +95,7 @@ Effects Session::OnStreamUp() {
   ClientFrame frame;
   // The master may turn out to have lost its memory.
   declarations_.BeginStream(HeldInOrder(std::nullopt), &frame.layers);
-  frame.join = Join{incarnation_, run_id_, {}, left_ranks_, run_id_ != 0 && !had_outcome_};
+  frame.join = Join{incarnation_, run_id_, {}, *left_ranks_, run_id_ != 0 && !had_outcome_};
   for (const LayerOptions& layer : options_.layers) {
     frame.join->layers.push_back(OptionsOf(declarations_.Find(layer.name)->said));
   }
@@ -167,6 +175,7 @@ void Session::OnJoined(const Joined& joined, absl::Time now) {
   to_resend_ = 0;
   for (const ContributionRef& contribution : unsent_) {
     SetUnderWay(*contribution, false);
+    contribution->sent_before_ = contribution->sent_;
     contribution->repeated_ = contribution->ended_;
     contribution->resent_ = catching_up_ && contribution->sent_;
     to_resend_ += contribution->resent_ ? 1 : 0;
@@ -177,7 +186,16 @@ void Session::OnJoined(const Joined& joined, absl::Time now) {
 
 void Session::NoteMembership(size_t present_ranks, std::vector<uint32_t> left_ranks) {
   present_ranks_ = present_ranks;
-  left_ranks_ = std::move(left_ranks);
+  if (left_ranks == *left_ranks_) return;
+  left_ranks_ = std::make_shared<const std::vector<uint32_t>>(std::move(left_ranks));
+  for (const ContributionRef& contribution : pending_) {
+    // A master that had told the outcome to one that has left would have told it here, on this stream, before.
+    if (contribution->sent_before_) {
+      contribution->left_ranks_ = Common(*contribution->left_ranks_, *left_ranks_);
+    } else {
+      contribution->left_ranks_ = left_ranks_;
+    }
+  }
 }
 
 Notice Session::LateNotice(const std::vector<LateRound>& rounds) const {

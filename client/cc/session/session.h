@@ -278,7 +278,7 @@ class Session {
   uint64_t incarnation_ = 0;
   uint64_t run_id_ = 0;  // 0: no master has let this worker in yet.
   size_t present_ranks_ = 0;
-  std::vector<uint32_t> left_ranks_;
+  std::shared_ptr<const std::vector<uint32_t>> left_ranks_ = std::make_shared<const std::vector<uint32_t>>();
   std::vector<RoundKey> newest_rounds_;
   uint64_t memory_ = 0;  // Of the master that this worker has joined.
   bool had_outcome_ = false;

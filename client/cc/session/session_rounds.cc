@@ -173,6 +173,7 @@ void Session::Enqueue(ContributionRef contribution, KnownLayer& layer, size_t le
   contribution->order_ = declarations_.NextOrder();
   contribution->length_ = length;
   contribution->layer_ = &layer;
+  contribution->left_ranks_ = left_ranks_;
   const bool inserted = pending_.insert(contribution).second;
   SYNCBN_CHECK(inserted, "round ", contribution->key().sequence, " of layer ", contribution->key().layer);
   unsent_.push_back(std::move(contribution));
@@ -209,6 +210,7 @@ Effects Session::Send(absl::Time now) {
 
 void Session::FillFrame(absl::Time now, ClientFrame* frame) {
   std::vector<ContributionRef> held_back;
+  const std::vector<uint32_t>* left_ranks = nullptr;
   size_t taken = 0;
   for (size_t bytes = 0; taken < unsent_.size() && bytes < kFullFrameBytes && taken < kFullFrameRounds; ++taken) {
     ContributionRef& contribution = unsent_[taken];
@@ -220,7 +222,11 @@ void Session::FillFrame(absl::Time now, ClientFrame* frame) {
       held_back.push_back(std::move(contribution));
       continue;
     }
+    // The master takes a frame's word about ranks that have left for all of its contributions.
+    const bool tells = catching_up_ && !contribution->ended_;
+    if (tells && left_ranks != nullptr && *contribution->left_ranks_ != *left_ranks) break;
     if (!declarations_.AddBefore(*contribution, frame)) break;
+    if (tells) left_ranks = contribution->left_ranks_.get();
     NoteResent(*contribution);
     if (!contribution->ended_) {
       SetUnderWay(*contribution, true);
@@ -229,6 +235,7 @@ void Session::FillFrame(absl::Time now, ClientFrame* frame) {
     bytes += contribution->bytes();
     frame->contributions.push_back(std::move(contribution));
   }
+  if (left_ranks != nullptr) frame->left_ranks = *left_ranks;
   if (taken == unsent_.size()) declarations_.AddRest(frame);
   unsent_.erase(unsent_.begin(), unsent_.begin() + static_cast<ptrdiff_t>(taken));
   unsent_.insert(unsent_.begin(), std::make_move_iterator(held_back.begin()), std::make_move_iterator(held_back.end()));

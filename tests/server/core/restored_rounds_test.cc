@@ -1,6 +1,7 @@
 // A master that has lost its memory: its workers report the rounds that have ended, and repeat what they had sent.
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -81,9 +82,10 @@ class RestoredTest : public ::testing::Test {
 
   // Has a worker send what it holds: rounds that it was told the end of, and one that it was not.
   void Send(StreamId stream, const std::vector<std::shared_ptr<const RoundOutcome>>& told, Rank rank,
-            const std::vector<RoundKey>& asked = {}, bool repeats = true) {
+            const std::vector<RoundKey>& asked = {}, bool repeats = true, std::vector<Rank> left = {}) {
     FrameReceived frame;
     frame.stream = stream;
+    frame.left_ranks = std::move(left);
     const Numbers numbers = Of(rank);
     const auto contribution = [&numbers](const RoundKey& key, bool repeat) {
       return Contribution{key,
@@ -100,6 +102,15 @@ class RestoredTest : public ::testing::Test {
     for (const RoundKey& key : asked) frame.contributions.push_back(contribution(key, false));
     frame.caught_up = true;
     frame.blocked_on = asked;
+    engine_.On(frame);
+  }
+
+  // Has a worker say that it has sent all, and forgotten these rounds and those before.
+  void Forget(StreamId stream, std::vector<RoundKey> keys) {
+    FrameReceived frame;
+    frame.stream = stream;
+    frame.caught_up = true;
+    frame.forgotten = std::move(keys);
     engine_.On(frame);
   }
 
@@ -229,16 +240,105 @@ TEST_F(RestoredTest, ADeadlockIsFoundOnceAllHaveCaughtUp) {
 TEST_F(RestoredTest, WhatAMemberHasForgottenIsNotWaitedFor) {
   const StreamId first = Return(0), second = Return(1);
   Send(second, {}, 1, {Sum("s", 3)});
-  FrameReceived frame;
-  frame.stream = first;
-  frame.caught_up = true;
-  frame.forgotten = {Sum("s", 9)};
-  engine_.On(frame);
+  Forget(first, {Sum("s", 9)});
   EXPECT_EQ(ReasonOf(*engine_.Outcome(second, Sum("s", 3))), kOutcomeLost);
   EXPECT_THAT(engine_.Outcome(second, Sum("s", 3))->error->ranks, ElementsAre(0));
   const StreamId third = Return(2);
   Send(third, {}, 2, {Sum("s", 5)});
   EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Sum("s", 5))), kOutcomeLost);
+}
+
+TEST_F(RestoredTest, ForgottenBackwardRoundsAreNotWaitedFor) {
+  const auto forward = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(third, {forward}, 2, {Backward("a", 4)});
+  Send(second, {forward}, 1);
+  EXPECT_THAT(engine_.Outcomes(third, Backward("a", 4)), IsEmpty());
+  Forget(first, {Forward("a", 6), Backward("a", 5)});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Backward("a", 4))), kOutcomeLost);
+  EXPECT_THAT(engine_.Outcome(third, Backward("a", 4))->error->ranks, ElementsAre(0));
+}
+
+TEST_F(RestoredTest, ABackwardRoundThatBeginsLaterMayBeForgottenToo) {
+  const auto forward = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1);
+  Forget(first, {Forward("a", 6), Backward("a", 5)});
+  Send(second, {forward}, 1);
+  engine_.Leave(first);
+  engine_.Leave(second);
+  const StreamId third = Return(2);
+  Send(third, {forward}, 2, {Backward("a", 4)});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Backward("a", 4))), kOutcomeLost);
+  EXPECT_THAT(engine_.Outcome(third, Backward("a", 4))->error->ranks, ElementsAre(0));
+}
+
+TEST_F(RestoredTest, WhoHoldsAForwardRoundHasNotForgottenItsBackwardRound) {
+  // Backward rounds run in the reverse order: the greater ones have ended, and were forgotten.
+  const auto forward = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(first, {forward}, 0);
+  Send(third, {forward}, 2, {Backward("a", 4)});
+  FrameReceived report;
+  report.stream = second;
+  report.ended = {ReportOf(*forward)};
+  engine_.On(report);
+  Forget(second, {Forward("a", 9), Backward("a", 9)});
+  EXPECT_THAT(engine_.Outcomes(third, Backward("a", 4)), IsEmpty());
+  engine_.Contribute(first, Backward("a", 4), Of(0));
+  engine_.Contribute(second, Backward("a", 4), Of(1));
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Backward("a", 4))), "");
+}
+
+TEST_F(RestoredTest, ABackwardRoundThatWasReportedBeforeItsForwardRoundHasEnded) {
+  const auto forward = Told(Forward("a", 4), {0, 1, 2});
+  const auto backward = Told(Backward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(first, {backward}, 0);  // Of the forward round it holds nothing any more.
+  Send(second, {backward}, 1);
+  engine_.Leave(first);
+  engine_.Leave(second);
+  Send(third, {forward}, 2, {Backward("a", 4)});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Backward("a", 4))), kOutcomeLost) << "it has ended with their numbers";
+}
+
+TEST_F(RestoredTest, BadNumbersAreNotThoseThatARoundCompletedWith) {
+  const auto told = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), reborn = Enter(engine_, 1, 0, 0), third = Return(2);
+  Send(first, {told}, 0);
+  Numbers bad = Of(1);
+  bad.first[0] = std::numeric_limits<double>::quiet_NaN();
+  engine_.Contribute(reborn, Forward("a", 4), bad);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(reborn, Forward("a", 4))), kPayloadChanged);
+  engine_.Contribute(reborn, Forward("a", 4), Of(1));
+  Send(third, {told}, 2);
+  EXPECT_TRUE(testing::SameOutcome(*engine_.Outcomes(reborn, Forward("a", 4)).back(), *told));
+}
+
+TEST_F(RestoredTest, NumbersThatOverflowAreNotThoseThatARoundCompletedWith) {
+  const Numbers large{int64_t{1} << 39, {3e150}, {0.0}};
+  const Numbers other{int64_t{1} << 39, {-3e150}, {0.0}};
+  const StreamId first = Return(0), reborn = Enter(engine_, 1, 0, 0);
+  FrameReceived frame;
+  frame.stream = first;
+  frame.ended.emplace_back();
+  frame.ended[0].key = Forward("a", 4);
+  frame.ended[0].missing_ranks = {2};
+  frame.ended[0].count = 2 * large.count;
+  frame.contributions = {{Forward("a", 4), large.count, large.role, large.first, large.second, /*repeats=*/true}};
+  engine_.On(frame);
+  engine_.Contribute(reborn, Forward("a", 4), other);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(reborn, Forward("a", 4))), kOutcomeLost);
+  EXPECT_THAT(engine_.Outcome(reborn, Forward("a", 4))->error->message, HasSubstr("another result"));
+}
+
+TEST_F(RestoredTest, ARoundThatOneHadLeftBeforeCompletes) {
+  const StreamId first = Return(0, {2}), second = Return(1, {2});
+  Send(first, {}, 0, {Sum("s", 4)}, /*repeats=*/true, /*left=*/{2});
+  EXPECT_THAT(engine_.Outcomes(first, Sum("s", 4)), IsEmpty());
+  Send(second, {}, 1, {Sum("s", 4)});
+  const auto outcome = engine_.Outcome(second, Sum("s", 4));
+  EXPECT_EQ(ReasonOf(*outcome), "");
+  EXPECT_THAT(outcome->missing_ranks, ElementsAre(2));
 }
 
 TEST_F(RestoredTest, AMemberThatKnowsAnotherOutcomeIsDismissed) {

@@ -174,6 +174,38 @@ TEST_F(CatchUpTest, WhoHasLeftAndWhetherARoundHasEndedIsSaid) {
   EXPECT_FALSE(join().without_outcome);
 }
 
+TEST_F(CatchUpTest, WhoHadLeftBeforeARoundEndedIsSaid) {
+  const auto hear = [this](std::vector<uint32_t> left) {
+    harness_.left = left;
+    ServerFrame frame;
+    frame.membership = Membership{1, std::move(left)};
+    harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
+  };
+  harness_.Join();
+  harness_.Sum("v");
+  harness_.SendAndWrite();
+  hear({2});  // It would have heard the outcome before, if rank 2 had been told it.
+  harness_.Sum("w");
+  harness_.SendAndWrite();
+  EXPECT_THAT(harness_.frames.back().left_ranks, IsEmpty()) << "this master knows";
+  Return(2);
+  EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("v/0", "w/0", "caught up"));
+  EXPECT_THAT(harness_.frames.back().left_ranks, ElementsAre(2));
+  hear({1, 2});  // The outcomes may be on their way behind this.
+  harness_.Sum("x");
+  harness_.SendAndWrite();
+  EXPECT_THAT(harness_.frames.back().left_ranks, IsEmpty());
+  Return(3);
+  EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("v/0", "w/0"));
+  EXPECT_THAT(harness_.frames.back().left_ranks, ElementsAre(2));
+  EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("x/0", "caught up"));
+  EXPECT_THAT(harness_.frames.back().left_ranks, ElementsAre(1, 2));
+  hear({1});  // Rank 2 is back.
+  Return(4);
+  EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("v/0", "w/0"));
+  EXPECT_THAT(harness_.frames.back().left_ranks, IsEmpty());
+}
+
 TEST_F(CatchUpTest, AMemberMayBeToldAnotherRun) {
   harness_.Join();
   ServerFrame frame;

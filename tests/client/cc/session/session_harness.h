@@ -71,7 +71,8 @@ class Harness {
     Apply(session_.OnTime(now_));
   }
   std::string targets = "one:1";
-  uint64_t memory = 0;  // Of the master.
+  uint64_t memory = 0;         // Of the master,
+  std::vector<uint32_t> left;  // and the ranks that have left, when it lets the worker in.
   std::vector<RoundKey> newest_rounds;
 
   // ---- The master
@@ -80,7 +81,7 @@ class Harness {
   void Joined(absl::Duration round_timeout = absl::Minutes(10)) {
     Written();
     ServerFrame frame;
-    frame.joined = syncbn::session::Joined{1, 77, round_timeout, 1, {}, memory, newest_rounds};
+    frame.joined = syncbn::session::Joined{1, 77, round_timeout, 1, left, memory, newest_rounds};
     Apply(session_.OnFrame(std::move(frame), now_));
   }
   // Connects and joins, from the start or after a break.
