@@ -291,6 +291,7 @@ void Group::OnTimePassed(absl::Time now, Effects& effects) {
     rounds_.ContinueReview(now, effects);
   }
   rounds_.OnTimePassed(now, effects);
+  rounds_.FindDeadlock(now, effects);  // A review has kept it from being found.
 }
 
 absl::Time Group::NextDeadline() const {

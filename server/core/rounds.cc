@@ -355,8 +355,8 @@ void Rounds::OnBlocked(Rank rank, const std::vector<RoundKey>& keys) {
 
 void Rounds::FindDeadlock(absl::Time now, Effects& effects) {
   // Absent and lost members may still come and contribute, and those that catch up have contributions on the way.
-  // Nobody waits for members that have left.
-  if (members_.catching_up() != 0) return;
+  // Nobody waits for members that have left, and a review may be about to end what does.
+  if (members_.catching_up() != 0 || review_.has_value()) return;
   const uint32_t blocked = members_.blocked();
   if (blocked == 0 || blocked != members_.present() || members_.present() + members_.left() != members_.world_size()) {
     return;

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/time/time.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "server/core/coordinator.h"
@@ -147,6 +148,21 @@ TEST_F(DeadlockTest, AClaimToWaitForWhatItHasNotContributedToIsNotBelieved) {
   EXPECT_THAT(engine_.ended(), IsEmpty());
   engine_.Contribute(workers_[0], Forward("a", 0), kNumbers);
   EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[1], Forward("a", 0))), "");
+}
+
+TEST(DeadlockTurnsTest, WhatALeaveIsAboutToEndIsNone) {
+  // The leave ends both rounds, one in each turn.
+  Limits limits;
+  limits.max_turn_bytes = 1;
+  Engine engine(limits);
+  const StreamId first = engine.Join(0, 2, {BatchNormLayer("a", 1), BatchNormLayer("b", 1)});
+  const StreamId second = engine.Join(1, 2, {BatchNormLayer("a", 1), BatchNormLayer("b", 1)});
+  engine.Contribute(second, Forward("a", 0), kNumbers);
+  engine.ContributeAndBlock(second, Forward("b", 0), kNumbers);
+  engine.Leave(first);
+  engine.Advance(absl::ZeroDuration());
+  EXPECT_EQ(ReasonOf(*engine.Outcome(second, Forward("a", 0))), "");
+  EXPECT_EQ(ReasonOf(*engine.Outcome(second, Forward("b", 0))), "");
 }
 
 TEST_F(DeadlockTest, ManyWorkersAreNamedInPart) {
