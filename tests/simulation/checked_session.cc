@@ -7,6 +7,7 @@
 #include <variant>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "client/cc/errors.h"
 
 namespace syncbn::simulation {
@@ -123,11 +124,13 @@ Effects CheckedSession::OnFrame(const session::ServerFrame& frame, bool stale, a
     }
   }
   std::optional<size_t> present;
-  if (frame.joined.has_value())
-    std::tie(present, left_ranks_) = std::tie(frame.joined->present_ranks, frame.joined->left_ranks);
+  if (frame.joined.has_value()) {
+    present = frame.joined->present_ranks;
+    NoteLeft(frame.joined->left_ranks);
+  }
   if (frame.membership.has_value()) {
     present = frame.membership->present_ranks;
-    left_ranks_ = frame.membership->left_ranks;
+    NoteLeft(frame.membership->left_ranks);
   }
   if (present.has_value() && session_.present_ranks() != *present) Violate("it is wrong about who is present");
   return effects;
@@ -146,7 +149,10 @@ Effects CheckedSession::OnStreamBroken(const session::Break& why, absl::Time now
   said_.clear();
   all_said_ = false;
   said_blocked_on_ = nullptr;
-  for (Round& round : rounds_) round.on_stream = false;
+  for (Round& round : rounds_) {
+    round.on_stream = false;
+    round.sent_before = round.first_sent.has_value();
+  }
   for (Answered& answered : answered_rounds_) answered.round.on_stream = false;
   must_catch_up_ = false;
   Effects effects = session_.OnStreamBroken(why, now);
@@ -189,6 +195,7 @@ std::vector<ContributionRef> CheckedSession::Begin(const RoundKey& key, const Nu
     all_said_ = all_said_ && !sum;
     Round round;
     round.order = ++begun_;
+    round.left = left_ranks_;
     round.channels = key.phase == syncbn::Phase::kBackward ? 0 : declared_[resolved.layer];
     if (elements != length) round.vector = absl::StrCat(key.layer, "/", sequence);
     round.contribution =
@@ -364,6 +371,7 @@ void CheckedSession::Check(const session::Write& write, absl::Time now) {
   } else if (!joined_) {
     Violate("it writes before it is let in");
   }
+  CheckLeft(frame);
   for (const session::ContributionPtr& part : frame.contributions) {
     if (part->repeats() != nullptr) {
       CheckRepeat(part);
@@ -396,6 +404,16 @@ void CheckedSession::CheckJoin(const session::ClientFrame& frame) {
   if (frame.join->left_ranks != left_ranks_) Violate("it is wrong about who has left");
   last_written_.clear();
   if (run_id_ != 0) ++tally_.rejoins;
+}
+
+void CheckedSession::CheckLeft(const session::ClientFrame& frame) {
+  if (!must_catch_up_ && !frame.left_ranks.empty()) Violate("it tells who has left, and nobody wants to know");
+  for (const session::ContributionPtr& part : frame.contributions) {
+    const Round* const round = Find(part.get());
+    if (!must_catch_up_ || part->repeats() != nullptr || round == nullptr || round->left == frame.left_ranks) continue;
+    Violate(absl::StrCat("it says that ranks ", absl::StrJoin(frame.left_ranks, ","), " had left before the end of ",
+                         Name(part->key()), "; those that had are ", absl::StrJoin(round->left, ",")));
+  }
 }
 
 void CheckedSession::CheckPart(const session::ContributionPtr& part, absl::Time now) {
@@ -534,6 +552,26 @@ bool CheckedSession::AnswerIsDue(absl::Time now) const {
   return std::any_of(rounds_.begin(), rounds_.end(), [&](const Round& round) {
     return round.first_sent.has_value() && now - *round.first_sent >= kLeastMargin && now >= AnswerDue(round);
   });
+}
+
+// ---- Who has left ---------------------------------------------------------------------------------------------------
+
+bool CheckedSession::KnowsLeft(core::Rank rank) const {
+  const auto has_left = [rank](const std::vector<uint32_t>& left) {
+    return std::find(left.begin(), left.end(), rank) != left.end();
+  };
+  return has_left(left_ranks_) &&
+         std::all_of(rounds_.begin(), rounds_.end(), [&](const Round& round) { return has_left(round.left); });
+}
+
+// What reaches this worker on one stream is in order: an outcome comes before the leave of one that has had it.
+void CheckedSession::NoteLeft(const std::vector<uint32_t>& left_ranks) {
+  left_ranks_ = left_ranks;
+  for (Round& round : rounds_) {
+    if (!round.sent_before) round.left = left_ranks;
+    const auto back = [&](uint32_t rank) { return !std::count(left_ranks.begin(), left_ranks.end(), rank); };
+    round.left.erase(std::remove_if(round.left.begin(), round.left.end(), back), round.left.end());
+  }
 }
 
 // ---- The books ------------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class CheckedSession {
   State state() const { return session_.state(); }
   uint64_t incarnation() const { return incarnation_; }
   uint64_t run_id() const { return run_id_; }
+  // Returns whether it knows that the rank has left, and that its rounds end without that.
+  bool KnowsLeft(core::Rank rank) const;
   bool may_come_back() const { return session_.may_come_back(); }
   absl::Time NextTimer() const { return session_.NextTimer(); }
   // The first promise that was broken.
@@ -67,8 +69,10 @@ class CheckedSession {
     ContributionRef contribution;
     std::string vector;  // The long vector that it is a chunk of.
     uint64_t order = 0;
-    uint32_t channels = 0;   // The layer's when it was begun; 0 for a backward round.
-    bool on_stream = false;  // Written to the present stream.
+    uint32_t channels = 0;       // The layer's when it was begun; 0 for a backward round.
+    bool on_stream = false;      // Written to the present stream,
+    bool sent_before = false;    // or to one before.
+    std::vector<uint32_t> left;  // Ranks that left before its end.
     std::optional<absl::Time> first_sent;
     absl::Time sent;
   };
@@ -98,6 +102,7 @@ class CheckedSession {
 
   // ---- What is written
   void CheckJoin(const session::ClientFrame& frame);
+  void CheckLeft(const session::ClientFrame& frame);
   void CheckPart(const session::ContributionPtr& part, absl::Time now);
   void CheckRepeat(const session::ContributionPtr& part);
   void CheckPlace(Round& round);
@@ -113,6 +118,8 @@ class CheckedSession {
   // ---- A silent master
   absl::Time AnswerDue(const Round& round) const;
   bool AnswerIsDue(absl::Time now) const;
+
+  void NoteLeft(const std::vector<uint32_t>& left_ranks);
 
   Round* Find(const session::Contribution* contribution);
   size_t ChunksUnderWay(const std::string* vector) const;

@@ -72,7 +72,8 @@ void World::Crash(size_t index) {
 void World::Stall(Life& life) {
   if (life.stalled_until == 0) life.stalled_since = now_;
   const Micros stall = random_.Chance(0.1) ? random_.Between(1'000'000, 6'000'000) : random_.Between(1'000, 400'000);
-  life.stalled_until = now_ + stall;
+  // What has been put off until the end of an earlier stall must not be overtaken by what comes later.
+  life.stalled_until = std::max(life.stalled_until, now_ + stall);
   if (life.due != kNever) life.due = std::max(life.due, life.stalled_until);
   Log("rank ", life.trainer.rank(), " stalls until ", life.stalled_until);
 }

@@ -70,6 +70,7 @@ FramePtr FromSession(const session::ClientFrame& from, const Settings& settings,
     frame->parts.push_back({simulated.key(), simulated.numbers, nullptr});
     if (const auto* ended = simulated.repeats()) frame->parts.back().report = ToReport(simulated.key(), *ended);
   }
+  frame->left_ranks = from.left_ranks;
   frame->caught_up = from.caught_up;
   frame->forgotten = from.forgotten;
   if (from.blocked_on != nullptr) frame->blocked_on.push_back(from.blocked_on->key());
@@ -89,6 +90,7 @@ core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame) {
     event.contributions.push_back({part.key, numbers.count, numbers.role, numbers.first, numbers.second});
     event.contributions.back().repeats = part.report != nullptr;
   }
+  event.left_ranks = frame.left_ranks;
   event.caught_up = frame.caught_up;
   event.forgotten = frame.forgotten;
   event.blocked_on = frame.blocked_on;

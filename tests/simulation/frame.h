@@ -40,6 +40,7 @@ struct Frame {
   std::optional<core::Join> join;
   std::vector<core::LayerSpec> layers;
   std::vector<Part> parts;
+  std::vector<core::Rank> left_ranks;
   bool caught_up = false;
   std::vector<core::RoundKey> forgotten;
   std::vector<core::RoundKey> blocked_on;

@@ -49,7 +49,7 @@ void Model::Begin() {
   told_.clear();
   must_answer_.clear();
   ended_now_.clear();
-  deadlock_now_ = diverged_now_ = false;
+  deadlock_now_ = diverged_now_ = all_caught_up_now_ = false;
   lost_now_.clear();
 }
 
@@ -72,6 +72,11 @@ void Model::BeforeFrame(StreamId stream, const Frame& frame, absl::Time now) {
   } else if (const auto rank = SeatOf(stream)) {
     TakeFrame(*rank, now);
   }
+}
+
+void Model::BeforeTime(absl::Time now) {
+  Begin();
+  DropIdle(now);
 }
 
 void Model::BeforeClose(StreamId stream, absl::Time now) {
@@ -114,6 +119,8 @@ void Model::TakeFrame(Rank rank, absl::Time now) {
     return;
   }
   for (const Part& part : frame_->parts) {
+    const auto holders = holders_.find(part.key);
+    if (holders != holders_.end()) holders->second.insert(rank);
     if (part.report == nullptr) {
       Take(rank, part, now);
     } else if (!part.report->error.has_value()) {
@@ -122,10 +129,10 @@ void Model::TakeFrame(Rank rank, absl::Time now) {
   }
   if (frame_->caught_up && std::exchange(members_[rank].catching_up, false)) {
     for (const RoundKey& key : frame_->forgotten) {
-      std::pair<uint64_t, Rank>& greatest =
-          forgotten_.emplace(std::make_pair(key.layer, key.phase), std::make_pair(key.sequence, rank)).first->second;
-      if (greatest.first < key.sequence) greatest = {key.sequence, rank};
+      uint64_t& greatest = forgotten_[{key.layer, key.phase}][rank];
+      greatest = std::max(greatest, key.sequence);
     }
+    all_caught_up_now_ = EveryoneHasCaughtUp() && !waits();
   }
   members_[rank].blocked_on = frame_->blocked_on;
 }
@@ -193,8 +200,13 @@ bool Model::TakeReport(Rank rank, const core::EndedReport& report) {
     return true;
   }
   const std::vector<Rank> roster = RosterOf(report);
-  if (roster.empty()) return true;
+  if (roster.empty()) {
+    uint64_t& greatest = forgotten_[{report.key.layer, report.key.phase}][rank];
+    greatest = std::max(greatest, report.key.sequence);
+    return true;
+  }
   restored_[report.key] = {report, roster};
+  if (report.key.phase == core::Phase::kForward) holders_[report.key].insert(rank);
   completed_.insert(report.key.layer);
   if (pending == pending_.end()) return true;
   Pending& round = pending->second;
@@ -243,9 +255,12 @@ void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
     if (known && !std::count(contributors.begin(), contributors.end(), rank)) return must_answer_.push_back(part.key);
   }
   const Restored& restored = restored_.at(part.key);
+  const bool counts = std::count(restored.roster.begin(), restored.roster.end(), rank) != 0;
+  // The round has completed, so these are not the numbers that it completed with.
+  if (counts && Bad(part, settings_.LayerOf(part.key))) return must_answer_.push_back(part.key);
   Pending& round = PendingRestored(part.key, now);
   if (round.idle()) round.begun = now;
-  if (!std::count(restored.roster.begin(), restored.roster.end(), rank)) {
+  if (!counts) {
     round.latecomers.insert(rank);
     return;
   }
@@ -262,7 +277,7 @@ void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
 
 bool Model::MayRepeat(Rank rank, absl::Time now) const {
   const bool joins_anew = frame_ != nullptr && frame_->join.has_value() && frame_->join->rank == rank &&
-                          frame_->join->incarnation == 0 && WhyRefused(*frame_->join).empty();
+                          AsNew(*frame_->join).incarnation == 0 && WhyRefused(*frame_->join).empty();
   if (joins_anew) return waits();
   const auto member = members_.find(rank);
   if (member == members_.end() || (member->second.incarnation == 0 && !member->second.left)) return true;
@@ -286,10 +301,43 @@ std::vector<RoundKey> Model::NewestRounds() const {
   return rounds;
 }
 
-bool Model::Forgotten(const RoundKey& key) const {
+bool Model::EveryoneHasCaughtUp() const {
+  for (Rank rank = 0; rank < settings_.world_size; ++rank) {
+    const auto member = members_.find(rank);
+    if (member == members_.end()) return false;
+    if (member->second.left) continue;
+    if (member->second.stream == 0 || member->second.catching_up) return false;
+  }
+  return true;
+}
+
+void Model::DropIdle(std::optional<absl::Time> now) {
+  for (auto round = pending_.begin(); round != pending_.end();) {
+    const bool due = !now.has_value() || *now >= round->second.begun + *settings_.config.round_timeout;
+    round = round->second.idle() && due ? pending_.erase(round) : std::next(round);
+  }
+}
+
+bool Model::MayHaveForgotten(Rank rank, const RoundKey& key) const {
   const auto forgotten = forgotten_.find({key.layer, key.phase});
-  return key.phase != core::Phase::kBackward && forgotten != forgotten_.end() &&
-         key.sequence <= forgotten->second.first;
+  if (forgotten == forgotten_.end()) return false;
+  const auto greatest = forgotten->second.find(rank);
+  if (greatest == forgotten->second.end() || key.sequence > greatest->second) return false;
+  if (key.phase != core::Phase::kBackward) return true;
+  const auto holders = holders_.find({key.layer, key.sequence, core::Phase::kForward});
+  if (holders == holders_.end() || holders->second.count(rank) != 0) return false;
+  std::vector<Rank> contributors;
+  int64_t count = 0;
+  bool required = false;
+  return FindForward(key, &contributors, &count, &required) &&
+         std::count(contributors.begin(), contributors.end(), rank) != 0;
+}
+
+bool Model::Forgotten(const RoundKey& key) const {
+  for (Rank rank = 0; rank < settings_.world_size; ++rank) {
+    if (MayHaveForgotten(rank, key)) return true;
+  }
+  return false;
 }
 
 size_t Model::InFlight() const {
@@ -320,7 +368,7 @@ void Model::Take(Rank rank, const Part& part, absl::Time now) {
   if (before != round->second.parts.end()) {
     if (SameNumbers(*before->second.numbers, *part.numbers)) {
       before->second.incarnation = incarnation;
-      return;
+      return NoteStraddling(rank, &round->second);
     }
     if (before->second.incarnation == incarnation) {
       must_answer_.push_back(part.key);
@@ -329,14 +377,21 @@ void Model::Take(Rank rank, const Part& part, absl::Time now) {
   }
   added_[part.key] = before == round->second.parts.end() ? std::nullopt : std::optional<Held>(before->second);
   round->second.parts[rank] = Held{incarnation, part.numbers};
-  round->second.straddles = round->second.straddles || members_[rank].catching_up;
+  NoteStraddling(rank, &round->second);
+}
+
+void Model::NoteStraddling(Rank rank, Pending* round) const {
+  if (!members_.at(rank).catching_up) return;
+  round->straddles = true;
+  round->left.insert(frame_->left_ranks.begin(), frame_->left_ranks.end());
 }
 
 std::vector<Rank> Model::TakenAlong(const Pending& round) const {
   std::vector<Rank> ranks;
   for (const Rank rank : Missing(round)) {
     const auto member = members_.find(rank);
-    if (round.straddles && member != members_.end() && member->second.left_before) ranks.push_back(rank);
+    if (member == members_.end() || !member->second.left_before) continue;
+    if (round.straddles && round.left.count(rank) == 0) ranks.push_back(rank);
   }
   return ranks;
 }
@@ -349,6 +404,7 @@ void Model::After(const core::Effects& effects, const core::Coordinator& coordin
   }
   CheckOutcomes();
   CheckTold();
+  if (all_caught_up_now_) DropIdle(std::nullopt);
   if (coordinator.NextDeadline() > now) CheckWaiting(now);  // Else it has not done all that is due.
   size_t in_flight = 0;
   for (const core::GroupSummary& group : coordinator.ListGroups()) in_flight += group.rounds_in_flight;
@@ -547,6 +603,7 @@ void Model::Check(const core::GroupEnded&, absl::Time now) {
   completions_ = 0;
   restored_.clear();
   forgotten_.clear();
+  holders_.clear();
   refused_.clear();
   members_.clear();
   pending_.clear();
@@ -625,6 +682,7 @@ bool Model::RefusalIsDue(Rank rank, const Part& part, const std::string& reason)
   const bool forward_completed = FindForward(part.key, &contributors, &count, &required);
   if (reason == "OUTCOME_LOST") return Forgotten(part.key);
   if (reason == "PAYLOAD_CHANGED") {
+    if (restored_.count(part.key) != 0 && Bad(part, settings_.LayerOf(part.key))) return true;
     const auto round = pending_.find(part.key);
     if (ended == ended_.end() && round == pending_.end()) return false;
     const HeldParts& parts = ended != ended_.end() ? ended->second.parts : round->second.parts;
@@ -716,11 +774,12 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
   bool due = false;
   if (reason == "OUTCOME_LOST") {
     deadlock_now_ = deadlock_now_ || Deadlocked();
+    const bool forgotten = error.ranks.size() == 1 && MayHaveForgotten(error.ranks[0], outcome.key);
     const bool over = late || lost.size() == awaited.size();
     const bool taken_along = over && !error.ranks.empty() && error.ranks == TakenAlong(round);
-    due = Forgotten(outcome.key) || (round.restored && !error.ranks.empty()) || taken_along;
+    due = forgotten || (round.restored && !error.ranks.empty()) || taken_along;
     for (const Rank rank : error.ranks) {
-      if (!Forgotten(outcome.key) && !late && !deadlock_now_ && MayRepeat(rank, now)) due = false;
+      if (!forgotten && !late && !deadlock_now_ && MayRepeat(rank, now)) due = false;
     }
     // Some change their numbers, or give others than their predecessors. CheckOutcome of the world knows where none
     // does.
@@ -772,12 +831,20 @@ void Model::CheckCompletion(const core::RoundOutcome& outcome, const Pending& ro
     if (Left(rank) || (proceeds() && (late || GivenUp(rank, now)))) continue;
     Violate(absl::StrCat(Name(outcome.key), " completes without rank ", rank));
   }
+  for (const Rank rank : missing) {
+    if (round.restored || !MayHaveForgotten(rank, outcome.key)) continue;
+    Violate(absl::StrCat(Name(outcome.key), " completes without rank ", rank, ", which may have forgotten its end"));
+  }
   if (!round.restored && !TakenAlong(round).empty()) {
     Violate(absl::StrCat(Name(outcome.key), " completes without ranks that may have contributed before"));
   }
   if (proceeds() && !round.restored && round.parts.size() < Least(round))
     Violate(absl::StrCat(Name(outcome.key), " has too few workers"));
   if (!missing.empty()) ++tally_.partial;
+  if (round.straddles && !round.restored &&
+      std::any_of(missing.begin(), missing.end(), [this](Rank rank) { return members_[rank].left_before; })) {
+    ++tally_.outlived;
+  }
   bool required = false;
   for (const auto& [rank, held] : round.parts) {
     if (Bad({outcome.key, held.numbers}, settings_.LayerOf(outcome.key))) {
@@ -903,6 +970,10 @@ void Model::CheckWaiting(absl::Time now) {
       if (in_vain_for) Violate(absl::StrCat(Name(key), " waits for one that was refused"));
       // On the stroke of the grace or the deadline, its alarm may be the next event.
       (GivenUp(rank, now - absl::Nanoseconds(1)) ? lost : awaited) += 1;
+    }
+    for (const Rank rank : Missing(round)) {
+      if (round.restored || !MayHaveForgotten(rank, key)) continue;
+      Violate(absl::StrCat(Name(key), " waits for rank ", rank, ", which may have forgotten its end"));
     }
     const bool in_vain = awaited == 0 || (lost != 0 && !proceeds()) ||
                          (proceeds() && TakenAlong(round).empty() && round.parts.size() + awaited < Least(round));

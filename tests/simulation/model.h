@@ -58,6 +58,7 @@ class Model {
     bool told_late = false;
     bool restored = false;
     bool straddles = false;           // An earlier master has had a contribution, and perhaps ended it.
+    std::set<core::Rank> left;        // Then: those that had left before a contribution was begun.
     std::set<core::Rank> repeats;     // Restored: contributors that have the outcome,
     std::set<core::Rank> latecomers;  // and ranks that wait for it and do not count.
     bool idle() const { return restored && latecomers.empty() && repeats.size() == parts.size(); }
@@ -110,10 +111,16 @@ class Model {
   std::vector<core::Rank> RosterOf(const core::EndedReport& report) const;
   // Finds what a backward round has to know of its forward round. Returns false if that has not completed.
   bool FindForward(const core::RoundKey& key, std::vector<core::Rank>* expected, int64_t* count, bool* required) const;
+  void NoteStraddling(core::Rank rank, Pending* round) const;
   // Returns the ranks that are missing from a round and may have contributed to it under an earlier master.
   std::vector<core::Rank> TakenAlong(const Pending& round) const;
   bool MayRepeat(core::Rank rank, absl::Time now) const;
   void CheckRunOf(const core::SendJoined& joined, const core::Join& join);
+  // A restored round that nobody waits for is forgotten at its deadline, and once every member has caught up.
+  void DropIdle(std::optional<absl::Time> now);
+  bool EveryoneHasCaughtUp() const;
+  // Returns whether the rank may have forgotten that the round had ended, and its own part with it.
+  bool MayHaveForgotten(core::Rank rank, const core::RoundKey& key) const;
   bool Forgotten(const core::RoundKey& key) const;
   size_t InFlight() const;
 
@@ -181,7 +188,11 @@ class Model {
   std::map<core::RoundKey, Pending> pending_;
   std::map<core::RoundKey, Ended> ended_;
   std::map<core::RoundKey, Restored> restored_;
-  std::map<std::pair<std::string, core::Phase>, std::pair<uint64_t, core::Rank>> forgotten_;
+  // The greatest sequences that ranks have forgotten, by layer and phase.
+  std::map<std::pair<std::string, core::Phase>, std::map<core::Rank, uint64_t>> forgotten_;
+  // Forward rounds that were reported: the ranks that know of them, or wait for them. The ends of backward rounds are
+  // forgotten no sooner.
+  std::map<core::RoundKey, std::set<core::Rank>> holders_;
   std::map<std::string, Running> running_;
   std::set<std::string> completed_;  // Layers that have had a completed round.
   std::set<core::Rank> refused_;     // Vacant, and last claimed by someone with other layers.
@@ -210,6 +221,7 @@ class Model {
   std::set<core::RoundKey> ended_now_;
   bool deadlock_now_ = false;
   bool diverged_now_ = false;
+  bool all_caught_up_now_ = false;
   std::map<core::RoundKey, const core::RoundOutcome*> lost_now_;  // Restored rounds that failed.
 };
 

@@ -59,6 +59,7 @@ void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
   const auto rank = rank_of_.find(stream);
   if (rank == rank_of_.end()) return;
   if (bug_ == Bug::kEarlyCatchUp) event.caught_up = true;
+  if (bug_ == Bug::kUnknownLeaves) event.left_ranks.clear();
   if (bug_ == Bug::kChangedRoster) {
     for (core::EndedReport& report : event.ended) report.missing_ranks.clear();
   }

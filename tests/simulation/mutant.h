@@ -37,7 +37,8 @@ enum class Bug {
   kChangedRoster,    // It is not heard that a round ended without some ranks.
   kEarlyCatchUp,     // A worker that comes back is taken to have sent all that it holds.
   kAskingRepeats,    // Repeated contributions are taken for ones that ask for an outcome.
-  kForgottenLeaves,  // It is not heard who has left.
+  kForgottenLeaves,  // It is not heard who has left,
+  kUnknownLeaves,    // or that they had left before rounds ended.
   kImpatience,       // Workers that declare that rounds wait for successors are taken to want no wait.
   kForgottenSteps,   // Outcomes are forgotten as soon as others have ended, so that no step can be repeated.
   kWrongPlace,       // A new worker is told that its group stands one sequence further back.

@@ -138,6 +138,17 @@ void SessionMutant::Distort(ClientFrame& frame) {
         late_repeats_.clear();
       }
       break;
+    case SessionBug::kUnknownLeaves:
+      frame.left_ranks.clear();
+      break;
+    case SessionBug::kInventedLeaves:
+      if (frame.left_ranks.empty() && !parts.empty()) frame.left_ranks.push_back(0);
+      break;
+    case SessionBug::kKeptBackward:
+      frame.forgotten.erase(std::remove_if(frame.forgotten.begin(), frame.forgotten.end(),
+                                           [](const RoundKey& key) { return key.phase == Phase::kBackward; }),
+                            frame.forgotten.end());
+      break;
     case SessionBug::kEarlyLeave:
       if (left_) parts.clear();
       break;

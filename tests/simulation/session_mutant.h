@@ -45,7 +45,10 @@ enum class SessionBug {
   kLateRepeat,         // It is sent after the worker has said that it had sent all.
   kIgnoredMemory,      // A master that has lost its memory is not noticed.
   kShortLog,           // Answered rounds are forgotten too early.
-  kForgottenLeaves,    // A master that starts anew is not told who has left.
+  kForgottenLeaves,    // A master that starts anew is not told who has left,
+  kUnknownLeaves,      // or that they had left before rounds ended;
+  kInventedLeaves,     // or it is told so of one who had not.
+  kKeptBackward,       // It is not told which backward rounds have been forgotten.
 };
 
 // A session, and the part of its driver that keeps the events of earlier streams away from it.

@@ -76,6 +76,7 @@ struct Tally {
   uint64_t taken = 0;                      // Joins that were refused because another had the seat.
   uint64_t restored = 0;                   // Rounds that were merged again for those who waited for them.
   uint64_t adopted = 0;                    // Runs that a new group took from a worker that came back.
+  uint64_t outlived = 0;                   // Rounds that a rank had left before, under another master.
   uint64_t diverged = 0;                   // Workers that knew another outcome than their group.
   uint64_t succeeded = 0;                  // Workers that died where only deaths happen, and were told where all stand.
   std::map<std::string, uint64_t> failed;  // By reason.
@@ -104,6 +105,7 @@ struct Tally {
     taken += other.taken;
     restored += other.restored;
     adopted += other.adopted;
+    outlived += other.outlived;
     diverged += other.diverged;
     succeeded += other.succeeded;
     for (const auto& [reason, times] : other.failed) failed[reason] += times;

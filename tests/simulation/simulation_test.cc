@@ -17,7 +17,7 @@ namespace syncbn::simulation {
 namespace {
 
 uint64_t first_seed = 20'240'501;
-uint64_t schedules = 20'000;
+uint64_t schedules = 100'000;
 constexpr int kBlocks = 10;
 constexpr uint64_t kEnoughToFindABug = 5000;
 
@@ -83,6 +83,7 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.tally.forgotten, 0u);
   EXPECT_GT(sum.tally.restored, 0u);
   EXPECT_GT(sum.tally.adopted, 0u);
+  EXPECT_GT(sum.tally.outlived, 0u);
   EXPECT_GT(sum.tally.diverged, 0u);
   EXPECT_GT(sum.tally.succeeded, 0u);
   EXPECT_GT(sum.tally.unanswered, 0u);
@@ -142,7 +143,8 @@ INSTANTIATE_TEST_SUITE_P(
                       OfMaster("StolenSeat", Bug::kStolenSeat), OfMaster("SameMemory", Bug::kSameMemory),
                       OfMaster("ChangedRoster", Bug::kChangedRoster), OfMaster("EarlyCatchUp", Bug::kEarlyCatchUp),
                       OfMaster("AskingRepeats", Bug::kAskingRepeats),
-                      OfMaster("ForgottenLeaves", Bug::kForgottenLeaves), OfMaster("Impatience", Bug::kImpatience),
+                      OfMaster("ForgottenLeaves", Bug::kForgottenLeaves),
+                      OfMaster("UnknownLeaves", Bug::kUnknownLeaves), OfMaster("Impatience", Bug::kImpatience),
                       OfMaster("ForgottenSteps", Bug::kForgottenSteps), OfMaster("WrongPlace", Bug::kWrongPlace),
                       OfMaster("SmallerStep", Bug::kSmallerStep)),
     [](const auto& info) { return info.param.name; });
@@ -166,7 +168,9 @@ INSTANTIATE_TEST_SUITE_P(
         OfSession("ForgottenSelf", SessionBug::kForgottenSelf), OfSession("SecondStream", SessionBug::kSecondStream),
         OfSession("ForgottenRepeat", SessionBug::kForgottenRepeat), OfSession("LateRepeat", SessionBug::kLateRepeat),
         OfSession("IgnoredMemory", SessionBug::kIgnoredMemory), OfSession("ShortLog", SessionBug::kShortLog),
-        OfSession("ForgottenLeaves", SessionBug::kForgottenLeaves)),
+        OfSession("ForgottenLeaves", SessionBug::kForgottenLeaves),
+        OfSession("UnknownLeaves", SessionBug::kUnknownLeaves),
+        OfSession("InventedLeaves", SessionBug::kInventedLeaves), OfSession("KeptBackward", SessionBug::kKeptBackward)),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

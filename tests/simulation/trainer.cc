@@ -50,7 +50,7 @@ std::optional<absl::Duration> Trainer::Act(CheckedSession& session, absl::Time n
 
 ContributionRef Trainer::WaitsFor() const {
   const auto found = std::find_if(waiting_.begin(), waiting_.end(), [this](const ContributionRef& contribution) {
-    return !habits_.sums_overlap || sequence_ == habits_.sequences || contribution->key().phase != syncbn::Phase::kSum;
+    return !habits_.sums_overlap || sequence_ == Sequences() || contribution->key().phase != syncbn::Phase::kSum;
   });
   return found == waiting_.end() ? nullptr : *found;
 }
@@ -62,7 +62,7 @@ void Trainer::PlanStage(CheckedSession& session) {
       forward_planned_ = backward_planned_ = false;
     }
     if (!forward_planned_) {
-      if (sequence_ < habits_.sequences) PlanForward(session);
+      if (sequence_ < Sequences()) PlanForward(session);
       return;
     }
     plan_ = std::exchange(backward_, {});
@@ -94,7 +94,7 @@ void Trainer::Begin(CheckedSession& session, absl::Time now) {
     if (round.key.phase != syncbn::Phase::kBackward) round.key.sequence = kNextSequence;
     for (ContributionRef& contribution : session.Begin(round.key, numbers)) waiting_.push_back(std::move(contribution));
   }
-  const bool last = plan_.empty() && backward_planned_ && sequence_ + 1 == habits_.sequences;
+  const bool last = plan_.empty() && backward_planned_ && sequence_ + 1 == Sequences();
   if (last && random_.Chance(habits_.early_leave)) {
     leaving_ = true;
     session.Leave(now);

@@ -19,7 +19,10 @@ namespace syncbn::simulation {
 
 // The behaviour of a schedule's programs. Numbers without a unit are probabilities.
 struct Habits {
-  uint64_t sequences = 2;      // Each layer has rounds 0 to sequences - 1.
+  uint64_t sequences = 2;  // Each layer has rounds 0 to sequences - 1.
+  // A rank, if any, that leaves after fewer.
+  std::optional<core::Rank> leaver;
+  uint64_t leaver_sequences = 0;
   bool one_by_one = false;     // Wait for each outcome before the next contribution, each in an order of its own.
   bool says_blocked = false;   // Tell the session what they wait for.
   bool second_thread = false;  // Begin rounds from another thread while one waits.
@@ -39,6 +42,8 @@ class Trainer {
 
   core::Rank rank() const { return rank_; }
   uint64_t sequence() const { return sequence_; }
+  // What it waits for, in the order in which it was begun.
+  const std::vector<ContributionRef>& waiting() const { return waiting_; }
 
   // Does what comes next. Returns after how long it does more; nothing if it waits for an outcome, or has left.
   std::optional<absl::Duration> Act(CheckedSession& session, absl::Time now);
@@ -51,6 +56,7 @@ class Trainer {
     size_t length = 0;
   };
 
+  uint64_t Sequences() const { return rank_ == habits_.leaver ? habits_.leaver_sequences : habits_.sequences; }
   // Plans the forward rounds of a sequence, or the backward rounds, or nothing if none are left.
   void PlanStage(CheckedSession& session);
   void PlanForward(CheckedSession& session);

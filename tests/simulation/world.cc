@@ -65,18 +65,23 @@ void World::DrawHabits() {
   echoes_ = random_.Chance(0.5) ? 0.2 : 0.0;
   changed_echoes_ = random_.Chance(0.3) ? 0.3 : 0.0;
   slow_ = random_.Chance(0.3) ? 0.05 : 0.0;
+  if (habits_.sequences == 1 || random_.Chance(0.7)) return;
+  habits_.leaver = static_cast<core::Rank>(random_.Below(settings_.world_size));
+  habits_.leaver_sequences = random_.Between(1, habits_.sequences - 1);
 }
 
 void World::DrawOnlyDeaths() {
   settings_.only_deaths = true;
   settings_.config.round_timeout = absl::Seconds(10);
   settings_.join_timeout = absl::Seconds(10);
+  settings_.config.min_workers = std::min(settings_.config.min_workers, settings_.world_size - 1);
   settings_.contribution_bytes = 100;
   habits_.one_by_one = false;  // In orders of their own they wait for each other.
   habits_.early_leave = habits_.bad_numbers = 0.0;
   echoes_ = changed_echoes_ = 0.0;
   if (random_.Chance(0.4)) return;
   settings_.workers_die = true;
+  habits_.leaver.reset();
   settings_.config.missing_policy = core::MissingPolicy::kWait;
   settings_.config.min_workers = 0;
   settings_.config.rejoin_grace = absl::Seconds(5);

@@ -77,6 +77,7 @@ class World {
     bool mute_to_master = false;  // Nothing reaches the master, and nobody notices yet;
     bool mute_to_worker = false;  // the same in the other direction.
     bool gone = false;            // The master has seen it close.
+    bool left = false;            // The master has acknowledged a leave on it.
     Micros late_until = 0;        // Frames that were under way when it broke reach the master then.
     Micros last_to_master = 0;
     Micros last_to_worker = 0;
@@ -141,6 +142,9 @@ class World {
   void Break(core::StreamId id, bool worker_knows = false);
   void StartMaster();
   void RestartMaster();
+  // Returns whether a master that dies now is missed: somebody has not heard yet of one that has left, or waits for an
+  // outcome that was told to it.
+  bool IsMissed() const;
   void LogFrame(const Item& item);
   void LogEffect(const core::Effect& effect);
 
@@ -167,7 +171,6 @@ class World {
   void Apply(size_t index, const session::JoinedGroup& joined);
   void Apply(size_t index, const session::Notice& notice);
   void Apply(size_t index, const session::Ended& ended);
-  bool HaveLeft(const std::vector<uint32_t>& ranks) const;
   void CheckOutcome(const session::Complete& complete);
 
   // ---- Faults, and what no honest session does

@@ -21,9 +21,7 @@ void World::StartMaster() {
 
 void World::RestartMaster() {
   if (master_ == nullptr) return;
-  const auto has_left = [](const Life& life) { return life.session->LeaveDue() != absl::InfiniteFuture(); };
-  // What has left takes along what it holds.
-  if (settings_.only_deaths && std::any_of(lives_.begin(), lives_.end(), has_left)) return;
+  if (settings_.only_deaths && IsMissed()) return;
   ++report_.master_restarts;
   model_->CheckStatistics(master_->coordinator());
   const bool orderly = !settings_.only_deaths && random_.Chance(0.5);
@@ -38,6 +36,26 @@ void World::RestartMaster() {
     if (StreamOf(id).master == masters_ && !StreamOf(id).dead) Break(id);
   }
   Schedule(now_ + random_.Between(1'000, 30'000), Kind::kMasterUp, 0);
+}
+
+bool World::IsMissed() const {
+  for (const Life& gone : lives_) {
+    // A successor cannot ask one that leaves.
+    if (settings_.workers_die && gone.session->LeaveDue() != absl::InfiniteFuture()) return true;
+    if (!gone.left && (gone.stream == 0 || !streams_[gone.stream - 1].left)) continue;
+    const core::Rank rank = gone.trainer.rank();
+    const auto knows = [&](const ContributionRef& awaited) {
+      const auto told = outcomes_.find(awaited->key());
+      return told != outcomes_.end() &&
+             !std::count(told->second.missing_ranks.begin(), told->second.missing_ranks.end(), rank);
+    };
+    for (const Life& life : lives_) {
+      const auto& waiting = life.trainer.waiting();
+      if (!life.alive || &life == &gone || life.session->run_id() == 0) continue;
+      if (!life.session->KnowsLeft(rank) || std::any_of(waiting.begin(), waiting.end(), knows)) return true;
+    }
+  }
+  return false;
 }
 
 void World::ToMaster(const Item& item) {
@@ -70,6 +88,7 @@ void World::Feed(const core::Effects& effects) {
     Item item;
     if (const auto* close = std::get_if<core::CloseStream>(&effect)) {
       item.kind = Kind::kWorkerSeesClose;
+      StreamOf(close->stream).left = !close->error.has_value();
       item.why = std::make_shared<session::Break>(
           session::Break{close->error.has_value() ? ToStatus(*close->error, "") : absl::OkStatus()});
       Deliver(close->stream, std::move(item));

@@ -205,22 +205,12 @@ void World::Apply(size_t index, const session::Complete& complete) {
   Schedule(now_ + random_.Between(10, 300), Kind::kAct, index);
 }
 
-bool World::HaveLeft(const std::vector<uint32_t>& ranks) const {
-  return std::all_of(ranks.begin(), ranks.end(), [this](uint32_t rank) {
-    return std::any_of(lives_.begin(), lives_.end(),
-                       [rank](const Life& life) { return life.trainer.rank() == rank && life.left; });
-  });
-}
-
 // Every worker gets the same outcome of a round, whatever becomes of masters.
 void World::CheckOutcome(const session::Complete& complete) {
   const RoundKey& key = complete.contribution->key();
   if (!complete.status.ok()) {
     // Some contribute to backward rounds that they have announced to take no part in.
-    // One that has left has taken along what it had contributed.
-    const ErrorDetails details = DetailsOf(complete.status);
-    const bool taken_along = details.reason == "OUTCOME_LOST" && HaveLeft(details.ranks);
-    if (settings_.only_deaths && details.reason != "NOT_A_CONTRIBUTOR" && !taken_along) {
+    if (settings_.only_deaths && DetailsOf(complete.status).reason != "NOT_A_CONTRIBUTOR") {
       NoteViolation(absl::StrCat(Name(key), " fails, though there were only deaths: ", complete.status.message()));
     }
     return;
