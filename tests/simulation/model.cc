@@ -74,11 +74,6 @@ void Model::BeforeFrame(StreamId stream, const Frame& frame, absl::Time now) {
   }
 }
 
-void Model::BeforeTime(absl::Time now) {
-  Begin();
-  DropIdle(now);
-}
-
 void Model::BeforeClose(StreamId stream, absl::Time now) {
   Begin();
   const auto rank = SeatOf(stream);
