@@ -123,6 +123,7 @@ class Options {
     DefineTls();
     DefineStrangers();
     DefineLimits();
+    DefineSharedMemory();
     DefineHttp();
     DefineLog();
     DefineLife();
@@ -201,6 +202,22 @@ class Options {
     Whole("--max-connections-per-address", &server.max_connections_per_address, 1 << 20,
           "most connections of one address")
         ->default_str("half of all; any number from this host");
+  }
+
+  void DefineSharedMemory() {
+    group_ = "Shared memory";
+    const std::string name = "--shared-memory";
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [this, name](const std::string& text) {
+          const auto sharing = ParseMemorySharing(text);
+          if (!sharing.has_value()) Refuse(name, text, "off, same-user or any-user");
+          flags_->server.shared_memory = *sharing;
+        },
+        "share memory with workers on this machine: off, same-user or any-user");
+    Named(option, name)->type_name("WHOM")->default_str("same-user");
+    Text("--shared-memory-dir", &flags_->server.shared_memory_dir, "where workers make the memory that they share",
+         "DIR", "the name of a directory");
   }
 
   void DefineHttp() {

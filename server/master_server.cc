@@ -184,7 +184,21 @@ bool IsLocal(const std::vector<rpc::ListenAddress>& addresses) {
   return std::all_of(addresses.begin(), addresses.end(), [](const auto& address) { return address.is_local(); });
 }
 
-absl::StatusOr<rpc::LoopOptions> MakeLoopOptions(const MasterServer::Options& options, bool local) {
+// Returns where workers that see the same files may have made segments.
+std::vector<std::string> MemoryDirectories(const std::string& given, const std::vector<rpc::ListenAddress>& addresses) {
+  if (!given.empty()) return {given};
+  std::vector<std::string> directories;
+  for (const rpc::ListenAddress& address : addresses) {
+    if (address.path.empty()) continue;
+    const size_t slash = address.path.rfind('/');
+    directories.push_back(slash == std::string::npos ? "." : address.path.substr(0, slash));
+  }
+  directories.push_back(kSharedMemoryDirectory);
+  return directories;
+}
+
+absl::StatusOr<rpc::LoopOptions> MakeLoopOptions(const MasterServer::Options& options,
+                                                 const std::vector<rpc::ListenAddress>& addresses) {
   for (const std::string* token : {&options.token, &options.inspection_token}) {
     if (token->empty()) continue;
     if (absl::Status status = CheckToken(*token); !status.ok()) return status;
@@ -194,13 +208,16 @@ absl::StatusOr<rpc::LoopOptions> MakeLoopOptions(const MasterServer::Options& op
   rpc::LoopOptions loop;
   loop.limits = options.limits;
   loop.max_unread_bytes = options.max_unread_bytes;
+  loop.max_frame_bytes = static_cast<size_t>(options.max_frame_bytes);
+  loop.memory_sharing = options.shared_memory;
+  loop.memory_directories = MemoryDirectories(options.shared_memory_dir, addresses);
   loop.join_timeout = options.join_timeout;
   loop.max_watchers = options.max_watchers;
   loop.description = options.description.empty() ? absl::StrCat("syncbn-master/", kVersion) : options.description;
   loop.instance = DrawInstance();
   loop.token = rpc::SecretOf(options.token);
   loop.identity = *std::move(identity);
-  loop.inspection = options.inspection.value_or(local);
+  loop.inspection = options.inspection.value_or(IsLocal(addresses));
   loop.inspection_token = options.inspection_token.empty() ? loop.token : rpc::SecretOf(options.inspection_token);
   return loop;
 }
@@ -323,7 +340,7 @@ absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options option
   if (absl::Status status = CheckLimits(options); !status.ok()) return status;
   const auto addresses = ParseAddresses(options);
   if (!addresses.ok()) return addresses.status();
-  auto loop = MakeLoopOptions(options, IsLocal(*addresses));
+  auto loop = MakeLoopOptions(options, *addresses);
   if (!loop.ok()) return loop.status();
   std::optional<rpc::AutoTls> made;
   if (options.tls.auto_tls) {

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "plumbing/shared_file.h"
 #include "server/core/limits.h"
 
 namespace grpc {
@@ -84,6 +85,10 @@ class MasterServer {
     // Where the running statistics are kept between the lives of masters: a directory that one master uses at a time,
     // made if only its last part does not exist. Empty: they begin anew with each master.
     std::string state_dir;
+    // Workers on this machine whose memory is shared, in place of frames by gRPC (PROTOCOL.md, "Shared memory").
+    MemorySharing shared_memory = MemorySharing::kSameUser;
+    // Where it lies. Empty: beside a unix socket that is listened on, or in /dev/shm.
+    std::string shared_memory_dir;
     // Description of this process for its workers. Empty for "syncbn-master/" and the version.
     std::string description;
   };

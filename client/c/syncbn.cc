@@ -3,6 +3,7 @@
 #include "client/c/syncbn.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -21,6 +22,7 @@
 #include "kernels/cpu/batch_norm.h"
 #include "plumbing/certificate.h"
 #include "plumbing/log.h"
+#include "plumbing/shared_file.h"
 #include "server/http/http_server.h"
 #include "server/master_server.h"
 #include "vocabulary/revision.h"
@@ -332,6 +334,10 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   server.tls.client_cert_auth = options.client_cert_auth != 0;
   server.token = Text(options.token);
   server.state_dir = Text(options.state_dir);
+  const auto memory = syncbn::SharedMemoryOptions::FromEnvironment();
+  if (!memory.ok()) return Report(memory.status(), error);
+  if (std::getenv("SYNCBN_SHARED_MEMORY") != nullptr) server.shared_memory = memory->sharing;
+  server.shared_memory_dir = memory->directory;
   auto started = syncbn::MasterServer::Start(std::move(server));
   if (!started.ok()) return Report(started.status(), error);
   std::string target = (*started)->target();
@@ -425,6 +431,7 @@ uint32_t syncbn_worker_rank(const syncbn_worker* worker) { return worker->worker
 uint32_t syncbn_worker_world_size(const syncbn_worker* worker) { return worker->worker->world_size(); }
 uint64_t syncbn_worker_incarnation(const syncbn_worker* worker) { return worker->worker->incarnation(); }
 uint64_t syncbn_worker_run_id(const syncbn_worker* worker) { return worker->worker->run_id(); }
+int32_t syncbn_worker_shares_memory(const syncbn_worker* worker) { return worker->worker->shares_memory() ? 1 : 0; }
 
 syncbn_code syncbn_worker_wait_for_members(syncbn_worker* worker, int64_t timeout_ns, syncbn_error** error) {
   if (worker == nullptr) return Report(Missing("worker"), error);

@@ -228,6 +228,8 @@ SYNCBN_API uint32_t syncbn_worker_rank(const syncbn_worker* worker);
 SYNCBN_API uint32_t syncbn_worker_world_size(const syncbn_worker* worker);
 SYNCBN_API uint64_t syncbn_worker_incarnation(const syncbn_worker* worker);
 SYNCBN_API uint64_t syncbn_worker_run_id(const syncbn_worker* worker);
+/* 1 if frames go through memory that the master shares, at this moment; 0 if they go by gRPC. */
+SYNCBN_API int32_t syncbn_worker_shares_memory(const syncbn_worker* worker);
 
 /* Waits until every rank of the group is present. Returns SYNCBN_PENDING once `timeout_ns` has passed. */
 SYNCBN_API syncbn_code syncbn_worker_wait_for_members(syncbn_worker* worker, int64_t timeout_ns, syncbn_error** error);

@@ -17,9 +17,6 @@
 namespace syncbn {
 namespace {
 
-// Twice what a master keeps for a worker to read by default.
-constexpr int kMostFrameBytes = 128 << 20;
-
 // gRPC ends the process if it cannot open what it needs for a first connection.
 absl::Status CheckDescriptors() {
   constexpr int kNeeded = 16;
@@ -86,6 +83,12 @@ void Connection::Finish() {
   finishing_ = true;
   ++outstanding_;
   call_->Finish(&status_, &finish_);
+}
+
+std::string Connection::MasterMetadata(const std::string& key) const {
+  const auto& headers = context_.GetServerInitialMetadata();
+  const auto found = headers.find(key);
+  return found == headers.end() ? "" : std::string(found->second.data(), found->second.size());
 }
 
 void Connection::Ended(Kind kind) {

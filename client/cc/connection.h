@@ -18,6 +18,9 @@
 
 namespace syncbn {
 
+// The longest frame of a master's that is read: twice what a master keeps for a worker to read by default.
+inline constexpr int kMostFrameBytes = 128 << 20;
+
 // Opens channels to the master, tuned for short frames and quick reconnection. Copies share their credentials.
 //
 // *Thread safety*: any thread may call any method.
@@ -52,6 +55,8 @@ class Connection {
 
   Connection(const std::shared_ptr<grpc::Channel>& channel, grpc::CompletionQueue* queue);
 
+  // Before Start.
+  void AddMetadata(const std::string& key, const std::string& value) { context_.AddMetadata(key, value); }
   void Start();
   void Read();
   void Write(const grpc::ByteBuffer& frame);
@@ -66,6 +71,9 @@ class Connection {
   bool finishing() const { return finishing_; }
   int outstanding() const { return outstanding_; }
 
+  // Returns the first value that the master has sent with its headers; empty if there is none. After a Read that
+  // succeeded.
+  std::string MasterMetadata(const std::string& key) const;
   // Returns the frame, after a Read that succeeded.
   grpc::ByteBuffer* incoming() { return &incoming_; }
   // Returns why the call ended, after Finish. Its error details are a serialized google.rpc.Status, if the master gave

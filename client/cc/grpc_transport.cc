@@ -44,10 +44,11 @@ GrpcTransport::~GrpcTransport() {
   }
 }
 
-void GrpcTransport::Open(const std::string& target, absl::Duration connect_timeout) {
+void GrpcTransport::Open(const std::string& target, absl::Duration connect_timeout, absl::Span<const Header> metadata) {
   Retire();
   started_ = false;
   connection_ = std::make_unique<Connection>(channels_.Open(target, connect_timeout), &queue_);
+  for (const auto& [name, value] : metadata) connection_->AddMetadata(name, value);
   connection_->Start();
 }
 

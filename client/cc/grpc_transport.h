@@ -19,15 +19,23 @@ namespace syncbn {
 // The waiting thread drives the completion queue itself, so that an answer wakes no thread but the one that wants it.
 class GrpcTransport final : public Transport {
  public:
+  using Header = std::pair<std::string, std::string>;
+
   explicit GrpcTransport(ChannelMaker channels) : channels_(std::move(channels)) {}
   ~GrpcTransport() override;
 
-  void Open(const std::string& target, absl::Duration connect_timeout) override;
+  void Open(const std::string& target, absl::Duration connect_timeout) override { Open(target, connect_timeout, {}); }
+  // The same, with metadata for the master.
+  void Open(const std::string& target, absl::Duration connect_timeout, absl::Span<const Header> metadata);
+  // Returns the first value of this name in the master's metadata; empty if there is none. While a frame is handled.
+  std::string MasterMetadata(const std::string& name) const { return connection_->MasterMetadata(name); }
   void Close() override;
   bool IsUp() const override;
   void Write(absl::Span<const Buffer> parts) override;
   void Read() override;
   void Wait(absl::Time deadline) override;
+  // Returns whether the last Wait has found something for Take.
+  bool found() const { return tag_ != nullptr; }
   void Take(absl::FunctionRef<void(const Event&)> handle) override;
   void Wake() override;
 

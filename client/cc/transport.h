@@ -40,6 +40,8 @@ class Transport {
   virtual void Close() = 0;
   // Returns false before kUp, and as soon as the stream has failed, which is before kBroken tells why.
   virtual bool IsUp() const = 0;
+  // Returns whether frames go through memory that the master shares, at this moment.
+  virtual bool shares_memory() const { return false; }
   // Writes a frame, whose bytes are those of all parts in order. One write at a time; only while IsUp().
   virtual void Write(absl::Span<const Buffer> parts) = 0;
   // Asks for the next frame. Has no effect while one is being asked for, or unless IsUp().

@@ -14,8 +14,8 @@
 #include "client/cc/connection.h"
 #include "client/cc/contribution.h"
 #include "client/cc/errors.h"
-#include "client/cc/grpc_transport.h"
 #include "client/cc/session/targets.h"
+#include "client/cc/shared_memory_transport.h"
 #include "client/cc/worker_impl.h"
 #include "client/cc/worker_internal.h"
 #include "plumbing/forked.h"
@@ -111,9 +111,12 @@ bool Round::HasOutcome() const { return impl_->HasOutcome(); }
 absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
   if (absl::Status status = CheckNotForked(); !status.ok()) return status;
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
+  auto sharing = SharedMemoryOptions::FromEnvironment();
+  if (!sharing.ok()) return sharing.status();
   auto channels = ChannelMaker::Make(options.tls);
   if (!channels.ok()) return channels.status();
-  return WorkerInternal::Join(std::move(options), std::make_unique<GrpcTransport>(*std::move(channels)));
+  auto transport = std::make_unique<SharedMemoryTransport>(*std::move(channels), *std::move(sharing));
+  return WorkerInternal::Join(std::move(options), std::move(transport));
 }
 
 absl::StatusOr<std::unique_ptr<Worker>> WorkerInternal::Join(Worker::Options options,
@@ -163,6 +166,7 @@ uint32_t Worker::world_size() const { return impl_->options().world_size; }
 MissingPolicy Worker::missing_policy() const { return impl_->options().missing_policy; }
 uint64_t Worker::incarnation() const { return impl_->incarnation(); }
 uint64_t Worker::run_id() const { return impl_->run_id(); }
+bool Worker::shares_memory() const { return impl_->shares_memory(); }
 absl::Status Worker::WaitForMembers(absl::Duration timeout) { return impl_->WaitForMembers(timeout); }
 absl::Status Worker::ResumeAt(uint64_t sequence) { return impl_->ResumeAt(sequence); }
 

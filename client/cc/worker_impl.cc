@@ -289,6 +289,12 @@ std::optional<LayerOptions> WorkerImpl::FindLayer(absl::string_view name) const 
   return *layer;
 }
 
+bool WorkerImpl::shares_memory() const {
+  if (forked()) return false;
+  absl::MutexLock lock(&mutex_);
+  return transport_->shares_memory();
+}
+
 absl::StatusOr<PendingRounds> WorkerImpl::Begin(RoundKey key, const Payload& payload) {
   if (forked()) return ForkedError();
   absl::MutexLock lock(&mutex_);

@@ -85,6 +85,7 @@ class WorkerImpl {
   const Worker::Options& options() const { return options_; }
   uint64_t incarnation() const { return incarnation_; }
   uint64_t run_id() const { return run_id_; }
+  bool shares_memory() const;
   // In a child of the process that joined, nothing of the connection may be touched.
   bool forked() const { return open_.forked(); }
   // OK, or FAILED_PRECONDITION (FORKED).

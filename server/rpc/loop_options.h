@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "plumbing/shared_file.h"
 #include "server/core/limits.h"
 #include "server/core/state.h"
 #include "server/core/types.h"
@@ -25,6 +26,10 @@ struct LoopOptions {
   // Must outlive the loop.
   Connections* connections = nullptr;
   size_t max_unread_bytes = 0;
+  size_t max_frame_bytes = 0;
+  // With whom memory is shared, and where the segments are that workers offer.
+  MemorySharing memory_sharing = MemorySharing::kOff;
+  std::vector<std::string> memory_directories;
   absl::Duration join_timeout;
   size_t max_watchers = 0;
   std::string description;

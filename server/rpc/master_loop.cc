@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "plumbing/messages.h"
+#include "plumbing/spin.h"
 #include "server/rpc/convert.h"
 
 namespace syncbn::rpc {
@@ -89,19 +90,46 @@ void MasterLoop::Start() {
 void MasterLoop::Run() {
   void* tag = nullptr;
   bool ok = false;
+  absl::Time deadline = absl::InfinitePast();
   while (true) {
-    const absl::Time deadline = sessions_.has_backlog() ? now_ : NextWakeUp();
     const auto event = queue_->AsyncNext(&tag, &ok, clock_.QueueDeadline(deadline));
     if (event == grpc::CompletionQueue::SHUTDOWN) return;
+    const absl::MutexLock lock(&turn_);
     now_ = clock_.Now();
     if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
-    if (coordinator_.NextDeadline() <= now_) Deliver(core::TimePassed{});
-    sessions_.RunTimers();
-    unary_calls_.RunTimers();
-    ServeBacklog(event == grpc::CompletionQueue::TIMEOUT);
-    state_saver_.OnTurn(now_);
+    EndTurn(event == grpc::CompletionQueue::TIMEOUT);
     EndIfIdle();
+    deadline = sessions_.has_backlog() ? now_ : NextWakeUp();
   }
+}
+
+// A deadline that comes of a turn is watched by the thread that had the turn; the other one may sleep beyond it.
+void MasterLoop::ReadShared() {
+  Doorbell& bell = *sessions_.bell();
+  Spin spin;
+  while (true) {
+    const uint32_t seen = bell.rings();
+    absl::Duration pause = absl::InfiniteDuration();
+    {
+      const absl::MutexLock lock(&turn_);
+      if (stopped_) return;
+      now_ = clock_.Now();
+      const bool any = sessions_.PollShared();
+      EndTurn(!any);
+      if (any || sessions_.has_backlog()) continue;
+      if (sessions_.sharing()) pause = NextWakeUp() - now_;
+    }
+    if (spin.Until([&] { return bell.rings() != seen; })) continue;
+    bell.Sleep(seen, absl::ToChronoNanoseconds(pause));
+  }
+}
+
+void MasterLoop::EndTurn(bool quiet) {
+  if (coordinator_.NextDeadline() <= now_) Deliver(core::TimePassed{});
+  sessions_.RunTimers();
+  unary_calls_.RunTimers();
+  ServeBacklog(quiet);
+  state_saver_.OnTurn(now_);
 }
 
 absl::Time MasterLoop::NextWakeUp() const {
@@ -136,6 +164,7 @@ void MasterLoop::Deliver(const core::Event& event) {
 
 void MasterLoop::Apply(const core::SendJoined& joined) {
   sessions_.NoteMember(joined.stream);
+  if (sessions_.bell() != nullptr && !shared_thread_.joinable()) shared_thread_ = std::thread([this] { ReadShared(); });
   v1::MasterFrame frame;
   ToProto(joined, options_.description, frame.mutable_joined());
   sessions_.Send({joined.stream}, frame);
@@ -202,6 +231,13 @@ void MasterLoop::BeginShutdown() { Wake(shutdown_alarm_, shutdown_tag_); }
 void MasterLoop::Stop() {
   Wake(stop_alarm_, stop_tag_);
   thread_.join();
+  if (!shared_thread_.joinable()) return;
+  {
+    const absl::MutexLock lock(&turn_);
+    stopped_ = true;
+  }
+  sessions_.bell()->RingAnew();
+  shared_thread_.join();
 }
 
 void MasterLoop::OnListening(bool) {

@@ -1,4 +1,5 @@
-// The one thread of a master: it drives the completion queue, and the engine inline.
+// The thread of a master: it drives the completion queue, and the engine inline. Where workers share memory, a second
+// thread takes turns with it.
 
 #ifndef SYNCBN_SERVER_RPC_MASTER_LOOP_H_
 #define SYNCBN_SERVER_RPC_MASTER_LOOP_H_
@@ -7,6 +8,7 @@
 #include <memory>
 #include <thread>
 
+#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "grpcpp/alarm.h"
 #include "grpcpp/completion_queue.h"
@@ -50,7 +52,13 @@ class MasterLoop {
   void Stop();
 
  private:
+  // Drives the completion queue.
   void Run();
+  // Looks at shared memory. A thread of its own, since one thread cannot wait for the queue and for a doorbell; it is
+  // started with the first worker that shares memory.
+  void ReadShared();
+  // Does what is due after an event, or without one. `quiet`: there was none.
+  void EndTurn(bool quiet);
   absl::Time NextWakeUp() const;
   // Gives the backlog its turn, if it is time.
   void ServeBacklog(bool quiet);
@@ -79,6 +87,8 @@ class MasterLoop {
 
   const LoopOptions options_;
   const Clock clock_;
+  // Held by whichever thread has its turn. All that follows belongs to it, but for what is atomic.
+  absl::Mutex turn_;
   absl::Time now_ = clock_.Now();  // Of the event that is being handled.
   Narrator log_;
   core::Coordinator coordinator_;
@@ -96,7 +106,9 @@ class MasterLoop {
   std::atomic<bool> listening_told_{true};  // No alarm is on its way.
   std::atomic<bool> probe_answered_{true};
   bool stopping_ = false;
+  bool stopped_ = false;
   std::thread thread_;
+  std::thread shared_thread_;  // Not before a worker shares memory.
 };
 
 }  // namespace syncbn::rpc

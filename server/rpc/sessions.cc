@@ -30,7 +30,12 @@ size_t Fingerprint(const core::RoundKey& key) {
 
 Sessions::Sessions(const LoopOptions& options, const core::Coordinator& coordinator, Deliver deliver, Narrator* log,
                    const absl::Time* now)
-    : options_(options), coordinator_(coordinator), deliver_(std::move(deliver)), log_(log), now_(now) {}
+    : options_(options),
+      coordinator_(coordinator),
+      deliver_(std::move(deliver)),
+      log_(log),
+      now_(now),
+      memory_(options.memory_sharing, options.memory_directories, options.max_frame_bytes) {}
 
 void Sessions::Serve(grpc::ServerCompletionQueue* queue) {
   queue_ = queue;
@@ -103,6 +108,10 @@ std::optional<core::Error> Sessions::CheckCredentials(const Session& session, co
 
 void Sessions::OnWritten(WorkerStream* stream) { NoteLag(Of(stream)); }
 
+void Sessions::OnFault(WorkerStream* stream, const std::string& fault) {
+  Refuse(Of(stream), core::MalformedError(absl::StrCat("the shared memory is against its rules: ", fault)));
+}
+
 void Sessions::OnHalfClosed(WorkerStream* stream) {
   Session& session = Of(stream);
   session.half_closed = true;
@@ -134,12 +143,20 @@ void Sessions::OnGone(WorkerStream* stream) {
   } else if (session.broken) {
     options_.connections->Strayed(stream->peer());
   }
+  sharing_.erase(std::remove(sharing_.begin(), sharing_.end(), stream), sharing_.end());
   sessions_.erase(stream->id());
   // By what is left, not by name: the peer of a call that was cancelled is unknown.
   for (auto connection = connections_.begin(); connection != connections_.end();) {
     const auto at = connection++;
     if (at->second.expired()) connections_.erase(at);
   }
+}
+
+bool Sessions::PollShared() {
+  bool any = false;
+  // A stream is deleted at an event of its call alone, and none is being handled.
+  for (WorkerStream* const stream : sharing_) any = stream->Poll() || any;
+  return any;
 }
 
 // ---- Frames, slice by slice -----------------------------------------------------------------------------------------
@@ -181,7 +198,7 @@ void Sessions::HandleSlice(Session& session) {
   } else if (!done) {
     SYNCBN_CHECK(session.lane != nullptr, "a stream that has not joined is open after its first frame");
     lanes_.AddToBacklog(*session.lane, id);
-  } else if (blocked && !session.answered_since_read) {
+  } else if (blocked && !session.answered_since_read && !session.stream->shares_memory()) {
     HoldRead(session);
   } else {
     ReadNext(session);
@@ -300,6 +317,11 @@ void Sessions::NoteMember(core::StreamId id) {
   Session* const session = Find(id);
   if (session == nullptr || std::exchange(session->member, true)) return;
   options_.connections->Joined(session->stream->peer());
+  // The answer to the join is the first that the worker is sent, and carries the answer to its offer.
+  auto segment = memory_.Accept(session->stream->offer());
+  if (segment == nullptr) return;
+  session->stream->Share(std::move(segment), memory_.answer());
+  sharing_.push_back(session->stream.get());
 }
 
 void Sessions::Close(core::StreamId id, const std::optional<core::Error>& error) {

@@ -25,6 +25,7 @@
 #include "server/rpc/frame_reader.h"
 #include "server/rpc/lanes.h"
 #include "server/rpc/loop_options.h"
+#include "server/rpc/shared_memory.h"
 #include "server/rpc/unread_bytes.h"
 #include "server/rpc/worker_stream.h"
 
@@ -36,7 +37,7 @@ size_t Fingerprint(const core::RoundKey& key);
 // while one of them has much unread. One that then reads nothing for seconds is cut off. Streams of one connection, as
 // workers of one process have it, share what it may leave unread.
 //
-// Thread safety: none but for joined(); it lives on the thread that drives the queue, once Serve was called.
+// Thread safety: none but for joined(); the caller serializes.
 class Sessions final : public WorkerStream::Handler {
  public:
   // Hands an event to the engine, and applies its effects before it returns.
@@ -82,6 +83,13 @@ class Sessions final : public WorkerStream::Handler {
   absl::Time NextTimer() const;
   void RunTimers();
 
+  // Null as long as no worker shares memory; then the doorbell of all that do, until the end.
+  Doorbell* bell() const { return memory_.bell(); }
+  // Returns whether any stream shares memory.
+  bool sharing() const { return !sharing_.empty(); }
+  // Looks at the memory of every stream that shares it. Returns whether there was anything to do.
+  bool PollShared();
+
   // Frames of many contributions are handled in slices. Returns whether there are more.
   bool has_backlog() const { return lanes_.has_backlog(); }
   // Handles the next slice.
@@ -118,6 +126,7 @@ class Sessions final : public WorkerStream::Handler {
   void OnAccepted(WorkerStream* stream) override;
   void OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) override;
   void OnWritten(WorkerStream* stream) override;
+  void OnFault(WorkerStream* stream, const std::string& fault) override;
   void OnHalfClosed(WorkerStream* stream) override;
   void OnBroken(WorkerStream* stream) override;
   void OnGone(WorkerStream* stream) override;
@@ -173,6 +182,8 @@ class Sessions final : public WorkerStream::Handler {
   absl::btree_set<std::tuple<absl::Time, TimerKind, core::StreamId>> timers_;
   Lanes lanes_;
   std::vector<core::StreamId> retiring_;
+  SharedMemory memory_;
+  std::vector<WorkerStream*> sharing_;
   bool serving_ = true;
   std::atomic<size_t> joined_{0};
   uint64_t started_ = 0;

@@ -72,6 +72,9 @@ class StreamCall {
     WriteNext();
   }
 
+  // Adds metadata to the headers. Before they and the first message are sent.
+  void AddHeader(const std::string& name, const std::string& value) { context_.AddInitialMetadata(name, value); }
+
   // Sends the headers before the first message.
   void SendHeaders() {
     if (open()) stream_.SendInitialMetadata(Begin(Operation::kHeaders));
@@ -87,6 +90,11 @@ class StreamCall {
   virtual void OnStart() = 0;
   // A read has ended; `ok` as grpc::CompletionQueue::Next has it. Not called after the call was closed or has ended.
   virtual void OnRead(bool /*ok*/) {}
+  // Returns whether the end of the call has to wait for something other than queued messages. EndIfDue follows.
+  virtual bool HoldsEnd() const { return false; }
+  // Ends a call that was closed, if nothing holds it up.
+  void EndIfDue() { WriteNext(); }
+
   // A message has been written or has failed to be, and leaves the queue. Must not send.
   virtual void OnDequeue(const Message& /*message*/) {}
   // A message has been written, and the next is on its way if there is one.
@@ -163,7 +171,7 @@ class StreamCall {
     if (busy || broken_ || ended_) return;
     if (!outgoing_.empty()) {
       stream_.Write(outgoing_.front(), Begin(Operation::kWrite));
-    } else if (closing_.has_value() && !std::exchange(finished_, true)) {
+    } else if (closing_.has_value() && !HoldsEnd() && !std::exchange(finished_, true)) {
       stream_.Finish(*closing_, Begin(Operation::kFinish));
     }
   }

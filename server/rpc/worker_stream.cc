@@ -1,5 +1,6 @@
 #include "server/rpc/worker_stream.h"
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,9 +50,73 @@ bool WorkerStream::Admits(size_t bytes) {
 
 void WorkerStream::Send(const grpc::ByteBuffer& frame, UnreadBytes::Charge charge) {
   unread_bytes_ += frame.Length();
-  charges_.push_back(std::move(charge));
-  Queue(frame);
+  if (segment_ == nullptr || !std::exchange(answered_, true)) {
+    charges_.push_back(std::move(charge));
+    return Queue(frame);
+  }
+  shared_charges_.push_back(std::move(charge));
+  segment_->Queue(frame);
+  SendShared();
 }
+
+void WorkerStream::Close(const grpc::Status& status) {
+  if (segment_ != nullptr) segment_->AnnounceEnd();
+  StreamCall::Close(status);
+}
+
+// ---- Shared memory --------------------------------------------------------------------------------------------------
+
+std::string WorkerStream::offer() const {
+  const auto& metadata = context().client_metadata();
+  const auto found = metadata.find(kSharedMemoryHeader);
+  return found == metadata.end() ? "" : std::string(found->second.data(), found->second.size());
+}
+
+void WorkerStream::Share(std::unique_ptr<SharedSegment> segment, const std::string& answer) {
+  segment_ = std::move(segment);
+  AddHeader(kSharedMemoryHeader, answer);
+}
+
+void WorkerStream::ReadNext() {
+  if (segment_ == nullptr) return Read(&incoming_);
+  reading_ = true;
+  if (segment_->HasBytes()) segment_->RingMaster();
+}
+
+bool WorkerStream::SendShared() {
+  if (segment_->queued() == 0) return false;
+  const uint64_t before = written_;
+  while (segment_->queued() != 0) {
+    const std::optional<size_t> sent = segment_->Send();
+    if (!sent.has_value()) break;
+    unread_bytes_ -= *sent;
+    shared_charges_.pop_front();
+    ++written_;
+  }
+  segment_->RingWorker();
+  if (!segment_->fault().empty() && !fault_told_) segment_->RingMaster();  // For Poll to tell.
+  return written_ != before;
+}
+
+bool WorkerStream::Poll() {
+  const bool sent = segment_->HasRoom() && SendShared();
+  if (sent) handler_->OnWritten(this);
+  if (sent && closed()) EndIfDue();
+  if (!open()) return sent;
+  std::optional<grpc::ByteBuffer> frame;
+  if (reading_) frame = segment_->Receive();
+  if (!segment_->fault().empty()) {
+    if (std::exchange(fault_told_, true)) return sent;
+    handler_->OnFault(this, segment_->fault());
+    return true;
+  }
+  if (!frame.has_value()) return sent;
+  reading_ = false;
+  handler_->OnFrame(this, *std::move(frame));
+  return true;
+}
+
+// ---- Ends -----------------------------------------------------------------------------------------------------------
 
 void WorkerStream::OnWritten() {
   ++written_;
@@ -59,6 +124,7 @@ void WorkerStream::OnWritten() {
 }
 
 void WorkerStream::OnEnded() {
+  if (segment_ != nullptr) segment_->RingMasterAnew();
   if (!closed()) handler_->OnBroken(this);
 }
 

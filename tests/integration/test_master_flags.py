@@ -29,6 +29,8 @@ FLAGS = [
     "max-connections",
     "state-dir",
     "max-connections-per-address",
+    "shared-memory",
+    "shared-memory-dir",
     "watchdog",
     "reflection",
     "exit-timeout",
@@ -50,7 +52,8 @@ BAD_VALUES = [
         for flag in ("exit-timeout", "max-lifetime", "watchdog")
     ],
     *[(flag, [""], "the name of a file") for flag in ("cert-file", "key-file", "trusted-ca-file")],
-    ("state-dir", [""], "the name of a directory"),
+    *[(flag, [""], "the name of a directory") for flag in ("state-dir", "shared-memory-dir")],
+    ("shared-memory", ["", "maybe", "2", "Off"], "off, same-user or any-user"),
     ("log-level", ["", "loud", "INFO", "10"], "debug, info, warning or error"),
     *[(flag, ["", "maybe", "2"], "on or off") for flag in ("reflection", "inspection")],
     *[(flag, ["maybe", "2", "-1", "10", "yes please"], "true or false") for flag in ("insecure", "client-cert-auth", "auto-tls")],

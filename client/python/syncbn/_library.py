@@ -238,6 +238,7 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
     "syncbn_worker_world_size": (c_uint32, [_HANDLE]),
     "syncbn_worker_incarnation": (c_uint64, [_HANDLE]),
     "syncbn_worker_run_id": (c_uint64, [_HANDLE]),
+    "syncbn_worker_shares_memory": (c_int32, [_HANDLE]),
     "syncbn_worker_wait_for_members": (c_int32, [_HANDLE, c_int64, _ERROR]),
     "syncbn_worker_resume_at": (c_int32, [_HANDLE, c_uint64, _ERROR]),
     "syncbn_worker_resume_layer_at": (c_int32, [_HANDLE, c_char_p, c_int32, c_uint64, _ERROR]),

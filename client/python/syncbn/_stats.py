@@ -40,6 +40,8 @@ class Stats(NamedTuple):
     """By name, beginning with the layer that was waited for longest."""
     missing: Mapping[int, int]
     """By rank: the number of rounds that failed because of it or went on without it, as far as this worker was told."""
+    transport: Optional[str] = None
+    """"shared memory" or "gRPC": the worker's way to its master now. None once it has ended."""
 
     def __str__(self) -> str:
         lines = [f"{'layer':<40} {'rounds':>9} {'failed':>7} {'waited':>10} {'p50':>10} {'p99':>10}"]
@@ -50,6 +52,8 @@ class Stats(NamedTuple):
             )
         if len(self.layers) > _SHOWN:
             lines.append(f"and {len(self.layers) - _SHOWN} layers more")
+        if self.transport is not None:
+            lines.append(f"by {self.transport}")
         if self.missing:
             lines.append("missing: " + ", ".join(f"rank {rank} in {n} rounds" for rank, n in self.missing.items()))
         return "\n".join(lines)

@@ -290,7 +290,14 @@ class Worker:
 
         `print(worker.stats())` shows a table. A worker that ends logs the totals at level INFO.
         """
-        return self._recorder.stats()
+        return self._recorder.stats()._replace(transport=self._transport())
+
+    def _transport(self) -> Optional[str]:
+        try:
+            with self.handle() as handle:
+                return "shared memory" if lib.syncbn_worker_shares_memory(handle) else "gRPC"
+        except errors.Error:
+            return None
 
     def explain_host_driven(self, device_index: int) -> None:
         """Warns, once, if passes on this CUDA device cannot be stream-ordered."""

@@ -70,6 +70,15 @@ def test_rounds_that_fail_or_lack_a_rank_name_it(master):
         assert "missing: rank 1 in 2 rounds" in str(stats)
 
 
+@pytest.mark.parametrize("sharing, transport", [("same-user", "shared memory"), ("off", "gRPC")])
+def test_the_way_to_the_master_is_told(master, monkeypatch, sharing, transport):
+    monkeypatch.setenv("SYNCBN_SHARED_MEMORY", sharing)
+    with syncbn.Worker(master.target, f"told {sharing}", 0, 1) as worker:
+        assert worker.all_reduce("sum", [1.0]) == [1.0]
+        assert worker.stats().transport == transport and f"by {transport}" in str(worker.stats())
+    assert worker.stats().transport is None
+
+
 def test_quantiles_are_those_of_the_times_to_within_5_percent():
     seed = 2611
     times = np.random.default_rng(seed).lognormal(-8, 2, 5000)

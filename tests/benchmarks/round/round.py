@@ -24,7 +24,10 @@ import report  # noqa: E402
 _HERE = pathlib.Path(__file__).resolve().parent
 _WARM_UP = 10  # Rounds of each block that are not counted: the workers start one after the other.
 
-TCP, UNIX, RAW_TCP, RAW_UNIX, GLOO = "TCP", "unix", "raw TCP", "raw unix", "gloo"
+TCP, UNIX, MEMORY, RAW_TCP, RAW_UNIX, GLOO = "TCP", "unix", "memory", "raw TCP", "raw unix", "gloo"
+
+
+_RATIOS = ((TCP, RAW_TCP), (UNIX, RAW_UNIX), (MEMORY, RAW_UNIX), (TCP, GLOO))
 
 
 class Binaries(NamedTuple):
@@ -59,8 +62,14 @@ def cpu_time(pid: int) -> float:
     return total / 1e3
 
 
-def start(command: List[str], stack: contextlib.ExitStack, stderr: Any = None) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
+def start(
+    command: List[str], stack: contextlib.ExitStack, stderr: Any = None, memory: bool = False
+) -> "subprocess.Popen[str]":
+    """`memory`: whether a worker may share memory with its master."""
+    environment = {**os.environ, "SYNCBN_SHARED_MEMORY": "same-user" if memory else "off"}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+    )
 
     def stop() -> None:
         assert process.stdin is not None
@@ -104,11 +113,13 @@ class Team:
 
 @contextlib.contextmanager
 def teams(binaries: Binaries, world_size: int, names: List[str]) -> Iterator[Dict[str, Team]]:
-    """Starts every variant's processes. One master serves TCP and unix sockets alike."""
+    """Starts every variant's processes. One master serves TCP, unix sockets and shared memory alike."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        master = start([binaries.master, "--address", "127.0.0.1:0", "--address", f"unix:{folder}/master"], stack)
+        addresses = ["--address", "127.0.0.1:0", "--address", f"unix:{folder}/master"]
+        master = start([binaries.master, *addresses], stack, memory=True)
         targets = dict(zip((TCP, UNIX), read_line(master).split()[-2:]))
+        targets[MEMORY] = targets[UNIX]
         result = {}
         for name in names:
             commands, servers = [], []
@@ -120,7 +131,10 @@ def teams(binaries: Binaries, world_size: int, names: List[str]) -> Iterator[Dic
                 address = "127.0.0.1:0" if name == RAW_TCP else f"unix:{folder}/raw"
                 servers = [start([binaries.raw_server, address, str(world_size)], stack)]
                 commands = [[binaries.worker, "raw", read_line(servers[0]).split()[-1], "-"]] * world_size
-            workers = [start([*command, str(rank), str(world_size)], stack) for rank, command in enumerate(commands)]
+            workers = [
+                start([*command, str(rank), str(world_size)], stack, memory=name == MEMORY)
+                for rank, command in enumerate(commands)
+            ]
             result[name] = Team(workers, servers)
         for team in result.values():
             team.await_ready()
@@ -176,14 +190,14 @@ def single_rounds(options: argparse.Namespace, binaries: Binaries, names: List[s
         sizes = [Size(channels) for channels in options.channels]
         runs = measure(binaries, world_size, names, sizes, options)
         for size in sizes:
-            ratios = [ratio(runs, (a, size), (b, size), options.teams) for a, b in ((TCP, RAW_TCP), (UNIX, RAW_UNIX), (TCP, GLOO))]
+            ratios = [ratio(runs, (a, size), (b, size), options.teams) for a, b in _RATIOS]
             head = [str(world_size), str(size.channels)]
             latencies.append([*head, *(latency(runs[name, size]) for name in names), *ratios])
             cpus.append([*head, *(cpu(runs[name, size]) for name in names)])
     return [
         "Microseconds of one round, p50 / p99, and ratios of p50: median, least and greatest of the starts.",
         "",
-        *report.table(["W", "C", *names, "TCP / raw TCP", "unix / raw unix", "TCP / gloo"], latencies),
+        *report.table(["W", "C", *names, *(f"{a} / {b}" for a, b in _RATIOS)], latencies),
         "",
         "CPU microseconds of all processes, a worker and round:",
         "",
@@ -234,7 +248,7 @@ def main() -> None:
     binaries = Binaries(
         os.environ["SYNCBN_MASTER"], os.environ["SYNCBN_ROUND_WORKER"], os.environ["SYNCBN_RAW_SERVER"]
     )
-    names = [TCP, UNIX, RAW_TCP, RAW_UNIX] + ([] if options.without_gloo else [GLOO])
+    names = [TCP, UNIX, MEMORY, RAW_TCP, RAW_UNIX] + ([] if options.without_gloo else [GLOO])
     provenance = report.provenance("tools/benchmark round")
     lines = [provenance, "", *single_rounds(options, binaries, names), "", *several_layers(options, binaries)]
     report.publish("round", lines, options.output)

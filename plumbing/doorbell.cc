@@ -1,0 +1,39 @@
+#include "plumbing/doorbell.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+namespace syncbn {
+namespace {
+
+// Between processes, so without FUTEX_PRIVATE_FLAG.
+void FutexWake(std::atomic<uint32_t>* word) { syscall(SYS_futex, word, FUTEX_WAKE, 1, nullptr, nullptr, 0); }
+
+}  // namespace
+
+void Doorbell::Ring() {
+  rings_.fetch_add(1, std::memory_order_seq_cst);
+  if (sleeps_.load(std::memory_order_seq_cst) == 0) return;
+  if (sleeps_.exchange(0, std::memory_order_seq_cst) != 0) FutexWake(&rings_);
+}
+
+void Doorbell::RingAnew() {
+  rings_.fetch_add(1, std::memory_order_seq_cst);
+  FutexWake(&rings_);
+}
+
+void Doorbell::Sleep(uint32_t seen, std::chrono::nanoseconds timeout) {
+  constexpr int64_t kSecond = 1000000000;
+  if (timeout.count() <= 0) return;
+  timespec relative = {};
+  relative.tv_sec = static_cast<time_t>(timeout.count() / kSecond);
+  relative.tv_nsec = static_cast<decltype(relative.tv_nsec)>(timeout.count() % kSecond);
+  sleeps_.store(1, std::memory_order_seq_cst);
+  // The kernel compares the word with `seen` again.
+  if (rings() == seen) syscall(SYS_futex, &rings_, FUTEX_WAIT, seen, &relative, nullptr, 0);
+  sleeps_.store(0, std::memory_order_seq_cst);
+}
+
+}  // namespace syncbn

@@ -1,0 +1,38 @@
+// A word in shared memory by which one process wakes a thread of another.
+
+#ifndef SYNCBN_PLUMBING_DOORBELL_H_
+#define SYNCBN_PLUMBING_DOORBELL_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+namespace syncbn {
+
+// Lies in shared memory, zeroed at first. Any number of threads ring; one thread sleeps. Whoever can write to the
+// memory can wake the sleeper in vain or fail to wake it, and nothing else.
+//
+// The sleeper reads rings(), looks for work, and sleeps only if nobody has rung since. So no ring is lost.
+//
+// *Thread safety*: any thread of any process may call any method; one sleeps at a time.
+class Doorbell {
+ public:
+  uint32_t rings() const { return rings_.load(std::memory_order_seq_cst); }
+
+  // Wakes the thread that sleeps.
+  void Ring();
+  // Wakes the thread that sleeps, also if another process has died in the middle of Ring.
+  void RingAnew();
+
+  // Sleeps until somebody rings, for at most `timeout`; not at all if rings() is no longer `seen`. May return early.
+  void Sleep(uint32_t seen, std::chrono::nanoseconds timeout);
+
+ private:
+  std::atomic<uint32_t> rings_;
+  std::atomic<uint32_t> sleeps_;  // 1 while a thread sleeps, and nobody has woken it.
+};
+static_assert(std::atomic<uint32_t>::is_always_lock_free);
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_PLUMBING_DOORBELL_H_
