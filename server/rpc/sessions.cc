@@ -144,12 +144,10 @@ void Sessions::OnGone(WorkerStream* stream) {
     options_.connections->Strayed(stream->peer());
   }
   sharing_.erase(std::remove(sharing_.begin(), sharing_.end(), stream), sharing_.end());
+  const std::string peer = stream->peer();
   sessions_.erase(stream->id());
-  // By what is left, not by name: the peer of a call that was cancelled is unknown.
-  for (auto connection = connections_.begin(); connection != connections_.end();) {
-    const auto at = connection++;
-    if (at->second.expired()) connections_.erase(at);
-  }
+  const auto connection = connections_.find(peer);
+  if (connection != connections_.end() && connection->second.expired()) connections_.erase(connection);
 }
 
 bool Sessions::PollShared() {
@@ -292,9 +290,8 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
     }
     UnreadBytes::Charge& charge = charges[session->connection.get()];
     if (charge == nullptr && session->connection->bytes() + size > options_.max_unread_bytes) {
-      const std::string peer = session->stream->peer();  // Unknown once the call is cancelled.
       CutOff(*session);
-      options_.connections->End(peer, "its workers leave too much unread");
+      options_.connections->End(session->stream->peer(), "its workers leave too much unread");
       continue;
     }
     if (!bytes.has_value()) bytes = SerializeToBuffer(frame);

@@ -105,7 +105,8 @@ class Sessions final : public WorkerStream::Handler {
     std::unique_ptr<FrameReader> frame;       // While it is being handled.
     SliceLimits slice;
     // Fingerprints of the rounds that the worker has contributed to and that have no outcome yet. A set, not a count,
-    // since a repeated contribution is answered once.
+    // since a repeated contribution is answered once; no keys, which would copy names. Two of 64 bits that happen to be
+    // equal would end a half-closed stream one answer early.
     absl::flat_hash_set<size_t> unanswered;
     bool joined = false;
     bool member = false;  // The engine has let it in.

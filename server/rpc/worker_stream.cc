@@ -19,6 +19,7 @@ WorkerStream::WorkerStream(core::StreamId id, Handler* handler, size_t max_unrea
 }
 
 void WorkerStream::OnStart() {
+  peer_ = PeerName(context().peer());
   handler_->OnAccepted(this);
   ReadNext();
 }
@@ -30,8 +31,6 @@ void WorkerStream::OnRead(bool ok) {
     handler_->OnHalfClosed(this);
   }
 }
-
-std::string WorkerStream::peer() const { return PeerName(context().peer()); }
 
 PeerNames WorkerStream::names() const {
   const auto find = [auth = context().auth_context()](const char* property) {

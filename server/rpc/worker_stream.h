@@ -55,8 +55,8 @@ class WorkerStream final
                grpc::ServerCompletionQueue* queue);
 
   core::StreamId id() const { return id_; }
-  // Returns the worker's address, as Connections names it. A worker has called.
-  std::string peer() const;
+  // Returns the worker's address, as Connections names it; empty before a worker has called.
+  const std::string& peer() const { return peer_; }
   // Returns what the worker's certificate says. A worker has called.
   PeerNames names() const;
 
@@ -100,6 +100,7 @@ class WorkerStream final
   const core::StreamId id_;
   Handler* const handler_;
   const size_t max_unread_bytes_;
+  std::string peer_;  // Kept here, since gRPC forgets it when the call is cancelled.
   grpc::ByteBuffer incoming_;
   size_t unread_bytes_ = 0;
   std::deque<UnreadBytes::Charge> charges_;         // Of the frames that are queued for the call,

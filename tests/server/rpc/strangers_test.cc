@@ -109,6 +109,41 @@ TEST(StrangersTest, IdleConnectionsMakeRoomForWorkers) {
   EXPECT_TRUE(worker->CompletesARound());
 }
 
+TEST(StrangersTest, TheConnectionOfAWorkerThatWasCutOffMakesRoom) {
+  constexpr size_t kElements = 1 << 16;  // 512 KiB.
+  MasterServer::Options options = OnLoopback();
+  options.max_connections = 2;
+  options.max_unread_bytes = 4 << 20;
+  const auto server = Start(options);
+  ASSERT_NE(server, nullptr);
+  const auto connection = Connect(server->target());
+  RawStream slow(connection), quick(Connect(server->target()));
+  for (int rank = 0; rank < 2; ++rank) {
+    v1::WorkerFrame join = JoinFrame("g", rank, 2);
+    *join.add_layers() = SumLayer("v", kElements);
+    ASSERT_TRUE((rank == 0 ? quick : slow).Write(join));
+  }
+  bool cut = false;
+  for (int round = 0; round < 100 && !cut; ++round) {  // 50 MiB: beyond what any transport buffers.
+    v1::WorkerFrame frame;
+    auto* const contribution = frame.add_contributions();
+    *contribution->mutable_key() = Key("v", round, v1::PHASE_SUM);
+    contribution->mutable_vector()->mutable_value()->Resize(kElements, 1.0);
+    slow.Write(frame);  // Fails once it is cut off.
+    ASSERT_TRUE(quick.Write(frame));
+    const auto answer = quick.ReadResults();
+    ASSERT_TRUE(answer.has_value());
+    cut = answer->results(0).has_error();
+  }
+  ASSERT_TRUE(cut);
+  EXPECT_FALSE(slow.Finish().ok());
+  std::unique_ptr<Worker> worker;
+  EXPECT_TRUE(Eventually([&] {
+    worker = std::make_unique<Worker>(server->target());
+    return worker->joined();
+  }));
+}
+
 TEST(StrangersTest, OneAddressHasItsShare) {
   LogCollector log;
   MasterServer::Options options = OnLoopback();
