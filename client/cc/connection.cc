@@ -59,8 +59,7 @@ std::shared_ptr<grpc::Channel> ChannelMaker::Open(const std::string& target, abs
 }
 
 Connection::Connection(const std::shared_ptr<grpc::Channel>& channel, grpc::CompletionQueue* queue) : stub_(channel) {
-  call_ = stub_.PrepareCall(&context_, absl::StrCat("/", v1::StatisticsService::service_full_name(), "/Synchronize"),
-                            queue);
+  call_ = stub_.PrepareCall(&context_, "/syncbn.v1.StatisticsService/Synchronize", queue);
 }
 
 void Connection::Start() {
