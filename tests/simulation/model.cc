@@ -6,6 +6,7 @@
 #include <variant>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "tests/testing/moments_oracle.h"
 
@@ -856,15 +857,19 @@ void Model::CheckCompletion(const core::RoundOutcome& outcome, const Pending& ro
 }
 
 void Model::CheckNumbers(const core::RoundOutcome& outcome, const Merged& merged) {
-  bool right = outcome.count == merged.count && outcome.first.size() == merged.first.size() &&
-               outcome.second.size() == merged.second.size();
-  for (size_t c = 0; right && c < merged.first.size(); ++c) {
-    right = Near(outcome.first[c], merged.first[c], merged.first_scale[c]);
+  if (outcome.count != merged.count || outcome.first.size() != merged.first.size() ||
+      outcome.second.size() != merged.second.size()) {
+    return Violate(absl::StrCat(Name(outcome.key), " is merged to another size"));
   }
-  for (size_t c = 0; right && c < merged.second.size(); ++c) {
-    right = Near(outcome.second[c], merged.second[c], merged.second_scale[c]);
-  }
-  if (!right) Violate(absl::StrCat(Name(outcome.key), " is merged wrongly"));
+  const auto check = [&](const char* which, const auto& actual, const auto& expected, const auto& scale) {
+    for (size_t c = 0; c < expected.size(); ++c) {
+      if (Near(actual[c], expected[c], scale[c])) continue;
+      Violate(absl::StrFormat("%s is merged wrongly: %s number %d is %.17g, not %.20Lg", Name(outcome.key), which, c,
+                              actual[c], expected[c]));
+    }
+  };
+  check("first", outcome.first, merged.first, merged.first_scale);
+  check("second", outcome.second, merged.second, merged.second_scale);
 }
 
 Model::Merged Model::Merge(const RoundKey& key, const HeldParts& parts, int64_t forward_count) const {
@@ -887,7 +892,9 @@ Model::Merged Model::Merge(const RoundKey& key, const HeldParts& parts, int64_t 
       merged.first.push_back(pooled.mean);
       merged.second.push_back(var);
       merged.first_scale.push_back(scale);
-      merged.second_scale.push_back(var);
+      // The mean of the first ranks is rounded by 1e-16 of itself, and the deviation of the next rank from it by as
+      // much: 1e-6 of the scale would do.
+      merged.second_scale.push_back(var + 1e-5L * scale * std::sqrt(var));
       continue;
     }
     long double sums[2] = {0.0L, 0.0L};

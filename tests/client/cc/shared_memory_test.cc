@@ -40,8 +40,8 @@ class SharedMemoryTest : public ::testing::Test {
   }
 
   static std::string MakeDirectory() {
-    std::string pattern = absl::StrCat(::testing::TempDir(), "/memoryXXXXXX");
-    return mkdtemp(pattern.data());
+    char pattern[] = "/tmp/syncbn-test-XXXXXX";  // The path of a unix socket has to be short.
+    return mkdtemp(pattern);
   }
 
   std::unique_ptr<MasterServer> Start(int port = 0, MemorySharing sharing = MemorySharing::kSameUser) const {
