@@ -25,7 +25,7 @@ def check(result):
 
 
 def test_a_master_that_dies_ten_times_loses_nothing():
-    check(deaths.compare(steps=40, deaths=10, victims="masters", seed=SEED))
+    check(deaths.compare(steps=20, deaths=10, victims="masters", seed=SEED))
 
 
 def test_workers_that_die_five_times_go_on_from_their_checkpoints():

@@ -7,6 +7,7 @@ may still wait for the step before the last that this worker had finished.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import random
@@ -169,6 +170,12 @@ def train(
         master.stop()
 
 
+@functools.lru_cache(maxsize=None)
+def undisturbed(steps: int) -> List[Dict[str, np.ndarray]]:
+    with tempfile.TemporaryDirectory() as directory:
+        return train(pathlib.Path(directory), steps, [], "masters", random.Random())
+
+
 def count_differences(a: List[Dict[str, np.ndarray]], b: List[Dict[str, np.ndarray]]) -> int:
     """The numbers that differ in any bit."""
     return sum(
@@ -179,15 +186,15 @@ def count_differences(a: List[Dict[str, np.ndarray]], b: List[Dict[str, np.ndarr
 
 
 def compare(steps: int, deaths: int, victims: str, seed: int) -> Dict[str, int]:
-    """Trains twice, once undisturbed; returns how many numbers were compared, and how many differ.
+    """Trains beside the undisturbed training; returns how many numbers were compared, and how many differ.
 
     victims: "masters", "workers" or "both".
     """
     randomly = random.Random(seed)
-    with tempfile.TemporaryDirectory() as calm, tempfile.TemporaryDirectory() as stormy:
-        expected = train(pathlib.Path(calm), steps, [], victims, randomly)
+    expected = undisturbed(steps)
+    with tempfile.TemporaryDirectory() as directory:
         chosen = sorted(randomly.sample(range(1, steps), deaths))
-        actual = train(pathlib.Path(stormy), steps, chosen, victims, randomly)
+        actual = train(pathlib.Path(directory), steps, chosen, victims, randomly)
     numbers = sum(values.size for record in expected for values in record.values())
     return {"numbers": numbers, "differences": count_differences(expected, actual)}
 
