@@ -96,13 +96,6 @@ void Model::BeforeTime(absl::Time now) {
   DropIdle(now);
 }
 
-void Model::DropIdle(absl::Time now) {
-  for (auto round = pending_.begin(); round != pending_.end();) {
-    const bool due = now >= round->second.begun + *settings_.config.round_timeout;
-    round = round->second.idle() && due ? pending_.erase(round) : std::next(round);
-  }
-}
-
 void Model::TakeFrame(Rank rank, absl::Time now) {
   sender_.rank = rank;
   sender_.seated = true;

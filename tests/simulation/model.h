@@ -169,8 +169,6 @@ class Model {
   bool Deadlocked() const;
   bool proceeds() const { return settings_.config.missing_policy == core::MissingPolicy::kProceed; }
   bool waits() const { return settings_.config.missing_policy == core::MissingPolicy::kWait; }
-  // Forgets restored rounds that nobody waits for, at their deadlines.
-  void DropIdle(absl::Time now);
   // Returns the completed round of the greatest sequence for each layer and phase.
   std::vector<core::RoundKey> NewestRounds() const;
   size_t Least(const Pending& round) const;
