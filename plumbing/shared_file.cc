@@ -64,9 +64,9 @@ std::optional<MemorySharing> ParseMemorySharing(absl::string_view text) {
   return std::nullopt;
 }
 
-absl::StatusOr<SharedMemoryOptions> SharedMemoryOptions::FromEnvironment() {
+absl::StatusOr<SharedMemoryOptions> SharedMemoryOptions::FromEnvironment(MemorySharing otherwise) {
   SharedMemoryOptions options;
-  options.sharing = MemorySharing::kOff;  // Not by default yet: operations.md says why.
+  options.sharing = otherwise;
   if (const char* const value = std::getenv("SYNCBN_SHARED_MEMORY"); value != nullptr && *value != '\0') {
     const auto sharing = ParseMemorySharing(value);
     if (!sharing.has_value()) {
@@ -77,6 +77,17 @@ absl::StatusOr<SharedMemoryOptions> SharedMemoryOptions::FromEnvironment() {
   }
   if (const char* const value = std::getenv("SYNCBN_SHARED_MEMORY_DIR"); value != nullptr) options.directory = value;
   return options;
+}
+
+std::vector<std::string> SharedMemoryDirectories(const std::string& given, const std::vector<std::string>& sockets) {
+  if (!given.empty()) return {given};
+  std::vector<std::string> directories;
+  for (const std::string& socket : sockets) {
+    const size_t slash = socket.rfind('/');
+    directories.push_back(slash == std::string::npos ? "." : socket.substr(0, slash));
+  }
+  directories.emplace_back(kSharedMemoryDirectory);
+  return directories;
 }
 
 SharedName SharedName::Draw() {

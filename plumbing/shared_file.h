@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -21,18 +22,21 @@ enum class MemorySharing { kOff, kSameUser, kAnyUser };
 std::optional<MemorySharing> ParseMemorySharing(absl::string_view text);
 
 struct SharedMemoryOptions {
-  // Reads SYNCBN_SHARED_MEMORY (off, same-user or any-user) and SYNCBN_SHARED_MEMORY_DIR. *Errors*: INVALID_ARGUMENT,
-  // naming the variable and its value.
-  static absl::StatusOr<SharedMemoryOptions> FromEnvironment();
+  // Reads SYNCBN_SHARED_MEMORY (off, same-user or any-user; `otherwise` if it is unset or empty) and
+  // SYNCBN_SHARED_MEMORY_DIR. *Errors*: INVALID_ARGUMENT, naming the variable and its value.
+  static absl::StatusOr<SharedMemoryOptions> FromEnvironment(MemorySharing otherwise);
 
   MemorySharing sharing = MemorySharing::kSameUser;
-  // Where segments are made. Empty: beside the socket of a unix: target; otherwise, or if that cannot be, in
-  // kSharedMemoryDirectory.
+  // The directory of the segments. Empty: as SharedMemoryDirectories says.
   std::string directory;
 };
 
 // Where files are shared unless something else is agreed.
 inline constexpr char kSharedMemoryDirectory[] = "/dev/shm";
+// Returns the directories in which workers make segments and a master looks for them, in this order: `given` alone, if
+// it is not empty; otherwise those in which the unix sockets lie that have these paths, and kSharedMemoryDirectory.
+std::vector<std::string> SharedMemoryDirectories(const std::string& given, const std::vector<std::string>& sockets);
+
 // The gRPC metadata in which a worker offers a segment, and a master answers with its doorbell: SharedName::ToString.
 inline constexpr char kSharedMemoryHeader[] = "syncbn-shared-memory";
 

@@ -184,17 +184,13 @@ bool IsLocal(const std::vector<rpc::ListenAddress>& addresses) {
   return std::all_of(addresses.begin(), addresses.end(), [](const auto& address) { return address.is_local(); });
 }
 
-// Returns where workers that see the same files may have made segments.
-std::vector<std::string> MemoryDirectories(const std::string& given, const std::vector<rpc::ListenAddress>& addresses) {
-  if (!given.empty()) return {given};
-  std::vector<std::string> directories;
+// Returns the paths of the unix sockets among the addresses.
+std::vector<std::string> SocketsOf(const std::vector<rpc::ListenAddress>& addresses) {
+  std::vector<std::string> sockets;
   for (const rpc::ListenAddress& address : addresses) {
-    if (address.path.empty()) continue;
-    const size_t slash = address.path.rfind('/');
-    directories.push_back(slash == std::string::npos ? "." : address.path.substr(0, slash));
+    if (!address.path.empty()) sockets.push_back(address.path);
   }
-  directories.push_back(kSharedMemoryDirectory);
-  return directories;
+  return sockets;
 }
 
 absl::StatusOr<rpc::LoopOptions> MakeLoopOptions(const MasterServer::Options& options,
@@ -210,7 +206,7 @@ absl::StatusOr<rpc::LoopOptions> MakeLoopOptions(const MasterServer::Options& op
   loop.max_unread_bytes = options.max_unread_bytes;
   loop.max_frame_bytes = static_cast<size_t>(options.max_frame_bytes);
   loop.memory_sharing = options.shared_memory;
-  loop.memory_directories = MemoryDirectories(options.shared_memory_dir, addresses);
+  loop.memory_directories = SharedMemoryDirectories(options.shared_memory_dir, SocketsOf(addresses));
   loop.join_timeout = options.join_timeout;
   loop.max_watchers = options.max_watchers;
   loop.description = options.description.empty() ? absl::StrCat("syncbn-master/", kVersion) : options.description;

@@ -87,7 +87,7 @@ class MasterServer {
     std::string state_dir;
     // Workers on this machine whose memory is shared, in place of frames by gRPC (PROTOCOL.md, "Shared memory").
     MemorySharing shared_memory = MemorySharing::kSameUser;
-    // Where it lies. Empty: beside a unix socket that is listened on, or in /dev/shm.
+    // The directory of that memory. Empty: beside a unix socket that is listened on, or /dev/shm.
     std::string shared_memory_dir;
     // Description of this process for its workers. Empty for "syncbn-master/" and the version.
     std::string description;

@@ -3,7 +3,6 @@
 #include "client/c/syncbn.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -334,9 +333,9 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   server.tls.client_cert_auth = options.client_cert_auth != 0;
   server.token = Text(options.token);
   server.state_dir = Text(options.state_dir);
-  const auto memory = syncbn::SharedMemoryOptions::FromEnvironment();
+  const auto memory = syncbn::SharedMemoryOptions::FromEnvironment(server.shared_memory);
   if (!memory.ok()) return Report(memory.status(), error);
-  if (std::getenv("SYNCBN_SHARED_MEMORY") != nullptr) server.shared_memory = memory->sharing;
+  server.shared_memory = memory->sharing;
   server.shared_memory_dir = memory->directory;
   auto started = syncbn::MasterServer::Start(std::move(server));
   if (!started.ok()) return Report(started.status(), error);

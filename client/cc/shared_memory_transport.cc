@@ -31,12 +31,11 @@ bool IsOnThisHost(absl::string_view target) {
          absl::StartsWith(target, "[::1]:");
 }
 
-// Returns where the socket of a unix: target lies; empty for other targets.
-std::string DirectoryOf(absl::string_view target) {
-  if (!absl::ConsumePrefix(&target, "unix:")) return "";
+// Returns the path of the socket of a unix: target; nothing for other targets.
+std::vector<std::string> SocketsOf(absl::string_view target) {
+  if (!absl::ConsumePrefix(&target, "unix:")) return {};
   absl::ConsumePrefix(&target, "//");
-  const size_t slash = target.rfind('/');
-  return slash == absl::string_view::npos ? "." : std::string(target.substr(0, slash));
+  return {std::string(target)};
 }
 
 }  // namespace
@@ -120,10 +119,7 @@ void SharedMemoryTransport::OnStreamEvent(const Event& event, absl::FunctionRef<
 
 void SharedMemoryTransport::MakeSegment() {
   if (!offered_.has_value()) return;
-  std::vector<std::string> directories = {options_.directory};
-  if (options_.directory.empty()) directories = {DirectoryOf(target_), kSharedMemoryDirectory};
-  for (const std::string& directory : directories) {
-    if (directory.empty()) continue;
+  for (const std::string& directory : SharedMemoryDirectories(options_.directory, SocketsOf(target_))) {
     auto segment = Segment::Create(directory, *offered_, options_.sharing);
     if (!segment.ok()) continue;  // The master will not find it either.
     segment_ = *std::move(segment);

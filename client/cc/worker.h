@@ -146,7 +146,7 @@ class Worker {
   MissingPolicy missing_policy() const;
   uint64_t incarnation() const;
   uint64_t run_id() const;
-  // Whether frames go through memory that the master shares, at this moment, and not by gRPC.
+  // *Returns* true if frames go through memory that the master shares, at this moment, and not by gRPC.
   bool shares_memory() const;
 
   // Waits until every rank is present. *Returns* a pending status (IsPending) if `timeout` passes before.

@@ -22,8 +22,8 @@ struct FrameReceived {
   // The greatest sequence, by layer and phase, that the worker has contributed to and forgotten.
   std::vector<RoundKey> forgotten;
   std::vector<Contribution> contributions;
-  // Of a member that catches up: the ranks that had left before the rounds of these contributions ended, repeated ones
-  // aside.
+  // The ranks that had left before the rounds of these contributions ended, repeated ones aside, by the word of a
+  // member that catches up.
   std::vector<Rank> left_ranks;
   bool caught_up = false;  // All that it had sent to earlier masters, and still holds, has been sent to this one.
   std::vector<RoundKey> blocked_on;

@@ -256,8 +256,10 @@ void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
 }
 
 void Group::OnMemberGone(absl::Time now, Effects& effects) {
-  if (empty())
-    linger_until_ = now + (waits() ? std::max(limits_.group_linger, *config_.rejoin_grace) : limits_.group_linger);
+  if (empty()) {
+    const absl::Duration grace = waits() ? *config_.rejoin_grace : absl::ZeroDuration();
+    linger_until_ = now + std::max(limits_.group_linger, grace);
+  }
   AnnounceMembership(std::nullopt, effects);
 }
 

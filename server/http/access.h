@@ -1,4 +1,4 @@
-// Who may read the pages about a master.
+// Access to the pages about a master.
 
 #ifndef SYNCBN_SERVER_HTTP_ACCESS_H_
 #define SYNCBN_SERVER_HTTP_ACCESS_H_

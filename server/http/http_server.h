@@ -15,10 +15,10 @@ namespace syncbn::http {
 struct HttpOptions {
   // HOST:PORT; port 0 takes a free one.
   std::string address;
-  // What readers of everything but probes and metrics must bear: as "Authorization: Bearer TOKEN", or as the password
-  // that a browser asks for. Empty: nothing.
+  // The token that readers of everything but probes and metrics must bear: as "Authorization: Bearer TOKEN", or as the
+  // password that a browser asks for. Empty: nothing.
   std::string token;
-  // Whether anything but probes and metrics is served.
+  // False: nothing but probes and metrics is served.
   bool pages_open = true;
   // Groups of more workers have no metrics by rank.
   uint32_t metrics_max_ranks = 256;

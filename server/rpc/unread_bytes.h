@@ -10,7 +10,7 @@ namespace syncbn::rpc {
 
 // A frame that goes to several streams of the connection is in memory once, and counts once.
 //
-// Thread safety: none; it lives on the thread that drives the queue.
+// Thread safety: none; the caller serializes.
 class UnreadBytes : public std::enable_shared_from_this<UnreadBytes> {
  public:
   // Stands for a frame. It counts until the last copy is gone.

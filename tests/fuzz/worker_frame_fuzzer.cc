@@ -81,7 +81,7 @@ class Master {
     uint32_t rank = 0;
     std::unique_ptr<rpc::FrameReader> frame;  // Of which not all slices have been handled.
   };
-  // What a master has told the worker that has this rank.
+  // The life and the run that a master has told a rank's worker.
   struct Life {
     uint64_t incarnation = 0;
     uint64_t run_id = 0;

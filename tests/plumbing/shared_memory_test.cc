@@ -288,5 +288,22 @@ TEST(MemorySharingTest, TheFlagsWordsAreRead) {
   EXPECT_EQ(ParseMemorySharing("yes"), std::nullopt);
 }
 
+TEST(MemorySharingTest, SegmentsLieBesideTheSocketOrWhereItIsSaid) {
+  using Directories = std::vector<std::string>;
+  EXPECT_EQ(SharedMemoryDirectories("/mnt/shared", {"/run/a.sock"}), Directories({"/mnt/shared"}));
+  EXPECT_EQ(SharedMemoryDirectories("", {"/run/a.sock", "b.sock"}), Directories({"/run", ".", "/dev/shm"}));
+  EXPECT_EQ(SharedMemoryDirectories("", {}), Directories({"/dev/shm"}));
+}
+
+TEST(MemorySharingTest, AVariableThatIsEmptySaysNothing) {
+  unsetenv("SYNCBN_SHARED_MEMORY");
+  EXPECT_EQ(SharedMemoryOptions::FromEnvironment(MemorySharing::kAnyUser)->sharing, MemorySharing::kAnyUser);
+  setenv("SYNCBN_SHARED_MEMORY", "", 1);
+  EXPECT_EQ(SharedMemoryOptions::FromEnvironment(MemorySharing::kSameUser)->sharing, MemorySharing::kSameUser);
+  setenv("SYNCBN_SHARED_MEMORY", "off", 1);
+  EXPECT_EQ(SharedMemoryOptions::FromEnvironment(MemorySharing::kSameUser)->sharing, MemorySharing::kOff);
+  unsetenv("SYNCBN_SHARED_MEMORY");
+}
+
 }  // namespace
 }  // namespace syncbn

@@ -117,10 +117,7 @@ void Model::TakeFrame(Rank rank, absl::Time now) {
     }
   }
   if (frame_->caught_up && std::exchange(members_[rank].catching_up, false)) {
-    for (const RoundKey& key : frame_->forgotten) {
-      uint64_t& greatest = forgotten_[{key.layer, key.phase}][rank];
-      greatest = std::max(greatest, key.sequence);
-    }
+    for (const RoundKey& key : frame_->forgotten) NoteForgotten(rank, key);
     all_caught_up_now_ = EveryoneHasCaughtUp() && !waits();
   }
   members_[rank].blocked_on = frame_->blocked_on;
@@ -190,8 +187,7 @@ bool Model::TakeReport(Rank rank, const core::EndedReport& report) {
   }
   const std::vector<Rank> roster = RosterOf(report);
   if (roster.empty()) {
-    uint64_t& greatest = forgotten_[{report.key.layer, report.key.phase}][rank];
-    greatest = std::max(greatest, report.key.sequence);
+    NoteForgotten(rank, report.key);
     return true;
   }
   restored_[report.key] = {report, roster};
@@ -305,6 +301,11 @@ void Model::DropIdle(std::optional<absl::Time> now) {
     const bool due = !now.has_value() || *now >= round->second.begun + *settings_.config.round_timeout;
     round = round->second.idle() && due ? pending_.erase(round) : std::next(round);
   }
+}
+
+void Model::NoteForgotten(Rank rank, const RoundKey& key) {
+  uint64_t& greatest = forgotten_[{key.layer, key.phase}][rank];
+  greatest = std::max(greatest, key.sequence);
 }
 
 bool Model::MayHaveForgotten(Rank rank, const RoundKey& key) const {

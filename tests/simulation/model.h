@@ -119,6 +119,8 @@ class Model {
   // A restored round that nobody waits for is forgotten at its deadline, and once every member has caught up.
   void DropIdle(std::optional<absl::Time> now);
   bool EveryoneHasCaughtUp() const;
+  // The rank has forgotten the round, and those of its layer and phase before it.
+  void NoteForgotten(core::Rank rank, const core::RoundKey& key);
   // Returns whether the rank may have forgotten that the round had ended, and its own part with it.
   bool MayHaveForgotten(core::Rank rank, const core::RoundKey& key) const;
   bool Forgotten(const core::RoundKey& key) const;

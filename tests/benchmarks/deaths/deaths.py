@@ -142,7 +142,7 @@ class Worker:
 
 def kill(victims: str, master: Master, workers: List[Worker], randomly: random.Random) -> None:
     """Has someone die and come back: the master, a worker, or by chance the one, the other or both."""
-    time.sleep(randomly.uniform(0.0, 0.03))
+    time.sleep(randomly.uniform(0.0, 0.03))  # To strike at any moment of the next step.
     chosen = randomly.choice(("masters", "workers", "together")) if victims == "both" else victims
     if chosen != "masters":
         workers[randomly.randrange(WORKERS)].restart()

@@ -34,7 +34,7 @@ GroupConfig Waiting(absl::Duration grace = absl::Seconds(30)) {
   return config;
 }
 
-// What a rank contributes to a round: the same in every life.
+// Returns the contribution of a rank to a round: the same in every life.
 Numbers Of(Rank rank, const RoundKey& key) {
   const double x = 0.1 + rank + 0.3 * static_cast<double>(key.sequence);
   if (key.phase == Phase::kSum) return {0, {x}, {}};
