@@ -101,7 +101,8 @@ def test_a_killed_worker_may_be_replaced(
 def test_a_stopped_worker_is_named_at_the_deadline(
     master: Master, group: Callable[..., List[WorkerProcess]]
 ) -> None:
-    workers = group(timeout=1.0)
+    # The last rounds have to succeed within it, on a busy machine too.
+    workers = group(timeout=5.0)
     stop(workers[1].pid)
     try:
         for rank in (0, 2):
@@ -119,9 +120,11 @@ def test_a_stopped_worker_is_named_at_the_deadline(
 
 
 def test_a_stopped_master_ends_every_wait(master: Master, start: Callable[..., Any]) -> None:
-    workers = [start(WorkerProcess, master.target, rank, 2, timeout=0.5) for rank in range(2)]
+    # The first round has to succeed within it, on a busy machine too.
+    workers = [start(WorkerProcess, master.target, rank, 2, timeout=5.0) for rank in range(2)]
     for worker in workers:
         worker.answer()
+    for worker in workers:
         worker.ask(sum="v", value=[1.0])
     for worker in workers:
         assert worker.answer()["result"] == [2.0]

@@ -183,7 +183,7 @@ class Told(logging.Handler):
 def two_pairs_lose_a_process() -> None:
     """Of ranks 0 and 1, the one with the master dies; of 2 and 3, the one without ends and does not leave its worker."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    worker = syncbn.torch.init_worker(process_group=groups[RANK // 2], join_timeout=1.0)
+    worker = syncbn.torch.init_worker(process_group=groups[RANK // 2], join_timeout=5.0)
     worker.all_reduce("sum", [1.0])
     if RANK == 0:
         os.kill(os.getpid(), 9)

@@ -183,7 +183,7 @@ TEST(RefusalTest, ARankThatStaysTakenIsToldInTheEnd) {
   FakeMaster master([](FakeStream*) { return RankTaken(); });
   Warnings warnings;
   Worker::Options options = WorkerOptions(master.target(), 0, 1);
-  options.join_timeout = absl::Milliseconds(200);
+  options.join_timeout = absl::Seconds(2);
   const absl::Status status = Worker::Join(std::move(options)).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kAlreadyExists) << status;
   EXPECT_EQ(DetailsOf(status).reason, "RANK_TAKEN");

@@ -450,7 +450,8 @@ class StreamOrderFailureTest : public StreamOrderTest {
 };
 
 TEST_F(StreamOrderFailureTest, DeadlineSurfacesAtTheNextForwardAndTheWorkerGoesOn) {
-  const auto soon = [](Worker::Options& options) { options.round_timeout = absl::Milliseconds(100); };
+  // The last rounds have to succeed within it, on a busy machine too.
+  const auto soon = [](Worker::Options& options) { options.round_timeout = absl::Seconds(5); };
   auto worker = Join(0, 2, soon), other = Join(1, 2, soon);
   GetAhead(*worker);
   ExpectPoison();
@@ -649,7 +650,7 @@ TEST_F(StreamOrderFailureTest, MemoryGrowsWhileTheStreamWaits) {
 
 // A master that goes away and does not come back, and one that does.
 TEST_F(StreamOrderFailureTest, MasterGoesAway) {
-  auto worker = Join(0, 2, [](Worker::Options& options) { options.join_timeout = absl::Milliseconds(200); });
+  auto worker = Join(0, 2, [](Worker::Options& options) { options.join_timeout = absl::Seconds(2); });
   auto other = Join(1, 2);
   GetAhead(*worker);
   AwaitArrival(*master_, "bn0", 0);
