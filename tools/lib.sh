@@ -59,3 +59,22 @@ ensure_deps() {
     tools/install_deps
   fi
 }
+
+# fingerprint [PYTHON...]: prints a hash of what the outcome of a test depends on: the commit, the working tree's files
+# but for those that git ignores, the machine's and the interpreters' packages, and SYNCBN_ variables. Prints nothing
+# where git does not know the tree.
+fingerprint() {
+  git rev-parse --verify --quiet HEAD >/dev/null 2>&1 || return 0
+  local python list='import importlib.metadata as m; print(sorted((d.metadata["Name"], d.version) for d in m.distributions()))'
+  {
+    git rev-parse HEAD
+    # A file that is in the index and not in the tree is not in the list.
+    git ls-files -z --cached --others --exclude-standard | xargs -0 sha256sum 2>&1 || true
+    git ls-files -z --cached --others --exclude-standard | xargs -0 stat -c '%A %N' 2>&1 || true
+    cat user.bazelrc 2>/dev/null || true
+    dpkg-query --show 2>/dev/null || true
+    for python in "$@"; do "$python" -c "$list"; done
+    grep -m 1 '^flags' /proc/cpuinfo || true
+    env | grep '^SYNCBN_' | sort || true
+  } | sha256sum | cut -d ' ' -f 1
+}

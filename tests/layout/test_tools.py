@@ -90,3 +90,47 @@ def test_gpu_check_compiles_with_the_flags_of_the_build(name: str) -> None:
     )
     assert done.stdout.split() == starlark_list(name) != []
     assert set(starlark_list(name)) < set(starlark_list("NVCC_FLAGS"))
+
+
+def test_a_fingerprint_changes_with_whatever_a_test_may_depend_on(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/lib.sh").write_text((ROOT / "tools/lib.sh").read_text())
+    (tmp_path / ".gitignore").write_text("/ignored\n/user.bazelrc\n")
+    source = tmp_path / "a file of code"
+    source.write_text("one")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_")}
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+
+    def fingerprint(**variables: str) -> str:
+        command = 'source tools/lib.sh; fingerprint "$PYTHON"'
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env={**environment, **variables}, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    assert fingerprint() == ""  # There is no commit yet: what has been tested could not be told from another tree.
+    git("add", "-A")
+    git("commit", "--quiet", "--message", "one")
+    first = fingerprint()
+    assert len(first) == 64 and fingerprint() == first
+    (tmp_path / "ignored").write_text("a build's output")
+    assert fingerprint() == first
+
+    seen = [first]
+    for change in (
+        lambda: source.write_text("two"),
+        lambda: source.chmod(0o755),
+        lambda: (tmp_path / "new").write_text(""),
+        lambda: source.unlink(),
+        lambda: (tmp_path / "user.bazelrc").write_text("build --copt=-O0"),
+        lambda: git("commit", "--all", "--quiet", "--message", "two"),
+    ):
+        change()
+        seen.append(fingerprint())
+    seen.append(fingerprint(SYNCBN_SHARED_MEMORY="off"))
+    assert len(set(seen)) == len(seen)

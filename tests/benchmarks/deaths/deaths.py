@@ -8,6 +8,8 @@ may still wait for the step before the last that this worker had finished.
 
 import argparse
 import functools
+import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import random
@@ -22,15 +24,25 @@ import numpy as np
 
 _HERE = pathlib.Path(__file__).resolve().parent
 _ROOT = _HERE.parents[2]
-sys.path[:0] = [str(_HERE.parent), str(_ROOT / "client/examples/quickstart")]
+sys.path[:0] = [str(_HERE), str(_HERE.parent), str(_ROOT / "client/examples/quickstart")]
 
 WORKERS = 4
 # Bounds every wait. Nothing takes this long unless it hangs.
 PATIENCE = 120.0
 
+# Each worker is a process of its own, forked by one that has imported the frameworks and used nothing of them: the
+# import takes more of a processor than the training.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["torch", "syncbn.torch"])
 
-def work(target: str, rank: int, steps: int, output: pathlib.Path) -> None:
-    """A worker: trains for so many steps, from its checkpoint on if there is one, and writes what it has at the end."""
+
+def work(
+    target: str, rank: int, steps: int, output: pathlib.Path, told: multiprocessing.connection.Connection
+) -> None:
+    """A worker: trains for so many steps, from its checkpoint on if there is one, and writes what it has at the end.
+
+    Sends the number of each step that is done to `told`.
+    """
     import torch
 
     import syncbn
@@ -66,7 +78,7 @@ def work(target: str, rank: int, steps: int, output: pathlib.Path) -> None:
             if newest.exists():
                 os.replace(newest, last_but_one)
             os.replace(output.with_suffix(".new"), newest)
-            print(len(losses), flush=True)
+            told.send(len(losses))
 
     def join(tensors: Iterable[torch.Tensor]) -> np.ndarray:
         return np.concatenate([tensor.detach().reshape(-1).numpy() for tensor in tensors])
@@ -107,20 +119,23 @@ class Worker:
 
     def __init__(self, target: str, rank: int, steps: int, output: pathlib.Path) -> None:
         self.output = output
-        self.command = [sys.executable, __file__, "--work", target, str(rank), str(steps), str(output)]
+        self.arguments = (target, rank, steps, output)
         self.start()
 
     def start(self) -> None:
         self.done = 0  # Steps that this process has told of.
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+        self.told, told = _PROCESSES.Pipe(duplex=False)
+        self.process = _PROCESSES.Process(target=work, args=(*self.arguments, told))
+        self.process.start()
+        told.close()
 
     def await_step(self, step: int) -> None:
-        assert self.process.stdout is not None
         while self.done < step:
-            line = self.process.stdout.readline()
-            if not line:
-                raise SystemExit(f"a worker ended with code {self.process.wait()}")
-            self.done = int(line)
+            try:
+                self.done = self.told.recv()
+            except EOFError:
+                self.process.join(PATIENCE)
+                raise SystemExit(f"a worker ended with code {self.process.exitcode}") from None
 
     def restart(self) -> None:
         self.stop()
@@ -128,14 +143,13 @@ class Worker:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self.process.join()
+        self.told.close()
 
     def finish(self) -> Dict[str, np.ndarray]:
-        self.process.communicate(timeout=PATIENCE)
-        if self.process.returncode != 0:
-            raise SystemExit(f"a worker ended with code {self.process.returncode}")
+        self.process.join(PATIENCE)
+        if self.process.exitcode != 0:
+            raise SystemExit(f"a worker ended with code {self.process.exitcode}")
         with np.load(self.output) as file:
             return dict(file)
 
@@ -226,7 +240,4 @@ def main(arguments: Optional[List[str]] = None) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--work"]:
-        work(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), pathlib.Path(sys.argv[5]))
-    else:
-        main()
+    main()
