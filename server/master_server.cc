@@ -210,6 +210,7 @@ absl::StatusOr<rpc::LoopOptions> MakeLoopOptions(const MasterServer::Options& op
   loop.join_timeout = options.join_timeout;
   loop.max_watchers = options.max_watchers;
   loop.description = options.description.empty() ? absl::StrCat("syncbn-master/", kVersion) : options.description;
+  loop.revision = options.revision;
   loop.instance = DrawInstance();
   loop.token = rpc::SecretOf(options.token);
   loop.identity = *std::move(identity);

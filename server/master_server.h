@@ -91,6 +91,8 @@ class MasterServer {
     std::string shared_memory_dir;
     // Description of this process for its workers. Empty for "syncbn-master/" and the version.
     std::string description;
+    // The commit of this program, for InspectionService. Empty if it is not known.
+    std::string revision;
   };
 
   // Binds every address and starts to serve.

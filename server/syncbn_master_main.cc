@@ -79,7 +79,6 @@ absl::StatusOr<std::unique_ptr<HttpServer>> ServeHttp(const syncbn::Flags& flags
   options.token = flags.server.inspection_token.empty() ? flags.server.token : flags.server.inspection_token;
   options.pages_open = flags.server.inspection.value_or(true);
   options.metrics_max_ranks = flags.metrics_max_ranks;
-  options.revision = syncbn::kRevision;
   auto http = HttpServer::Start(options, server.InProcessChannel());
   if (http.ok()) {
     const char* const what = options.pages_open ? "status page, metrics and probes" : "metrics and probes";
@@ -227,6 +226,7 @@ int main(int argc, char** argv) {
   RaiseDescriptorLimit();
   grpc::channelz::experimental::InitChannelzService();  // For every server of the process; there is one.
 
+  flags.server.revision = syncbn::kRevision;
   auto server = syncbn::MasterServer::Start(flags.server);
   if (!server.ok()) {
     std::fprintf(stderr, "syncbn-master: %s\n", std::string(server.status().message()).c_str());

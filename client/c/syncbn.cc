@@ -332,6 +332,7 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   server.tls.trusted_ca_file = Text(options.trusted_ca_file);
   server.tls.client_cert_auth = options.client_cert_auth != 0;
   server.token = Text(options.token);
+  server.revision = syncbn::kRevision;
   server.state_dir = Text(options.state_dir);
   const auto memory = syncbn::SharedMemoryOptions::FromEnvironment(server.shared_memory);
   if (!memory.ok()) return Report(memory.status(), error);
@@ -358,7 +359,6 @@ syncbn_code syncbn_master_serve_http(syncbn_master* master, const char* address,
   syncbn::http::HttpOptions options;
   options.address = address;
   options.token = Text(token);
-  options.revision = syncbn::kRevision;
   auto http = syncbn::http::HttpServer::Start(options, master->server->InProcessChannel());
   if (!http.ok()) return Report(http.status(), error);
   master->http = *std::move(http);

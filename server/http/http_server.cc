@@ -36,7 +36,7 @@ class HttpServer::Impl {
   Impl(std::shared_ptr<grpc::Channel> channel, const HttpOptions& options, const rpc::ListenAddress& address)
       : client_(std::move(channel)),
         access_(options.token, options.pages_open),
-        metrics_{options.metrics_max_ranks, options.revision},
+        metrics_{options.metrics_max_ranks},
         local_(address.is_local()) {}
   ~Impl() {
     if (context_ != nullptr) mg_stop(context_);

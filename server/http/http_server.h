@@ -22,8 +22,6 @@ struct HttpOptions {
   bool pages_open = true;
   // Groups of more workers have no metrics by rank.
   uint32_t metrics_max_ranks = 256;
-  // The commit of the program, as a label of syncbn_build_info; empty if it is not known.
-  std::string revision;
 };
 
 // Serves, by GET, and the pages only to those that the options admit:

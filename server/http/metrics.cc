@@ -146,10 +146,10 @@ std::string CodeName(const std::string& name) {
   return name == "OK" ? name : code;
 }
 
-void AddMaster(const v1::GetMasterResponse& master, const std::string& revision, std::vector<MetricFamily>* all) {
+void AddMaster(const v1::GetMasterResponse& master, std::vector<MetricFamily>* all) {
   Family info("syncbn_build_info", "Constant 1; the labels say what runs.", MetricType::Gauge);
   info.Add({{"version", master.version()},
-            {"revision", revision},
+            {"revision", master.revision()},
             {"protocol", absl::StrCat(master.protocol_version())},
             {"grpc", master.grpc_version()}},
            1.0);
@@ -195,7 +195,7 @@ absl::StatusOr<std::string> MetricsText(const InspectionClient& client, const Me
   std::vector<MetricFamily> all;
   const auto master = client.GetMaster();
   if (!master.ok()) return master.status();
-  AddMaster(*master, options.revision, &all);
+  AddMaster(*master, &all);
   const auto groups = client.ListGroups();
   if (!groups.ok()) return groups.status();
   Family count("syncbn_groups", "Groups that exist.", MetricType::Gauge);

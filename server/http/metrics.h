@@ -14,8 +14,6 @@ namespace syncbn::http {
 struct MetricsOptions {
   // Groups of more workers have no series by rank.
   uint32_t max_ranks = 256;
-  // The commit of the program, as a label of syncbn_build_info; empty if it is not known.
-  std::string revision;
 };
 
 // Returns: the metrics in Prometheus's text format (0.0.4). The series of a group vanish with it.

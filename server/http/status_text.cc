@@ -72,9 +72,11 @@ absl::StatusOr<std::string> StatusText(const InspectionClient& client) {
   if (!master.ok()) return master.status();
   const auto groups = client.ListGroups();
   if (!groups.ok()) return groups.status();
-  std::string text = absl::StrCat("syncbn-master ", master->version(), ", protocol ", master->protocol_version(),
-                                  ", gRPC ", master->grpc_version(), "\nup ", Text(master->uptime()), ", ",
-                                  master->streams(), " streams, ", groups->groups_size(), " groups\n");
+  const std::string commit = master->revision().empty() ? "" : absl::StrCat(" (commit ", master->revision(), ")");
+  std::string text =
+      absl::StrCat("syncbn-master ", master->version(), commit, ", protocol ", master->protocol_version(), ", gRPC ",
+                   master->grpc_version(), "\nup ", Text(master->uptime()), ", ", master->streams(), " streams, ",
+                   groups->groups_size(), " groups\n");
   for (const v1::GroupSummary& summary : groups->groups()) {
     const auto group = client.GetGroup(summary.job(), summary.group(), {"members", "pending", "failures"});
     if (absl::IsNotFound(group.status())) continue;  // It has ended in the meantime.

@@ -167,6 +167,7 @@ void InspectionService::OnGroupEnded(const core::GroupEnded& ended) {
 
 grpc::Status InspectionService::GetMaster(const v1::GetMasterRequest&, v1::GetMasterResponse* response) const {
   response->set_version(kVersion);
+  response->set_revision(options_.revision);
   response->set_grpc_version(grpc::Version());
   response->set_protocol_version(kProtocolVersion);
   ToProto(started_at_, response->mutable_started_at());

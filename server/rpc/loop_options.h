@@ -33,6 +33,7 @@ struct LoopOptions {
   absl::Duration join_timeout;
   size_t max_watchers = 0;
   std::string description;
+  std::string revision;
   // If present, every join must have it.
   core::Secret token;
   // Names that a worker's certificate must have; one that fits is enough.

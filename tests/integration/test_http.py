@@ -344,6 +344,9 @@ def test_the_commit_is_told_everywhere_alike(start: Callable[..., Any], tmp_path
     assert ready["revision"] == commit and (not commit or f"(commit {commit})" in ready["message"])
     [info] = [name for name in master.samples() if name.startswith("syncbn_build_info")]
     assert f'revision="{commit}"' in info
+    assert inspect(master.target, "GetMaster").get("revision", "") == commit
+    first = master.get("/statusz")[1].splitlines()[0]
+    assert f" (commit {commit})," in first if commit else "commit" not in first
 
 
 def test_slow_and_endless_requests_do_not_stop_others(pages: HttpMaster) -> None:
