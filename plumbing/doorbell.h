@@ -12,7 +12,9 @@ namespace syncbn {
 // Lies in shared memory, zeroed at first. Any number of threads ring; one thread sleeps. Whoever can write to the
 // memory can wake the sleeper in vain or fail to wake it, and nothing else.
 //
-// The sleeper reads rings(), looks for work, and sleeps only if nobody has rung since. So no ring is lost.
+// The sleeper reads rings(), looks for work, and sleeps only if nobody has rung since. So no ring is lost. A process
+// that is stopped or killed in the middle of Ring takes only its own ring away: the sleeper counts as asleep until it
+// has been woken.
 //
 // *Thread safety*: any thread of any process may call any method; one sleeps at a time.
 class Doorbell {
@@ -21,15 +23,13 @@ class Doorbell {
 
   // Wakes the thread that sleeps.
   void Ring();
-  // Wakes the thread that sleeps, also if another process has died in the middle of Ring.
-  void RingAnew();
-
   // Sleeps until somebody rings, for at most `timeout`; not at all if rings() is no longer `seen`. May return early.
   void Sleep(uint32_t seen, std::chrono::nanoseconds timeout);
 
  private:
   std::atomic<uint32_t> rings_;
-  std::atomic<uint32_t> sleeps_;  // 1 while a thread sleeps, and nobody has woken it.
+  // Not 0 while a thread sleeps, and nobody has woken it: then it tells this sleep from others.
+  std::atomic<uint32_t> sleeps_;
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
 

@@ -14,7 +14,8 @@ namespace {
 static_assert((kRingBytes & (kRingBytes - 1)) == 0);
 // PROTOCOL.md tells these.
 static_assert(offsetof(SegmentLayout, to_worker) == 192 && offsetof(SegmentLayout, worker_bell) == 384);
-static_assert(offsetof(SegmentLayout, closing) == 448 && offsetof(SegmentLayout, bytes_to_master) == 512);
+static_assert(offsetof(SegmentLayout, closing) == 448 && offsetof(SegmentLayout, taken) == 452);
+static_assert(offsetof(SegmentLayout, bytes_to_master) == 512);
 static_assert(offsetof(SegmentLayout, bytes_to_worker) == 131584 && sizeof(SegmentLayout) == 262656);
 static_assert(sizeof(Doorbell) == 8);
 
@@ -84,6 +85,7 @@ RingProgress RingReader::Receive() {
     return Break(absl::StrCat("the count of written bytes is ", available,
                               " beyond that of read ones, and the ring has ", kRingBytes));
   }
+  if (available == 0) return RingProgress::kWaits;
   size_t left = static_cast<size_t>(available);
   uint32_t size = 0;
   left -= Take(left, sizeof(size) - length_.size(), &length_);

@@ -34,6 +34,8 @@ struct SegmentLayout {
   alignas(64) Doorbell worker_bell;
   // The master has ended the stream: the rest comes by gRPC.
   alignas(64) std::atomic<uint32_t> closing;
+  // The master has taken the segment: a worker that does not find it here maps other memory than its master.
+  std::atomic<uint32_t> taken;
   alignas(64) char bytes_to_master[kRingBytes];
   alignas(64) char bytes_to_worker[kRingBytes];
 };

@@ -65,12 +65,13 @@ void GrpcTransport::Close() {
 
 bool GrpcTransport::IsUp() const { return connection_ != nullptr && started_ && !connection_->finishing(); }
 
-void GrpcTransport::Write(absl::Span<const Buffer> parts) {
+bool GrpcTransport::Write(absl::Span<const Buffer> parts) {
   for (const Buffer& part : parts) {
     outgoing_.emplace_back(const_cast<uint8_t*>(part.data()), part.size(), Buffer::Drop, part.Share());
   }
   connection_->Write(grpc::ByteBuffer(outgoing_.data(), outgoing_.size()));
   outgoing_.clear();
+  return false;
 }
 
 void GrpcTransport::Read() {

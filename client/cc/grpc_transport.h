@@ -31,7 +31,7 @@ class GrpcTransport final : public Transport {
   std::string MasterMetadata(const std::string& name) const { return connection_->MasterMetadata(name); }
   void Close() override;
   bool IsUp() const override;
-  void Write(absl::Span<const Buffer> parts) override;
+  bool Write(absl::Span<const Buffer> parts) override;
   void Read() override;
   void Wait(absl::Time deadline) override;
   // Returns whether the last Wait has found something for Take.

@@ -59,6 +59,9 @@ absl::StatusOr<std::unique_ptr<SharedMemoryTransport::Segment>> SharedMemoryTran
 absl::Status SharedMemoryTransport::Segment::Attach(const SharedName& bell, MemorySharing sharing) {
   auto file = SharedFile::Open(directory_, bell, sizeof(Doorbell), sharing);
   if (!file.ok()) return file.status();
+  if (layout_->taken.load(std::memory_order_seq_cst) == 0) {
+    return absl::UnavailableError("what the master writes to the segment is not to be seen here");
+  }
   master_bell_ = *std::move(file);
   file_.Unlink();
   return absl::OkStatus();
@@ -68,7 +71,7 @@ void SharedMemoryTransport::ClearSegment() {
   segment_.reset();
   broken_.reset();
   outgoing_.clear();
-  sending_ = written_ = fault_ = false;
+  sending_ = fault_ = false;
 }
 
 // ---- The stream -----------------------------------------------------------------------------------------------------
@@ -80,7 +83,8 @@ void SharedMemoryTransport::Open(const std::string& target, absl::Duration conne
   stream_writes_ = false;
   offered_.reset();
   std::vector<GrpcTransport::Header> metadata;
-  if (options_.sharing != MemorySharing::kOff && !distrusted_ && IsOnThisHost(target)) {
+  const bool offers = options_.sharing != MemorySharing::kOff && !distrusted_ && IsOnThisHost(target);
+  if (offers && !std::exchange(pass_over_, false)) {
     offered_ = SharedName::Draw();
     metadata.emplace_back(kSharedMemoryHeader, offered_->ToString());
   }
@@ -136,9 +140,11 @@ bool SharedMemoryTransport::TakeAnswer() {
     return answer.empty();
   }
   const auto bell = SharedName::Parse(answer);
-  distrusted_ = !bell.has_value() || !segment_->Attach(*bell, options_.sharing).ok();
-  if (distrusted_) segment_.reset();  // The master writes to the segment from here on: another stream is needed.
-  return !distrusted_;
+  // Another stream is needed then, since the master writes to the segment from here on. The master of a later one may
+  // be another.
+  pass_over_ = !bell.has_value() || !segment_->Attach(*bell, options_.sharing).ok();
+  if (pass_over_) segment_.reset();
+  return !pass_over_;
 }
 
 void SharedMemoryTransport::OnFault(absl::FunctionRef<void(const Event&)> handle) {
@@ -154,19 +160,19 @@ void SharedMemoryTransport::OnFault(absl::FunctionRef<void(const Event&)> handle
 
 // ---- Writing --------------------------------------------------------------------------------------------------------
 
-void SharedMemoryTransport::Write(absl::Span<const Buffer> parts) {
+bool SharedMemoryTransport::Write(absl::Span<const Buffer> parts) {
   if (!shares_memory()) {
     SYNCBN_CHECK(!offered_.has_value() || !stream_writes_, "a second frame before the master has answered the offer");
     stream_writes_ = true;
     return stream_.Write(parts);
   }
   outgoing_.assign(parts.begin(), parts.end());
-  if (SendOn()) {
-    written_ = true;
-  } else {
+  const bool written = SendOn();
+  if (!written) {
     sending_ = true;
+    segment_->layout().worker_bell.Ring();  // Another thread waits perhaps, and is to send on.
   }
-  if (waiting_) Wake();  // Another thread waits, and is to tell.
+  return written;
 }
 
 bool SharedMemoryTransport::SendOn() {
@@ -187,7 +193,6 @@ bool SharedMemoryTransport::Look() {
     return true;
   };
   if (fault_) return find(Found::kFault);
-  if (written_) return find(Found::kWritten);
   if (sending_ && segment_->writer().HasRoom()) return find(Found::kRoom);
   const RingProgress progress = segment_->reader().Receive();
   if (segment_->reader().WriterWaits()) segment_->master_bell().Ring();
@@ -210,9 +215,7 @@ void SharedMemoryTransport::Wait(absl::Time deadline) {
     LookAtStream(deadline);
     return;
   }
-  waiting_ = true;
   WaitForSegment(deadline);
-  waiting_ = false;
 }
 
 void SharedMemoryTransport::WaitForSegment(absl::Time deadline) {
@@ -250,9 +253,6 @@ void SharedMemoryTransport::Take(absl::FunctionRef<void(const Event&)> handle) {
       return;
     case Found::kStreamEvent:
       return stream_.Take([&](const Event& event) { OnStreamEvent(event, handle); });
-    case Found::kWritten:
-      written_ = false;
-      return handle({Event::Kind::kWritten});
     case Found::kRoom:
       if (!SendOn()) return;
       sending_ = false;

@@ -35,7 +35,7 @@ class SharedMemoryTransport final : public Transport {
   void Close() override { stream_.Close(); }
   bool IsUp() const override { return stream_.IsUp() && !ended_ && !broken_.has_value(); }
   bool shares_memory() const override { return segment_ != nullptr && segment_->shared(); }
-  void Write(absl::Span<const Buffer> parts) override;
+  bool Write(absl::Span<const Buffer> parts) override;
   void Read() override;
   void Wait(absl::Time deadline) override;
   void Take(absl::FunctionRef<void(const Event&)> handle) override;
@@ -47,7 +47,8 @@ class SharedMemoryTransport final : public Transport {
    public:
     static absl::StatusOr<std::unique_ptr<Segment>> Create(const std::string& directory, const SharedName& name,
                                                            MemorySharing sharing);
-    // Maps the master's doorbell, after which the segment is shared, and its name goes.
+    // Maps the master's doorbell, after which the segment is shared, and its name goes. *Errors*: UNAVAILABLE if there
+    // is no such doorbell, or the master maps other memory than this.
     absl::Status Attach(const SharedName& bell, MemorySharing sharing);
     bool shared() const { return master_bell_.has_value(); }
 
@@ -67,7 +68,7 @@ class SharedMemoryTransport final : public Transport {
     RingReader reader_;
   };
 
-  enum class Found { kNothing, kStreamEvent, kWritten, kRoom, kFrame, kFault, kEnd };
+  enum class Found { kNothing, kStreamEvent, kRoom, kFrame, kFault, kEnd };
 
   // ---- The stream
   void OnStreamEvent(const Event& event, absl::FunctionRef<void(const Event&)> handle);
@@ -78,7 +79,7 @@ class SharedMemoryTransport final : public Transport {
 
   // ---- The segment
   void ClearSegment();
-  // Sends on what Write has begun. Returns whether all is sent.
+  // Sends on what Write has begun. Returns whether all has been sent.
   bool SendOn();
   // Breaks off a stream whose master has broken the rules.
   void OnFault(absl::FunctionRef<void(const Event&)> handle);
@@ -98,6 +99,7 @@ class SharedMemoryTransport final : public Transport {
   std::string target_;                    // Of the newest Open.
   std::optional<SharedName> offered_;     // With the stream, until the master has answered.
   bool distrusted_ = false;               // A master has broken the rules: no more segments.
+  bool pass_over_ = false;                // The next stream is to have no segment.
   bool answered_ = false;                 // The stream's first frame has come.
   std::unique_ptr<Segment> segment_;      // Replaced by the thread that waits alone.
   std::optional<session::Break> broken_;  // The stream has ended; what is in the segment comes before the news of that.
@@ -109,9 +111,7 @@ class SharedMemoryTransport final : public Transport {
   std::vector<Buffer> outgoing_;            // What the master has made no room for yet.
   std::atomic<bool> stream_writes_{false};  // A frame is being written to the stream.
   std::atomic<bool> sending_{false};        // outgoing_ is not empty.
-  std::atomic<bool> written_{false};        // A frame is in the segment, and Take has not told so.
   std::atomic<bool> fault_{false};          // The master has broken the rules, and Take has not told so.
-  std::atomic<bool> waiting_{false};        // A thread is in Wait.
   std::atomic<bool> woken_{false};
 };
 

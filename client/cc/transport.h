@@ -23,7 +23,7 @@ class Transport {
     enum class Kind {
       kUp,       // The stream can be written to and read from.
       kFrame,    // A frame has been read.
-      kWritten,  // The frame of the last Write has been written.
+      kWritten,  // The frame of the last Write has been written, unless Write has said so.
       kBroken,   // The stream has ended, or could not be opened. Its last event.
     };
     Kind kind;
@@ -42,8 +42,9 @@ class Transport {
   virtual bool IsUp() const = 0;
   // Returns whether frames go through memory that the master shares, at this moment.
   virtual bool shares_memory() const { return false; }
-  // Writes a frame, whose bytes are those of all parts in order. One write at a time; only while IsUp().
-  virtual void Write(absl::Span<const Buffer> parts) = 0;
+  // Writes a frame, whose bytes are those of all parts in order. Returns whether it has been written; if not, kWritten
+  // follows. One write at a time; only while IsUp().
+  virtual bool Write(absl::Span<const Buffer> parts) = 0;
   // Asks for the next frame. Has no effect while one is being asked for, or unless IsUp().
   virtual void Read() = 0;
 

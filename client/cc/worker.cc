@@ -111,8 +111,7 @@ bool Round::HasOutcome() const { return impl_->HasOutcome(); }
 absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
   if (absl::Status status = CheckNotForked(); !status.ok()) return status;
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
-  // Off by default until every failure test has run over it: docs/decisions/0026.
-  auto sharing = SharedMemoryOptions::FromEnvironment(MemorySharing::kOff);
+  auto sharing = SharedMemoryOptions::FromEnvironment(MemorySharing::kSameUser);
   if (!sharing.ok()) return sharing.status();
   auto channels = ChannelMaker::Make(options.tls);
   if (!channels.ok()) return channels.status();

@@ -67,8 +67,9 @@ void WorkerImpl::Apply(session::Connect& connect) { transport_->Open(connect.tar
 
 void WorkerImpl::Apply(session::Write& write) {
   EncodeFrame(write.frame, options_, life_key_, &outgoing_);
-  transport_->Write(outgoing_);
+  const bool written = transport_->Write(outgoing_);
   outgoing_.clear();
+  if (written) session_.OnWritten();
 }
 
 void WorkerImpl::Apply(session::CloseStream&) { transport_->Close(); }
@@ -172,7 +173,11 @@ void WorkerImpl::OnFrame(absl::Span<const absl::string_view> bytes) {
 
 void WorkerImpl::Pump() {
   // In this order: a read that waits already would make the transport send a packet for it.
-  if (transport_->IsUp()) Apply(session_.Send(Now()));
+  while (transport_->IsUp()) {
+    session::Effects effects = session_.Send(Now());
+    if (effects.empty()) break;
+    Apply(std::move(effects));
+  }
   transport_->Read();
 }
 

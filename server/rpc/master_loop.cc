@@ -236,7 +236,7 @@ void MasterLoop::Stop() {
     const absl::MutexLock lock(&turn_);
     stopped_ = true;
   }
-  sessions_.bell()->RingAnew();
+  sessions_.bell()->Ring();
   shared_thread_.join();
 }
 

@@ -12,7 +12,9 @@ SharedSegment::SharedSegment(SharedFile file, Doorbell* master_bell, size_t max_
       layout_(reinterpret_cast<SegmentLayout*>(file_.data())),
       master_bell_(master_bell),
       writer_(&layout_->to_worker, layout_->bytes_to_worker),
-      reader_(&layout_->to_master, layout_->bytes_to_master, max_frame_bytes) {}
+      reader_(&layout_->to_master, layout_->bytes_to_master, max_frame_bytes) {
+  layout_->taken.store(1, std::memory_order_seq_cst);
+}
 
 std::optional<size_t> SharedSegment::Send() {
   if (!fault_.empty()) return std::nullopt;

@@ -47,8 +47,6 @@ class SharedSegment {
   void RingWorker() { layout_->worker_bell.Ring(); }
   // Makes the master look at the segment.
   void RingMaster() { master_bell_->Ring(); }
-  // The same, also if the worker has died while it was ringing.
-  void RingMasterAnew() { master_bell_->RingAnew(); }
   // Tells the worker that the stream ends, which shows in gRPC.
   void AnnounceEnd();
 

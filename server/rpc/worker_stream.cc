@@ -123,7 +123,6 @@ void WorkerStream::OnWritten() {
 }
 
 void WorkerStream::OnEnded() {
-  if (segment_ != nullptr) segment_->RingMasterAnew();
   if (!closed()) handler_->OnBroken(this);
 }
 

@@ -18,12 +18,20 @@ def stop(child: int) -> None:
     os.waitid(os.P_PID, child, os.WSTOPPED)
 
 
+@pytest.fixture(params=["shared memory", "gRPC"], autouse=True)
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the workers of a test speak to its master."""
+    monkeypatch.setenv("SYNCBN_SHARED_MEMORY", "" if request.param == "shared memory" else "off")
+    return request.param
+
+
 @pytest.fixture
-def group(start: Callable[..., Any], master: Master) -> Callable[..., List[WorkerProcess]]:
+def group(start: Callable[..., Any], master: Master, transport: str) -> Callable[..., List[WorkerProcess]]:
     def make(**options: Any) -> List[WorkerProcess]:
         workers = [start(WorkerProcess, master.target, rank, WORLD, **options) for rank in range(WORLD)]
         for rank, worker in enumerate(workers):
-            assert worker.answer()["joined"] == rank
+            joined = worker.answer()
+            assert (joined["joined"], joined["transport"]) == (rank, transport)
         for worker in workers:
             worker.ask(sum="warm", value=[1.0])
         for worker in workers:

@@ -13,7 +13,12 @@ def say(**answer: object) -> None:
 
 def main() -> None:
     with syncbn.Worker(**json.loads(sys.argv[1])) as worker:
-        say(joined=worker.rank, run_id=worker.run_id, incarnation=worker.incarnation)
+        say(
+            joined=worker.rank,
+            run_id=worker.run_id,
+            incarnation=worker.incarnation,
+            transport=worker.stats().transport,
+        )
         for line in sys.stdin:
             command = json.loads(line)
             try:

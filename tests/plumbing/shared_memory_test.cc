@@ -1,15 +1,21 @@
 // Rings, doorbells and shared files, with both ends in one process.
 
 #include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
+#include <csignal>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -160,11 +166,77 @@ TEST(DoorbellTest, NoFrameIsLostBetweenThreadsThatSleep) {
   writer.join();
 }
 
-TEST(DoorbellTest, ARingThatWasBrokenOffIsMadeUpFor) {
-  Doorbell bell = {};
-  std::thread sleeper([&] { bell.Sleep(0, std::chrono::minutes(5)); });
-  bell.RingAnew();
-  sleeper.join();
+// A doorbell that forked children share, and a thread that sleeps on it, as often as somebody rings.
+class SharedBell {
+ public:
+  SharedBell()
+      : map_(mmap(nullptr, sizeof(Doorbell), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0)),
+        bell_(static_cast<Doorbell*>(map_)),
+        sleeper_([this] { Run(); }) {}
+  ~SharedBell() {
+    ends_ = true;
+    bell_->Ring();
+    sleeper_.join();
+    munmap(map_, sizeof(Doorbell));
+  }
+
+  Doorbell* bell() { return bell_; }
+  // Returns once the thread sleeps. Then it has seen all rings.
+  void AwaitSleep() const {
+    while (reinterpret_cast<const std::atomic<uint32_t>*>(bell_)[1] == 0) std::this_thread::yield();
+  }
+  // Returns once the thread has seen all rings until now.
+  void AwaitSight() const {
+    const uint32_t rings = bell_->rings();
+    while (seen_ != rings) std::this_thread::yield();
+  }
+
+ private:
+  void Run() {
+    while (!ends_) {
+      const uint32_t seen = bell_->rings();
+      seen_ = seen;
+      bell_->Sleep(seen, std::chrono::minutes(5));
+    }
+  }
+
+  void* const map_;
+  Doorbell* const bell_;
+  std::atomic<bool> ends_{false};
+  std::atomic<uint32_t> seen_{0};
+  std::thread sleeper_;
+};
+
+// Forks a child that rings once it has been told to go on. Returns nothing if children cannot be traced here.
+std::optional<pid_t> ForkRinger(Doorbell* bell) {
+  const pid_t child = fork();
+  if (child == 0) {
+    if (ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) != 0) _exit(1);
+    raise(SIGSTOP);
+    bell->Ring();
+    _exit(0);
+  }
+  int state = 0;
+  waitpid(child, &state, 0);
+  return WIFSTOPPED(state) ? std::optional<pid_t>(child) : std::nullopt;
+}
+
+TEST(DoorbellTest, WhoeverStopsWhileRingingTakesNobodyElsesRingAway) {
+  SharedBell shared;
+  shared.bell()->Ring();  // What is linked lazily is not to be linked in the child.
+  shared.AwaitSight();
+  const std::optional<pid_t> child = ForkRinger(shared.bell());
+  if (!child.has_value()) GTEST_SKIP() << "no child can be traced here";
+  int state = 0;
+  do {
+    shared.AwaitSleep();
+    shared.bell()->Ring();
+    shared.AwaitSight();  // Would take minutes.
+    shared.AwaitSleep();
+    ASSERT_EQ(ptrace(PTRACE_SINGLESTEP, *child, nullptr, nullptr), 0);
+    ASSERT_EQ(waitpid(*child, &state, 0), *child);
+    ASSERT_FALSE(WIFSIGNALED(state)) << state;
+  } while (!WIFEXITED(state));
 }
 
 // ---- Files

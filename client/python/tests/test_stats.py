@@ -70,7 +70,7 @@ def test_rounds_that_fail_or_lack_a_rank_name_it(master):
         assert "missing: rank 1 in 2 rounds" in str(stats)
 
 
-@pytest.mark.parametrize("sharing, transport", [("same-user", "shared memory"), ("off", "gRPC")])
+@pytest.mark.parametrize("sharing, transport", [("", "shared memory"), ("off", "gRPC")])
 def test_the_way_to_the_master_is_told(master, monkeypatch, sharing, transport):
     monkeypatch.setenv("SYNCBN_SHARED_MEMORY", sharing)
     with syncbn.Worker(master.target, f"told {sharing}", 0, 1) as worker:

@@ -25,7 +25,11 @@ using FakeStream = grpc::ServerReaderWriter<v1::MasterFrame, v1::WorkerFrame>;
 // Runs `script` for each stream, on a thread of gRPC's; what it returns ends the stream.
 class FakeMaster final : public v1::StatisticsService::Service {
  public:
-  explicit FakeMaster(std::function<grpc::Status(FakeStream*)> script) : script_(std::move(script)) {
+  using Script = std::function<grpc::Status(grpc::ServerContext*, FakeStream*)>;
+
+  explicit FakeMaster(std::function<grpc::Status(FakeStream*)> script)
+      : FakeMaster([script = std::move(script)](grpc::ServerContext*, FakeStream* stream) { return script(stream); }) {}
+  explicit FakeMaster(Script script) : script_(std::move(script)) {
     int port = 0;
     grpc::ServerBuilder builder;
     builder.SetMaxSendMessageSize(-1);
@@ -40,10 +44,12 @@ class FakeMaster final : public v1::StatisticsService::Service {
 
   const std::string& target() const { return target_; }
 
-  grpc::Status Synchronize(grpc::ServerContext*, FakeStream* stream) override { return script_(stream); }
+  grpc::Status Synchronize(grpc::ServerContext* context, FakeStream* stream) override {
+    return script_(context, stream);
+  }
 
  private:
-  const std::function<grpc::Status(FakeStream*)> script_;
+  const Script script_;
   std::unique_ptr<grpc::Server> server_;
   std::string target_;
 };

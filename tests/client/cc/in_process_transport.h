@@ -72,7 +72,7 @@ class InProcessTransport final : public Transport {
     absl::MutexLock lock(&mutex_);
     return up_;
   }
-  void Write(absl::Span<const Buffer> parts) override {
+  bool Write(absl::Span<const Buffer> parts) override {
     std::string bytes;
     for (const Buffer& part : parts) bytes.append(reinterpret_cast<const char*>(part.data()), part.size());
     v1::WorkerFrame frame;
@@ -80,6 +80,7 @@ class InProcessTransport final : public Transport {
     master_(this, frame);
     absl::MutexLock lock(&mutex_);
     if (up_) events_.push_back({Event::Kind::kWritten, "", {}});
+    return false;
   }
   void Read() override {
     absl::MutexLock lock(&mutex_);

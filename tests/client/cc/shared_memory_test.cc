@@ -14,8 +14,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "absl/synchronization/mutex.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "plumbing/doorbell.h"
+#include "plumbing/shared_file.h"
+#include "tests/client/cc/fake_master.h"
 #include "tests/client/cc/worker_group.h"
 
 namespace syncbn::testing {
@@ -76,7 +80,8 @@ void ExpectSums(const std::vector<std::unique_ptr<Worker>>& workers, size_t leng
   });
 }
 
-TEST_F(SharedMemoryTest, RoundsGoThroughMemory) {
+TEST_F(SharedMemoryTest, RoundsGoThroughMemoryUnlessItIsSaidOtherwise) {
+  unsetenv("SYNCBN_SHARED_MEMORY");
   const auto master = Start();
   const auto workers = JoinAll(master->target(), 3);
   for (const auto& worker : workers) EXPECT_TRUE(worker->shares_memory());
@@ -166,6 +171,61 @@ TEST_F(SharedMemoryTest, AnUnknownWordIsRefused) {
   const auto worker = Worker::Join(WorkerOptions(master->target(), 0, 1));
   EXPECT_EQ(worker.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(worker.status().message()), ::testing::HasSubstr("\"maybe\""));
+}
+
+// Answers the offer of the first stream as if it had taken the segment, of which it does not know; breaks the second
+// stream off; and returns 7 as the sum of a third.
+class MasterWithOtherMemory {
+ public:
+  explicit MasterWithOtherMemory(std::string directory) : directory_(std::move(directory)) {}
+
+  const std::string& target() const { return master_.target(); }
+  // Returns which streams had an offer.
+  std::vector<bool> offers() const {
+    absl::MutexLock lock(&mutex_);
+    return offers_;
+  }
+
+ private:
+  grpc::Status Run(grpc::ServerContext* context, FakeStream* stream) {
+    const bool offered = context->client_metadata().count(kSharedMemoryHeader) != 0;
+    size_t streams = 0;
+    {
+      absl::MutexLock lock(&mutex_);
+      offers_.push_back(offered);
+      streams = offers_.size();
+    }
+    const SharedName name = SharedName::Draw();
+    const auto bell = SharedFile::Create(directory_, name, sizeof(Doorbell), MemorySharing::kSameUser);
+    EXPECT_TRUE(bell.ok()) << bell.status();
+    if (streams == 1) context->AddInitialMetadata(kSharedMemoryHeader, name.ToString());
+    if (!Welcome(stream)) return grpc::Status::OK;
+    if (streams == 2) return grpc::Status(grpc::StatusCode::UNAVAILABLE, "broken off");
+    v1::WorkerFrame frame;
+    while (AwaitContribution(stream, &frame)) {
+      v1::MasterFrame answer;
+      *answer.add_results()->mutable_key() = frame.contributions(0).key();
+      answer.mutable_results(0)->mutable_vector()->add_value(7.0);
+      stream->Write(answer);
+    }
+    return grpc::Status::OK;
+  }
+
+  const std::string directory_;
+  mutable absl::Mutex mutex_;
+  std::vector<bool> offers_ ABSL_GUARDED_BY(mutex_);
+  FakeMaster master_{[this](grpc::ServerContext* context, FakeStream* stream) { return Run(context, stream); }};
+};
+
+TEST_F(SharedMemoryTest, AMasterThatMapsOtherMemoryIsSpokenToByGrpc) {
+  MasterWithOtherMemory master(directory_);
+  const auto worker = JoinOrDie(WorkerOptions(master.target(), 0, 1));
+  ASSERT_NE(worker, nullptr);
+  EXPECT_FALSE(worker->shares_memory());
+  const auto sum = Sum(*worker, "v", {1.0});
+  ASSERT_TRUE(sum.ok()) << sum.status();
+  EXPECT_THAT(*sum, ElementsAre(7.0));
+  EXPECT_THAT(master.offers(), ElementsAre(true, false, true)) << "a later stream may be another master's";
 }
 
 // ---- Ends

@@ -152,6 +152,7 @@ void ExpectMalformed(const grpc::Status& status, const std::string& text) {
 
 TEST_F(SharedMemoryTest, AWorkerThatKeepsTheRulesIsServed) {
   Shared shared(directory_, server_->target(), "g");
+  EXPECT_EQ(shared.layout->taken, 1U);
   for (uint64_t sequence = 0; sequence < 10; ++sequence) ExpectRound(shared, sequence);
 }
 
