@@ -3,7 +3,8 @@
 import os
 import re
 import socket
-from typing import Optional, Tuple
+import sys
+from typing import Any, Optional, Tuple
 
 from syncbn import _arguments
 
@@ -47,7 +48,7 @@ def job() -> str:
     run = text("TORCHELASTIC_RUN_ID")
     if run == "none":  # torchrun's word for every launch without --rdzv-id.
         run = None
-    found = text("SYNCBN_JOB") or run or text("SLURM_JOB_ID") or text("RAY_JOB_ID")
+    found = text("SYNCBN_JOB") or run or text("SLURM_JOB_ID") or ray_job()
     if found:
         return found
     address, port = text("MASTER_ADDR"), text("MASTER_PORT")
@@ -56,6 +57,19 @@ def job() -> str:
     if is_loopback(address):  # All processes are on this host, and another host may have the same address.
         address = socket.gethostname()
     return f"{address}:{port}"
+
+
+def ray_job() -> Optional[str]:
+    """The id of the Ray job that this process works for; None if Ray does not run it.
+
+    Ray is asked, if the program has imported it: its variable is missing in the driver, and is the id of no job in a
+    process that Ray has started in advance.
+    """
+    ray: Any = sys.modules.get("ray")
+    if callable(getattr(ray, "is_initialized", None)) and ray.is_initialized():
+        return str(ray.get_runtime_context().get_job_id())
+    found = text("RAY_JOB_ID")
+    return None if found is None or set(found) == {"f"} else found
 
 
 def generation() -> int:

@@ -88,7 +88,7 @@ class Worker:
       timeout: seconds after which a round that lacks a worker fails. The same for all workers of the group. Default:
         $SYNCBN_TIMEOUT, else 600. A warning names the workers that are late long before.
       job: a name that the workers of one launch share, and no other launch has. Default: $SYNCBN_JOB, else
-        $TORCHELASTIC_RUN_ID unless it is "none", $SLURM_JOB_ID, $RAY_JOB_ID, $MASTER_ADDR:$MASTER_PORT, else "default".
+        $TORCHELASTIC_RUN_ID unless it is "none", $SLURM_JOB_ID, Ray's job, $MASTER_ADDR:$MASTER_PORT, else "default".
       generation: which restart of the whole group this is. Default: $SYNCBN_GENERATION, else $SLURM_RESTART_COUNT times
         2**32 plus $TORCHELASTIC_RESTART_COUNT.
       join_timeout: seconds for which the master is tried, at first and after a broken connection. Default: 30.

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -53,6 +54,20 @@ def environment(monkeypatch, **variables):
 def test_a_jobs_name_tells_launches_apart(monkeypatch, variables, job):
     environment(monkeypatch, **variables)
     assert _environment.job() == job
+
+
+@pytest.mark.parametrize("variables", [{}, {"RAY_JOB_ID": "ffffffff"}, {"RAY_JOB_ID": "02000000"}])
+@pytest.mark.parametrize("connected", [True, False])
+def test_ray_is_asked_for_its_job(monkeypatch, variables, connected):
+    """Of two actors of one job, one may be in a process that has no job in its environment."""
+    environment(monkeypatch, **variables)
+    context = types.SimpleNamespace(get_job_id=lambda: "01000000")
+    ray = types.SimpleNamespace(is_initialized=lambda: connected, get_runtime_context=lambda: context)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    unconnected = "02000000" if variables.get("RAY_JOB_ID") == "02000000" else "default"
+    assert _environment.job() == ("01000000" if connected else unconnected)
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))  # A folder of that name is not Ray.
+    assert _environment.job() == unconnected
 
 
 @pytest.mark.parametrize("address", ["localhost", "127.0.0.1", "127.1.2.3", "::1"])
