@@ -80,9 +80,9 @@ absl::Status BatchNorm::Forward(const TensorView& x, const TensorView& y) {
 }
 
 absl::Status BatchNorm::DeclareAgain() {
-  const std::optional<LayerOptions> known = worker_->FindLayer(options_.name);
+  const std::shared_ptr<const LayerOptions> known = worker_->FindLayer(options_.name);
   const LayerOptions mine = LayerOf(options_);
-  if (known.has_value() && known->kind == mine.kind && known->channels == mine.channels && known->eps == mine.eps &&
+  if (known != nullptr && known->kind == mine.kind && known->channels == mine.channels && known->eps == mine.eps &&
       known->eps_mode == mine.eps_mode) {
     return absl::OkStatus();
   }

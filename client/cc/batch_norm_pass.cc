@@ -156,8 +156,8 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
   if (absl::Status status = CheckThreads(options.num_threads); !status.ok()) return status;
   if (absl::Status status = worker.CheckProcess(); !status.ok()) return status;
-  const std::optional<LayerOptions> declared = worker.FindLayer(layer);
-  if (!declared.has_value()) {
+  std::shared_ptr<const LayerOptions> declared = worker.FindLayer(layer);
+  if (declared == nullptr) {
     return absl::FailedPreconditionError(absl::StrCat("layer \"", layer, "\" has not been declared"));
   }
   if (absl::Status status = CheckChannels(x, declared->channels, layer); !status.ok()) return status;
@@ -165,7 +165,7 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
   auto backend = MakeBackend(x, options.num_threads, options.stream);
   if (!backend.ok()) return backend.status();
   ForwardPass pass;
-  pass.layer_ = *declared;
+  pass.layer_ = std::move(declared);
   pass.options_ = options;
   pass.rank_ = worker.rank();
   pass.backend_ = *std::move(backend);
@@ -175,14 +175,14 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
                               worker.missing_policy() != MissingPolicy::kProceed && x.shape.values_per_channel() >= 2 &&
                               pass.backend_->CanBeStreamOrdered();
   if (absl::Status status = pass.backend_->Reduce(x.shape, x.data); !status.ok()) return status;
-  auto begin = [name = pass.layer_.name, options, shape = x.shape](Worker& owner, const double* mean,
-                                                                   const double* m2) {
+  auto begin = [name = pass.layer_->name, options, shape = x.shape](Worker& owner, const double* mean,
+                                                                    const double* m2) {
     const size_t channels = static_cast<size_t>(shape.channels);
     return owner.StartForward(name, options.sequence, shape.values_per_channel(), {mean, channels}, {m2, channels},
                               options.backward_role);
   };
   absl::Status status =
-      pass.backend_->StartRound(worker, {pass.layer_.name, Phase::kForward}, std::move(begin), stream_ordered);
+      pass.backend_->StartRound(worker, {pass.layer_->name, Phase::kForward}, std::move(begin), stream_ordered);
   if (!status.ok()) return status;
   if (stream_ordered) pass.statistics_ = std::make_shared<BatchStatistics>(pass.InitialStatistics(true));
   return pass;
@@ -190,10 +190,10 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
 
 BatchStatistics ForwardPass::InitialStatistics(bool stream_ordered) const {
   BatchStatistics statistics;
-  statistics.layer = layer_.name;
-  statistics.channels = layer_.channels;
-  statistics.eps = layer_.eps;
-  statistics.eps_mode = layer_.eps_mode;
+  statistics.layer = layer_->name;
+  statistics.channels = layer_->channels;
+  statistics.eps = layer_->eps;
+  statistics.eps_mode = layer_->eps_mode;
   statistics.role = options_.backward_role;
   statistics.stream_ordered = stream_ordered;
   // True of a stream-ordered pass: its role decides, and all workers contribute to it.
@@ -225,7 +225,7 @@ absl::Status ForwardPass::Finish(const TensorView& x, const ForwardArguments& ar
   if (statistics_ == nullptr) return NotWaitedFor();
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
   if (absl::Status status = CheckAlike(arguments.y, x, "y"); !status.ok()) return status;
-  if (absl::Status status = CheckChannels(x, statistics_->channels, layer_.name); !status.ok()) return status;
+  if (absl::Status status = CheckChannels(x, statistics_->channels, layer_->name); !status.ok()) return status;
   if (absl::Status status = backend_->CheckPlace(x, "x"); !status.ok()) return status;
   const DeviceScope scope = backend_->Enter();
   if (!scope.status().ok()) return scope.status();
@@ -233,7 +233,7 @@ absl::Status ForwardPass::Finish(const TensorView& x, const ForwardArguments& ar
   finalize.running_mean = arguments.running_mean;
   finalize.running_var = arguments.running_var;
   finalize.momentum = arguments.momentum;
-  finalize.biased_running_var = layer_.biased_running_variance;
+  finalize.biased_running_var = layer_->biased_running_variance;
   if (absl::Status status = ComputeCoefficients(*statistics_, finalize); !status.ok()) return status;
   if (x.shape.size() == 0) return absl::OkStatus();
   return backend_->Normalize(x.shape, x.data, backend_->forward_coefficients(),

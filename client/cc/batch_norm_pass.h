@@ -132,7 +132,7 @@ class ForwardPass {
   // The statistics as far as they are known before the round has ended.
   BatchStatistics InitialStatistics(bool stream_ordered) const;
 
-  LayerOptions layer_;
+  std::shared_ptr<const LayerOptions> layer_;  // As it was declared when the pass began.
   PassOptions options_;
   uint32_t rank_ = 0;
   std::shared_ptr<Backend> backend_;

@@ -183,7 +183,7 @@ void Worker::Interrupt() {
 }
 
 absl::Status Worker::DeclareLayer(const LayerOptions& layer) { return impl_->DeclareLayer(layer); }
-std::optional<LayerOptions> Worker::FindLayer(absl::string_view name) const { return impl_->FindLayer(name); }
+std::shared_ptr<const LayerOptions> Worker::FindLayer(absl::string_view name) const { return impl_->FindLayer(name); }
 
 absl::Status Worker::Flush() {
   if (impl_->forked()) return impl_->Flush();

@@ -184,8 +184,9 @@ class Worker {
   //
   // *Errors*: INVALID_ARGUMENT for a name of other than 1 to 255 bytes, and for 0 channels.
   absl::Status DeclareLayer(const LayerOptions& layer);
-  // Returns the newest declaration under this name.
-  std::optional<LayerOptions> FindLayer(absl::string_view name) const;
+  // Returns the newest declaration under this name, which stays as it is if the layer is declared anew. Null if there
+  // is none.
+  std::shared_ptr<const LayerOptions> FindLayer(absl::string_view name) const;
 
   // The Start methods begin a round and copy the vectors. The next wait or flush sends it, in one frame with all that
   // is ready then. `sequence`: kNextSequence counts 0, 1, 2, ... for each layer and phase.

@@ -286,12 +286,10 @@ absl::Status WorkerImpl::DeclareLayer(const LayerOptions& layer) {
   return session_.Declare(layer);
 }
 
-std::optional<LayerOptions> WorkerImpl::FindLayer(absl::string_view name) const {
-  if (forked()) return std::nullopt;
+std::shared_ptr<const LayerOptions> WorkerImpl::FindLayer(absl::string_view name) const {
+  if (forked()) return nullptr;
   absl::MutexLock lock(&mutex_);
-  const auto layer = session_.FindLayer(name);
-  if (layer == nullptr) return std::nullopt;
-  return *layer;
+  return session_.FindLayer(name);
 }
 
 bool WorkerImpl::shares_memory() const {

@@ -68,7 +68,7 @@ class WorkerImpl {
   absl::StatusOr<std::vector<RoundKey>> NewestRounds() const;
   void Interrupt();
   absl::Status DeclareLayer(const LayerOptions& layer);
-  std::optional<LayerOptions> FindLayer(absl::string_view name) const;
+  std::shared_ptr<const LayerOptions> FindLayer(absl::string_view name) const;
   absl::Status Flush();
 
   // Begins a round; see session::Session::Begin.

@@ -21,7 +21,7 @@ absl::Status SyncbnExchange::Prepare(uint32_t channels, uint32_t layers) {
     layer.name = names_.emplace_back(absl::StrCat("stage", i, ".bn", channels));
     layer.channels = channels;
     layer.eps = 1e-5;
-    if (worker_->FindLayer(layer.name).has_value()) continue;
+    if (worker_->FindLayer(layer.name) != nullptr) continue;
     if (absl::Status status = worker_->DeclareLayer(layer); !status.ok()) return status;
   }
   return absl::OkStatus();
