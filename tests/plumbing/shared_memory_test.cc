@@ -27,6 +27,7 @@
 #include "plumbing/doorbell.h"
 #include "plumbing/shared_file.h"
 #include "plumbing/shared_ring.h"
+#include "tests/testing/seed.h"
 
 namespace syncbn {
 namespace {
@@ -120,10 +121,7 @@ TEST(RingTest, AFrameBeyondTheBoundIsRefusedByItsLength) {
 }
 
 TEST(RingTest, WordsOfAnyValueAreSurvived) {
-  std::random_device device;
-  const uint32_t seed = device();
-  SCOPED_TRACE(absl::StrCat("seed ", seed));
-  std::mt19937_64 random(seed);
+  std::mt19937_64 random(testing::Seed());
   for (int i = 0; i < 200; ++i) {
     Ring ring;
     for (char& c : ring.bytes) c = static_cast<char>(random());

@@ -20,6 +20,7 @@
 #include "server/master_server.h"
 #include "syncbn/v1/statistics.grpc.pb.h"
 #include "tests/server/rpc/raw_stream.h"
+#include "tests/testing/seed.h"
 
 namespace syncbn::testing {
 namespace {
@@ -193,9 +194,7 @@ TEST_F(SharedMemoryTest, BytesThatAreNoFrameEndTheStream) {
 }
 
 TEST_F(SharedMemoryTest, ASegmentOfRandomBytesHarmsNobodyElse) {
-  const unsigned seed = std::random_device()();
-  SCOPED_TRACE(absl::StrCat("seed ", seed));
-  std::mt19937 random(seed);
+  std::mt19937 random(Seed());
   Shared honest(directory_, server_->target(), "honest");
   for (uint64_t i = 0; i < 20; ++i) {
     Shared hostile(directory_, server_->target(), absl::StrCat("hostile", i));

@@ -1,8 +1,6 @@
 // The gRPC layer around the round engine: frames that are not frames, streams that end, readers that do not read.
 
 #include <atomic>
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <random>
@@ -16,6 +14,7 @@
 #include "server/master_server.h"
 #include "syncbn/v1/inspection.grpc.pb.h"
 #include "tests/server/rpc/raw_stream.h"
+#include "tests/testing/seed.h"
 
 namespace syncbn::testing {
 namespace {
@@ -290,15 +289,6 @@ TEST(WorkerStreamTest, DestructionEndsOpenCalls) {
   ASSERT_TRUE(stream.Read().has_value());
   server.reset();
   EXPECT_FALSE(stream.Finish().ok());
-}
-
-// A seed of its own for each run, unless SYNCBN_TEST_SEED gives that of another.
-uint32_t Seed() {
-  const char* const given = std::getenv("SYNCBN_TEST_SEED");
-  const uint32_t seed =
-      given == nullptr ? std::random_device()() : static_cast<uint32_t>(std::strtoul(given, nullptr, 10));
-  std::printf("seed %u (SYNCBN_TEST_SEED)\n", seed);
-  return seed;
 }
 
 // Joins "calm", a group of two, with a contribution of `value`; null if the master does not let it in. A busy machine
