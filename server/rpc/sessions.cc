@@ -281,6 +281,7 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
   std::optional<grpc::ByteBuffer> bytes;
   const size_t size = frame.ByteSizeLong();
   absl::flat_hash_map<UnreadBytes*, UnreadBytes::Charge> charges;
+  charges.reserve(streams.size());
   for (const core::StreamId id : streams) {
     Session* const session = Find(id);
     if (session == nullptr || !session->stream->open()) continue;
