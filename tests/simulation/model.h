@@ -15,6 +15,8 @@
 #include "absl/time/time.h"
 #include "server/core/coordinator.h"
 #include "tests/simulation/frame.h"
+#include "tests/simulation/history.h"
+#include "tests/simulation/numbers.h"
 #include "tests/simulation/settings.h"
 
 namespace syncbn::simulation {
@@ -26,7 +28,7 @@ using Incarnations = std::map<std::pair<uint64_t, core::Rank>, uint64_t>;
 class Model {
  public:
   Model(const Settings& settings, Incarnations* incarnations, Tally* tally)
-      : settings_(settings), incarnations_(*incarnations), tally_(*tally) {}
+      : settings_(settings), incarnations_(*incarnations), tally_(*tally), history_(settings.world_size) {}
 
   void BeforeFrame(core::StreamId stream, const Frame& frame, absl::Time now);
   void BeforeClose(core::StreamId stream, absl::Time now);
@@ -45,11 +47,6 @@ class Model {
   size_t pending() const { return pending_.size(); }
 
  private:
-  struct Held {
-    uint64_t incarnation = 0;
-    NumbersPtr numbers;
-  };
-  using HeldParts = std::map<core::Rank, Held>;
   struct Pending {
     absl::Time begun;
     HeldParts parts;
@@ -63,15 +60,6 @@ class Model {
     std::set<core::Rank> latecomers;  // and ranks that wait for it and do not count.
     bool idle() const { return restored && latecomers.empty() && repeats.size() == parts.size(); }
   };
-  // A round that ended under an earlier master, and of which this one does not know the outcome.
-  struct Restored {
-    core::EndedReport report;
-    std::vector<core::Rank> roster;
-  };
-  struct Ended {
-    std::shared_ptr<const core::RoundOutcome> outcome;
-    HeldParts parts;
-  };
   struct Member {
     core::StreamId stream = 0;  // 0 if it has none.
     uint64_t incarnation = 0;
@@ -82,23 +70,6 @@ class Model {
     std::optional<absl::Time> lost_at;
     std::vector<core::RoundKey> blocked_on;
   };
-  struct Running {
-    std::vector<long double> mean;
-    std::vector<long double> var;
-    uint64_t updates = 0;
-    bool later = false;      // They belong to the layer as it was declared anew.
-    bool mixed = false;      // An earlier size has come after the later one: which of them counts is a matter of order.
-    bool any_later = false;  // A round of the later size has completed, be it one of empty batches.
-  };
-  // The merge of a round's contributions, as it should be.
-  struct Merged {
-    int64_t count = 0;
-    std::vector<long double> first;
-    std::vector<long double> second;
-    std::vector<long double> first_scale;  // The magnitudes against which rounding is judged.
-    std::vector<long double> second_scale;
-  };
-
   void Begin();
   void Violate(const std::string& what);
   void TakeFrame(core::Rank rank, absl::Time now);
@@ -108,9 +79,6 @@ class Model {
   void TakeRepeat(core::Rank rank, const Part& part, absl::Time now);
   Pending& PendingRestored(const core::RoundKey& key, absl::Time now);
   void TakeRestored(core::Rank rank, const Part& part, absl::Time now);
-  std::vector<core::Rank> RosterOf(const core::EndedReport& report) const;
-  // Finds what a backward round has to know of its forward round. Returns false if that has not completed.
-  bool FindForward(const core::RoundKey& key, std::vector<core::Rank>* expected, int64_t* count, bool* required) const;
   void NoteStraddling(core::Rank rank, Pending* round) const;
   // Returns the ranks that are missing from a round and may have contributed to it under an earlier master.
   std::vector<core::Rank> TakenAlong(const Pending& round) const;
@@ -119,11 +87,6 @@ class Model {
   // A restored round that nobody waits for is forgotten at its deadline, and once every member has caught up.
   void DropIdle(std::optional<absl::Time> now);
   bool EveryoneHasCaughtUp() const;
-  // The rank has forgotten the round, and those of its layer and phase before it.
-  void NoteForgotten(core::Rank rank, const core::RoundKey& key);
-  // Returns whether the rank may have forgotten that the round had ended, and its own part with it.
-  bool MayHaveForgotten(core::Rank rank, const core::RoundKey& key) const;
-  bool Forgotten(const core::RoundKey& key) const;
   size_t InFlight() const;
 
   void Check(const core::SendJoined& joined, absl::Time now);
@@ -138,10 +101,11 @@ class Model {
   void Check(const core::GroupEnded& ended, absl::Time now);
 
   void CheckFailure(const core::RoundOutcome& outcome, const Pending& round, absl::Time now);
+  bool FailureIsDue(const core::RoundOutcome& outcome, const Pending& round, absl::Time now);
+  // The same for OUTCOME_LOST. `over`: nobody is awaited any more.
+  bool LossIsDue(const core::RoundOutcome& outcome, const Pending& round, bool over, absl::Time now);
   void CheckCompletion(const core::RoundOutcome& outcome, const Pending& round, absl::Time now);
   void CheckRefusal(core::StreamId stream, const core::RoundOutcome& outcome);
-  void CheckNumbers(const core::RoundOutcome& outcome, const Merged& merged);
-  void CheckRunning(const std::string& layer, const core::LayerView& view);
   bool RefusalIsDue(core::Rank rank, const Part& part, const std::string& reason) const;
   // Returns true if the join has other layers than the workers have.
   bool Intrudes(const core::Join& join) const {
@@ -158,9 +122,6 @@ class Model {
   void CheckTold();
   void CheckWaiting(absl::Time now);
 
-  Merged Merge(const core::RoundKey& key, const HeldParts& parts, int64_t forward_count) const;
-  void UpdateRunning(const core::RoundKey& key, const Merged& merged);
-
   std::optional<core::Rank> SeatOf(core::StreamId stream) const;
   // The rank has a stream; or it has left, as the sender of a last frame has already.
   bool Present(core::Rank rank) const;
@@ -171,11 +132,8 @@ class Model {
   bool Deadlocked() const;
   bool proceeds() const { return settings_.config.missing_policy == core::MissingPolicy::kProceed; }
   bool waits() const { return settings_.config.missing_policy == core::MissingPolicy::kWait; }
-  // Returns the completed round of the greatest sequence for each layer and phase.
-  std::vector<core::RoundKey> NewestRounds() const;
   size_t Least(const Pending& round) const;
   std::vector<core::Rank> Missing(const Pending& round) const;
-  static bool Bad(const Part& part, const core::LayerSpec& spec);
 
   const Settings& settings_;
   Incarnations& incarnations_;
@@ -186,14 +144,8 @@ class Model {
   std::set<core::StreamId> closed_;
   std::map<core::Rank, Member> members_;
   std::map<core::RoundKey, Pending> pending_;
-  std::map<core::RoundKey, Ended> ended_;
-  std::map<core::RoundKey, Restored> restored_;
-  // The greatest sequences that ranks have forgotten, by layer and phase.
-  std::map<std::pair<std::string, core::Phase>, std::map<core::Rank, uint64_t>> forgotten_;
-  // Forward rounds that were reported: the ranks that know of them, or wait for them. The ends of backward rounds are
-  // forgotten no sooner.
-  std::map<core::RoundKey, std::set<core::Rank>> holders_;
-  std::map<std::string, Running> running_;
+  History history_;
+  std::map<std::string, RunningModel> running_;
   std::set<std::string> completed_;  // Layers that have had a completed round.
   std::set<core::Rank> refused_;     // Vacant, and last claimed by someone with other layers.
   uint64_t run_id_ = 0;              // 0 while there is no group.
