@@ -62,8 +62,9 @@ class CpuBackend : public Backend {
   absl::Status StartRound(Worker& worker, DeviceRound::Key, DeviceRound::Begin begin, bool stream_ordered) override {
     SYNCBN_CHECK(!stream_ordered, "a CPU has no stream");
     absl::StatusOr<Round> round = begin(worker, vectors_.local[0], vectors_.local[1]);
-    if (round.ok()) round_ = *std::move(round);
-    return round.status();
+    if (!round.ok()) return round.status();
+    round_ = *std::move(round);
+    return absl::OkStatus();
   }
   void Deliver() override {
     SYNCBN_CHECK(result().first.size() == static_cast<size_t>(channels_), result().first.size(), " elements");

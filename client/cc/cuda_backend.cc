@@ -95,8 +95,9 @@ class CudaBackend : public Backend {
       return absl::OkStatus();
     }
     auto round = DeviceRound::StartStreamOrdered(worker, std::move(key), lease_, std::move(begin));
-    if (round.ok()) device_round_ = *std::move(round);
-    return round.status();
+    if (!round.ok()) return round.status();
+    device_round_ = *std::move(round);
+    return absl::OkStatus();
   }
   void Deliver() override { slot().Deliver(result().first, result().second); }
 

@@ -72,12 +72,12 @@ absl::Status DeviceStatus(DeviceRuntime* runtime, DeviceRuntime::Error error, co
   return absl::InternalError(absl::StrCat(what, ": ", runtime->ErrorString(error), " (CUDA error ", error, ")"));
 }
 
-DeviceScope::DeviceScope(DeviceRuntime* runtime, int device) : runtime_(runtime) {
+DeviceScope::DeviceScope(DeviceRuntime* runtime, int device) {
   DeviceRuntime::Error error = runtime->CurrentDevice(&before_);
   if (error == DeviceRuntime::kSuccess && before_ == device) return;
   if (error == DeviceRuntime::kSuccess) {
     error = runtime->SetDevice(device);
-    restore_ = error == DeviceRuntime::kSuccess;
+    if (error == DeviceRuntime::kSuccess) restores_ = runtime;
   }
   if (error != DeviceRuntime::kSuccess) {
     status_ = absl::FailedPreconditionError(absl::StrCat(
@@ -86,7 +86,7 @@ DeviceScope::DeviceScope(DeviceRuntime* runtime, int device) : runtime_(runtime)
 }
 
 DeviceScope::~DeviceScope() {
-  if (restore_) runtime_->SetDevice(before_);
+  if (restores_ != nullptr) restores_->SetDevice(before_);
 }
 
 StreamMemory::~StreamMemory() {

@@ -55,9 +55,8 @@ class DeviceScope {
   const absl::Status& status() const { return status_; }
 
  private:
-  DeviceRuntime* const runtime_ = nullptr;
+  DeviceRuntime* restores_ = nullptr;  // Null if the current device need not be restored.
   int before_ = 0;
-  bool restore_ = false;
   absl::Status status_;
 };
 

@@ -19,7 +19,7 @@ struct ErrorDetails {
   std::string reason;
   std::string layer;
   std::vector<uint32_t> ranks;  // To blame, ascending.
-  std::string limit = "";       // The name of the master's limit that was exceeded (PROTOCOL.md, section 13).
+  std::string limit{};          // The name of the master's limit that was exceeded (PROTOCOL.md, section 13).
 };
 
 // Returns the details of a status that this library returned; empty ones for others.

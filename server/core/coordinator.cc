@@ -109,8 +109,7 @@ Effects Coalesce(Effects effects) {
 
 }  // namespace
 
-Coordinator::Coordinator(Limits limits, uint64_t instance)
-    : limits_(std::move(limits)), instance_(instance), journal_(limits_) {}
+Coordinator::Coordinator(Limits limits, uint64_t instance) : limits_(limits), instance_(instance), journal_(limits_) {}
 Coordinator::~Coordinator() = default;
 
 Effects Coordinator::On(const Event& event, absl::Time now) {

@@ -237,7 +237,8 @@ void Rounds::Complete(Pending::iterator round, std::vector<Rank> missing, absl::
   outcome->key = round->first;
   const EndedRound* const ended =
       pending.restored ? layers_.Get(round->first.layer).Find(round->first.phase, round->first.sequence) : nullptr;
-  outcome->missing_ranks = ended != nullptr ? ended->missing_ranks : std::move(missing);
+  if (ended != nullptr) missing = ended->missing_ranks;
+  outcome->missing_ranks = std::move(missing);
   if (round->first.phase == Phase::kForward) {
     MergeForward(pending.payloads, spec.channels, *outcome);
   } else {

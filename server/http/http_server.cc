@@ -170,7 +170,7 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpOptions&
 
 HttpServer::HttpServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 HttpServer::~HttpServer() {
-  if (impl_->IsForked()) impl_.release();
+  if (impl_->IsForked()) static_cast<void>(impl_.release());  // Its threads are the parent's.
 }
 std::string HttpServer::address() const { return impl_->address(); }
 
