@@ -137,7 +137,7 @@ def check(group, sizes, shape=(4, 3), dtype=torch.float64, layout="contiguous", 
         total = sum(dict(layer.named_parameters())[name].grad.double() for _, _, layer in results)
         close(total, parameter.grad, max(dtype, parameters, key=TOLERANCE.get))
     whole.eval()
-    expected = Whole.forward(whole, batches[0][0].double())  # Which adds epsilon in either mode.
+    expected = Whole.forward(whole, batches[0][0].double())  # It adds epsilon in either mode.
     close(torch.cat([evaluated for _, evaluated, _ in results]), expected, dtype)
 
 
@@ -525,13 +525,25 @@ def test_branches_may_run_in_any_order(group):
 
 def test_autocast(group):
     def run(worker):
-        model = torch.nn.Sequential(torch.nn.Linear(4, 3), sync.SyncBatchNorm(3, worker=worker, layer="bn"))
+        generator = torch.Generator().manual_seed(worker.rank)
+        linear = torch.nn.Linear(4, 3)
+        layer = sync.SyncBatchNorm(3, worker=worker, layer="bn")
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = model(torch.randn(5, 4))
+            x = linear(torch.randn((5 + worker.rank, 4), generator=generator)).detach()
+            y = layer(x)
         y.float().pow(2).sum().backward()
-        return y.dtype, model[1].weight.grad.dtype, model[1].running_mean.dtype
+        assert (x.dtype, y.dtype) == (torch.bfloat16, torch.bfloat16)
+        assert (layer.weight.grad.dtype, layer.running_mean.dtype) == (torch.float32, torch.float32)
+        return x, y.detach(), layer.weight.grad, layer.running_mean
 
-    assert group(2, run) == [(torch.bfloat16, torch.float32, torch.float32)] * 2
+    results = group(2, run)
+    whole = torch.cat([x for x, _, _, _ in results]).double()
+    mean, var = whole.mean(0), whole.var(0, unbiased=False)
+    for x, y, grad, running_mean in results:
+        expected = (x.double() - mean) / (var + 1e-5).sqrt()
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2**-12)
+        torch.testing.assert_close(grad.double(), 2 * (y.double() * expected).sum(0), rtol=2**-6, atol=2**-6)
+        torch.testing.assert_close(running_mean.double(), 0.1 * mean, rtol=1e-6, atol=1e-7)
 
 
 def test_gradients_that_some_workers_lack(group):
