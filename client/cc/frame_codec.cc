@@ -19,7 +19,7 @@
 namespace syncbn {
 namespace {
 
-using syncbn::FromProto;  // Of durations.
+using syncbn::FromProto;  // For durations.
 
 // ---- To the master --------------------------------------------------------------------------------------------------
 

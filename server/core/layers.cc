@@ -30,7 +30,7 @@ const Layer& Layers::Get(absl::string_view name) const {
 }
 
 std::vector<RoundKey> Layers::NewestRounds() const {
-  constexpr size_t kKeyBytes = 24;  // Of an encoded key, without the name.
+  constexpr size_t kKeyBytes = 24;  // An encoded key, without the name.
   std::vector<RoundKey> newest;
   size_t bytes = 0;
   for (const auto& [name, layer] : layers_) {

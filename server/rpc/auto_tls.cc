@@ -26,7 +26,7 @@ std::string HostOf(const std::vector<ListenAddress>& addresses) {
     gethostname(name, sizeof(name) - 1);
     return name;
   }
-  return "localhost";  // What gRPC takes the name of a unix socket's server to be.
+  return "localhost";  // gRPC's name for the server of a unix socket.
 }
 
 bool Exists(const std::string& path) { return access(path.c_str(), F_OK) == 0; }

@@ -336,7 +336,7 @@ void Sessions::CloseStream(Session& session, const grpc::Status& status) {
   timers_.insert({*now_ + kCloseTimeout, TimerKind::kClose, session.stream->id()});
   ++handled_[static_cast<size_t>(status.error_code())];
   session.stream->Close(status);
-  NoteLag(session);  // What it leaves unread from here on holds nobody up.
+  NoteLag(session);  // Bytes that it leaves unread from here on hold nobody up.
 }
 
 void Sessions::NoteClosed(core::StreamId id, const core::Error& error) {

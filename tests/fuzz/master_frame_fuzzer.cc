@@ -33,7 +33,7 @@ class Round final : public EncodedContribution {
  public:
   using EncodedContribution::EncodedContribution;
 
-  size_t channels = 0;  // Of the result; 0 if only the master knows.
+  size_t channels = 0;  // The result's; 0 if only the master knows.
   bool finite = false;
   bool ended = false;
 };

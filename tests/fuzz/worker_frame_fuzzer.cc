@@ -79,7 +79,7 @@ class Master {
     core::StreamId id = 0;  // 0: there is none.
     bool joined = false;
     uint32_t rank = 0;
-    std::unique_ptr<rpc::FrameReader> frame;  // Of which not all slices have been handled.
+    std::unique_ptr<rpc::FrameReader> frame;  // Not all of its slices have been handled.
   };
   // The life and the run that a master has told a rank's worker.
   struct Life {

@@ -259,7 +259,7 @@ class Bench:
         """A rival's time; None, and a note, if it does not run."""
         try:
             return time_calls(calls)
-        except Exception as error:  # Whatever another library raises.
+        except Exception as error:  # Another library may raise anything.
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.note(f"{name} does not run: {first[:200]}")
             return None

@@ -82,7 +82,7 @@ def test_no_torch_is_a_reason(tree):
         ("echo skipped: no such thing", "skipped", "no such thing", 0),
         ("echo 3 differ; exit 4", "failed", "exit 4; see log.txt: 3 differ", 1),
         ("kill -SEGV $$", "failed", "exit 139", 1),
-        ("sleep 100", "failed", "not finished after ", 1),  # What is left of the 6 s.
+        ("sleep 100", "failed", "not finished after ", 1),  # The rest of the 6 s.
     ],
 )
 def test_outcomes(tree, script, outcome, text, code):

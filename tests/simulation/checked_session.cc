@@ -564,7 +564,7 @@ bool CheckedSession::KnowsLeft(core::Rank rank) const {
          std::all_of(rounds_.begin(), rounds_.end(), [&](const Round& round) { return has_left(round.left); });
 }
 
-// What reaches this worker on one stream is in order: an outcome comes before the leave of one that has had it.
+// News reaches this worker in order on one stream: an outcome comes before the leave of a worker that has had it.
 void CheckedSession::NoteLeft(const std::vector<uint32_t>& left_ranks) {
   left_ranks_ = left_ranks;
   for (Round& round : rounds_) {

@@ -79,7 +79,7 @@ class CheckedSession {
   // A round that has ended for all who contributed to it.
   struct Answered {
     Round round;
-    uint64_t memory = 0;  // Of the master that has told its outcome.
+    uint64_t memory = 0;  // The master's that has told its outcome.
   };
   // The session's answer to one call, in short.
   struct Done {
@@ -156,7 +156,7 @@ class CheckedSession {
   // Rounds.
   std::vector<Round> rounds_;  // In the order in which they were begun.
   std::vector<Answered> answered_rounds_;
-  uint64_t memory_ = 0;  // Of the master.
+  uint64_t memory_ = 0;  // The master's.
   bool must_catch_up_ = false;
   std::vector<uint32_t> left_ranks_;
   uint64_t begun_ = 0;

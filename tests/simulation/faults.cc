@@ -41,7 +41,7 @@ void World::Fault() {
 
 bool World::MayDie(size_t index) const {
   const Life& victim = lives_[index];
-  // What has begun to leave does not come back.
+  // A worker that has begun to leave does not come back.
   if (!settings_.workers_die || !victim.alive || victim.session->LeaveDue() != absl::InfiniteFuture()) return false;
   if (!settings_.masters_die) return true;
   // With a master, one worker at a time: all others have to be alive, and beyond the step in which the last one died.
@@ -72,7 +72,7 @@ void World::Crash(size_t index) {
 void World::Stall(Life& life) {
   if (life.stalled_until == 0) life.stalled_since = now_;
   const Micros stall = random_.Chance(0.1) ? random_.Between(1'000'000, 6'000'000) : random_.Between(1'000, 400'000);
-  // What has been put off until the end of an earlier stall must not be overtaken by what comes later.
+  // Later events must not overtake those that were put off until the end of an earlier stall.
   life.stalled_until = std::max(life.stalled_until, now_ + stall);
   if (life.due != kNever) life.due = std::max(life.due, life.stalled_until);
   Log("rank ", life.trainer.rank(), " stalls until ", life.stalled_until);

@@ -31,7 +31,7 @@ struct SimulatedContribution final : public session::Contribution {
 struct Part {
   core::RoundKey key;
   NumbersPtr numbers;
-  // What the worker has been told of the round's end, by another master; null if it asks for the outcome.
+  // The round's end as another master has told it to the worker; null if it asks for the outcome.
   std::shared_ptr<const core::EndedReport> report = nullptr;
 };
 

@@ -1,10 +1,9 @@
 // Who joins, who is let in, who is present, and what has been declared.
 
-#include "tests/simulation/model.h"
-
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "tests/simulation/model.h"
 
 namespace syncbn::simulation {
 namespace {

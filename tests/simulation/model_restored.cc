@@ -1,10 +1,10 @@
 // The rounds that began under an earlier master: what workers report of them, and who may still repeat a contribution.
 
-#include "tests/simulation/model.h"
-
 #include <algorithm>
 #include <iterator>
 #include <utility>
+
+#include "tests/simulation/model.h"
 
 namespace syncbn::simulation {
 namespace {
@@ -81,8 +81,8 @@ Model::Pending& Model::PendingRestored(const RoundKey& key, absl::Time now) {
 void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
   if (part.key.phase == core::Phase::kBackward) {
     const auto forward = history_.FindForward(part.key);
-    const bool contributes = !forward.has_value() || std::count(forward->contributors.begin(),
-                                                                forward->contributors.end(), rank) != 0;
+    const bool contributes =
+        !forward.has_value() || std::count(forward->contributors.begin(), forward->contributors.end(), rank) != 0;
     if (!contributes) return must_answer_.push_back(part.key);
   }
   const RestoredRound& restored = *history_.FindRestored(part.key);

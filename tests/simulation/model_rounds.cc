@@ -1,11 +1,10 @@
 // How rounds end, who is told, and which contributions are refused.
 
-#include "tests/simulation/model.h"
-
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "tests/simulation/model.h"
 
 namespace syncbn::simulation {
 namespace {
@@ -135,7 +134,8 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
   const core::RoundOutcome& outcome = *ended.outcome;
   const auto found = pending_.find(outcome.key);
   if (found == pending_.end()) {
-    return Violate(absl::StrCat(Name(outcome.key), history_.FindEnded(outcome.key) != nullptr ? " ends twice" : " has not begun"));
+    return Violate(
+        absl::StrCat(Name(outcome.key), history_.FindEnded(outcome.key) != nullptr ? " ends twice" : " has not begun"));
   }
   Pending& round = found->second;
   // A frame's declarations count before its contributions, which then come to a round that they have ended.
@@ -188,9 +188,10 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
 
 void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round, absl::Time now) {
   // A member has said that it had failed with this error.
-  const bool reported = frame_ != nullptr && std::any_of(frame_->parts.begin(), frame_->parts.end(), [&](const Part& p) {
-    return p.key == outcome.key && p.report != nullptr && p.report->error.has_value();
-  });
+  const bool reported =
+      frame_ != nullptr && std::any_of(frame_->parts.begin(), frame_->parts.end(), [&](const Part& p) {
+        return p.key == outcome.key && p.report != nullptr && p.report->error.has_value();
+      });
   if (reported || FailureIsDue(outcome, round, now)) return;
   Violate(absl::StrCat(Name(outcome.key), " fails with ", outcome.error->reason, " (ranks ",
                        absl::StrJoin(outcome.error->ranks, ","), "), which is not due"));

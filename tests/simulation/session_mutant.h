@@ -41,7 +41,7 @@ enum class SessionBug {
   kStaleFrame,         // A frame of an earlier stream is taken for one of the present stream.
   kForgottenSelf,      // A worker that comes back does not say who it was.
   kSecondStream,       // Two streams are opened at once.
-  kForgottenRepeat,    // What has been answered is not sent to a master that does not know it.
+  kForgottenRepeat,    // Answered contributions are not sent to a master that does not know them.
   kLateRepeat,         // It is sent after the worker has said that it had sent all.
   kIgnoredMemory,      // A master that has lost its memory is not noticed.
   kShortLog,           // Answered rounds are forgotten too early.

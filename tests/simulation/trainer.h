@@ -42,7 +42,7 @@ class Trainer {
 
   core::Rank rank() const { return rank_; }
   uint64_t sequence() const { return sequence_; }
-  // What it waits for, in the order in which it was begun.
+  // The rounds that it waits for, in the order in which they were begun.
   const std::vector<ContributionRef>& waiting() const { return waiting_; }
 
   // Does what comes next. Returns after how long it does more; nothing if it waits for an outcome, or has left.

@@ -2,7 +2,7 @@
 
 nvcc compiles each source into an object for every architecture of ARCHITECTURES, and PTX of the newest for GPUs to come.
 Where there is no toolkit (HAVE_CUDA is false), the library has the sources of `otherwise` in their place, so that
-whatever depends on it builds all the same.
+whatever depends on it still builds.
 """
 
 load("@cuda//:config.bzl", "CUDA_ROOT", "HAVE_CUDA")

@@ -183,6 +183,6 @@ def launchers_board(topic: str) -> Optional[Board]:
             "address",
             errors.Code.FAILED_PRECONDITION,
         ) from None
-    store: Any = getattr(sys.modules["torch.distributed"], "TCPStore")  # Which torch's hints do not know.
+    store: Any = getattr(sys.modules["torch.distributed"], "TCPStore")  # Unknown to torch's type hints.
     connected = store(host, port, None, False, datetime.timedelta(seconds=30), wait_for_workers=False)
     return TorchBoard(connected, topic)

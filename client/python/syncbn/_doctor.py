@@ -92,7 +92,7 @@ def _check(name: str, function: Callable[[], str]) -> bool:
     """Prints a line. Returns: whether the check has passed."""
     try:
         answer, passed = function(), True
-    except Exception as error:  # Whatever is wrong with an installation is what this program is for.
+    except Exception as error:  # Any fault of an installation is to be shown.
         answer, passed = f"{type(error).__name__}: {error}", False
     print(f"{'ok  ' if passed else 'FAIL'}  {name}: {answer}", flush=True)
     return passed

@@ -69,7 +69,7 @@ class _Process:
             if "error" in found:
                 raise errors.make_error(**found["error"])
         except BaseException:
-            self.forget()  # Which ends it, if it is there.
+            self.forget()  # Ends it, if it is there.
             raise
         self.pid, self.target = int(found["pid"]), str(found["target"])
         self.http_address: Optional[str] = found["http_address"]

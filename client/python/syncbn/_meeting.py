@@ -241,6 +241,6 @@ def _source_address(destination: str) -> Optional[str]:
         return None
     for family, kind, protocol, _, address in found:
         with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as route:
-            route.connect(address)  # Of a datagram socket: sends nothing.
+            route.connect(address)  # A datagram socket: this sends nothing.
             return str(route.getsockname()[0])
     return None

@@ -109,7 +109,7 @@ class Worker:
         pass over CUDA tensors, `all_reduce`, `settle` or `leave`. Passes for which that cannot be are host-driven, with
         a warning if it is for want of support.
 
-    In a `with` block, a normal end leaves the group; an exception closes the worker without goodbye, so that the others
+    In a `with` block, a normal end leaves the group; an exception closes the worker without a leave, so that the others
     learn at once that it is lost. Any thread may use a worker.
     """
 
@@ -733,7 +733,7 @@ def default_worker() -> Worker:
     """
     global _environment_worker
     _forks.refuse()
-    with _environment_lock:  # Of threads that come at the same time, one makes it.
+    with _environment_lock:  # One of the threads that come at the same time makes it.
         outdated = _environment_worker
         if outdated is not None and not outdated.closed and _places.is_outdated(outdated._launch):
             outdated.leave("torch.distributed has been initialized anew")

@@ -50,7 +50,7 @@ def _revert(own: Any, module: torch.nn.Module) -> torch.nn.Module:
 
 
 if importlib.util.find_spec("mmcv") is not None:
-    importlib.import_module("mmcv.cnn")  # Which registers its own "SyncBN", and would do so later.
+    importlib.import_module("mmcv.cnn")  # It registers its own "SyncBN", and would do so later.
 for _user in _USERS:
     importlib.import_module(_user)
 mmengine.registry.MODELS.register_module("SyncBN", module=SyncBatchNorm, force=True)

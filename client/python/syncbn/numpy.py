@@ -40,7 +40,7 @@ def _array(value: Any) -> np.ndarray:
     """An array of a type that the library has, over the same memory."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError("a numpy.ma.MaskedArray: give its data, and which positions count as mask=")
-    array = np.asarray(_dlpack.to_numpy(value))  # Of no subclass, whose arithmetic may differ.
+    array = np.asarray(_dlpack.to_numpy(value))  # No subclass: its arithmetic may differ.
     _type_of(array)
     return array
 

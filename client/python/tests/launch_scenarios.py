@@ -200,7 +200,7 @@ def two_pairs_lose_a_process() -> None:
         logging.getLogger("syncbn").addHandler(told)
         logging.getLogger("syncbn").setLevel(logging.INFO)
         worker.leave()
-        assert "rank 1 has ended without leaving its worker" in told.messages, told.messages  # Of the two.
+        assert "rank 1 has ended without leaving its worker" in told.messages, told.messages  # Rank 1 of the two.
         print("passed rank_0_does_not_wait_for_a_worker_that_has_ended", flush=True)
     os._exit(0)
 

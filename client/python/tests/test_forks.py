@@ -421,7 +421,7 @@ with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=
     if pid == 0:
         refused = 0
         for model in (own, any):
-            model.eval()(x)  # Which needs no worker.
+            model.eval()(x)  # Evaluation needs no worker.
             try:
                 model.train()(x)
             except syncbn.Error as error:

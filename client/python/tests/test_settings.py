@@ -135,7 +135,7 @@ def test_the_join_timeout_comes_from_the_environment(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["TRUSTED_CA_FILE", "CERT_FILE"])
 def test_files_for_tls_come_from_the_environment(master, monkeypatch, name):
-    names = [name] if name == "TRUSTED_CA_FILE" else ["CERT_FILE", "KEY_FILE"]  # Which come together.
+    names = [name] if name == "TRUSTED_CA_FILE" else ["CERT_FILE", "KEY_FILE"]  # They come together.
     environment(monkeypatch, **{f"SYNCBN_CLIENT_{each}": f"/nonexistent/{each}.pem" for each in names})
     with pytest.raises(syncbn.Error, match="/nonexistent/.*.pem"):
         syncbn.Worker(master.target, "tls", 0, 1, join_timeout=0.5)

@@ -20,7 +20,7 @@ CHANNELS = 4
 class Late(_passes.ForwardPass):
     """A pass that claims to be stream-ordered; the host waits within `finish`, where the stream would."""
 
-    waits = 0  # That the front made, of all passes.
+    waits = 0  # The number that the front made, in all passes.
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import syncbn.torch as sync
 
 SEED = 360
-FAMILIES = 58  # Of timm 1.0.31.
+FAMILIES = 58  # The number in timm 1.0.31.
 
 
 def families():

@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import report  # noqa: E402
 
-ROUND_TIMEOUT = 20.0  # What ends a round must be the loss.
+ROUND_TIMEOUT = 20.0  # Long: the loss must end a round, not the deadline.
 
 
 def work() -> None:

@@ -27,7 +27,7 @@ class Time(NamedTuple):
     """Microseconds of one step."""
 
     wall: float
-    cpu: float  # Of the calling thread, the operating system's share included.
+    cpu: float  # The calling thread's, the operating system's share included.
 
 
 def raw_rounds(worker: syncbn.Worker, layer: str, channels: int) -> Callable[[], None]:

@@ -1,5 +1,4 @@
-/* What a forked child may do (nothing, and it is told at once), and what its parent and the others notice of it
- * (nothing). */
+/* A forked child may do nothing, and is told at once; its parent and the others notice nothing. */
 
 #include <pthread.h>
 #include <signal.h>

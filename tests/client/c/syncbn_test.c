@@ -456,7 +456,7 @@ static void* WaitUntilClosed(void* argument) {
   return NULL;
 }
 
-/* Whether the other thread waits already or is about to. */
+/* The other thread may wait already, or be about to. */
 static void TestCloseDuringAWait(void) {
   for (int i = 0; i < 20; ++i) {
     syncbn_worker* worker = Join("closing", 0, 2, 0);

@@ -21,14 +21,14 @@ constexpr unsigned kSeed = 4711;
 
 struct Case {
   std::string name;
-  std::vector<size_t> batches;  // Of each worker.
+  std::vector<size_t> batches;  // One for each worker.
   size_t channels = 3;
   size_t spatial = 4;
   bool channels_last = false;
   bool float32 = false;
   bool clamp_eps = false;
   double eps = 1e-5;
-  double offset = 0.0;  // Of the mean, in standard deviations.
+  double offset = 0.0;  // The mean, in standard deviations.
 };
 
 // The type's elements behind a TensorView, and the same as doubles.

@@ -65,7 +65,7 @@ class DnsServer {
 
   // Makes the question its answer; returns the length.
   size_t Respond(uint8_t* packet, size_t size) const {
-    size_t end = kHeader;  // Of the question: labels, 0, type, class.
+    size_t end = kHeader;  // The question's: labels, 0, type, class.
     while (end < size && packet[end] != 0) end += packet[end] + size_t{1};
     const bool wants_address = packet[end + 2] == kTypeA;
     end += 5;

@@ -126,7 +126,7 @@ class InProcessTransport final : public Transport {
     if (!open_ || broken_by_ == opened_) return;
     broken_by_ = opened_;
     up_ = reading_ = false;
-    events_.clear();  // What is on its way does not arrive.
+    events_.clear();  // Events that are on their way do not arrive.
     events_.push_back({Event::Kind::kBroken, "", std::move(why)});
     changed_.Signal();
   }

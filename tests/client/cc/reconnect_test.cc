@@ -124,7 +124,7 @@ TEST(ReconnectTest, ABrokenStreamComesBackWithWhatIsUnanswered) {
     });
     AwaitArrival(*master, "v", 0);
     relay.Break();
-    EXPECT_TRUE(Sum(*second, "v", {10.0}).ok());  // Whether before or after the other has come back.
+    EXPECT_TRUE(Sum(*second, "v", {10.0}).ok());  // Before or after the other has come back.
     waiting.join();
   }
   EXPECT_EQ(first->incarnation(), 1u);

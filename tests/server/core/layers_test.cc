@@ -70,10 +70,10 @@ TEST(LayerSetTest, WhoComesBackMendedIsTaken) {
   Engine engine;
   const StreamId first = engine.Join(JoinWith(0, 2, {BatchNormLayer("a", 1)}));
   engine.Join(JoinWith(1, 2, {BatchNormLayer("a", 2)}));
-  const StreamId mended = engine.Join(JoinWith(1, 2, {BatchNormLayer("a", 1)}));
-  EXPECT_FALSE(engine.log(mended).closed);
+  const StreamId corrected = engine.Join(JoinWith(1, 2, {BatchNormLayer("a", 1)}));
+  EXPECT_FALSE(engine.log(corrected).closed);
   engine.Contribute(first, Forward("a", 0), kNumbers);
-  engine.Contribute(mended, Forward("a", 0), kNumbers);
+  engine.Contribute(corrected, Forward("a", 0), kNumbers);
   EXPECT_EQ(ReasonOf(*engine.Outcome(first, Forward("a", 0))), "");
 }
 
@@ -92,9 +92,9 @@ TEST(LayerSetTest, RoundsThatWaitForTheRefusedFailAtOnceAndUntilItIsMended) {
   EXPECT_EQ(ReasonOf(*engine.Outcome(second, Forward("a", 0))), kLayerSetMismatch);
   engine.Contribute(second, Forward("a", 1), kNumbers);
   EXPECT_EQ(ReasonOf(*engine.Outcome(second, Forward("a", 1))), kLayerSetMismatch);
-  const StreamId mended = engine.Join(JoinWith(2, 3, {BatchNormLayer("a", 1)}));
-  for (const StreamId stream : {first, second, mended}) engine.Contribute(stream, Forward("a", 2), kNumbers);
-  EXPECT_EQ(ReasonOf(*engine.Outcome(mended, Forward("a", 2))), "");
+  const StreamId corrected = engine.Join(JoinWith(2, 3, {BatchNormLayer("a", 1)}));
+  for (const StreamId stream : {first, second, corrected}) engine.Contribute(stream, Forward("a", 2), kNumbers);
+  EXPECT_EQ(ReasonOf(*engine.Outcome(corrected, Forward("a", 2))), "");
 }
 
 TEST(LayerSetTest, ARefusedJoinHarmsNobodyWhoIsPresent) {

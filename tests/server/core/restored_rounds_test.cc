@@ -293,7 +293,7 @@ TEST_F(RestoredTest, ABackwardRoundThatWasReportedBeforeItsForwardRoundHasEnded)
   const auto forward = Told(Forward("a", 4), {0, 1, 2});
   const auto backward = Told(Backward("a", 4), {0, 1, 2});
   const StreamId first = Return(0), second = Return(1), third = Return(2);
-  Send(first, {backward}, 0);  // Of the forward round it holds nothing any more.
+  Send(first, {backward}, 0);  // It holds nothing of the forward round any more.
   Send(second, {backward}, 1);
   engine_.Leave(first);
   engine_.Leave(second);

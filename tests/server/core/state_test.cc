@@ -230,8 +230,8 @@ class Training {
   }
 
   const std::vector<LayerSpec> specs_ = {Exponential("a", 3, 0.1), Cumulative("b", 2)};
-  std::mt19937 random_;  // Of the training.
-  std::mt19937 chaos_;   // Of its troubles.
+  std::mt19937 random_;  // For the training.
+  std::mt19937 chaos_;   // For its troubles.
   std::unique_ptr<Engine> engine_;
   std::vector<StreamId> workers_;
   uint64_t run_id_ = 0;

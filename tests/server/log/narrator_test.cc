@@ -63,7 +63,7 @@ class NarratorTest : public ::testing::Test {
   }
 
   std::vector<std::string> lines_;
-  std::vector<std::string> fields_;  // Of the newest line.
+  std::vector<std::string> fields_;  // In the newest line.
   const absl::Time now_ = absl::FromUnixSeconds(1'700'000'000);
   Narrator narrator_{[](core::StreamId stream) { return stream == 7 ? "ipv4:10.0.0.1:99" : ""; }};
 };

@@ -1,4 +1,4 @@
-// A wall clock that is set back while rounds wait: they end by their deadlines all the same.
+// A wall clock that is set back while rounds wait: they still end by their deadlines.
 
 #include <sys/syscall.h>
 #include <time.h>

@@ -103,7 +103,7 @@ TEST(StrangersTest, IdleConnectionsMakeRoomForWorkers) {
     return worker->joined();
   }));
   EXPECT_TRUE(log.Sees("no worker has joined by it, and others need its place")) << log.Text();
-  // Whoever comes now takes the place of another stranger, never the worker's.
+  // A newcomer takes the place of another stranger from here on, never the worker's.
   for (int i = 0; i < 20; ++i) strangers.push_back(std::make_unique<Idle>(server->port()));
   Eventually([&] { return log.Count("refused a connection") > 0; });
   EXPECT_TRUE(worker->CompletesARound());

@@ -25,7 +25,7 @@ def test_fabric(example):
 
 def test_the_plugin_reverts_what_it_has_converted():
     plugin = syncbn.lightning.SyncBatchNorm(eps_mode="clamp")
-    own = syncbn.torch.SyncBatchNorm(3, activation="relu")  # Which has no counterpart to be reverted to.
+    own = syncbn.torch.SyncBatchNorm(3, activation="relu")  # It has no counterpart to be reverted to.
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), own)
     state = copy.deepcopy(model.state_dict())
     assert plugin.apply(model) is model

@@ -139,5 +139,5 @@ def joined(values: List[Any], device: Any = None, path: str = "the output") -> A
 def _equal(value: Any, other: Any) -> bool:
     try:
         return value is other or bool(np.all(value == other))
-    except (RuntimeError, TypeError, ValueError):  # What holds tensors has no truth value.
+    except (RuntimeError, TypeError, ValueError):  # A container of tensors has no truth value.
         return False

@@ -46,7 +46,7 @@ def batch_norm(
     known = x.dtype in _TYPES and all(v.dtype in _TYPES for v in vectors)
     alike = all(v.dtype == vectors[0].dtype for v in vectors)
     kind = vectors[0].dtype if vectors else x.dtype
-    if not known or (alike and (x.dtype, kind) in mixes):  # What is not known is refused by torch in its own words.
+    if not known or (alike and (x.dtype, kind) in mixes):  # Torch refuses unknown types in its own words.
         return torch.nn.functional.batch_norm(x, mean, var, weight, bias, training, 0.0, eps)
     wide = torch.float64 if torch.float64 in [x.dtype] + [v.dtype for v in vectors] else torch.float32
     mean, var, weight, bias = (None if v is None else v.to(wide) for v in (mean, var, weight, bias))

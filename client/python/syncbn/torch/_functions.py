@@ -30,7 +30,7 @@ class _Saved(NamedTuple):
     bias: Optional[_tensors.Form]
     channels_last: bool
     needed: Tuple[bool, bool, bool, bool]  # The gradients of x, weight, bias and z.
-    members: Tuple[int, ...]  # Of a struct Tensor: x in the forward pass.
+    members: Tuple[int, ...]  # The fields of a struct Tensor: x in the forward pass.
     open_gate: Optional[torch.Tensor]  # With a ReLU: one bit for each element of y, in memory order, that is positive.
 
 

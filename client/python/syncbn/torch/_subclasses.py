@@ -74,7 +74,7 @@ class _Answers(TorchFunctionMode):
         self.module = module
         self._place = _replicas.current()
         self._tracked = module.num_batches_tracked
-        self._added: List[Any] = []  # What the forward has added to `num_batches_tracked`.
+        self._added: List[Any] = []  # The amounts that the forward has added to `num_batches_tracked`.
         self._counted = False
         self._to_be_counted = False
         self._seen = False

@@ -71,7 +71,7 @@ class Harness {
     Apply(session_.OnTime(now_));
   }
   std::string targets = "one:1";
-  uint64_t memory = 0;         // Of the master,
+  uint64_t memory = 0;         // The master's,
   std::vector<uint32_t> left;  // and the ranks that have left, when it lets the worker in.
   std::vector<RoundKey> newest_rounds;
 
