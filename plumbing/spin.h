@@ -5,40 +5,67 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <thread>
 
 namespace syncbn {
 
-// A sleep and a wake-up cost more than the wait for an answer of another process that runs. On the other hand, whoever
-// spins keeps the processor from those that it waits for, if there are fewer processors than processes. So the time
-// that a wait may take is halved whenever one was in vain, and restored by one that was not; now and then a full wait
-// is tried again. There is no wait on a single processor.
+// A sleep and a wake-up cost more than the wait for an answer of another process that runs. Two processes that answer
+// each other leave their sleeps behind only if both spin for longer than the other takes to wake up. On the other hand,
+// whoever spins keeps the processor from those that it waits for, if there are fewer processors than processes. So a
+// wait spins if the waits of late, their sleeps included, were short enough to be replaced by spinning; and the more of
+// these attempts are in vain, the more waits sleep at once. A spin in vain costs three times what another one saves.
 //
 // sched_yield is no help: on a busy machine it gives milliseconds away.
 //
 // *Thread safety*: none.
 class Spin {
  public:
-  // Looks again and again until `ready`. Returns false if that took too long.
+  // Looks until `ready`, once at least. Returns false if that took too long: Slept is to be called after the sleep.
+  // `waiting_for`: how many others may need a processor meanwhile.
   template <typename Ready>
-  bool Until(Ready ready) {
-    const std::chrono::nanoseconds longest = Budget();
-    const auto end = std::chrono::steady_clock::now() + longest;
+  bool Until(Ready ready, size_t waiting_for = 1) {
+    begun_ = Clock::now();
+    if (usual_ > kLongest || waiting_for >= processors_) return Once(ready);
+    if (skips_ > 0) {
+      --skips_;
+      return Once(ready);
+    }
     do {
       for (int i = 0; i < kLooks; ++i) {
-        if (ready()) return Won();
+        if (Once(ready)) {
+          penalty_ -= (penalty_ + 3) / 4;
+          return true;
+        }
         Relax();
       }
-    } while (std::chrono::steady_clock::now() < end);
-    ++misses_;
+    } while (Clock::now() - begun_ < kLongest);
+    skips_ = penalty_ = std::min(2 * penalty_ + 1, kMostSkips);
     return false;
   }
 
+  // Notes the end of the wait that Until has begun.
+  void Slept() {
+    const Clock::duration length = std::min<Clock::duration>(Clock::now() - begun_, kMostNoted);
+    usual_ += (length - usual_) / 4;
+  }
+
  private:
+  using Clock = std::chrono::steady_clock;
+
   static constexpr int kLooks = 8;  // Between two looks at the clock.
-  static constexpr std::chrono::nanoseconds kLongest = std::chrono::microseconds(20);
-  static constexpr unsigned kMostHalvings = 6;
-  static constexpr unsigned kRetryAfter = 32;
+  static constexpr unsigned kMostSkips = 1023;
+  // Twice what it takes to wake a process up on a slow machine.
+  static constexpr Clock::duration kLongest = std::chrono::microseconds(100);
+  // A longer wait counts as one of this length, so that a few short ones make up for it.
+  static constexpr Clock::duration kMostNoted = 4 * kLongest;
+
+  template <typename Ready>
+  bool Once(Ready& ready) {
+    if (!ready()) return false;
+    Slept();
+    return true;
+  }
 
   static void Relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -48,19 +75,11 @@ class Spin {
 #endif
   }
 
-  std::chrono::nanoseconds Budget() const {
-    if (!several_processors_) return std::chrono::nanoseconds(0);
-    if (misses_ % kRetryAfter == kRetryAfter - 1) return kLongest;
-    return kLongest / (1 << std::min(misses_, kMostHalvings));
-  }
-
-  bool Won() {
-    misses_ = 0;
-    return true;
-  }
-
-  const bool several_processors_ = std::thread::hardware_concurrency() > 1;
-  unsigned misses_ = 0;  // Waits in vain since the last one that was not.
+  const size_t processors_ = std::thread::hardware_concurrency();
+  Clock::time_point begun_;
+  Clock::duration usual_{0};  // The mean length of the waits of late.
+  unsigned penalty_ = 0;      // How many waits sleep at once after a spin in vain,
+  unsigned skips_ = 0;        // and how many of these are still to come.
 };
 
 }  // namespace syncbn

@@ -231,7 +231,9 @@ void SharedMemoryTransport::WaitForSegment(absl::Time deadline) {
       return;
     }
     if (spin_.Until([&] { return bell.rings() != seen; })) continue;
-    if (Nap(seen, begun, deadline)) return;
+    const bool found = Nap(seen, begun, deadline);
+    spin_.Slept();
+    if (found) return;
   }
 }
 

@@ -110,6 +110,7 @@ void MasterLoop::ReadShared() {
   while (true) {
     const uint32_t seen = bell.rings();
     absl::Duration pause = absl::InfiniteDuration();
+    size_t workers = 0;
     {
       const absl::MutexLock lock(&turn_);
       if (stopped_) return;
@@ -117,10 +118,12 @@ void MasterLoop::ReadShared() {
       const bool any = sessions_.PollShared();
       EndTurn(!any);
       if (any || sessions_.has_backlog()) continue;
-      if (sessions_.sharing()) pause = NextWakeUp() - now_;
+      workers = sessions_.sharing();
+      if (workers > 0) pause = NextWakeUp() - now_;
     }
-    if (spin.Until([&] { return bell.rings() != seen; })) continue;
+    if (spin.Until([&] { return bell.rings() != seen; }, workers)) continue;
     bell.Sleep(seen, absl::ToChronoNanoseconds(pause));
+    spin.Slept();
   }
 }
 
