@@ -28,9 +28,9 @@ using CertificatePointer = std::unique_ptr<X509, decltype(&X509_free)>;
 using KeyPointer = std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)>;
 using BioPointer = std::unique_ptr<BIO, decltype(&BIO_free)>;
 
-constexpr long kSecondsOfDay = 24 * 60 * 60;
-constexpr long kValidDays = 3650;
-constexpr long kVersion3 = 2;
+constexpr int kSecondsOfDay = 24 * 60 * 60;
+constexpr int kValidDays = 3650;
+constexpr int kVersion3 = 2;
 
 absl::Status OpenSslFailed(absl::string_view what) {
   char reason[256];
@@ -87,7 +87,7 @@ bool Describe(X509* certificate, const std::string& host) {
 // Creates the file, readable by its owner alone, with the text of `bio`.
 absl::Status Write(const std::string& path, BIO* bio) {
   char* text = nullptr;
-  const long size = BIO_get_mem_data(bio, &text);
+  const auto size = BIO_get_mem_data(bio, &text);
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, S_IRUSR | S_IWUSR);
   bool written = file >= 0 && write(file, text, static_cast<size_t>(size)) == size;
   const int error = errno;
