@@ -2,8 +2,8 @@
 
     python client/examples/ray/actors.py
 
-A cluster of three nodes on this machine. After some steps the node of the master is killed; Ray starts the master on the
-third node, at another address, the trainers find it by its name, and training goes on.
+A cluster of three nodes on this machine. After some steps the node of the master is killed; Ray starts the master on
+the third node, at another address, the trainers find it by its name, and training goes on.
 """
 
 import pathlib
@@ -39,7 +39,7 @@ class Master:
 
 def find_target() -> str:
     """A worker calls this at each attempt to connect."""
-    master = ray.get_actor(NAME, local_cluster.NAMESPACE)  # A variable: some versions of Ray refuse to call a temporary.
+    master = ray.get_actor(NAME, local_cluster.NAMESPACE)  # A variable: some versions of Ray call no temporary.
     return ray.get(master.target.remote(), timeout=10.0)
 
 
@@ -73,7 +73,7 @@ def kill_node(cluster: Any, node_id: str) -> None:
 
 
 def main() -> None:
-    either = {"num_cpus": 1, "resources": {"master": 1}}  # Nodes of which either may have the master.
+    either = {"num_cpus": 0, "resources": {"master": 1}}  # Either node may have the master, and no trainer.
     with local_cluster.start({"num_cpus": WORKERS}, [either, either]) as cluster:
         master = Master.options(name=NAME, get_if_exists=True, lifetime="detached").remote()
         first = ray.get(master.node.remote())

@@ -24,10 +24,11 @@ def start(head: Dict[str, Any], others: Sequence[Dict[str, Any]] = ()) -> Iterat
     least = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
     cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={**least, **head})
     try:
+        # While there is one node, this program belongs to that: each node that comes later may be killed.
+        ray.init(cluster.address, namespace=NAMESPACE, log_to_driver=False)
         for node in others:
             cluster.add_node(wait=False, include_log_monitor=False, **node)
         cluster.wait_for_nodes(timeout=300)
-        ray.init(cluster.address, namespace=NAMESPACE, log_to_driver=False)
         yield cluster
     finally:
         ray.shutdown()
