@@ -16,8 +16,11 @@ static_assert((kRingBytes & (kRingBytes - 1)) == 0);
 static_assert(offsetof(SegmentLayout, to_worker) == 192 && offsetof(SegmentLayout, worker_bell) == 384);
 static_assert(offsetof(SegmentLayout, closing) == 448 && offsetof(SegmentLayout, taken) == 452);
 static_assert(offsetof(SegmentLayout, bytes_to_master) == 512);
-static_assert(offsetof(SegmentLayout, bytes_to_worker) == 131584 && sizeof(SegmentLayout) == 262656);
+static_assert(offsetof(SegmentLayout, bytes_to_worker) == 524800 && sizeof(SegmentLayout) == 1049088);
 static_assert(sizeof(Doorbell) == 8);
+
+// What memory is taken for before it has come: a length may be a lie.
+constexpr size_t kMostReserved = size_t{16} << 20;
 
 // Calls `copy` with the place in the ring, the offset in the piece and the length, once or twice.
 template <typename Copy>
@@ -94,6 +97,7 @@ RingProgress RingReader::Receive() {
     if (size > most_bytes_) {
       return Break(absl::StrCat("a frame of ", size, " bytes is longer than allowed, which is ", most_bytes_));
     }
+    if (frame_.empty()) frame_.reserve(std::min<size_t>(size, kMostReserved));
     Take(left, size - frame_.size(), &frame_);
     complete_ = frame_.size() == size;
   }

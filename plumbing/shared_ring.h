@@ -25,7 +25,7 @@ struct RingWords {
 };
 
 // Bytes of one direction, a power of two. A longer frame goes piece by piece.
-inline constexpr size_t kRingBytes = size_t{128} << 10;
+inline constexpr size_t kRingBytes = size_t{512} << 10;
 
 // A worker's segment, as it lies in shared memory behind the head of its file.
 struct SegmentLayout {

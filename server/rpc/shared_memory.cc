@@ -38,8 +38,10 @@ std::optional<grpc::ByteBuffer> SharedSegment::Receive() {
   if (reader_.WriterWaits()) RingWorker();
   if (progress == RingProgress::kBroken) fault_ = reader_.fault();
   if (progress != RingProgress::kDone) return std::nullopt;
-  const grpc::Slice slice(reader_.frame());
-  reader_.frame() = std::string();  // It may have been long.
+  // Handed over with its memory, since it may be long.
+  auto* const frame = new std::string(std::exchange(reader_.frame(), std::string()));
+  const grpc::Slice slice(
+      frame->data(), frame->size(), [](void* owner) { delete static_cast<std::string*>(owner); }, frame);
   return grpc::ByteBuffer(&slice, 1);
 }
 

@@ -1,6 +1,6 @@
 // A master and workers as processes that share memory, stopped and killed at random moments.
 //
-// SYNCBN_STRESS_ROUNDS says how many rounds are run in place of 400, SYNCBN_STRESS_SEED with which seed.
+// SYNCBN_STRESS_ROUNDS says how many rounds are run in place of 400.
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -22,6 +22,7 @@
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 #include "tests/client/cc/worker_group.h"
+#include "tests/testing/seed.h"
 
 namespace syncbn::testing {
 namespace {
@@ -30,9 +31,9 @@ constexpr uint32_t kWorldSize = 3;
 // Of those that take part in every round, rank 2 speaks gRPC.
 constexpr uint32_t kWithoutMemory = 2;
 
-uint64_t NumberOf(const char* variable, uint64_t otherwise) {
-  const char* const text = getenv(variable);
-  return text == nullptr ? otherwise : std::stoull(text);
+uint64_t Rounds() {
+  const char* const text = getenv("SYNCBN_STRESS_ROUNDS");
+  return text == nullptr ? 400 : std::stoull(text);
 }
 
 // What all ranks know of a round: how long its vector is. Most are short, some fill the ring several times over, and a
@@ -183,7 +184,7 @@ class SharedMemoryStressTest : public ::testing::Test {
     kill(process, SIGCONT);
   }
 
-  const uint64_t seed_ = NumberOf("SYNCBN_STRESS_SEED", std::random_device()());
+  const uint64_t seed_ = Seed();
   const int nowhere_ = open("/dev/null", O_WRONLY | O_CLOEXEC);
   std::mt19937_64 random_{seed_};
   std::string directory_;
@@ -191,14 +192,13 @@ class SharedMemoryStressTest : public ::testing::Test {
 };
 
 TEST_F(SharedMemoryStressTest, NoRoundHangsOrIsWrongWhateverIsStoppedOrKilled) {
-  std::printf("SYNCBN_STRESS_SEED=%llu\n", static_cast<unsigned long long>(seed_));
-  std::fflush(stdout);
+  std::fflush(stdout);  // Of what the seed is, should the test hang.
   int progress[2];
   ASSERT_EQ(pipe2(progress, O_CLOEXEC), 0);
   pid_t master = StartMaster();
   std::vector<pid_t> steady;
   for (uint32_t rank = 0; rank < kWorldSize; ++rank) {
-    steady.push_back(StartWorker("steady", rank, kWorldSize, NumberOf("SYNCBN_STRESS_ROUNDS", 400), progress[1]));
+    steady.push_back(StartWorker("steady", rank, kWorldSize, Rounds(), progress[1]));
   }
   close(progress[1]);
   pid_t victim = StartVictim();
