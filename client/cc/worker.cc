@@ -20,6 +20,7 @@
 #include "client/cc/worker_internal.h"
 #include "plumbing/forked.h"
 #include "plumbing/secret.h"
+#include "plumbing/utf8.h"
 #include "vocabulary/version.h"
 
 namespace syncbn {
@@ -36,6 +37,13 @@ absl::Status CheckOptions(const Worker::Options& options) {
   if (options.rank >= options.world_size) {
     return absl::InvalidArgumentError(
         absl::StrCat("rank ", options.rank, " is not below the world size of ", options.world_size));
+  }
+  for (const auto& [what, text] : {std::pair("job", &options.job), std::pair("group", &options.group),
+                                   std::pair("description", &options.description)}) {
+    if (absl::Status status = CheckUtf8(what, *text); !status.ok()) return status;
+  }
+  for (const LayerOptions& layer : options.layers) {
+    if (absl::Status status = CheckUtf8("a layer's name", layer.name); !status.ok()) return status;
   }
   return options.token.empty() ? absl::OkStatus() : CheckToken(options.token);
 }
@@ -150,6 +158,7 @@ void Worker::Close() {
 }
 
 absl::Status Worker::Leave(absl::string_view reason) {
+  if (absl::Status status = CheckUtf8("the reason to leave", reason); !status.ok()) return status;
   const absl::Status settled = impl_->forked() ? absl::OkStatus() : Settle();
   const absl::Status left = impl_->Leave(reason);
   return left.ok() ? settled : left;

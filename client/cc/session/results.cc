@@ -47,6 +47,10 @@ absl::Status CheckMoments(const RoundKey& key, bool must_be_finite, const RoundR
 }  // namespace
 
 absl::Status CheckResult(const RoundKey& key, Phase payload, size_t length, bool finite, const RoundResult& result) {
+  if (payload != key.phase) {
+    return absl::InternalError(absl::StrCat("the master sent the result of another kind of round for sequence ",
+                                            key.sequence, " of layer \"", key.layer, "\""));
+  }
   if (payload == Phase::kForward) {
     if (absl::Status status = CheckMoments(key, finite, result); !status.ok()) return status;
   }

@@ -165,7 +165,7 @@ class Session {
   // ---- What the program wants
 
   // Makes the layer known with the next frame, and again on every new stream. *Errors*: INVALID_ARGUMENT for a name of
-  // other than 1 to 255 bytes and for 0 channels.
+  // other than 1 to 255 bytes or that is not UTF-8, and for 0 channels.
   absl::Status Declare(const LayerOptions& layer);
   // Returns the newest declaration under this name, or null.
   std::shared_ptr<const LayerOptions> FindLayer(absl::string_view name) const;
@@ -178,7 +178,8 @@ class Session {
   // called for each, in order; once for every other round.
   // *Errors*, with which nothing has begun: FAILED_PRECONDITION if the layer was not declared; OUT_OF_RANGE if
   // kGreatestSequence has been used and kNextSequence is asked for; ALREADY_EXISTS if a round of this key is pending;
-  // INVALID_ARGUMENT for an empty sum.
+  // INVALID_ARGUMENT for an empty sum, and for a sum whose name (the longest of its chunks' names) could not be
+  // declared.
   absl::Status Begin(RoundKey key, size_t length, MakeContribution make);
 
   // Every layer's next sequence, in every phase, becomes `sequence`. *Errors*: INVALID_ARGUMENT beyond

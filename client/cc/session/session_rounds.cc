@@ -9,6 +9,7 @@
 #include "client/cc/session/results.h"
 #include "client/cc/session/session.h"
 #include "plumbing/check.h"
+#include "plumbing/utf8.h"
 
 namespace syncbn::session {
 namespace {
@@ -26,7 +27,7 @@ constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
 constexpr absl::Duration kSayBlockedIfUnsureAfter = absl::Milliseconds(200);
 
 absl::Status CheckName(absl::string_view name) {
-  if (!name.empty() && name.size() <= 255) return absl::OkStatus();
+  if (!name.empty() && name.size() <= 255) return CheckUtf8("a layer's name", name);
   return absl::InvalidArgumentError(absl::StrCat("a layer's name has 1 to 255 bytes; this one has ", name.size()));
 }
 
@@ -137,10 +138,14 @@ absl::Status Session::BeginSum(RoundKey key, size_t length, MakeContribution mak
     return absl::InvalidArgumentError(
         absl::StrCat("vector \"", key.layer, "\" is empty; a sum has at least 1 element"));
   }
+  const bool several = length > options_.chunk_elements;
+  const size_t last = (length - 1) / options_.chunk_elements;
+  if (absl::Status status = CheckName(several ? absl::StrCat(key.layer, "#", last) : key.layer); !status.ok()) {
+    return status;
+  }
   const auto sequence = ResolveSequence(key.layer, key.phase, key.sequence);
   if (!sequence.ok()) return sequence.status();
   key.sequence = *sequence;
-  const bool several = length > options_.chunk_elements;
   absl::InlinedVector<RoundKey, 1> keys;
   for (size_t begin = 0; begin < length; begin += options_.chunk_elements) {
     keys.push_back(key);

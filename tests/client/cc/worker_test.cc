@@ -217,6 +217,30 @@ TEST_F(WorkerTest, WrongCallsAreRefusedHere) {
   EXPECT_EQ(Worker::Join(options).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
+// Protobuf cannot carry it, and the master would take the frame for a malformed one.
+TEST_F(WorkerTest, TextThatIsNotUtf8IsRefusedByTheCall) {
+  const auto expect_refused = [](const absl::Status& status, const std::string& message) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(status.message(), message);
+  };
+  const auto worker = JoinOrDie(WorkerOptions(target(), 0, 1));
+  const std::string name = "bn\xff";
+  expect_refused(worker->DeclareLayer(BatchNormOptions(name, 1)), "a layer's name is not UTF-8: \"bn\\xff\"");
+  expect_refused(worker->StartSum(name, 0, std::vector<double>{1.0}).status(),
+                 "a layer's name is not UTF-8: \"bn\\xff\"");
+  expect_refused(worker->Leave(name), "the reason to leave is not UTF-8: \"bn\\xff\"");
+  EXPECT_TRUE(Sum(*worker, "v", {1.0}).ok()) << "none of this has ended the worker";
+  for (std::string Worker::Options::*field :
+       {&Worker::Options::job, &Worker::Options::group, &Worker::Options::description}) {
+    Worker::Options options = WorkerOptions(target(), 0, 1);
+    options.*field = name;
+    EXPECT_EQ(Worker::Join(options).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+  Worker::Options options = WorkerOptions(target(), 0, 1);
+  options.layers = {BatchNormOptions(name, 1)};
+  EXPECT_EQ(Worker::Join(options).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
 // ---- Threads --------------------------------------------------------------------------------------------------------
 
 TEST_F(WorkerTest, ThreadsShareAWorker) {

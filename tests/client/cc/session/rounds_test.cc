@@ -86,6 +86,21 @@ TEST_F(RoundsTest, ARoundEndsOnceHoweverOftenItIsAnswered) {
   EXPECT_THAT(harness_.completion_order, ElementsAre(round.get()));
 }
 
+// Sums of gradients may be negative, variances may not: what a result is depends on what it was sent as.
+TEST_F(RoundsTest, AResultOfAnotherKindIsRefused) {
+  ASSERT_TRUE(harness_.session().Declare(BatchNorm("bn", 1)).ok());
+  const ContributionPtr forward = harness_.Begin({"bn", 0, Phase::kForward}, 1);
+  harness_.SendAndWrite();
+  Outcome outcome;
+  outcome.key = forward->key();
+  outcome.payload = Phase::kBackward;
+  outcome.result.first = {1.0};
+  outcome.result.second = {-1.0};
+  harness_.Answer(outcome);
+  ASSERT_TRUE(harness_.completed.count(forward.get()) != 0);
+  EXPECT_EQ(harness_.completed.at(forward.get()).status.code(), absl::StatusCode::kInternal);
+}
+
 TEST_F(RoundsTest, ALateRoundIsAWarning) {
   ServerFrame frame;
   frame.late_rounds = {{{"v", 4, Phase::kSum}, absl::Milliseconds(10'049), {1, 2}, 5}, {}};
@@ -168,6 +183,15 @@ TEST_F(RoundsTest, WhatCannotBeginIsRefused) {
   EXPECT_EQ(harness_.session().Declare(BatchNorm("bn", 0)).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(harness_.session().Declare(BatchNorm("", 1)).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(harness_.session().Declare(BatchNorm(std::string(256, 'x'), 1)).code(), absl::StatusCode::kInvalidArgument);
+  for (const std::string& name : {std::string("bn\xff"), std::string("\xed\xa0\x80"), std::string()}) {
+    EXPECT_EQ(code_of({name, 0, Phase::kSum}, 1), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(harness_.session().Declare(BatchNorm(name, 1)).code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(harness_.session().ResumeLayerAt({name, 1, Phase::kSum}).code(), absl::StatusCode::kInvalidArgument);
+  }
+  code_of({"bn\xff", 0, Phase::kSum}, 1);
+  EXPECT_EQ(harness_.last_status.message(), "a layer's name is not UTF-8: \"bn\\xff\"");
+  EXPECT_EQ(code_of({std::string(254, 'x'), 0, Phase::kSum}, (size_t{1} << 20) + 1), absl::StatusCode::kInvalidArgument)
+      << "the names of its chunks are too long";
   ASSERT_NE(harness_.Sum("v", 3, 7), nullptr);
   EXPECT_EQ(code_of({"v", 7, Phase::kSum}, 3), absl::StatusCode::kAlreadyExists);
   EXPECT_THAT(harness_.SendAndWrite(), SizeIs(6)) << "a refusal has begun nothing";
