@@ -22,10 +22,10 @@ bool SequenceOf(uint8_t first, Sequence* sequence) {
   if (first < 0x80) return true;
   if (first < 0xc2 || first > 0xf4) return false;
   sequence->following = first < 0xe0 ? 1 : first < 0xf0 ? 2 : 3;
-  if (first == 0xe0) sequence->least = 0xa0;      // Shorter forms exist,
-  if (first == 0xed) sequence->greatest = 0x9f;   // surrogates,
-  if (first == 0xf0) sequence->least = 0x90;      // shorter forms,
-  if (first == 0xf4) sequence->greatest = 0x8f;   // beyond U+10FFFF.
+  if (first == 0xe0) sequence->least = 0xa0;     // Shorter forms exist,
+  if (first == 0xed) sequence->greatest = 0x9f;  // surrogates,
+  if (first == 0xf0) sequence->least = 0x90;     // shorter forms,
+  if (first == 0xf4) sequence->greatest = 0x8f;  // beyond U+10FFFF.
   return true;
 }
 

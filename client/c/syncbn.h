@@ -215,7 +215,9 @@ typedef struct syncbn_worker_options {
 SYNCBN_API syncbn_code syncbn_worker_join(const syncbn_worker_options* options, syncbn_worker** out,
                                           syncbn_error** error);
 /* Leaves the group: other workers stop waiting for this rank. Waits for stream-ordered passes first, as
- * syncbn_worker_settle does, and returns its error; the worker has left nevertheless. Every later call fails with
+ * syncbn_worker_settle does, and returns its error; the worker has left nevertheless. Then waits until the others have
+ * read of it, for a second or so at most: should the master die meanwhile, they need what this worker holds.
+ * INVALID_ARGUMENT, with which the worker has not left, if the reason is not UTF-8. Every later call fails with
  * FAILED_PRECONDITION (LEFT). */
 SYNCBN_API syncbn_code syncbn_worker_leave(syncbn_worker* worker, const char* reason, syncbn_error** error);
 /* Ends the connection without leaving: the master reports this worker to the others as lost, at once. Pending waits, on

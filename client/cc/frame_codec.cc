@@ -94,7 +94,8 @@ bool HasHead(const session::ClientFrame& frame) {
 }
 
 bool HasTail(const session::ClientFrame& frame) {
-  return frame.caught_up || !frame.left_ranks.empty() || frame.blocked_on != nullptr || frame.leave.has_value();
+  return frame.caught_up || !frame.left_ranks.empty() || frame.blocked_on != nullptr || frame.leave.has_value() ||
+         frame.membership_read != 0;
 }
 
 // ---- From the master ------------------------------------------------------------------------------------------------
@@ -152,14 +153,15 @@ std::vector<T> FromProto(const google::protobuf::RepeatedField<T>& field) {
   return std::vector<T>(field.begin(), field.end());
 }
 
+session::Membership FromProto(const v1::Membership& membership) {
+  return {static_cast<size_t>(membership.present_ranks_size()), FromProto(membership.left_ranks()),
+          membership.version()};
+}
+
 session::Joined FromProto(v1::Joined* message) {
-  session::Joined joined{message->incarnation(),
-                         message->run_id(),
-                         FromProto(message->config().round_timeout()),
-                         static_cast<size_t>(message->membership().present_ranks_size()),
-                         FromProto(message->membership().left_ranks()),
-                         message->memory(),
-                         {}};
+  session::Joined joined{
+      message->incarnation(),           message->run_id(), FromProto(message->config().round_timeout()),
+      FromProto(message->membership()), message->memory(), {}};
   for (v1::RoundKey& key : *message->mutable_newest_rounds()) joined.newest_rounds.push_back(FromProto(&key));
   return joined;
 }
@@ -221,6 +223,7 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
   if (!parts->empty() && !HasTail(frame)) return;
   v1::WorkerFrame tail;
   tail.set_caught_up(frame.caught_up);
+  tail.set_membership_read(frame.membership_read);
   for (const RoundKey& key : frame.forgotten) wire::ToProto(key, tail.add_forgotten());
   tail.mutable_left_ranks()->Add(frame.left_ranks.begin(), frame.left_ranks.end());
   if (frame.blocked_on != nullptr) {
@@ -239,10 +242,7 @@ absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_v
   }
   session::ServerFrame frame;
   if (message->has_joined()) frame.joined = FromProto(message->mutable_joined());
-  if (message->has_membership()) {
-    frame.membership = session::Membership{static_cast<size_t>(message->membership().present_ranks_size()),
-                                           FromProto(message->membership().left_ranks())};
-  }
+  if (message->has_membership()) frame.membership = FromProto(message->membership());
   for (v1::LateRound& late : *message->mutable_late_rounds()) frame.late_rounds.push_back(FromProto(&late));
   // Layer errors are for people: the rounds that they concern have their outcomes among the results.
   frame.outcomes.reserve(static_cast<size_t>(message->results_size()));

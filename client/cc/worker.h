@@ -133,8 +133,10 @@ class Worker {
   absl::Status CheckProcess() const;
 
   // Leaves the group: other workers stop waiting for this rank. First sends the rounds that were begun and waits for
-  // stream-ordered passes. *Returns* the error of such a pass if no call has returned it yet; the worker has left
-  // nevertheless. Afterwards every call fails with FAILED_PRECONDITION (LEFT). Idempotent.
+  // stream-ordered passes. The master acknowledges the leave once the others have read of it, and with it all that they
+  // were sent before, or after a second; this waits for that, 2 seconds at most. *Returns* the error of such a pass if
+  // no call has returned it yet; the worker has left nevertheless. INVALID_ARGUMENT, with which it has not left, for a
+  // reason that is not UTF-8. Afterwards every call fails with FAILED_PRECONDITION (LEFT). Idempotent.
   absl::Status Leave(absl::string_view reason);
 
   // Breaks the stream off without a leave: the other workers learn at once that this one is lost. Every wait and every

@@ -115,6 +115,7 @@ Coordinator::~Coordinator() = default;
 Effects Coordinator::On(const Event& event, absl::Time now) {
   Effects effects;
   std::visit([&](const auto& e) { Handle(e, now, effects); }, event);
+  LimitRetained(now, effects);
   for (const Effect& effect : effects) {
     if (const auto* close = std::get_if<CloseStream>(&effect)) streams_.erase(close->stream);
   }
@@ -155,7 +156,7 @@ void Coordinator::Handle(const FrameReceived& frame, absl::Time now, Effects& ef
   } else {
     slot->second.group->OnFrame(frame.stream, frame, now, effects);
   }
-  SetAlarm(slot);
+  Update(slot);
 }
 
 void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, Effects& effects) {
@@ -200,7 +201,7 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
     }
     group.OnFrame(frame.stream, frame, now, effects);
   }
-  SetAlarm(slot);
+  Update(slot);
 }
 
 std::optional<Error> Coordinator::CheckToken(const Join& join) const {
@@ -229,14 +230,17 @@ std::optional<Error> Coordinator::EndSuperseded(const Join& join, absl::Time now
 
 std::optional<Error> Coordinator::MakeRoom(absl::Time now, Effects& effects) {
   if (groups_.size() < limits_.max_groups) return std::nullopt;
+  const auto abandoned = Abandoned();
+  if (abandoned == groups_.end()) return LimitError(groups_.size() + 1, "groups", "max_groups", limits_.max_groups);
+  EndGroup(abandoned, AbandonedError(abandoned->first), now, effects);
+  return std::nullopt;
+}
+
+Coordinator::Groups::iterator Coordinator::Abandoned() {
   const auto oldest = std::min_element(groups_.begin(), groups_.end(), [](const auto& a, const auto& b) {
     return a.second.group->linger_until() < b.second.group->linger_until();
   });
-  if (oldest == groups_.end() || !oldest->second.group->empty()) {
-    return LimitError(groups_.size() + 1, "groups", "max_groups", limits_.max_groups);
-  }
-  EndGroup(oldest, AbandonedError(oldest->first), now, effects);
-  return std::nullopt;
+  return oldest == groups_.end() || !oldest->second.group->empty() ? groups_.end() : oldest;
 }
 
 // The time mixes in what an earlier master cannot have used.
@@ -254,7 +258,7 @@ void Coordinator::Handle(const StreamClosed& closed, absl::Time now, Effects& ef
   const Groups::iterator slot = SlotOf(closed.stream, known->second);
   streams_.erase(known);
   slot->second.group->OnStreamClosed(closed.stream, now, effects);
-  SetAlarm(slot);
+  Update(slot);
 }
 
 void Coordinator::Handle(const ReaderLags& reader, absl::Time, Effects&) {
@@ -262,7 +266,7 @@ void Coordinator::Handle(const ReaderLags& reader, absl::Time, Effects&) {
   if (known == streams_.end()) return;
   const Groups::iterator slot = SlotOf(reader.stream, known->second);
   slot->second.group->OnReaderLags(reader.stream, reader.lags);
-  SetAlarm(slot);
+  Update(slot);
 }
 
 // Gives one turn to each group for which something is due. A group that does not finish in its turn stays due.
@@ -280,7 +284,7 @@ void Coordinator::Handle(const TimePassed&, absl::Time now, Effects& effects) {
     if (group.linger_until() <= now) {
       EndGroup(slot, AbandonedError(slot->first), now, effects);
     } else {
-      SetAlarm(slot);
+      Update(slot);
     }
   }
 }
@@ -289,20 +293,38 @@ void Coordinator::Handle(const TimePassed&, absl::Time now, Effects& effects) {
 void Coordinator::Handle(const Shutdown&, absl::Time, Effects& effects) {
   shutting_down_ = true;
   for (const auto& [id, slot] : groups_) {
-    for (const StreamId stream : slot.group->Streams()) effects.push_back(CloseStream{stream, ShuttingDownError()});
-    effects.push_back(GroupEnded{id});
+    slot.group->ShutDown(ShuttingDownError(), effects);
   }
   groups_.clear();
   alarms_.clear();
+  retained_ = 0;
+}
+
+void Coordinator::LimitRetained(absl::Time now, Effects& effects) {
+  while (retained_ > limits_.max_retained_bytes_of_all) {
+    if (const auto abandoned = Abandoned(); abandoned != groups_.end()) {
+      EndGroup(abandoned, AbandonedError(abandoned->first), now, effects);
+      continue;
+    }
+    const auto greatest = std::max_element(groups_.begin(), groups_.end(), [](const auto& a, const auto& b) {
+      return a.second.retained < b.second.retained;
+    });
+    // What is left are records that are awaited, and the newest outcomes of each group.
+    if (greatest->second.group->ForgetOldestOutcomes(retained_ - limits_.max_retained_bytes_of_all) == 0) return;
+    Update(greatest);
+  }
 }
 
 void Coordinator::EndGroup(Groups::iterator slot, const Error& why, absl::Time now, Effects& effects) {
   slot->second.group->End(why, now, effects);
+  retained_ -= slot->second.retained;
   alarms_.erase({slot->second.alarm, slot->first});
   groups_.erase(slot);
 }
 
-void Coordinator::SetAlarm(Groups::iterator slot) {
+void Coordinator::Update(Groups::iterator slot) {
+  const size_t retained = slot->second.group->retained_bytes();
+  retained_ += retained - std::exchange(slot->second.retained, retained);
   const absl::Time next = slot->second.group->NextDeadline();
   if (next == slot->second.alarm) return;
   alarms_.erase({slot->second.alarm, slot->first});
@@ -366,7 +388,7 @@ absl::StatusOr<LayerView> Coordinator::GetLayer(const GroupId& id, absl::string_
 }
 
 void Coordinator::CheckInvariants() const {
-  size_t present = 0, alarms = 0;
+  size_t streams = 0, alarms = 0, retained = 0;
   for (const auto& [id, slot] : groups_) {
     slot.group->CheckInvariants();
     SYNCBN_CHECK(slot.group->id() == id, "group \"", id.group, "\"");
@@ -375,10 +397,13 @@ void Coordinator::CheckInvariants() const {
       SYNCBN_CHECK(alarms_.contains({slot.alarm, id}), "group \"", id.group, "\"");
       ++alarms;
     }
-    present += slot.group->present();
+    SYNCBN_CHECK(slot.retained == slot.group->retained_bytes(), "group \"", id.group, "\"");
+    streams += slot.group->streams();
+    retained += slot.retained;
   }
   SYNCBN_CHECK(alarms_.size() == alarms, alarms_.size(), ", not ", alarms);
-  SYNCBN_CHECK(streams_.size() == present, streams_.size(), ", not ", present);
+  SYNCBN_CHECK(retained_ == retained, retained_, ", not ", retained);
+  SYNCBN_CHECK(streams_.size() == streams, streams_.size(), ", not ", streams);
   for (const auto& [stream, id] : streams_) {
     const auto slot = groups_.find(id);
     SYNCBN_CHECK(slot != groups_.end() && slot->second.group->Owns(stream), "stream ", stream);

@@ -80,7 +80,8 @@ class Coordinator {
 
   struct Slot {
     std::unique_ptr<Group> group;
-    absl::Time alarm;  // The group's NextDeadline().
+    absl::Time alarm;     // The group's NextDeadline(), if the group was looked at after its last event;
+    size_t retained = 0;  // and its retained_bytes().
   };
   using Groups = absl::btree_map<GroupId, Slot>;
 
@@ -103,8 +104,12 @@ class Coordinator {
   // Returns the group of a joined stream.
   Groups::iterator SlotOf(StreamId stream, const GroupId& id);
   absl::StatusOr<const Group*> Find(const GroupId& id) const;
-  // Keeps `alarms_` in step with the group's NextDeadline().
-  void SetAlarm(Groups::iterator slot);
+  // Keeps `alarms_` and `retained_` in step with the group, which an event has changed.
+  void Update(Groups::iterator slot);
+  // Keeps what all groups retain within its limit.
+  void LimitRetained(absl::Time now, Effects& effects);
+  // Returns the group that nobody has been connected to for longest; end() if somebody is to each.
+  Groups::iterator Abandoned();
   uint64_t NewRunId(absl::Time now);
   // Returns the name of the memory of a new group.
   uint64_t NewMemory();
@@ -114,6 +119,7 @@ class Coordinator {
   Groups groups_;
   absl::flat_hash_map<StreamId, GroupId> streams_;  // Those that have joined and are open.
   absl::btree_set<std::pair<absl::Time, GroupId>> alarms_;
+  size_t retained_ = 0;  // By all groups.
   StateJournal journal_;
   uint64_t runs_ = 0;
   uint64_t memories_ = 0;

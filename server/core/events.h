@@ -28,6 +28,7 @@ struct FrameReceived {
   bool caught_up = false;  // All that it had sent to earlier masters, and still holds, has been sent to this one.
   std::vector<RoundKey> blocked_on;
   std::optional<std::string> leave;  // The reason.
+  uint64_t membership_read = 0;  // The version of the newest membership that the worker has read; 0 if it is not told.
 };
 
 // A stream broke or was ended by the worker. Ignored for streams that the coordinator has closed.

@@ -86,7 +86,7 @@ std::optional<Error> Group::OnJoin(StreamId stream, const Join& asked, const Gro
   if (comes_back && join.run_id != run_id_) AdoptRun(join.run_id, now, effects);
   resumed_ = resumed_ || comes_back;
   continues_ = continues_ || with_history;
-  const bool others_left = AdoptLeft(join);
+  const bool others_left = AdoptLeft(join, now);
   const bool had_left = members_[join.rank].state == MemberState::kLeft;
   ++joins_;
   const bool reborn = Seat(stream, join, now, effects);
@@ -122,7 +122,7 @@ std::optional<Error> Group::CheckJoin(const Join& join, const GroupConfig& fille
 void Group::SendJoinedTo(Rank rank, Effects& effects) const {
   const Member& member = members_[rank];
   effects.push_back(SendJoined{
-      member.stream, kProtocolVersion, member.incarnation, run_id_, config_, members_.Snapshot(), memory_, {}});
+      member.stream, kProtocolVersion, member.incarnation, run_id_, config_, CurrentMembership(), memory_, {}});
 }
 
 void Group::AdoptRun(uint64_t run_id, absl::Time now, Effects& effects) {
@@ -135,12 +135,16 @@ void Group::AdoptRun(uint64_t run_id, absl::Time now, Effects& effects) {
   }
 }
 
-bool Group::AdoptLeft(const Join& join) {
+bool Group::AdoptLeft(const Join& join, absl::Time now) {
   // A worker that has been here before knows of leaves from this master.
   if (!resumed_ || join.incarnation == 0 || join.incarnation == members_[join.rank].incarnation) return false;
   bool any = false;
   for (const Rank rank : join.left_ranks) {
     if (rank < members_.world_size() && rank != join.rank) any = members_.AdoptLeft(rank) || any;
+  }
+  if (any && leavers_until_ == absl::InfinitePast()) {
+    leavers_until_ = now + limits_.leaver_return;
+    members_.SetLeaversMayReturn(true);
   }
   return any;
 }
@@ -175,7 +179,7 @@ void Group::OnLayerSetRefused(const Join& join, const Error& error, absl::Time n
       Declare(join.rank, spec, /*returning=*/false, now, effects);
     }
   }
-  if (std::vector<StreamId> streams = Streams(); !streams.empty()) {
+  if (std::vector<StreamId> streams = members_.Streams(); !streams.empty()) {
     effects.push_back(SendLayerError{std::move(streams), "", error});
   }
   if (!vacant) return;
@@ -208,13 +212,15 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
   for (const Contribution& contribution : frame.contributions) {
     rounds_.OnContribution(*rank, contribution, frame.left_ranks, now, effects);
   }
-  if (frame.caught_up) rounds_.OnCaughtUp(*rank, frame.forgotten, now, effects);
-  rounds_.OnBlocked(*rank, frame.blocked_on);
-  if (frame.leave.has_value()) {
-    Leave(*rank, now, effects);
-    effects.push_back(CloseStream{stream, std::nullopt});
+  if (frame.caught_up) {
+    members_.EndReturn(*rank);
+    rounds_.OnCaughtUp(*rank, frame.forgotten, now, effects);
   }
+  if (frame.membership_read != 0) members_.NoteRead(*rank, std::min(frame.membership_read, membership_version_));
+  rounds_.OnBlocked(*rank, frame.blocked_on);
+  if (frame.leave.has_value()) Leave(*rank, now, effects);
   rounds_.FindDeadlock(now, effects);
+  EndDepartures(now, effects);
 }
 
 void Group::Declare(Rank rank, const LayerSpec& spec, bool returning, absl::Time now, Effects& effects) {
@@ -239,7 +245,7 @@ void Group::AnnounceConflict(const Layer& layer, const Error& conflict, Effects&
 
 void Group::OnStreamClosed(StreamId stream, absl::Time now, Effects& effects) {
   const std::optional<Rank> rank = members_.RankOf(stream);
-  if (!rank.has_value()) return;
+  if (!rank.has_value()) return departures_.Remove(stream);
   members_.Lose(*rank, now + *config_.rejoin_grace);
   effects.push_back(Change(*rank, stream));
   OnMemberGone(now, effects);
@@ -253,6 +259,33 @@ void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
   layers_.Forget(rank);
   OnMemberGone(now, effects);
   rounds_.BeginReview(now, effects);
+  departures_.Add(stream, now + limits_.max_leave_delay);
+  // The others have been told of the leave, behind all outcomes that its worker was told.
+  version_to_read_ = membership_version_;
+}
+
+bool Group::OutcomesAreAwaited() const {
+  if (members_.in_grace() != 0) return true;
+  if (memory_ == 0) return false;  // Then workers do not say what they repeat.
+  return members_.returning() != 0 || (resumed_ && (members_.absent() != 0 || rounds_.AnyRestoredAwaited()));
+}
+
+void Group::EndDepartures(absl::Time now, Effects& effects) {
+  Acknowledge(departures_.TakeDue(now), effects);
+  if (departures_.empty()) return;
+  if (OutcomesAreAwaited()) {
+    version_to_read_ = 0;
+    return;
+  }
+  if (version_to_read_ == 0) {
+    AnnounceMembership(std::nullopt, effects);
+    version_to_read_ = membership_version_;
+  }
+  if (members_.AllHaveRead(version_to_read_)) Acknowledge(departures_.TakeAll(), effects);
+}
+
+void Group::Acknowledge(const std::vector<StreamId>& leaves, Effects& effects) {
+  for (const StreamId stream : leaves) effects.push_back(CloseStream{stream, std::nullopt});
 }
 
 void Group::OnMemberGone(absl::Time now, Effects& effects) {
@@ -263,9 +296,16 @@ void Group::OnMemberGone(absl::Time now, Effects& effects) {
   AnnounceMembership(std::nullopt, effects);
 }
 
-void Group::AnnounceMembership(std::optional<Rank> except, Effects& effects) const {
+void Group::AnnounceMembership(std::optional<Rank> except, Effects& effects) {
+  ++membership_version_;
   std::vector<StreamId> streams = members_.Streams(except);
-  if (!streams.empty()) effects.push_back(SendMembership{std::move(streams), members_.Snapshot()});
+  if (!streams.empty()) effects.push_back(SendMembership{std::move(streams), CurrentMembership()});
+}
+
+Membership Group::CurrentMembership() const {
+  Membership membership = members_.Snapshot();
+  membership.version = membership_version_;
+  return membership;
 }
 
 MemberChanged Group::Change(Rank rank, StreamId stream) const {
@@ -287,22 +327,31 @@ void Group::OnReaderLags(StreamId stream, bool lags) {
 
 void Group::OnTimePassed(absl::Time now, Effects& effects) {
   rounds_.BeginTurn();
-  if (members_.GiveUpOverdue(now)) {
+  const bool leavers_are_gone = members_.LeaversMayReturn() && leavers_until_ <= now;
+  if (leavers_are_gone) members_.SetLeaversMayReturn(false);
+  if (members_.GiveUpOverdue(now) || leavers_are_gone) {
     rounds_.BeginReview(now, effects);
   } else {
     rounds_.ContinueReview(now, effects);
   }
   rounds_.OnTimePassed(now, effects);
   rounds_.FindDeadlock(now, effects);  // A review has kept it from being found.
+  EndDepartures(now, effects);
 }
 
 absl::Time Group::NextDeadline() const {
-  return std::min({linger_until_, members_.NextGrace(), rounds_.NextDeadline()});
+  const absl::Time leavers = members_.LeaversMayReturn() ? leavers_until_ : absl::InfiniteFuture();
+  return std::min({linger_until_, members_.NextGrace(), rounds_.NextDeadline(), departures_.NextDeadline(), leavers});
 }
 
 void Group::End(const Error& why, absl::Time now, Effects& effects) {
   rounds_.FailAll(why, now, effects);
-  for (const StreamId stream : Streams()) effects.push_back(CloseStream{stream, why});
+  ShutDown(why, effects);
+}
+
+void Group::ShutDown(const Error& why, Effects& effects) {
+  for (const StreamId stream : members_.Streams()) effects.push_back(CloseStream{stream, why});
+  Acknowledge(departures_.TakeAll(), effects);
   effects.push_back(GroupEnded{id_});
 }
 
@@ -374,6 +423,7 @@ void Group::CheckInvariants() const {
   members_.CheckInvariants();
   layers_.CheckInvariants();
   rounds_.CheckInvariants();
+  SYNCBN_CHECK(version_to_read_ <= membership_version_, version_to_read_, " > ", membership_version_);
   SYNCBN_CHECK(empty() == (linger_until_ != absl::InfiniteFuture()), "group \"", id_.group, "\"");
 }
 

@@ -10,6 +10,7 @@
 
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "server/core/departures.h"
 #include "server/core/effects.h"
 #include "server/core/events.h"
 #include "server/core/layers.h"
@@ -66,6 +67,8 @@ class Group {
   void OnTimePassed(absl::Time now, Effects& effects);
   // Ends the group: every round fails with GROUP_ENDED, and every stream is closed with `why`.
   void End(const Error& why, absl::Time now, Effects& effects);
+  // Closes every stream with `why`, and leaves the rounds to the next master.
+  void ShutDown(const Error& why, Effects& effects);
 
   // Returns when OnTimePassed is next due.
   absl::Time NextDeadline() const;
@@ -75,9 +78,13 @@ class Group {
   // Returns the size in bytes of the longest result that a round of the layers declared so far can have.
   size_t longest_result() const { return layers_.longest_result(); }
 
-  // Returns the streams of the present members, by rank.
-  std::vector<StreamId> Streams() const { return members_.Streams(); }
-  bool Owns(StreamId stream) const { return members_.RankOf(stream).has_value(); }
+  // The bytes of ended rounds that are kept.
+  size_t retained_bytes() const { return layers_.retained_bytes(); }
+  // Forgets the oldest outcomes, so many bytes of them if there are. Returns how many.
+  size_t ForgetOldestOutcomes(size_t bytes) { return layers_.ForgetOldestOutcomes(bytes); }
+  // Returns how many streams are open: those of the present members, and of members that leave.
+  size_t streams() const { return members_.present() + departures_.size(); }
+  bool Owns(StreamId stream) const { return members_.RankOf(stream).has_value() || departures_.Contains(stream); }
 
   GroupSummary Summary() const;
   GroupView View(absl::Time now, const GroupParts& parts) const;
@@ -109,7 +116,7 @@ class Group {
   void SendJoinedTo(Rank rank, Effects& effects) const;
   bool waits() const { return config_.missing_policy == MissingPolicy::kWait; }
   // Takes the word of a worker that comes back for ranks that have left. Returns whether there were any.
-  bool AdoptLeft(const Join& join);
+  bool AdoptLeft(const Join& join, absl::Time now);
   // Returns why the join does not fit the group's run and config, or may not have its rank.
   std::optional<Error> CheckJoin(const Join& join, const GroupConfig& filled) const;
   // Returns whether the join begins a new life of the rank.
@@ -120,9 +127,15 @@ class Group {
   void Declare(Rank rank, const LayerSpec& spec, bool returning, absl::Time now, Effects& effects);
   void AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const;
   void Leave(Rank rank, absl::Time now, Effects& effects);
+  // Acknowledges leaves that are due, and all of them once nobody can need what those that leave hold.
+  void EndDepartures(absl::Time now, Effects& effects);
+  // Returns whether some member may yet ask for an outcome that it has not been told, or has lost with its stream.
+  bool OutcomesAreAwaited() const;
+  static void Acknowledge(const std::vector<StreamId>& leaves, Effects& effects);
   // After a loss or a leave.
   void OnMemberGone(absl::Time now, Effects& effects);
-  void AnnounceMembership(std::optional<Rank> except, Effects& effects) const;
+  void AnnounceMembership(std::optional<Rank> except, Effects& effects);
+  Membership CurrentMembership() const;
   // `stream` is the one by which the member is, or was, connected.
   MemberChanged Change(Rank rank, StreamId stream) const;
 
@@ -139,6 +152,12 @@ class Group {
   Members members_;
   Layers layers_;
   Rounds rounds_;
+  Departures departures_;
+  // Until when ranks that have left under an earlier master may come back; InfinitePast before there are any.
+  absl::Time leavers_until_ = absl::InfinitePast();
+  uint64_t membership_version_ = 1;  // Of the newest membership that was announced, or that the first member is told.
+  // The version that all have to have read before leaves are acknowledged; 0 while outcomes are awaited.
+  uint64_t version_to_read_ = 0;
   absl::Time linger_until_;
   uint64_t joins_ = 0;
   ReasonCounts refused_joins_;

@@ -49,6 +49,11 @@ class Layers {
   size_t retained_bytes() const { return budget_.bytes(); }
   // and the bytes of outcomes that are kept at most.
   size_t max_retained_bytes() const { return budget_.max_bytes(); }
+  // Returns whether outcomes were last forgotten because all groups together keep too much.
+  bool forgot_for_others() const { return budget_.forgot_for_others(); }
+
+  // As OutcomeBudget::ForgetOldest.
+  size_t ForgetOldestOutcomes(size_t bytes) { return budget_.ForgetOldest(bytes); }
 
   // Returns why these layers cannot be declared (MALFORMED_FRAME, LIMIT_EXCEEDED); nothing if they can.
   std::optional<Error> CheckSpecs(const std::vector<LayerSpec>& specs) const;

@@ -53,6 +53,9 @@ struct Limits {
   // The same as max_retained_bytes under MISSING_POLICY_WAIT, where workers that restart ask again for the outcomes of
   // a whole step.
   size_t max_retained_bytes_waiting = size_t{64} << 20;
+  // What all groups together may keep of ended rounds. Beyond this, groups without a live stream end, those that have
+  // been without one for longest first; then the group that keeps most forgets its oldest outcomes.
+  size_t max_retained_bytes_of_all = size_t{256} << 20;
   // The keys that tell a new worker where its group stands, in bytes.
   size_t max_newest_rounds_bytes = size_t{1} << 20;
 
@@ -69,6 +72,12 @@ struct Limits {
   // The greatest step by which a join may raise a group's generation. Requeued jobs raise it by 2^32 (client/python),
   // times in microseconds by less than this for years.
   uint64_t max_generation_jump = uint64_t{1} << 48;
+  // A leave is acknowledged once the others have read of it. If they do not read, it waits this long. Clients wait for
+  // 2 s.
+  absl::Duration max_leave_delay = absl::Seconds(1);
+  // For so long a worker whose leave an earlier master has not acknowledged may come to the next, which may need what
+  // it holds. Counts from when that master hears of the leave.
+  absl::Duration leaver_return = absl::Seconds(2);
   // A group without a live stream is kept this long for its workers to come back to.
   absl::Duration group_linger = absl::Minutes(1);
 

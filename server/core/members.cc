@@ -79,15 +79,17 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
   if (join.incarnation < kBelievable) incarnation_floor_ = std::max(incarnation_floor_, join.incarnation);
   Detach(join.rank);
   if (seated.reborn) {
-    member.has_contributed = false;
+    member.has_contributed = member.confirms = false;
     member.life_key = join.life_key;
     member.incarnation = join.incarnation != 0 ? join.incarnation : NextIncarnation(join.rank);
   }
   member.state = MemberState::kPresent;
-  member.left_before = false;
+  SetLeftBefore(join.rank, false);
   member.stream = stream;
   member.description = join.description;
   member.joined_at = now;
+  member.read_membership = 0;
+  SetReturning(join.rank, join.incarnation != 0);
   const bool inserted = ranks_.emplace(stream, join.rank).second;
   SYNCBN_CHECK(inserted, "stream ", stream, " joins as rank ", join.rank, " and is another rank's already");
   ++present_;
@@ -99,7 +101,7 @@ bool Members::AdoptLeft(Rank rank) {
   Member& member = members_[rank];
   if (member.state != MemberState::kAbsent) return false;
   member.state = MemberState::kLeft;
-  member.left_before = true;
+  SetLeftBefore(rank, true);
   layer_set_errors_.erase(rank);
   ++left_;
   return true;
@@ -109,6 +111,18 @@ void Members::SetCatchingUp(Rank rank, bool catching_up) {
   if (members_[rank].catching_up == catching_up) return;
   members_[rank].catching_up = catching_up;
   catching_up_ += catching_up ? 1 : -1;
+}
+
+void Members::SetLeftBefore(Rank rank, bool left_before) {
+  if (members_[rank].left_before == left_before) return;
+  members_[rank].left_before = left_before;
+  left_before_ += left_before ? 1 : -1;
+}
+
+void Members::SetReturning(Rank rank, bool returning) {
+  if (members_[rank].returning == returning) return;
+  members_[rank].returning = returning;
+  returning_ += returning ? 1 : -1;
 }
 
 void Members::NoteLayerSetError(Rank rank, Error error) {
@@ -131,6 +145,7 @@ void Members::Detach(Rank rank) {
       ranks_.erase(member.stream);
       --present_;
       SetLags(rank, false);
+      SetReturning(rank, false);
       break;
     case MemberState::kLost:
       graces_.erase({member.grace_until, rank});
@@ -181,6 +196,18 @@ void Members::SetLags(Rank rank, bool lags) {
   lagging_ += lags ? 1 : -1;
 }
 
+void Members::NoteRead(Rank rank, uint64_t version) {
+  Member& member = members_[rank];
+  member.confirms = true;
+  member.read_membership = std::max(member.read_membership, version);
+}
+
+bool Members::AllHaveRead(uint64_t version) const {
+  return std::none_of(members_.begin(), members_.end(), [version](const Member& member) {
+    return member.state == MemberState::kPresent && member.confirms && member.read_membership < version;
+  });
+}
+
 // ---- Rounds ---------------------------------------------------------------------------------------------------------
 
 void Members::Block(Rank rank, std::vector<RoundKey> keys) {
@@ -224,7 +251,8 @@ void Members::NoteOutcome(Rank rank, const RoundKey& key) {
 }
 
 void Members::CheckInvariants() const {
-  uint32_t present = 0, left = 0, given_up = 0, blocked = 0, lagging = 0, graces = 0, catching_up = 0;
+  uint32_t present = 0, left = 0, given_up = 0, blocked = 0, lagging = 0, graces = 0, catching_up = 0, returning = 0;
+  uint32_t left_before = 0;
   for (Rank rank = 0; rank < world_size(); ++rank) {
     const Member& member = members_[rank];
     const bool is_present = member.state == MemberState::kPresent;
@@ -243,6 +271,10 @@ void Members::CheckInvariants() const {
     blocked += !member.blocked_on.empty();
     lagging += member.lags;
     catching_up += member.catching_up;
+    returning += member.returning;
+    left_before += member.left_before;
+    SYNCBN_CHECK(member.state == MemberState::kLeft || !member.left_before, "rank ", rank);
+    SYNCBN_CHECK(is_present || !member.returning, "rank ", rank);
     SYNCBN_CHECK(is_present || is_lost || !member.catching_up, "rank ", rank);
     SYNCBN_CHECK((member.activity == nullptr) == (member.contributions == 0), "rank ", rank);
   }
@@ -252,6 +284,8 @@ void Members::CheckInvariants() const {
   SYNCBN_CHECK(blocked_ == blocked, blocked_, ", not ", blocked);
   SYNCBN_CHECK(lagging_ == lagging, lagging_, ", not ", lagging);
   SYNCBN_CHECK(catching_up_ == catching_up, catching_up_, ", not ", catching_up);
+  SYNCBN_CHECK(left_before_ == left_before, left_before_, ", not ", left_before);
+  SYNCBN_CHECK(returning_ == returning, returning_, ", not ", returning);
   SYNCBN_CHECK(graces_.size() == graces, graces_.size(), ", not ", graces);
   for (const auto& [rank, error] : layer_set_errors_) SYNCBN_CHECK(rank < world_size() && Vacant(rank), "rank ", rank);
 }

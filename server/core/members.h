@@ -49,7 +49,11 @@ struct Member {
   bool has_contributed = false;  // In this incarnation.
   // Came back from an earlier master, and has not sent yet all that it had sent to that one.
   bool catching_up = false;
-  bool left_before = false;            // Has left under an earlier master, which may have had contributions of it.
+  bool left_before = false;  // Has left under an earlier master, which may have had contributions of it.
+  // While present: came back, and has not said yet that it has sent again what it had no outcome of.
+  bool returning = false;
+  bool confirms = false;               // Has said, in this incarnation, which membership it has read.
+  uint64_t read_membership = 0;        // While present: the version of the newest that it has read.
   absl::Time grace_until;              // While lost: when it is given up.
   bool given_up = false;               // While lost.
   bool lags = false;                   // While present: has not read what it was sent.
@@ -75,6 +79,9 @@ class Members {
   uint32_t blocked() const { return blocked_; }
   bool any_lags() const { return lagging_ != 0; }
   uint32_t catching_up() const { return catching_up_; }
+  uint32_t returning() const { return returning_; }
+  // Members of which nothing is known here.
+  uint32_t absent() const { return world_size() - present_ - left_ - lost(); }
 
   // Returns the rank that is connected by the stream, if any.
   std::optional<Rank> RankOf(StreamId stream) const;
@@ -100,6 +107,10 @@ class Members {
   void Renumber(Rank rank) { members_[rank].incarnation = NextIncarnation(rank); }
   // Takes an earlier master's word that a rank has left, of which nothing is known here. Returns whether that is news.
   bool AdoptLeft(Rank rank);
+  // Returns whether a rank that has left under an earlier master may yet come back, because its leave was not
+  // acknowledged.
+  bool LeaversMayReturn() const { return leavers_may_return_ && left_before_ != 0; }
+  void SetLeaversMayReturn(bool may_return) { leavers_may_return_ = may_return; }
   // Connects the rank by the stream. CheckClaim has found nothing against it.
   Seated Seat(StreamId stream, const Join& join, absl::Time now);
   // Keeps the error of a join that was refused for the set of its layers. The rank must be vacant. Rounds do not wait
@@ -119,6 +130,12 @@ class Members {
 
   // ---- Rounds
   void CatchUp(Rank rank) { SetCatchingUp(rank, false); }
+  // The member has sent again all that it had no outcome of.
+  void EndReturn(Rank rank) { SetReturning(rank, false); }
+  // The member has read the membership of this version, and what it was sent before.
+  void NoteRead(Rank rank, uint64_t version);
+  // Returns whether every present member has read the membership of this version, but for those that never say so.
+  bool AllHaveRead(uint64_t version) const;
   // Marks the member as blocked on the keys, each of which it has contributed to and awaits.
   void Block(Rank rank, std::vector<RoundKey> keys);
   void Unblock(Rank rank);
@@ -140,6 +157,8 @@ class Members {
   void Detach(Rank rank);
   uint64_t NextIncarnation(Rank rank) const { return std::max(members_[rank].incarnation, incarnation_floor_) + 1; }
   void SetCatchingUp(Rank rank, bool catching_up);
+  void SetReturning(Rank rank, bool returning);
+  void SetLeftBefore(Rank rank, bool left_before);
 
   std::vector<Member> members_;  // By rank.
   uint64_t incarnation_floor_;
@@ -150,6 +169,9 @@ class Members {
   uint32_t blocked_ = 0;  // Members whose blocked_on is not empty.
   uint32_t lagging_ = 0;
   uint32_t catching_up_ = 0;
+  uint32_t returning_ = 0;
+  uint32_t left_before_ = 0;
+  bool leavers_may_return_ = false;
   absl::btree_set<std::pair<absl::Time, Rank>> graces_;  // Of lost members that are not given up.
   absl::btree_map<Rank, Error> layer_set_errors_;        // Of vacant ranks.
 };

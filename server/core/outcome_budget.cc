@@ -18,13 +18,26 @@ OutcomeBudget::Handle OutcomeBudget::Charge(Entry entry) {
   remembered_.push_back(entry);
   bytes_ += entry.bytes;
   while (bytes_ > max_bytes_ && remembered_.size() > min_outcomes_) {
-    Entry& oldest = remembered_.front();
-    oldest.round->outcome.reset();
-    oldest.forgotten = true;
-    bytes_ -= oldest.bytes;
-    forgotten_.splice(forgotten_.end(), remembered_, remembered_.begin());
+    Forget(remembered_.begin());
+    forgot_for_others_ = false;
   }
   return std::prev(remembered_.end());
+}
+
+size_t OutcomeBudget::ForgetOldest(size_t bytes) {
+  const size_t before = bytes_;
+  while (before - bytes_ < bytes && remembered_.size() > min_outcomes_) {
+    Forget(remembered_.begin());
+    forgot_for_others_ = true;
+  }
+  return before - bytes_;
+}
+
+void OutcomeBudget::Forget(Handle oldest) {
+  oldest->round->outcome.reset();
+  oldest->forgotten = true;
+  bytes_ -= oldest->bytes;
+  forgotten_.splice(forgotten_.end(), remembered_, oldest);
 }
 
 void OutcomeBudget::Refund(Handle handle) {

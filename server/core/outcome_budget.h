@@ -40,12 +40,17 @@ class OutcomeBudget {
   Handle Charge(Entry entry);
   // Stops counting a record that is about to be destroyed.
   void Refund(Handle handle);
+  // Forgets the oldest outcomes, `bytes` of them or a little more, as far as there are more than the newest few.
+  // Returns how many bytes those took.
+  size_t ForgetOldest(size_t bytes);
   // Has layers drop the oldest records beyond the limit, among those whose outcomes are forgotten.
   void Trim();
 
   // The bytes of outcomes and records that are counted.
   size_t bytes() const { return bytes_ + record_bytes_; }
   size_t max_bytes() const { return max_bytes_; }
+  // Returns whether outcomes were last forgotten by ForgetOldest, and not for max_bytes().
+  bool forgot_for_others() const { return forgot_for_others_; }
 
   // Aborts unless `records` records are counted and the totals are their sums.
   void CheckInvariants(size_t records) const;
@@ -53,9 +58,12 @@ class OutcomeBudget {
  private:
   friend struct InvariantsPeer;
 
+  void Forget(Handle oldest);
+
   const size_t max_bytes_;
   const size_t min_outcomes_;
   const size_t max_record_bytes_;
+  bool forgot_for_others_ = false;
   size_t bytes_ = 0;             // Of `remembered_`.
   size_t record_bytes_ = 0;      // Of both lists.
   std::list<Entry> remembered_;  // Oldest first.

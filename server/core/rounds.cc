@@ -46,7 +46,8 @@ Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, cons
   }
   if (!lost.empty() && !proceeds()) return {true, WithLastContributions(WorkersLostError(key, lost), now)};
   if (std::vector<Rank> gone = TakenAlong(round, missing); !gone.empty()) {
-    if (awaited != 0) return {};  // One that is still to come may know how the round has ended.
+    // One that is still to come may know how the round has ended.
+    if (awaited != 0 || members_.LeaversMayReturn()) return {};
     return {true, OutcomeLostError(key, gone)};
   }
   const size_t possible = round.payloads.size() + awaited;
@@ -355,9 +356,10 @@ void Rounds::OnBlocked(Rank rank, const std::vector<RoundKey>& keys) {
 }
 
 void Rounds::FindDeadlock(absl::Time now, Effects& effects) {
-  // Absent and lost members may still come and contribute, and those that catch up have contributions on the way.
-  // Nobody waits for members that have left, and a review may be about to end what does.
-  if (members_.catching_up() != 0 || review_.has_value()) return;
+  // Absent and lost members may still come and contribute, and those that catch up have contributions on the way, as
+  // have those whose leaves the next master has to acknowledge. Nobody waits for members that have left, and a review
+  // may be about to end what does.
+  if (members_.catching_up() != 0 || members_.LeaversMayReturn() || review_.has_value()) return;
   const uint32_t blocked = members_.blocked();
   if (blocked == 0 || blocked != members_.present() || members_.present() + members_.left() != members_.world_size()) {
     return;

@@ -66,6 +66,8 @@ class Rounds {
   uint64_t completed() const { return completed_; }
   uint64_t failed() const { return failed_; }
   size_t pending_bytes() const { return pending_bytes_; }
+  // Returns whether somebody waits for the outcome of a round that ended under an earlier master.
+  bool AnyRestoredAwaited() const;
   const RoundStatistics& statistics() const { return statistics_; }
   const FlightRecorder& recorder() const { return recorder_; }
   // Returns when the oldest round in flight began; nothing if there is none.
@@ -148,6 +150,8 @@ class Rounds {
   // ---- Arrival (rounds_arrival.cc)
   // Answers a contribution to a round that has ended. Returns whether it has.
   bool Replay(Rank rank, const Contribution& contribution, const EndedRound* ended, Effects& effects);
+  // Returns why the outcome of an ended round cannot be told again, and names the limit.
+  Error OutcomeForgotten(const RoundKey& key) const;
   // Returns whether the contribution may be ignored: its sender has the outcome, and nobody needs it.
   bool IsNeedless(Rank rank, const Contribution& contribution, const EndedRound* ended) const;
   // Returns the declaration under which the rank's contribution is made. `round` may be pending_.end().

@@ -92,13 +92,20 @@ bool Rounds::Replay(Rank rank, const Contribution& contribution, const EndedRoun
     const bool restarted = before->incarnation != Contributor::LowBits(members_[rank].incarnation);
     Reject(rank, key, ChangedReplayError(rank, key, restarted), effects);
   } else if (ended->outcome == nullptr) {
-    const char* const limit = waits() ? "max_retained_bytes_waiting" : "max_retained_bytes";
-    Reject(rank, key, OutcomeForgottenError(key, limit, layers_.max_retained_bytes()), effects);
+    Reject(rank, key, OutcomeForgotten(key), effects);
   } else {
     ++statistics_.replayed;
     effects.push_back(SendResults{{members_[rank].stream}, {ended->outcome}});
   }
   return true;
+}
+
+Error Rounds::OutcomeForgotten(const RoundKey& key) const {
+  if (layers_.forgot_for_others()) {
+    return OutcomeForgottenError(key, "max_retained_bytes_of_all", limits_.max_retained_bytes_of_all);
+  }
+  const char* const limit = waits() ? "max_retained_bytes_waiting" : "max_retained_bytes";
+  return OutcomeForgottenError(key, limit, layers_.max_retained_bytes());
 }
 
 DeclarationPtr Rounds::DeclarationFor(Rank rank, const RoundKey& key, const Layer& layer,

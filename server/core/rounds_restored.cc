@@ -168,18 +168,24 @@ Rounds::Fate Rounds::FateOfRestored(const RoundKey& key, const PendingRound& rou
                                     const std::vector<Rank>& missing) const {
   if (missing.empty()) return {true, std::nullopt};
   if (round.Idle()) return {};
-  // A member that has caught up would have repeated its contribution if it could, and one that has left cannot. Where
+  // A member that has caught up would have repeated its contribution if it could, and one that has left cannot, unless
+  // its leave was not acknowledged. Where
   // workers take the places of their predecessors, each may have gone back to an earlier step, and contribute anew.
   std::vector<Rank> silent;
   for (const Rank rank : missing) {
     const Member& member = members_[rank];
     const bool goes_back = waits() && member.state != MemberState::kLeft;
-    const bool may_come =
-        member.state == MemberState::kAbsent || ((member.catching_up || goes_back) && !member.given_up);
+    const bool may_come = member.state == MemberState::kAbsent || (member.left_before && members_.LeaversMayReturn()) ||
+                          ((member.catching_up || goes_back) && !member.given_up);
     if (!may_come) silent.push_back(rank);
   }
   if (silent.empty()) return {};
   return {true, OutcomeLostError(key, silent)};
+}
+
+bool Rounds::AnyRestoredAwaited() const {
+  return std::any_of(pending_.begin(), pending_.end(),
+                     [](const auto& round) { return round.second.restored && !round.second.Idle(); });
 }
 
 bool Rounds::FailRestored(const std::vector<RoundKey>& keys, absl::Time now, Effects& effects) {

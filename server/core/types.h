@@ -132,6 +132,7 @@ struct Membership {
   uint32_t world_size = 0;
   std::vector<Rank> present_ranks;
   std::vector<Rank> left_ranks;
+  uint64_t version = 0;  // Counts those that the group has announced.
 };
 
 }  // namespace syncbn::core

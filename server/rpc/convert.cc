@@ -158,6 +158,7 @@ void ToProto(const core::Membership& membership, v1::Membership* message) {
   message->set_world_size(membership.world_size);
   Assign(membership.present_ranks, message->mutable_present_ranks());
   Assign(membership.left_ranks, message->mutable_left_ranks());
+  message->set_version(membership.version);
 }
 
 void ToProto(const core::RoundOutcome& outcome, v1::RoundResult* message) {

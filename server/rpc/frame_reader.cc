@@ -138,6 +138,11 @@ bool IsContribution(int number) {
   return number == v1::WorkerFrame::kContributionsFieldNumber || number == v1::WorkerFrame::kRepeatsFieldNumber;
 }
 
+bool IsNumber(int number) {
+  return number == v1::WorkerFrame::kCaughtUpFieldNumber || number == v1::WorkerFrame::kLeftRanksFieldNumber ||
+         number == v1::WorkerFrame::kMembershipReadFieldNumber;
+}
+
 // Reads the length of the frame's field that `tag` begins. The number is 0 for an unknown field, which is skipped.
 // Returns nothing if the frame is malformed.
 struct FieldHead {
@@ -175,10 +180,10 @@ std::optional<core::Error> FrameReader::Open() {
   size_t unknown = 0;
   std::optional<core::Error> error;
   while (const uint32_t tag = input.ReadTag()) {
-    if (tag == (uint32_t{v1::WorkerFrame::kCaughtUpFieldNumber} << 3 | kVarint)) {
+    if ((tag & 7) == kVarint && IsNumber(static_cast<int>(tag >> 3))) {
       uint64_t value = 0;
       if (!input.ReadVarint64(&value)) return NotAFrame();
-      head_.caught_up = value != 0;
+      if ((error = TakeNumber(static_cast<int>(tag >> 3), value))) return error;
       continue;
     }
     const std::optional<FieldHead> head = ReadHead(input, tag);
@@ -246,17 +251,35 @@ std::optional<core::Error> FrameReader::TakePiece(int number, absl::string_view 
   }
 }
 
+std::optional<core::Error> FrameReader::TakeNumber(int number, uint64_t value) {
+  switch (number) {
+    case v1::WorkerFrame::kCaughtUpFieldNumber:
+      head_.caught_up = value != 0;
+      return std::nullopt;
+    case v1::WorkerFrame::kMembershipReadFieldNumber:
+      head_.membership_read = value;
+      return std::nullopt;
+    default:  // A rank of left_ranks that was not packed. Protobuf cuts a longer number off, too.
+      return TakeRank(static_cast<core::Rank>(value));
+  }
+}
+
+std::optional<core::Error> FrameReader::TakeRank(core::Rank rank) {
+  if (head_.left_ranks.size() == limits_.max_workers) {
+    return core::LimitError(limits_.max_workers + 1, "or more left_ranks in one frame", "max_workers",
+                            limits_.max_workers);
+  }
+  head_.left_ranks.push_back(rank);
+  return std::nullopt;
+}
+
 std::optional<core::Error> FrameReader::TakeRanks(absl::string_view packed) {
   CodedInputStream input(reinterpret_cast<const uint8_t*>(packed.data()), static_cast<int>(packed.size()));
   const CodedInputStream::Limit whole = input.PushLimit(static_cast<int>(packed.size()));
   while (input.BytesUntilLimit() > 0) {
     uint32_t rank = 0;
     if (!input.ReadVarint32(&rank)) return NotAFrame();
-    if (head_.left_ranks.size() == limits_.max_workers) {
-      return core::LimitError(limits_.max_workers + 1, "or more left_ranks in one frame", "max_workers",
-                              limits_.max_workers);
-    }
-    head_.left_ranks.push_back(rank);
+    if (auto error = TakeRank(rank)) return error;
   }
   input.PopLimit(whole);
   return std::nullopt;
@@ -315,6 +338,7 @@ std::optional<core::Error> FrameReader::Next(const SliceLimits& slice, google::p
     event->caught_up = head_.caught_up;
     event->blocked_on = std::move(head_.blocked_on);
     event->leave = std::move(head_.leave);
+    event->membership_read = head_.membership_read;
   }
   return std::nullopt;
 }

@@ -58,7 +58,10 @@ class FrameReader {
 
   // Adds one of the frame's fields, other than a contribution, to the head or to the messages that it is made of.
   std::optional<core::Error> TakePiece(int number, absl::string_view piece, v1::Join* join, v1::Leave* leave);
-  // Adds packed ranks to `left_ranks`.
+  // Takes a field of the frame that is a number, or one of several.
+  std::optional<core::Error> TakeNumber(int number, uint64_t value);
+  // Add to `left_ranks`.
+  std::optional<core::Error> TakeRank(core::Rank rank);
   std::optional<core::Error> TakeRanks(absl::string_view packed);
   core::Error TooManyRounds() const;
   // Moves to the next contribution. Returns its length, or nothing if there is none.

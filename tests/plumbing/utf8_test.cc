@@ -19,7 +19,8 @@ bool ProtobufTakes(const std::string& text) {
 }
 
 TEST(Utf8Test, TextIsTaken) {
-  for (const char* text : {"", "layer1.bn", "Schicht \xc3\xa4", "\xe5\xb1\xa4", "\xf0\x9f\xa7\xa0", "\xf4\x8f\xbf\xbf"}) {
+  for (const char* text :
+       {"", "layer1.bn", "Schicht \xc3\xa4", "\xe5\xb1\xa4", "\xf0\x9f\xa7\xa0", "\xf4\x8f\xbf\xbf"}) {
     EXPECT_TRUE(IsUtf8(text)) << text;
     EXPECT_TRUE(CheckUtf8("a name", text).ok()) << text;
   }

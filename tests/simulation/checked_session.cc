@@ -123,10 +123,12 @@ Effects CheckedSession::OnFrame(const session::ServerFrame& frame, bool stale, a
       if (round.contribution->key() == outcome.key) Violate(absl::StrCat(Name(outcome.key), " is lost"));
     }
   }
+  if (frame.joined.has_value()) membership_ = frame.joined->membership.version;
+  if (frame.membership.has_value()) membership_ = frame.membership->version;
   std::optional<size_t> present;
   if (frame.joined.has_value()) {
-    present = frame.joined->present_ranks;
-    NoteLeft(frame.joined->left_ranks);
+    present = frame.joined->membership.present_ranks;
+    NoteLeft(frame.joined->membership.left_ranks);
   }
   if (frame.membership.has_value()) {
     present = frame.membership->present_ranks;
@@ -148,6 +150,7 @@ Effects CheckedSession::OnStreamBroken(const session::Break& why, absl::Time now
   open_ = up_ = join_written_ = joined_ = writing_ = must_retract_ = leave_written_ = false;
   said_.clear();
   all_said_ = false;
+  membership_ = membership_said_ = 0;
   said_blocked_on_ = nullptr;
   for (Round& round : rounds_) {
     round.on_stream = false;
@@ -381,6 +384,11 @@ void CheckedSession::Check(const session::Write& write, absl::Time now) {
   }
   if (frame.caught_up) CheckCaughtUp(frame);
   if (frame.blocked_on != nullptr) CheckBlocked(frame.blocked_on);
+  if (frame.membership_read != (membership_ == membership_said_ ? 0 : membership_)) {
+    Violate(
+        absl::StrCat("it says that it has read membership ", frame.membership_read, "; the newest is ", membership_));
+  }
+  membership_said_ = membership_;
   if (must_retract_) ++tally_.retracted;
   must_retract_ = false;
   said_blocked_on_ = frame.blocked_on;
@@ -508,6 +516,9 @@ void CheckedSession::CheckAllSent(absl::Time now) {
   all_said_ = true;
   if (must_catch_up_) Violate("it has sent all, and does not say so");
   if (leaving_ && !leave_written_) Violate("it does not leave");
+  if (!left_ranks_.empty() && !leave_written_ && membership_ != membership_said_) {
+    Violate("it has read of a leave, and does not say so");
+  }
   if (must_retract_) Violate("it is not blocked any more, and the master is not told");
   const bool blocked = blocked_on_ != nullptr && Find(blocked_on_.get()) != nullptr;
   if (all && blocked && now >= say_blocked_by_ && said_blocked_on_ != blocked_on_) {

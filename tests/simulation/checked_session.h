@@ -157,6 +157,9 @@ class CheckedSession {
   std::vector<Round> rounds_;  // In the order in which they were begun.
   std::vector<Answered> answered_rounds_;
   uint64_t memory_ = 0;  // The master's.
+  // On this stream: the version of the newest membership that has come, and of the one that the master was told of.
+  uint64_t membership_ = 0;
+  uint64_t membership_said_ = 0;
   bool must_catch_up_ = false;
   std::vector<uint32_t> left_ranks_;
   uint64_t begun_ = 0;

@@ -40,6 +40,10 @@ std::shared_ptr<const core::EndedReport> ToReport(const RoundKey& key, const ses
   return report;
 }
 
+session::Membership ToSession(const core::Membership& membership) {
+  return {membership.present_ranks.size(), membership.left_ranks, membership.version};
+}
+
 }  // namespace
 
 std::string Name(const RoundKey& key) {
@@ -75,6 +79,7 @@ FramePtr FromSession(const session::ClientFrame& from, const Settings& settings,
   frame->forgotten = from.forgotten;
   if (from.blocked_on != nullptr) frame->blocked_on.push_back(from.blocked_on->key());
   frame->leave = from.leave.has_value();
+  frame->membership_read = from.membership_read;
   return frame;
 }
 
@@ -95,6 +100,7 @@ core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame) {
   event.forgotten = frame.forgotten;
   event.blocked_on = frame.blocked_on;
   if (frame.leave) event.leave = "finished";
+  event.membership_read = frame.membership_read;
   return event;
 }
 
@@ -111,14 +117,12 @@ core::Error ToError(const absl::Status& status) {
 ServerFramePtr ToSession(const core::Effect& effect) {
   auto frame = std::make_shared<session::ServerFrame>();
   if (const auto* joined = std::get_if<core::SendJoined>(&effect)) {
-    frame->joined = session::Joined{joined->incarnation,           joined->run_id,
-                                    *joined->config.round_timeout, joined->membership.present_ranks.size(),
-                                    joined->membership.left_ranks, joined->memory,
-                                    joined->newest_rounds};
+    frame->joined = session::Joined{joined->incarnation,           joined->run_id, *joined->config.round_timeout,
+                                    ToSession(joined->membership), joined->memory, joined->newest_rounds};
   } else if (const auto* results = std::get_if<core::SendResults>(&effect)) {
     for (const auto& outcome : results->outcomes) frame->outcomes.push_back(ToOutcome(*outcome));
   } else if (const auto* change = std::get_if<core::SendMembership>(&effect)) {
-    frame->membership = session::Membership{change->membership.present_ranks.size(), change->membership.left_ranks};
+    frame->membership = ToSession(change->membership);
   } else if (const auto* late = std::get_if<core::SendLateRounds>(&effect)) {
     for (const core::LateRound& round : late->rounds) {
       frame->late_rounds.push_back({round.key, round.age, round.missing_ranks, round.missing});

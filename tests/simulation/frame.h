@@ -45,6 +45,7 @@ struct Frame {
   std::vector<core::RoundKey> forgotten;
   std::vector<core::RoundKey> blocked_on;
   bool leave = false;
+  uint64_t membership_read = 0;
 };
 using FramePtr = std::shared_ptr<const Frame>;
 using ContributionRef = std::shared_ptr<session::Contribution>;

@@ -51,6 +51,7 @@ void Model::BeforeClose(StreamId stream, absl::Time now) {
   Begin();
   const auto rank = SeatOf(stream);
   closed_.insert(stream);
+  departures_.erase(stream);
   if (!rank.has_value()) return;
   Member& member = members_[*rank];
   member.stream = 0;
@@ -87,6 +88,8 @@ void Model::TakeFrame(Rank rank, absl::Time now) {
       TakeRepeat(rank, part, now);
     }
   }
+  NoteRead();
+  if (frame_->caught_up) members_[rank].returning = false;
   if (frame_->caught_up && std::exchange(members_[rank].catching_up, false)) {
     for (const RoundKey& key : frame_->forgotten) history_.NoteForgotten(rank, key);
     all_caught_up_now_ = EveryoneHasCaughtUp() && !waits();
@@ -131,11 +134,16 @@ void Model::Take(Rank rank, const Part& part, absl::Time now) {
 }
 
 void Model::After(const core::Effects& effects, const core::Coordinator& coordinator, absl::Time now) {
+  now_ = now;
+  group_ends_now_ = std::any_of(effects.begin(), effects.end(), [](const core::Effect& effect) {
+    return std::holds_alternative<core::GroupEnded>(effect);
+  });
   for (const core::Effect& effect : effects) {
     std::visit([&](const auto& e) { Check(e, now); }, effect);
   }
   CheckOutcomes();
   CheckTold();
+  if (sender_.seated && sender_.leaves && Open(sender_.stream)) NoteDeparture(now);
   if (all_caught_up_now_) DropIdle(std::nullopt);
   if (coordinator.NextDeadline() > now) CheckWaiting(now);  // Else it has not done all that is due.
   size_t in_flight = 0;
@@ -178,7 +186,9 @@ void Model::CheckWaiting(absl::Time now) {
       if (round.restored || !history_.MayHaveForgotten(rank, key)) continue;
       Violate(absl::StrCat(Name(key), " waits for rank ", rank, ", which may have forgotten its end"));
     }
-    const bool in_vain = awaited == 0 || (lost != 0 && !proceeds()) ||
+    // One that has taken its part along may come back.
+    const bool hopes = !TakenAlong(round).empty() && LeaversMayReturn(now);
+    const bool in_vain = (awaited == 0 && !hopes) || (lost != 0 && !proceeds()) ||
                          (proceeds() && TakenAlong(round).empty() && round.parts.size() + awaited < Least(round));
     if (in_vain && !round.restored) {
       Violate(absl::StrCat(Name(key), " waits for nobody who could come"));
@@ -195,6 +205,9 @@ void Model::CheckWaiting(absl::Time now) {
     }
   }
   if (Deadlocked()) Violate("everyone is blocked, and nobody is told");
+  for (const auto& [stream, departure] : departures_) {
+    if (now > departure.since + SimulatedLimits().max_leave_delay) Violate("a leave is not acknowledged in time");
+  }
 }
 
 void Model::CheckStatistics(const core::Coordinator& coordinator) {

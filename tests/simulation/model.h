@@ -66,9 +66,22 @@ class Model {
     bool left = false;
     bool left_before = false;  // It has left an earlier master.
     bool catching_up = false;
+    bool returning = false;                    // Came back, and has not said that it has sent all.
     std::map<std::string, uint32_t> channels;  // By layer, as it was declared last.
     std::optional<absl::Time> lost_at;
     std::vector<core::RoundKey> blocked_on;
+  };
+  // What a stream has been told, and its worker has read.
+  struct Reading {
+    size_t told = 0;                                // Outcomes.
+    std::map<uint64_t, size_t> before_memberships;  // How many came before each membership, by its version.
+    bool confirms = false;                          // Its worker says which memberships it has read,
+    size_t read = 0;                                // and so has read so many outcomes.
+  };
+  // A rank that has left, and whose leave is not acknowledged.
+  struct Departure {
+    absl::Time since;
+    std::map<core::StreamId, size_t> told;  // Outcomes that other members had been told before they were told of it.
   };
   void Begin();
   void Violate(const std::string& what);
@@ -83,6 +96,8 @@ class Model {
   // Returns the ranks that are missing from a round and may have contributed to it under an earlier master.
   std::vector<core::Rank> TakenAlong(const Pending& round) const;
   bool MayRepeat(core::Rank rank, absl::Time now) const;
+  // A rank that has left another master may come back, which has not acknowledged its leave.
+  bool LeaversMayReturn(absl::Time now) const;
   void CheckRunOf(const core::SendJoined& joined, const core::Join& join);
   // A restored round that nobody waits for is forgotten at its deadline, and once every member has caught up.
   void DropIdle(std::optional<absl::Time> now);
@@ -118,6 +133,10 @@ class Model {
   // A worker that has been told no outcome in another run is a new one in this run.
   core::Join AsNew(core::Join join) const;
   void CheckRefusedJoin(const core::CloseStream& close);
+  void NoteRead();
+  void NoteDeparture(absl::Time now);
+  // A leave is acknowledged: nobody may need any more what its worker holds.
+  void CheckDeparture(const Departure& departure, absl::Time now);
   void CheckOutcomes();
   void CheckTold();
   void CheckWaiting(absl::Time now);
@@ -141,11 +160,16 @@ class Model {
   std::optional<std::string> violation_;
 
   std::map<core::StreamId, core::Join> joining_;
+  std::map<core::StreamId, Reading> readings_;
+  std::map<core::StreamId, Departure> departures_;
   std::set<core::StreamId> closed_;
   std::map<core::Rank, Member> members_;
   std::map<core::RoundKey, Pending> pending_;
   History history_;
   std::map<std::string, RunningModel> running_;
+  // Ranks that have left another master may come to this one until then.
+  std::optional<absl::Time> leavers_until_;
+  absl::Time now_ = absl::InfinitePast();
   std::set<std::string> completed_;  // Layers that have had a completed round.
   std::set<core::Rank> refused_;     // Vacant, and last claimed by someone with other layers.
   uint64_t run_id_ = 0;              // 0 while there is no group.
@@ -173,6 +197,7 @@ class Model {
   std::set<core::RoundKey> ended_now_;
   bool deadlock_now_ = false;
   bool diverged_now_ = false;
+  bool group_ends_now_ = false;
   bool all_caught_up_now_ = false;
   std::map<core::RoundKey, const core::RoundOutcome*> lost_now_;  // Restored rounds that failed.
 };

@@ -24,6 +24,7 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
     greatest = member.incarnation = joined.incarnation;
     return;
   }
+  readings_[joined.stream].before_memberships[joined.membership.version] = readings_[joined.stream].told;
   if (joined.stream != sender_.stream || frame_ == nullptr || !frame_->join.has_value() || !Open(joined.stream)) {
     return Violate(absl::StrCat("stream ", joined.stream, " is told joined, and has not asked"));
   }
@@ -49,11 +50,13 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
     for (const Rank rank : join.left_ranks) {
       if (rank == join.rank || members_[rank].incarnation != 0 || members_[rank].left) continue;
       members_[rank].left = members_[rank].left_before = true;
+      if (!leavers_until_.has_value()) leavers_until_ = now + SimulatedLimits().leaver_return;
       refused_.erase(rank);
     }
   }
   member = Member();
   member.catching_up = catching_up;
+  member.returning = join.incarnation != 0;
   member.stream = joined.stream;
   member.incarnation = joined.incarnation;
   TakeFrame(join.rank, now);
@@ -84,20 +87,32 @@ void Model::Check(const core::SendMembership& change, absl::Time) {
   }
   for (const StreamId stream : change.streams) {
     if (!Open(stream)) Violate(absl::StrCat("closed stream ", stream, " is told the membership"));
+    Reading& reading = readings_[stream];
+    reading.before_memberships[change.membership.version] = reading.told;
   }
 }
 
 void Model::Check(const core::CloseStream& close, absl::Time now) {
   const auto rank = SeatOf(close.stream);
   if (!closed_.insert(close.stream).second) return;
+  if (const auto departure = departures_.find(close.stream); departure != departures_.end()) {
+    if (close.error.has_value()) Violate("a worker that leaves is told an error");
+    CheckDeparture(departure->second, now);
+    departures_.erase(departure);
+    return;
+  }
   if (!rank.has_value()) return CheckRefusedJoin(close);
   const std::string reason = close.error.has_value() ? close.error->reason : "";
   Member& member = members_[*rank];
-  member.stream = 0;
-  member.blocked_on.clear();
+  if (!reason.empty()) {
+    member.stream = 0;
+    member.blocked_on.clear();
+  }
   if (reason.empty()) {
     if (close.stream != sender_.stream || !sender_.leaves) Violate("a stream is closed without a reason or a leave");
-    member.left = true;
+    NoteDeparture(now);
+    CheckDeparture(departures_.at(close.stream), now);
+    departures_.erase(close.stream);
   } else if (reason == "FENCED") {
     const auto join = joining_.find(sender_.stream);
     if (join == joining_.end() || frame_ == nullptr || !frame_->join.has_value() || join->second.rank != *rank) {
@@ -111,6 +126,45 @@ void Model::Check(const core::CloseStream& close, absl::Time now) {
     member.lost_at = now;
   } else if (reason != "SHUTTING_DOWN" || !shutting_down_) {
     Violate(absl::StrCat("the stream of rank ", *rank, " is closed with ", reason));
+  }
+}
+
+void Model::NoteRead() {
+  if (frame_->membership_read == 0) return;
+  Reading& reading = readings_[sender_.stream];
+  reading.confirms = true;
+  const auto before = reading.before_memberships.find(frame_->membership_read);
+  if (before != reading.before_memberships.end()) reading.read = std::max(reading.read, before->second);
+}
+
+void Model::NoteDeparture(absl::Time now) {
+  Member& member = members_[sender_.rank];
+  member.left = true;
+  member.stream = 0;
+  member.blocked_on.clear();
+  Departure& departure = departures_[sender_.stream];
+  departure.since = now;
+  for (const auto& [rank, other] : members_) {
+    // What a leave brings about, those that leave are not told.
+    const auto& before = readings_[other.stream].before_memberships;
+    if (other.stream != 0 && !before.empty()) departure.told[other.stream] = before.rbegin()->second;
+  }
+}
+
+void Model::CheckDeparture(const Departure& departure, absl::Time now) {
+  if (group_ends_now_ || now >= departure.since + SimulatedLimits().max_leave_delay) return;
+  for (const auto& [rank, member] : members_) {
+    if (Left(rank)) continue;
+    const bool lost = member.stream == 0 && member.lost_at.has_value() && !GivenUp(rank, now);
+    if (lost || (member.stream != 0 && member.returning)) {
+      Violate(absl::StrCat("a leave is acknowledged, and rank ", rank, " may have lost an outcome with its stream"));
+    }
+    const auto told = departure.told.find(member.stream);
+    if (told == departure.told.end()) continue;
+    const Reading& reading = readings_[member.stream];
+    if (!reading.confirms || reading.read >= told->second) continue;
+    Violate(absl::StrCat("a leave is acknowledged, and rank ", rank, " has read ", reading.read, " of ", told->second,
+                         " outcomes"));
   }
 }
 
@@ -179,6 +233,8 @@ void Model::Check(const core::GroupEnded&, absl::Time now) {
   history_ = History(settings_.world_size);
   refused_.clear();
   members_.clear();
+  departures_.clear();
+  leavers_until_.reset();
   pending_.clear();
   running_.clear();
   completed_.clear();

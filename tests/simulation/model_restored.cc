@@ -128,9 +128,14 @@ bool Model::MayRepeat(Rank rank, absl::Time now) const {
   if (joins_anew) return waits();
   const auto member = members_.find(rank);
   if (member == members_.end() || (member->second.incarnation == 0 && !member->second.left)) return true;
-  if (member->second.left || Left(rank)) return false;
+  if (member->second.left || Left(rank)) return member->second.left_before && LeaversMayReturn(now);
   // By the policy WAIT it may have taken a predecessor's place, and be at an earlier step.
   return (member->second.catching_up || waits()) && !GivenUp(rank, now);
+}
+
+bool Model::LeaversMayReturn(absl::Time now) const {
+  return leavers_until_.has_value() && now < *leavers_until_ &&
+         std::any_of(members_.begin(), members_.end(), [](const auto& entry) { return entry.second.left_before; });
 }
 
 bool Model::EveryoneHasCaughtUp() const {

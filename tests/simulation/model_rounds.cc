@@ -52,6 +52,7 @@ void Model::Check(const core::SendResults& results, absl::Time) {
     if (!Open(stream) || !SeatOf(stream).has_value()) {
       return Violate(absl::StrCat("results go to stream ", stream, ", which is closed"));
     }
+    readings_[stream].told += results.outcomes.size();
   }
   for (const auto& outcome : results.outcomes) {
     if (outcome->refused && (history_.FindRestored(outcome->key) == nullptr || IsRefusal(outcome->error->reason))) {
@@ -314,6 +315,7 @@ bool Model::Blocked(Rank rank) const {
 }
 
 bool Model::Deadlocked() const {
+  if (LeaversMayReturn(now_)) return false;
   size_t blocked = 0;
   for (Rank rank = 0; rank < settings_.world_size; ++rank) {
     if (Left(rank)) continue;

@@ -13,6 +13,7 @@ using core::StreamId;
 
 core::Limits Mutant::LimitsWith(Bug bug) {
   core::Limits limits = SimulatedLimits();
+  if (bug == Bug::kHastyLeave) limits.max_leave_delay = absl::ZeroDuration();
   if (bug != Bug::kForgottenSteps) return limits;
   limits.max_retained_bytes_waiting = 0;
   limits.min_retained_outcomes = 1;

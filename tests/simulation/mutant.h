@@ -42,6 +42,7 @@ enum class Bug {
   kImpatience,       // Workers that declare that rounds wait for successors are taken to want no wait.
   kForgottenSteps,   // Outcomes are forgotten as soon as others have ended, so that no step can be repeated.
   kWrongPlace,       // A new worker is told that its group stands one sequence further back.
+  kHastyLeave,       // A leave is acknowledged before others have read of it.
   kSmallerStep,      // A successor's contributions count less than its predecessor's.
 };
 

@@ -144,6 +144,9 @@ void SessionMutant::Distort(ClientFrame& frame) {
     case SessionBug::kInventedLeaves:
       if (frame.left_ranks.empty() && !parts.empty()) frame.left_ranks.push_back(0);
       break;
+    case SessionBug::kUnreadLeaves:
+      ++frame.membership_read;
+      break;
     case SessionBug::kKeptBackward:
       frame.forgotten.erase(std::remove_if(frame.forgotten.begin(), frame.forgotten.end(),
                                            [](const RoundKey& key) { return key.phase == Phase::kBackward; }),

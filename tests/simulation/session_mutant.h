@@ -48,6 +48,7 @@ enum class SessionBug {
   kForgottenLeaves,    // A master that starts anew is not told who has left,
   kUnknownLeaves,      // or that they had left before rounds ended;
   kInventedLeaves,     // or it is told so of one who had not.
+  kUnreadLeaves,       // It is told that leaves were read that are still on their way.
   kKeptBackward,       // It is not told which backward rounds have been forgotten.
 };
 

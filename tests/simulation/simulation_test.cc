@@ -145,8 +145,8 @@ INSTANTIATE_TEST_SUITE_P(
                       OfMaster("AskingRepeats", Bug::kAskingRepeats),
                       OfMaster("ForgottenLeaves", Bug::kForgottenLeaves),
                       OfMaster("UnknownLeaves", Bug::kUnknownLeaves), OfMaster("Impatience", Bug::kImpatience),
-                      OfMaster("ForgottenSteps", Bug::kForgottenSteps), OfMaster("WrongPlace", Bug::kWrongPlace),
-                      OfMaster("SmallerStep", Bug::kSmallerStep)),
+                      OfMaster("HastyLeave", Bug::kHastyLeave), OfMaster("ForgottenSteps", Bug::kForgottenSteps),
+                      OfMaster("WrongPlace", Bug::kWrongPlace), OfMaster("SmallerStep", Bug::kSmallerStep)),
     [](const auto& info) { return info.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(
@@ -169,7 +169,7 @@ INSTANTIATE_TEST_SUITE_P(
         OfSession("ForgottenRepeat", SessionBug::kForgottenRepeat), OfSession("LateRepeat", SessionBug::kLateRepeat),
         OfSession("IgnoredMemory", SessionBug::kIgnoredMemory), OfSession("ShortLog", SessionBug::kShortLog),
         OfSession("ForgottenLeaves", SessionBug::kForgottenLeaves),
-        OfSession("UnknownLeaves", SessionBug::kUnknownLeaves),
+        OfSession("UnknownLeaves", SessionBug::kUnknownLeaves), OfSession("UnreadLeaves", SessionBug::kUnreadLeaves),
         OfSession("InventedLeaves", SessionBug::kInventedLeaves), OfSession("KeptBackward", SessionBug::kKeptBackward)),
     [](const auto& info) { return info.param.name; });
 

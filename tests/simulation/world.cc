@@ -81,12 +81,13 @@ void World::DrawOnlyDeaths() {
   echoes_ = changed_echoes_ = 0.0;
   if (random_.Chance(0.4)) return;
   settings_.workers_die = true;
-  habits_.leaver.reset();
   settings_.config.missing_policy = core::MissingPolicy::kWait;
   settings_.config.min_workers = 0;
   settings_.config.rejoin_grace = absl::Seconds(5);
   settings_.masters_die = random_.Chance(0.5);
+  if (settings_.masters_die) habits_.leaver.reset();  // Its part of a step that a successor repeats may be lost.
   habits_.sequences = random_.Between(2, 5);
+  if (habits_.leaver.has_value()) habits_.leaver_sequences = random_.Between(1, habits_.sequences - 1);
   habits_.sums_overlap = false;  // A step ends before the next begins, or there would be no checkpoint between them.
   habits_.numbers_seed = random_.Next();
 }

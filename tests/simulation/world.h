@@ -142,8 +142,8 @@ class World {
   void Break(core::StreamId id, bool worker_knows = false);
   void StartMaster();
   void RestartMaster();
-  // Returns whether a master that dies now is missed: somebody has not heard yet of one that has left, or waits for an
-  // outcome that was told to it.
+  // Returns whether a master that dies now is missed where workers die, too: a successor cannot ask one that leaves or
+  // has left.
   bool IsMissed() const;
   void LogFrame(const Item& item);
   void LogEffect(const core::Effect& effect);

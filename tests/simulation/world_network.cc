@@ -21,7 +21,7 @@ void World::StartMaster() {
 
 void World::RestartMaster() {
   if (master_ == nullptr) return;
-  if (settings_.only_deaths && IsMissed()) return;
+  if (settings_.workers_die && IsMissed()) return;
   ++report_.master_restarts;
   model_->CheckStatistics(master_->coordinator());
   const bool orderly = !settings_.only_deaths && random_.Chance(0.5);
@@ -40,8 +40,7 @@ void World::RestartMaster() {
 
 bool World::IsMissed() const {
   for (const Life& gone : lives_) {
-    // A successor cannot ask one that leaves.
-    if (settings_.workers_die && gone.session->LeaveDue() != absl::InfiniteFuture()) return true;
+    if (gone.session->LeaveDue() != absl::InfiniteFuture()) return true;
     if (!gone.left && (gone.stream == 0 || !streams_[gone.stream - 1].left)) continue;
     const core::Rank rank = gone.trainer.rank();
     const auto knows = [&](const ContributionRef& awaited) {

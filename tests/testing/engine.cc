@@ -72,7 +72,7 @@ std::string ReasonOf(const core::RoundOutcome& outcome) {
   return outcome.error.has_value() ? outcome.error->reason : "";
 }
 
-Engine::Engine(core::Limits limits) : coordinator_(limits), now_(absl::FromUnixSeconds(1'700'000'000)) {}
+Engine::Engine(core::Limits limits) : coordinator_(limits, 1), now_(absl::FromUnixSeconds(1'700'000'000)) {}
 
 std::vector<core::StateChanges> Engine::TakeChanges(size_t max_bytes) {
   std::vector<core::StateChanges> taken;
@@ -148,6 +148,15 @@ core::Effects Engine::Leave(StreamId stream) {
   core::FrameReceived frame;
   frame.stream = stream;
   frame.leave = "finished";
+  return On(frame);
+}
+
+core::Effects Engine::Read(StreamId stream, bool caught_up) {
+  core::FrameReceived frame;
+  frame.stream = stream;
+  frame.caught_up = caught_up;
+  const StreamLog& told = log(stream);
+  frame.membership_read = told.memberships.empty() ? told.joined->membership.version : told.memberships.back().version;
   return On(frame);
 }
 

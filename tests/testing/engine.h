@@ -87,6 +87,8 @@ class Engine {
   // Contributes, and says that nothing else comes until this round has ended.
   core::Effects ContributeAndBlock(core::StreamId stream, const core::RoundKey& key, const Numbers& numbers);
   core::Effects Leave(core::StreamId stream);
+  // The worker says that it has read the newest membership that it was told, and whether it `caught_up`.
+  core::Effects Read(core::StreamId stream, bool caught_up = false);
   // The worker's side closes.
   core::Effects Close(core::StreamId stream);
   core::Effects Shutdown();

@@ -108,23 +108,24 @@ struct ClientFrame {
   std::vector<RoundKey> forgotten;  // With caught_up: see RoundLog::Forgotten.
   ContributionPtr blocked_on;       // Null: not blocked. A frame without any part takes an earlier `blocked_on` back.
   std::optional<std::string> leave;
+  uint64_t membership_read = 0;  // The version of the newest membership; 0 if the master knows.
 };
 
 // ---- From the master ------------------------------------------------------------------------------------------------
+
+struct Membership {
+  size_t present_ranks = 0;
+  std::vector<uint32_t> left_ranks;
+  uint64_t version = 0;  // Counts those that the group has announced; 0 if the master does not.
+};
 
 struct Joined {
   uint64_t incarnation = 0;
   uint64_t run_id = 0;
   absl::Duration round_timeout;
-  size_t present_ranks = 0;
-  std::vector<uint32_t> left_ranks;
+  Membership membership;
   uint64_t memory = 0;                  // Names the memory in which the master keeps the group; 0 if it has no name.
   std::vector<RoundKey> newest_rounds;  // For a worker that is new: where its group stands.
-};
-
-struct Membership {
-  size_t present_ranks = 0;
-  std::vector<uint32_t> left_ranks;
 };
 
 struct Outcome {

@@ -151,12 +151,10 @@ Effects Session::OnFrame(ServerFrame frame, absl::Time now) {
     // A joined worker is told so again if its group goes on with an earlier run.
     incarnation_ = frame.joined->incarnation;
     run_id_ = frame.joined->run_id;
-    NoteMembership(frame.joined->present_ranks, std::move(frame.joined->left_ranks));
+    NoteMembership(std::move(frame.joined->membership));
     effects.push_back(JoinedGroup{incarnation_, run_id_});
   }
-  if (frame.membership.has_value()) {
-    NoteMembership(frame.membership->present_ranks, std::move(frame.membership->left_ranks));
-  }
+  if (frame.membership.has_value()) NoteMembership(*std::move(frame.membership));
   if (!frame.late_rounds.empty()) effects.push_back(LateNotice(frame.late_rounds));
   for (Outcome& outcome : frame.outcomes) OnOutcome(std::move(outcome), &effects);
   return effects;
@@ -182,12 +180,14 @@ void Session::OnJoined(const Joined& joined, absl::Time now) {
   }
   told_ = nullptr;
   retract_ = false;
+  membership_said_ = 0;
 }
 
-void Session::NoteMembership(size_t present_ranks, std::vector<uint32_t> left_ranks) {
-  present_ranks_ = present_ranks;
-  if (left_ranks == *left_ranks_) return;
-  left_ranks_ = std::make_shared<const std::vector<uint32_t>>(std::move(left_ranks));
+void Session::NoteMembership(Membership membership) {
+  present_ranks_ = membership.present_ranks;
+  membership_read_ = membership.version;
+  if (membership.left_ranks == *left_ranks_) return;
+  left_ranks_ = std::make_shared<const std::vector<uint32_t>>(std::move(membership.left_ranks));
   for (const ContributionRef& contribution : pending_) {
     // A master that had told the outcome to one that has left would have told it here, on this stream, before.
     if (contribution->sent_before_) {

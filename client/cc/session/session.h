@@ -241,7 +241,9 @@ class Session {
   std::vector<ContributionRef> PendingInOrder() const;
   // Those, and the answered ones that are held and were not answered by the master with this memory.
   std::vector<ContributionRef> HeldInOrder(std::optional<uint64_t> memory) const;
-  void NoteMembership(size_t present_ranks, std::vector<uint32_t> left_ranks);
+  void NoteMembership(Membership membership);
+  // Returns whether the master waits to hear that a leave was read, and so what it had sent before.
+  bool MustConfirm() const { return membership_read_ != membership_said_ && !left_ranks_->empty() && !leave_sent_; }
 
   // ---- Rounds
   // The layer's next sequences, by phase.
@@ -280,6 +282,8 @@ class Session {
   uint64_t run_id_ = 0;  // 0: no master has let this worker in yet.
   size_t present_ranks_ = 0;
   std::shared_ptr<const std::vector<uint32_t>> left_ranks_ = std::make_shared<const std::vector<uint32_t>>();
+  uint64_t membership_read_ = 0;  // The version of the newest,
+  uint64_t membership_said_ = 0;  // and of the one that the master of this stream knows to be read.
   std::vector<RoundKey> newest_rounds_;
   uint64_t memory_ = 0;  // Of the master that this worker has joined.
   bool had_outcome_ = false;

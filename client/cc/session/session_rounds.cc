@@ -196,7 +196,7 @@ Effects Session::Send(absl::Time now) {
     frame.caught_up = true;
     frame.forgotten = log_.Forgotten();
   }
-  const bool news = !frame.layers.empty() || !frame.contributions.empty() || frame.caught_up;
+  const bool news = !frame.layers.empty() || !frame.contributions.empty() || frame.caught_up || MustConfirm();
   // Any frame takes back what an earlier one has told the master, so one with news says it again.
   const bool say_blocked = told_ == blocked_on_ ? news : (blocked_surely_ && news) || now >= say_blocked_at_;
   if (say_blocked && IsBlocked()) frame.blocked_on = blocked_on_;
@@ -206,6 +206,7 @@ Effects Session::Send(absl::Time now) {
   }
   const bool retract = std::exchange(retract_, false);
   if (!news && frame.blocked_on == nullptr && !frame.leave.has_value() && !retract) return {};
+  if (membership_read_ != membership_said_) frame.membership_read = membership_said_ = membership_read_;
   writing_ = true;
   told_ = frame.blocked_on;
   Effects effects;

@@ -14,6 +14,7 @@ namespace syncbn::core {
 namespace {
 
 using testing::BatchNormLayer;
+using ::testing::ElementsAre;
 using testing::Engine;
 using testing::Forward;
 using ::testing::HasSubstr;
@@ -57,6 +58,72 @@ TEST(LimitsTest, MaxGroups) {
   EXPECT_FALSE(engine.log(engine.Join(join)).closed);
   EXPECT_EQ(engine.groups_ended(), 1u);
   EXPECT_EQ(engine.coordinator().ListGroups().size(), 2u);
+}
+
+class RetainedTest : public ::testing::Test {
+ protected:
+  // A group's sums of 100 elements take 800 bytes each, and some more for the record; four outcomes are always kept.
+  static constexpr size_t kMost = 40'000;
+  static Limits FewBytes() {
+    Limits limits;
+    limits.max_retained_bytes_of_all = kMost;
+    return limits;
+  }
+  StreamId JoinAlone(const std::string& group) {
+    Join join = MakeJoin(0, 1);
+    join.id.group = group;
+    const StreamId worker = engine_.Join(join);
+    engine_.Declare(worker, {SumLayer("v", 100)});
+    return worker;
+  }
+  void Complete(StreamId worker, uint64_t first, uint64_t last) {
+    for (uint64_t sequence = first; sequence < last; ++sequence) {
+      engine_.Contribute(worker, Sum("v", sequence), {0, std::vector<double>(100, 1.0), {}});
+    }
+  }
+  size_t Retained() const {
+    size_t bytes = 0;
+    for (const GroupSummary& group : engine_.coordinator().ListGroups()) {
+      bytes += engine_.coordinator().GetGroup(group.id, engine_.now())->retained_bytes;
+    }
+    return bytes;
+  }
+  std::vector<std::string> Groups() const {
+    std::vector<std::string> names;
+    for (const GroupSummary& group : engine_.coordinator().ListGroups()) names.push_back(group.id.group);
+    return names;
+  }
+
+  Engine engine_{FewBytes()};
+};
+
+TEST_F(RetainedTest, GroupsThatNobodyIsConnectedToEndTheOldestFirst) {
+  for (const char* group : {"a", "b", "c"}) {
+    const StreamId worker = JoinAlone(group);
+    Complete(worker, 0, 12);
+    engine_.Close(worker);
+    engine_.Advance(absl::Milliseconds(1));
+  }
+  EXPECT_THAT(Groups(), ElementsAre("a", "b", "c"));
+  const StreamId worker = JoinAlone("d");
+  Complete(worker, 0, 12);
+  EXPECT_LE(Retained(), kMost);
+  EXPECT_THAT(Groups(), ElementsAre("b", "c", "d"));
+}
+
+TEST_F(RetainedTest, TheGroupThatKeepsMostForgetsItsOldestOutcomes) {
+  const StreamId much = JoinAlone("a"), little = JoinAlone("b");
+  Complete(little, 0, 6);
+  Complete(much, 0, 60);
+  EXPECT_LE(Retained(), kMost);
+  Complete(little, 0, 1);
+  EXPECT_EQ(engine_.log(little).outcomes.size(), 7u) << "a replay";
+  EXPECT_EQ(ReasonOf(*engine_.log(little).outcomes.back()), "");
+  Complete(much, 0, 1);
+  EXPECT_EQ(ReasonOf(*engine_.log(much).outcomes.back()), kRoundExpired);
+  EXPECT_THAT(engine_.log(much).outcomes.back()->error->message, HasSubstr("max_retained_bytes_of_all = 40000"));
+  Complete(much, 59, 60);
+  EXPECT_EQ(ReasonOf(*engine_.log(much).outcomes.back()), "") << "the newest are kept";
 }
 
 TEST(LimitsTest, MaxLayersAsTheyCome) {

@@ -206,10 +206,47 @@ TEST_F(CatchUpTest, WhoHadLeftBeforeARoundEndedIsSaid) {
   EXPECT_THAT(harness_.frames.back().left_ranks, IsEmpty());
 }
 
+// A worker that leaves waits for this, because it may hold what others have not been told the end of.
+TEST_F(CatchUpTest, ALeaveThatWasReadIsConfirmedAtOnce) {
+  const auto hear = [this](uint64_t version, std::vector<uint32_t> left) {
+    ServerFrame frame;
+    frame.membership = Membership{1, std::move(left), version};
+    harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
+  };
+  harness_.Join();
+  hear(4, {});
+  EXPECT_THAT(harness_.SendAndWrite(), IsEmpty()) << "nobody has left";
+  hear(5, {2});
+  const size_t before = harness_.frames.size();
+  harness_.SendAndWrite();
+  ASSERT_EQ(harness_.frames.size(), before + 1);
+  EXPECT_EQ(harness_.frames.back().membership_read, 5u);
+  EXPECT_THAT(harness_.SendAndWrite(), IsEmpty());
+  EXPECT_EQ(harness_.frames.size(), before + 1) << "once";
+  harness_.session().Leave("finished");
+  EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("leave"));
+  hear(6, {1, 2});
+  harness_.SendAndWrite();
+  EXPECT_EQ(harness_.frames.size(), before + 2) << "nothing follows a leave";
+}
+
+TEST_F(CatchUpTest, AnyFrameTellsWhichMembershipWasRead) {
+  harness_.Join();
+  ServerFrame frame;
+  frame.membership = Membership{2, {}, 3};
+  harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
+  harness_.Sum("v");
+  harness_.SendAndWrite();
+  EXPECT_EQ(harness_.frames.back().membership_read, 3u);
+  harness_.Sum("v");
+  harness_.SendAndWrite();
+  EXPECT_EQ(harness_.frames.back().membership_read, 0u) << "the master knows";
+}
+
 TEST_F(CatchUpTest, AMemberMayBeToldAnotherRun) {
   harness_.Join();
   ServerFrame frame;
-  frame.joined = Joined{1, 78, absl::Seconds(1), 1, {}, 1, {}};
+  frame.joined = Joined{1, 78, absl::Seconds(1), Membership{1, {}}, 1, {}};
   harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
   Return(1);
   for (const ClientFrame& written : harness_.frames) {

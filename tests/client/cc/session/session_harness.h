@@ -81,7 +81,7 @@ class Harness {
   void Joined(absl::Duration round_timeout = absl::Minutes(10)) {
     Written();
     ServerFrame frame;
-    frame.joined = syncbn::session::Joined{1, 77, round_timeout, 1, left, memory, newest_rounds};
+    frame.joined = syncbn::session::Joined{1, 77, round_timeout, Membership{1, left}, memory, newest_rounds};
     Apply(session_.OnFrame(std::move(frame), now_));
   }
   // Connects and joins, from the start or after a break.
