@@ -42,6 +42,8 @@ struct VectorView {
   DataType type = DataType::kFloat32;
 
   SYNCBN_HOST_DEVICE bool present() const { return data != nullptr; }
+  // Implicit, as a span of mutable elements becomes one of constant elements.
+  // NOLINTNEXTLINE(google-explicit-constructor)
   SYNCBN_HOST_DEVICE operator ConstVectorView() const { return {data, type}; }
 
   SYNCBN_HOST_DEVICE double Get(int64_t channel) const { return ConstVectorView(*this).Get(channel); }

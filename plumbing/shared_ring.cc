@@ -57,7 +57,7 @@ bool RingWriter::Copy(absl::string_view length, absl::Span<const absl::string_vi
   const uint64_t in_use = written_ - words_->read.load(std::memory_order_acquire);
   if (in_use > kRingBytes) return false;
   size_t room = kRingBytes - static_cast<size_t>(in_use);
-  size_t begin = 0;  // Of a part, in the frame.
+  size_t begin = 0;  // A part's, in the frame.
   const auto copy = [&](absl::string_view part) {
     const size_t end = begin + part.size();
     if (sent_ < end && room > 0) {

@@ -22,7 +22,7 @@ struct TlsMaterial {
   std::string certificate;  // And those that vouch for it.
   std::string key;
   std::string trusted_ca;
-  absl::Time expiry = absl::InfiniteFuture();  // Of the certificate.
+  absl::Time expiry = absl::InfiniteFuture();  // The certificate's.
 };
 
 // Reads and checks the files. gRPC would find an unusable file at each connection, and not name it.

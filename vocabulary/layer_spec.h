@@ -24,7 +24,7 @@ struct LayerSpec {
   double eps = 0.0;
   EpsMode eps_mode = EpsMode::kAdd;
   NumericPolicy numeric_policy = NumericPolicy::kRefuse;
-  std::optional<double> momentum;  // Of the master's running statistics. Without one, they are the cumulative average.
+  std::optional<double> momentum;  // For the master's running statistics; without one, they are the cumulative average.
   bool biased_running_variance = false;
 };
 

@@ -120,7 +120,7 @@ typedef struct syncbn_master_options {
   const char* key_file;
   const char* trusted_ca_file;
   int32_t client_cert_auth;
-  const char* token;     /* What every worker must join with. Default: each job has the token of its first join. */
+  const char* token;     /* Every worker must join with it. Default: each job has the token of its first join. */
   const char* state_dir; /* Where running statistics are kept between masters; NULL: nowhere. */
 } syncbn_master_options;
 #define SYNCBN_MASTER_OPTIONS_INIT SYNCBN_SIZED(syncbn_master_options)
@@ -166,8 +166,8 @@ SYNCBN_API syncbn_code syncbn_make_certificate(const char* host, const char* cer
 
 typedef struct syncbn_worker syncbn_worker;
 
-/* What rounds do without a lost worker: fail; proceed with min_workers; wait for its successor, for rejoin_grace, which
- * repeats what the worker had contributed since its checkpoint and goes on in its place. */
+/* Rounds without a lost worker do one of these: fail; proceed with min_workers; wait for its successor, for
+ * rejoin_grace, which repeats what the worker had contributed since its checkpoint and goes on in its place. */
 enum { SYNCBN_MISSING_FAIL = 1, SYNCBN_MISSING_PROCEED = 2, SYNCBN_MISSING_WAIT = 3 };
 
 /* Writes the master's address, in the form of syncbn_worker_options.target, into `buffer`, with a final 0.
@@ -188,7 +188,7 @@ typedef struct syncbn_worker_options {
   uint32_t world_size; /* Required, at least 1. */
   uint64_t generation;
   int64_t round_timeout_ns; /* Default 10 min. The same for all workers of the group. */
-  /* How long to try to reach the master, at first and after a break. Also how long to wait for a rank that another
+  /* Time to try to reach the master, at first and after a break. Also the time to wait for a rank that another
    * worker holds; a warning in the log then names the holder. Default 30 s. */
   int64_t join_timeout_ns;
   /* Default 50 ms, with WAIT half of round_timeout; negative: none. The same for all workers. */

@@ -127,7 +127,7 @@ class DeviceRounds : public WorkerAttachment, public std::enable_shared_from_thi
 
   void Add(std::shared_ptr<DeviceRound> round) ABSL_LOCKS_EXCLUDED(mutex_);
   absl::Status AddStreamOrdered(std::shared_ptr<DeviceRound> round) ABSL_LOCKS_EXCLUDED(mutex_);
-  // How a caller waits: for flags, which it watches itself, or for the background thread.
+  // The ways in which a caller waits: for flags, which it watches itself, or for the background thread.
   enum class Watch { kFlags, kThread };
   // Waits until `answer`, which is called with the lock held, has a status, and returns that; a pending status at
   // `deadline`. Looks for errors of CUDA meanwhile.
@@ -164,7 +164,7 @@ class DeviceRounds : public WorkerAttachment, public std::enable_shared_from_thi
 
   Worker* const owner_;
   std::atomic<uint64_t> interrupts_{0};
-  std::atomic<uint64_t> changes_{0};  // What the background thread has to look at, counted.
+  std::atomic<uint64_t> changes_{0};  // Counts the changes that the background thread has to look at.
 
   mutable absl::Mutex mutex_;
   absl::CondVar changed_;

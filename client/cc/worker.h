@@ -96,7 +96,7 @@ class Worker {
     // kWait: rounds wait for a worker that restarts, for rejoin_grace, whose default is then half of round_timeout.
     MissingPolicy missing_policy = MissingPolicy::kFail;
     uint32_t min_workers = 0;
-    // How long to try to reach the master, at first and after a break. Also how long to wait for a rank that another
+    // Time to try to reach the master, at first and after a break. Also the time to wait for a rank that another
     // worker holds; a warning in the log names that worker.
     absl::Duration join_timeout = absl::Seconds(30);
     // If not empty, the complete set of layers. The master compares it with the other workers' at the join.

@@ -75,7 +75,7 @@ class Declarations {
 
   std::vector<Side> sides_;  // Oldest first.
   std::deque<DeclarationPtr> past_;
-  RankSet ranks_;  // Of all sides.
+  RankSet ranks_;  // On all sides.
   DeclarationPtr current_;
   bool agreed_ = false;  // Members have agreed before, under this master or an earlier one.
 };

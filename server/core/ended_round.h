@@ -41,11 +41,11 @@ struct EndedRound {
   // known, nor are the digests (which are 0).
   bool restored = false;
   int64_t count = 0;
-  uint64_t digest = 0;              // Of the outcome; 0 if it is unknown or an error.
-  std::vector<Rank> missing_ranks;  // Of the outcome, while it is restored.
-  DeclarationPtr declaration;       // Of all its contributions.
+  uint64_t digest = 0;              // The outcome's; 0 if it is unknown or an error.
+  std::vector<Rank> missing_ranks;  // The outcome's, while it is restored.
+  DeclarationPtr declaration;       // All its contributions were made under it.
   std::shared_ptr<const Roster> roster;
-  std::vector<uint64_t> digests;  // Of the contributions, in the order of the roster.
+  std::vector<uint64_t> digests;  // The contributions', in the order of the roster.
   bool awaited = false;           // A forward round whose backward round is required and has not ended.
   // A forward round that ended under an earlier master: the members that have told or repeated it, or wait for it. None
   // of these has forgotten an end of the backward round. Empty for all other rounds.

@@ -28,7 +28,7 @@ namespace syncbn::core {
 
 // A member's contributions since its rank was first taken.
 struct Activity {
-  DeclarationPtr layer;  // Of the newest contribution, which the next three describe.
+  DeclarationPtr layer;  // The newest contribution's; the next three describe it too.
   uint64_t sequence = 0;
   Phase phase = Phase::kForward;
   absl::Time at;
@@ -41,7 +41,7 @@ struct Member {
   MemberState state = MemberState::kAbsent;
   StreamId stream = 0;       // While present.
   uint64_t incarnation = 0;  // The newest; 0 before the first that was here.
-  Secret life_key;           // Of this incarnation.
+  Secret life_key;           // This incarnation's.
   std::string description;
   uint64_t contributions = 0;
   uint64_t last_arrivals = 0;  // Completed rounds to which it was the last to contribute.

@@ -64,8 +64,8 @@ class OutcomeBudget {
   const size_t min_outcomes_;
   const size_t max_record_bytes_;
   bool forgot_for_others_ = false;
-  size_t bytes_ = 0;             // Of `remembered_`.
-  size_t record_bytes_ = 0;      // Of both lists.
+  size_t bytes_ = 0;             // Those in `remembered_`.
+  size_t record_bytes_ = 0;      // Those in both lists.
   std::list<Entry> remembered_;  // Oldest first.
   std::list<Entry> forgotten_;   // In the order in which they were forgotten.
 };

@@ -25,8 +25,8 @@ struct PendingRound {
   bool straddles = false;
   // Then: the ranks that had left before it can have ended, by the word of one that contributed to it.
   RankSet left;
-  DeclarationPtr declaration;  // Of its first contribution. All others must be made under the same one.
-  size_t bytes = 0;            // Of the payloads.
+  DeclarationPtr declaration;  // Its first contribution's. All others must be made under the same one.
+  size_t bytes = 0;            // The payloads'.
   size_t needed = 0;           // Contributions, if nobody leaves.
   // Backward rounds: the ranks that are to contribute, ascending. Empty in other rounds, which every rank contributes
   // to.

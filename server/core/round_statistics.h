@@ -37,7 +37,7 @@ class ReasonCounts {
 
 // The rounds of one phase.
 struct PhaseStatistics {
-  DurationHistogram durations;  // Of completed rounds.
+  DurationHistogram durations;  // Completed rounds.
   ReasonCounts failed;
 };
 

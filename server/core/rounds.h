@@ -226,10 +226,10 @@ class Rounds {
   Layers& layers_;
 
   Pending pending_;
-  absl::btree_set<std::pair<absl::Time, RoundKey>> alarms_;  // Of the pending rounds.
+  absl::btree_set<std::pair<absl::Time, RoundKey>> alarms_;  // The pending rounds'.
   size_t idle_ = 0;                                          // Restored rounds that nobody waits for.
   size_t pending_bytes_ = 0;
-  size_t turn_ = 0;  // What is left of max_turn_bytes.
+  size_t turn_ = 0;  // The rest of max_turn_bytes.
   // The key from which on rounds are still to be reviewed, and when that became due.
   std::optional<std::pair<RoundKey, absl::Time>> review_;
   std::array<std::shared_ptr<const Roster>, 3> newest_rosters_;  // By phase.

@@ -55,7 +55,7 @@ class RunningStatistics {
   std::vector<double> mean_;
   std::vector<double> var_;
   uint64_t updates_ = 0;
-  DeclarationPtr declaration_;  // Of the newest update; null before the first.
+  DeclarationPtr declaration_;  // The newest update's; null before the first.
 
   uint64_t newest_ = 0;           // The greatest sequence ever observed.
   std::vector<uint64_t> recent_;  // A ring of the newest kRecentRounds sequences; the oldest is at `oldest_`.

@@ -29,7 +29,7 @@ struct MissingRounds {
 
 // A layer's running statistics, and the rounds that they include.
 struct LayerState {
-  LayerSpec spec;  // Of the newest round in them.
+  LayerSpec spec;  // The newest round's in them.
   uint64_t updates = 0;
   std::vector<double> mean;  // spec.channels elements, as `var`.
   std::vector<double> var;

@@ -99,7 +99,7 @@ struct Error {
   const char* reason = "";
   std::string message;
   std::vector<Rank> ranks;  // To blame, ascending; may be empty. Of many, the first kMostNamedRanks.
-  uint32_t rank_count = 0;  // How many are to blame.
+  uint32_t rank_count = 0;  // The number to blame.
   const char* limit = "";   // The name of the limit that was exceeded; static storage.
 };
 
@@ -113,7 +113,7 @@ struct RoundOutcome {
   bool backward_required = false;
   std::vector<Rank> missing_ranks;
   std::vector<Rank> abstaining_ranks;  // Forward: contributors whose role was NONE.
-  uint64_t digest = 0;                 // Of all the above but the key; 0 if there is an error.
+  uint64_t digest = 0;                 // Covers all the above but the key; 0 if there is an error.
   bool refused = false;                // The error is told to one sender, and is not the outcome of the round.
 };
 

@@ -49,7 +49,7 @@ struct MemberView {
   uint64_t last_arrivals = 0;
   absl::Time joined_at;
   std::vector<RoundKey> blocked_on;  // The first kMostShownKeys.
-  size_t blocked_on_count = 0;       // Of all.
+  size_t blocked_on_count = 0;       // All of them.
   std::optional<LastContribution> last_contribution;
   DurationHistogram lateness;  // Behind the first contribution to each completed round.
 };
@@ -57,9 +57,9 @@ struct MemberView {
 struct PendingRoundView {
   RoundKey key;
   std::vector<Rank> arrived_ranks;  // The first kMostNamedRanks.
-  size_t arrived = 0;               // Of all.
+  size_t arrived = 0;               // All of them.
   std::vector<Rank> missing_ranks;  // The first kMostNamedRanks.
-  size_t missing = 0;               // Of all.
+  size_t missing = 0;               // All of them.
   absl::Duration age;
   absl::Duration time_left;
 };
@@ -73,11 +73,11 @@ struct Arrival {
 // A round that has ended.
 struct RecordedRound {
   RoundKey key;
-  const char* reason = "";  // Of its failure; "" if it completed.
+  const char* reason = "";  // Its failure's; "" if it completed.
   absl::Time begun;         // When its first contribution came.
   absl::Duration duration;
   std::vector<Arrival> arrivals;  // The latest kMostNamedRanks, latest first.
-  size_t arrived = 0;             // Of all.
+  size_t arrived = 0;             // All of them.
   std::optional<Error> error;     // Only in the list of failures.
 };
 
@@ -96,8 +96,8 @@ struct GroupView {
   ReasonCounts refused_joins;
   uint32_t lost = 0;
   uint32_t left = 0;
-  size_t pending_bytes = 0;               // Of contributions to rounds in flight.
-  size_t retained_bytes = 0;              // Of outcomes that are kept for replays.
+  size_t pending_bytes = 0;               // Contributions to rounds in flight.
+  size_t retained_bytes = 0;              // Outcomes that are kept for replays.
   std::vector<RecordedRound> recent;      // Newest first.
   std::vector<RecordedRound> failures;    // Newest first.
   std::vector<MemberView> members;        // By rank.

@@ -65,7 +65,7 @@ class Connections {
     std::string address;  // "192.0.2.1".
     bool local = false;
     absl::Time since;
-    size_t workers = 0;  // That have joined.
+    size_t workers = 0;  // Those that have joined.
     Budget strays;
   };
 

@@ -46,7 +46,7 @@ struct LoopOptions {
   uint64_t instance = 0;  // As core::Coordinator's.
   // Stores the master's state, and must outlive the loop; null if nothing is stored.
   state::Writer* state_writer = nullptr;
-  std::vector<core::GroupState> restored;  // What was stored before.
+  std::vector<core::GroupState> restored;  // The states that were stored before.
 };
 
 }  // namespace syncbn::rpc

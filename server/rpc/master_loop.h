@@ -89,7 +89,7 @@ class MasterLoop {
   const Clock clock_;
   // Held by whichever thread has its turn. All that follows belongs to it, but for what is atomic.
   absl::Mutex turn_;
-  absl::Time now_ = clock_.Now();  // Of the event that is being handled.
+  absl::Time now_ = clock_.Now();  // The time of the event that is being handled.
   Narrator log_;
   core::Coordinator coordinator_;
   StateSaver state_saver_;

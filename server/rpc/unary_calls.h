@@ -55,7 +55,7 @@ class UnaryCalls {
   const absl::Time* const now_;
   size_t live_ = 0;
   absl::flat_hash_map<Call*, Unread> unread_;
-  absl::btree_set<std::pair<absl::Time, Call*>> timers_;  // Of those that have not been cancelled.
+  absl::btree_set<std::pair<absl::Time, Call*>> timers_;  // The calls that have not been cancelled.
   absl::flat_hash_map<std::string, size_t> bytes_of_;     // By address.
   size_t bytes_ = 0;
 };

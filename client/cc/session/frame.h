@@ -27,7 +27,7 @@ struct EndedRound {
   absl::Status error;  // OK if it completed; otherwise the rest is empty.
   std::vector<uint32_t> missing_ranks;
   uint64_t digest = 0;
-  int64_t count = 0;               // Of a forward round,
+  int64_t count = 0;               // A forward round's,
   bool backward_required = false;  // as these.
   std::vector<uint32_t> abstaining_ranks;
 };

@@ -285,7 +285,7 @@ class Session {
   uint64_t membership_read_ = 0;  // The version of the newest,
   uint64_t membership_said_ = 0;  // and of the one that the master of this stream knows to be read.
   std::vector<RoundKey> newest_rounds_;
-  uint64_t memory_ = 0;  // Of the master that this worker has joined.
+  uint64_t memory_ = 0;  // Names that of the master that this worker has joined.
   bool had_outcome_ = false;
 
   absl::Duration round_timeout_;                      // The group's.
@@ -298,16 +298,16 @@ class Session {
   std::vector<ContributionRef> unsent_;
   RoundLog log_;
   bool catching_up_ = false;  // The master of this stream has not been told that all is sent.
-  size_t to_resend_ = 0;      // What is in unsent_ and must be sent before.
+  size_t to_resend_ = 0;      // The number of repeats in unsent_, which go before caught_up.
   size_t under_way_ = 0;      // Chunks of long vectors that were sent and have no answer.
   absl::flat_hash_map<std::string, std::array<uint64_t, 3>> next_sequence_;  // By layer and phase.
   uint64_t first_sequence_ = 0;
 
   ContributionPtr blocked_on_;
-  ContributionPtr told_;  // What the newest frame has told the master that the worker is blocked on.
+  ContributionPtr told_;  // The newest frame has told the master that the worker is blocked on this.
   bool blocked_surely_ = false;
   absl::Time say_blocked_at_;
-  bool retract_ = false;  // What told_ says no longer holds.
+  bool retract_ = false;  // The worker is no longer blocked on told_.
 
   std::optional<std::string> leaving_;
   bool leave_sent_ = false;
