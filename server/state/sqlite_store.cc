@@ -166,6 +166,7 @@ class SqliteStore final : public Store {
     // It is ours, and in order. From here on a close tidies it.
     sqlite3_db_config(database_.get(), SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0, nullptr);
     std::vector<core::GroupState> loaded;
+    loaded.reserve(groups.size());
     for (auto& [id, group] : groups) loaded.push_back(std::move(group));
     return loaded;
   }
