@@ -33,7 +33,7 @@ RULES = [
     ("client/cc", r"client/cc/|kernels/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     (
         "client/cc/session",
-        r"client/cc/(session/|errors\.h$)|vocabulary/|plumbing/check\.h$",
+        r"client/cc/(session/|errors\.h$)|vocabulary/|plumbing/(check|utf8)\.h$",
         rf"{GRPC}|{CONCURRENCY}|{ABSL}(synchronization/|time/clock\.h)",
     ),
     ("client/c", r"client/(cc|c)/|kernels/|vocabulary/|plumbing/|server/(master_server|http/http_server)\.h$", r"$^"),
