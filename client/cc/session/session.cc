@@ -144,6 +144,11 @@ void Session::Retry(Break why, absl::Time now, Effects* effects) {
 Effects Session::OnFrame(ServerFrame frame, absl::Time now) {
   if (state_ == State::kEnded) return {};
   heard_at_ = now;
+  if (frame.joined.has_value() && frame.joined->round_timeout < absl::ZeroDuration()) {
+    return End(
+        absl::InternalError(absl::StrCat("the master at ", attempts_.targets().current(), " sent a round_timeout of ",
+                                         absl::FormatDuration(frame.joined->round_timeout), ", less than 0")));
+  }
   Effects effects;
   if (frame.joined.has_value()) {
     if (run_id_ == 0) newest_rounds_ = std::move(frame.joined->newest_rounds);

@@ -312,6 +312,9 @@ class Worker:
     def leave(self, reason: str = "finished") -> None:
         """Leaves the group, after the last stream-ordered pass: other workers stop waiting for this one. Then closes.
 
+        Waits for the master's answer, which comes once the others have read that this worker leaves, and with it the results
+        of its last rounds: up to a second if one of them computes, two without a master.
+
         Rank 0, if it has started the master for all, first waits until the others have left, or have joined and ended: until
         no worker has been connected for a second on one host, for 30 seconds across hosts. Ten minutes at most.
 

@@ -61,6 +61,15 @@ TEST(ConnectTest, TheFirstFrameJoinsAndDeclares) {
   EXPECT_EQ(harness.frames[1].join->run_id, 77u);
 }
 
+TEST(ConnectTest, AMasterWhoseRoundsEndBeforeTheyBeginIsRefused) {
+  Harness harness;
+  harness.Join(-absl::Seconds(3));
+  ASSERT_TRUE(harness.ended.has_value());
+  EXPECT_EQ(harness.ended->code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(harness.ended->message(), "the master at one:1 sent a round_timeout of -3s, less than 0");
+  EXPECT_EQ(harness.session().NextTimer(), absl::InfiniteFuture());
+}
+
 TEST(ConnectTest, PausesDoubleUpToASecond) {
   Harness harness;
   for (int i = 0; i < 10; ++i) {
