@@ -72,7 +72,7 @@ absl::StatusOr<std::vector<std::string>> SplitTargets(absl::string_view list) {
 }
 
 absl::Status TargetTurn::SetList(absl::string_view list) {
-  if (list == list_) return absl::OkStatus();
+  if (list == list_ && !targets_.empty()) return absl::OkStatus();
   auto targets = SplitTargets(list);
   if (!targets.ok()) return targets.status();
   list_ = std::string(list);

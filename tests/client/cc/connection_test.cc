@@ -120,6 +120,23 @@ TEST(TargetTest, AFunctionThatFailsIsQuoted) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("no such service"));
 }
 
+TEST(TargetTest, AFunctionThatKnowsNoTargetYetIsAskedAgain) {
+  const auto master = StartMaster();
+  Worker::Options options = WorkerOptions("", 0, 1);
+  int asked = 0;
+  options.find_target = [&]() -> std::string { return ++asked < 3 ? "" : master->target(); };
+  const auto worker = JoinOrDie(std::move(options));
+  ExpectSum(*worker, 1.0);
+  EXPECT_EQ(asked, 3);
+
+  options = WorkerOptions("", 0, 1);
+  options.join_timeout = absl::Milliseconds(50);
+  options.find_target = [] { return std::string(); };
+  const absl::Status status = Worker::Join(std::move(options)).status();
+  EXPECT_EQ(DetailsOf(status).reason, "UNREACHABLE") << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("a worker needs the target of its master"));
+}
+
 TEST(TargetTest, AListWithoutAMeaningIsRefused) {
   for (const char* const list : {"", " ", ",", "127.0.0.1:1,,127.0.0.1:2", "127.0.0.1:1,"}) {
     EXPECT_EQ(Worker::Join(WorkerOptions(list, 0, 1)).status().code(), absl::StatusCode::kInvalidArgument) << list;
