@@ -19,7 +19,7 @@ static_assert(offsetof(SegmentLayout, bytes_to_master) == 512);
 static_assert(offsetof(SegmentLayout, bytes_to_worker) == 524800 && sizeof(SegmentLayout) == 1049088);
 static_assert(sizeof(Doorbell) == 8);
 
-// What memory is taken for before it has come: a length may be a lie.
+// The bytes for which memory is taken before they have come: a length may be a lie.
 constexpr size_t kMostReserved = size_t{16} << 20;
 
 // Calls `copy` with the place in the ring, the offset in the piece and the length, once or twice.

@@ -9,8 +9,8 @@
 namespace syncbn {
 namespace {
 
-// What follows a first byte: how many bytes, and the least and the greatest value of the first of them. The others are
-// 0x80 to 0xbf.
+// The bytes that follow a first byte: their number, and the least and the greatest value of the first of them. The
+// others are 0x80 to 0xbf.
 struct Sequence {
   size_t following = 0;
   uint8_t least = 0x80;

@@ -309,7 +309,7 @@ void Coordinator::LimitRetained(absl::Time now, Effects& effects) {
     const auto greatest = std::max_element(groups_.begin(), groups_.end(), [](const auto& a, const auto& b) {
       return a.second.retained < b.second.retained;
     });
-    // What is left are records that are awaited, and the newest outcomes of each group.
+    // Records that are awaited are left, and the newest outcomes of each group.
     if (greatest->second.group->ForgetOldestOutcomes(retained_ - limits_.max_retained_bytes_of_all) == 0) return;
     Update(greatest);
   }

@@ -123,7 +123,7 @@ def time_calls(calls, seconds=0.03):
 
 
 class Layer:
-    """What the operations on one shape share."""
+    """The state that the operations on one shape share."""
 
     def __init__(self, kernels, batch, channels, extents, dtype, last):
         spatial = 1

@@ -160,7 +160,7 @@ def default_store(module: Any) -> Any:
 
 
 def jax_state() -> Optional[Any]:
-    """What jax.distributed knows, if it is initialized; else None."""
+    """The state of jax.distributed, if it is initialized; else None."""
     state = getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
     return state if getattr(state, "client", None) is not None else None
 

@@ -36,7 +36,7 @@ def versions() -> str:
 
 
 def _cuda() -> str:
-    """What the library has for GPUs, and whether this host has one."""
+    """Says which GPU support the library has, and whether this host has a GPU."""
     try:
         _library.call(_library.lib.syncbn_stream_order_check, 0)
     except syncbn.Error as error:

@@ -162,7 +162,7 @@ def _key_pair(address: str, folder: str) -> Dict[str, str]:
 
 
 def _http_settings(given: Optional[str]) -> Optional[Dict[str, Any]]:
-    """Where to serve HTTP, and whether an address that is taken is an error; None: nowhere."""
+    """The address on which HTTP is served, and whether it is an error if that is taken; None: nowhere."""
     address = (os.environ.get("SYNCBN_HTTP_ADDRESS") or "off") if given is None else given
     address = _arguments.text("http_address", address, 4096)
     return None if address == "off" else {"address": address, "required": given is not None}
@@ -243,12 +243,12 @@ class Master:
 
     @property
     def target(self) -> str:
-        """What workers pass as their target."""
+        """The target that workers pass."""
         return self._target
 
     @property
     def http_address(self) -> Optional[str]:
-        """Where the status page, metrics and probes are served, as "127.0.0.1:8080"; None if they are not."""
+        """The address of the status page, metrics and probes, as "127.0.0.1:8080"; None if they are not served."""
         return self._http_address
 
     @property

@@ -194,7 +194,7 @@ class Worker:
 
     @property
     def closed(self) -> bool:
-        """Whether the worker has left or was closed: it takes part in no further round."""
+        """True once the worker has left or was closed: it takes part in no further round."""
         return self._handle is None
 
     @property
@@ -227,7 +227,7 @@ class Worker:
             self._lost.update(error.ranks)
 
     def wait_for_members(self, timeout: Optional[float] = 30.0) -> bool:
-        """Whether every rank of the group was present within `timeout` seconds."""
+        """Waits until every rank of the group is present. Returns: whether they were within `timeout` seconds."""
         timeout = _arguments.patience("timeout", timeout)
         with self.handle() as handle:
             return wait(lib.syncbn_worker_wait_for_members, handle, timeout)
@@ -239,7 +239,7 @@ class Worker:
             call(lib.syncbn_worker_resume_at, handle, sequence)
 
     def state_dict(self) -> Dict[str, Any]:
-        """What a checkpoint keeps of this worker, between two steps: the next sequences of its layers.
+        """The part of a checkpoint that belongs to this worker, between two steps: the next sequences of its layers.
 
         Returns {"first": n, "next": {layer: {"forward": n, "backward": n, "sum": n}}}; "first" is the next sequence of
         every layer that is not named.
@@ -264,7 +264,7 @@ class Worker:
                 call(lib.syncbn_worker_resume_layer_at, handle, text(layer), phase, sequence)
 
     def newest_rounds(self) -> Dict[str, Dict[str, int]]:
-        """Where the group stood when this worker joined it: {layer: {"forward": n, "backward": n, "sum": n}}, the greatest
+        """The state of the group when this worker joined: {layer: {"forward": n, "backward": n, "sum": n}}, the greatest
         sequence that had completed, for each layer and phase that had any. Empty in a group that began then.
         """
         with self.handle() as handle:
@@ -276,7 +276,7 @@ class Worker:
             lib.syncbn_worker_interrupt(handle)
 
     def settle(self, timeout: Optional[float] = None) -> bool:
-        """Whether every stream-ordered pass has its outcome within `timeout` seconds (None: until they all have).
+        """Waits until every stream-ordered pass has its outcome, for `timeout` seconds (None: for ever). Returns: whether.
 
         Raises the first failure among them that no call has raised yet. Does not wait for the CUDA streams. Before an
         optimizer's step, it keeps the NaN of a failed pass out of the parameters, at the price of the run ahead.

@@ -27,7 +27,7 @@ _MOST_THREADS = 1024
 
 
 class Gradients(NamedTuple):
-    """Of the types and shapes of x, weight, bias and residual; None for what was absent."""
+    """The types and shapes of x, weight, bias and residual; None for those that were absent."""
 
     dx: np.ndarray
     d_weight: Optional[np.ndarray]
@@ -71,7 +71,7 @@ def _as_given(array: np.ndarray, channels_last: bool) -> np.ndarray:
 
 
 def _innermost(x: np.ndarray) -> bool:
-    """Whether x is dense with its channels innermost, and not also with them in second place."""
+    """Tells whether x is dense with its channels innermost, and not also with them in second place."""
     return x.ndim > 2 and not x.flags.c_contiguous and np.moveaxis(x, 1, -1).flags.c_contiguous
 
 
@@ -145,7 +145,7 @@ def _describe(x: np.ndarray) -> Tensor:
 
 
 class Forward:
-    """What a backward pass needs of its forward pass, x among it."""
+    """The values that a backward pass needs of its forward pass, x among them."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class Forward:
 
     @property
     def backward_required(self) -> bool:
-        """Whether some worker will call `backward`; if so, all that did not pass backward=False have to."""
+        """True if some worker will call `backward`; if so, all that did not pass backward=False have to."""
         return self._pass.backward_required
 
     def backward(self, dy: Any) -> Gradients:

@@ -1,4 +1,4 @@
-"""What processes of torch.distributed do in test_launchers.py, one scenario after the other, in one run for all of them.
+"""Scenarios that processes of torch.distributed run in test_launchers.py, one after the other, in one run for all.
 
     python launch_scenarios.py RANK WORLD_SIZE FOLDER TARGET_OF_A_MASTER
 
@@ -170,7 +170,7 @@ def process_groups_of_a_part_of_the_processes() -> None:
 
 
 class Told(logging.Handler):
-    """What the log says."""
+    """Keeps the messages of the log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Told(logging.Handler):
 
 
 def two_pairs_lose_a_process() -> None:
-    """Of ranks 0 and 1, the one with the master dies; of 2 and 3, the one without ends and does not leave its worker."""
+    """Rank 0, with the master, dies beside rank 1; rank 3, without one, ends beside rank 2 and does not leave."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     worker = syncbn.torch.init_worker(process_group=groups[RANK // 2], join_timeout=5.0)
     worker.all_reduce("sum", [1.0])

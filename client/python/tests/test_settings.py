@@ -59,7 +59,7 @@ def test_a_jobs_name_tells_launches_apart(monkeypatch, variables, job):
 @pytest.mark.parametrize("variables", [{}, {"RAY_JOB_ID": "ffffffff"}, {"RAY_JOB_ID": "02000000"}])
 @pytest.mark.parametrize("connected", [True, False])
 def test_ray_is_asked_for_its_job(monkeypatch, variables, connected):
-    """Of two actors of one job, one may be in a process that has no job in its environment."""
+    """One of two actors of a job may be in a process that has no job in its environment."""
     environment(monkeypatch, **variables)
     context = types.SimpleNamespace(get_job_id=lambda: "01000000")
     ray = types.SimpleNamespace(is_initialized=lambda: connected, get_runtime_context=lambda: context)

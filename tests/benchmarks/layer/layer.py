@@ -1,4 +1,4 @@
-"""What a PyTorch layer costs beyond torch's own and its two rounds; `tools/benchmark layer` runs it."""
+"""Measures the time of a PyTorch layer beyond torch's own and its two rounds; `tools/benchmark layer` runs it."""
 
 import argparse
 import ctypes

@@ -28,7 +28,7 @@ namespace syncbn::testing {
 namespace {
 
 constexpr uint32_t kWorldSize = 3;
-// Of those that take part in every round, rank 2 speaks gRPC.
+// Rank 2 takes part in every round, and speaks gRPC.
 constexpr uint32_t kWithoutMemory = 2;
 
 uint64_t Rounds() {
@@ -36,8 +36,8 @@ uint64_t Rounds() {
   return text == nullptr ? 400 : std::stoull(text);
 }
 
-// What all ranks know of a round: how long its vector is. Most are short, some fill the ring several times over, and a
-// few are of 8 MiB and more.
+// The part of a round that all ranks know: the length of its vector. Most are short, some fill the ring several times
+// over, and a few are of 8 MiB and more.
 size_t LengthOf(uint64_t seed, uint64_t round) {
   std::seed_seq sequence{seed, round};
   std::mt19937 random(sequence);

@@ -15,7 +15,7 @@ def _is_named_tuple(value: Any) -> bool:
 
 
 def _is_record(value: Any) -> bool:
-    """Whether the value's attributes are what it holds."""
+    """Tells whether the value's attributes are its contents."""
     return (dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace)) and not isinstance(value, type)
 
 
@@ -60,7 +60,7 @@ def _rebuilt(values: Sequence[Any], function: Callable[[List[Any], str], Any]) -
 
 
 def _shape(value: Any) -> Any:
-    """What values need to have in common to be joined element by element."""
+    """The properties that values share if they can be joined element by element."""
     if isinstance(value, dict):
         return type(value), list(value)
     if isinstance(value, (list, tuple, collections.deque)):

@@ -45,7 +45,7 @@ def _buffer(form: Optional[_tensors.Form], needed: bool) -> Optional[torch.Tenso
 
 
 class Request(NamedTuple):
-    """What a layer asks of a forward pass."""
+    """The options of a forward pass that its layer gives."""
 
     forward_pass: _passes.ForwardPass  # Its round has begun, or has ended.
     x: Tuple[int, ...]  # The members of a struct Tensor that describes the input.

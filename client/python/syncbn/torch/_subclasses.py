@@ -122,7 +122,7 @@ class _Answers(TorchFunctionMode):
         )
 
     def _is_own_call(self) -> bool:
-        """Whether the module's forward made the call, and no module within it."""
+        """Tells whether the module's forward made the call, and no module within it."""
         frame = sys._getframe(2)
         while frame is not None:
             if frame.f_code is run_forward.__code__:
@@ -213,7 +213,7 @@ class PatchedForward:
 
 
 def patched(module: Any, function: Any) -> Any:
-    """What is assigned to a module as its forward, synchronized."""
+    """The function that is assigned to a module as its forward, synchronized."""
     own = getattr(function, "__func__", None) is type(module).forward and function.__self__ is module
     return function if own or isinstance(function, PatchedForward) else PatchedForward(module, function)
 
@@ -333,7 +333,7 @@ def _closure(function: FunctionType) -> Dict[str, Any]:
 
 
 def normalizes(value: Any) -> bool:
-    """Whether something of TorchScript has a batch normalization in it."""
+    """Tells whether something of TorchScript has a batch normalization in it."""
     if not isinstance(value, (_jit.ScriptFunction, _jit.ScriptModule)):
         return False
     if isinstance(value, _jit.ScriptModule) and any("BatchNorm" in str(m.original_name) for m in value.modules()):
