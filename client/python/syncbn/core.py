@@ -276,10 +276,11 @@ class Worker:
             lib.syncbn_worker_interrupt(handle)
 
     def settle(self, timeout: Optional[float] = None) -> bool:
-        """Waits until every stream-ordered pass has its outcome, for `timeout` seconds (None: for ever). Returns: whether.
+        """Waits until every stream-ordered pass has its outcome, for `timeout` seconds at most (None: for ever).
 
-        Raises the first failure among them that no call has raised yet. Does not wait for the CUDA streams. Before an
-        optimizer's step, it keeps the NaN of a failed pass out of the parameters, at the price of the run ahead.
+        Returns: whether they all have. Raises the first failure among them that no call has raised yet. Does not wait
+        for the CUDA streams. Before an optimizer's step, it keeps the NaN of a failed pass out of the parameters, at the
+        price of the run ahead.
         """
         timeout = _arguments.patience("timeout", timeout)
         with self.handle() as handle:
