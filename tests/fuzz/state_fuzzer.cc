@@ -22,7 +22,7 @@
 #include "syncbn/v1/statistics.pb.h"
 #include "tests/fuzz/messages.h"
 #include "tests/fuzz/script.h"
-#include "tests/server/state/temporary_directory.h"
+#include "tests/testing/temporary_directory.h"
 
 namespace syncbn::fuzz {
 namespace {

@@ -29,7 +29,7 @@ struct RestoredRound {
   std::vector<core::Rank> roster;
 };
 
-// What a backward round has to know of its forward round.
+// The facts of a forward round that its backward round depends on.
 struct ForwardRound {
   std::vector<core::Rank> contributors;  // Those with a part in the backward round.
   int64_t count = 0;

@@ -71,7 +71,7 @@ class Model {
     std::optional<absl::Time> lost_at;
     std::vector<core::RoundKey> blocked_on;
   };
-  // What a stream has been told, and its worker has read.
+  // The news that a stream has been told, and its worker has read.
   struct Reading {
     size_t told = 0;                                // Outcomes.
     std::map<uint64_t, size_t> before_memberships;  // How many came before each membership, by its version.

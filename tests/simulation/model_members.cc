@@ -1,4 +1,4 @@
-// Who joins, who is let in, who is present, and what has been declared.
+// Joins, admissions, presence and declarations.
 
 #include <algorithm>
 
@@ -145,7 +145,7 @@ void Model::NoteDeparture(absl::Time now) {
   Departure& departure = departures_[sender_.stream];
   departure.since = now;
   for (const auto& [rank, other] : members_) {
-    // What a leave brings about, those that leave are not told.
+    // A worker that leaves is not told the effects of its leave.
     const auto& before = readings_[other.stream].before_memberships;
     if (other.stream != 0 && !before.empty()) departure.told[other.stream] = before.rbegin()->second;
   }

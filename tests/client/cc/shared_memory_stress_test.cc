@@ -2,7 +2,6 @@
 //
 // SYNCBN_STRESS_ROUNDS says how many rounds are run in place of 400.
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
@@ -23,6 +22,7 @@
 #include "gtest/gtest.h"
 #include "tests/client/cc/worker_group.h"
 #include "tests/testing/seed.h"
+#include "tests/testing/temporary_directory.h"
 
 namespace syncbn::testing {
 namespace {
@@ -150,24 +150,11 @@ void Kill(pid_t process) {
 
 class SharedMemoryStressTest : public ::testing::Test {
  protected:
-  SharedMemoryStressTest() {
-    char pattern[] = "/tmp/syncbn-test-XXXXXX";  // The path of a unix socket has to be short.
-    directory_ = mkdtemp(pattern);
-  }
-  ~SharedMemoryStressTest() override {
-    DIR* const entries = opendir(directory_.c_str());
-    // Killed masters and workers leave files behind.
-    while (const dirent* const entry = readdir(entries)) {
-      if (entry->d_name[0] != '.') unlink(absl::StrCat(directory_, "/", entry->d_name).c_str());
-    }
-    closedir(entries);
-    EXPECT_EQ(rmdir(directory_.c_str()), 0);
-    close(nowhere_);
-  }
+  ~SharedMemoryStressTest() override { close(nowhere_); }
 
-  pid_t StartMaster() const { return Start({"master", directory_}, nowhere_); }
+  pid_t StartMaster() const { return Start({"master", directory_.path()}, nowhere_); }
   pid_t StartWorker(const std::string& group, uint32_t rank, uint32_t world_size, uint64_t rounds, int output) const {
-    return Start({"worker", directory_, group, absl::StrCat(rank), absl::StrCat(world_size), absl::StrCat(seed_),
+    return Start({"worker", directory_.path(), group, absl::StrCat(rank), absl::StrCat(world_size), absl::StrCat(seed_),
                   absl::StrCat(rounds)},
                  output);
   }
@@ -187,7 +174,7 @@ class SharedMemoryStressTest : public ::testing::Test {
   const uint64_t seed_ = Seed();
   const int nowhere_ = open("/dev/null", O_WRONLY | O_CLOEXEC);
   std::mt19937_64 random_{seed_};
-  std::string directory_;
+  const TemporaryDirectory directory_{"/tmp"};
   uint64_t victims_ = 0;
 };
 

@@ -24,7 +24,7 @@
 #include "gtest/gtest.h"
 #include "server/core/state.h"
 #include "tests/server/state/fault_vfs.h"
-#include "tests/server/state/temporary_directory.h"
+#include "tests/testing/temporary_directory.h"
 
 namespace syncbn::state {
 namespace {

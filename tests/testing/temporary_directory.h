@@ -1,7 +1,7 @@
-// A directory that is there for one test.
+// A directory that is there for one test, with all that is in it at the end.
 
-#ifndef SYNCBN_TESTS_SERVER_STATE_TEMPORARY_DIRECTORY_H_
-#define SYNCBN_TESTS_SERVER_STATE_TEMPORARY_DIRECTORY_H_
+#ifndef SYNCBN_TESTS_TESTING_TEMPORARY_DIRECTORY_H_
+#define SYNCBN_TESTS_TESTING_TEMPORARY_DIRECTORY_H_
 
 #include <stdlib.h>
 
@@ -14,8 +14,9 @@ namespace syncbn::testing {
 
 class TemporaryDirectory {
  public:
-  TemporaryDirectory() {
-    std::string path = ::testing::TempDir() + "/state-XXXXXX";
+  // The path of a unix socket has to be short, which `parent` then has to be, too.
+  explicit TemporaryDirectory(const std::string& parent = ::testing::TempDir()) {
+    std::string path = parent + "/syncbn-test-XXXXXX";
     EXPECT_NE(mkdtemp(path.data()), nullptr) << path;
     path_ = path;
   }
@@ -31,4 +32,4 @@ class TemporaryDirectory {
 
 }  // namespace syncbn::testing
 
-#endif  // SYNCBN_TESTS_SERVER_STATE_TEMPORARY_DIRECTORY_H_
+#endif  // SYNCBN_TESTS_TESTING_TEMPORARY_DIRECTORY_H_
