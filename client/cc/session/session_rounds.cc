@@ -140,9 +140,8 @@ absl::Status Session::BeginSum(RoundKey key, size_t length, MakeContribution mak
   }
   const bool several = length > options_.chunk_elements;
   const size_t last = (length - 1) / options_.chunk_elements;
-  if (absl::Status status = CheckName(several ? absl::StrCat(key.layer, "#", last) : key.layer); !status.ok()) {
-    return status;
-  }
+  const absl::Status named = several ? CheckName(absl::StrCat(key.layer, "#", last)) : CheckName(key.layer);
+  if (!named.ok()) return named;
   const auto sequence = ResolveSequence(key.layer, key.phase, key.sequence);
   if (!sequence.ok()) return sequence.status();
   key.sequence = *sequence;
