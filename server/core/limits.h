@@ -53,8 +53,8 @@ struct Limits {
   // The same as max_retained_bytes under MISSING_POLICY_WAIT, where workers that restart ask again for the outcomes of
   // a whole step.
   size_t max_retained_bytes_waiting = size_t{64} << 20;
-  // What all groups together may keep of ended rounds. Beyond this, groups without a live stream end, those that have
-  // been without one for longest first; then the group that keeps most forgets its oldest outcomes.
+  // The bytes of ended rounds that all groups together may keep. Beyond this, groups without a live stream end, those
+  // that have been without one for longest first; then the group that keeps most forgets its oldest outcomes.
   size_t max_retained_bytes_of_all = size_t{256} << 20;
   // The keys that tell a new worker where its group stands, in bytes.
   size_t max_newest_rounds_bytes = size_t{1} << 20;

@@ -169,8 +169,8 @@ Rounds::Fate Rounds::FateOfRestored(const RoundKey& key, const PendingRound& rou
   if (missing.empty()) return {true, std::nullopt};
   if (round.Idle()) return {};
   // A member that has caught up would have repeated its contribution if it could, and one that has left cannot, unless
-  // its leave was not acknowledged. Where
-  // workers take the places of their predecessors, each may have gone back to an earlier step, and contribute anew.
+  // its leave was not acknowledged. A worker in the place of a predecessor may have gone back to an earlier step, and
+  // contribute anew.
   std::vector<Rank> silent;
   for (const Rank rank : missing) {
     const Member& member = members_[rank];
