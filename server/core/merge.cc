@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "absl/hash/hash.h"
 #include "absl/strings/string_view.h"
@@ -60,17 +61,37 @@ int64_t BitsOf(double value) {
 // A hash of numbers in their order, the same in every process.
 class BitsDigest {
  public:
+  // Two sums take turns: each step is a multiplication that the next one of its kind waits for.
   void Add(uint64_t bits) {
-    // Two sums run in parallel: each step is a multiplication that the next one of its kind waits for.
-    uint64_t& sum = sums_[turn_ ^= 1];
-    sum = (sum ^ bits) * 0x9e3779b97f4a7c15u;
-    sum ^= sum >> 32;
+    next_ = Step(next_, bits);
+    std::swap(next_, other_);
+    swapped_ = !swapped_;
   }
-  uint64_t value() const { return (sums_[0] * 0xbf58476d1ce4e5b9u) ^ sums_[1]; }
+  void Add(absl::Span<const double> values) {
+    uint64_t next = next_, other = other_;
+    size_t i = 0;
+    for (; i + 1 < values.size(); i += 2) {
+      next = Step(next, static_cast<uint64_t>(BitsOf(values[i])));
+      other = Step(other, static_cast<uint64_t>(BitsOf(values[i + 1])));
+    }
+    next_ = next;
+    other_ = other;
+    if (i < values.size()) Add(static_cast<uint64_t>(BitsOf(values[i])));
+  }
+  uint64_t value() const {
+    const auto [second, first] = swapped_ ? std::pair(other_, next_) : std::pair(next_, other_);
+    return (first * 0xbf58476d1ce4e5b9u) ^ second;
+  }
 
  private:
-  uint64_t sums_[2] = {0x2545f4914f6cdd1du, 0x94d049bb133111ebu};
-  size_t turn_ = 0;
+  static uint64_t Step(uint64_t sum, uint64_t bits) {
+    sum = (sum ^ bits) * 0x9e3779b97f4a7c15u;
+    return sum ^ (sum >> 32);
+  }
+
+  uint64_t next_ = 0x94d049bb133111ebu;
+  uint64_t other_ = 0x2545f4914f6cdd1du;
+  bool swapped_ = false;
 };
 
 // Returns true if |value| <= bound for all values; NaN fails. As integers without their signs, doubles are ordered by
@@ -159,7 +180,7 @@ uint64_t ResultDigest(const RoundOutcome& outcome) {
   }
   for (const std::vector<double>* values : {&outcome.first, &outcome.second}) {
     digest.Add(values->size());
-    for (const double value : *values) digest.Add(static_cast<uint64_t>(BitsOf(value)));
+    digest.Add(*values);
   }
   return digest.value() == 0 ? 1 : digest.value();
 }

@@ -33,7 +33,7 @@ struct SliceLimits {
 // Thread safety: none.
 class FrameReader {
  public:
-  FrameReader(grpc::ByteBuffer frame, const core::Limits& limits);
+  FrameReader(grpc::ByteBuffer&& frame, const core::Limits& limits);
   FrameReader(const FrameReader&) = delete;
   FrameReader& operator=(const FrameReader&) = delete;
 

@@ -79,14 +79,14 @@ std::shared_ptr<UnreadBytes> Sessions::ConnectionOf(const std::string& peer) {
   return connection;
 }
 
-void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) {
+void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer&& frame) {
   Session& session = Of(stream);
-  const size_t bytes = buffer.Length();
+  const size_t bytes = frame.Length();
   if (!session.joined && bytes > options_.limits.max_first_frame_bytes) {
     return Refuse(session, core::LimitError(bytes, "bytes of a first frame", "max_first_frame_bytes",
                                             options_.limits.max_first_frame_bytes));
   }
-  session.frame = std::make_unique<FrameReader>(std::move(buffer), options_.limits);
+  session.frame = std::make_unique<FrameReader>(std::move(frame), options_.limits);
   if (auto error = session.frame->Open()) return Refuse(session, *error);
   const core::FrameReceived& head = session.frame->head();
   if (head.join.has_value() && !session.joined) {
@@ -181,14 +181,15 @@ void Sessions::HandleSlice(Session& session) {
   const bool joins = !session.frame->begun() && session.frame->head().join.has_value();
   if (session.lane != nullptr && session.lane->lagging != 0 && !joins) return session.lane->waiting.push_back(id);
   FrameArena arena;
-  core::FrameReceived event;
-  event.stream = id;
-  if (auto error = session.frame->Next(session.slice, arena.get(), &event)) return Refuse(session, *error);
-  for (const core::Contribution& contribution : event.contributions) {
+  core::Event event;
+  auto& slice = event.emplace<core::FrameReceived>();
+  slice.stream = id;
+  if (auto error = session.frame->Next(session.slice, arena.get(), &slice)) return Refuse(session, *error);
+  for (const core::Contribution& contribution : slice.contributions) {
     if (!contribution.repeats) session.unanswered.insert(Fingerprint(contribution.key));
   }
   const bool done = session.frame->done();
-  const bool blocked = done && !event.blocked_on.empty();
+  const bool blocked = done && !slice.blocked_on.empty();
   if (done) session.frame.reset();
   deliver_(event);
   if (session.stream->closed()) {

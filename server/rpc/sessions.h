@@ -125,7 +125,7 @@ class Sessions final : public WorkerStream::Handler {
 
   // ---- WorkerStream::Handler
   void OnAccepted(WorkerStream* stream) override;
-  void OnFrame(WorkerStream* stream, grpc::ByteBuffer buffer) override;
+  void OnFrame(WorkerStream* stream, grpc::ByteBuffer&& frame) override;
   void OnWritten(WorkerStream* stream) override;
   void OnFault(WorkerStream* stream, const std::string& fault) override;
   void OnHalfClosed(WorkerStream* stream) override;

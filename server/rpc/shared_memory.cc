@@ -6,6 +6,19 @@
 #include "plumbing/check.h"
 
 namespace syncbn::rpc {
+namespace {
+
+// A shorter frame is copied, which costs less than the memory to receive the next one in.
+constexpr size_t kWorthHandingOver = size_t{64} << 10;
+
+grpc::Slice TakeSlice(std::string& frame) {
+  if (frame.size() < kWorthHandingOver) return grpc::Slice(frame.data(), frame.size());
+  auto* const owner = new std::string(std::exchange(frame, std::string()));
+  return grpc::Slice(
+      owner->data(), owner->size(), [](void* taken) { delete static_cast<std::string*>(taken); }, owner);
+}
+
+}  // namespace
 
 SharedSegment::SharedSegment(SharedFile file, Doorbell* master_bell, size_t max_frame_bytes)
     : file_(std::move(file)),
@@ -33,16 +46,14 @@ std::optional<size_t> SharedSegment::Send() {
   return size;
 }
 
-std::optional<grpc::ByteBuffer> SharedSegment::Receive() {
+bool SharedSegment::Receive(grpc::ByteBuffer* frame) {
   const RingProgress progress = reader_.Receive();
   if (reader_.WriterWaits()) RingWorker();
   if (progress == RingProgress::kBroken) fault_ = reader_.fault();
-  if (progress != RingProgress::kDone) return std::nullopt;
-  // Handed over with its memory, since it may be long.
-  auto* const frame = new std::string(std::exchange(reader_.frame(), std::string()));
-  const grpc::Slice slice(
-      frame->data(), frame->size(), [](void* owner) { delete static_cast<std::string*>(owner); }, frame);
-  return grpc::ByteBuffer(&slice, 1);
+  if (progress != RingProgress::kDone) return false;
+  const grpc::Slice slice = TakeSlice(reader_.frame());
+  grpc::ByteBuffer(&slice, 1).Swap(frame);
+  return true;
 }
 
 void SharedSegment::AnnounceEnd() {

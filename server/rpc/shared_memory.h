@@ -36,8 +36,8 @@ class SharedSegment {
   // Returns whether Send can go on.
   bool HasRoom() const { return writer_.HasRoom(); }
 
-  // Receives a frame, if a whole one has come.
-  std::optional<grpc::ByteBuffer> Receive();
+  // Receives a frame, and returns true, if a whole one has come.
+  bool Receive(grpc::ByteBuffer* frame);
   bool HasBytes() const { return reader_.HasBytes(); }
 
   // Returns what the worker has done against the rules; empty as long as it keeps them.

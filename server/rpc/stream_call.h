@@ -66,9 +66,10 @@ class StreamCall {
   }
 
   // Queues a message to be written. The call must be open().
-  void Queue(Message message) {
+  template <typename M>
+  void Queue(M&& message) {
     SYNCBN_CHECK(open(), "a message to a call that is closed");
-    outgoing_.push_back(std::move(message));
+    outgoing_.push_back(std::forward<M>(message));
     WriteNext();
   }
 

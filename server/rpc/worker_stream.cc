@@ -26,7 +26,9 @@ void WorkerStream::OnStart() {
 
 void WorkerStream::OnRead(bool ok) {
   if (ok) {
-    handler_->OnFrame(this, std::exchange(incoming_, grpc::ByteBuffer()));
+    grpc::ByteBuffer frame;
+    frame.Swap(&incoming_);
+    handler_->OnFrame(this, std::move(frame));
   } else {
     handler_->OnHalfClosed(this);
   }
@@ -102,16 +104,16 @@ bool WorkerStream::Poll() {
   if (sent) handler_->OnWritten(this);
   if (sent && closed()) EndIfDue();
   if (!open()) return sent;
-  std::optional<grpc::ByteBuffer> frame;
-  if (reading_) frame = segment_->Receive();
+  grpc::ByteBuffer frame;
+  const bool received = reading_ && segment_->Receive(&frame);
   if (!segment_->fault().empty()) {
     if (std::exchange(fault_told_, true)) return sent;
     handler_->OnFault(this, segment_->fault());
     return true;
   }
-  if (!frame.has_value()) return sent;
+  if (!received) return sent;
   reading_ = false;
-  handler_->OnFrame(this, *std::move(frame));
+  handler_->OnFrame(this, std::move(frame));
   return true;
 }
 

@@ -36,8 +36,9 @@ class WorkerStream final
     virtual ~Handler() = default;
     // A worker has called. The handler should wait for the next one.
     virtual void OnAccepted(WorkerStream* stream) = 0;
-    // A frame has arrived. The stream reads on when the handler has called ReadNext().
-    virtual void OnFrame(WorkerStream* stream, grpc::ByteBuffer frame) = 0;
+    // A frame has arrived, which the handler may take by Swap: gRPC's buffers cannot be moved. The stream reads on when
+    // the handler has called ReadNext().
+    virtual void OnFrame(WorkerStream* stream, grpc::ByteBuffer&& frame) = 0;
     // A frame has been written.
     virtual void OnWritten(WorkerStream* stream) = 0;
     // The worker has broken a rule of shared memory.

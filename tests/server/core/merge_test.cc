@@ -344,5 +344,25 @@ TEST(SameNumbersTest, ComparesBits) {
   }
 }
 
+TEST(ResultDigestTest, IsTheSameInEveryMaster) {
+  // Numbers of another implementation. Workers bring digests to the next master.
+  RoundOutcome outcome;
+  outcome.count = 7;
+  outcome.backward_required = true;
+  outcome.missing_ranks = {1};
+  outcome.abstaining_ranks = {0, 2};
+  outcome.first = {0.5, -3.0, 1e300};
+  outcome.second = {0.0, 2.0, 0.25};
+  EXPECT_EQ(ResultDigest(outcome), 0x2b947c4ad381007fu);
+  RoundOutcome sum;
+  sum.first = {1.0, 2.0};
+  EXPECT_EQ(ResultDigest(sum), 0x741ad2414f5ea783u);
+  RoundOutcome odd;
+  odd.count = 3;
+  odd.missing_ranks = {2};
+  odd.first = {1.0};
+  EXPECT_EQ(ResultDigest(odd), 0x44a99ff3ea2c88c9u);
+}
+
 }  // namespace
 }  // namespace syncbn::core
