@@ -197,6 +197,7 @@ def _layout(kind: Any) -> struct.Struct:
     return struct.Struct(text + "x" * (ctypes.sizeof(kind) - end))
 
 
+TENSOR = _layout(Tensor)
 PASS_OPTIONS = _layout(PassOptions)
 FORWARD_OUTPUTS = _layout(ForwardOutputs)
 BACKWARD_INPUTS = _layout(BackwardInputs)

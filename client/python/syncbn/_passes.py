@@ -4,11 +4,13 @@ Everything here goes by address: the caller keeps the memory alive for the lengt
 """
 
 import ctypes
+import functools
+import time
 from typing import Any, Optional, Union
 
 import numpy as np
 
-from syncbn import _library
+from syncbn import _library, errors
 from syncbn._library import (
     BackwardInputs,
     BackwardOutputs,
@@ -29,6 +31,7 @@ def _reference(given: Any) -> Any:
     return given if isinstance(given, bytes) else ctypes.byref(given)
 
 
+@functools.lru_cache(maxsize=256)  # A training has few.
 def _options(
     num_threads: int,
     stream: Optional[int],
@@ -46,6 +49,17 @@ def _options(
     )
 
 
+def _timed_wait(worker: Worker, layer: str, function: Any, handle: Optional[int]) -> None:
+    """Waits for a pass's round; its length and its end go into the worker's statistics."""
+    begun = time.monotonic_ns()
+    try:
+        wait(function, handle)
+    except errors.Error as error:
+        worker._recorder.add(layer, time.monotonic_ns() - begun, True, error.ranks)
+        raise
+    worker._recorder.add(layer, time.monotonic_ns() - begun, False, ())
+
+
 class ForwardPass:
     """A forward pass, whose round begins here; after `wait` it can be finished, more than once, and gone back through.
 
@@ -57,31 +71,37 @@ class ForwardPass:
         self,
         worker: Worker,
         layer: str,
-        x: Tensor,
+        x: Union[Tensor, bytes],
         *,
         role: int = _library.BACKWARD_REQUIRED,
         num_threads: int = 1,
+        cuda_device: Optional[int] = None,
         stream: Optional[int] = None,
         sequence: Optional[int] = None,
+        send: bool = False,
         eps: float,
         clamp: bool,
     ) -> None:
-        """eps and clamp are those that the layer was declared with."""
+        """cuda_device: the index of x's; None: x is on the CPU. send: the contribution does not wait for `wait`, so that
+        the caller can work meanwhile. eps and clamp are those that the layer was declared with.
+        """
         self.worker = worker
         self.layer = layer
         self.eps, self.clamp = eps, clamp
         self._backward_passes = 0
         self._role = role
-        self._waited = False
-        self._stopwatch = worker._recorder.stopwatch(layer)
-        ordered = worker.stream_ordered and x.device == _library.DEVICE_CUDA
+        self._waited = self._failed = False
+        self._count = 0
+        ordered = worker.stream_ordered and cuda_device is not None
         options = _options(num_threads, stream, role=role, sequence=sequence, stream_ordered=ordered)
         with worker.handle() as handle:
-            made = begin(lib.syncbn_forward_start, handle, layer.encode(), ctypes.byref(x), options)
+            made = begin(lib.syncbn_forward_start, handle, layer.encode(), _reference(x), options)
             self._owned = _library.Owned(made, lib.syncbn_forward_destroy)
+            if send:
+                compute(lib.syncbn_worker_flush, handle)
         self.stream_ordered = ordered and bool(lib.syncbn_forward_stream_ordered(made))
-        if ordered and not self.stream_ordered:
-            worker.explain_host_driven(x.device_index)
+        if cuda_device is not None and ordered and not self.stream_ordered:
+            worker.explain_host_driven(cuda_device)
 
     @property
     def _handle(self) -> Optional[int]:
@@ -91,9 +111,17 @@ class ForwardPass:
         """Waits for the merged statistics; raises the round's error."""
         if self._waited:
             return
-        with self.worker.handle(), self._stopwatch:
-            wait(lib.syncbn_forward_wait, self._handle)
-        self._stopwatch.ended()
+        function, handle = lib.syncbn_forward_wait, self._owned.value
+        with self.worker.handle():
+            if self._failed:  # It has been counted.
+                wait(function, handle)
+            else:
+                try:
+                    _timed_wait(self.worker, self.layer, function, handle)
+                except errors.Error:
+                    self._failed = True
+                    raise
+        self._count = int(lib.syncbn_forward_count(handle))
         self._waited = True
 
     def _outcome(self) -> Optional[int]:
@@ -102,8 +130,8 @@ class ForwardPass:
             self.wait()
         return self._handle
 
-    def finish(self, x: Tensor, outputs: Union[ForwardOutputs, bytes]) -> None:
-        compute(lib.syncbn_forward_finish, self._handle, ctypes.byref(x), _reference(outputs))
+    def finish(self, x: Union[Tensor, bytes], outputs: Union[ForwardOutputs, bytes]) -> None:
+        compute(lib.syncbn_forward_finish, self._owned.value, _reference(x), _reference(outputs))
 
     @property
     def sequence(self) -> int:
@@ -112,7 +140,7 @@ class ForwardPass:
     @property
     def count(self) -> int:
         """Values in each channel, over all workers."""
-        return int(lib.syncbn_forward_count(self._outcome()))
+        return self._count if self._waited else int(lib.syncbn_forward_count(self._outcome()))
 
     @property
     def backward_required(self) -> bool:
@@ -149,7 +177,7 @@ class ForwardPass:
         given = _reference(inputs)
         # The worker is held, so that a close on another thread ends the wait instead of pulling it away.
         with self.worker.handle():
-            handle = begin(lib.syncbn_backward_start, self._handle, given, options)
+            handle = begin(lib.syncbn_backward_start, self._owned.value, given, options)
             try:
                 if not self.stream_ordered:
                     self._wait_backward(handle)
@@ -158,13 +186,10 @@ class ForwardPass:
                 lib.syncbn_backward_destroy(handle)
 
     def _wait_backward(self, handle: int) -> None:
-        if not self.has_backward_round:  # The library ends the wait at once.
+        if self.has_backward_round:
+            _timed_wait(self.worker, self.layer, lib.syncbn_backward_wait, handle)
+        else:  # The library ends the wait at once.
             wait(lib.syncbn_backward_wait, handle)
-            return
-        stopwatch = self.worker._recorder.stopwatch(self.layer)
-        with stopwatch:
-            wait(lib.syncbn_backward_wait, handle)
-        stopwatch.ended()
 
 
 def evaluate(x: Tensor, options: EvaluateOptions, y: Optional[int]) -> None:

@@ -230,6 +230,22 @@ def test_a_single_value_in_all_raises_everywhere_and_changes_nothing(group):
     assert group(2, run) == [(0, [0.0] * 3)] * 2
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_round_that_fails_counts_no_batch(group, momentum):
+    def run(worker):
+        layer = sync.SyncBatchNorm(3, momentum=momentum, worker=worker, layer="bn")
+        x = torch.arange(12.0).view(4, 3)
+        with pytest.raises(syncbn.Error, match="NaN|nan"):
+            layer(x * float("nan") if worker.rank == 0 else x)
+        after_failure = int(layer.num_batches_tracked), layer.running_mean.tolist()
+        layer(x)
+        return after_failure, int(layer.num_batches_tracked), layer.running_mean.tolist()
+
+    rate = 1.0 if momentum is None else momentum
+    expected = (0, [0.0] * 3), 1, pytest.approx([rate * mean for mean in (4.5, 5.5, 6.5)])
+    assert group(2, run) == [expected] * 2
+
+
 def test_a_single_value_here_is_fine_if_there_are_others(group):
     check(group, (1, 1, 1), ())
 

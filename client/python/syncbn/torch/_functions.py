@@ -14,7 +14,7 @@ from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Tu
 import torch
 
 from syncbn import _passes
-from syncbn._library import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS, Tensor
+from syncbn._library import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS
 from syncbn.torch import _second, _tensors
 
 _Gradients4 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
@@ -30,7 +30,7 @@ class _Saved(NamedTuple):
     bias: Optional[_tensors.Form]
     channels_last: bool
     needed: Tuple[bool, bool, bool, bool]  # The gradients of x, weight, bias and z.
-    members: Tuple[int, ...]  # The fields of a struct Tensor: x in the forward pass.
+    members: Tuple[int, ...]  # Those of a struct Tensor: x in the forward pass.
     open_gate: Optional[torch.Tensor]  # With a ReLU: one bit for each element of y, in memory order, that is positive.
 
 
@@ -38,9 +38,16 @@ def _form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
     return None if tensor is None else _tensors.Form(tensor)
 
 
-def _buffer(form: Optional[_tensors.Form], needed: bool) -> Optional[torch.Tensor]:
+def _buffer(
+    form: Optional[_tensors.Form], needed: bool, weight: Optional[torch.Tensor], like: Optional[_tensors.Form]
+) -> Optional[torch.Tensor]:
+    """Memory for the gradient of a parameter of that form. `weight`, contiguous, has the form `like`: where it is the same,
+    the memory is made twice as fast.
+    """
     if form is None or not needed:
         return None
+    if weight is not None and like is not None and (form is like or (form.shape, form.dtype) == (like.shape, like.dtype)):
+        return _tensors.empty_like(weight)
     return torch.empty(form.shape, dtype=form.dtype, device=form.device)
 
 
@@ -48,14 +55,16 @@ class Request(NamedTuple):
     """The options of a forward pass that its layer gives."""
 
     forward_pass: _passes.ForwardPass  # Its round has begun, or has ended.
-    x: Tuple[int, ...]  # The members of a struct Tensor that describes the input.
+    x: Tuple[int, ...]  # The members of a struct Tensor that describes the input,
+    packed: bytes  # and the struct.
     y: torch.Tensor  # The output's memory.
     gate: Optional[torch.Tensor]  # With a ReLU: memory for _Saved.open_gate.
     channels_last: bool
     device: ContextManager[Any]
     running_mean: Optional[torch.Tensor]  # Those to be updated, if any.
     running_var: Optional[torch.Tensor]
-    count_batch: Callable[[], float]  # Called once if they are; returns the new values' weight.
+    count_batch: Callable[[], float]  # Called before they are; returns the new values' weight.
+    uncount_batch: Callable[[], None]  # Called if they are not, after all.
 
     def wait(self) -> Optional[int]:
         """Values in each channel, over all workers. None: not known yet, but at least 2, since it is stream-ordered, and
@@ -63,8 +72,9 @@ class Request(NamedTuple):
         """
         if self.forward_pass.stream_ordered:
             return None
-        self.forward_pass.wait()
-        count = self.forward_pass.count
+        forward_pass = self.forward_pass
+        forward_pass.wait()
+        count = forward_pass.count
         if count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {tuple(self.y.shape)} "
@@ -80,18 +90,21 @@ def _backward(
     channels_last = saved.channels_last
     x = _tensors.given_back("the input", x, saved.x, channels_last)
     dy = _tensors.given_back("the output's gradient", dy, saved.x, channels_last)
-    weight = _tensors.vector_given_back("the weight", weight, saved.weight)
+    if weight is not None and saved.weight is not None:
+        saved.weight.check("the weight", weight)
+    weight, weight_members = _tensors.readable_vector(weight)
     gate = saved.open_gate if gated else None
     fused_dz = gate is not None and saved.needed[3]
     dx = _tensors.empty_like(x) if saved.needed[0] or fused_dz else None  # The library computes dz beside dx alone.
-    d_weight, d_bias = _buffer(saved.weight, saved.needed[1]), _buffer(saved.bias, saved.needed[2])
+    d_weight = _buffer(saved.weight, saved.needed[1], weight, saved.weight)
+    d_bias = _buffer(saved.bias, saved.needed[2], weight, saved.weight)
     dz = _tensors.empty_like(x) if fused_dz else dy if saved.needed[3] else None
     inputs = BACKWARD_INPUTS.pack(
         BACKWARD_INPUTS.size,
-        _tensors.address(dy, channels_last) or 0,
+        dy.data_ptr(),
         *saved.members[1:],  # dy is given back in the form of x.
-        _tensors.address(x, channels_last) or 0,
-        *_tensors.vector_members(weight),
+        x.data_ptr(),
+        *weight_members,
         *_tensors.NO_VECTOR,  # The bias: a gate is given instead.
         gate is not None,
         0 if gate is None else gate.data_ptr(),
@@ -140,7 +153,8 @@ class Normalize(torch.autograd.Function):
     ) -> torch.Tensor:
         """x is as the request describes it, dense, and so is z. `anchor` makes y differentiable where nothing else does.
 
-        The wait for the round comes as late as it can: nothing after it could be done before.
+        The wait for the round comes as late as it can: nothing after it could be done before. So the batch is counted before
+        it, and no longer counted if nothing comes of it.
         """
         forward_pass, channels_last = request.forward_pass, request.channels_last
         # The bias is not saved: no gradient needs its values, and a program may change it before backward.
@@ -149,24 +163,32 @@ class Normalize(torch.autograd.Function):
         forms = _tensors.Form(x), _form(weight), _form(bias)
         ctx.saved = _Saved(forward_pass, *forms, channels_last, needed, request.x, gate)
         # Named, so that copies live until the library is through with them.
-        own_weight, own_bias = _tensors.readable(weight), _tensors.readable(bias)
+        own_weight, weight_members = _tensors.readable_vector(weight)
+        own_bias, bias_members = _tensors.readable_vector(bias)
         own_z = None if z is None else _tensors.readable_as(z, channels_last)
-        parameters = _tensors.vector_members(own_weight) + _tensors.vector_members(own_bias)
-        mean, var = _tensors.readable(request.running_mean), _tensors.readable(request.running_var)
-        running = _tensors.vector_members(mean) + _tensors.vector_members(var)
         activation = 0 if own_z is None else _tensors.address(own_z, channels_last) or 0, gate is not None
-        given = Tensor(*request.x)
         rest = (*activation, 0 if gate is None else gate.data_ptr(), request.y.data_ptr(), *request.x[1:])
-        momentum = 0.0
-        if request.wait() == 0:
-            running = _tensors.NO_VECTOR * 2
-        elif mean is not None:
+        mean, mean_members = _tensors.readable_vector(request.running_mean)
+        var, var_members = _tensors.readable_vector(request.running_var)
+        running, momentum = (*mean_members, *var_members), 0.0
+        if mean is None:
+            request.wait()
+        else:
             momentum = request.count_batch()
+            taken = False
+            try:
+                taken = request.wait() != 0
+            finally:
+                if not taken:
+                    request.uncount_batch()
+            if not taken:
+                running = _tensors.NO_VECTOR * 2
+        outputs = FORWARD_OUTPUTS.pack(FORWARD_OUTPUTS.size, *weight_members, *bias_members, *running, momentum, *rest)
         with request.device:
-            outputs = FORWARD_OUTPUTS.pack(FORWARD_OUTPUTS.size, *parameters, *running, momentum, *rest)
-            forward_pass.finish(given, outputs)
-        _tensors.write_back(request.running_mean, mean)
-        _tensors.write_back(request.running_var, var)
+            forward_pass.finish(request.packed, outputs)
+        if mean is not request.running_mean or var is not request.running_var:
+            _tensors.write_back(request.running_mean, mean)
+            _tensors.write_back(request.running_var, var)
         return request.y
 
     @staticmethod

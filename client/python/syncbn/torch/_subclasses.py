@@ -117,8 +117,18 @@ class _Answers(TorchFunctionMode):
             self._counted = True
             return call.momentum
 
+        def uncount_batch() -> None:
+            self._counted = False
+
         return _synchronized.Step(
-            self.module, call.weight, call.bias, call.running_mean, call.running_var, call.eps, count_batch
+            self.module,
+            call.weight,
+            call.bias,
+            call.running_mean,
+            call.running_var,
+            call.eps,
+            count_batch,
+            uncount_batch,
         )
 
     def _is_own_call(self) -> bool:

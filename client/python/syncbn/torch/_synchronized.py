@@ -1,7 +1,7 @@
 """What every synchronized layer does in training: one round, and the normalization with its outcome."""
 
 import inspect
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Optional
 
 import torch
 from torch.fx.proxy import Proxy
@@ -37,11 +37,13 @@ class Step:
         running_var: Optional[torch.Tensor],
         eps: float,
         count_batch: Callable[[], float],
+        uncount_batch: Callable[[], None],
         z: Optional[torch.Tensor] = None,
         relu: bool = False,
     ) -> None:
-        """The running statistics are those to be updated, if any. `count_batch` is called once if they are: it returns
-        the new values' weight. z is added to the result, and then `relu` applied to it.
+        """The running statistics are those to be updated, if any. `count_batch` is called before they are: it returns the
+        new values' weight; and `uncount_batch` if they are not, after all. z is added to the result, and then `relu`
+        applied to it.
         """
         self.module = module
         self.weight, self.bias = weight, bias
@@ -49,7 +51,7 @@ class Step:
         self.track_running_stats = running_mean is not None
         self.eps = eps
         self.z, self.relu = z, relu
-        self._count_batch = count_batch
+        self._count_batch, self._uncount_batch = count_batch, uncount_batch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
@@ -94,9 +96,11 @@ def check_vectors(
     running_var: Optional[torch.Tensor],
 ) -> None:
     """Refuses parameters and buffers of another size than x's channels, or on another device."""
-    channels, device = x.size(1), x.device
+    channels, on_cpu = x.size(1), x.is_cpu
     for vector in (running_mean, running_var, weight, bias):
-        if vector is not None and (vector.numel() != channels or vector.device != device):
+        if vector is None:
+            continue
+        if vector.numel() != channels or not (vector.is_cpu if on_cpu else vector.device == x.device):
             break
     else:
         return
@@ -172,8 +176,7 @@ class Synchronized(torch.nn.Module):
     def _normalize_plain(self, input: torch.Tensor, step: Step) -> torch.Tensor:
         """As an operation under __torch_function__, by which a subclass of Tensor keeps its class."""
         _tensors.check_supported(input, step.weight, step.bias, step.z)
-        channels_last = _tensors.is_channels_last(input)
-        x = _tensors.dense(input, channels_last)
+        x, channels_last, members = _tensors.described(input)
         checkpoint = _checkpointing.context()
         place = _replicas.current()
         if place is not None:
@@ -181,16 +184,17 @@ class Synchronized(torch.nn.Module):
         # Before the round, so that no other worker waits for one that finds no memory.
         y = _tensors.empty_like(x)
         gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if step.relu else None
-        description = _tensors.members(x, channels_last)
+        packed = _library.TENSOR.pack(*members)
         execution = _tensors.execution(x)
         forward_pass = checkpoint.replay(self)
         first_time = forward_pass is None
         if forward_pass is None:
-            forward_pass = self._begin_round(x, description, execution, step, checkpoint.gradient_follows)
+            forward_pass = self._begin_round(x, packed, execution, step, checkpoint.gradient_follows)
         update = first_time and step.running_mean is not None
         request = _functions.Request(
             forward_pass,
-            description,
+            members,
+            packed,
             y,
             gate,
             channels_last,
@@ -198,6 +202,7 @@ class Synchronized(torch.nn.Module):
             step.running_mean if update else None,
             step.running_var if update else None,
             step._count_batch,
+            step._uncount_batch,
         )
         if checkpoint.active:
             request.wait()  # A round that has failed is not left with the segment.
@@ -206,7 +211,7 @@ class Synchronized(torch.nn.Module):
         return _functions.Normalize.apply(x, step.weight, step.bias, step.z, anchor, request)
 
     def _begin_round(
-        self, x: torch.Tensor, description: Tuple[int, ...], execution: Any, step: Step, gradient_follows: bool
+        self, x: torch.Tensor, packed: bytes, execution: Any, step: Step, gradient_follows: bool
     ) -> _passes.ForwardPass:
         """Begins to merge x's moments with those of the other workers."""
         worker = self.worker or default_worker()
@@ -216,10 +221,12 @@ class Synchronized(torch.nn.Module):
             return _passes.ForwardPass(
                 worker,
                 layer,
-                _library.Tensor(*description),
+                packed,
                 role=self._role(x, gradient_follows),
                 num_threads=threads,
+                cuda_device=x.get_device() if x.is_cuda else None,
                 stream=stream,
+                send=not x.is_cuda,  # Else the reduction has only been enqueued.
                 eps=step.eps,
                 clamp=self.eps_mode == "clamp",
             )

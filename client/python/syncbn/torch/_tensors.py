@@ -1,7 +1,7 @@
 """torch tensors as the C interface sees them: addresses, without a copy where the memory is dense."""
 
 import contextlib
-from typing import Any, Callable, ContextManager, Optional, Tuple
+from typing import Any, Callable, ContextManager, Dict, Optional, Tuple
 
 import torch
 from torch.autograd import forward_ad
@@ -11,13 +11,7 @@ from syncbn._library import Tensor, Vector
 
 _torch: Any = torch  # Where the hints of torch's versions differ.
 
-_TYPES = {
-    torch.float32: _library.FLOAT32,
-    torch.float64: _library.FLOAT64,
-    torch.float16: _library.FLOAT16,
-    torch.bfloat16: _library.BFLOAT16,
-}
-
+_STRIDED = torch.strided
 _ANYWHERE = contextlib.nullcontext()
 
 # Below this many elements the threads cost more than they save.
@@ -28,12 +22,21 @@ class UnsupportedTensor(TypeError, RuntimeError):
     """A tensor that a pass cannot read: a wrong argument, for which torch's own layers raise RuntimeError."""
 
 
-def type_of(tensor: torch.Tensor) -> int:
-    try:
-        return _TYPES[tensor.dtype]
-    except KeyError:
-        text = f"SyncBatchNorm takes float16, bfloat16, float32 and float64, not {tensor.dtype}"
-        raise UnsupportedTensor(text) from None
+class _Types(Dict[torch.dtype, int]):
+    """The library's numbers for torch's types; UnsupportedTensor for types that it does not take."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise UnsupportedTensor(f"SyncBatchNorm takes float16, bfloat16, float32 and float64, not {dtype}")
+
+
+_TYPES = _Types(
+    {
+        torch.float32: _library.FLOAT32,
+        torch.float64: _library.FLOAT64,
+        torch.float16: _library.FLOAT16,
+        torch.bfloat16: _library.BFLOAT16,
+    }
+)
 
 
 # Tells a wrapper of torch.func (functorch, before torch 2).
@@ -55,22 +58,20 @@ def check_supported(*tensors: Optional[torch.Tensor]) -> None:
     if _tracing_state() is not None:
         text = "SyncBatchNorm in training cannot be recorded by torch.jit.trace, which add_graph and exporters use as well"
         raise UnsupportedTensor(text + _ADVICE)
-    if getattr(forward_ad, "_current_level", -1) < 0:
-        tensors = tuple(tensor for tensor in tensors if tensor is not None and not _is_usual(tensor))
-    for tensor in tensors:
-        if tensor is not None:
-            _check_supported(tensor)
-
-
-def _is_usual(x: torch.Tensor) -> bool:
-    """Whether x is supported at first sight: what nearly every tensor is."""
-    return (
-        type(x) in _PLAIN
-        and (x.is_cpu or x.is_cuda)
-        and x.dtype in _TYPES
-        and x.layout is torch.strided
-        and not _transformed(x)
-    )
+    differentiates_forward = getattr(forward_ad, "_current_level", -1) >= 0
+    for x in tensors:
+        if x is None:
+            continue
+        usual = (  # As nearly every tensor is.
+            not differentiates_forward
+            and type(x) in _PLAIN
+            and (x.is_cpu or x.is_cuda)
+            and x.dtype in _TYPES
+            and x.layout is _STRIDED
+            and not _transformed(x)
+        )
+        if not usual:
+            _check_supported(x)
 
 
 def _check_supported(x: torch.Tensor) -> None:
@@ -78,7 +79,7 @@ def _check_supported(x: torch.Tensor) -> None:
         if x.device.type == "meta":
             raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a meta tensor has not{_ADVICE}")
         raise UnsupportedTensor(f"SyncBatchNorm takes tensors on cpu and cuda, not on {x.device}")
-    type_of(x)
+    _TYPES[x.dtype]
     if x.layout != torch.strided:
         raise UnsupportedTensor(f"SyncBatchNorm takes dense tensors, not {x.layout}")
     if any(kind.__name__ in ("FakeTensor", "FunctionalTensor") for kind in type(x).__mro__):
@@ -114,6 +115,18 @@ def dense(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     if channels_last:
         return x if _is_dense(x, True) else x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
+
+
+def _address_at_sight(x: torch.Tensor, channels_last: bool) -> int:
+    """The address of a tensor's elements if the library can take it as it is, in that layout; 0: look at it closely."""
+    if type(x) not in _PLAIN or x.layout is not _STRIDED or x.is_neg():
+        return 0
+    if not (_is_dense(x, True) if channels_last else x.is_contiguous()):
+        return 0
+    try:
+        return x.data_ptr()
+    except RuntimeError:  # A wrapper without memory of its own, as torch.func and both kinds of vmap make them.
+        return 0
 
 
 _BATCHED = (
@@ -159,7 +172,10 @@ def given_back(name: str, x: torch.Tensor, form: Form, channels_last: bool) -> t
     A saved tensor may come through hooks (torch.autograd.graph.saved_tensors_hooks), a gradient through formulas that
     expand, negate or zero: their strides, their class and their memory are anything. Shape, type and device are not.
     """
-    form.check(name, x)
+    if x.shape != form.shape or x.dtype != form.dtype or x.device != form.device:
+        form.check(name, x)
+    if not torch.is_grad_enabled() and _address_at_sight(x, channels_last):
+        return x
     return dense(_in_memory(x), channels_last)
 
 
@@ -173,14 +189,20 @@ def vector_given_back(name: str, x: Optional[torch.Tensor], form: Optional[Form]
 
 def readable(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     """A parameter or a buffer, contiguous; a copy where it is not."""
-    if x is None or _is_readable(x):
+    if x is None or _address_at_sight(x, False):
         return x
     return dense(_in_memory(x), False)
 
 
-def _is_readable(x: torch.Tensor) -> bool:
-    """Whether the library can take x as it is, contiguous."""
-    return type(x) in _PLAIN and x.layout is torch.strided and x.is_contiguous() and not x.is_neg() and x.data_ptr() != 0
+def readable_vector(x: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], Tuple[int, int]]:
+    """What `readable` returns, and the members of a struct Vector for it."""
+    if x is None:
+        return None, NO_VECTOR
+    at = _address_at_sight(x, False)
+    if not at:
+        x = dense(_in_memory(x), False)
+        at = x.data_ptr()
+    return x, (at, _TYPES[x.dtype])
 
 
 def readable_as(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -198,7 +220,7 @@ def write_back(buffer: Optional[torch.Tensor], updated: Optional[torch.Tensor]) 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """A plain tensor with the strides of x, which is dense."""
-    if type(x) is torch.Tensor:
+    if type(x) in _PLAIN:
         return torch.empty_like(x, requires_grad=False)
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
 
@@ -215,17 +237,32 @@ def address(x: torch.Tensor, channels_last: bool) -> Optional[int]:
 
 def members(x: torch.Tensor, channels_last: bool) -> Tuple[int, ...]:
     """Those of a struct Tensor for a dense x of [batch, channels, ...]."""
-    batch, channels = x.shape[:2]
+    return _members(x, channels_last, address(x, channels_last) or 0)
+
+
+def described(x: torch.Tensor) -> Tuple[torch.Tensor, bool, Tuple[int, ...]]:
+    """x, or a copy that is dense; whether its channels are innermost; the members of a struct Tensor. Differentiable."""
+    at = _address_at_sight(x, False)
+    channels_last = False
+    if not at:
+        channels_last = is_channels_last(x)
+        x = dense(x, channels_last)
+        at = address(x, channels_last) or 0
+    return x, channels_last, _members(x, channels_last, at)
+
+
+def _members(x: torch.Tensor, channels_last: bool, at: int) -> Tuple[int, ...]:
+    batch, channels, *sizes = x.shape
     spatial = 1
-    for size in x.shape[2:]:
+    for size in sizes:
         spatial *= size
     on_cpu = x.is_cpu
     return (
-        address(x, channels_last) or 0,
+        at,
         batch,
         channels,
         spatial,
-        type_of(x),
+        _TYPES[x.dtype],
         _library.CHANNELS_LAST if channels_last else _library.CHANNELS_FIRST,
         _library.DEVICE_CPU if on_cpu else _library.DEVICE_CUDA,
         0 if on_cpu else x.device.index or 0,
@@ -239,7 +276,7 @@ def describe(x: torch.Tensor, channels_last: bool) -> Tensor:
 
 def vector_members(x: Optional[torch.Tensor]) -> Tuple[int, int]:
     """Those of a struct Vector for a parameter or buffer that `readable` has returned, or a new one; None: absent."""
-    return NO_VECTOR if x is None else (x.data_ptr(), type_of(x))
+    return NO_VECTOR if x is None else (x.data_ptr(), _TYPES[x.dtype])
 
 
 NO_VECTOR = (0, _library.FLOAT32)
@@ -253,7 +290,7 @@ def vector(tensor: Optional[torch.Tensor], x: torch.Tensor) -> Vector:
         raise RuntimeError(f"a parameter has {tensor.numel()} elements, and the input {x.shape[1]} channels")
     if tensor.device != x.device:
         raise RuntimeError(f"the input is on {x.device}, and a parameter on {tensor.device}")
-    return Vector(address(tensor, False), type_of(tensor))
+    return Vector(address(tensor, False), _TYPES[tensor.dtype])
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -276,5 +313,5 @@ def execution(x: torch.Tensor) -> Tuple[ContextManager[Any], int, Optional[int]]
                 "SyncBatchNorm cannot be captured into a CUDA graph: a replay would not synchronize with the other workers"
             )
         return torch.cuda.device(x.device), 1, torch.cuda.current_stream(x.device).cuda_stream
-    threads = max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD))
-    return _ANYWHERE, threads, None
+    threads = x.numel() // _ELEMENTS_PER_THREAD
+    return _ANYWHERE, min(threads, torch.get_num_threads()) if threads > 1 else 1, None

@@ -71,7 +71,7 @@ def batch_norm(
     _synchronized.check_options(worker, "add", numeric)
     caller = _caller(worker, layer)
     caller.momentum, caller.numeric = momentum, numeric
-    step = _synchronized.Step(caller, weight, bias, running_mean, running_var, eps, lambda: momentum)
+    step = _synchronized.Step(caller, weight, bias, running_mean, running_var, eps, lambda: momentum, lambda: None)
     normalized: torch.Tensor = caller._normalize_with_others(input, step)
     return normalized
 

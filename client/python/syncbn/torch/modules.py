@@ -11,6 +11,9 @@ from syncbn.core import Worker
 from syncbn.torch import _evaluation, _masked, _naming, _subclasses, _synchronized
 
 
+_ELSEWHERE: Any = object()
+
+
 @_synchronized.outside_of_graphs
 def _train(layer: Any, input: torch.Tensor, z: Optional[torch.Tensor]) -> torch.Tensor:
     with _subclasses.in_own_forward(layer):
@@ -167,27 +170,41 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
     # ---- Training ----
 
     def _step(self, z: Optional[torch.Tensor] = None) -> _synchronized.Step:
-        tracked = self.track_running_stats
+        # Where they usually are: a module's __getattr__ takes as long as a call of the library.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        mean = var = None
+        if self.track_running_stats:
+            mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
+            var = buffers["running_var"] if "running_var" in buffers else self.running_var
         return _synchronized.Step(
             self,
-            self.weight,
-            self.bias,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
+            weight,
+            bias,
+            mean,
+            var,
             self.eps,
             self._count_batch,
+            self._uncount_batch,
             z,
             self.activation == "relu",
         )
 
     def _count_batch(self) -> float:
         """Counts this batch; returns the new value's weight in the running statistics."""
-        counted = self.num_batches_tracked
+        counted = self._buffers.get("num_batches_tracked", _ELSEWHERE)
+        if counted is _ELSEWHERE:
+            counted = self.num_batches_tracked
         if counted is not None:
             counted.add_(1)
         if self.momentum is not None:
             return self.momentum
         return 0.0 if counted is None else 1.0 / float(counted)
+
+    def _uncount_batch(self) -> None:
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.sub_(1)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: None = None) -> torch.nn.Module:
