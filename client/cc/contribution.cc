@@ -74,6 +74,20 @@ uint8_t* WriteVector(int field, absl::Span<const double> vector, uint8_t* to) {
   return WriteBytes(field, vector.data(), vector.size() * sizeof(double), to);
 }
 
+uint64_t NumberOf(Phase phase) { return static_cast<uint64_t>(phase); }
+
+size_t KeyBytes(const RoundKey& key) {
+  const size_t layer_bytes = key.layer.empty() ? 0 : DelimitedBytes(key.layer.size());
+  return layer_bytes + VarintBytes(key.sequence) + VarintBytes(NumberOf(key.phase));
+}
+
+// Writes a v1::RoundKey, which takes KeyBytes.
+uint8_t* WriteKey(const RoundKey& key, uint8_t* to) {
+  to = WriteBytes(v1::RoundKey::kLayerFieldNumber, key.layer.data(), key.layer.size(), to);
+  to = WriteVarint(v1::RoundKey::kSequenceFieldNumber, key.sequence, to);
+  return WriteVarint(v1::RoundKey::kPhaseFieldNumber, NumberOf(key.phase), to);
+}
+
 }  // namespace
 
 Buffer EncodeContribution(const RoundKey& key, const Payload& payload) {
@@ -81,9 +95,7 @@ Buffer EncodeContribution(const RoundKey& key, const Payload& payload) {
   const bool forward = key.phase == Phase::kForward;
   const uint64_t count = forward ? static_cast<uint64_t>(payload.count) : 0;
   const uint64_t role = forward ? static_cast<uint64_t>(payload.backward_role) : 0;
-  const uint64_t phase = static_cast<uint64_t>(key.phase);
-  const size_t layer_bytes = key.layer.empty() ? 0 : DelimitedBytes(key.layer.size());
-  const size_t key_bytes = layer_bytes + VarintBytes(key.sequence) + VarintBytes(phase);
+  const size_t key_bytes = KeyBytes(key);
   const size_t payload_bytes =
       VarintBytes(count) + VectorBytes(payload.first) + VectorBytes(payload.second) + VarintBytes(role);
   const size_t contribution_bytes = DelimitedBytes(key_bytes) + DelimitedBytes(payload_bytes);
@@ -92,15 +104,21 @@ Buffer EncodeContribution(const RoundKey& key, const Payload& payload) {
   uint8_t* to = buffer.data();
   to = WriteHead(v1::WorkerFrame::kContributionsFieldNumber, contribution_bytes, to);
   to = WriteHead(v1::Contribution::kKeyFieldNumber, key_bytes, to);
-  to = WriteBytes(v1::RoundKey::kLayerFieldNumber, key.layer.data(), key.layer.size(), to);
-  to = WriteVarint(v1::RoundKey::kSequenceFieldNumber, key.sequence, to);
-  to = WriteVarint(v1::RoundKey::kPhaseFieldNumber, phase, to);
+  to = WriteKey(key, to);
   to = WriteHead(fields.payload, payload_bytes, to);
   to = WriteVarint(v1::Moments::kCountFieldNumber, count, to);
   to = WriteVector(fields.first, payload.first, to);
   to = WriteVector(fields.second, payload.second, to);
   to = WriteVarint(v1::Moments::kBackwardRoleFieldNumber, role, to);
   SYNCBN_CHECK(to == buffer.data() + buffer.size());
+  return buffer;
+}
+
+Buffer EncodeBlockedOn(const RoundKey& key) {
+  const size_t key_bytes = KeyBytes(key);
+  Buffer buffer(DelimitedBytes(key_bytes));
+  uint8_t* const to = WriteHead(v1::WorkerFrame::kBlockedOnFieldNumber, key_bytes, buffer.data());
+  SYNCBN_CHECK(WriteKey(key, to) == buffer.data() + buffer.size());
   return buffer;
 }
 

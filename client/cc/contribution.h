@@ -24,6 +24,9 @@ struct Payload {
 // vectors instead of two. Such frames may follow each other in one: their parts add up.
 Buffer EncodeContribution(const RoundKey& key, const Payload& payload);
 
+// Returns a v1::WorkerFrame that only says that the worker is blocked on this round, as protobuf would serialize it.
+Buffer EncodeBlockedOn(const RoundKey& key);
+
 }  // namespace syncbn
 
 #endif  // SYNCBN_CLIENT_CC_CONTRIBUTION_H_

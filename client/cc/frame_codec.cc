@@ -7,14 +7,17 @@
 #include <optional>
 #include <string>
 
+#include "absl/strings/str_join.h"
+#include "client/cc/contribution.h"
 #include "client/cc/errors.h"
-#include "google/protobuf/io/zero_copy_stream.h"
 #include "plumbing/check.h"
 #include "plumbing/duration.h"
 #include "plumbing/messages.h"
+#include "plumbing/wire_reader.h"
 #include "syncbn/v1/statistics.pb.h"
 #include "vocabulary/protocol_version.h"
 #include "vocabulary/wire/convert.h"
+#include "vocabulary/wire/read.h"
 
 namespace syncbn {
 namespace {
@@ -98,51 +101,13 @@ bool HasTail(const session::ClientFrame& frame) {
          frame.membership_read != 0;
 }
 
-// ---- From the master ------------------------------------------------------------------------------------------------
+// Returns whether the frame's tail only says that the worker is blocked, as most do.
+bool IsOnlyBlocked(const session::ClientFrame& frame) {
+  return frame.blocked_on != nullptr && !frame.caught_up && frame.left_ranks.empty() && !frame.leave.has_value() &&
+         frame.membership_read == 0;
+}
 
-// Reads the parts of a frame one after the other.
-class PartsStream final : public google::protobuf::io::ZeroCopyInputStream {
- public:
-  explicit PartsStream(absl::Span<const absl::string_view> parts) : rest_(parts) {}
-
-  bool Next(const void** data, int* size) override {
-    while (position_ == part_.size()) {
-      if (rest_.empty()) return false;
-      part_ = rest_.front();
-      rest_.remove_prefix(1);
-      position_ = 0;
-    }
-    *data = part_.data() + position_;
-    *size = static_cast<int>(part_.size() - position_);
-    count_ += *size;
-    position_ = part_.size();
-    return true;
-  }
-
-  void BackUp(int count) override {
-    position_ -= static_cast<size_t>(count);
-    count_ -= count;
-  }
-
-  bool Skip(int count) override {
-    const void* data = nullptr;
-    int size = 0;
-    while (count > 0) {
-      if (!Next(&data, &size)) return false;
-      if (size > count) BackUp(size - count);
-      count -= std::min(size, count);
-    }
-    return true;
-  }
-
-  int64_t ByteCount() const override { return count_; }
-
- private:
-  absl::Span<const absl::string_view> rest_;
-  absl::string_view part_;
-  size_t position_ = 0;  // In part_.
-  int64_t count_ = 0;
-};
+// ---- From the master, by protobuf -----------------------------------------------------------------------------------
 
 RoundKey FromProto(v1::RoundKey* key) {
   return {std::move(*key->mutable_layer()), key->sequence(), static_cast<Phase>(key->phase())};
@@ -206,6 +171,109 @@ session::Outcome FromProto(v1::RoundResult* message) {
   return outcome;
 }
 
+// ---- From the master, without protobuf ------------------------------------------------------------------------------
+
+// All of these return false for what is malformed or in another form than serializers write: see
+// vocabulary/wire/read.h.
+
+bool ReadVector(const WireReader& field, std::vector<double>* vector) {
+  if (field.type() != WireType::kBytes || !wire::AreDoubles(field.bytes())) return false;
+  vector->resize(field.bytes().size() / sizeof(double));
+  wire::CopyDoubles(field.bytes(), vector->data());
+  return true;
+}
+
+bool ReadVectorResult(absl::string_view bytes, session::Outcome* outcome) {
+  WireReader fields(bytes);
+  while (fields.NextInOrder()) {
+    if (fields.number() != v1::MergedVector::kValueFieldNumber || !ReadVector(fields, &outcome->result.first)) {
+      return false;
+    }
+  }
+  return fields.well_formed();
+}
+
+// Reads v1::MergedMoments, or v1::MergedGradientSums, which have the same first three fields and no others.
+bool ReadTwoVectors(absl::string_view bytes, session::Outcome* outcome) {
+  static_assert(int{v1::MergedMoments::kCountFieldNumber} == int{v1::MergedGradientSums::kCountFieldNumber});
+  static_assert(int{v1::MergedMoments::kMeanFieldNumber} == int{v1::MergedGradientSums::kSumDyFieldNumber});
+  static_assert(int{v1::MergedMoments::kVarFieldNumber} == int{v1::MergedGradientSums::kSumDyXmuFieldNumber});
+  const bool moments = outcome->payload == Phase::kForward;
+  RoundResult& result = outcome->result;
+  WireReader fields(bytes);
+  while (fields.NextInOrder()) {
+    const bool integer = fields.type() == WireType::kVarint;
+    if (fields.number() == v1::MergedMoments::kCountFieldNumber && integer) {
+      result.count = static_cast<int64_t>(fields.integer());
+    } else if (fields.number() == v1::MergedMoments::kMeanFieldNumber) {
+      if (!ReadVector(fields, &result.first)) return false;
+    } else if (fields.number() == v1::MergedMoments::kVarFieldNumber) {
+      if (!ReadVector(fields, &result.second)) return false;
+    } else if (moments && fields.number() == v1::MergedMoments::kBackwardRequiredFieldNumber && integer) {
+      result.backward_required = fields.integer() != 0;
+    } else if (!moments || fields.number() != v1::MergedMoments::kAbstainingRanksFieldNumber ||
+               fields.type() != WireType::kBytes || !wire::ReadNumbers(fields.bytes(), &outcome->abstaining_ranks)) {
+      return false;
+    }
+  }
+  return fields.well_formed();
+}
+
+// Reads what a v1::RoundResult has beside its key.
+bool ReadOutcomeField(const WireReader& field, session::Outcome* outcome) {
+  switch (field.number()) {
+    case v1::RoundResult::kMomentsFieldNumber:
+      outcome->payload = Phase::kForward;
+      return field.type() == WireType::kBytes && ReadTwoVectors(field.bytes(), outcome);
+    case v1::RoundResult::kGradientSumsFieldNumber:
+      outcome->payload = Phase::kBackward;
+      return field.type() == WireType::kBytes && ReadTwoVectors(field.bytes(), outcome);
+    case v1::RoundResult::kVectorFieldNumber:
+      outcome->payload = Phase::kSum;
+      return field.type() == WireType::kBytes && ReadVectorResult(field.bytes(), outcome);
+    case v1::RoundResult::kMissingRanksFieldNumber:
+      return field.type() == WireType::kBytes && wire::ReadNumbers(field.bytes(), &outcome->result.missing_ranks);
+    case v1::RoundResult::kDigestFieldNumber:
+      outcome->digest = field.integer();
+      return field.type() == WireType::kFixed64;
+    default:
+      return false;  // An error, which protobuf reads, or `refused`, which comes with one.
+  }
+}
+
+bool ReadOutcome(absl::string_view bytes, session::Outcome* outcome) {
+  WireReader fields(bytes);
+  if (!fields.NextInOrder() || fields.number() != v1::RoundResult::kKeyFieldNumber ||
+      fields.type() != WireType::kBytes || !wire::ReadRoundKey(fields.bytes(), &outcome->key)) {
+    return false;
+  }
+  int payloads = 0;
+  while (fields.NextInOrder()) {
+    payloads += fields.number() <= v1::RoundResult::kVectorFieldNumber ? 1 : 0;
+    if (payloads != 1 || !ReadOutcomeField(fields, outcome)) return false;
+  }
+  return fields.well_formed() && payloads == 1;
+}
+
+// Reads a frame of outcomes alone.
+bool ReadOutcomes(absl::string_view bytes, std::vector<session::Outcome>* outcomes) {
+  WireReader fields(bytes);
+  while (fields.Next()) {
+    if (fields.number() != v1::MasterFrame::kResultsFieldNumber || fields.type() != WireType::kBytes ||
+        !ReadOutcome(fields.bytes(), &outcomes->emplace_back())) {
+      return false;
+    }
+  }
+  return fields.well_formed();
+}
+
+// Returns the parts as one, in `copy` unless they are one already.
+absl::string_view Join(absl::Span<const absl::string_view> parts, std::string* copy) {
+  if (parts.size() == 1) return parts.front();
+  *copy = absl::StrJoin(parts, "");
+  return *copy;
+}
+
 }  // namespace
 
 void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, const std::string& life_key,
@@ -221,6 +289,10 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
     }
   }
   if (!parts->empty() && !HasTail(frame)) return;
+  if (IsOnlyBlocked(frame)) {
+    parts->push_back(EncodeBlockedOn(frame.blocked_on->key()));
+    return;
+  }
   v1::WorkerFrame tail;
   tail.set_caught_up(frame.caught_up);
   tail.set_membership_read(frame.membership_read);
@@ -233,14 +305,17 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
   parts->push_back(Encode(tail));
 }
 
-absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> bytes) {
+absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> parts) {
+  std::string copy;
+  const absl::string_view bytes = Join(parts, &copy);
+  session::ServerFrame frame;
+  if (ReadOutcomes(bytes, &frame.outcomes)) return frame;
+  frame.outcomes.clear();
   FrameArena arena;
   auto* const message = arena.Create<v1::MasterFrame>();
-  PartsStream stream(bytes);
-  if (!message->ParseFromZeroCopyStream(&stream)) {
+  if (!message->ParseFromArray(bytes.data(), static_cast<int>(bytes.size()))) {
     return absl::InternalError("the master sent a frame that is not a syncbn.v1.MasterFrame");
   }
-  session::ServerFrame frame;
   if (message->has_joined()) frame.joined = FromProto(message->mutable_joined());
   if (message->has_membership()) frame.membership = FromProto(message->membership());
   for (v1::LateRound& late : *message->mutable_late_rounds()) frame.late_rounds.push_back(FromProto(&late));

@@ -34,8 +34,8 @@ class EncodedContribution : public session::Contribution {
 void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, const std::string& life_key,
                  std::vector<Buffer>* parts);
 
-// Reads a master's frame from its bytes. *Errors*: INTERNAL if it is not a syncbn.v1.MasterFrame.
-absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> bytes);
+// Reads a master's frame, which consists of these parts. *Errors*: INTERNAL if it is not a syncbn.v1.MasterFrame.
+absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> parts);
 
 }  // namespace syncbn
 

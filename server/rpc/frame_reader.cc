@@ -9,8 +9,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "google/protobuf/descriptor.h"
+#include "plumbing/wire_reader.h"
 #include "server/core/error.h"
+#include "server/rpc/contribution_reader.h"
 #include "server/rpc/convert.h"
+#include "vocabulary/wire/read.h"
 
 namespace syncbn::rpc {
 namespace {
@@ -18,9 +21,6 @@ namespace {
 using google::protobuf::Descriptor;
 using google::protobuf::FieldDescriptor;
 using google::protobuf::io::CodedInputStream;
-
-// Protobuf's wire types of our fields.
-enum WireType : uint32_t { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
 
 // Limits on the fields of one of our messages, nested ones included: enough for what a worker has reason to send, and
 // for what a later version might add.
@@ -32,82 +32,24 @@ constexpr size_t kHarmlessBytes = 1024;
 
 core::Error NotAFrame() { return core::MalformedError("the frame is not a syncbn.v1.WorkerFrame"); }
 
-bool SkipValue(CodedInputStream& input, uint32_t wire_type) {
+WireType TypeOf(uint32_t tag) { return static_cast<WireType>(tag & 7); }
+
+bool SkipValue(CodedInputStream& input, WireType type) {
   uint64_t value = 0;
   uint32_t length = 0;
-  switch (wire_type) {
-    case kVarint:
+  switch (type) {
+    case WireType::kVarint:
       return input.ReadVarint64(&value);
-    case kFixed64:
+    case WireType::kFixed64:
       return input.Skip(8);
-    case kFixed32:
+    case WireType::kFixed32:
       return input.Skip(4);
-    case kBytes:
+    case WireType::kBytes:
       return input.ReadVarint32(&length) && length <= static_cast<uint32_t>(std::numeric_limits<int>::max()) &&
              input.Skip(static_cast<int>(length));
-    default:
-      return false;  // Groups, which no message of ours has.
   }
+  return false;  // Groups, which no message of ours has.
 }
-
-// Reads the fields of a message that lies in one piece. CodedInputStream does so too, and takes several times as long.
-class Fields {
- public:
-  explicit Fields(absl::string_view message) : rest_(message) {}
-
-  bool AtEnd() const { return rest_.empty(); }
-
-  // Returns false for a number that is cut off, or too long.
-  bool ReadVarint(uint64_t* value) {
-    constexpr size_t kMostBytes = 10;
-    uint64_t bits = 0;
-    for (size_t i = 0; i < std::min(rest_.size(), kMostBytes); ++i) {
-      const auto byte = static_cast<uint8_t>(rest_[i]);
-      bits |= static_cast<uint64_t>(byte & 0x7f) << (7 * i);
-      if (byte >= 0x80) continue;
-      *value = bits;
-      rest_.remove_prefix(i + 1);
-      return true;
-    }
-    return false;
-  }
-
-  // Reads the value of a field with a length in front. Returns false if it is cut off.
-  bool ReadBytes(absl::string_view* value) {
-    uint64_t length = 0;
-    if (!ReadVarint(&length) || length > rest_.size()) return false;
-    *value = rest_.substr(0, length);
-    rest_.remove_prefix(length);
-    return true;
-  }
-
-  // Returns false for a value that is cut off, or part of a group, which no message of ours has.
-  bool Skip(uint32_t wire_type) {
-    uint64_t number = 0;
-    absl::string_view bytes;
-    switch (wire_type) {
-      case kVarint:
-        return ReadVarint(&number);
-      case kFixed64:
-        return SkipBytes(8);
-      case kFixed32:
-        return SkipBytes(4);
-      case kBytes:
-        return ReadBytes(&bytes);
-      default:
-        return false;
-    }
-  }
-
- private:
-  bool SkipBytes(size_t size) {
-    if (size > rest_.size()) return false;
-    rest_.remove_prefix(size);
-    return true;
-  }
-
-  absl::string_view rest_;
-};
 
 // Counts what parsing a message would allocate.
 class FieldCounter {
@@ -116,34 +58,27 @@ class FieldCounter {
 
   // Returns the limit that the message exceeds, if it exceeds one.
   std::optional<core::Error> Count(absl::string_view message, const Descriptor& type) {
-    Fields fields(message);
-    while (!fields.AtEnd()) {
-      uint64_t tag = 0;
-      if (!fields.ReadVarint(&tag) || tag == 0 || tag > std::numeric_limits<uint32_t>::max()) return NotAFrame();
-      const FieldDescriptor* const field = type.FindFieldByNumber(static_cast<int>(tag >> 3));
-      const Descriptor* const nested = field == nullptr ? nullptr : field->message_type();
-      const auto wire_type = static_cast<uint32_t>(tag & 7);
-      absl::string_view value;
-      if (nested == nullptr || wire_type != kBytes) {
-        if (auto error = Note(field, wire_type, /*nested=*/false)) return error;
-        if (!fields.Skip(wire_type)) return NotAFrame();
-      } else {
-        if (auto error = Note(field, wire_type, /*nested=*/true)) return error;
-        if (!fields.ReadBytes(&value)) return NotAFrame();
-        if (auto error = Count(value, *nested)) return error;
-      }
+    WireReader fields(message);
+    while (fields.Next()) {
+      const FieldDescriptor* const field = type.FindFieldByNumber(static_cast<int>(fields.number()));
+      const Descriptor* const inner = field == nullptr ? nullptr : field->message_type();
+      const bool nested = inner != nullptr && fields.type() == WireType::kBytes;
+      if (auto error = Note(field, fields.type(), nested)) return error;
+      if (!nested) continue;
+      if (auto error = Count(fields.bytes(), *inner)) return error;
     }
+    if (!fields.well_formed()) return NotAFrame();
     return std::nullopt;
   }
 
  private:
-  std::optional<core::Error> Note(const FieldDescriptor* field, uint32_t wire_type, bool nested) {
+  std::optional<core::Error> Note(const FieldDescriptor* field, WireType type, bool nested) {
     if (field == nullptr && ++unknown_ > kMostUnknownFields) {
       return core::MalformedError(
           absl::StrCat("a part of the frame has more than ", kMostUnknownFields, " unknown fields"));
     }
     // Numbers that are not packed take as many bytes in the frame as in memory, or more.
-    if (field != nullptr && field->is_repeated() && wire_type == kFixed64) return std::nullopt;
+    if (field != nullptr && field->is_repeated() && type == WireType::kFixed64) return std::nullopt;
     if (nested && ++messages_ > most_messages_) {
       return core::MalformedError(
           absl::StrCat("a part of the frame has more than ", most_messages_, " nested messages"));
@@ -202,8 +137,8 @@ std::optional<FieldHead> ReadHead(CodedInputStream& input, uint32_t tag) {
   FieldHead head;
   static const Descriptor& type = *v1::WorkerFrame::descriptor();
   const int number = static_cast<int>(tag >> 3);
-  if ((tag & 7) != kBytes || type.FindFieldByNumber(number) == nullptr) {
-    if (!SkipValue(input, tag & 7)) return std::nullopt;
+  if (TypeOf(tag) != WireType::kBytes || type.FindFieldByNumber(number) == nullptr) {
+    if (!SkipValue(input, TypeOf(tag))) return std::nullopt;
     return head;
   }
   uint32_t length = 0;
@@ -231,7 +166,7 @@ std::optional<core::Error> FrameReader::Open() {
   size_t unknown = 0;
   std::optional<core::Error> error;
   while (const uint32_t tag = input.ReadTag()) {
-    if ((tag & 7) == kVarint && IsNumber(static_cast<int>(tag >> 3))) {
+    if (TypeOf(tag) == WireType::kVarint && IsNumber(static_cast<int>(tag >> 3))) {
       uint64_t value = 0;
       if (!input.ReadVarint64(&value)) return NotAFrame();
       if ((error = TakeNumber(static_cast<int>(tag >> 3), value))) return error;
@@ -302,10 +237,11 @@ std::optional<core::Error> FrameReader::TakePiece(int number, absl::string_view 
     default: {
       const bool forgotten = number == v1::WorkerFrame::kForgottenFieldNumber;
       std::vector<core::RoundKey>& keys = forgotten ? head_.forgotten : head_.blocked_on;
-      v1::RoundKey key;
       if (keys.size() == limits_.max_rounds_in_frame) return TooManyRounds();
+      if (wire::ReadRoundKey(piece, &keys.emplace_back())) return std::nullopt;
+      v1::RoundKey key;
       if (auto error = Parse(piece, 0, &key)) return error;
-      return FromProto(key, &keys.emplace_back());
+      return FromProto(key, &keys.back());
     }
   }
 }
@@ -385,10 +321,13 @@ std::optional<core::Error> FrameReader::Next(const SliceLimits& slice, google::p
     const std::optional<absl::string_view> piece = ReadPiece(*input_, *pending_length_, copy);
     pending_length_.reset();
     if (!piece.has_value()) return NotAFrame();
-    auto* const message = google::protobuf::Arena::CreateMessage<v1::Contribution>(arena);
-    if (auto error = Parse(*piece, kMessagesOfAContribution, message)) return error;
-    if (auto error = FromProto(*message, &event->contributions.emplace_back())) return error;
-    event->contributions.back().repeats = pending_repeats_;
+    core::Contribution& contribution = event->contributions.emplace_back();
+    if (!ReadContribution(*piece, arena, &contribution)) {
+      auto* const message = google::protobuf::Arena::CreateMessage<v1::Contribution>(arena);
+      if (auto error = Parse(*piece, kMessagesOfAContribution, message)) return error;
+      if (auto error = FromProto(*message, &contribution)) return error;
+    }
+    contribution.repeats = pending_repeats_;
     bytes += length;
     ++read_;
   }

@@ -44,6 +44,7 @@ class FrameReader {
   // The frame without its contributions. Valid after Open.
   const core::FrameReceived& head() const { return head_; }
   size_t contributions() const { return contributions_; }
+  size_t bytes() const { return frame_.Length(); }
   // Returns whether Next was called.
   bool begun() const { return begun_; }
   // Returns whether Next has read all contributions.

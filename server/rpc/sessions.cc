@@ -21,6 +21,8 @@ constexpr absl::Duration kLongestSilence = absl::Milliseconds(20);
 constexpr absl::Duration kLagTimeout = absl::Seconds(5);
 // Time within which a closed stream's last frames and status must be read.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
+// A contribution with so many bytes more than the layers' numbers take is not yet malformed.
+constexpr size_t kShortest = size_t{64} << 10;
 
 }  // namespace
 
@@ -161,13 +163,14 @@ bool Sessions::PollShared() {
 
 SliceLimits Sessions::SliceOf(const Session& session) const {
   const core::FrameReceived& head = session.frame->head();
+  // A frame of one short contribution is one slice, whatever the layers are.
+  if (session.frame->contributions() <= 1 && session.frame->bytes() <= kShortest) return {};
   size_t longest = session.lane == nullptr ? 0 : coordinator_.LongestResult(session.lane->id);
   for (const core::LayerSpec& layer : head.layers) longest = std::max(longest, core::LongestResult(layer));
   if (head.join.has_value()) {
     for (const core::LayerSpec& layer : head.join->layers) longest = std::max(longest, core::LongestResult(layer));
   }
-  // A number may take 9 bytes of a contribution and takes 8 of a result. Some bytes more are not yet malformed.
-  constexpr size_t kShortest = size_t{64} << 10;
+  // A number may take 9 bytes of a contribution and takes 8 of a result.
   SliceLimits slice;
   slice.contributions =
       std::clamp<size_t>(options_.limits.max_turn_bytes / std::max<size_t>(longest, 1), 1, slice.contributions);

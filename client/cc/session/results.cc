@@ -1,6 +1,9 @@
 #include "client/cc/session/results.h"
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -8,28 +11,32 @@
 namespace syncbn::session {
 namespace {
 
-// Returns true if all are finite: 0 times a number that is not is not 0. Four sums run in parallel.
-bool AllFinite(const std::vector<double>& values) {
-  double sums[4] = {};
-  size_t i = 0;
-  for (; i + 4 <= values.size(); i += 4) {
-    for (size_t j = 0; j < 4; ++j) sums[j] += 0.0 * values[i + j];
-  }
-  for (; i < values.size(); ++i) sums[0] += 0.0 * values[i];
-  return sums[0] + sums[1] + sums[2] + sums[3] == 0.0;
+int64_t BitsOf(double value) {
+  int64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
 
-bool AnyNegative(const std::vector<double>& values) {
-  int negative = 0;
-  for (const double value : values) negative |= static_cast<int>(value < 0);
-  return negative != 0;
+// As integers without their signs, doubles are ordered by magnitude, and infinity and NaN are the greatest.
+bool AllFinite(const std::vector<double>& values) {
+  const int64_t greatest = BitsOf(std::numeric_limits<double>::max());
+  int64_t signs = 0;
+  for (const double value : values) signs |= greatest - (BitsOf(value) & std::numeric_limits<int64_t>::max());
+  return signs >= 0;
+}
+
+// Returns true if no value has its sign bit set. False does not imply a negative value: -0 and NaN may have it too.
+bool AllPositive(const std::vector<double>& values) {
+  int64_t signs = 0;
+  for (const double value : values) signs |= BitsOf(value);
+  return signs >= 0;
 }
 
 // Checks means and variances. The loops over channels have no early exit so that they vectorize; the channel to name is
 // searched only after a check has failed.
 absl::Status CheckMoments(const RoundKey& key, bool must_be_finite, const RoundResult& result) {
   const bool finite = !must_be_finite || (AllFinite(result.first) && AllFinite(result.second));
-  if (finite && !AnyNegative(result.second)) return absl::OkStatus();
+  if (finite && AllPositive(result.second)) return absl::OkStatus();
   const auto bad = [&key](const char* what, double value, size_t channel) {
     return absl::InternalError(absl::StrCat("the master sent a ", what, " of ", value, " for channel ", channel,
                                             " of layer \"", key.layer, "\""));

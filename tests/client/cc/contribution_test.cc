@@ -64,5 +64,17 @@ TEST_P(EncodeTest, WritesWhatProtobufWould) {
 
 INSTANTIATE_TEST_SUITE_P(Lengths, EncodeTest, ::testing::Values(0, 1, 7, 8, 15, 16, 64, 1023, 2047, 2048, 5000));
 
+TEST(EncodeBlockedOnTest, ABlockIsWrittenAsProtobufWould) {
+  for (const std::string& layer : {std::string("bn"), std::string(200, 'x')}) {
+    for (const uint64_t sequence : {uint64_t{0}, uint64_t{127}, uint64_t{1} << 40}) {
+      v1::WorkerFrame frame;
+      frame.add_blocked_on()->set_layer(layer);
+      frame.mutable_blocked_on(0)->set_sequence(sequence);
+      frame.mutable_blocked_on(0)->set_phase(v1::PHASE_BACKWARD);
+      EXPECT_EQ(Bytes(EncodeBlockedOn({layer, sequence, Phase::kBackward})), frame.SerializeAsString());
+    }
+  }
+}
+
 }  // namespace
 }  // namespace syncbn

@@ -1,0 +1,109 @@
+// Protobuf's encoding, read field by field.
+
+#ifndef SYNCBN_PLUMBING_WIRE_READER_H_
+#define SYNCBN_PLUMBING_WIRE_READER_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "absl/strings/string_view.h"
+
+namespace syncbn {
+
+// The types that a field of our messages may have. Groups, which have types of their own, are no part of any.
+enum class WireType : uint32_t { kVarint = 0, kFixed64 = 1, kBytes = 2, kFixed32 = 5 };
+
+// Takes a number from the front. Returns false if it is cut off, or longer than 64 bits take.
+inline bool TakeVarint(absl::string_view* bytes, uint64_t* value) {
+  constexpr size_t kMostBytes = 10;
+  const size_t most = bytes->size() < kMostBytes ? bytes->size() : kMostBytes;
+  uint64_t bits = 0;
+  for (size_t i = 0; i < most; ++i) {
+    const auto byte = static_cast<uint8_t>((*bytes)[i]);
+    bits |= static_cast<uint64_t>(byte & 0x7f) << (7 * i);
+    if (byte >= 0x80) continue;
+    *value = bits;
+    bytes->remove_prefix(i + 1);
+    return true;
+  }
+  return false;
+}
+
+// Reads the fields of a message that lies in one piece. It allocates nothing, and takes a fraction of the time of
+// protobuf's CodedInputStream, which also reads messages in several pieces.
+//
+// *Thread safety*: none.
+class WireReader {
+ public:
+  explicit WireReader(absl::string_view message) : rest_(message) {}
+
+  // Moves to the next field. Returns false at the end, and where the bytes are no field of our messages.
+  bool Next() {
+    if (rest_.empty() || !well_formed_) return false;
+    uint64_t tag = 0;
+    well_formed_ = TakeVarint(&rest_, &tag) && tag >> 3 != 0 && tag <= std::numeric_limits<uint32_t>::max();
+    number_ = static_cast<uint32_t>(tag >> 3);
+    type_ = static_cast<WireType>(tag & 7);
+    well_formed_ = well_formed_ && TakeValue();
+    return well_formed_;
+  }
+  // As Next, for messages as serializers write them: a field that does not come after the one before it, by its number,
+  // is no field either.
+  bool NextInOrder() {
+    const uint32_t before = number_;
+    if (!Next()) return false;
+    well_formed_ = number_ > before;
+    return well_formed_;
+  }
+  // Returns false if Next has come to something that is no field.
+  bool well_formed() const { return well_formed_; }
+
+  // The field that Next has moved to: its number,
+  uint32_t number() const { return number_; }
+  WireType type() const { return type_; }
+  // its value unless it is kBytes,
+  uint64_t integer() const { return integer_; }
+  // and if it is.
+  absl::string_view bytes() const { return bytes_; }
+
+ private:
+  bool TakeValue() {
+    switch (type_) {
+      case WireType::kVarint:
+        return TakeVarint(&rest_, &integer_);
+      case WireType::kFixed64:
+        return TakeFixed(sizeof(uint64_t));
+      case WireType::kFixed32:
+        return TakeFixed(sizeof(uint32_t));
+      case WireType::kBytes:
+        if (!TakeVarint(&rest_, &integer_) || integer_ > rest_.size()) return false;
+        bytes_ = rest_.substr(0, integer_);
+        rest_.remove_prefix(integer_);
+        return true;
+    }
+    return false;
+  }
+
+  // The wire has numbers as the memory of all machines that this is built for has them.
+  bool TakeFixed(size_t size) {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+    if (size > rest_.size()) return false;
+    integer_ = 0;
+    std::memcpy(&integer_, rest_.data(), size);
+    rest_.remove_prefix(size);
+    return true;
+  }
+
+  absl::string_view rest_;
+  bool well_formed_ = true;
+  uint32_t number_ = 0;
+  WireType type_ = WireType::kVarint;
+  uint64_t integer_ = 0;
+  absl::string_view bytes_;
+};
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_PLUMBING_WIRE_READER_H_
