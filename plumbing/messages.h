@@ -21,7 +21,7 @@ inline grpc::ByteBuffer SerializeToBuffer(const google::protobuf::MessageLite& m
   return grpc::ByteBuffer(&slice, 1);
 }
 
-// An arena for one frame, to live on the stack: messages of few channels need nothing from the heap.
+// An arena for one frame, to live on the stack: messages of up to 512 channels need nothing from the heap.
 class FrameArena {
  public:
   google::protobuf::Arena* get() { return &arena_; }
@@ -33,7 +33,7 @@ class FrameArena {
   }
 
  private:
-  alignas(8) char block_[4096];
+  alignas(8) char block_[(size_t{8} << 10) + 512];
   google::protobuf::Arena arena_{block_, sizeof(block_)};
 };
 

@@ -45,7 +45,7 @@ void WorkerImpl::Abandon(WorkerImpl* impl) {
 
 // ---- Effects --------------------------------------------------------------------------------------------------------
 
-void WorkerImpl::Apply(session::Effects effects) {
+void WorkerImpl::Apply(session::Effects&& effects) {
   for (session::Effect& effect : effects) {
     std::visit([this](auto& kind) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { Apply(kind); }, effect);
   }

@@ -95,7 +95,7 @@ class WorkerImpl {
   using State = session::Session::State;
 
   // ---- Effects
-  void Apply(session::Effects effects) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Apply(session::Effects&& effects) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Apply(session::FindMaster& find) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);  // Gives the lock up meanwhile.
   void Apply(session::Connect& connect) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Apply(session::Write& write) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

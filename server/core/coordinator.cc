@@ -84,9 +84,20 @@ bool AddToLate(Effect& effect, Effects& joined) {
   return true;
 }
 
+// Returns whether no two effects are of a kind that may be joined, as after most events.
+bool NothingToJoin(const Effects& effects) {
+  size_t results = 0, late = 0;
+  for (const Effect& effect : effects) {
+    results += std::holds_alternative<SendResults>(effect) ? 1 : 0;
+    late += std::holds_alternative<SendLateRounds>(effect) ? 1 : 0;
+  }
+  return results < 2 && late < 2;
+}
+
 // Joins neighbouring results for the same streams into one frame, and late rounds likewise. Effects that are not sent
 // to workers do not separate neighbours.
 Effects Coalesce(Effects effects) {
+  if (NothingToJoin(effects)) return effects;
   constexpr size_t kNone = SIZE_MAX;
   Effects joined;
   size_t open = kNone;  // Where the newest SendResults lies, while it may still grow.

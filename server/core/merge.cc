@@ -103,6 +103,14 @@ bool AllWithin(absl::Span<const double> vector, double bound) {
   return signs >= 0;
 }
 
+// Returns true if 0 <= value <= bound for all values. False does not imply that one is not: -0 is none of these.
+bool AllBetweenZeroAnd(double bound, absl::Span<const double> vector) {
+  const int64_t greatest = BitsOf(bound);
+  int64_t signs = 0;
+  for (const double value : vector) signs |= BitsOf(value) | (greatest - BitsOf(value));
+  return signs >= 0;
+}
+
 // Returns true if no value has its sign bit set. False does not imply a negative value: -0 and NaN may have it too.
 bool AllPositive(absl::Span<const double> vector) {
   int64_t signs = 0;
@@ -143,10 +151,12 @@ std::optional<Error> CheckMagnitude(const Contribution& contribution, absl::Span
   return std::nullopt;
 }
 
-std::optional<Error> CheckMoments(const Contribution& contribution, Rank rank, int64_t max_count) {
-  if (contribution.count < 0 || contribution.count > max_count) {
-    return CountError(rank, contribution.key, contribution.count, max_count);
-  }
+std::optional<Error> CheckCount(const Contribution& contribution, Rank rank, int64_t max_count) {
+  if (contribution.count >= 0 && contribution.count <= max_count) return std::nullopt;
+  return CountError(rank, contribution.key, contribution.count, max_count);
+}
+
+std::optional<Error> CheckM2(const Contribution& contribution, Rank rank) {
   if (AllPositive(contribution.second)) return std::nullopt;
   for (size_t channel = 0; channel < contribution.second.size(); ++channel) {
     if (!(contribution.second[channel] < 0.0)) continue;
@@ -196,11 +206,17 @@ std::optional<Error> CheckNumbers(const Contribution& contribution, const LayerS
   if (contribution.key.phase != Phase::kSum && contribution.first.size() != contribution.second.size()) {
     return UnequalLengthsError(rank, contribution, names.first, names.second);
   }
-  if (forward) {
-    if (auto error = CheckMoments(contribution, rank, limits.max_count)) return error;
-  }
   const double bound = limits.max_magnitude;
+  // One look at m2 instead of two, as long as nothing is wrong.
+  const bool m2_is_right = forward && AllBetweenZeroAnd(bound * bound, contribution.second);
+  if (forward) {
+    if (auto error = CheckCount(contribution, rank, limits.max_count)) return error;
+    if (!m2_is_right) {
+      if (auto error = CheckM2(contribution, rank)) return error;
+    }
+  }
   if (auto error = CheckMagnitude(contribution, contribution.first, names.first, spec, rank, bound)) return error;
+  if (m2_is_right) return std::nullopt;
   return CheckMagnitude(contribution, contribution.second, names.second, spec, rank, bound * bound);
 }
 

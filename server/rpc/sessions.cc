@@ -185,7 +185,7 @@ void Sessions::HandleSlice(Session& session) {
   if (session.lane != nullptr && session.lane->lagging != 0 && !joins) return session.lane->waiting.push_back(id);
   FrameArena arena;
   core::Event event;
-  auto& slice = event.emplace<core::FrameReceived>();
+  auto& slice = std::get<core::FrameReceived>(event);  // The first of its kinds.
   slice.stream = id;
   if (auto error = session.frame->Next(session.slice, arena.get(), &slice)) return Refuse(session, *error);
   for (const core::Contribution& contribution : slice.contributions) {
@@ -282,7 +282,7 @@ void Sessions::EndLag(Lane& lane) {
 void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame,
                     const std::vector<size_t>& answered) {
   // Write to every stream first, then resume reading; reading in between would delay the last worker.
-  std::optional<grpc::ByteBuffer> bytes;
+  std::shared_ptr<grpc::ByteBuffer> bytes;
   const size_t size = frame.ByteSizeLong();
   absl::flat_hash_map<UnreadBytes*, UnreadBytes::Charge> charges;
   charges.reserve(streams.size());
@@ -299,9 +299,9 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
       options_.connections->End(session->stream->peer(), "its workers leave too much unread");
       continue;
     }
-    if (!bytes.has_value()) bytes = SerializeToBuffer(frame);
+    if (bytes == nullptr) bytes = std::make_shared<grpc::ByteBuffer>(SerializeToBuffer(frame));
     if (charge == nullptr) charge = session->connection->Add(size);
-    session->stream->Send(*bytes, charge);
+    session->stream->Send(bytes, charge);
   }
   for (const core::StreamId id : streams) {
     Session* const session = Find(id);

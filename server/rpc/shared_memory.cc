@@ -31,7 +31,7 @@ SharedSegment::SharedSegment(SharedFile file, Doorbell* master_bell, size_t max_
 
 std::optional<size_t> SharedSegment::Send() {
   if (!fault_.empty()) return std::nullopt;
-  const grpc::ByteBuffer& frame = outgoing_.front();
+  const grpc::ByteBuffer& frame = *outgoing_.front();
   if (slices_.empty()) SYNCBN_CHECK(frame.Dump(&slices_).ok(), "a frame of ours cannot be read");
   absl::InlinedVector<absl::string_view, 4> parts;
   for (const grpc::Slice& slice : slices_) {

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/string_view.h"
@@ -28,7 +29,7 @@ class SharedSegment {
   SharedSegment(SharedFile file, Doorbell* master_bell, size_t max_frame_bytes);
 
   // Queues a frame to be sent.
-  void Queue(const grpc::ByteBuffer& frame) { outgoing_.push_back(frame); }
+  void Queue(std::shared_ptr<const grpc::ByteBuffer> frame) { outgoing_.push_back(std::move(frame)); }
   size_t queued() const { return outgoing_.size(); }
   // Sends the queue's first frame, or what is left of it. Returns its length once it has been sent, and takes it from
   // the queue; nothing if the worker has to read first.
@@ -56,7 +57,7 @@ class SharedSegment {
   Doorbell* const master_bell_;
   RingWriter writer_;
   RingReader reader_;
-  std::deque<grpc::ByteBuffer> outgoing_;
+  std::deque<std::shared_ptr<const grpc::ByteBuffer>> outgoing_;
   std::vector<grpc::Slice> slices_;  // Of the queue's first frame, if Send has begun with it.
   std::string fault_;
 };

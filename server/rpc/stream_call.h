@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <deque>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -20,7 +21,8 @@
 namespace syncbn::rpc {
 
 // One call, from the wait for it to its last operation. `Stream` is gRPC's ServerAsyncWriter or
-// ServerAsyncReaderWriter, `Message` what it writes. At most one operation of each kind is under way at a time.
+// ServerAsyncReaderWriter, `Message` what it writes, or a std::shared_ptr to that. At most one operation of each kind
+// is under way at a time.
 //
 // gRPC tells the end of a call once (OnEnded), independently of the operations under way. After both, OnGone is the
 // last hook to be called, and may delete the object; no other hook may.
@@ -66,10 +68,9 @@ class StreamCall {
   }
 
   // Queues a message to be written. The call must be open().
-  template <typename M>
-  void Queue(M&& message) {
+  void Queue(Message message) {
     SYNCBN_CHECK(open(), "a message to a call that is closed");
-    outgoing_.push_back(std::forward<M>(message));
+    outgoing_.push_back(std::move(message));
     WriteNext();
   }
 
@@ -119,6 +120,15 @@ class StreamCall {
     StreamCall* const call_;
     const Operation operation_;
   };
+
+  template <typename T>
+  static const T& Referent(const T& message) {
+    return message;
+  }
+  template <typename T>
+  static const T& Referent(const std::shared_ptr<const T>& message) {
+    return *message;
+  }
 
   OperationTag& TagOf(Operation operation) { return tags_[static_cast<size_t>(operation)]; }
   bool under_way(Operation operation) { return TagOf(operation).under_way; }
@@ -171,7 +181,7 @@ class StreamCall {
     const bool busy = under_way(Operation::kStart) || under_way(Operation::kHeaders) || under_way(Operation::kWrite);
     if (busy || broken_ || ended_) return;
     if (!outgoing_.empty()) {
-      stream_.Write(outgoing_.front(), Begin(Operation::kWrite));
+      stream_.Write(Referent(outgoing_.front()), Begin(Operation::kWrite));
     } else if (closing_.has_value() && !HoldsEnd() && !std::exchange(finished_, true)) {
       stream_.Finish(*closing_, Begin(Operation::kFinish));
     }

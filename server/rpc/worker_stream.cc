@@ -49,14 +49,14 @@ bool WorkerStream::Admits(size_t bytes) {
   return open() && !cut_off_;
 }
 
-void WorkerStream::Send(const grpc::ByteBuffer& frame, UnreadBytes::Charge charge) {
-  unread_bytes_ += frame.Length();
+void WorkerStream::Send(std::shared_ptr<const grpc::ByteBuffer> frame, UnreadBytes::Charge charge) {
+  unread_bytes_ += frame->Length();
   if (segment_ == nullptr || !std::exchange(answered_, true)) {
     charges_.push_back(std::move(charge));
-    return Queue(frame);
+    return Queue(std::move(frame));
   }
   shared_charges_.push_back(std::move(charge));
-  segment_->Queue(frame);
+  segment_->Queue(std::move(frame));
   SendShared();
 }
 

@@ -28,8 +28,8 @@ using StatisticsAsyncService = v1::StatisticsService::WithRawMethod_Synchronize<
 // end.
 //
 // Owned by its handler, which deletes it when it is gone.
-class WorkerStream final
-    : public StreamCall<grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>, grpc::ByteBuffer> {
+class WorkerStream final : public StreamCall<grpc::ServerAsyncReaderWriter<grpc::ByteBuffer, grpc::ByteBuffer>,
+                                             std::shared_ptr<const grpc::ByteBuffer>> {
  public:
   class Handler {
    public:
@@ -78,16 +78,16 @@ class WorkerStream final
   // Returns whether a frame of so many bytes may be sent. A worker that would leave more than max_unread_bytes unread
   // is to be cut off instead, before the frame is built.
   bool Admits(size_t bytes);
-  // Queues a frame that was admitted. `charge` is kept until it has been written.
-  void Send(const grpc::ByteBuffer& frame, UnreadBytes::Charge charge);
+  // Queues a frame that was admitted. It and `charge` are kept until it has been written.
+  void Send(std::shared_ptr<const grpc::ByteBuffer> frame, UnreadBytes::Charge charge);
   // As StreamCall's.
   void Close(const grpc::Status& status);
 
  private:
   void OnStart() override;
   void OnRead(bool ok) override;
-  void OnDequeue(const grpc::ByteBuffer& frame) override {
-    unread_bytes_ -= frame.Length();
+  void OnDequeue(const std::shared_ptr<const grpc::ByteBuffer>& frame) override {
+    unread_bytes_ -= frame->Length();
     charges_.pop_front();
   }
   void OnWritten() override;

@@ -32,11 +32,20 @@ bool AllPositive(const std::vector<double>& values) {
   return signs >= 0;
 }
 
+// Returns true if all are finite and have no sign bit set. False does not imply that one is wrong: -0 is right.
+bool AllFiniteAndPositive(const std::vector<double>& values) {
+  const int64_t greatest = BitsOf(std::numeric_limits<double>::max());
+  int64_t signs = 0;
+  for (const double value : values) signs |= BitsOf(value) | (greatest - BitsOf(value));
+  return signs >= 0;
+}
+
 // Checks means and variances. The loops over channels have no early exit so that they vectorize; the channel to name is
 // searched only after a check has failed.
 absl::Status CheckMoments(const RoundKey& key, bool must_be_finite, const RoundResult& result) {
-  const bool finite = !must_be_finite || (AllFinite(result.first) && AllFinite(result.second));
-  if (finite && AllPositive(result.second)) return absl::OkStatus();
+  const bool right =
+      must_be_finite ? AllFinite(result.first) && AllFiniteAndPositive(result.second) : AllPositive(result.second);
+  if (right) return absl::OkStatus();
   const auto bad = [&key](const char* what, double value, size_t channel) {
     return absl::InternalError(absl::StrCat("the master sent a ", what, " of ", value, " for channel ", channel,
                                             " of layer \"", key.layer, "\""));

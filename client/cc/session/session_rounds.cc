@@ -188,7 +188,8 @@ void Session::Enqueue(ContributionRef contribution, KnownLayer& layer, size_t le
 
 Effects Session::Send(absl::Time now) {
   if (state_ != State::kJoined || writing_) return {};
-  ClientFrame frame;
+  Effects effects;
+  ClientFrame& frame = std::get<Write>(effects.emplace_back(std::in_place_type<Write>)).frame;
   FillFrame(now, &frame);
   if (catching_up_ && to_resend_ == 0) {
     catching_up_ = false;
@@ -208,8 +209,6 @@ Effects Session::Send(absl::Time now) {
   if (membership_read_ != membership_said_) frame.membership_read = membership_said_ = membership_read_;
   writing_ = true;
   told_ = frame.blocked_on;
-  Effects effects;
-  effects.push_back(Write{std::move(frame)});
   return effects;
 }
 
