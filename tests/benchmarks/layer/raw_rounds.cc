@@ -17,19 +17,28 @@ struct RawRoundsApi {
   decltype(&syncbn_round_destroy) destroy;
 };
 
-// Runs one forward and one backward round of a declared layer.
+// Runs one forward round of a declared layer, and puts its sequence into `sequence`.
 // Returns: 0, or the code of the call that failed.
-int32_t raw_rounds(const RawRoundsApi* api, syncbn_worker* worker, const char* layer, size_t channels) {
+int32_t raw_forward(const RawRoundsApi* api, syncbn_worker* worker, const char* layer, size_t channels,
+                    uint64_t* sequence) {
   const std::vector<double> zeros(channels, 0.0);
   syncbn_round* round = nullptr;
   int32_t code = api->start_forward(worker, layer, SYNCBN_NEXT_SEQUENCE, 2, zeros.data(), zeros.data(), channels,
                                     SYNCBN_BACKWARD_REQUIRED, &round, nullptr);
   if (code != 0) return code;
   code = api->wait(round, -1, nullptr);
-  const uint64_t sequence = api->sequence(round);
+  *sequence = api->sequence(round);
   api->destroy(round);
-  if (code != 0) return code;
-  code = api->start_backward(worker, layer, sequence, zeros.data(), zeros.data(), channels, &round, nullptr);
+  return code;
+}
+
+// Runs the backward round of a forward round.
+// Returns: 0, or the code of the call that failed.
+int32_t raw_backward(const RawRoundsApi* api, syncbn_worker* worker, const char* layer, size_t channels,
+                     uint64_t sequence) {
+  const std::vector<double> zeros(channels, 0.0);
+  syncbn_round* round = nullptr;
+  int32_t code = api->start_backward(worker, layer, sequence, zeros.data(), zeros.data(), channels, &round, nullptr);
   if (code != 0) return code;
   code = api->wait(round, -1, nullptr);
   api->destroy(round);
