@@ -115,6 +115,7 @@ def test_a_sanitizer_that_does_not_run_here_fails_nothing(tree):
     path = f"{tree / 'bin'}:{os.environ['PATH']}"
     for script, outcome in (
         ("echo Device not supported; exit 1", {"sanitizer": "skipped"}),
+        ("echo 1 error; exit 9", {"sanitizer": "failed"}),
         ('if [[ "$*" == *--probe* || "$*" == *memcheck* ]]; then echo ok; exit; fi; echo 1 error; exit 9',
          {"sanitizer memcheck": "passed", "sanitizer racecheck": "failed", "sanitizer initcheck": "failed"}),
     ):
