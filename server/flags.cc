@@ -392,6 +392,7 @@ void ReadTokenVariable(const char* variable, const char* flag, std::string* toke
 // refused, since workers have variables with the same prefix.
 void ReadEnvironment(const std::vector<std::string>& names, std::vector<std::string>* doubts) {
   std::vector<std::string> known;
+  known.reserve(names.size() + 3);
   for (const std::string& name : names) known.push_back(VariableOf(name));
   known.push_back(VariableOf("config-file"));
   known.insert(known.end(), {kTokenVariable, kInspectionTokenVariable});

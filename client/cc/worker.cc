@@ -142,7 +142,9 @@ absl::StatusOr<std::unique_ptr<Worker>> WorkerInternal::Join(Worker::Options opt
 Worker::Worker(std::shared_ptr<WorkerImpl> impl) : impl_(std::move(impl)) {}
 
 Worker::~Worker() {
-  // The threads of the parent's attachment are not in this process, and its locks may never open: leak it.
+  // The threads of the parent's attachment are not in this process, and its locks may never open: leak it. If memory is
+  // out, this process ends.
+  // NOLINTNEXTLINE(bugprone-unhandled-exception-at-new)
   if (impl_->forked()) new std::shared_ptr<WorkerAttachment>(std::move(attachment_));
   Close();
 }

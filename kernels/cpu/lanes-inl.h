@@ -34,7 +34,7 @@ struct Lanes {
   Vector part[kParts];
 };
 
-#define SYNCBN_FOR_PARTS(i) _Pragma("GCC unroll 8") for (size_t i = 0; i < kParts; ++i)
+#define SYNCBN_FOR_PARTS(i) _Pragma("GCC unroll 8") for (size_t i = 0; (i) < kParts; ++(i))
 
 HWY_INLINE Lanes Broadcast(double value) {
   Lanes r;

@@ -141,6 +141,7 @@ std::optional<core::Error> CheckIdentity(const std::vector<IdentityTemplate>& te
     if (one.Admits(names, join)) return std::nullopt;
   }
   std::vector<std::string> wanted;
+  wanted.reserve(templates.size());
   for (const IdentityTemplate& one : templates) wanted.push_back(one.Describe(join));
   return core::IdentityError(join, absl::StrJoin(wanted, " or "), Shown(names));
 }

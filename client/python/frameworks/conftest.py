@@ -20,6 +20,8 @@ LIMIT_SECONDS = 1200.0
 class Examples:
     """Runs a script of client/examples. Returns: the relative differences that it has printed."""
 
+    folder = EXAMPLES
+
     def __call__(self, script: str, *arguments: Any, launcher: List[str] = [], **variables: Any) -> List[float]:
         command = [sys.executable, *launcher, str(EXAMPLES / script), *map(str, arguments)]
         done = subprocess.run(

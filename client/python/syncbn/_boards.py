@@ -71,7 +71,7 @@ class TorchBoard(Board):
     def __init__(self, store: Any, topic: str) -> None:
         self.identity = self._store = store
         # torchrun's store outlives a restart of the processes, and keeps the notes of those that have ended.
-        launch = [_environment.text(name) for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
+        launch = [_environment.text("TORCHELASTIC_RUN_ID"), _environment.attempt()]
         self._topic = "/".join([topic, *filter(None, launch)])
 
     def _key(self, name: str) -> str:

@@ -73,13 +73,42 @@ def ray_job() -> Optional[str]:
 
 
 def generation() -> int:
-    """The number of this restart of the whole launch; a later restart has a greater number."""
+    """The number of this restart of the whole launch, by this process's variables; a later restart has a greater number."""
     given = integer("SYNCBN_GENERATION", 0, 2**64 - 1)
-    if given is not None:
-        return given
+    return given if given is not None else generation_of(integer("TORCHELASTIC_RESTART_COUNT", 0, 2**32 - 1) or 0)
+
+
+def generation_of(restart: int) -> int:
+    """The generation of a restart, of number 0 .. 2**32 - 1, by the launcher that Slurm has started."""
     # When Slurm requeues a job, the launcher within it counts its restarts from 0 again.
-    requeues = integer("SLURM_RESTART_COUNT", 0, 2**31 - 1) or 0
-    return (requeues << 32) + (integer("TORCHELASTIC_RESTART_COUNT", 0, 2**32 - 1) or 0)
+    return ((integer("SLURM_RESTART_COUNT", 0, 2**31 - 1) or 0) << 32) + restart
+
+
+def is_elastic() -> bool:
+    """True under torchrun, unless the user has numbered the generation."""
+    return text("SYNCBN_GENERATION") is None and text("TORCHELASTIC_RESTART_COUNT") is not None
+
+
+def agents_share_a_store() -> bool:
+    """True where torchrun's several agents keep one store for all attempts, and count restarts each for itself.
+
+    TORCHELASTIC_RESTART_COUNT of such a launch is not the same everywhere: an agent counts the failures of its own processes.
+    """
+    return _has_several_agents() and (text("TORCHELASTIC_USE_AGENT_STORE") or "").lower() == "true"
+
+
+def attempt() -> Optional[str]:
+    """A word that tells this attempt's notes from those of attempts before, in a store that may outlive them.
+
+    None where it is not needed: the store of several agents' processes ends with them, unless the agents keep one.
+    """
+    if _has_several_agents() and not agents_share_a_store():
+        return None
+    return text("TORCHELASTIC_RESTART_COUNT")
+
+
+def _has_several_agents() -> bool:
+    return text("TORCHELASTIC_RESTART_COUNT") is not None and (integer("GROUP_WORLD_SIZE", 1, 2**32 - 1) or 1) > 1
 
 
 # (rank, number of processes) as launchers set them, those of the innermost launcher first: torchrun may run under srun.

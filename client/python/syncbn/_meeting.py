@@ -31,6 +31,7 @@ _ANY_OTHER_HOST = "192.0.2.1"  # Reserved for documentation: no packet is sent t
 _told_of_one = False
 # The tokens of this process's meetings, by target.
 _tokens: Dict[str, str] = {}
+_begun = int(time.time())
 
 
 def token_of(target: Any) -> Optional[str]:
@@ -159,21 +160,48 @@ def meet(board: Board, group: str, rank: int, world_size: int, seconds: float, t
         return Meeting(note, rank, world_size, master, board, topic, token)
     found = None
     try:
-        found = board.read(f"{topic}/master", seconds, "rank 0, which starts the master for all")
+        found = _read(board, f"{topic}/master", group, rank, seconds, "which starts the master")
     finally:
         if found is None:
             with contextlib.suppress(errors.Error):
                 board.count(counter, -1)
-    if found is None:
-        raise errors.make_error(
-            f"rank {rank} has waited {seconds:g} seconds for rank 0, which starts the master, and rank 0 has not made its "
-            f"worker of group {group!r}",
-            errors.Code.UNAVAILABLE,
-        )
     note = json.loads(found)
     if "error" in note:
         raise errors.make_error(f"rank 0 could not start the master: {note['error']}", errors.Code.UNAVAILABLE)
     return Meeting(note, rank, world_size, None, board, topic, token)
+
+
+def agree_on_restart(board: Board, group: str, rank: int, seconds: float) -> int:
+    """A number of this attempt of an elastic launch, the same at all ranks and greater than those of attempts before.
+
+    It is rank 0's start, in seconds since 1970: the agents of a launch have no count in common, and one that replaces another
+    starts from 0. It has 32 bits until 2106.
+
+    Errors: UNAVAILABLE where rank 0 has not come within `seconds`.
+    """
+    name = f"{group}/restart"
+    if rank == 0:
+        board.post(name, str(_begun))
+        return _begun
+    return int(_read(board, name, group, rank, seconds, "which numbers the restart"))
+
+
+def _read(board: Board, name: str, group: str, rank: int, seconds: float, purpose: str) -> str:
+    """Rank 0's note. Errors: UNAVAILABLE where it is not there within `seconds`."""
+    found = board.read(name, seconds, f"rank 0, {purpose} for all")
+    if found is not None:
+        return found
+    advice = ""
+    if _environment.agents_share_a_store():
+        advice = (
+            "; torchrun's agents count their restarts each for itself, and keep one store for all: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+        )
+    raise errors.make_error(
+        f"rank {rank} has waited {seconds:g} seconds for rank 0, {purpose}, and rank 0 has not made its worker of group "
+        f"{group!r}{advice}",
+        errors.Code.UNAVAILABLE,
+    )
 
 
 def _draw_token() -> str:

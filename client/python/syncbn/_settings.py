@@ -4,7 +4,7 @@ import ctypes
 import logging
 from typing import Any, Callable, Optional, Sequence, Union
 
-from syncbn import _arguments, _environment, _library, _meeting, _places, errors
+from syncbn import _arguments, _boards, _environment, _library, _meeting, _places, errors
 from syncbn._library import text
 from syncbn._places import Place
 from syncbn._rounds import nanoseconds
@@ -136,6 +136,7 @@ class Settings:
         self.job = _arguments.text("job", _first(job, _environment.job))
         self.group = _arguments.text("group", _first(group, lambda: _environment.text("SYNCBN_GROUP"), "default"))
         self.generation = _arguments.integer("generation", _first(generation, _environment.generation), 0, 2**64 - 1)
+        self._is_elastic = generation is None and _environment.is_elastic()
         self.timeout = _seconds("timeout", timeout, DEFAULT_TIMEOUT, zero=False) or DEFAULT_TIMEOUT
         self.join_timeout = _seconds("join_timeout", join_timeout, DEFAULT_JOIN_TIMEOUT, zero=False)
         self.rejoin_grace = _seconds("rejoin_grace", rejoin_grace, None)
@@ -152,6 +153,19 @@ class Settings:
         self.token = _arguments.token(found)
         ordered = _first(stream_ordered, lambda: _environment.flag("SYNCBN_STREAM_ORDERED"))
         self.stream_ordered = _arguments.truth("stream_ordered", ordered)
+
+    def agree(self) -> None:
+        """Sets `generation` to one that all processes of an elastic launch have, and no attempt before.
+
+        The variables serve where there is no process group, or where its store has notes of attempts before.
+
+        Errors: as `_meeting.agree_on_restart`.
+        """
+        if self._is_elastic and self.world_size > 1 and not _environment.agents_share_a_store():
+            board = self.place.find_board() if self.place.identity is not None else None
+            if isinstance(board, _boards.TorchBoard):
+                restart = _meeting.agree_on_restart(board, self.group, self.rank, self.timeout)
+                self.generation = _environment.generation_of(restart)
 
     def meet(self) -> _meeting.Meeting:
         """Finds a master where no target is named, or starts it, and sets `target` and the files for TLS to reach it.

@@ -90,7 +90,8 @@ class Worker:
       job: a name that the workers of one launch share, and no other launch has. Default: $SYNCBN_JOB, else
         $TORCHELASTIC_RUN_ID unless it is "none", $SLURM_JOB_ID, Ray's job, $MASTER_ADDR:$MASTER_PORT, else "default".
       generation: which restart of the whole group this is. Default: $SYNCBN_GENERATION, else $SLURM_RESTART_COUNT times
-        2**32 plus $TORCHELASTIC_RESTART_COUNT.
+        2**32 plus $TORCHELASTIC_RESTART_COUNT. Under torchrun with a process group, the second at which rank 0 has started
+        takes the place of the count, which is not the same on all hosts.
       join_timeout: seconds for which the master is tried, at first and after a broken connection. Default: 30.
       rejoin_grace: seconds for which the others wait for this worker when its connection breaks (0: none). The same for
         all.
@@ -174,6 +175,7 @@ class Worker:
         self.on_worker_lost = settings.on_worker_lost
         self._launch = settings.place.identity
         try:
+            settings.agree()
             if settings.target is None:
                 self._meeting = settings.meet()
             self.target = settings.target

@@ -306,8 +306,10 @@ def test_errors_survive_pickling():
 
 def test_every_error_of_the_protocol_has_a_class():
     """The table of PROTOCOL.md, section 9, by code and reason. Each error is caught by its base, and can be pickled."""
-    page = (pathlib.Path(__file__).resolve().parents[3] / "proto" / "PROTOCOL.md").read_text()
-    table = page.split("## 9. Errors")[1].split("## 10.")[0]
+    page = pathlib.Path(__file__).resolve().parent / "../../../proto/PROTOCOL.md"
+    if not page.exists():
+        pytest.skip("the wheel is tested away from the tree, and PROTOCOL.md is not in it")
+    table = page.read_text().split("## 9. Errors")[1].split("## 10.")[0]
     rows = [[cell.strip(" `") for cell in line.split("|")[2:4]] for line in table.splitlines() if line.startswith("| ")][1:]
     listed = [(syncbn.Code[code], "" if reason == "none" else reason) for code, reason in rows if code != "any"]
     assert len(listed) >= 20

@@ -180,7 +180,7 @@ import syncbn.torch
 torch.set_num_threads(1)
 folder, target, steps, sizes = pathlib.Path(sys.argv[1]), sys.argv[2], 6, [1, 4, 2]
 dist.init_process_group("gloo")
-rank, restart = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank, killed = dist.get_rank(), folder / "killed"
 generator = torch.Generator().manual_seed(3)
 x = torch.randn(steps, sum(sizes), 3, generator=generator, dtype=torch.float64)
 torch.manual_seed(4)
@@ -206,7 +206,8 @@ if saved.exists():
         model.load_state_dict(states[name])
 parallel = [torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) for model in models.values()]
 for number in range(begun, steps):
-    if number == 3 and restart == 0 and rank == 2:
+    if number == 3 and rank == 2 and not killed.exists():
+        killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     for model in parallel:
         step(model, x[number].split(sizes)[rank], sum(sizes) / dist.get_world_size())
@@ -214,7 +215,7 @@ for number in range(begun, steps):
         torch.save((number + 1, {name: model.state_dict() for name, model in models.items()}), saved)
     if number == 2:
         dist.barrier()
-(folder / f"end {restart} {rank}").write_text(f"{begun} {workers['own'].run_id} {workers['named'].run_id}")
+(folder / f"end {rank}").write_text(f"{begun} {workers['own'].run_id} {workers['named'].run_id}")
 if rank == 0:
     torch.save({name: model.state_dict() for name, model in models.items()}, folder / "result")
 dist.barrier()
@@ -248,24 +249,31 @@ def test_the_variable_gives_each_restart_a_store_of_its_own(monkeypatch):
         handler.shutdown()
 
 
-def test_torchrun_restarts_after_a_worker_is_killed(tmp_path, master):
+@pytest.mark.parametrize("agents", [[3], [1, 2]], ids=["one_agent", "two_agents"])
+def test_torchrun_restarts_after_a_worker_is_killed(tmp_path, master, agents):
     """Training goes on from the checkpoint, in a later generation, to the end of one process on the whole batches.
 
-    With a master of rank 0's, and with one that is there before and afterwards.
+    With a master of rank 0's, and with one that is there before and afterwards. Of several agents, the one whose worker was
+    killed counts the restart, and the others do not.
+
+    Args:
+      agents: the number of processes of each agent.
     """
     torch = pytest.importorskip("torch")
     script = tmp_path / "train.py"
     script.write_text(_ELASTIC)
     command = f"""
 import subprocess, sys
-sys.exit(subprocess.call([sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint",
-    "127.0.0.1:0", "--rdzv_id", {tmp_path.name!r}, "--nproc_per_node", "3", "--max_restarts", "2", "--redirects", "1", "--tee",
-    "1", {str(script)!r}, {str(tmp_path)!r}, {master.target!r}]))
+agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint",
+    "127.0.0.1:{processes.free_port()}", "--rdzv_id", {tmp_path.name!r}, "--nnodes", "{len(agents)}", "--nproc_per_node",
+    str(count), "--max_restarts", "2", "--monitor_interval", "1", "--redirects", "1", "--tee", "1", {str(script)!r},
+    {str(tmp_path)!r}, {master.target!r}]) for count in {agents}]
+sys.exit(max([agent.wait() for agent in agents], key=abs))
 """
     # Else gloo may find addresses of processes that have ended; see the test before.
     processes.run(command, 1, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
     ends = {path.name: path.read_text().split() for path in tmp_path.glob("end *")}
-    assert sorted(ends) == ["end 1 0", "end 1 1", "end 1 2"]
+    assert sorted(ends) == ["end 0", "end 1", "end 2"]
     assert {words[0] for words in ends.values()} == {"3"} and len(set(map(tuple, ends.values()))) == 1
 
     generator = torch.Generator().manual_seed(3)
