@@ -19,6 +19,8 @@ static_assert(offsetof(SegmentLayout, bytes_to_master) == 512);
 static_assert(offsetof(SegmentLayout, bytes_to_worker) == 524800 && sizeof(SegmentLayout) == 1049088);
 static_assert(sizeof(Doorbell) == 8);
 
+// The most that a writer copies before the reader sees any of it.
+constexpr size_t kPieceBytes = size_t{64} << 10;
 // The bytes for which memory is taken before they have come: a length may be a lie.
 constexpr size_t kMostReserved = size_t{16} << 20;
 
@@ -33,7 +35,7 @@ void AroundTheEnd(uint64_t position, size_t size, Copy copy) {
 
 }  // namespace
 
-RingProgress RingWriter::Send(absl::Span<const absl::string_view> parts) {
+RingProgress RingWriter::Send(absl::Span<const absl::string_view> parts, Doorbell* bell) {
   size_t size = 0;
   for (const absl::string_view part : parts) size += part.size();
   SYNCBN_CHECK(size <= std::numeric_limits<uint32_t>::max(), "a frame of ", size, " bytes");
@@ -47,6 +49,10 @@ RingProgress RingWriter::Send(absl::Span<const absl::string_view> parts) {
       sent_ = 0;
       return RingProgress::kDone;
     }
+    if (HasRoom()) {
+      if (bell != nullptr) bell->Ring();
+      continue;
+    }
     words_->writer_waits.store(1, std::memory_order_seq_cst);
     // The reader may have made room before it could see that.
     if (words_->read.load(std::memory_order_seq_cst) == written_ - kRingBytes) return RingProgress::kWaits;
@@ -56,7 +62,7 @@ RingProgress RingWriter::Send(absl::Span<const absl::string_view> parts) {
 bool RingWriter::Copy(absl::string_view length, absl::Span<const absl::string_view> parts) {
   const uint64_t in_use = written_ - words_->read.load(std::memory_order_acquire);
   if (in_use > kRingBytes) return false;
-  size_t room = kRingBytes - static_cast<size_t>(in_use);
+  size_t room = std::min(kRingBytes - static_cast<size_t>(in_use), kPieceBytes);
   size_t begin = 0;  // A part's, in the frame.
   const auto copy = [&](absl::string_view part) {
     const size_t end = begin + part.size();

@@ -57,12 +57,15 @@ class RingWriter {
 
   // Sends what is left of the frame that these parts form, in order. After kWaits it is to be called again with the
   // same parts, when the reader has rung. A frame has less than 4 GiB.
-  RingProgress Send(absl::Span<const absl::string_view> parts);
+  //
+  // A long frame goes in pieces, and `bell`, if there is one, is rung for each but the newest: so the reader copies out
+  // what has come while the writer copies on.
+  RingProgress Send(absl::Span<const absl::string_view> parts, Doorbell* bell = nullptr);
   // Returns false if Send would return kWaits. Does not tell a broken ring.
   bool HasRoom() const { return words_->read.load(std::memory_order_acquire) != written_ - kRingBytes; }
 
  private:
-  // Copies as much of the frame, from sent_ on, as fits. Returns false for a broken ring.
+  // Copies as much of the frame, from sent_ on, as fits, and a piece at most. Returns false for a broken ring.
   bool Copy(absl::string_view length, absl::Span<const absl::string_view> parts);
 
   RingWords* const words_;

@@ -178,7 +178,7 @@ bool SharedMemoryTransport::Write(absl::Span<const Buffer> parts) {
 bool SharedMemoryTransport::SendOn() {
   absl::InlinedVector<absl::string_view, 4> views;
   for (const Buffer& part : outgoing_) views.emplace_back(reinterpret_cast<const char*>(part.data()), part.size());
-  const RingProgress progress = segment_->writer().Send(views);
+  const RingProgress progress = segment_->writer().Send(views, &segment_->master_bell());
   segment_->master_bell().Ring();
   if (progress == RingProgress::kBroken) fault_ = true;
   if (progress == RingProgress::kDone) outgoing_.clear();

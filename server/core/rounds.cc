@@ -307,9 +307,13 @@ void Rounds::Finish(Pending::iterator round, std::shared_ptr<const RoundOutcome>
 }
 
 void Rounds::Erase(Pending::iterator round) {
-  const PendingRound& pending = round->second;
+  PendingRound& pending = round->second;
   SYNCBN_CHECK(pending.bytes <= pending_bytes_, pending.bytes, " of ", pending_bytes_);
   pending_bytes_ -= pending.bytes;
+  for (auto& [rank, payload] : pending.payloads) {
+    spare_.Keep(std::move(payload.first));
+    spare_.Keep(std::move(payload.second));
+  }
   idle_ -= pending.Idle() ? 1 : 0;
   alarms_.erase({pending.alarm, round->first});
   pending_.erase(round);

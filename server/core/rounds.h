@@ -26,6 +26,7 @@
 #include "server/core/pending_round.h"
 #include "server/core/round_statistics.h"
 #include "server/core/types.h"
+#include "server/core/vector_pool.h"
 #include "server/core/views.h"
 
 namespace syncbn::core {
@@ -115,6 +116,8 @@ class Rounds {
 
   // A std::map: rounds end while others are being looked at, and iterators must survive that.
   using Pending = std::map<RoundKey, PendingRound>;
+  // For the numbers of contributions. A group that does nothing keeps them too, so they are few.
+  static constexpr size_t kMostSpareBytes = size_t{32} << 10;
   // The end that a round is to take, once it is decided.
   struct Fate {
     bool decided = false;
@@ -229,6 +232,7 @@ class Rounds {
   absl::btree_set<std::pair<absl::Time, RoundKey>> alarms_;  // The pending rounds'.
   size_t idle_ = 0;                                          // Restored rounds that nobody waits for.
   size_t pending_bytes_ = 0;
+  VectorPool spare_{kMostSpareBytes};
   size_t turn_ = 0;  // The rest of max_turn_bytes.
   // The key from which on rounds are still to be reviewed, and when that became due.
   std::optional<std::pair<RoundKey, absl::Time>> review_;

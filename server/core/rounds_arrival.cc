@@ -232,8 +232,8 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, const Declarati
   payload.count = contribution.count;
   payload.backward_role = contribution.backward_role;
   payload.repeats = contribution.repeats;
-  payload.first.assign(contribution.first.begin(), contribution.first.end());
-  payload.second.assign(contribution.second.begin(), contribution.second.end());
+  payload.first = spare_.Copy(contribution.first);
+  payload.second = spare_.Copy(contribution.second);
   pending.bytes += payload.bytes();
   pending_bytes_ += payload.bytes();
   pending.payloads.emplace(rank, std::move(payload));

@@ -88,7 +88,7 @@ void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer&& frame) {
     return Refuse(session, core::LimitError(bytes, "bytes of a first frame", "max_first_frame_bytes",
                                             options_.limits.max_first_frame_bytes));
   }
-  session.frame = std::make_unique<FrameReader>(std::move(frame), options_.limits);
+  session.frame.emplace(std::move(frame), options_.limits);
   if (auto error = session.frame->Open()) return Refuse(session, *error);
   const core::FrameReceived& head = session.frame->head();
   if (head.join.has_value() && !session.joined) {
@@ -209,7 +209,7 @@ void Sessions::HandleSlice(Session& session) {
 
 void Sessions::ServeBacklog() {
   Session* const session = Find(lanes_.NextTurn());
-  if (session != nullptr && session->frame != nullptr && !session->stream->closed()) HandleSlice(*session);
+  if (session != nullptr && session->frame.has_value() && !session->stream->closed()) HandleSlice(*session);
 }
 
 void Sessions::Refuse(Session& session, const core::Error& error) {
@@ -269,7 +269,7 @@ void Sessions::EndLag(Lane& lane) {
   for (const core::StreamId id : lanes_.CatchUp(lane)) {
     Session* const session = Find(id);
     if (session == nullptr) continue;
-    if (session->frame != nullptr) {
+    if (session->frame.has_value()) {
       lanes_.AddToBacklog(lane, id);
     } else {
       session->stream->ReadNext();

@@ -37,7 +37,7 @@ std::optional<size_t> SharedSegment::Send() {
   for (const grpc::Slice& slice : slices_) {
     parts.emplace_back(reinterpret_cast<const char*>(slice.begin()), slice.size());
   }
-  const RingProgress progress = writer_.Send(parts);
+  const RingProgress progress = writer_.Send(parts, &layout_->worker_bell);
   if (progress == RingProgress::kBroken) fault_ = "the count of read bytes is beyond that of written ones";
   if (progress != RingProgress::kDone) return std::nullopt;
   const size_t size = frame.Length();

@@ -75,6 +75,19 @@ TEST(RingTest, PartsFormOneFrame) {
   EXPECT_EQ(ring.reader.frame(), "");
 }
 
+TEST(RingTest, TheBellRingsBeforeALongFrameIsWhole) {
+  Ring ring;
+  Doorbell bell = {};
+  const std::string frame = Pattern(kRingBytes / 2, 1);
+  ASSERT_EQ(ring.writer.Send({"short"}, &bell), RingProgress::kDone);
+  EXPECT_EQ(bell.rings(), 0u) << "the caller rings for the end";
+  ASSERT_EQ(ring.writer.Send({frame}, &bell), RingProgress::kDone);
+  EXPECT_GE(bell.rings(), 2u);
+  ASSERT_EQ(ring.reader.Receive(), RingProgress::kDone);
+  ASSERT_EQ(ring.reader.Receive(), RingProgress::kDone);
+  EXPECT_EQ(ring.reader.frame(), frame);
+}
+
 TEST(RingTest, AFrameThatIsLongerThanTheRingGoesPieceByPiece) {
   Ring ring;
   const std::string first = Pattern(kRingBytes, 1), second = Pattern(kRingBytes * 5 + 3, 2);

@@ -1,0 +1,49 @@
+#include "server/core/vector_pool.h"
+
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace syncbn::core {
+namespace {
+
+using ::testing::ElementsAre;
+
+constexpr size_t kMostBytes = 64 * sizeof(double);
+
+TEST(VectorPoolTest, AVectorOfTheSameLengthGetsTheSameMemory) {
+  VectorPool pool(kMostBytes);
+  std::vector<double> first = pool.Copy(std::vector<double>{1.0, 2.0});
+  const double* const memory = first.data();
+  pool.Keep(std::move(first));
+  const std::vector<double> second = pool.Copy(std::vector<double>{3.0, 4.0});
+  EXPECT_EQ(second.data(), memory);
+  EXPECT_THAT(second, ElementsAre(3.0, 4.0));
+  const std::vector<double> third = pool.Copy(std::vector<double>{5.0, 6.0});
+  EXPECT_NE(third.data(), memory);
+  EXPECT_THAT(second, ElementsAre(3.0, 4.0));
+}
+
+// Otherwise short vectors could hold much more memory than anything counts.
+TEST(VectorPoolTest, AShortVectorDoesNotGetTheMemoryOfALongOne) {
+  VectorPool pool(kMostBytes);
+  pool.Keep(std::vector<double>(32));
+  EXPECT_LT(pool.Copy(std::vector<double>(15)).capacity(), 32u);
+  EXPECT_EQ(pool.Copy({}).capacity(), 0u);
+  EXPECT_EQ(pool.Copy(std::vector<double>(16)).capacity(), 32u);
+}
+
+TEST(VectorPoolTest, KeepsNoMoreThanItsBytes) {
+  VectorPool pool(kMostBytes);
+  pool.Keep(std::vector<double>(65));
+  EXPECT_EQ(pool.Copy(std::vector<double>(64)).capacity(), 64u) << "too long to be kept";
+  std::vector<double> kept(64);
+  const double* const memory = kept.data();
+  pool.Keep(std::move(kept));
+  pool.Keep(std::vector<double>(1));
+  EXPECT_EQ(pool.Copy(std::vector<double>(64)).data(), memory) << "the newest is not above it";
+}
+
+}  // namespace
+}  // namespace syncbn::core
