@@ -1,4 +1,4 @@
-"""Measures one synchronous round beside its floor and its peer; `tools/benchmark round` runs it.
+"""Measures one synchronous round beside its floor and its peers; `tools/benchmark round` runs it.
 
 Every worker is a process, and so is every server. All variants of a size are alive together and take turns in short
 blocks, in random order, since the machine's speed drifts by more than the variants differ. A ratio is that of two
@@ -11,11 +11,12 @@ import contextlib
 import os
 import pathlib
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple, Union
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -24,10 +25,12 @@ import report  # noqa: E402
 _HERE = pathlib.Path(__file__).resolve().parent
 _WARM_UP = 10  # Rounds of each block that are not counted: the workers start one after the other.
 
-TCP, UNIX, MEMORY, RAW_TCP, RAW_UNIX, GLOO = "TCP", "unix", "memory", "raw TCP", "raw unix", "gloo"
+_MOST_GLOO = 8  # Workers. Beyond, a round of gloo takes tens of milliseconds, and nothing new is learned.
+
+TCP, UNIX, MEMORY, RAW_TCP, RAW_UNIX, GLOO, MPI = "TCP", "unix", "memory", "raw TCP", "raw unix", "gloo", "MPI"
 
 
-_RATIOS = ((TCP, RAW_TCP), (UNIX, RAW_UNIX), (MEMORY, RAW_UNIX), (TCP, GLOO))
+_RATIOS = ((TCP, RAW_TCP), (UNIX, RAW_UNIX), (MEMORY, RAW_UNIX), (TCP, GLOO), (MEMORY, MPI))
 
 
 class Binaries(NamedTuple):
@@ -111,8 +114,31 @@ class Team:
         return Block(latencies, cpu / (len(self._workers) * (rounds + _WARM_UP)))
 
 
+class MpiTeam:
+    """OpenMPI's ranks. They are started for each block: they keep the cores busy while they wait, between blocks too."""
+
+    def __init__(self, world_size: int) -> None:
+        self._mpirun = ["mpirun", "--oversubscribe", "-n", str(world_size), sys.executable]
+
+    def await_ready(self) -> None:
+        pass
+
+    def run(self, size: Size, rounds: int) -> Block:
+        worker = [str(_HERE / "mpi_worker.py"), str(size.channels), str(_WARM_UP), str(rounds)]
+        as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        settings = {"OMPI_MCA_btl": "self,vader"}  # Shared memory alone.
+        output = subprocess.run(
+            [*self._mpirun, *worker], env={**os.environ, **as_root, **settings}, check=True, stdout=subprocess.PIPE
+        ).stdout
+        cpu, *latencies = (float(text) for text in output.split())
+        return Block(latencies, cpu)
+
+
+Teams = Dict[str, Union[Team, MpiTeam]]
+
+
 @contextlib.contextmanager
-def teams(binaries: Binaries, world_size: int, names: List[str]) -> Iterator[Dict[str, Team]]:
+def teams(binaries: Binaries, world_size: int, names: List[str]) -> Iterator[Teams]:
     """Starts every variant's processes. One master serves TCP, unix sockets and shared memory alike."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -120,8 +146,11 @@ def teams(binaries: Binaries, world_size: int, names: List[str]) -> Iterator[Dic
         master = start([binaries.master, *addresses], stack, memory=True)
         targets = dict(zip((TCP, UNIX), read_line(master).split()[-2:]))
         targets[MEMORY] = targets[UNIX]
-        result = {}
+        result: Teams = {}
         for name in names:
+            if name == MPI:
+                result[name] = MpiTeam(world_size)
+                continue
             commands, servers = [], []
             if name in targets:
                 commands, servers = [[binaries.worker, "syncbn", targets[name], name]] * world_size, [master]
@@ -156,7 +185,7 @@ def measure(
     return runs
 
 
-def take_turns(members: Dict[str, Team], runs: Runs, rounds: int) -> None:
+def take_turns(members: Teams, runs: Runs, rounds: int) -> None:
     turns = list(runs)
     random.shuffle(turns)
     for name, size in turns:
@@ -175,12 +204,14 @@ def ratio(runs: Runs, over: Tuple[str, Size], under: Tuple[str, Size], starts: i
 
 
 def latency(blocks: List[Block]) -> str:
+    if not blocks:
+        return "–"
     values = sorted(value for block in blocks for value in block.latencies)
     return f"{statistics.median(values):.0f} / {values[int(0.99 * (len(values) - 1))]:.0f}"
 
 
 def cpu(blocks: List[Block]) -> str:
-    return f"{statistics.median(block.cpu for block in blocks):.0f}"
+    return "–" if not blocks else f"{statistics.median(block.cpu for block in blocks):.0f}"
 
 
 def single_rounds(options: argparse.Namespace, binaries: Binaries, names: List[str]) -> List[str]:
@@ -188,12 +219,13 @@ def single_rounds(options: argparse.Namespace, binaries: Binaries, names: List[s
     for world_size in options.workers:
         print(f"round: {world_size} workers", file=sys.stderr)
         sizes = [Size(channels) for channels in options.channels]
-        runs = measure(binaries, world_size, names, sizes, options)
+        measured = [name for name in names if name != GLOO or world_size <= _MOST_GLOO]
+        runs = measure(binaries, world_size, measured, sizes, options)
         for size in sizes:
             ratios = [ratio(runs, (a, size), (b, size), options.teams) for a, b in _RATIOS]
             head = [str(world_size), str(size.channels)]
-            latencies.append([*head, *(latency(runs[name, size]) for name in names), *ratios])
-            cpus.append([*head, *(cpu(runs[name, size]) for name in names)])
+            latencies.append([*head, *(latency(runs.get((name, size), [])) for name in names), *ratios])
+            cpus.append([*head, *(cpu(runs.get((name, size), [])) for name in names)])
     return [
         "Microseconds of one round, p50 / p99, and ratios of p50: median, least and greatest of the starts.",
         "",
@@ -232,13 +264,14 @@ def parse() -> argparse.Namespace:
         return [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(prog="tools/benchmark round", description=__doc__)
-    parser.add_argument("--workers", type=numbers, default=[1, 2, 4, 8], help="1,2,4,8")
+    parser.add_argument("--workers", type=numbers, default=[1, 2, 4, 8, 16, 64], help="1,2,4,8,16,64")
     parser.add_argument("--channels", type=numbers, default=[64, 256, 2048], help="64,256,2048")
     parser.add_argument("--layers", type=numbers, default=[16, 53], help="16,53")
     parser.add_argument("--teams", type=int, default=5, help="how often all processes are started anew")
     parser.add_argument("--repeats", type=int, default=4, help="blocks of each variant and size for each start")
     parser.add_argument("--rounds", type=int, default=200, help="rounds in a block; gloo runs a tenth")
     parser.add_argument("--without-gloo", action="store_true", help="where torch is not installed")
+    parser.add_argument("--without-mpi", action="store_true", help="as where there is no mpirun")
     parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
     return parser.parse_args()
 
@@ -249,6 +282,8 @@ def main() -> None:
         os.environ["SYNCBN_MASTER"], os.environ["SYNCBN_ROUND_WORKER"], os.environ["SYNCBN_RAW_SERVER"]
     )
     names = [TCP, UNIX, MEMORY, RAW_TCP, RAW_UNIX] + ([] if options.without_gloo else [GLOO])
+    if shutil.which("mpirun") is not None and not options.without_mpi:
+        names.append(MPI)
     provenance = report.provenance("tools/benchmark round")
     lines = [provenance, "", *single_rounds(options, binaries, names), "", *several_layers(options, binaries)]
     report.publish("round", lines, options.output)
