@@ -76,6 +76,13 @@ try_development_files() {
     readelf -d by_pkgconf build/train | grep -c "NEEDED.*\[libsyncbn.so.1\]" | grep -qx 2'
 }
 
+try_python() {
+  say "A training by the Python package and Debian's PyTorch, beside one process on the whole batch"
+  in_system "${INSTALL[@]}" python3-torch >/dev/null
+  cp -r client/examples "$root/test"
+  isolated python3 /test/examples/spawn/train.py
+}
+
 purge() {
   say "Purging the packages"
   in_system sh -ec 'mkdir -p /var/lib/private/syncbn && touch /var/lib/private/syncbn/state && ln -s private/syncbn /var/lib'
@@ -105,5 +112,6 @@ bootstrap
 install_packages
 try_master_and_trainers
 try_development_files
+try_python
 purge
-say "The packages install, serve, link, and leave nothing behind"
+say "The packages install, serve, link, train, and leave nothing behind"
