@@ -24,6 +24,8 @@ namespace {
 constexpr int kMostAtOnce = 64;
 // Pause when the process has no descriptor left, not even the spare one.
 constexpr absl::Duration kPause = absl::Milliseconds(50);
+// Pause after a flood, at least. It goes on while the loop takes the calls that the flood has left behind.
+constexpr absl::Duration kPauseAfterFlood = absl::Milliseconds(20);
 // Interval at which broken listeners are reopened and the others checked.
 constexpr absl::Duration kRepairInterval = absl::Seconds(1);
 // Time for which a peer may leave data unacknowledged, as gRPC sets it on sockets that it accepts.
@@ -54,9 +56,11 @@ void CloseIfOpen(int& descriptor) {
 
 }  // namespace
 
-Acceptor::Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<void(bool)> on_listening)
+Acceptor::Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<LoopTurn()> turn,
+                   std::function<void(bool)> on_listening)
     : listeners_(std::move(listeners)),
       connections_(connections),
+      watch_(connections, std::move(turn)),
       on_listening_(std::move(on_listening)),
       broken_(listeners_.size()),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
@@ -107,6 +111,7 @@ void Acceptor::Run() {
       const bool dead = (polled[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0;
       if (dead || !AcceptFrom(polled[i].fd)) Break(owners[i], "its socket does not work any more");
     }
+    if (watch_.Look()) paused_until_ = clock_.Now() + kPauseAfterFlood;
     if (clock_.Now() < repair_at_) continue;
     Repair();
     connections_->Check();
@@ -115,7 +120,10 @@ void Acceptor::Run() {
 
 absl::Duration Acceptor::Timeout() const {
   const absl::Time now = clock_.Now();
-  return std::max(absl::ZeroDuration(), (now < paused_until_ ? std::min(paused_until_, repair_at_) : repair_at_) - now);
+  absl::Time due = repair_at_;
+  if (now < paused_until_) due = std::min(due, paused_until_);
+  if (connections_->any()) due = std::min(due, now + FloodWatch::kInterval);
+  return std::max(absl::ZeroDuration(), due - now);
 }
 
 bool Acceptor::AcceptFrom(int descriptor) {

@@ -17,7 +17,9 @@
 #include "plumbing/clock.h"
 #include "server/log/throttle.h"
 #include "server/rpc/connections.h"
+#include "server/rpc/flood_watch.h"
 #include "server/rpc/listener.h"
+#include "server/rpc/loop_turn.h"
 
 namespace syncbn::rpc {
 
@@ -30,7 +32,9 @@ class Acceptor {
  public:
   // Connections for which `connections` has no room are refused; it must outlive this object. `on_listening` is called
   // on the acceptor's thread: with false when a listener has stopped working, with true when all of them work again.
-  Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<void(bool)> on_listening);
+  // `turn` tells the progress of the loop's thread, from Start to Stop.
+  Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<LoopTurn()> turn,
+           std::function<void(bool)> on_listening);
   // Stop() must have been called if Start() was.
   ~Acceptor();
   Acceptor(const Acceptor&) = delete;
@@ -59,6 +63,7 @@ class Acceptor {
 
   std::vector<Listener> listeners_;
   Connections* const connections_;
+  FloodWatch watch_;
   const std::function<void(bool)> on_listening_;
   std::vector<bool> broken_;  // By listener: to be reopened.
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink_;

@@ -36,6 +36,8 @@ class Connections {
   Connections(size_t max_connections, size_t max_of_address);
 
   size_t max_connections() const { return max_connections_; }
+  // Returns whether there may be connections whose peers have names.
+  bool any() const;
 
   // Takes note of a connection that was accepted. Returns why there is no room for it, in which case the caller closes
   // it; empty otherwise.
@@ -44,13 +46,21 @@ class Connections {
   // A worker has joined by a call of this peer, or such a call has ended.
   void Joined(absl::string_view peer);
   void Left(absl::string_view peer);
-  // The peer has ended a call by which nobody had joined. Too many such calls end the connection.
+  // The peer has ended or broken a call by which nobody had joined. Too many such calls end the connection.
   void Strayed(absl::string_view peer);
   // Shuts the connection of this peer, if there is one. `why` goes to the log.
   void End(absl::string_view peer, absl::string_view why);
 
   // Ends connections without a worker that have sent too much. To be called about once a second.
   void Check();
+
+  // Notes how many bytes of each connection gRPC has read.
+  void CountBytes();
+  // Ends the connection of which gRPC has read most since CountBytes, if `spent` of CPU time is far too much for what
+  // it has read of all, and with it those of the same address that have no worker.
+  void EndFlood(absl::Duration spent);
+  // Returns whether a connection has been ended for its calls, or for EndFlood, since the last call.
+  bool ExchangeFlooded();
 
  private:
   // The amount of something that a peer may still do; it comes back with time.
@@ -66,6 +76,7 @@ class Connections {
     bool local = false;
     absl::Time since;
     size_t workers = 0;  // Those that have joined.
+    uint64_t read = 0;   // Bytes, when CountBytes was called.
     Budget strays;
   };
 
@@ -77,7 +88,7 @@ class Connections {
   Connection* Find(absl::string_view peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Shuts the oldest connection without a worker. Returns whether there was one that has had some time to join.
   bool MakeRoom(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Shuts the connection and forgets it.
+  // Breaks the connection off and forgets it. What has arrived by it is dropped.
   void Shut(const Connection& connection, absl::string_view why, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool IsFull(const Connection& connection) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -85,11 +96,12 @@ class Connections {
   const size_t max_of_address_;
   const bool local_too_;  // max_of_address_ holds for addresses of this machine.
   const Clock clock_;
-  absl::Mutex mutex_;
+  mutable absl::Mutex mutex_;
   absl::Time purged_at_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
   absl::flat_hash_map<int, Connection> connections_ ABSL_GUARDED_BY(mutex_);   // By descriptor.
   absl::flat_hash_map<std::string, int> descriptors_ ABSL_GUARDED_BY(mutex_);  // By peer.
   absl::flat_hash_map<std::string, size_t> of_address_ ABSL_GUARDED_BY(mutex_);
+  bool flooded_ ABSL_GUARDED_BY(mutex_) = false;
   Throttle throttle_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -1,11 +1,15 @@
 #include "server/rpc/master_loop.h"
 
+#include <malloc.h>
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <utility>
 #include <variant>
 #include <vector>
 
+#include "plumbing/check.h"
 #include "plumbing/messages.h"
 #include "plumbing/spin.h"
 #include "server/rpc/convert.h"
@@ -85,6 +89,7 @@ void MasterLoop::Start() {
   inspection_.Serve(queue_.get(), &unary_calls_);
   health_.Serve(queue_.get(), &unary_calls_);
   thread_ = std::thread([this] { Run(); });
+  SYNCBN_CHECK(pthread_getcpuclockid(thread_.native_handle(), &cpu_clock_) == 0, "a thread has no clock");
 }
 
 void MasterLoop::Run() {
@@ -94,12 +99,14 @@ void MasterLoop::Run() {
   while (true) {
     const auto event = queue_->AsyncNext(&tag, &ok, clock_.QueueDeadline(deadline));
     if (event == grpc::CompletionQueue::SHUTDOWN) return;
+    turns_.fetch_add(1, std::memory_order_relaxed);
     const absl::MutexLock lock(&turn_);
     now_ = clock_.Now();
     if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
+    calls_.store(sessions_.started(), std::memory_order_relaxed);
     EndTurn(event == grpc::CompletionQueue::TIMEOUT);
     EndIfIdle();
-    deadline = sessions_.has_backlog() ? now_ : NextWakeUp();
+    deadline = sessions_.has_backlog() || !sessions_.awaits_call() ? now_ : NextWakeUp();
   }
 }
 
@@ -132,12 +139,14 @@ void MasterLoop::EndTurn(bool quiet) {
   sessions_.RunTimers();
   unary_calls_.RunTimers();
   ServeBacklog(quiet);
+  sessions_.AwaitCall(quiet);
+  TrimMemory();
   state_saver_.OnTurn(now_);
 }
 
 absl::Time MasterLoop::NextWakeUp() const {
-  return std::min(
-      {coordinator_.NextDeadline(), sessions_.NextTimer(), unary_calls_.NextTimer(), state_saver_.NextTurn()});
+  return std::min({coordinator_.NextDeadline(), sessions_.NextTimer(), unary_calls_.NextTimer(),
+                   state_saver_.NextTurn(), trim_at_});
 }
 
 void MasterLoop::ServeBacklog(bool quiet) {
@@ -147,6 +156,21 @@ void MasterLoop::ServeBacklog(bool quiet) {
   if (!sessions_.has_backlog()) return;
   sessions_.ServeBacklog();
   backlog_served_ = clock_.Now();
+}
+
+// The allocator keeps what a flood, or a large job, has used, also where it takes from the system by the megabyte.
+void MasterLoop::TrimMemory() {
+  constexpr absl::Duration kPause = absl::Seconds(1);
+  if (sessions_.streams() != 0) {
+    trim_at_ = absl::InfiniteFuture();
+    trimmed_ = false;
+  } else if (!trimmed_ && trim_at_ == absl::InfiniteFuture()) {
+    trim_at_ = now_ + kPause;
+  } else if (now_ >= trim_at_) {
+    trim_at_ = absl::InfiniteFuture();
+    trimmed_ = true;
+    malloc_trim(0);
+  }
 }
 
 // The server's Shutdown does not wait for calls whose connection has gone: they are still here, and an operation on a
@@ -221,6 +245,13 @@ void MasterLoop::Wake(grpc::Alarm& alarm, Tag& tag) {
 void MasterLoop::SetListening(bool listening) {
   listening_ = listening;
   if (listening_told_.exchange(false)) Wake(listening_alarm_, listening_tag_);
+}
+
+LoopTurn MasterLoop::turn() const {
+  timespec cpu = {};
+  clock_gettime(cpu_clock_, &cpu);
+  return {turns_.load(std::memory_order_relaxed), calls_.load(std::memory_order_relaxed),
+          absl::DurationFromTimespec(cpu)};
 }
 
 bool MasterLoop::Probe() {

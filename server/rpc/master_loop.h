@@ -20,6 +20,7 @@
 #include "server/rpc/health.h"
 #include "server/rpc/inspection.h"
 #include "server/rpc/loop_options.h"
+#include "server/rpc/loop_turn.h"
 #include "server/rpc/sessions.h"
 #include "server/rpc/state_saver.h"
 #include "server/rpc/unary_calls.h"
@@ -46,6 +47,8 @@ class MasterLoop {
   // Asks the loop for a sign of life. Returns whether it has given the one that the call before asked for. One thread,
   // between Start and Stop.
   bool Probe();
+  // Returns the progress of the thread that reads connections. Any thread, between Start and Stop.
+  LoopTurn turn() const;
   // Tells every worker that the master is going away. Any thread; the server's own Shutdown follows.
   void BeginShutdown();
   // Ends the thread. After the server's Shutdown.
@@ -62,6 +65,8 @@ class MasterLoop {
   absl::Time NextWakeUp() const;
   // Gives the backlog its turn, if it is time.
   void ServeBacklog(bool quiet);
+  // Returns memory to the system a while after the last stream has gone.
+  void TrimMemory();
   // Shuts the queue down once there is nothing more to stop.
   void EndIfIdle();
 
@@ -99,6 +104,8 @@ class MasterLoop {
   HealthService health_;
   UnaryCalls unary_calls_{&now_};
   absl::Time backlog_served_ = now_;
+  absl::Time trim_at_ = absl::InfiniteFuture();
+  bool trimmed_ = true;  // Since there last was a stream.
   int quiet_polls_ = 0;
   MethodTag<MasterLoop> shutdown_tag_, stop_tag_, listening_tag_, probe_tag_;
   grpc::Alarm shutdown_alarm_, stop_alarm_, listening_alarm_, probe_alarm_;
@@ -107,6 +114,9 @@ class MasterLoop {
   std::atomic<bool> probe_answered_{true};
   bool stopping_ = false;
   bool stopped_ = false;
+  std::atomic<uint64_t> turns_{0};
+  std::atomic<uint64_t> calls_{0};
+  clockid_t cpu_clock_ = 0;  // The thread's.
   std::thread thread_;
   std::thread shared_thread_;  // Not before a worker shares memory.
 };

@@ -45,11 +45,21 @@ void Sessions::Serve(grpc::ServerCompletionQueue* queue) {
 }
 
 void Sessions::AwaitStream() {
-  if (!serving_) return;
+  awaiting_ = true;
   const core::StreamId id = next_stream_++;
   auto session = std::make_unique<Session>();
   session->stream = std::make_unique<WorkerStream>(id, this, options_.max_unread_bytes, &service_, queue_);
   sessions_.emplace(id, std::move(session));
+}
+
+void Sessions::AwaitCall(bool quiet) {
+  constexpr int kMostAtOnce = 32;  // They take a millisecond.
+  constexpr absl::Duration kLongestPause = absl::Milliseconds(10);
+  if (quiet || *now_ - taken_since_ >= kLongestPause) {
+    taken_ = 0;
+    taken_since_ = *now_;
+  }
+  if (!awaits_call() && taken_ < kMostAtOnce) AwaitStream();
 }
 
 Sessions::Session& Sessions::Of(const WorkerStream* stream) {
@@ -69,7 +79,8 @@ void Sessions::OnAccepted(WorkerStream* stream) {
   ++started_;
   Of(stream).connection = ConnectionOf(stream->peer());
   timers_.insert({*now_ + options_.join_timeout, TimerKind::kJoin, stream->id()});
-  AwaitStream();
+  awaiting_ = false;
+  ++taken_;
 }
 
 // Peers of unix sockets have no names, and so their streams share nothing.
@@ -135,6 +146,7 @@ void Sessions::OnBroken(WorkerStream* stream) {
 
 void Sessions::OnGone(WorkerStream* stream) {
   Session& session = Of(stream);
+  if (session.connection == nullptr) awaiting_ = false;  // No call has come.
   if (session.joined) joined_.fetch_sub(1, std::memory_order_relaxed);
   if (Lane* const lane = std::exchange(session.lane, nullptr)) {
     if (std::exchange(session.lags, false)) EndLag(*lane);
@@ -142,7 +154,8 @@ void Sessions::OnGone(WorkerStream* stream) {
   }
   if (session.member) {
     options_.connections->Left(stream->peer());
-  } else if (session.broken) {
+  } else if (session.broken || (session.half_closed && !session.joined)) {
+    // A call that was reset may look like one that ended without a frame.
     options_.connections->Strayed(stream->peer());
   }
   sharing_.erase(std::remove(sharing_.begin(), sharing_.end(), stream), sharing_.end());

@@ -52,6 +52,12 @@ class Sessions final : public WorkerStream::Handler {
   void Register(grpc::ServerBuilder* builder) { builder->RegisterService(&service_); }
   // Waits for workers' calls.
   void Serve(grpc::ServerCompletionQueue* queue);
+  // Returns whether the next call may come, or no more are served.
+  bool awaits_call() const { return awaiting_ || !serving_; }
+  // Waits for the next call, unless many have come since a `quiet` turn, in which there was no other event. Calls that
+  // come in thousands at once then leave turns to those that are being served, which gRPC would not even read from
+  // before it has handed out all the others.
+  void AwaitCall(bool quiet);
   // Waits for no further calls.
   void EndServing() { serving_ = false; }
   // Returns whether no call is being served or waited for.
@@ -62,7 +68,7 @@ class Sessions final : public WorkerStream::Handler {
   // Returns the address of the stream's worker; "" if the stream has gone.
   std::string PeerOf(core::StreamId id) const;
   // The calls that are being served, and the most bytes that one of them leaves unread.
-  size_t streams() const { return sessions_.size() - (serving_ ? 1 : 0); }
+  size_t streams() const { return sessions_.size() - (awaiting_ ? 1 : 0); }
   size_t most_unread_bytes() const;
   // The calls that came, and those that have been closed, by gRPC's code, since the start.
   uint64_t started() const { return started_; }
@@ -178,7 +184,7 @@ class Sessions final : public WorkerStream::Handler {
   StatisticsAsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
   core::StreamId next_stream_ = 1;
-  absl::flat_hash_map<core::StreamId, std::unique_ptr<Session>> sessions_;    // One of them waits for its call.
+  absl::flat_hash_map<core::StreamId, std::unique_ptr<Session>> sessions_;
   absl::flat_hash_map<std::string, std::weak_ptr<UnreadBytes>> connections_;  // By peer.
   absl::btree_set<std::tuple<absl::Time, TimerKind, core::StreamId>> timers_;
   Lanes lanes_;
@@ -186,6 +192,9 @@ class Sessions final : public WorkerStream::Handler {
   SharedMemory memory_;
   std::vector<WorkerStream*> sharing_;
   bool serving_ = true;
+  bool awaiting_ = false;  // One of the sessions waits for its call.
+  int taken_ = 0;          // Calls that have come since:
+  absl::Time taken_since_ = absl::InfinitePast();
   std::atomic<size_t> joined_{0};
   uint64_t started_ = 0;
   std::array<uint64_t, 17> handled_ = {};  // By code.

@@ -1,0 +1,48 @@
+#include "server/rpc/flood_watch.h"
+
+#include <utility>
+
+namespace syncbn::rpc {
+namespace {
+
+// CPU time in one call of gRPC after which bytes are counted.
+constexpr absl::Duration kLongCall = absl::Milliseconds(4);
+// CPU time over which they are counted.
+constexpr absl::Duration kObserved = absl::Milliseconds(8);
+
+// Calls of Look without a new call after which the loop has taken all that a flood has left behind.
+constexpr int kClearance = 5;
+
+}  // namespace
+
+bool FloodWatch::Look() {
+  const LoopTurn turn = turn_();
+  EndFlood(turn);
+  const bool calls_came = turn.calls != std::exchange(calls_, turn.calls);
+  if (connections_->ExchangeFlooded()) {
+    clearing_ = kClearance;
+  } else if (clearing_ > 0) {
+    clearing_ = calls_came ? kClearance : clearing_ - 1;
+  }
+  return clearing_ > 0;
+}
+
+void FloodWatch::EndFlood(const LoopTurn& turn) {
+  if (turn.number != seen_.number) {
+    seen_ = turn;
+    counted_.reset();
+    return;
+  }
+  if (turn.cpu - seen_.cpu < kLongCall) return;
+  if (!counted_.has_value()) {
+    connections_->CountBytes();
+    counted_ = turn.cpu;
+    return;
+  }
+  const absl::Duration spent = turn.cpu - *counted_;
+  if (spent < kObserved) return;
+  counted_.reset();
+  connections_->EndFlood(spent);
+}
+
+}  // namespace syncbn::rpc
