@@ -60,7 +60,14 @@ class _Held:
         self._worker = worker
 
     def __enter__(self) -> int:
-        return self._worker._hold()
+        worker = self._worker
+        if worker._generation != _forks.here.generation:
+            raise _forks.error()
+        with worker._lock:
+            if worker._handle is None:
+                raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
+            worker._users += 1
+            return worker._handle
 
     def __exit__(
         self,
@@ -68,7 +75,13 @@ class _Held:
         error: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        self._worker._let_go(error)
+        worker = self._worker
+        with worker._lock:
+            worker._users -= 1
+            if worker._users == 0 and worker._handle is None:  # A close waits.
+                worker._idle.notify_all()
+        if error is not None:
+            worker._note(error)
 
 
 class Worker:
@@ -209,20 +222,8 @@ class Worker:
         """The C handle, kept alive for the length of a `with` block."""
         return _Held(self)
 
-    def _hold(self) -> int:
-        if self._generation != _forks.here.generation:
-            raise _forks.error()
-        with self._lock:
-            if self._handle is None:
-                raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
-            self._users += 1
-            return self._handle
-
-    def _let_go(self, error: Optional[BaseException]) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and self._handle is None:  # A close waits.
-                self._idle.notify_all()
+    def _note(self, error: BaseException) -> None:
+        """Remembers which workers an error says are lost, and completes what it says of a layer's name."""
         if isinstance(error, errors.LayerMismatch):
             self._advise(error)
         elif isinstance(error, errors.WorkerLost):
