@@ -31,7 +31,7 @@ struct SharedMemoryOptions {
   std::string directory;
 };
 
-// Where files are shared unless something else is agreed.
+// The folder where files are shared unless another is agreed.
 inline constexpr char kSharedMemoryDirectory[] = "/dev/shm";
 // Returns the directories in which workers make segments and a master looks for them, in this order: `given` alone, if
 // it is not empty; otherwise those in which the unix sockets lie that have these paths, and kSharedMemoryDirectory.

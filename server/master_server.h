@@ -82,8 +82,8 @@ class MasterServer {
     size_t max_connections_per_address = 0;
     // Serves gRPC's reflection. By default, only if no address can be reached from another machine.
     std::optional<bool> reflection;
-    // Where the running statistics are kept between the lives of masters: a directory that one master uses at a time,
-    // made if only its last part does not exist. Empty: they begin anew with each master.
+    // The place where the running statistics are kept between the lives of masters: a directory that one master uses at
+    // a time, made if only its last part does not exist. Empty: they begin anew with each master.
     std::string state_dir;
     // Workers on this machine whose memory is shared, in place of frames by gRPC (PROTOCOL.md, "Shared memory").
     MemorySharing shared_memory = MemorySharing::kSameUser;

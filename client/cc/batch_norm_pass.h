@@ -8,34 +8,30 @@
 //
 // Host-driven passes over CUDA tensors, the default:
 //  - Only Wait waits for the GPU. The round begins within the first Wait (of this pass, or of one that was started
-//  later)
-//    that finds the reduction complete, so a sequence is known after a Wait.
+//    later) that finds the reduction complete, so a sequence is known after a Wait.
 //  - A round that fails leaves nothing enqueued that would wait for it.
 //
 // Stream-ordered passes over CUDA tensors (PassOptions::stream_ordered):
 //  - Finish may follow Start at once. It enqueues a wait for the round's end in front of its kernels, and the caller
-//  runs
-//    ahead. A background thread of the worker, started with its first such pass and ended by its close, begins the
-//    round when the reduction is complete and releases the stream when the round has ended.
+//    runs ahead. A background thread of the worker, started with its first such pass and ended by its close, begins
+//    the round when the reduction is complete and releases the stream when the round has ended.
 //  - The backward pass of a stream-ordered forward pass is stream-ordered as well, whatever its options.
-//  - Failures: the stream goes on in any case. A failure, a deadline, an interrupt or a close of the worker makes y and
-//    dx, and the gradients of weight and bias, NaN, and leaves the running statistics as they are. Passes whose rounds
-//    the worker has not begun fail with it. The worker's next call returns the error once, with the code and reason
-//    that Wait would return: a Start of a pass over CUDA tensors, Worker::StartSum, Settle or Leave. Until then the
-//    program computes with NaN, and an optimizer may have stored some. To recover from failures, call Settle before
-//    optimizer steps.
+//  - Failures: the stream goes on in any case. A failure, a deadline, an interrupt or a close of the worker makes y
+//    and dx, and the gradients of weight and bias, NaN, and leaves the running statistics as they are. Passes whose
+//    rounds the worker has not begun fail with it. The worker's next call returns the error once, with the code and
+//    reason that Wait would return: a Start of a pass over CUDA tensors, Worker::StartSum, Settle or Leave. Until
+//    then the program computes with NaN, and an optimizer may have stored some. To recover from failures, call Settle
+//    before optimizer steps.
 //  - Wait is optional, and waits on the host. After it statistics() and sequence() are complete; before it they have
-//  the
-//    layer's properties alone.
+//    the layer's properties alone.
 //  - Some passes are host-driven in spite of the option (ForwardPass::stream_ordered() tells): those over fewer than
-//  two
-//    values in each channel (so that a global count of 0 or 1 is known before anything follows from it), those with the
-//    role kIfRequired or the policy kProceed (the forward round decides whether a backward round follows), and those on
-//    devices for which StreamOrderStatus is not OK.
+//    two values in each channel (so that a global count of 0 or 1 is known before anything follows from it), those
+//    with the role kIfRequired or the policy kProceed (the forward round decides whether a backward round follows),
+//    and those on devices for which StreamOrderStatus is not OK.
 //  - Deadlock detection: the master sees two threads of the worker, so deadlocks are found by their deadline, not at
-//  once.
-//  - Two workers of one group that share a GPU in one process should not both be stream-ordered: the GPU may queue the
-//    work of one behind the other's wait, until the deadline ends the round.
+//    once.
+//  - Two workers of one group that share a GPU in one process should not both be stream-ordered: the GPU may queue
+//    the work of one behind the other's wait, until the deadline ends the round.
 
 #ifndef SYNCBN_CLIENT_CC_BATCH_NORM_PASS_H_
 #define SYNCBN_CLIENT_CC_BATCH_NORM_PASS_H_

@@ -14,8 +14,8 @@
 namespace syncbn {
 namespace {
 
-// How long a thread sleeps on the doorbell before it looks at the stream, where the end of the master shows: at first,
-// and once it has waited for kLongWait.
+// The time that a thread sleeps on the doorbell before it looks at the stream, where the end of the master shows: at
+// first, and once it has waited for kLongWait.
 constexpr absl::Duration kShortNap = absl::Milliseconds(5);
 constexpr absl::Duration kLongNap = absl::Milliseconds(20);
 constexpr absl::Duration kLongWait = absl::Milliseconds(100);

@@ -1,4 +1,4 @@
-// How frames travel between a worker and its master.
+// The way of frames between a worker and its master.
 
 #ifndef SYNCBN_CLIENT_CC_TRANSPORT_H_
 #define SYNCBN_CLIENT_CC_TRANSPORT_H_

@@ -19,7 +19,7 @@ constexpr absl::Duration kLongWait = absl::Milliseconds(20);
 // Upper bound on waiting for the previous write in Flush, should the master not read.
 constexpr absl::Duration kFlushTimeout = absl::Milliseconds(100);
 constexpr size_t kLifeKeyBytes = 16;
-// How long a leave may take to be acknowledged.
+// The longest time that a leave may take to be acknowledged.
 constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
 
 session::Options OptionsOf(const Worker::Options& options) {

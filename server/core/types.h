@@ -103,7 +103,7 @@ struct Error {
   const char* limit = "";   // The name of the limit that was exceeded; static storage.
 };
 
-// How a round ended. Immutable and shared: the same object goes to every member, and serves replays.
+// The outcome of a round. Immutable and shared: the same object goes to every member, and serves replays.
 struct RoundOutcome {
   RoundKey key;
   std::optional<Error> error;  // If set, what follows is empty.

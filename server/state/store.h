@@ -1,4 +1,4 @@
-// Where a master's state is kept between its lives.
+// The place where a master's state is kept between its lives.
 
 #ifndef SYNCBN_SERVER_STATE_STORE_H_
 #define SYNCBN_SERVER_STATE_STORE_H_

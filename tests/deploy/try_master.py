@@ -27,7 +27,7 @@ import numpy
 
 CONFIG = pathlib.Path("/etc/syncbn/master.toml")
 TLS = pathlib.Path("/etc/syncbn/tls")
-# Where systemd shows the files of /etc/syncbn/tls to the service; here they are copied.
+# systemd shows the service the files of /etc/syncbn/tls there; here they are copied.
 CREDENTIALS = pathlib.Path("/run/credentials/syncbn-master.service")
 TARGET = "127.0.0.1:50051"
 PAGE = "http://127.0.0.1:8080"

@@ -26,7 +26,7 @@ import syncbn
 import syncbn.torch
 
 SEED = 20240607
-# Where tensors live: "cuda", or "cpu" in a rehearsal.
+# The device of the tensors: "cuda", or "cpu" in a rehearsal.
 DEVICE = "cuda"
 # Decorated checks of what only a GPU has.
 GPU_ONLY = set()

@@ -1,4 +1,4 @@
-// Where lines go, and that nothing waits for what has no end.
+// The places that lines go to; nothing waits for a reader that never reads.
 
 #include "plumbing/log.h"
 

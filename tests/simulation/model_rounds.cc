@@ -1,4 +1,4 @@
-// How rounds end, who is told, and which contributions are refused.
+// The end of rounds, those who are told, and the contributions that are refused.
 
 #include <algorithm>
 

@@ -123,7 +123,7 @@ class Session {
   }
   // The members of the group with a live stream, as far as is known.
   size_t present_ranks() const { return present_ranks_; }
-  // Where the group stood when this worker joined it: the completed round of the greatest sequence for each layer and
+  // The group's progress when this worker joined it: the completed round of the greatest sequence for each layer and
   // phase, by layer. Empty in a group that began then.
   const std::vector<RoundKey>& newest_rounds() const { return newest_rounds_; }
   // A frame is being written. Send does nothing until OnWritten.

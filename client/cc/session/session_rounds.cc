@@ -14,14 +14,14 @@
 namespace syncbn::session {
 namespace {
 
-// How many chunks may be unanswered at a time: 32 MiB. By default masters keep 64 MiB for a worker to read, and the
-// newest 4 results, however large, for one that has to ask again.
+// The most chunks that may be unanswered at a time: 32 MiB. By default masters keep 64 MiB for a worker to read, and
+// the newest 4 results, however large, for one that has to ask again.
 constexpr size_t kChunksUnderWay = 4;
 // Contributions beyond this many bytes go into another frame; masters take frames of 64 MiB by default.
 constexpr size_t kFullFrameBytes = size_t{16} << 20;
 // And beyond as many contributions; masters take 65536 by default.
 constexpr size_t kFullFrameRounds = 16384;
-// How long a worker is blocked before that is worth a frame of its own.
+// The time for which a worker is blocked before that is worth a frame of its own.
 constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
 // The same where nothing has shown yet that one thread alone uses the worker: others may have yet to start.
 constexpr absl::Duration kSayBlockedIfUnsureAfter = absl::Milliseconds(200);

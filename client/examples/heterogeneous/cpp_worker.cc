@@ -105,7 +105,7 @@ void ToLogitsGradient(const std::vector<int64_t>& labels, Matrix& logits) {
   }
 }
 
-// Where each parameter lies in the flat vector.
+// The place of each parameter in the flat vector.
 struct Parameters {
   absl::Span<double> w1, gamma1, beta1, w2, gamma2, beta2, w3, b3;
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import syncbn
 
-# Where `digits` is, which the training programs import.
+# The folder of `digits`, which the training programs import.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "data"))
 
 GLOBAL_BATCH = 16

@@ -90,7 +90,7 @@ def _names(axis_name: Any) -> Any:
 
 
 def _invstd(layer: Layer, var: Any) -> Any:
-    # Where epsilon clamps, nothing depends on x: jnp.maximum would halve the derivative where they are equal.
+    # Nothing depends on x where epsilon clamps: jnp.maximum would halve the derivative where they are equal.
     return jax.lax.rsqrt(jnp.where(var < layer.eps, layer.eps, var) if layer.clamp else var + layer.eps)
 
 

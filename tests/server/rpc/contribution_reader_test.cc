@@ -118,7 +118,7 @@ TEST(ContributionReaderTest, AgreesWithProtobufOnDamagedBytes) {
   EXPECT_LT(read, 10000);
 }
 
-// What protobuf reads in another way than it stands there, or refuses.
+// Input that protobuf reads in another way than it stands there, or refuses.
 TEST(ContributionReaderTest, LeavesOtherFormsToProtobuf) {
   v1::Contribution whole;
   whole.mutable_key()->set_layer("bn");

@@ -1,4 +1,4 @@
-// Where a master listens, to whom it speaks, and what it refuses.
+// The addresses of a master, those to whom it speaks, and what it refuses.
 
 #include <stdlib.h>
 #include <sys/stat.h>

@@ -178,7 +178,7 @@ def plan(
     places = [place for _, place, _ in found]
     changes = []
     for path, place, layer in found:
-        # Where a name without its wrappers would be another layer's, the wrappers tell the two apart.
+        # The wrappers tell two layers apart whose names would be the same without them.
         name = _naming.place_name(prefix, place if places.count(place) == 1 else path)
         if isinstance(layer, _synchronized.Synchronized):
             changes.append(_adopt(layer, name, prefix, options))

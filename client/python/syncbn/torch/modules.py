@@ -170,7 +170,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
     # ---- Training ----
 
     def _step(self, z: Optional[torch.Tensor] = None) -> _synchronized.Step:
-        # Where they usually are: a module's __getattr__ takes as long as a call of the library.
+        # They are usually there: a module's __getattr__ takes as long as a call of the library.
         parameters, buffers = self._parameters, self._buffers
         weight = parameters["weight"] if "weight" in parameters else self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias
