@@ -4,6 +4,7 @@ import copy
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -138,6 +139,34 @@ def test_a_layer_called_twice_and_structured_values(group):
         return model.module.bn.layer, int(model.module.bn.num_batches_tracked)
 
     assert group(1, run) == [("bn", 2)]
+
+
+def test_every_replica_reads_the_count_of_the_batch_that_is_under_way(group):
+    """Replica 0 counts the batch for all. Here it comes last, and the others read the count at once."""
+    others_come, seen = threading.Event(), []
+
+    class Counting(torch.nn.BatchNorm1d):
+        def forward(self, x):
+            if _replicas.current().replica != 0:
+                others_come.set()
+            else:
+                assert others_come.wait(60)
+                torch.linalg.eigvals(torch.rand(300, 300))  # Time for the others, who have nothing left to do.
+            self.num_batches_tracked.add_(1)
+            seen.append(int(self.num_batches_tracked))
+            return torch.nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, True, 1.0 / seen[-1], self.eps
+            )
+
+    def run(worker):
+        model = sync.convert_sync_batchnorm(torch.nn.Sequential(Counting(2)).double(), worker)
+        for _ in range(2):
+            others_come.clear()
+            compat.DataParallelWithCallback(model, replicas=3)(batch(2).reshape(-1, 2)[:12])
+        return int(model[0].num_batches_tracked)
+
+    assert group(1, run) == [2]
+    assert seen == [1] * 3 + [2] * 3
 
 
 def test_half_inputs_and_autocast(group):

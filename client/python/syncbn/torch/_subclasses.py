@@ -93,13 +93,24 @@ class _Answers(TorchFunctionMode):
                 if call.training:
                     return self.module._normalize_with_others(call.input, self._step(call))
         elif func in _COUNTS and args and args[0] is self._tracked and self._tracked is not None:
-            # The replicas of one step are one batch, which the first of them counts.
-            if self._place is not None and self._place.replica != 0:
-                return args[0]
+            if self._place is not None:
+                return self._count_with_replicas(self._place, func, args, kwargs)
             self._added.append(args[1])
         elif func in _STATISTICS and self._is_own_call():
             self._other_statistics = True
         return func(*args, **kwargs)
+
+    def _count_with_replicas(self, place: _replicas.Place, func: Any, args: Any, kwargs: Dict[str, Any]) -> Any:
+        """Adds to the count once, since the replicas of one step are one batch, and before any of them reads it."""
+
+        def count(_: List[Any]) -> List[Any]:
+            func(*args, **kwargs)
+            return [args[0]] * place.group.size
+
+        counted = place.group.meet(place.replica, f"the batch count of {self.module.layer}", None, count)
+        if place.replica == 0:  # It takes back what was added, if the batch is not taken.
+            self._added.append(args[1])
+        return counted
 
     @contextlib.contextmanager
     def own_forward(self) -> Iterator[None]:
