@@ -107,7 +107,10 @@ bool AllWithin(absl::Span<const double> vector, double bound) {
 bool AllBetweenZeroAnd(double bound, absl::Span<const double> vector) {
   const int64_t greatest = BitsOf(bound);
   int64_t signs = 0;
-  for (const double value : vector) signs |= BitsOf(value) | (greatest - BitsOf(value));
+  for (const double value : vector) {
+    const int64_t bits = BitsOf(value);
+    signs |= bits | (greatest - (bits & std::numeric_limits<int64_t>::max()));
+  }
   return signs >= 0;
 }
 

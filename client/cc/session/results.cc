@@ -36,7 +36,10 @@ bool AllPositive(const std::vector<double>& values) {
 bool AllFiniteAndPositive(const std::vector<double>& values) {
   const int64_t greatest = BitsOf(std::numeric_limits<double>::max());
   int64_t signs = 0;
-  for (const double value : values) signs |= BitsOf(value) | (greatest - BitsOf(value));
+  for (const double value : values) {
+    const int64_t bits = BitsOf(value);
+    signs |= bits | (greatest - (bits & std::numeric_limits<int64_t>::max()));
+  }
   return signs >= 0;
 }
 
