@@ -57,7 +57,8 @@ class Connections {
   // Notes how many bytes of each connection gRPC has read.
   void CountBytes();
   // Ends the connection of which gRPC has read most since CountBytes, if `spent` of CPU time is far too much for what
-  // it has read of all, and with it those of the same address that have no worker.
+  // it has read of all, and with it those of the same address that have no worker. A connection by which a worker has
+  // joined stays.
   void EndFlood(absl::Duration spent);
   // Returns whether a connection has been ended for its calls, or for EndFlood, since the last call.
   bool ExchangeFlooded();
