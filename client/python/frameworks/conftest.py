@@ -23,7 +23,10 @@ class Examples:
     folder = EXAMPLES
 
     def __call__(self, script: str, *arguments: Any, launcher: List[str] = [], **variables: Any) -> List[float]:
-        command = [sys.executable, *launcher, str(EXAMPLES / script), *map(str, arguments)]
+        return self.run([sys.executable, *launcher, str(EXAMPLES / script), *map(str, arguments)], **variables)
+
+    def run(self, command: List[str], **variables: Any) -> List[float]:
+        """Runs a command, such as a launcher of a script. Returns: as a script."""
         done = subprocess.run(
             command,
             stdout=subprocess.PIPE,

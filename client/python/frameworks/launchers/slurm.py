@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from typing import Any, Dict, Iterator, List
+from typing import Iterator, List
 
 import processes
 
@@ -47,21 +47,10 @@ def missing() -> List[str]:
 
 
 class Slurm:
-    """Runs programs under it. `variables`: with which its commands find it."""
+    """A Slurm that runs. `variables`: with which its commands find it."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
         self.variables = {"SLURM_CONF": str(folder / "slurm.conf")}
-
-    def run(self, *command: str, **variables: Any) -> str:
-        """Returns: what it prints."""
-        environment: Dict[str, str] = processes.environment(**self.variables, **variables)
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_SECONDS, env=environment
-        )
-        print(done.stdout)
-        assert done.returncode == 0, f"{command}: {done.returncode}"
-        return done.stdout
 
     def is_ready(self) -> bool:
         found = subprocess.run(

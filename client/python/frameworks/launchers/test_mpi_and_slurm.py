@@ -3,16 +3,13 @@
 import ctypes.util
 import os
 import pathlib
-import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
 
 import pytest
 
-import processes
 import slurm as slurm_cluster
 import syncbn
 
@@ -28,26 +25,13 @@ def slurm(tmp_path_factory):
         yield started
 
 
-def differences(printed):
-    return [float(found) for found in re.findall(r" are (\S+) from one process on the whole batch", printed)]
-
-
-def run(command, **variables):
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, env=processes.environment(**variables)
-    )
-    print(done.stdout)
-    assert done.returncode == 0
-    return done.stdout
-
-
 @pytest.mark.parametrize("workers", [2, 3])
 def test_open_mpi(example, workers):
     if shutil.which("mpirun.openmpi") is None:
         pytest.skip("Open MPI is not installed: there is no mpirun.openmpi")
     # Two cores are enough, and a container has no other user than root.
     launcher = ["mpirun.openmpi", "--allow-run-as-root", "--oversubscribe", "-n", str(workers)]
-    (difference,) = differences(run([*launcher, sys.executable, str(example.folder / "mpi/train.py")]))
+    (difference,) = example.run([*launcher, sys.executable, str(example.folder / "mpi/train.py")])
     assert difference < BOUND
 
 
@@ -59,14 +43,13 @@ def test_mpich(example, tmp_path, workers):
     # mpi4py's wheel looks for MPICH's library by the name that it has everywhere but in Debian.
     os.symlink(pathlib.Path("/usr/lib", sysconfig.get_config_var("MULTIARCH"), library), tmp_path / "libmpi.so.12")
     command = ["mpirun.mpich", "-n", str(workers), sys.executable, str(example.folder / "mpi/train.py")]
-    (difference,) = differences(run(command, MPI4PY_MPIABI="mpich", LD_LIBRARY_PATH=tmp_path))
+    (difference,) = example.run(command, MPI4PY_MPIABI="mpich", LD_LIBRARY_PATH=tmp_path)
     assert difference < BOUND
 
 
 def test_srun(example, slurm):
-    (difference,) = differences(
-        slurm.run("srun", "--ntasks", "2", sys.executable, str(example.folder / "slurm/train.py"))
-    )
+    command = ["srun", "--ntasks", "2", sys.executable, str(example.folder / "slurm/train.py")]
+    (difference,) = example.run(command, **slurm.variables)
     assert difference < BOUND
 
 
@@ -90,25 +73,16 @@ with syncbn.Worker() as worker:
 """
 
 
-def test_a_requeued_job_takes_its_place_again(slurm, tmp_path):
+def test_a_requeued_job_takes_its_place_again(example, slurm, tmp_path):
     """One master for both lives of the job: the second, under the same job id, ends what is left of the first."""
     script = tmp_path / "job.py"
     script.write_text(_REQUEUED)
     with syncbn.Master() as master:
         batch = f"#!/bin/bash\nexec srun {sys.executable} {script} {tmp_path}\n"
         (tmp_path / "job.sh").write_text(batch)
-        slurm.run(
-            "sbatch",
-            "--requeue",
-            "--ntasks",
-            "2",
-            "--open-mode",
-            "append",
-            "--output",
-            str(tmp_path / "log"),
-            str(tmp_path / "job.sh"),
-            SYNCBN_TARGET=master.target,
-        )
+        options = ["--requeue", "--ntasks", "2", "--open-mode", "append", "--output", str(tmp_path / "log")]
+        command = ["sbatch", *options, str(tmp_path / "job.sh")]
+        example.run(command, SYNCBN_TARGET=master.target, **slurm.variables)
         results = [tmp_path / f"rank {rank}" for rank in range(2)]
         deadline = time.monotonic() + 300
         while not all(result.exists() for result in results):
