@@ -1,7 +1,6 @@
 #include "server/core/merge.h"
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -10,6 +9,7 @@
 #include "kernels/moments.h"
 #include "plumbing/check.h"
 #include "server/core/error.h"
+#include "vocabulary/numbers.h"
 
 namespace syncbn::core {
 namespace {
@@ -49,15 +49,6 @@ std::optional<Error> CheckLength(const Contribution& contribution, absl::Span<co
   return VectorLengthError(rank, contribution.key, name, vector.size(), spec.channels);
 }
 
-// Loops over channels have no early exit, so that they vectorize. The offending channel is searched for only after a
-// check has failed.
-
-int64_t BitsOf(double value) {
-  int64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
 // A hash of numbers in their order, the same in every process.
 class BitsDigest {
  public:
@@ -93,33 +84,6 @@ class BitsDigest {
   uint64_t other_ = 0x2545f4914f6cdd1du;
   bool swapped_ = false;
 };
-
-// Returns true if |value| <= bound for all values; NaN fails. As integers without their signs, doubles are ordered by
-// magnitude, and NaN is the greatest.
-bool AllWithin(absl::Span<const double> vector, double bound) {
-  const int64_t greatest = BitsOf(bound);
-  int64_t signs = 0;
-  for (const double value : vector) signs |= greatest - (BitsOf(value) & std::numeric_limits<int64_t>::max());
-  return signs >= 0;
-}
-
-// Returns true if 0 <= value <= bound for all values. False does not imply that one is not: -0 is none of these.
-bool AllBetweenZeroAnd(double bound, absl::Span<const double> vector) {
-  const int64_t greatest = BitsOf(bound);
-  int64_t signs = 0;
-  for (const double value : vector) {
-    const int64_t bits = BitsOf(value);
-    signs |= bits | (greatest - (bits & std::numeric_limits<int64_t>::max()));
-  }
-  return signs >= 0;
-}
-
-// Returns true if no value has its sign bit set. False does not imply a negative value: -0 and NaN may have it too.
-bool AllPositive(absl::Span<const double> vector) {
-  int64_t signs = 0;
-  for (const double value : vector) signs |= BitsOf(value);
-  return signs >= 0;
-}
 
 void Add(absl::Span<const double> values, std::vector<double>& sums) {
   const double* const from = values.data();

@@ -1,53 +1,20 @@
 #include "client/cc/session/results.h"
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
-#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "vocabulary/numbers.h"
 
 namespace syncbn::session {
 namespace {
 
-int64_t BitsOf(double value) {
-  int64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
+constexpr double kLargest = std::numeric_limits<double>::max();
 
-// As integers without their signs, doubles are ordered by magnitude, and infinity and NaN are the greatest.
-bool AllFinite(const std::vector<double>& values) {
-  const int64_t greatest = BitsOf(std::numeric_limits<double>::max());
-  int64_t signs = 0;
-  for (const double value : values) signs |= greatest - (BitsOf(value) & std::numeric_limits<int64_t>::max());
-  return signs >= 0;
-}
-
-// Returns true if no value has its sign bit set. False does not imply a negative value: -0 and NaN may have it too.
-bool AllPositive(const std::vector<double>& values) {
-  int64_t signs = 0;
-  for (const double value : values) signs |= BitsOf(value);
-  return signs >= 0;
-}
-
-// Returns true if all are finite and have no sign bit set. False does not imply that one is wrong: -0 is right.
-bool AllFiniteAndPositive(const std::vector<double>& values) {
-  const int64_t greatest = BitsOf(std::numeric_limits<double>::max());
-  int64_t signs = 0;
-  for (const double value : values) {
-    const int64_t bits = BitsOf(value);
-    signs |= bits | (greatest - (bits & std::numeric_limits<int64_t>::max()));
-  }
-  return signs >= 0;
-}
-
-// Checks means and variances. The loops over channels have no early exit so that they vectorize; the channel to name is
-// searched only after a check has failed.
+// Checks means and variances. The channel to name is searched only after a check has failed.
 absl::Status CheckMoments(const RoundKey& key, bool must_be_finite, const RoundResult& result) {
-  const bool right =
-      must_be_finite ? AllFinite(result.first) && AllFiniteAndPositive(result.second) : AllPositive(result.second);
+  const bool right = must_be_finite ? AllWithin(result.first, kLargest) && AllBetweenZeroAnd(kLargest, result.second)
+                                    : AllPositive(result.second);
   if (right) return absl::OkStatus();
   const auto bad = [&key](const char* what, double value, size_t channel) {
     return absl::InternalError(absl::StrCat("the master sent a ", what, " of ", value, " for channel ", channel,

@@ -1,7 +1,7 @@
 """Compares the rounds of this build with those of another, such as an older commit's checkout.
 
     bazel build //server:syncbn-master //tests/benchmarks/round:worker     # here and there
-    tests/benchmarks/round/against.py ../older
+    python3 tests/benchmarks/round/against.py ../older
 
 Masters and workers of both builds are alive together and take turns in random order. CPU time drifts less than latency
 on a machine that does other work.
