@@ -16,10 +16,11 @@ void FutexWake(std::atomic<uint32_t>* word) { syscall(SYS_futex, word, FUTEX_WAK
 void Doorbell::Ring() {
   rings_.fetch_add(1, std::memory_order_seq_cst);
   uint32_t sleep = sleeps_.load(std::memory_order_seq_cst);
-  if (sleep == 0) return;
+  if (sleep % 2 == 0) return;
   FutexWake(&rings_);
-  // Spares others the wake-up. A later sleep has another number, since rings_ has been changed, and stays.
-  sleeps_.compare_exchange_strong(sleep, 0, std::memory_order_seq_cst);
+  // Spares others the wake-up. A later sleep has another number, and stays: the sleeper may have gone to sleep again
+  // before this thread goes on.
+  sleeps_.compare_exchange_strong(sleep, sleep - 1, std::memory_order_seq_cst);
 }
 
 void Doorbell::Sleep(uint32_t seen, std::chrono::nanoseconds timeout) {
@@ -28,10 +29,11 @@ void Doorbell::Sleep(uint32_t seen, std::chrono::nanoseconds timeout) {
   timespec relative = {};
   relative.tv_sec = static_cast<time_t>(timeout.count() / kSecond);
   relative.tv_nsec = static_cast<decltype(relative.tv_nsec)>(timeout.count() % kSecond);
-  sleeps_.store(seen << 1 | 1, std::memory_order_seq_cst);
+  const uint32_t sleep = (sleeps_.load(std::memory_order_seq_cst) | 1) + 2;
+  sleeps_.store(sleep, std::memory_order_seq_cst);
   // The kernel compares the word with `seen` again.
   if (rings() == seen) syscall(SYS_futex, &rings_, FUTEX_WAIT, seen, &relative, nullptr, 0);
-  sleeps_.store(0, std::memory_order_seq_cst);
+  sleeps_.store(sleep - 1, std::memory_order_seq_cst);
 }
 
 }  // namespace syncbn

@@ -28,7 +28,8 @@ class Doorbell {
 
  private:
   std::atomic<uint32_t> rings_;
-  // Not 0 while a thread sleeps, and nobody has woken it: then it tells this sleep from others.
+  // Odd while a thread sleeps, and nobody has woken it. Each sleep has another number: one who rings, and goes on after
+  // the thread has gone to sleep again, must not take that sleep for the one that he has ended.
   std::atomic<uint32_t> sleeps_;
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);

@@ -195,7 +195,20 @@ class SharedBell {
   Doorbell* bell() { return bell_; }
   // Returns once the thread sleeps. Then it has seen all rings.
   void AwaitSleep() const {
-    while (reinterpret_cast<const std::atomic<uint32_t>*>(bell_)[1] == 0) std::this_thread::yield();
+    while (!marked()) std::this_thread::yield();
+  }
+  // Returns whether whoever rings would find that the thread sleeps.
+  bool marked() const { return reinterpret_cast<const std::atomic<uint32_t>*>(bell_)[1] % 2 != 0; }
+  // Returns once the system says that the thread sleeps.
+  void AwaitSystemsSleep() const {
+    const std::string path = absl::StrCat("/proc/self/task/", thread_id_.load(), "/stat");
+    for (char state = 'R'; state != 'S';) {
+      std::string stat;
+      std::getline(std::ifstream(path), stat);
+      const size_t end_of_name = stat.rfind(") ");
+      ASSERT_NE(end_of_name, std::string::npos) << stat;
+      state = stat[end_of_name + 2];
+    }
   }
   // Returns once the thread has seen all rings until now.
   void AwaitSight() const {
@@ -205,6 +218,7 @@ class SharedBell {
 
  private:
   void Run() {
+    thread_id_ = gettid();
     while (!ends_) {
       const uint32_t seen = bell_->rings();
       seen_ = seen;
@@ -216,6 +230,7 @@ class SharedBell {
   Doorbell* const bell_;
   std::atomic<bool> ends_{false};
   std::atomic<uint32_t> seen_{0};
+  std::atomic<pid_t> thread_id_{0};
   std::thread sleeper_;
 };
 
@@ -249,6 +264,36 @@ TEST(DoorbellTest, WhoeverStopsWhileRingingTakesNobodyElsesRingAway) {
     ASSERT_EQ(waitpid(*child, &state, 0), *child);
     ASSERT_FALSE(WIFSIGNALED(state)) << state;
   } while (!WIFEXITED(state));
+}
+
+// Another one rings between the two halves of a ring, and the thread sleeps again after each further step: it looks and
+// finds nothing more.
+TEST(DoorbellTest, WhoeverIsSlowToRingEndsNoLaterSleep) {
+  SharedBell shared;
+  shared.bell()->Ring();
+  shared.AwaitSight();
+  shared.AwaitSleep();
+  const std::optional<pid_t> child = ForkRinger(shared.bell());
+  if (!child.has_value()) GTEST_SKIP() << "no child can be traced here";
+  const uint32_t before = shared.bell()->rings();
+  int state = 0;
+  bool rung = false;
+  do {
+    ASSERT_EQ(ptrace(PTRACE_SINGLESTEP, *child, nullptr, nullptr), 0);
+    ASSERT_EQ(waitpid(*child, &state, 0), *child);
+    ASSERT_FALSE(WIFSIGNALED(state)) << state;
+    if (!rung && shared.bell()->rings() != before) {
+      shared.bell()->Ring();
+      shared.AwaitSight();
+      rung = true;
+    }
+    ASSERT_NO_FATAL_FAILURE(shared.AwaitSystemsSleep());
+    EXPECT_TRUE(shared.marked()) << "nobody who rings now wakes the thread";
+  } while (!WIFEXITED(state) && !HasFailure());
+  EXPECT_TRUE(rung);
+  if (WIFEXITED(state)) return;
+  kill(*child, SIGKILL);
+  waitpid(*child, &state, 0);
 }
 
 // ---- Spinning
