@@ -21,6 +21,7 @@
 #include "plumbing/forked.h"
 #include "plumbing/secret.h"
 #include "plumbing/utf8.h"
+#include "vocabulary/derived_name.h"
 #include "vocabulary/version.h"
 
 namespace syncbn {
@@ -239,7 +240,7 @@ absl::StatusOr<Round> Worker::StartBackwardAgain(absl::string_view layer, absl::
   std::vector<double> both(sum_dy.begin(), sum_dy.end());
   both.insert(both.end(), sum_dy_xmu.begin(), sum_dy_xmu.end());
   absl::StatusOr<Round> round =
-      Start({absl::StrCat(layer, "/retained"), kNextSequence, Phase::kSum}, {0, BackwardRole::kNone, both, {}});
+      Start({DerivedName(layer, "/retained"), kNextSequence, Phase::kSum}, {0, BackwardRole::kNone, both, {}});
   if (round.ok()) round->impl_->SplitInHalves();
   return round;
 }

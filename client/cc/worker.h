@@ -201,8 +201,8 @@ class Worker {
   absl::StatusOr<Round> StartBackward(absl::string_view layer, uint64_t sequence, absl::Span<const double> sum_dy,
                                       absl::Span<const double> sum_dy_xmu);
   // Begins the round of a later backward pass through the same forward pass. The protocol has one backward round for
-  // each forward round, so these sums travel as one vector named LAYER/retained, in the order of the calls. The result
-  // is that of a backward round, bit for bit.
+  // each forward round, so these sums travel as one vector named LAYER/retained (DerivedName), in the order of the
+  // calls. The result is that of a backward round, bit for bit.
   absl::StatusOr<Round> StartBackwardAgain(absl::string_view layer, absl::Span<const double> sum_dy,
                                            absl::Span<const double> sum_dy_xmu);
   // Begins the sum of a vector over all workers, of any length but 0. A vector that is longer than a frame should be

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.interpreters import ad, batching, mlir
 
+from syncbn import _names
 from syncbn.core import Worker
 
 try:
@@ -231,7 +232,7 @@ def _sequence_and_count(words: np.ndarray) -> Tuple[int, int]:
 def _start_sums(layer: Layer, sequence: int, row: np.ndarray) -> Any:
     """The backward round of a forward round; for what goes back once more, a sum of the same vectors."""
     if not _awaited.take(layer, sequence):
-        return layer.worker.start_all_reduce(f"{layer.name}/retained", row)
+        return layer.worker.start_all_reduce(_names.derived(layer.name, "/retained"), row)
     try:
         return layer.worker.start_synchronize_backward(layer.name, sequence, *row)
     except BaseException:
@@ -250,7 +251,7 @@ def _exchange(layer: Layer, linear: bool, words: Any, values: Any) -> np.ndarray
     rows = np.moveaxis(narrow.astype(np.float64).reshape(-1, 2, len(forwards), layer.channels), 1, 2)
     known = [_sequence_and_count(row) for row in forwards]
     if linear:
-        rounds = [layer.worker.start_all_reduce(f"{layer.name}/derivatives", own) for row in rows for own in row]
+        rounds = [layer.worker.start_all_reduce(_names.derived(layer.name, "/derivatives"), own) for row in rows for own in row]
     else:
         rounds = [_start_sums(layer, sequence, own) for row in rows for (sequence, _), own in zip(known, row)]
     results = np.reshape([_vectors(begun.result()) for begun in rounds], rows.shape)

@@ -8,7 +8,7 @@ from typing import Any, Optional, Tuple
 
 import numpy as np
 
-from syncbn import _dlpack
+from syncbn import _dlpack, _names
 from syncbn.core import Moments, Worker
 
 
@@ -147,7 +147,7 @@ class Pass:
         if self._backward_passes == 1:
             sums = self._worker.synchronize_backward(self._layer, self._sequence, sum_dy, sum_dy_xmu)
             return sums.sum_dy, sums.sum_dy_xmu
-        both = self._worker.all_reduce(f"{self._layer}/retained", np.concatenate([sum_dy, sum_dy_xmu]))
+        both = self._worker.all_reduce(_names.derived(self._layer, "/retained"), np.concatenate([sum_dy, sum_dy_xmu]))
         return both[: sum_dy.size], both[sum_dy.size :]
 
     @_quiet

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 import syncbn
 import syncbn.torch as sync
+from syncbn import _names
 from syncbn.torch import compat
 
 
@@ -174,3 +175,74 @@ def test_workers_that_built_different_models_are_told(group):
 
     for name, message in group(2, run):
         assert name in message
+
+
+def test_names_made_of_others_are_those_of_every_client():
+    """The same names as in tests/vocabulary/derived_name_test.cc."""
+    assert _names.derived("bn", "/retained") == "bn/retained"
+    assert _names.derived("a" * 246, "/retained") == "a" * 246 + "/retained"
+    assert _names.derived("a" * 247, "/retained") == "a" * 229 + "~1d4db4a3fed17e6e/retained"
+    assert _names.derived("a" * 300) == "a" * 238 + "~ee7717eba7a17e21"
+    assert _names.derived("a" * 228 + "\u00e9" * 13, "/retained") == "a" * 228 + "~c4101a41ace45bb5/retained"
+
+
+def deep_model():
+    """Two layers whose paths differ behind their first 300 bytes alone."""
+    model = Holder(a=torch.nn.BatchNorm1d(2), b=torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
+    for _ in range(10):
+        model = Holder(**{"a_name_that_tells_what_it_is_for": model})
+    return model
+
+
+def test_paths_longer_than_a_name(group):
+    def run(worker):
+        model = sync.convert_sync_batchnorm(deep_model(), worker)
+        layers = [m for m in model.modules() if hasattr(m, "layer")]
+        layers[1].momentum = 1.0
+        layers[0](torch.randn(3, 2))
+        layers[1](torch.full((2, 2), 4.0 * worker.rank))
+        return [m.layer for m in layers], layers[1].running_mean.tolist()
+
+    (names, mean), other = group(2, run)
+    assert (names, mean) == other and mean == [2.0, 2.0]
+    assert len(set(names)) == 2 and all(len(name) <= 255 for name in names)
+
+
+def test_copies_of_copies(group):
+    """As a search over populations makes them, one of another, for as long as it runs."""
+
+    def run(worker):
+        layer = sync.SyncBatchNorm(2, momentum=1.0, worker=worker)
+        names = set()
+        for _ in range(300):
+            layer = copy.deepcopy(layer)
+            names.add(layer.layer)
+        layer(torch.full((2, 2), 4.0 * worker.rank))
+        return len(names), layer.running_mean.tolist()
+
+    assert group(2, run) == [(300, [2.0, 2.0])] * 2
+
+
+@pytest.mark.parametrize("masked", [(False, False), (False, True), (True, True)])
+def test_several_backward_passes_through_a_layer_of_the_longest_name(group, masked):
+    """The rounds of later passes have names made of the layer's, also where one worker's are made by the C++ client and
+    another's in Python.
+    """
+    x = torch.tensor([[0.0], [1.0], [5.0], [2.0]], dtype=torch.float64)
+
+    def differentiated(layer, x, mask):
+        x = x.clone().requires_grad_()
+        y = layer(x, *mask).pow(3).sum()
+        first = [torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2)]
+        (dx,) = torch.autograd.grad(y, x, create_graph=True)
+        return [*first, dx, *torch.autograd.grad(dx.pow(2).sum(), x)]
+
+    def run(worker):
+        layer = sync.SyncBatchNorm(1, worker=worker, layer="n" * 255, dtype=torch.float64)
+        mask = [torch.ones(2, dtype=torch.bool)] if masked[worker.rank] else []
+        return differentiated(layer, x[2 * worker.rank :][:2], mask)
+
+    whole = differentiated(torch.nn.BatchNorm1d(1, dtype=torch.float64), x, [])
+    for rank, found in enumerate(group(2, run)):
+        for own, expected in zip(found, whole):
+            torch.testing.assert_close(own, expected[2 * rank :][:2])

@@ -5,6 +5,7 @@ from typing import Any, Optional
 import flax.linen
 import jax.numpy as jnp
 
+from syncbn import _names
 from syncbn.flax import _training
 
 
@@ -51,7 +52,7 @@ class BatchNorm(flax.linen.BatchNorm):
         var = self.variable("batch_stats", "var", lambda: jnp.ones(shape, kept))
         scale = self.param("scale", self.scale_init, shape, kind) if self.use_scale else None
         bias = self.param("bias", self.bias_init, shape, kind) if self.use_bias else None
-        name = self.layer or "/".join(self.path) or "batch_norm"
+        name = self.layer or _names.derived("/".join(self.path)) or "batch_norm"
         y, new = _training.normalize(self, x, scale, bias, (mean.value, var.value), mask, name, self.dtype)
         mean.value, var.value = new
         return y

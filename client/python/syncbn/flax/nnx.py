@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 from flax import nnx
 
+from syncbn import _names
 from syncbn.core import Worker
 from syncbn.flax import _training
 
@@ -83,6 +84,6 @@ def convert_sync_batchnorm(model: Any, worker: Optional[Worker] = None, prefix: 
             layer.__class__ = BatchNorm
             layer.worker, layer.numbered = worker, True
         if layer.numbered:
-            layer.layer = prefix + (".".join(map(str, path)) or "batch_norm")
+            layer.layer = _names.derived(prefix + (".".join(map(str, path)) or "batch_norm"))
         layer.worker = worker if layer.worker is None else layer.worker
     return model

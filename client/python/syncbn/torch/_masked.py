@@ -15,6 +15,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 
+from syncbn import _names
 from syncbn.core import Moments, Worker, default_worker
 from syncbn.torch import _checkpointing, _replicas, _running, _second, _tensors
 from syncbn.torch._second import Statistics, others, spread
@@ -102,7 +103,7 @@ class BackwardSums:
         if self._passes == 1:
             sums = self._worker.synchronize_backward(self._name, self._sequence, *vectors)
             return torch.from_numpy(sums.sum_dy), torch.from_numpy(sums.sum_dy_xmu)
-        both = self._worker.all_reduce(f"{self._name}/retained", np.concatenate(vectors))
+        both = self._worker.all_reduce(_names.derived(self._name, "/retained"), np.concatenate(vectors))
         merged = torch.from_numpy(both).chunk(2)
         return merged[0], merged[1]
 

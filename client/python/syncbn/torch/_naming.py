@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
+from syncbn import _names
 from syncbn.core import Worker
 
 _local = threading.local()
@@ -44,7 +45,7 @@ class NumberedName(str):
     def __deepcopy__(self, memo: Any) -> "NumberedName":
         thread = threading.get_ident()
         self._copies[thread] = self._copies.get(thread, 0) + 1
-        return NumberedName(f"{self}/{self._copies[thread]}")
+        return NumberedName(_names.derived(f"{self}/{self._copies[thread]}"))
 
     def __reduce__(self) -> Any:
         return NumberedName, (str(self), self.identity)
@@ -98,4 +99,4 @@ def walk(root: torch.nn.Module) -> Iterator[Tuple[str, str, torch.nn.Module]]:
 
 
 def place_name(prefix: str, place: str) -> PlaceName:
-    return PlaceName(prefix + (place or "batch_norm"))
+    return PlaceName(_names.derived(prefix + (place or "batch_norm")))

@@ -13,6 +13,7 @@ from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Option
 import numpy as np
 import torch
 
+from syncbn import _names
 from syncbn.core import Moments, Worker
 from syncbn.torch import _running, _second, _tensors
 
@@ -206,7 +207,7 @@ class _Pass:
         if self.backward_passes == 1:
             sums = self.worker.synchronize_backward(self.name, self.sequence, sum_dy.numpy(), sum_dy_xmu.numpy())
             return torch.from_numpy(sums.sum_dy), torch.from_numpy(sums.sum_dy_xmu)
-        both = self.worker.all_reduce(f"{self.name}/retained", torch.cat([sum_dy, sum_dy_xmu]).numpy())
+        both = self.worker.all_reduce(_names.derived(self.name, "/retained"), torch.cat([sum_dy, sum_dy_xmu]).numpy())
         first, second = torch.from_numpy(both).chunk(2)
         return first, second
 

@@ -35,6 +35,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 
+from syncbn import _names
 from syncbn.core import Worker
 from syncbn.torch import _tensors
 
@@ -143,7 +144,7 @@ def merged(worker: Worker, layer: str, sequence: int, local: torch.Tensor) -> to
     # 1, s and s^2 tell whether all workers mean the forward pass of one sequence s.
     number = float(sequence % (1 << 20))
     vector = np.concatenate([local.numpy().reshape(-1), [1.0, number, number * number]])
-    total = worker.all_reduce(f"{layer}/second", vector)
+    total = worker.all_reduce(_names.derived(layer, "/second"), vector)
     ones, firsts, squares = total[-_CHECKS:]
     if ones * squares != firsts * firsts:
         raise RuntimeError(

@@ -12,6 +12,7 @@ from torch.fx.graph_module import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
+from syncbn import _names
 from syncbn.core import Worker
 from syncbn.torch import _naming, _subclasses, _synchronized, dimensions
 from syncbn.torch.modules import BatchNorm, LazyBatchNorm, LazySyncBatchNorm, SyncBatchNorm
@@ -130,7 +131,7 @@ def _adopt(module: Any, name: str, prefix: str, options: Dict[str, Any]) -> Chan
     if own is None or isinstance(own, (_naming.NumberedName, _naming.PlaceName)):
         own = _naming.PlaceName(name)
     elif not own.startswith(prefix):
-        own = prefix + own
+        own = _names.derived(prefix + own)
     return Change(module, type(module), {**options, "layer": own})
 
 
