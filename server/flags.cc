@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <functional>
 #include <istream>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -377,6 +378,22 @@ class Options {
 // Variables that hold a token itself. There are no such flags, since other users see the command line.
 constexpr char kTokenVariable[] = "SYNCBN_TOKEN";
 constexpr char kInspectionTokenVariable[] = "SYNCBN_INSPECTION_TOKEN";
+// Variables of workers, which may be set for a whole host.
+constexpr const char* kVariablesOfWorkers[] = {"SYNCBN_CLIENT_CERT_FILE",
+                                               "SYNCBN_CLIENT_KEY_FILE",
+                                               "SYNCBN_CLIENT_TRUSTED_CA_FILE",
+                                               "SYNCBN_DESCRIPTION",
+                                               "SYNCBN_GENERATION",
+                                               "SYNCBN_GROUP",
+                                               "SYNCBN_JOB",
+                                               "SYNCBN_JOIN_TIMEOUT",
+                                               "SYNCBN_LIBRARY",
+                                               "SYNCBN_MIN_WORKERS",
+                                               "SYNCBN_ON_WORKER_LOST",
+                                               "SYNCBN_REJOIN_GRACE",
+                                               "SYNCBN_STREAM_ORDERED",
+                                               "SYNCBN_TARGET",
+                                               "SYNCBN_TIMEOUT"};
 
 void ReadTokenVariable(const char* variable, const char* flag, std::string* token) {
   const char* const value = getenv(variable);
@@ -392,10 +409,11 @@ void ReadTokenVariable(const char* variable, const char* flag, std::string* toke
 // refused, since workers have variables with the same prefix.
 void ReadEnvironment(const std::vector<std::string>& names, std::vector<std::string>* doubts) {
   std::vector<std::string> known;
-  known.reserve(names.size() + 3);
+  known.reserve(names.size() + 3 + std::size(kVariablesOfWorkers));
   for (const std::string& name : names) known.push_back(VariableOf(name));
   known.push_back(VariableOf("config-file"));
   known.insert(known.end(), {kTokenVariable, kInspectionTokenVariable});
+  known.insert(known.end(), std::begin(kVariablesOfWorkers), std::end(kVariablesOfWorkers));
   std::vector<std::string> entries;
   for (char** entry = environ; entry != nullptr && *entry != nullptr; ++entry) entries.emplace_back(*entry);
   for (const std::string& entry : entries) {

@@ -10,6 +10,8 @@ from typing import Any, Callable, List
 import pytest
 from processes import MASTER, PATIENCE, Master, grpcurl
 
+from syncbn import _variables
+
 FLAGS = [
     "address",
     "insecure",
@@ -265,6 +267,14 @@ def test_a_variable_that_is_almost_ours_is_doubted() -> None:
     assert done.returncode == 0
     assert "SYNCBN_ADRESS is not known; SYNCBN_ADDRESS is" in done.stderr
     assert "SYNCBN_TARGET" not in done.stderr
+
+
+def test_workers_and_masters_know_each_others_variables() -> None:
+    flags = set(re.findall(r"^ *--([a-z-]+)", run("--help").stdout, re.M)) - {"help", "version"}
+    assert {variable(flag) for flag in flags} <= _variables.OF_MASTERS
+    others = {name: "1" for name in _variables.OF_WORKERS - _variables.OF_MASTERS}
+    done = run("--address", "127.0.0.1:0", "--max-lifetime", "0.01", **others)
+    assert done.returncode == 0 and "not known" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("hyphen", ["-", "_"])

@@ -4,7 +4,7 @@ import ctypes
 import logging
 from typing import Any, Callable, Optional, Sequence, Union
 
-from syncbn import _arguments, _boards, _environment, _library, _meeting, _places, errors
+from syncbn import _arguments, _boards, _environment, _library, _meeting, _places, _variables, errors
 from syncbn._library import text
 from syncbn._places import Place
 from syncbn._rounds import nanoseconds
@@ -128,6 +128,7 @@ class Settings:
         stream_ordered: Any,
         place: Optional[Place] = None,
     ) -> None:
+        _variables.warn_of_misspelled()
         if place is None or target:  # A worker of a process group is of the group's own master, unless one is named.
             target = _first(target or None, lambda: _environment.text("SYNCBN_TARGET"))
         self.target: Union[str, Callable[[], Any], None] = target if target is None or callable(target) else targets(target)

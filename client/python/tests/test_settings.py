@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import syncbn
-from syncbn import _environment
+from syncbn import _environment, _variables
 
 VARIABLES = """
 SYNCBN_TARGET SYNCBN_GROUP SYNCBN_JOB SYNCBN_GENERATION SYNCBN_TIMEOUT SYNCBN_JOIN_TIMEOUT SYNCBN_REJOIN_GRACE
@@ -509,3 +509,39 @@ builtins.kept = Late(state, started)
 def test_the_interpreters_end_is_silent_in_any_order(end):
     done = python(f"{_ENDS}\n{end}\n", "-X", "dev", "-W", "error")
     assert (done.stdout, done.stderr) == ("", "")
+
+
+# ---- Names that are almost right ----
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("SYNCBN_TRAGET", "SYNCBN_TARGET"),
+        ("SYNCBN_TARGETS", "SYNCBN_TARGET"),
+        ("SYNCBN_TIME_OUT", "SYNCBN_TIMEOUT"),
+        ("SYNCBN_JOIN-TIMEOUT", "SYNCBN_JOIN_TIMEOUT"),
+        ("SYNCBN_STREAM_ORDER", "SYNCBN_STREAM_ORDERED"),
+        ("SYNCBN_CLIENT_TRUSTED_CA", "SYNCBN_CLIENT_TRUSTED_CA_FILE"),
+        ("SYNCBN_SHARED_MEM_DIR", "SYNCBN_SHARED_MEMORY_DIR"),
+        ("SYNCBNTOKEN", "SYNCBN_TOKEN"),
+    ],
+)
+def test_a_variable_that_is_almost_known_is_told_once(master, monkeypatch, caplog, name, meant):
+    monkeypatch.setattr(_variables, "_told", set())
+    environment(monkeypatch, **{name: "a secret"})
+    with caplog.at_level("WARNING", "syncbn"):
+        for number in range(2):
+            syncbn.Worker(master.target, f"misspelled {name} {number}", 0, 1).leave()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"the variable {name} is not known, and changes nothing; {meant} is"]
+
+
+def test_variables_of_others_are_no_misspelled_ones(master, monkeypatch, caplog):
+    """Kubernetes sets some for a service that is called syncbn; masters and tools of this project have their own."""
+    monkeypatch.setattr(_variables, "_told", set())
+    others = "PORT SERVICE_HOST SERVICE_PORT PORT_50051_TCP MASTER_PORT MASTER_SERVICE_HOST MAX_WORKERS NO_BUILD CUDA".split()
+    environment(monkeypatch, **{f"SYNCBN_{name}": "1" for name in others})
+    with caplog.at_level("WARNING", "syncbn"):
+        syncbn.Worker(master.target, "variables of others", 0, 1).leave()
+    assert not caplog.records
