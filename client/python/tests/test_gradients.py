@@ -167,6 +167,16 @@ def test_weights_without_a_sum_are_an_error_at_every_worker(group):
     group(WORKERS, run)
 
 
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), torch.tensor(-2)])
+def test_a_weight_that_is_none_is_refused_before_the_round(group, weight):
+    def run(worker):
+        with pytest.raises(ValueError, match="weight is"):
+            sync.all_reduce_gradients(Parameters(torch.zeros(2)), worker, weight)
+        return worker.all_reduce("after", [1.0]).tolist()
+
+    assert group(WORKERS, run) == [[2.0]] * WORKERS
+
+
 def test_a_lazy_parameter_is_named(master):
     with syncbn.Worker(master.target, "lazy", 0, 1) as worker:
         with pytest.raises(ValueError, match="'weight' has no shape"):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
+from syncbn import _arguments
 from syncbn.core import Worker, default_worker
 from syncbn.torch import _tensors
 
@@ -91,13 +92,15 @@ def all_reduce_gradients(
       The sum of the weights.
     Raises:
       TypeError: for a gradient that is neither dense nor sparse in coordinates, naming the parameter; before the round.
-      ValueError: if the weights do not sum up to more than 0; at every worker.
+      ValueError: for a weight that is negative, NaN or infinite; before the round. If the weights do not sum up to more
+        than 0; at every worker.
     """
+    weight = _arguments.not_negative("weight", weight)
     worker = worker or default_worker()
     named = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
     parameters = [_Parameter(path, parameter) for path, parameter in named]
     # Before the round, so that what cannot be sent is refused while no other worker waits for it.
-    parts = [np.array([float(weight)])] + [part for parameter in parameters for part in parameter.contribution()]
+    parts = [np.array([weight])] + [part for parameter in parameters for part in parameter.contribution()]
     total = worker.all_reduce(name, np.concatenate(parts))
     if not total[0] > 0:
         raise ValueError(f"the workers' weights sum up to {total[0]:g}; their sum must be positive")
