@@ -126,12 +126,23 @@ _LAUNCHERS = (
 def place() -> Optional[Tuple[Optional[int], Optional[int]]]:
     """(rank, number of processes) of this process as its launcher has set them; None where no launcher has.
 
-    Either may be None where RANK or WORLD_SIZE alone is set. Errors: INVALID_ARGUMENT for a variable that is no integer.
+    Either may be None where RANK or WORLD_SIZE alone is set and no launcher's variables go with it. Errors:
+    INVALID_ARGUMENT for a variable that is no integer.
     """
     most = 2**32 - 1
     rank, size = integer("RANK", 0, most), integer("WORLD_SIZE", 1, most)
-    if rank is not None or size is not None:
+    if rank is not None and size is not None:
         return rank, size
+    launched = _launched(most)
+    if rank is None and size is None:
+        return launched
+    if launched is not None and (rank, size) in ((None, launched[1]), (launched[0], None)):
+        return launched
+    return rank, size
+
+
+def _launched(most: int) -> Optional[Tuple[Optional[int], Optional[int]]]:
+    """(rank, number of processes) by the variables of other launchers than torchrun."""
     for rank_name, size_name in _LAUNCHERS:
         if rank_name == "PET_NODE_RANK" and (text("PET_NPROC_PER_NODE") or "1") != "1":
             continue
@@ -151,6 +162,11 @@ def is_one_host(world_size: int) -> bool:
         return True
     local = (text("LOCAL_WORLD_SIZE") or text("OMPI_COMM_WORLD_LOCAL_SIZE") or "").strip()
     return local == str(world_size) or (text("SLURM_STEP_NUM_NODES") or "").strip() == "1"
+
+
+def says_alone() -> bool:
+    """True where WORLD_SIZE is 1, and not because torchrun has started one process."""
+    return integer("WORLD_SIZE", 1, 2**32 - 1) == 1 and text("TORCHELASTIC_RUN_ID") is None
 
 
 def other_processes() -> Optional[str]:

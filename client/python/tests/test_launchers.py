@@ -31,6 +31,10 @@ def no_launcher(monkeypatch):
         ({}, None),
         ({"RANK": "2", "WORLD_SIZE": "5"}, (2, 5)),
         ({"RANK": "2"}, (2, None)),
+        ({"WORLD_SIZE": "8", "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}, (6, 8)),  # As many batch scripts set it.
+        ({"WORLD_SIZE": "4", "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}, (None, 4)),
+        ({"RANK": "6", "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}, (6, 8)),
+        ({"RANK": "5", "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}, (5, None)),
         ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, (3, 4)),
         ({"MV2_COMM_WORLD_RANK": "3", "MV2_COMM_WORLD_SIZE": "4"}, (3, 4)),
         ({"PMI_RANK": "0", "PMI_SIZE": "4"}, (0, 4)),

@@ -450,6 +450,12 @@ def test_one_of_several_processes_does_not_take_itself_for_all(monkeypatch, name
     environment(monkeypatch, **{name: "4"})
     with pytest.raises(ValueError, match=f"{name} is 4.*SYNCBN_TARGET"):
         syncbn.Worker()
+    environment(monkeypatch, RANK="0", WORLD_SIZE="1")  # Of the shell that started the launcher.
+    with pytest.raises(ValueError, match=f"{name} is 4.*WORLD_SIZE is 1"):
+        syncbn.Worker()
+    environment(monkeypatch, TORCHELASTIC_RUN_ID="run")  # Each process of the launcher's is a torchrun.
+    with syncbn.Worker() as worker:
+        assert worker.world_size == 1
 
 
 # ---- Two layers of one name ----
