@@ -57,10 +57,12 @@ for kind in ("outputs", "loss"):
     mine, labels = x.split(sizes)[rank], y.split(sizes)[rank]
     plain = DDP(syncbn.torch.convert_sync_batchnorm(copy.deepcopy(whole), prefix=kind + " plain "))
     assert distance(gradients(plain, mine, labels), wanted) > 1e-3, "batches are too even to tell"
-    for inside in (False, True):
+    for inside in (False, True, "twice"):
         model = syncbn.torch.convert_sync_batchnorm(copy.deepcopy(whole), prefix=f"{kind} {inside} ")
         weight = (lambda inputs, kwargs, output: len(labels)) if inside else None
         model = DDP(syncbn.torch.weighted_ddp(model, weight)) if inside else syncbn.torch.weighted_ddp(DDP(model))
+        if inside == "twice":  # By a script and by the callback of its framework, say.
+            model = syncbn.torch.weighted_ddp(syncbn.torch.weighted_ddp(model))
         found = distance(gradients(model, mine, labels), wanted)
         assert found < 1e-12, (kind, inside, found)
         with torch.no_grad():

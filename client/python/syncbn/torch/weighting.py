@@ -47,7 +47,8 @@ def weighted_ddp(model: torch.nn.Module, weight: Optional[Weight] = None) -> tor
     them, such as a penalty on the parameters, keep their gradients.
 
     Each forward pass with gradients enabled sums the weights of all processes, so all have to run it, as under
-    DistributedDataParallel anyway. A batch may be empty.
+    DistributedDataParallel anyway. A batch may be empty. A second call, for the model or for one around it, takes the place of
+    the first.
 
     Args:
       model: a DistributedDataParallel, or a module that will be within one over the default process group.
@@ -61,13 +62,23 @@ def weighted_ddp(model: torch.nn.Module, weight: Optional[Weight] = None) -> tor
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a torch.nn.Module, not a {type(model).__qualname__}")
+    for module in model.modules():
+        _remove_hooks(module)
     hook = _Hook(weight or _rows)
     register: Any = model.register_forward_hook
     try:
         register(hook, with_kwargs=True)
     except TypeError:  # torch 1.13: the hook does not see named arguments.
-        register(lambda module, inputs, output: hook(module, inputs, {}, output))
+        register(hook)
     return model
+
+
+def _remove_hooks(module: torch.nn.Module) -> None:
+    """Removes the hooks of an earlier call."""
+    hooks: Any = module._forward_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+        del hooks[key]
+        getattr(module, "_forward_hooks_with_kwargs", {}).pop(key, None)
 
 
 class _Hook:
@@ -76,7 +87,8 @@ class _Hook:
     def __init__(self, weight: Weight) -> None:
         self._weight = weight
 
-    def __call__(self, module: torch.nn.Module, inputs: Any, kwargs: Any, output: Any) -> Any:
+    def __call__(self, module: torch.nn.Module, inputs: Any, *rest: Any) -> Any:
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if not torch.is_grad_enabled():
             return output
         weight = float(self._weight(inputs, kwargs, output))
