@@ -10,10 +10,16 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from typing import Any, List, Optional
 
 import syncbn
-from syncbn import _arguments
+from syncbn import _arguments, _master_process, _variables
+
+# What the library reads by itself, or syncbn.Master.
+_READ_ELSEWHERE = {"SYNCBN_TOKEN", "SYNCBN_INSPECTION_TOKEN", "SYNCBN_SHARED_MEMORY", "SYNCBN_SHARED_MEMORY_DIR"}
+_LOOK_SECONDS = 0.5
+_WORDS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 
 
 def compiled() -> Optional[pathlib.Path]:
@@ -22,50 +28,82 @@ def compiled() -> Optional[pathlib.Path]:
     return pathlib.Path(named) if named else None
 
 
-def _parse(arguments: List[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="syncbn-master", description="Merges the batch statistics of training workers.")
+class _Once(argparse.Action):
+    """A flag that is given twice would otherwise lose its first value without a word."""
 
-    def variable(flag: str) -> Optional[str]:
-        return os.environ.get("SYNCBN_" + flag.strip("-").replace("-", "_").upper())
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: Any = None) -> None:
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            parser.error(f"argument {option}: is given twice; this program takes it once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, value)
 
-    def text(flag: str, default: Optional[str], told: str) -> None:
-        parser.add_argument(flag, default=variable(flag) or default, help=told)
 
-    def seconds(flag: str, default: float, told: str) -> None:
-        parser.add_argument(flag, type=float, default=variable(flag) or default, help=told)
+class _Parser:
+    """The flags, each with its variable."""
 
-    def switch(flag: str, told: str) -> None:
-        parser.add_argument(flag, action="store_true", default=variable(flag) in ("1", "true", "on", "yes"), help=told)
+    def __init__(self) -> None:
+        self._parser = argparse.ArgumentParser(
+            prog="syncbn-master", description="Merges the batch statistics of training workers.", allow_abbrev=False
+        )
+        self._known = set(_READ_ELSEWHERE)
+        self._text("--address", "127.0.0.1:50051", "HOST:PORT (port 0: any free one) or unix:PATH; default: %(default)s")
+        self._switch("--insecure", "listen beyond loopback without TLS")
+        self._text("--cert-file", None, "PEM certificate: with it and its key, TLS alone is spoken")
+        self._text("--key-file", None, "PEM key of the certificate")
+        self._text("--trusted-ca-file", None, "PEM certificates that sign the workers'; with --client-cert-auth")
+        self._switch("--client-cert-auth", "refuse workers without a trusted certificate")
+        self._text("--http-address", None, "where to serve the status page, metrics and probes: HOST:PORT, or off; default: off")
+        self._seconds("--exit-timeout", 5.0, "seconds that workers are given to drain at a signal; default: %(default)s")
+        self._seconds("--max-lifetime", 0.0, "exit after this many seconds; 0: never")
+        self._parser.add_argument("--version", action="version", version=f"syncbn-master {syncbn.__version__}")
 
-    text("--address", "127.0.0.1:50051", "HOST:PORT (port 0: any free one) or unix:PATH; default: %(default)s")
-    switch("--insecure", "listen beyond loopback without TLS")
-    text("--cert-file", None, "PEM certificate: with it and its key, TLS alone is spoken")
-    text("--key-file", None, "PEM key of the certificate")
-    text("--trusted-ca-file", None, "PEM certificates that sign the workers'; with --client-cert-auth")
-    switch("--client-cert-auth", "refuse workers without a trusted certificate")
-    text("--http-address", None, "where to serve the status page, metrics and probes: HOST:PORT, or off; default: off")
-    seconds("--exit-timeout", 5.0, "seconds that workers are given to drain at a signal; default: %(default)s")
-    seconds("--max-lifetime", 0.0, "exit after this many seconds; 0: never")
-    parser.add_argument("--version", action="version", version=f"syncbn-master {syncbn.__version__}")
-    return parser.parse_args(arguments)
+    def parse(self, arguments: List[str]) -> argparse.Namespace:
+        """Ends the program, with 2, for what is no flag, and for variables of flags that this program lacks."""
+        given = self._parser.parse_args(arguments)
+        _variables.warn_of_misspelled()
+        for name in sorted(_variables.OF_MASTERS - self._known):
+            if os.environ.get(name):
+                self._parser.error(f"{name} is set, and this program has no such flag: the compiled syncbn-master has it")
+        return given
+
+    def _variable(self, flag: str) -> Optional[str]:
+        name = "SYNCBN_" + flag.strip("-").replace("-", "_").upper()
+        self._known.add(name)
+        return os.environ.get(name) or None
+
+    def _text(self, flag: str, default: Optional[str], told: str) -> None:
+        self._parser.add_argument(flag, action=_Once, default=self._variable(flag) or default, help=told)
+
+    def _seconds(self, flag: str, default: float, told: str) -> None:
+        self._parser.add_argument(flag, action=_Once, type=float, default=self._variable(flag) or default, help=told)
+
+    def _switch(self, flag: str, told: str) -> None:
+        value = self._variable(flag) or "false"
+        if value.lower() not in _WORDS:
+            self._parser.error(f'argument {flag}: "{value}" is not true or false')
+        self._parser.add_argument(flag, action="store_true", default=_WORDS[value.lower()], help=told)
+
+
+def _note(number: int, _: Any) -> None:
+    """Answers a signal of the compiled program's, which would otherwise end this one."""
+    print(f"syncbn-master: {signal.Signals(number).name} does nothing here; it is for the compiled program", file=sys.stderr)
 
 
 def run(arguments: List[str]) -> int:
-    """Serves until SIGINT or SIGTERM. Returns: 0, or 2 for flags with which no master can serve."""
+    """Serves until SIGINT or SIGTERM. Returns: the codes of docs/operations.md: 1 too if the process that serves has ended."""
     program = compiled()
     if program is not None:
         if not program.is_file():
             print(f"syncbn-master: SYNCBN_MASTER is {program}, and there is no such program", file=sys.stderr)
             return 2
         os.execv(program, ["syncbn-master", *arguments])
-    given = _parse(arguments)
+    given = _Parser().parse(arguments)
     ended = threading.Event()
-
-    def end(*_: Any) -> None:
-        ended.set()
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+        signal.signal(number, lambda *_: ended.set())
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, _note)
     try:
         grace = _arguments.seconds("--exit-timeout", given.exit_timeout)
         lifetime = _arguments.seconds("--max-lifetime", given.max_lifetime)
@@ -80,12 +118,24 @@ def run(arguments: List[str]) -> int:
         )
     except (syncbn.Error, ValueError) as error:
         print(f"syncbn-master: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, syncbn.Unavailable) else 2
     if master.http_address is not None:
         print(f"status page, metrics and probes on http://{master.http_address}/", file=sys.stderr)
     print(f"syncbn-master ready on {master.target}", flush=True)
-    ended.wait(min(lifetime, threading.TIMEOUT_MAX) or None)
+    code = _serve(master, ended, lifetime)
     master.shutdown(grace)
+    return code
+
+
+def _serve(master: syncbn.Master, ended: threading.Event, lifetime: float) -> int:
+    """Waits for a signal, the end of the lifetime (0: there is none), or that of the process that serves."""
+    deadline = time.monotonic() + lifetime if lifetime > 0 else float("inf")
+    while not ended.wait(max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            break
+        if _master_process.start_time(master.pid or 0) is None:
+            print(f"syncbn-master: the process that serves, {master.pid}, has ended", file=sys.stderr)
+            return 1
     return 0
 
 

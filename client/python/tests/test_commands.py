@@ -87,6 +87,92 @@ def test_flags_with_which_no_master_can_serve():
         assert done.returncode == 2 and words in done.stderr, done.stderr
 
 
+@pytest.fixture
+def program():
+    """Starts syncbn-master as a program. Returns the process and its target."""
+    started = []
+
+    def start(*arguments, **variables):
+        environment = processes.environment(SYNCBN_MASTER="", **variables)
+        command = [sys.executable, "-m", "syncbn", "master", "--address", "127.0.0.1:0", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        started.append(process)
+        return process, process.stdout.readline().split("syncbn-master ready on ")[1].strip()
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("value", ["True", "TRUE", "yes", "On", "1"])
+def test_a_switch_in_the_environment_is_heeded_however_it_is_written(value):
+    """A master that took "True" for no would serve workers without a certificate."""
+    done = run("master", "--max-lifetime", "0.01", SYNCBN_MASTER="", SYNCBN_CLIENT_CERT_AUTH=value)
+    assert done.returncode == 2 and "trusted CA" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"SYNCBN_CLIENT_CERT_AUTH": "maybe"}, '"maybe" is not true or false'),
+        ({"SYNCBN_TOKEN_FILE": "/a/token"}, "SYNCBN_TOKEN_FILE is set, and this program has no such flag"),
+        ({"SYNCBN_STATE_DIR": "/a/folder"}, "SYNCBN_STATE_DIR is set"),
+        ({"SYNCBN_EXIT_TIMEOUT": "soon"}, "--exit-timeout"),
+    ],
+)
+def test_a_variable_that_cannot_be_heeded_is_refused(variables, words):
+    done = run("master", "--address", "127.0.0.1:0", "--max-lifetime", "0.01", SYNCBN_MASTER="", **variables)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_flags_are_written_out_and_given_once():
+    for arguments, words in (
+        (["--cert", "a.pem"], "unrecognized arguments: --cert"),
+        (["--address", "127.0.0.1:0", "--address", "unix:a.sock"], "--address: is given twice"),
+    ):
+        done = run("master", *arguments, SYNCBN_MASTER="")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_an_address_in_use_ends_the_program_with_1(master):
+    done = run("master", "--address", master.target, SYNCBN_MASTER="")
+    assert done.returncode == 1 and "address already in use" in done.stderr, done.stderr
+
+
+def test_signals_of_the_compiled_program_end_nothing(program):
+    process, target = program("--exit-timeout", "0.1")
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        process.send_signal(number)
+        assert number.name in process.stderr.readline()
+    with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
+        worker.all_reduce("sum", [1.0])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+
+
+def test_the_program_ends_with_the_process_that_serves(program):
+    """Its supervisor can start it again; before, it went on without serving anybody."""
+    process, target = program()
+    (child,) = _serving(process.pid)
+    os.kill(child, signal.SIGKILL)
+    assert process.wait(120) == 1
+    assert f"the process that serves, {child}, has ended" in process.stderr.read()
+
+
+def _serving(owner):
+    """The processes that serve for a program: they have its number among their settings."""
+    found = []
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(f'"owner": {{"pid": {owner},'.encode() in argument for argument in arguments):
+            found.append(int(folder.name))
+    return found
+
+
 def test_a_command_that_is_none():
     done = run("operate")
     assert done.returncode == 2 and "doctor" in done.stderr
