@@ -139,6 +139,8 @@ def choice(name: str, value: Any, choices: Any) -> Any:
 
 def vector(name: str, value: Any) -> np.ndarray:
     """One float64 for each element of an array of real numbers, flat."""
+    if isinstance(value, np.ma.MaskedArray):  # Its mask would be lost, and the masked values be taken for numbers.
+        raise TypeError(f"{name} is a numpy.ma.MaskedArray; give its data with the masked values filled in, as by filled()")
     array = np.asarray(value)
     # bfloat16 and its like, which NumPy does not know as numbers.
     foreign = array.dtype.kind == "V" and array.dtype.names is None and array.dtype.name.startswith(("bfloat", "float"))

@@ -253,7 +253,7 @@ COUNTS = [(2**70, ValueError), (-1, ValueError), (2**40 + 1, ValueError), (1.0, 
 SEQUENCES = [(-1, ValueError), (2**64, ValueError), (2**64 - 1, ValueError), (1.0, TypeError), (True, TypeError), ("1", TypeError)]
 NAMES = [("a\0b", ValueError), ("", ValueError), ("n" * 256, ValueError), ("é" * 128, ValueError), (b"a", TypeError), (7, TypeError)]
 VECTORS = [([1j], TypeError), (np.zeros(1, complex), TypeError), (["1"], TypeError), ([None], TypeError), ([object()], TypeError)]
-VECTORS += [(np.array(["2020-01-01"], "datetime64[D]"), TypeError)]
+VECTORS += [(np.array(["2020-01-01"], "datetime64[D]"), TypeError), (np.ma.array([1.0], mask=[True]), TypeError)]
 
 
 @pytest.mark.parametrize("count, error", COUNTS)
