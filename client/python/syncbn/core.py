@@ -398,7 +398,7 @@ class Worker:
         exception: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        if kind is None and not self.closed:
+        if kind is None and not self.closed and self._generation == _forks.here.generation:
             self.leave()
         else:
             self.close()

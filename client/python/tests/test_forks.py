@@ -326,6 +326,8 @@ def test_a_child_of_an_open_worker_is_refused_at_once(master):
         for name, function in calls.items():
             assert in_child(function) == "FailedPrecondition FORKED", name
         assert in_child(worker.close) == "none"
+        # A child that comes to the end of the block has nothing to leave.
+        assert in_child(lambda: worker.__exit__(None, None, None)) == "none"
         assert started.result()[0] == 1.0
         assert worker.all_reduce("sum", [2.0])[0] == 2.0
 

@@ -280,6 +280,45 @@ def test_weights_and_statistics_in_any_memory(group):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("convert", [False, True])
+def test_functional_calls(group, momentum, convert):
+    """Given parameters and buffers take the place of the layer's, which stay as they are: torch 1.13 puts a class over the
+    layer's for the time of the call, and later versions exchange them.
+    """
+    functional_call = getattr(torch, "func", torch.nn.utils.stateless).functional_call
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(4, CHANNELS, 2, generator=generator, dtype=torch.float64)
+
+    def results(layer, x):
+        given = {name: parameter.detach() + 0.5 for name, parameter in layer.named_parameters()}
+        given.update((name, buffer.clone()) for name, buffer in layer.named_buffers())
+        given = {name: value.requires_grad_(value.is_floating_point() and "running" not in name) for name, value in given.items()}
+        before = [value.clone() for value in layer.state_dict().values()]
+        y = functional_call(layer, given, (x,))
+        y.pow(3).sum().backward()
+        assert all(torch.equal(a, b) for a, b in zip(before, layer.state_dict().values()))
+        assert layer.weight.grad is None
+        return [y.detach(), given["weight"].grad, given["bias"].grad, *(given[name] for name, _ in layer.named_buffers())]
+
+    def run(worker):
+        if not convert:
+            layer = sync.SyncBatchNorm(CHANNELS, momentum=momentum, worker=worker, dtype=torch.float64)
+        else:
+            layer = torch.nn.BatchNorm1d(CHANNELS, momentum=momentum, dtype=torch.float64)
+            sync.convert_sync_batchnorm(layer, worker)
+        return results(layer, x[2 * worker.rank :][:2])
+
+    first, second = group(2, run)
+    wanted = results(torch.nn.BatchNorm1d(CHANNELS, momentum=momentum, dtype=torch.float64), x)
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), wanted[0])
+    for index in (1, 2):
+        torch.testing.assert_close(first[index] + second[index], wanted[index])
+    for found in (first, second):
+        for a, b in zip(found[3:], wanted[3:]):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("needs", ["input", "weight", "bias", "two"])
 def test_a_subset_of_the_gradients(group, needs):
     def gradients(layer):

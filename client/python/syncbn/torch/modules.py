@@ -1,6 +1,6 @@
 """SyncBatchNorm and its lazy variant."""
 
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
@@ -171,7 +171,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
 
     def _step(self, z: Optional[torch.Tensor] = None) -> _synchronized.Step:
         # They are usually there: a module's __getattr__ takes as long as a call of the library.
-        parameters, buffers = self._parameters, self._buffers
+        parameters, buffers = self._members()
         weight = parameters["weight"] if "weight" in parameters else self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias
         mean = var = None
@@ -191,9 +191,17 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
             self.activation == "relu",
         )
 
+    def _members(self) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+        """The parameters and buffers that the attributes of their names are; none where a class answers for them itself, as
+        that which torch.nn.utils.stateless.functional_call puts over a module for the time of a call.
+        """
+        if type(self).__getattribute__ is object.__getattribute__:
+            return self._parameters, self._buffers
+        return {}, {}
+
     def _count_batch(self) -> float:
         """Counts this batch; returns the new value's weight in the running statistics."""
-        counted = self._buffers.get("num_batches_tracked", _ELSEWHERE)
+        counted = self._members()[1].get("num_batches_tracked", _ELSEWHERE)
         if counted is _ELSEWHERE:
             counted = self.num_batches_tracked
         if counted is not None:
