@@ -209,7 +209,9 @@ class Worker {
   // travels in chunks, which are layers named NAME#0, NAME#1 and so on. Needs no declaration.
   absl::StatusOr<Round> StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
 
-  // Sends one frame of what is ready, without waiting for answers. The next wait or flush sends the rest.
+  // Sends one frame of what is ready, without waiting for answers. The next wait or flush sends the rest. What it sends
+  // cannot say yet that the worker is blocked (Round::Wait): that follows 20 ms into the wait, and a deadlock is found
+  // as much later.
   absl::Status Flush();
 
  private:
