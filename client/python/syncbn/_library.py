@@ -367,7 +367,7 @@ def _end_log() -> None:
 lib.syncbn_set_log(ctypes.cast(lib.syncbn_log_keep, c_void_p), None)
 
 
-def _take_error(code: int, handle: c_void_p) -> errors.Error:
+def take_error(code: int, handle: c_void_p) -> errors.Error:
     """The exception for a failed call; ends the handle."""
     if not handle:
         return errors.make_error("the library gave no detail", code)
@@ -391,7 +391,7 @@ def call(function: Callable[..., int], *arguments: Any) -> int:
         deliver_log()
     if code in (0, PENDING):
         return code
-    raise _take_error(code, error)
+    raise take_error(code, error)
 
 
 def compute(function: Callable[..., int], *arguments: Any) -> None:
@@ -399,7 +399,7 @@ def compute(function: Callable[..., int], *arguments: Any) -> None:
     error = c_void_p()
     code = function(*arguments, ctypes.byref(error))
     if code != 0:
-        raise _take_error(code, error)
+        raise take_error(code, error)
 
 
 def begin(function: Callable[..., int], *arguments: Any) -> int:
@@ -407,7 +407,7 @@ def begin(function: Callable[..., int], *arguments: Any) -> int:
     handle, error = c_void_p(), c_void_p()
     code = function(*arguments, ctypes.byref(handle), ctypes.byref(error))
     if code != 0:
-        raise _take_error(code, error)
+        raise take_error(code, error)
     assert handle.value
     return handle.value
 

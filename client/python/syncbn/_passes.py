@@ -11,6 +11,7 @@ from typing import Any, Optional, Union
 import numpy as np
 
 from syncbn import _library, errors
+from syncbn._calls import calls
 from syncbn._library import (
     BackwardInputs,
     BackwardOutputs,
@@ -18,28 +19,21 @@ from syncbn._library import (
     ForwardOutputs,
     Tensor,
     Vector,
-    begin,
     call,
-    compute,
     lib,
 )
-from syncbn.core import Worker, wait
+from syncbn._rounds import wait_in_slices
+from syncbn.core import Worker
 
 
-def _reference(given: Any) -> Any:
-    """A struct, or the bytes of one, as the library takes it."""
-    return given if isinstance(given, bytes) else ctypes.byref(given)
+def _bytes(given: Any) -> bytes:
+    """Those of a struct."""
+    return given if type(given) is bytes else bytes(given)
 
 
-@functools.lru_cache(maxsize=256)  # A training has few.
+@functools.lru_cache(maxsize=256)  # A training has few. By position, which is found in a third of the time.
 def _options(
-    num_threads: int,
-    stream: Optional[int],
-    *,
-    role: int = 0,
-    sequence: Optional[int] = None,
-    stream_ordered: bool = False,
-    again: bool = False,
+    num_threads: int, stream: Optional[int], role: int, sequence: Optional[int], stream_ordered: bool, again: bool
 ) -> bytes:
     """A PassOptions."""
     layout = _library.PASS_OPTIONS
@@ -49,11 +43,23 @@ def _options(
     )
 
 
+def _wait(function: Any, handle: Optional[int]) -> None:
+    """Waits by one of `calls`; raises the error, if any."""
+
+    def step(slice_ns: int) -> int:
+        code: int = function(handle, slice_ns)
+        if calls.has_log():
+            _library.deliver_log()
+        return code
+
+    wait_in_slices(step)
+
+
 def _timed_wait(worker: Worker, layer: str, function: Any, handle: Optional[int]) -> None:
     """Waits for a pass's round; its length and its end go into the worker's statistics."""
     begun = time.monotonic_ns()
     try:
-        wait(function, handle)
+        _wait(function, handle)
     except errors.Error as error:
         worker._recorder.add(layer, time.monotonic_ns() - begun, True, error.ranks)
         raise
@@ -90,15 +96,14 @@ class ForwardPass:
         self.eps, self.clamp = eps, clamp
         self._backward_passes = 0
         self._role = role
-        self._waited = self._failed = False
+        self._waited = self._failed = self._required = False
         self._count = 0
         ordered = worker.stream_ordered and cuda_device is not None
-        options = _options(num_threads, stream, role=role, sequence=sequence, stream_ordered=ordered)
-        with worker.handle() as handle:
-            made = begin(lib.syncbn_forward_start, handle, layer.encode(), _reference(x), options)
-            self._owned = _library.Owned(made, lib.syncbn_forward_destroy)
-            if send:
-                compute(lib.syncbn_worker_flush, handle)
+        options = _options(num_threads, stream, role, sequence, ordered, False)
+        self._held = worker.handle()
+        with self._held as handle:
+            made = calls.forward_start(handle, layer.encode(), _bytes(x), options, send)
+            self._owned = _library.Owned(made, calls.forward_destroy)
         self.stream_ordered = ordered and bool(lib.syncbn_forward_stream_ordered(made))
         if cuda_device is not None and ordered and not self.stream_ordered:
             worker.explain_host_driven(cuda_device)
@@ -111,17 +116,18 @@ class ForwardPass:
         """Waits for the merged statistics; raises the round's error."""
         if self._waited:
             return
-        function, handle = lib.syncbn_forward_wait, self._owned.value
-        with self.worker.handle():
+        function, handle = calls.forward_wait, self._owned.value
+        with self._held:
             if self._failed:  # It has been counted.
-                wait(function, handle)
+                _wait(function, handle)
             else:
                 try:
                     _timed_wait(self.worker, self.layer, function, handle)
                 except errors.Error:
                     self._failed = True
                     raise
-        self._count = int(lib.syncbn_forward_count(handle))
+        self._count = calls.forward_count(handle)
+        self._required = calls.forward_backward_required(handle) != 0
         self._waited = True
 
     def _outcome(self) -> Optional[int]:
@@ -131,7 +137,7 @@ class ForwardPass:
         return self._handle
 
     def finish(self, x: Union[Tensor, bytes], outputs: Union[ForwardOutputs, bytes]) -> None:
-        compute(lib.syncbn_forward_finish, self._owned.value, _reference(x), _reference(outputs))
+        calls.forward_finish(self._owned.value, _bytes(x), _bytes(outputs))
 
     @property
     def sequence(self) -> int:
@@ -140,13 +146,13 @@ class ForwardPass:
     @property
     def count(self) -> int:
         """Values in each channel, over all workers."""
-        return self._count if self._waited else int(lib.syncbn_forward_count(self._outcome()))
+        return self._count if self._waited else int(calls.forward_count(self._outcome()))
 
     @property
     def backward_required(self) -> bool:
         if self.stream_ordered:  # Its role tells.
             return self._role == _library.BACKWARD_REQUIRED
-        return bool(lib.syncbn_forward_backward_required(self._handle))
+        return self._required if self._waited else calls.forward_backward_required(self._handle) != 0
 
     @property
     def has_backward_round(self) -> bool:
@@ -172,24 +178,24 @@ class ForwardPass:
 
         Any number of them may follow on one forward pass, as many at every worker.
         """
-        options = _options(num_threads, stream, again=self._backward_passes > 0)
+        options = _options(num_threads, stream, 0, None, False, self._backward_passes > 0)
         self._backward_passes += 1
-        given = _reference(inputs)
+        given = _bytes(inputs)
         # The worker is held, so that a close on another thread ends the wait instead of pulling it away.
-        with self.worker.handle():
-            handle = begin(lib.syncbn_backward_start, self._owned.value, given, options)
+        with self._held:
+            handle = calls.backward_start(self._owned.value, given, options)
             try:
                 if not self.stream_ordered:
                     self._wait_backward(handle)
-                compute(lib.syncbn_backward_finish, handle, given, _reference(outputs))
+                calls.backward_finish(handle, given, _bytes(outputs))
             finally:
-                lib.syncbn_backward_destroy(handle)
+                calls.backward_destroy(handle)
 
     def _wait_backward(self, handle: int) -> None:
         if self.has_backward_round:
-            _timed_wait(self.worker, self.layer, lib.syncbn_backward_wait, handle)
+            _timed_wait(self.worker, self.layer, calls.backward_wait, handle)
         else:  # The library ends the wait at once.
-            wait(lib.syncbn_backward_wait, handle)
+            _wait(calls.backward_wait, handle)
 
 
 def evaluate(x: Tensor, options: EvaluateOptions, y: Optional[int]) -> None:

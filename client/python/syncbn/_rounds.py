@@ -1,9 +1,10 @@
 """Rounds that have begun, and what comes of them."""
 
 import ctypes
+import functools
 import threading
 import time
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -21,7 +22,13 @@ def nanoseconds(seconds: float) -> int:
 
 
 def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
-    """Waits in slices: whether it was done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
+    """`wait_in_slices` by a function of the library."""
+    return wait_in_slices(functools.partial(call, function, handle), timeout)
+
+
+def wait_in_slices(step: Callable[[int], int], timeout: Optional[float] = None) -> bool:
+    """Waits, at most so many nanoseconds in each call of `step`, which returns PENDING if it has to go on: whether it was
+    done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
 
     The interpreter's lock is free during a slice, and a signal's handler runs at its end; on other threads than the main
     one see `_signals`.
@@ -31,7 +38,7 @@ def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
     deadline = None if timeout is None else time.monotonic_ns() + nanoseconds(timeout)
     while True:
         slice_ns = _SLICE_NS if deadline is None else max(0, min(_SLICE_NS, deadline - time.monotonic_ns()))
-        if call(function, handle, slice_ns) != _library.PENDING:
+        if step(slice_ns) != _library.PENDING:
             return True
         if deadline is not None and time.monotonic_ns() >= deadline:
             return False

@@ -34,7 +34,7 @@ class Late(_passes.ForwardPass):
     def finish(self, x, outputs):
         if not self._waited:
             with self.worker.handle():
-                _passes.wait(_library.lib.syncbn_forward_wait, self._handle)
+                syncbn.core.wait(_library.lib.syncbn_forward_wait, self._handle)
         super().finish(x, outputs)
 
     def backward(self, inputs, outputs, **options):
