@@ -21,20 +21,110 @@ _Gradients4 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[tor
 _Gradients3 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 
 
-class _Saved(NamedTuple):
-    """State of a forward pass for its backward passes, beside the tensors that autograd saves."""
+class Outputs(NamedTuple):
+    """What the forward half of a pass writes, and what it asks the layer for."""
 
-    forward_pass: _passes.ForwardPass
-    x: _tensors.Form
-    weight: Optional[_tensors.Form]
-    bias: Optional[_tensors.Form]
-    channels_last: bool
-    needed: Tuple[bool, bool, bool, bool]  # The gradients of x, weight, bias and z.
-    members: Tuple[int, ...]  # Those of a struct Tensor: x in the forward pass.
-    open_gate: Optional[torch.Tensor]  # With a ReLU: one bit for each element of y, in memory order, that is positive.
+    y: torch.Tensor
+    vectors: Tuple[int, ...]  # The members of four structs Vector: weight, bias, and the running statistics to be updated.
+    own: Tuple[Optional[torch.Tensor], ...]  # These four if `readable` has made them, to be kept for as long; else empty.
+    running_mean: Optional[torch.Tensor]  # Those to be updated, if any.
+    running_var: Optional[torch.Tensor]
+    count_batch: Callable[[], float]  # Called before they are; returns the new values' weight.
+    uncount_batch: Callable[[], None]  # Called if they are not, after all.
 
 
-def _form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
+class Pass:
+    """A forward pass of the library over tensors of torch, for its operation and for the backward passes through it.
+
+    It keeps no output, and of the tensors that it reads only their forms: the others are autograd's to save.
+    """
+
+    __slots__ = ("forward_pass", "x", "weight", "bias", "channels_last", "members", "packed", "device", "open_gate", "needed")
+
+    def __init__(
+        self,
+        forward_pass: _passes.ForwardPass,
+        forms: Tuple[_tensors.Form, Optional[_tensors.Form], Optional[_tensors.Form]],
+        channels_last: bool,
+        members: Tuple[int, ...],
+        packed: bytes,
+        device: Optional[ContextManager[Any]],
+        open_gate: Optional[torch.Tensor],
+    ) -> None:
+        """The round of `forward_pass` has begun, or has ended.
+
+        Args:
+          forms: those of x, weight and bias.
+          members: of a struct Tensor that describes x, and `packed` the struct.
+          device: the one to make current, if any.
+          open_gate: with a ReLU: memory for a bit for each element of y, in memory order; 1: it is positive.
+        """
+        self.forward_pass = forward_pass
+        self.x, self.weight, self.bias = forms
+        self.channels_last, self.members, self.packed = channels_last, members, packed
+        self.device, self.open_gate = device, open_gate
+        self.needed: Tuple[bool, ...] = ()  # The gradients of x, weight, bias and z; known with the operation.
+
+    def wait(self) -> Optional[int]:
+        """Values in each channel, over all workers. None: not known yet, but at least 2, since it is stream-ordered, and
+        smaller batches are host-driven. Refuses a single one.
+        """
+        forward_pass = self.forward_pass
+        if forward_pass.stream_ordered:
+            return None
+        forward_pass.wait()
+        count = forward_pass.count
+        if count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {tuple(self.x.shape)} "
+                "and nothing from the other workers"
+            )
+        return count
+
+    def finish(self, outputs: Outputs, z: Optional[torch.Tensor]) -> None:
+        """Waits for the round and writes the outputs.
+
+        The wait comes as late as it can: nothing after it could be done before. So the batch is counted before it, and no
+        longer counted if nothing comes of it.
+        """
+        vectors, momentum, gate = outputs.vectors, 0.0, self.open_gate
+        # Named, so that a copy lives until the library is through with it.
+        own_z = None if z is None else _tensors.readable_as(z, self.channels_last)
+        z_at = 0 if own_z is None else _tensors.address(own_z, self.channels_last) or 0
+        rest = (z_at, gate is not None, 0 if gate is None else gate.data_ptr(), outputs.y.data_ptr(), *self.members[1:])
+        if outputs.running_mean is None:
+            self.wait()
+        else:
+            momentum = outputs.count_batch()
+            taken = False
+            try:
+                taken = self.wait() != 0
+            finally:
+                if not taken:
+                    outputs.uncount_batch()
+            if not taken:
+                vectors = vectors[:4] + _tensors.NO_VECTOR * 2
+        written = FORWARD_OUTPUTS.pack(FORWARD_OUTPUTS.size, *vectors, momentum, *rest)
+        if self.device is None:
+            self.forward_pass.finish(self.packed, written)
+        else:
+            with self.device:
+                self.forward_pass.finish(self.packed, written)
+        if outputs.own:
+            _tensors.write_back(outputs.running_mean, outputs.own[2])
+            _tensors.write_back(outputs.running_var, outputs.own[3])
+
+    def backward(self, inputs: bytes, outputs: bytes, x: torch.Tensor) -> None:
+        """A backward pass over x and what the structs say."""
+        device, threads, stream = _tensors.execution(x)
+        if device is None:
+            self.forward_pass.backward(inputs, outputs, num_threads=threads)
+        else:
+            with device:
+                self.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
+
+
+def form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
     return None if tensor is None else _tensors.Form(tensor)
 
 
@@ -51,40 +141,8 @@ def _buffer(
     return torch.empty(form.shape, dtype=form.dtype, device=form.device)
 
 
-class Request(NamedTuple):
-    """The options of a forward pass that its layer gives."""
-
-    forward_pass: _passes.ForwardPass  # Its round has begun, or has ended.
-    x: Tuple[int, ...]  # The members of a struct Tensor that describes the input,
-    packed: bytes  # and the struct.
-    y: torch.Tensor  # The output's memory.
-    gate: Optional[torch.Tensor]  # With a ReLU: memory for _Saved.open_gate.
-    channels_last: bool
-    device: ContextManager[Any]
-    running_mean: Optional[torch.Tensor]  # Those to be updated, if any.
-    running_var: Optional[torch.Tensor]
-    count_batch: Callable[[], float]  # Called before they are; returns the new values' weight.
-    uncount_batch: Callable[[], None]  # Called if they are not, after all.
-
-    def wait(self) -> Optional[int]:
-        """Values in each channel, over all workers. None: not known yet, but at least 2, since it is stream-ordered, and
-        smaller batches are host-driven. Refuses a single one.
-        """
-        if self.forward_pass.stream_ordered:
-            return None
-        forward_pass = self.forward_pass
-        forward_pass.wait()
-        count = forward_pass.count
-        if count == 1:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(self.y.shape)} "
-                "and nothing from the other workers"
-            )
-        return count
-
-
 def _backward(
-    saved: _Saved, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], gated: bool = True
+    saved: Pass, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], gated: bool = True
 ) -> _Gradients4:
     """dx, d_weight, d_bias and d_z, those that are needed, by one backward pass. gated: a ReLU, if any, is part of it."""
     channels_last = saved.channels_last
@@ -116,13 +174,11 @@ def _backward(
         *_tensors.vector_members(d_weight),
         *_tensors.vector_members(d_bias),
     )
-    device, threads, stream = _tensors.execution(x)
-    with device:
-        saved.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
+    saved.backward(inputs, outputs, x)
     return dx if saved.needed[0] else None, d_weight, d_bias, dz
 
 
-def _opened(saved: _Saved, dy: torch.Tensor) -> torch.Tensor:
+def _opened(saved: Pass, dy: torch.Tensor) -> torch.Tensor:
     """dy where the ReLU let values through, 0 elsewhere: an operation that autograd records."""
     bits = saved.open_gate
     if bits is None:
@@ -149,58 +205,26 @@ class Normalize(torch.autograd.Function):
         bias: Optional[torch.Tensor],
         z: Optional[torch.Tensor],
         anchor: Optional[torch.Tensor],
-        request: Request,
+        made: Pass,
+        outputs: Outputs,
     ) -> torch.Tensor:
-        """x is as the request describes it, dense, and so is z. `anchor` makes y differentiable where nothing else does.
-
-        The wait for the round comes as late as it can: nothing after it could be done before. So the batch is counted before
-        it, and no longer counted if nothing comes of it.
-        """
-        forward_pass, channels_last = request.forward_pass, request.channels_last
+        """x is as the pass describes it, dense. `anchor` makes y differentiable where nothing else does."""
         # The bias is not saved: no gradient needs its values, and a program may change it before backward.
         ctx.save_for_backward(x, weight)
-        gate, needed = request.gate, ctx.needs_input_grad[:4]
-        forms = _tensors.Form(x), _form(weight), _form(bias)
-        ctx.saved = _Saved(forward_pass, *forms, channels_last, needed, request.x, gate)
-        # Named, so that copies live until the library is through with them.
-        own_weight, weight_members = _tensors.readable_vector(weight)
-        own_bias, bias_members = _tensors.readable_vector(bias)
-        own_z = None if z is None else _tensors.readable_as(z, channels_last)
-        activation = 0 if own_z is None else _tensors.address(own_z, channels_last) or 0, gate is not None
-        rest = (*activation, 0 if gate is None else gate.data_ptr(), request.y.data_ptr(), *request.x[1:])
-        mean, mean_members = _tensors.readable_vector(request.running_mean)
-        var, var_members = _tensors.readable_vector(request.running_var)
-        running, momentum = (*mean_members, *var_members), 0.0
-        if mean is None:
-            request.wait()
-        else:
-            momentum = request.count_batch()
-            taken = False
-            try:
-                taken = request.wait() != 0
-            finally:
-                if not taken:
-                    request.uncount_batch()
-            if not taken:
-                running = _tensors.NO_VECTOR * 2
-        outputs = FORWARD_OUTPUTS.pack(FORWARD_OUTPUTS.size, *weight_members, *bias_members, *running, momentum, *rest)
-        with request.device:
-            forward_pass.finish(request.packed, outputs)
-        if mean is not request.running_mean or var is not request.running_var:
-            _tensors.write_back(request.running_mean, mean)
-            _tensors.write_back(request.running_var, var)
-        return request.y
+        ctx.saved, made.needed = made, ctx.needs_input_grad
+        made.finish(outputs, z)
+        return outputs.y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, weight = ctx.saved_tensors
-        saved: _Saved = ctx.saved
+        saved: Pass = ctx.saved
         if torch.is_grad_enabled():  # create_graph.
             dz = _opened(saved, dy)
             gradients = (*_Gradients.apply(dz, x, weight, saved), dz if saved.needed[3] else None)
         else:
             gradients = _backward(saved, dy, x, weight)
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
 
 
 class _Gradients(torch.autograd.Function):
@@ -208,7 +232,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], saved: _Saved
+        ctx: Any, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], saved: Pass
     ) -> _Gradients3:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, x, weight)
@@ -222,7 +246,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def _second_backward(
-    saved: _Saved,
+    saved: Pass,
     needed: Tuple[bool, bool, bool],
     dy: torch.Tensor,
     x: torch.Tensor,

@@ -164,19 +164,30 @@ class Synchronized(torch.nn.Module):
             "torch.jit.script(syncbn.torch.revert_sync_batchnorm(copy.deepcopy(model))), or trace the model in evaluation"
         )
 
-    @outside_of_graphs
     def _normalize_with_others(self, input: torch.Tensor, step: Step) -> torch.Tensor:
-        step.check(input)
+        """One normalization in training. The caller is outside of graphs."""
+        sight = _tensors.at_sight(input, step.weight, step.bias, step.running_mean, step.running_var)
+        if sight is None:
+            step.check(input)
+        elif step.z is not None:
+            check_addend(input, step.z)
         tensors = (input, step.weight, step.bias, step.z)
         if torch.overrides.has_torch_function(tensors):
             function: Any = batch_norm
             return torch.overrides.handle_torch_function(function, tensors, input, step)
-        return batch_norm(input, step)
+        return self._normalize_plain(input, step, sight)
 
-    def _normalize_plain(self, input: torch.Tensor, step: Step) -> torch.Tensor:
-        """As an operation under __torch_function__, by which a subclass of Tensor keeps its class."""
-        _tensors.check_supported(input, step.weight, step.bias, step.z)
-        x, channels_last, members = _tensors.described(input)
+    def _normalize_plain(self, input: torch.Tensor, step: Step, sight: Optional[_tensors.Sight] = None) -> torch.Tensor:
+        """As an operation under __torch_function__, by which a subclass of Tensor keeps its class. sight: what `at_sight` says
+        of the tensors.
+        """
+        if sight is None:
+            _tensors.check_supported(input, step.weight, step.bias, step.z)
+            x, channels_last, members = _tensors.described(input)
+        else:
+            if step.z is not None:
+                _tensors.check_supported(step.z)
+            x, (channels_last, members, _) = input, sight
         checkpoint = _checkpointing.context()
         place = _replicas.current()
         if place is not None:
@@ -186,29 +197,35 @@ class Synchronized(torch.nn.Module):
         gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if step.relu else None
         packed = _library.TENSOR.pack(*members)
         execution = _tensors.execution(x)
-        forward_pass = checkpoint.replay(self)
-        first_time = forward_pass is None
+        forward_pass = checkpoint.replay(self) if checkpoint.active else None
+        update = forward_pass is None and step.running_mean is not None
         if forward_pass is None:
             forward_pass = self._begin_round(x, packed, execution, step, checkpoint.gradient_follows)
-        update = first_time and step.running_mean is not None
-        request = _functions.Request(
-            forward_pass,
-            members,
-            packed,
-            y,
-            gate,
-            channels_last,
-            execution[0],
-            step.running_mean if update else None,
-            step.running_var if update else None,
-            step._count_batch,
-            step._uncount_batch,
-        )
+        forms, vectors, own = self._vectors(x, step, sight, update)
+        made = _functions.Pass(forward_pass, forms, channels_last, members, packed, execution[0], gate)
         if checkpoint.active:
-            request.wait()  # A round that has failed is not left with the segment.
+            made.wait()  # A round that has failed is not left with the segment.
             checkpoint.record(self, forward_pass)
-        anchor = self._anchor(x, step, request)
-        return _functions.Normalize.apply(x, step.weight, step.bias, step.z, anchor, request)
+        running = (step.running_mean, step.running_var) if update else (None, None)
+        outputs = _functions.Outputs(y, vectors, own, *running, step._count_batch, step._uncount_batch)
+        anchor = self._anchor(x, step, made)
+        return _functions.Normalize.apply(x, step.weight, step.bias, step.z, anchor, made, outputs)
+
+    @staticmethod
+    def _vectors(x: torch.Tensor, step: Step, sight: Optional[_tensors.Sight], update: bool) -> Any:
+        """The forms of x, weight and bias, and `vectors` and `own` of _functions.Outputs."""
+        weight, bias = step.weight, step.bias
+        if sight is not None:
+            _, members, vectors = sight
+            forms = (
+                _tensors.Form(x),
+                None if weight is None else _tensors.vector_form(members[2], vectors[1]),
+                None if bias is None else _tensors.vector_form(members[2], vectors[3]),
+            )
+            return forms, vectors if update else vectors[:4] + _tensors.NO_VECTOR * 2, ()
+        running = (step.running_mean, step.running_var) if update else (None, None)
+        own, described = zip(*(_tensors.readable_vector(vector) for vector in (weight, bias, *running)))
+        return (_tensors.Form(x), _functions.form(weight), _functions.form(bias)), sum(described, ()), own
 
     def _begin_round(
         self, x: torch.Tensor, packed: bytes, execution: Any, step: Step, gradient_follows: bool
@@ -217,18 +234,21 @@ class Synchronized(torch.nn.Module):
         worker = self.worker or default_worker()
         layer = self._declare(worker, x.size(1), step.eps)
         device, threads, stream = execution
-        with device:
-            return _passes.ForwardPass(
+        role, clamp = self._role(x, gradient_follows), self.eps_mode == "clamp"
+        begin = _passes.ForwardPass
+        if device is None:  # On the CPU.
+            return begin(worker, layer, packed, role=role, num_threads=threads, send=True, eps=step.eps, clamp=clamp)
+        with device:  # The contribution is not sent here: its reduction has only been enqueued.
+            return begin(
                 worker,
                 layer,
                 packed,
-                role=self._role(x, gradient_follows),
+                role=role,
                 num_threads=threads,
-                cuda_device=x.get_device() if x.is_cuda else None,
+                cuda_device=x.get_device(),
                 stream=stream,
-                send=not x.is_cuda,  # Else the reduction has only been enqueued.
                 eps=step.eps,
-                clamp=self.eps_mode == "clamp",
+                clamp=clamp,
             )
 
     def _declare(self, worker: Worker, channels: int, eps: float) -> str:
@@ -267,15 +287,15 @@ class Synchronized(torch.nn.Module):
         return _library.BACKWARD_REQUIRED if x.requires_grad else _library.BACKWARD_IF_REQUIRED
 
     @staticmethod
-    def _anchor(x: torch.Tensor, step: Step, request: _functions.Request) -> Optional[torch.Tensor]:
+    def _anchor(x: torch.Tensor, step: Step, made: _functions.Pass) -> Optional[torch.Tensor]:
         """Something differentiable, where only another worker calls for this one's part in the backward round."""
         if not torch.is_grad_enabled():
             return None
         for tensor in (x, step.weight, step.bias, step.z):
             if tensor is not None and tensor.requires_grad:
                 return None
-        request.wait()
-        return torch.empty(0, requires_grad=True) if request.forward_pass.backward_required else None
+        made.wait()
+        return torch.empty(0, requires_grad=True) if made.forward_pass.backward_required else None
 
 
 def batch_norm(input: torch.Tensor, step: Step) -> torch.Tensor:

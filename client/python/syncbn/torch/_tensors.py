@@ -1,6 +1,6 @@
 """torch tensors as the C interface sees them: addresses, without a copy where the memory is dense."""
 
-import contextlib
+import functools
 from typing import Any, Callable, ContextManager, Dict, Optional, Tuple
 
 import torch
@@ -12,7 +12,7 @@ from syncbn._library import Tensor, Vector
 _torch: Any = torch  # Where the hints of torch's versions differ.
 
 _STRIDED = torch.strided
-_ANYWHERE = contextlib.nullcontext()
+_CHANNELS_LAST = torch.channels_last
 
 # Below this many elements the threads cost more than they save.
 _ELEMENTS_PER_THREAD = 1 << 16
@@ -92,6 +92,48 @@ def _check_supported(x: torch.Tensor) -> None:
         raise UnsupportedTensor(text + _ADVICE)
 
 
+# What `at_sight` returns: whether x's channels are innermost, the members of a struct Tensor for x, and those of the
+# structs Vector for the other tensors, one after the other.
+Sight = Tuple[bool, Tuple[int, ...], Tuple[int, ...]]
+
+
+def at_sight(x: torch.Tensor, *vectors: Optional[torch.Tensor]) -> Optional[Sight]:
+    """Describes x and the layer's vectors if all are what nearly every call has: plain tensors on the CPU with values, dense
+    in memory of their own, and a vector an element of one dimension for each channel. None: `check_supported` and the layer
+    have to look closely, and say what is wrong, if anything.
+
+    One function without calls of others, since it is a part of every step.
+    """
+    if _tracing_state() is not None or getattr(forward_ad, "_current_level", -1) >= 0 or type(x) not in _PLAIN:
+        return None
+    kind = _TYPES.get(x.dtype)
+    if kind is None or not x.is_cpu:
+        return None
+    try:
+        at, values, shape = x.data_ptr(), x.numel(), x.shape
+        if not at or not values or len(shape) < 2 or x.is_neg():
+            return None
+        channels_last = not x.is_contiguous()
+        if channels_last and not (len(shape) == 4 and x.is_contiguous(memory_format=_CHANNELS_LAST)):
+            return None
+        batch, channels = shape[0], shape[1]
+        found: Tuple[int, ...] = ()
+        for vector in vectors:
+            if vector is None:
+                found += NO_VECTOR
+                continue
+            if type(vector) not in _PLAIN or not vector.is_cpu or vector.dim() != 1 or vector.numel() != channels:
+                return None
+            vector_at, vector_kind = vector.data_ptr(), _TYPES.get(vector.dtype)
+            if not vector_at or vector_kind is None or vector.is_neg() or not vector.is_contiguous():
+                return None
+            found += (vector_at, vector_kind)
+    except RuntimeError:  # A wrapper without memory of its own, or another layout.
+        return None
+    layout = _library.CHANNELS_LAST if channels_last else _library.CHANNELS_FIRST
+    return channels_last, (at, batch, channels, values // (batch * channels), kind, layout, _library.DEVICE_CPU, 0), found
+
+
 def is_channels_last(x: torch.Tensor) -> bool:
     """Dense with the channels innermost, and not dense with them in second place as well."""
     return x.dim() > 2 and not x.is_contiguous() and _is_dense(x, True)
@@ -153,17 +195,28 @@ def _in_memory(x: torch.Tensor) -> torch.Tensor:
 class Form:
     """What a tensor has to be for memory of it to be handed out: what this one is."""
 
-    __slots__ = ("shape", "dtype", "device")
+    __slots__ = ("shape", "dtype", "device", "on_cpu")
 
     def __init__(self, x: torch.Tensor) -> None:
-        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.shape, self.dtype, self.device, self.on_cpu = x.shape, x.dtype, x.device, x.is_cpu
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        on_device = x.is_cpu if self.on_cpu else x.device == self.device  # A device is an object made anew each time.
+        return on_device and x.dtype == self.dtype and x.shape == self.shape
 
     def check(self, name: str, x: torch.Tensor) -> None:
-        if x.shape != self.shape or x.dtype != self.dtype or x.device != self.device:
+        if not self.is_of(x):
             raise RuntimeError(
                 f"{name} is {tuple(x.shape)}, {x.dtype}, on {x.device}, where SyncBatchNorm saved {tuple(self.shape)}, "
                 f"{self.dtype}, on {self.device}: a saved-tensor hook must give back what it was given"
             )
+
+
+@functools.lru_cache(maxsize=256)  # A model has few.
+def vector_form(channels: int, kind: int) -> Form:
+    """That of a vector which `at_sight` has described so; one object for all that are alike."""
+    dtype = next(dtype for dtype, number in _TYPES.items() if number == kind)
+    return Form(torch.empty(channels, dtype=dtype, device="cpu"))
 
 
 def given_back(name: str, x: torch.Tensor, form: Form, channels_last: bool) -> torch.Tensor:
@@ -172,7 +225,7 @@ def given_back(name: str, x: torch.Tensor, form: Form, channels_last: bool) -> t
     A saved tensor may come through hooks (torch.autograd.graph.saved_tensors_hooks), a gradient through formulas that
     expand, negate or zero: their strides, their class and their memory are anything. Shape, type and device are not.
     """
-    if x.shape != form.shape or x.dtype != form.dtype or x.device != form.device:
+    if not form.is_of(x):
         form.check(name, x)
     if not torch.is_grad_enabled() and _address_at_sight(x, channels_last):
         return x
@@ -305,8 +358,8 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where((error != 0) & even & single.isfinite(), single.nextafter(towards), single).to(dtype)
 
 
-def execution(x: torch.Tensor) -> Tuple[ContextManager[Any], int, Optional[int]]:
-    """Where a pass over x runs: the device to make current, the number of threads, the CUDA stream."""
+def execution(x: torch.Tensor) -> Tuple[Optional[ContextManager[Any]], int, Optional[int]]:
+    """Where a pass over x runs: the device to make current, if any; the number of threads; the CUDA stream."""
     if x.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -314,4 +367,4 @@ def execution(x: torch.Tensor) -> Tuple[ContextManager[Any], int, Optional[int]]
             )
         return torch.cuda.device(x.device), 1, torch.cuda.current_stream(x.device).cuda_stream
     threads = x.numel() // _ELEMENTS_PER_THREAD
-    return _ANYWHERE, min(threads, torch.get_num_threads()) if threads > 1 else 1, None
+    return None, min(threads, torch.get_num_threads()) if threads > 1 else 1, None

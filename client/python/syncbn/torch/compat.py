@@ -76,7 +76,6 @@ class _SynchronizedBatchNorm(SyncBatchNorm):
             raise ValueError(f"expected {' or '.join(self.ranks)}D input (got {input.dim()}D input)")
         super()._check_input_dim(input)
 
-    @_synchronized.outside_of_graphs
     def _normalize_with_others(self, input: torch.Tensor, step: _synchronized.Step) -> torch.Tensor:
         worker = self.worker or (default_worker() if _replicas.current() is None else None)
         if worker is not None and worker.world_size == 1 and _replicas.current() is None:

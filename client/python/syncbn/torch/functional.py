@@ -72,8 +72,12 @@ def batch_norm(
     caller = _caller(worker, layer)
     caller.momentum, caller.numeric = momentum, numeric
     step = _synchronized.Step(caller, weight, bias, running_mean, running_var, eps, lambda: momentum, lambda: None)
-    normalized: torch.Tensor = caller._normalize_with_others(input, step)
-    return normalized
+    return _normalize(caller, input, step)
+
+
+@_synchronized.outside_of_graphs
+def _normalize(caller: _Caller, input: torch.Tensor, step: _synchronized.Step) -> torch.Tensor:
+    return caller._normalize_with_others(input, step)
 
 
 class _Round:

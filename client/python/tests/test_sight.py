@@ -1,0 +1,253 @@
+"""What a layer sees of its tensors at sight, and what changes between its steps. The oracles are the close look, and
+torch's own layer in float64 under the same changes."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import syncbn.torch as sync
+from syncbn.torch import _tensors
+
+SEED = 4111
+CHANNELS = 3
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+class Subclass(torch.Tensor):
+    """A tensor that keeps its class."""
+
+
+def spread_out(v):
+    """The same values with gaps between them."""
+    wide = torch.full((v.numel(), 2), float("nan"), dtype=v.dtype)
+    wide[:, 0] = v
+    return wide[:, 0]
+
+
+def batch(dtype=torch.float64, sizes=(4, 5)):
+    generator = torch.Generator().manual_seed(SEED)
+    return (torch.randn((6, CHANNELS, *sizes), generator=generator, dtype=torch.float64) * 2 + 1).to(dtype)
+
+
+def vectors(dtype=torch.float64):
+    return tuple(torch.linspace(low, 3.0, CHANNELS, dtype=dtype) for low in (1.0, 0.5, -1.0, 2.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(), (5,), (4, 5), (2, 4, 5)], ids=lambda sizes: f"{2 + len(sizes)}D")
+def test_usual_tensors_are_described_as_by_the_close_look(dtype, sizes):
+    x, given = batch(dtype, sizes), vectors(dtype)
+    _, channels_last, members = _tensors.described(x)
+    expected = sum((_tensors.readable_vector(v)[1] for v in given), ())
+    assert _tensors.at_sight(x, *given) == (channels_last, members, expected)
+
+
+def test_channels_last_and_absent_vectors():
+    x = batch().contiguous(memory_format=torch.channels_last)
+    weight = torch.nn.Parameter(vectors()[0])
+    _, channels_last, members = _tensors.described(x)
+    assert channels_last
+    seen = _tensors.at_sight(x, weight, None, None, None)
+    assert seen == (True, members, _tensors.readable_vector(weight)[1] + _tensors.NO_VECTOR * 3)
+
+
+def test_a_type_of_its_own_for_each_vector():
+    kinds = [v.to(dtype) for v, dtype in zip(vectors(), DTYPES)]
+    seen = _tensors.at_sight(batch(torch.bfloat16), *kinds)
+    assert seen is not None
+    assert seen[2] == sum((_tensors.readable_vector(v)[1] for v in kinds), ())
+
+
+UNUSUAL_INPUTS = {
+    "subclass": lambda x: x.as_subclass(Subclass),
+    "integers": lambda x: x.long(),
+    "complex": lambda x: x.to(torch.complex64),
+    "1D": lambda x: x.reshape(-1),
+    "no element": lambda x: x[:0],
+    "no channel": lambda x: x[:, :0],
+    "gaps": lambda x: x[:, :, :, ::2],
+    "turned": lambda x: x.permute(3, 1, 2, 0),
+    "expanded": lambda x: x[:, :, :, :1].expand(x.shape),
+    "negative": lambda x: torch._neg_view(x),
+    "zero": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "sparse": lambda x: x.to_sparse(),
+    "meta": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNUSUAL_INPUTS))
+def test_unusual_inputs_are_looked_at_closely(kind):
+    assert _tensors.at_sight(UNUSUAL_INPUTS[kind](batch()), *vectors()) is None
+
+
+UNUSUAL_VECTORS = {
+    "subclass": lambda v: v.as_subclass(Subclass),
+    "number": lambda v: 1.0,
+    "integers": lambda v: v.long(),
+    "longer": lambda v: torch.cat([v, v]),
+    "shorter": lambda v: v[:-1],
+    "2D": lambda v: v.reshape(1, -1),
+    "gaps": spread_out,
+    "expanded": lambda v: v[:1].expand(v.shape),
+    "negative": lambda v: torch._neg_view(v),
+    "zero": lambda v: torch._efficientzerotensor(v.shape, dtype=v.dtype),
+    "sparse": lambda v: v.to_sparse(),
+    "meta": lambda v: v.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNUSUAL_VECTORS))
+@pytest.mark.parametrize("which", range(4), ids=["weight", "bias", "running_mean", "running_var"])
+def test_unusual_vectors_are_looked_at_closely(kind, which):
+    given = list(vectors())
+    given[which] = UNUSUAL_VECTORS[kind](given[which])
+    assert _tensors.at_sight(batch(), *given) is None
+
+
+def test_under_forward_mode_and_a_trace_nothing_is_usual():
+    from torch.autograd import forward_ad
+
+    x, given, seen = batch(), vectors(), []
+    with forward_ad.dual_level():
+        assert _tensors.at_sight(x, *given) is None
+
+    def traced(value):
+        seen.append(_tensors.at_sight(value, *given))
+        return value * 1
+
+    torch.jit.trace(traced, x, check_trace=False)
+    assert seen == [None]
+    assert _tensors.at_sight(x, *given) is not None
+
+
+def with_data(name, change):
+    """A change of what a parameter or buffer holds, the object staying the same."""
+
+    def apply(layer):
+        vector = getattr(layer, name)
+        vector.data = change(vector.data)
+
+    return apply
+
+
+def with_object(name, change):
+    """A change of the object."""
+
+    def apply(layer):
+        old = getattr(layer, name)
+        new = change(old.detach())
+        setattr(layer, name, torch.nn.Parameter(new) if isinstance(old, torch.nn.Parameter) else new)
+
+    return apply
+
+
+def state_loaded(layer):
+    layer.load_state_dict({name: value * 2 for name, value in layer.state_dict().items()})
+
+
+def moved_away_and_back(layer):
+    dtype = layer.weight.dtype
+    layer.half().to(dtype)
+
+
+def frozen(layer):
+    layer.weight.requires_grad_(False)
+
+
+def without_bias(layer):
+    layer.bias = None
+
+
+def without_statistics(layer):
+    layer.track_running_stats = False
+
+
+NAMES = ("weight", "bias", "running_mean", "running_var")
+CHANGES = {
+    **{f"{name}: other values": with_object(name, lambda v: v * 2 + 0.5) for name in NAMES},
+    **{f"{name}: other memory": with_data(name, lambda v: v * 2 + 0.5) for name in NAMES},
+    **{f"{name}: gaps": with_data(name, spread_out) for name in NAMES},
+    **{f"{name}: gaps, other object": with_object(name, spread_out) for name in NAMES},
+    **{f"{name}: expanded": with_data(name, lambda v: v[:1].clone().expand(v.shape)) for name in ("weight", "bias")},
+    **{f"{name}: negative": with_object(name, lambda v: torch._neg_view(v.clone())) for name in ("weight", "bias")},
+    **{f"{name}: subclass": with_object(name, lambda v: v.as_subclass(Subclass)) for name in ("running_mean", "running_var")},
+    "state loaded": state_loaded,
+    "moved": moved_away_and_back,
+    "frozen": frozen,
+    "without bias": without_bias,
+    "without statistics": without_statistics,
+}
+
+
+def plain(tensor):
+    return None if tensor is None else tensor.detach().as_subclass(torch.Tensor).clone()
+
+
+def train_a_step(layer, x, dy):
+    own = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    y = layer(own)
+    y.backward(dy)
+    parameters = [p for p in (layer.weight, layer.bias) if p is not None]
+    statistics = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    return [plain(y), plain(own.grad), *(plain(p.grad) for p in parameters), *map(plain, statistics)]
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_changes_between_steps_are_noticed(group, change, layout):
+    x, dy = batch(), batch().flip(0)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+
+    def steps(layer, rows):
+        found = [train_a_step(layer, x[rows], dy[rows])]
+        CHANGES[change](layer)
+        return found + [train_a_step(layer, x[rows], dy[rows]) for _ in range(2)]
+
+    def run(worker):
+        layer = sync.SyncBatchNorm(CHANNELS, worker=worker, layer="bn", dtype=torch.float64)
+        return steps(layer, slice(0, 2) if worker.rank == 0 else slice(2, None))
+
+    whole = steps(torch.nn.BatchNorm2d(CHANNELS, dtype=torch.float64), slice(None))
+    for step, (first, second) in zip(whole, zip(*group(2, run))):
+        for i, wanted in enumerate(step):
+            parts = (first[i], second[i])
+            if wanted is None:
+                assert parts == (None, None)
+            elif i < 2:  # y and dx.
+                torch.testing.assert_close(torch.cat(parts), wanted, rtol=1e-10, atol=1e-10, check_stride=False)
+            elif i < len(step) - 3:  # The gradients of parameters.
+                torch.testing.assert_close(parts[0] + parts[1], wanted, rtol=1e-10, atol=1e-10)
+            else:
+                for part in parts:
+                    torch.testing.assert_close(part, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_another_type_between_steps_is_noticed(group, dtype):
+    """A layer that becomes one of another type gives the bits of a layer that has been so from the beginning."""
+
+    def run(worker):
+        x, dy = batch(dtype), batch(dtype).flip(0)
+        changed = sync.SyncBatchNorm(CHANNELS, worker=worker, layer="changed", dtype=torch.float64, momentum=None)
+        train_a_step(changed, batch(), batch())
+        changed.to(dtype)
+        changed.reset_running_stats()
+        fresh = sync.SyncBatchNorm(CHANNELS, worker=worker, layer="fresh", dtype=dtype, momentum=None)
+        return [(train_a_step(changed, x, dy), train_a_step(fresh, x, dy)) for _ in range(2)]
+
+    for mine, wanted in group(1, run)[0]:
+        assert all(torch.equal(a, b) for a, b in zip(mine, wanted))
+
+
+def test_fewer_channels_at_the_same_address_are_refused(group):
+    def run(worker):
+        layer = sync.SyncBatchNorm(CHANNELS, worker=worker, layer="bn", dtype=torch.float64)
+        layer(batch())
+        layer.bias.data = layer.bias.data[:-1]
+        with pytest.raises(RuntimeError, match="bias has 2 elements, and the layer 3 channels"):
+            layer(batch())
+        assert int(layer.num_batches_tracked) == 1
+
+    group(1, run)
