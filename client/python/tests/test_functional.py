@@ -5,8 +5,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import syncbn
-import syncbn.functional
 import syncbn.torch as sync
+
+import processes
 
 SIZES = [3, 5, 1]
 SEED = 417
@@ -209,3 +210,9 @@ def test_moments_of_nothing_are_nan(group):
 def test_dimensions_that_an_input_has_not(dims, words):
     with pytest.raises(ValueError, match=words):
         sync.moments(torch.zeros(2, 2), dims, layer="moments")
+
+
+def test_the_module_is_there_once_the_front_is_imported():
+    """And it may be imported first."""
+    for line in ("import syncbn.torch", "import syncbn.functional"):
+        assert "batch_norm" in processes.run(f"{line}; print(syncbn.functional.batch_norm, syncbn.torch.functional.moments)", 1)[0]

@@ -7,6 +7,8 @@
         optimizer.step()
 """
 
+import importlib
+
 from syncbn.torch.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.torch.functional import moments
 from syncbn.torch.gradients import all_reduce_gradients
@@ -14,6 +16,8 @@ from syncbn.torch.launch import init_worker, join
 from syncbn.torch.modules import LazySyncBatchNorm, SyncBatchNorm
 from syncbn.torch.replacing import install, uninstall
 from syncbn.torch.weighting import weighted_ddp
+
+importlib.import_module("syncbn.functional")  # It is there after `import syncbn.torch`, as torch.nn.functional after torch.
 
 __all__ = [
     "LazySyncBatchNorm",
