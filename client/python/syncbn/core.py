@@ -604,6 +604,7 @@ class Worker:
         """As `all_reduce`, without waiting; the result is flat."""
         name = _arguments.text("the sum's name", name)
         values = _arguments.vector("vector", vector)
+        self._layers.pop(name, None)  # A layer of this name is declared anew when it is used again.
         with self.handle() as handle:
             return Round(
                 self,

@@ -95,6 +95,20 @@ def test_all_reduce_keeps_the_shape_and_takes_long_vectors(group):
         np.testing.assert_array_equal(long, np.arange(300_000.0) * 6)
 
 
+def test_a_layer_and_a_sum_of_one_name(group):
+    """They take turns: each is declared anew where the other has been used."""
+
+    def run(worker):
+        found = []
+        for _ in range(3):
+            merged = worker.synchronize("both", 1, [float(worker.rank)], [0.0], backward=True)
+            found += [merged.mean[0], *worker.all_reduce("both", [1.0, 2.0, 3.0])]
+            found.append(worker.synchronize_backward("both", merged.sequence, [1.0], [0.5]).sum_dy_xmu[0])
+        return found
+
+    assert group(2, run) == [[0.5, 2.0, 4.0, 6.0, 1.0] * 3] * 2
+
+
 def test_several_rounds_travel_together(group):
     def run(worker):
         rounds = [worker.start_all_reduce(f"vector {i}", [float(i + worker.rank)]) for i in range(5)]

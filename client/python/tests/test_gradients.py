@@ -183,6 +183,19 @@ def test_a_lazy_parameter_is_named(master):
             sync.all_reduce_gradients(torch.nn.LazyLinear(2), worker)
 
 
+def test_a_layer_that_is_called_as_the_gradients_are(group):
+    def run(worker):
+        model = torch.nn.Module()
+        model.gradients = torch.nn.BatchNorm1d(2, momentum=1.0)
+        sync.convert_sync_batchnorm(model, worker)
+        for step in range(3):
+            model.gradients(torch.full((2, 2), float(step + 2 * worker.rank)).requires_grad_()).sum().backward()
+            sync.all_reduce_gradients(model, worker)
+        return model.gradients.running_mean.tolist()
+
+    assert group(WORKERS, run) == [[3.0, 3.0]] * WORKERS
+
+
 def test_a_backbone_that_is_unfrozen_at_the_same_step(group):
     def run(worker):
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
