@@ -30,8 +30,8 @@ constexpr int kFastCall = 0x80;
 struct Python {
   void* (*long_as_void_ptr)(Object*);
   Object* (*long_from_void_ptr)(void*);
-  long long (*long_as_long_long)(Object*);
-  Object* (*long_from_long_long)(long long);
+  int64_t (*long_as_long_long)(Object*);
+  Object* (*long_from_long_long)(int64_t);
   char* (*bytes_as_string)(Object*);
   Object* (*err_occurred)();
   int (*err_bad_argument)();
