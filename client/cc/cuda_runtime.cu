@@ -1,10 +1,14 @@
 // DeviceRuntime over CUDA's runtime library, which is linked in and opens the driver with the first call, so a process
-// that makes none needs no driver. Functions that only the driver has are looked up there when they are needed.
+// that makes none needs no driver. tests/client/cc/cuda/cuda_runtime_test.cc compiles it against a stand-in for both.
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <map>
+#include <mutex>
+
 #include "client/cc/device_runtime.h"
+#include "kernels/cuda/driver.cuh"
 
 namespace syncbn {
 namespace {
@@ -27,40 +31,96 @@ cuda::Error Checked(cudaError_t error) {
 // values on every Linux driver, without an option of the kernel module.
 constexpr unsigned kDriverVersion = 12000;
 
-// A function of the driver, or null.
-template <typename Function>
-Function* DriverFunction(const char* name) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  // The legacy stream is what a null handle means to cudart here as well.
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion(name, &function, kDriverVersion, cudaEnableLegacyStream, &found);
-  if (Checked(error) != cuda::kSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<Function*>(function);
-}
+// The functions of the driver that are used here. All drivers of this version have them.
+struct Driver {
+  template <typename Function>
+  static Function* Find(const char* name) {
+    return cuda::DriverFunction<Function>(name, kDriverVersion);
+  }
 
-using WaitValue32 = CUresult(CUstream, CUdeviceptr, cuuint32_t, unsigned);
-using DeviceGetAttribute = CUresult(int*, CUdevice_attribute, CUdevice);
+  CUresult (*wait_value)(CUstream, CUdeviceptr, cuuint32_t,
+                         unsigned) = Find<CUresult(CUstream, CUdeviceptr, cuuint32_t, unsigned)>("cuStreamWaitValue32");
+  CUresult (*device_attribute)(int*, CUdevice_attribute,
+                               CUdevice) = Find<CUresult(int*, CUdevice_attribute, CUdevice)>("cuDeviceGetAttribute");
+  CUresult (*retain_context)(CUcontext*, CUdevice) = Find<CUresult(CUcontext*, CUdevice)>("cuDevicePrimaryCtxRetain");
+  CUresult (*push_context)(CUcontext) = Find<CUresult(CUcontext)>("cuCtxPushCurrent");
+  CUresult (*pop_context)(CUcontext*) = Find<CUresult(CUcontext*)>("cuCtxPopCurrent");
+  CUresult (*current_device)(CUdevice*) = Find<CUresult(CUdevice*)>("cuCtxGetDevice");
 
-WaitValue32* FindWaitValue32() {
-  static WaitValue32* const function = DriverFunction<WaitValue32>("cuStreamWaitValue32");
-  return function;
-}
+  static const Driver& Get() {
+    static const Driver driver;
+    return driver;
+  }
+};
+
+constexpr cuda::Error kNoDriverFunction = cudaErrorNotSupported;
 
 // The runtime uses the driver's numbers for the errors that both have.
-cuda::Error Enqueue(WaitValue32* wait, Stream stream, const uint32_t* address, uint32_t value) {
+cuda::Error Numbered(CUresult result) { return static_cast<cuda::Error>(result); }
+
+cuda::Error Enqueue(Stream stream, const uint32_t* address, uint32_t value) {
+  const Driver& driver = Driver::Get();
+  if (driver.wait_value == nullptr) return kNoDriverFunction;
   // Pinned memory has one address for host and devices.
-  return static_cast<cuda::Error>(
-      wait(stream, reinterpret_cast<CUdeviceptr>(address), value, CU_STREAM_WAIT_VALUE_GEQ));
+  return Numbered(driver.wait_value(stream, reinterpret_cast<CUdeviceptr>(address), value, CU_STREAM_WAIT_VALUE_GEQ));
 }
+
+// Sets *context to the context of a device that CUDA's runtime library and everything built on it share. It is made
+// with the first call for that device and kept for good, as the runtime library keeps it.
+cuda::Error ContextOf(int device, CUcontext* context) {
+  struct Table {
+    std::mutex mutex;
+    std::map<int, CUcontext> contexts;
+  };
+  static Table* const table = new Table;  // A leak: the end of the process may still need it.
+  const std::lock_guard<std::mutex> lock(table->mutex);
+  CUcontext& known = table->contexts[device];
+  if (known == nullptr) {
+    const CUresult result = Driver::Get().retain_context(&known, device);
+    if (result != CUDA_SUCCESS) return Numbered(result);
+  }
+  *context = known;
+  return cuda::kSuccess;
+}
+
+// Lets the calling thread make calls, for as long as this lives, that would spoil the graph which another thread of the
+// process may be capturing: a capture forbids them to all threads, and none of them concerns the captured stream.
+class BesideCaptures {
+ public:
+  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // The thread's own, while this lives.
+};
 
 class Runtime : public DeviceRuntime {
  public:
   const char* Version() const override { return SYNCBN_VERSION_TEXT(__CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__); }
   const char* ErrorString(Error error) const override { return cuda::ErrorString(error); }
 
-  Error CurrentDevice(int* device) override { return Checked(cudaGetDevice(device)); }
-  Error SetDevice(int device) override { return Checked(cudaSetDevice(device)); }
+  // The device of the context that the thread has; where it has none, the one that would get one.
+  Error CurrentDevice(int* device) override {
+    const Driver& driver = Driver::Get();
+    if (driver.current_device != nullptr && driver.current_device(device) == CUDA_SUCCESS) return kSuccess;
+    return Checked(cudaGetDevice(device));
+  }
+  // A push of the context, since the way back by cudaSetDevice would make a context on a device that had none.
+  Error EnterDevice(int device) override {
+    const Driver& driver = Driver::Get();
+    if (driver.retain_context == nullptr || driver.push_context == nullptr || driver.pop_context == nullptr) {
+      return kNoDriverFunction;
+    }
+    CUcontext context = nullptr;
+    if (const Error error = ContextOf(device, &context); error != kSuccess) return error;
+    return Numbered(driver.push_context(context));
+  }
+  void LeaveDevice() override {
+    CUcontext left = nullptr;
+    Driver::Get().pop_context(&left);
+  }
 
   Error StreamId(Stream stream, uint64_t* id) override {
     unsigned long long number = 0;
@@ -68,7 +128,10 @@ class Runtime : public DeviceRuntime {
     *id = number;
     return error;
   }
-  Error StreamState(Stream stream) override { return Checked(cudaStreamQuery(stream)); }
+  Error StreamState(Stream stream) override {
+    const BesideCaptures beside;
+    return Checked(cudaStreamQuery(stream));
+  }
   Error StreamIsCapturing(Stream stream, bool* capturing) override {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     const Error error = Checked(cudaStreamIsCapturing(stream, &status));
@@ -80,22 +143,23 @@ class Runtime : public DeviceRuntime {
   // GPUs.
   Error CanWaitForValue(bool* can) override {
     *can = false;
-    WaitValue32* const wait = FindWaitValue32();
-    auto* const attribute_of = DriverFunction<DeviceGetAttribute>("cuDeviceGetAttribute");
-    if (wait == nullptr || attribute_of == nullptr) return kSuccess;
+    const Driver& driver = Driver::Get();
+    if (driver.wait_value == nullptr || driver.device_attribute == nullptr) return kSuccess;
     int device = 0;
     if (const Error error = CurrentDevice(&device); error != kSuccess) return error;
     int attribute = 0;
-    if (attribute_of(&attribute, CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS, device) != CUDA_SUCCESS ||
+    if (driver.device_attribute(&attribute, CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS, device) !=
+            CUDA_SUCCESS ||
         attribute == 0) {
       return kSuccess;
     }
+    const BesideCaptures beside;
     void* word = nullptr;
     if (const Error error = AllocatePinned(sizeof(uint32_t), &word); error != kSuccess) return error;
     cudaStream_t stream = nullptr;
     Error error = Checked(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     if (error == kSuccess) {
-      *can = Enqueue(wait, stream, static_cast<const uint32_t*>(word), 0) == kSuccess;
+      *can = Enqueue(stream, static_cast<const uint32_t*>(word), 0) == kSuccess;
       error = Checked(cudaStreamSynchronize(stream));
       Checked(cudaStreamDestroy(stream));
     }
@@ -103,21 +167,30 @@ class Runtime : public DeviceRuntime {
     return error;
   }
   Error WaitForValue(Stream stream, const uint32_t* address, uint32_t value) override {
-    WaitValue32* const wait = FindWaitValue32();
-    return wait == nullptr ? static_cast<Error>(cudaErrorNotSupported) : Enqueue(wait, stream, address, value);
+    return Enqueue(stream, address, value);
   }
 
   Error AllocatePinned(size_t bytes, void** memory) override {
+    const BesideCaptures beside;
     const Error error = Checked(cudaHostAlloc(memory, bytes, cudaHostAllocPortable | cudaHostAllocMapped));
     if (error == kSuccess) __builtin_memset(*memory, 0, bytes);
     return error;
   }
-  Error AllocateDevice(size_t bytes, void** memory) override { return Checked(cudaMalloc(memory, bytes)); }
+  Error AllocateDevice(size_t bytes, void** memory) override {
+    const BesideCaptures beside;
+    return Checked(cudaMalloc(memory, bytes));
+  }
   Error ZeroDevice(Stream stream, void* memory, size_t bytes) override {
     return Checked(cudaMemsetAsync(memory, 0, bytes, stream));
   }
-  void FreePinned(void* memory) override { Checked(cudaFreeHost(memory)); }
-  void FreeDevice(void* memory) override { Checked(cudaFree(memory)); }
+  void FreePinned(void* memory) override {
+    const BesideCaptures beside;
+    Checked(cudaFreeHost(memory));
+  }
+  void FreeDevice(void* memory) override {
+    const BesideCaptures beside;
+    Checked(cudaFree(memory));
+  }
 
   size_t WorkspaceBytes(const TensorShape& shape) override { return cuda::WorkspaceBytes(shape); }
   Error BatchNormStats(const cuda::Context& context, const TensorShape& shape, const void* x, double* mean,
@@ -145,7 +218,10 @@ class Runtime : public DeviceRuntime {
   Error FinalizeBackward(const cuda::Context& context, const kernels::FinalizeBackwardArguments& arguments) override {
     return cuda::FinalizeBackward(context, arguments);
   }
-  Error Preload() override { return Checked(static_cast<cudaError_t>(cuda::Preload())); }
+  Error Preload() override {
+    const BesideCaptures beside;
+    return Checked(static_cast<cudaError_t>(cuda::Preload()));
+  }
 };
 
 }  // namespace

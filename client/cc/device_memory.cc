@@ -15,6 +15,10 @@ constexpr size_t kLeastCapacity = 64;
 constexpr size_t kFlagBytes = 128;
 constexpr size_t kReleaseBytes = 128;
 constexpr size_t kPinnedVectors = 4;
+// An allocation takes CUDA up to a millisecond and may wait for the device, so slots are allocated many at once, up to
+// this many bytes of pinned and device memory together, and a workspace that nearly all tensors can do with.
+constexpr size_t kSlabBytes = size_t{1} << 20;
+constexpr size_t kLeastWorkspaceBytes = size_t{1} << 20;
 constexpr size_t kDeviceVectors = PassVectors::kCoefficients;
 
 size_t CapacityFor(int64_t channels) {
@@ -73,11 +77,12 @@ absl::Status DeviceStatus(DeviceRuntime* runtime, DeviceRuntime::Error error, co
 }
 
 DeviceScope::DeviceScope(DeviceRuntime* runtime, int device) {
-  DeviceRuntime::Error error = runtime->CurrentDevice(&before_);
-  if (error == DeviceRuntime::kSuccess && before_ == device) return;
+  int current = 0;
+  DeviceRuntime::Error error = runtime->CurrentDevice(&current);
+  if (error == DeviceRuntime::kSuccess && current == device) return;
   if (error == DeviceRuntime::kSuccess) {
-    error = runtime->SetDevice(device);
-    if (error == DeviceRuntime::kSuccess) restores_ = runtime;
+    error = runtime->EnterDevice(device);
+    if (error == DeviceRuntime::kSuccess) entered_ = runtime;
   }
   if (error != DeviceRuntime::kSuccess) {
     status_ = absl::FailedPreconditionError(absl::StrCat(
@@ -86,15 +91,15 @@ DeviceScope::DeviceScope(DeviceRuntime* runtime, int device) {
 }
 
 DeviceScope::~DeviceScope() {
-  if (restores_ != nullptr) restores_->SetDevice(before_);
+  if (entered_ != nullptr) entered_->LeaveDevice();
 }
 
 StreamMemory::~StreamMemory() {
   const DeviceScope scope(runtime_, device_);
   if (workspace_ != nullptr) runtime_->FreeDevice(workspace_);
-  for (const std::unique_ptr<DeviceSlot>& slot : slots_) {
-    runtime_->FreeDevice(slot->mean);  // The first of the vectors on the device.
-    runtime_->FreePinned(slot->flag);
+  for (const Slab& slab : slabs_) {
+    runtime_->FreeDevice(slab.device);
+    runtime_->FreePinned(slab.pinned);
   }
 }
 
@@ -103,9 +108,7 @@ absl::StatusOr<DeviceSlot*> StreamMemory::Take(int64_t channels) {
   absl::MutexLock lock(&mutex_);
   std::vector<DeviceSlot*>& free = free_[capacity];
   if (free.empty()) {
-    absl::StatusOr<DeviceSlot*> slot = Allocate(capacity);
-    if (!slot.ok()) return slot.status();
-    free.push_back(*slot);
+    if (absl::Status status = AddSlots(capacity); !status.ok()) return status;
   }
   DeviceSlot* const slot = free.back();
   free.pop_back();
@@ -119,27 +122,38 @@ void StreamMemory::Return(DeviceSlot* slot) {
   free_[slot->capacity].push_back(slot);
 }
 
-absl::StatusOr<DeviceSlot*> StreamMemory::Allocate(size_t capacity) {
-  const size_t vector = capacity * sizeof(double);
-  const size_t pinned_bytes = kFlagBytes + kReleaseBytes + kPinnedVectors * vector;
-  const size_t device_bytes = kDeviceVectors * vector;
-  if (slot_bytes_ + pinned_bytes + device_bytes > kMaxSlotBytesPerStream) {
+absl::Status StreamMemory::AddSlots(size_t capacity) {
+  const size_t pinned_bytes = kFlagBytes + kReleaseBytes + kPinnedVectors * capacity * sizeof(double);
+  const size_t device_bytes = kDeviceVectors * capacity * sizeof(double);
+  const size_t each = pinned_bytes + device_bytes;
+  const size_t count = std::min(std::max(kSlabBytes / each, size_t{1}), (kMaxSlotBytesPerStream - slot_bytes_) / each);
+  if (count == 0) {
     return absl::ResourceExhaustedError(absl::StrCat("the passes that are alive on one CUDA stream need more than ",
                                                      kMaxSlotBytesPerStream, " bytes of statistics"));
   }
-  void* pinned = nullptr;
-  absl::Status status = DeviceStatus(runtime_, runtime_->AllocatePinned(pinned_bytes, &pinned), "pinned memory");
+  Slab slab;
+  absl::Status status =
+      DeviceStatus(runtime_, runtime_->AllocatePinned(count * pinned_bytes, &slab.pinned), "pinned memory");
   if (!status.ok()) return status;
-  void* device = nullptr;
-  status = DeviceStatus(runtime_, runtime_->AllocateDevice(device_bytes, &device), "device memory");
+  status = DeviceStatus(runtime_, runtime_->AllocateDevice(count * device_bytes, &slab.device), "device memory");
   if (!status.ok()) {
-    runtime_->FreePinned(pinned);
+    runtime_->FreePinned(slab.pinned);
     return status;
   }
+  slabs_.push_back(slab);
+  slot_bytes_ += count * each;
+  for (size_t i = 0; i < count; ++i) {
+    AddSlot(capacity, static_cast<char*>(slab.pinned) + i * pinned_bytes,
+            static_cast<char*>(slab.device) + i * device_bytes);
+  }
+  return absl::OkStatus();
+}
+
+void StreamMemory::AddSlot(size_t capacity, char* pinned, char* device) {
   auto slot = std::make_unique<DeviceSlot>();
   slot->capacity = capacity;
-  slot->flag = static_cast<uint32_t*>(pinned);
-  char* const release = static_cast<char*>(pinned) + kFlagBytes;
+  slot->flag = reinterpret_cast<uint32_t*>(pinned);
+  char* const release = pinned + kFlagBytes;
   slot->released = reinterpret_cast<uint32_t*>(release);
   slot->words = new (release + sizeof(double)) kernels::RoundWords;
   double* const host = reinterpret_cast<double*>(release + kReleaseBytes);
@@ -147,10 +161,9 @@ absl::StatusOr<DeviceSlot*> StreamMemory::Allocate(size_t capacity) {
     slot->local[i] = host + i * capacity;
     slot->merged[i] = slot->delivered[i] = host + (2 + i) * capacity;
   }
-  slot->PlaceCoefficients(static_cast<double*>(device), capacity);
-  slot_bytes_ += pinned_bytes + device_bytes;
+  slot->PlaceCoefficients(reinterpret_cast<double*>(device), capacity);
+  free_[capacity].push_back(slot.get());
   slots_.push_back(std::move(slot));
-  return slots_.back().get();
 }
 
 absl::Status StreamMemory::GrowWorkspace(size_t bytes) {
@@ -158,7 +171,7 @@ absl::Status StreamMemory::GrowWorkspace(size_t bytes) {
   workspace_ = nullptr;
   workspace_bytes_ = 0;
   // Half as much again, so that slowly growing tensors do not allocate each time.
-  bytes += bytes / 2;
+  bytes = std::max(bytes + bytes / 2, kLeastWorkspaceBytes);
   void* memory = nullptr;
   absl::Status status = DeviceStatus(runtime_, runtime_->AllocateDevice(bytes, &memory), "workspace");
   if (!status.ok()) return status;

@@ -36,8 +36,8 @@ namespace syncbn {
 inline constexpr size_t kMaxDeviceStreams = 64;
 // Slots of one stream, in bytes, pinned and device memory together. A slot of C channels, C rounded up to a power of
 // two that is 64 or more, takes 256 + 32 * C bytes of pinned and 40 * C bytes of device memory. A stream has as many
-// slots as it ever had passes alive at once: those of a network's layers between forward and backward, and the
-// stream-ordered ones that the host is ahead of the GPU.
+// slots as it ever had passes alive at once (those of a network's layers between forward and backward, and the
+// stream-ordered ones that the host is ahead of the GPU), rounded up to 1 MB for each size.
 inline constexpr size_t kMaxSlotBytesPerStream = size_t{1} << 30;
 
 // Returns OK, or INTERNAL with `what` and CUDA's text.
@@ -55,8 +55,7 @@ class DeviceScope {
   const absl::Status& status() const { return status_; }
 
  private:
-  DeviceRuntime* restores_ = nullptr;  // Null if the current device need not be restored.
-  int before_ = 0;
+  DeviceRuntime* entered_ = nullptr;  // Null if the device was current before.
   absl::Status status_;
 };
 
@@ -114,7 +113,9 @@ class StreamMemory {
 
  private:
   absl::Status GrowWorkspace(size_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  absl::StatusOr<DeviceSlot*> Allocate(size_t capacity) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Makes free slots of that capacity, one at least.
+  absl::Status AddSlots(size_t capacity) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void AddSlot(size_t capacity, char* pinned, char* device) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   DeviceRuntime* const runtime_;
   const int device_;
@@ -123,6 +124,11 @@ class StreamMemory {
   absl::Mutex mutex_;
   void* workspace_ ABSL_GUARDED_BY(mutex_) = nullptr;
   size_t workspace_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  struct Slab {
+    void* pinned = nullptr;
+    void* device = nullptr;
+  };
+  std::vector<Slab> slabs_ ABSL_GUARDED_BY(mutex_);
   size_t slot_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   std::map<size_t, std::vector<DeviceSlot*>> free_ ABSL_GUARDED_BY(mutex_);  // By capacity.
   std::vector<std::unique_ptr<DeviceSlot>> slots_ ABSL_GUARDED_BY(mutex_);

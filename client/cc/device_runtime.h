@@ -35,7 +35,10 @@ class DeviceRuntime {
   virtual const char* ErrorString(Error error) const = 0;
 
   virtual Error CurrentDevice(int* device) = 0;
-  virtual Error SetDevice(int device) = 0;
+  // Makes a device the calling thread's current one until LeaveDevice, which makes the previous one current again
+  // without a use of it: a device that nothing has used stays without a context, which takes hundreds of MB there.
+  virtual Error EnterDevice(int device) = 0;
+  virtual void LeaveDevice() = 0;
 
   // A number that no other stream of the process ever has, unlike its handle.
   virtual Error StreamId(Stream stream, uint64_t* id) = 0;

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "kernels/cuda/batch_norm.h"
+#include "kernels/cuda/driver.cuh"
 #include "tests/gpu/device.h"
 
 namespace syncbn::testing {
@@ -146,7 +147,7 @@ class Measurement {
       Launch(EndKernel, 1, 1, stream_, mapped_, epoch);
       return Seen{AwaitEnd(epoch), [this, epoch] { Launch(BeginKernel, 1, 1, stream_, mapped_, epoch); }};
     });
-    if (WaitValue wait = FindWaitValue(); wait != nullptr) {
+    if (auto* const wait = kernels::cuda::DriverFunction<WaitValue>("cuStreamWaitValue32", 12000); wait != nullptr) {
       Cycles("flag in host memory", "stream waits for a value", [&](uint32_t epoch) {
         Launch(EndKernel, 1, 1, stream_, mapped_, epoch);
         Require(wait(stream_, reinterpret_cast<unsigned long long>(&mapped_->released), epoch, 0),
@@ -199,24 +200,12 @@ class Measurement {
   }
 
  private:
-  using WaitValue = int (*)(cudaStream_t, unsigned long long, uint32_t, unsigned);
+  using WaitValue = int(cudaStream_t, unsigned long long, uint32_t, unsigned);
   // When the host knew that the first kernel had ended, and how it lets the second begin.
   struct Seen {
     int64_t time;
     std::function<void()> release;
   };
-
-  static WaitValue FindWaitValue() {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    const int error =
-        cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", &function, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
-      cudaGetLastError();
-      return nullptr;
-    }
-    return reinterpret_cast<WaitValue>(function);
-  }
 
   int64_t AwaitEnd(uint32_t epoch) {
     WaitFor(&mapped_->ended, epoch, "the first kernel");

@@ -42,4 +42,10 @@ Error FinalizeBackward(const Context& context, const FinalizeBackwardArguments& 
   return Enqueue(context.stream, testing::FinalizeWork(arguments));
 }
 
+// Loads nothing; a load would spoil captures by other threads.
+Error Preload() {
+  testing::host_cuda::DriverState::Get().UseUnsafely("Preload");
+  return kSuccess;
+}
+
 }  // namespace syncbn::kernels::cuda

@@ -11,6 +11,7 @@
 #include <set>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "client/cc/device_runtime.h"
 #include "tests/testing/gpu/fake_gpu.h"
@@ -56,6 +57,11 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
     const std::lock_guard<std::mutex> lock(mutex_);
     return preloads_[device];
   }
+  // True if anything has used the device.
+  bool has_context(int device) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return has_context_[device];
+  }
   void Capture(Stream stream, bool capturing) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (capturing) {
@@ -85,11 +91,16 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
     *device = current_device_;
     return kSuccess;
   }
-  Error SetDevice(int device) override {
+  Error EnterDevice(int device) override {
     Record();
     if (device < 0 || device >= kDevices) return kInvalidDevice;
-    current_device_ = device;
+    entered_from_.push_back(std::exchange(current_device_, device));
     return kSuccess;
+  }
+  void LeaveDevice() override {
+    Record();
+    current_device_ = entered_from_.back();
+    entered_from_.pop_back();
   }
 
   Error StreamId(Stream stream, uint64_t* id) override {
@@ -174,10 +185,14 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
     callers_.insert(std::this_thread::get_id());
   }
 
-  // The entry of every call for the current device.
+  // The entry of every call for the current device, which gives that device a context, as CUDA does.
   class Call {
    public:
-    explicit Call(FakeDeviceRuntime* runtime) : lock_(runtime->driver_[current_device_]) { runtime->Record(); }
+    explicit Call(FakeDeviceRuntime* runtime) : lock_(runtime->driver_[current_device_]) {
+      runtime->Record();
+      const std::lock_guard<std::mutex> lock(runtime->mutex_);
+      runtime->has_context_[current_device_] = true;
+    }
 
    private:
     const std::lock_guard<std::mutex> lock_;
@@ -210,6 +225,7 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
   }
 
   inline static thread_local int current_device_ = 0;
+  inline static thread_local std::vector<int> entered_from_;
   const bool can_wait_;
   std::mutex driver_[kDevices];  // Taken before mutex_ and FakeGpu's.
   mutable std::mutex mutex_;     // Guards the rest.
@@ -217,6 +233,7 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
   std::set<Stream> capturing_;
   int allocations_ = 0;
   int preloads_[kDevices] = {};
+  bool has_context_[kDevices] = {};
   Error launch_error_ = kSuccess;
   Error state_error_ = kSuccess;
   Error preparation_error_ = kSuccess;

@@ -171,6 +171,23 @@ TEST_F(CudaPassTest, SteadyStateAllocatesNothing) {
   EXPECT_EQ(Gpu().allocations(), before);
 }
 
+// An allocation may wait for the GPU, so the layers of a network, whose passes are alive at once, share a few: for the
+// workspace, and for pinned and device memory.
+TEST_F(CudaPassTest, PassesThatAreAliveAtOnceShareAllocations) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step step(4, 1, Device::kCuda);
+  step.stream = Gpu().MakeStream(0);
+  const int before = Gpu().allocations();
+  std::vector<ForwardPass> alive;
+  for (int i = 0; i < 53; ++i) {
+    auto pass = step.Forward(*worker, "bn");
+    ASSERT_TRUE(pass.ok()) << pass.status();
+    alive.push_back(*std::move(pass));
+  }
+  EXPECT_EQ(Gpu().allocations(), before + 3);
+}
+
 TEST_F(CudaPassTest, WaitIsPendingUntilTheStreamGetsThere) {
   auto worker = Join(0, 1);
   Declare(*worker, "bn");
@@ -296,6 +313,31 @@ TEST_F(CudaPassTest, BackwardBelongsToTheForwardStream) {
   on_cpu.dy.device = Device::kCpu;
   EXPECT_EQ(BackwardPass::Start(*worker, pass->statistics(), on_cpu, step.Options()).status().code(),
             absl::StatusCode::kInvalidArgument);
+}
+
+// A thread whose current device is another one than the tensors': that one gets no context, which takes memory there.
+TEST_F(CudaPassTest, OtherDevicesStayUnused) {
+  static FakeDeviceRuntime* const gpus = new FakeDeviceRuntime;  // As Gpu(), and unused so far.
+  DeviceRuntime::SetForTesting(gpus);
+  gpus->StartGpu();
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  Step step(5, 1, Device::kCuda);
+  step.index = 1;
+  step.stream = gpus->MakeStream(1);
+  for (const bool stream_ordered : {false, true}) {
+    step.stream_ordered = stream_ordered;
+    EXPECT_TRUE(step.Run(*worker, "bn").ok());
+    EXPECT_TRUE(worker->Settle().ok());
+  }
+  EXPECT_TRUE(StreamOrderStatus(1).ok());
+  EXPECT_TRUE(worker->Leave("done").ok());
+  gpus->StopGpu();
+  int current = -1;
+  EXPECT_EQ(gpus->CurrentDevice(&current), DeviceRuntime::kSuccess);
+  EXPECT_EQ(current, 0);
+  EXPECT_TRUE(gpus->has_context(1));
+  EXPECT_FALSE(gpus->has_context(0));
 }
 
 TEST_F(CudaPassTest, EvaluationAgreesWithTheCpu) {
