@@ -10,7 +10,8 @@
 namespace syncbn::rpc {
 
 struct LoopTurn {
-  uint64_t number = 0;  // Grows with each event that gRPC returns.
+  uint64_t number = 0;  // Grows with each event that gRPC returns, and with the end of its handling.
+  bool in_grpc = true;  // The thread is in gRPC, and handles no event.
   uint64_t calls = 0;   // Workers' calls that have come.
   absl::Duration cpu;   // CPU time of the thread since its start.
 };

@@ -100,13 +100,16 @@ void MasterLoop::Run() {
     const auto event = queue_->AsyncNext(&tag, &ok, clock_.QueueDeadline(deadline));
     if (event == grpc::CompletionQueue::SHUTDOWN) return;
     turns_.fetch_add(1, std::memory_order_relaxed);
-    const absl::MutexLock lock(&turn_);
-    now_ = clock_.Now();
-    if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
-    calls_.store(sessions_.started(), std::memory_order_relaxed);
-    EndTurn(event == grpc::CompletionQueue::TIMEOUT);
-    EndIfIdle();
-    deadline = sessions_.has_backlog() || !sessions_.awaits_call() ? now_ : NextWakeUp();
+    {
+      const Turn turn(&turn_);
+      now_ = clock_.Now();
+      if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
+      calls_.store(sessions_.started(), std::memory_order_relaxed);
+      EndTurn(event == grpc::CompletionQueue::TIMEOUT);
+      EndIfIdle();
+      deadline = sessions_.has_backlog() || !sessions_.awaits_call() ? now_ : NextWakeUp();
+    }
+    turns_.fetch_add(1, std::memory_order_relaxed);
   }
 }
 
@@ -119,7 +122,7 @@ void MasterLoop::ReadShared() {
     absl::Duration pause = absl::InfiniteDuration();
     size_t workers = 0;
     {
-      const absl::MutexLock lock(&turn_);
+      const Turn turn(&turn_);
       if (stopped_) return;
       now_ = clock_.Now();
       const bool any = sessions_.PollShared();
@@ -138,8 +141,10 @@ void MasterLoop::EndTurn(bool quiet) {
   if (coordinator_.NextDeadline() <= now_) Deliver(core::TimePassed{});
   sessions_.RunTimers();
   unary_calls_.RunTimers();
-  ServeBacklog(quiet);
-  sessions_.AwaitCall(quiet);
+  quiet_polls_ = quiet ? quiet_polls_ + 1 : 0;
+  const bool idle = quiet_polls_ >= kQuietPolls;
+  ServeBacklog(idle);
+  sessions_.EndTurn(quiet, idle);
   TrimMemory();
   state_saver_.OnTurn(now_);
 }
@@ -149,9 +154,8 @@ absl::Time MasterLoop::NextWakeUp() const {
                    state_saver_.NextTurn(), trim_at_});
 }
 
-void MasterLoop::ServeBacklog(bool quiet) {
-  quiet_polls_ = quiet ? quiet_polls_ + 1 : 0;
-  if (quiet_polls_ < kQuietPolls && now_ - backlog_served_ <= kLongestBacklogPause) return;
+void MasterLoop::ServeBacklog(bool idle) {
+  if (!idle && now_ - backlog_served_ <= kLongestBacklogPause) return;
   quiet_polls_ = 0;
   if (!sessions_.has_backlog()) return;
   sessions_.ServeBacklog();
@@ -250,8 +254,8 @@ void MasterLoop::SetListening(bool listening) {
 LoopTurn MasterLoop::turn() const {
   timespec cpu = {};
   clock_gettime(cpu_clock_, &cpu);
-  return {turns_.load(std::memory_order_relaxed), calls_.load(std::memory_order_relaxed),
-          absl::DurationFromTimespec(cpu)};
+  const uint64_t turns = turns_.load(std::memory_order_relaxed);
+  return {turns, turns % 2 == 0, calls_.load(std::memory_order_relaxed), absl::DurationFromTimespec(cpu)};
 }
 
 bool MasterLoop::Probe() {
@@ -267,7 +271,7 @@ void MasterLoop::Stop() {
   thread_.join();
   if (!shared_thread_.joinable()) return;
   {
-    const absl::MutexLock lock(&turn_);
+    const Turn turn(&turn_);
     stopped_ = true;
   }
   sessions_.bell()->Ring();

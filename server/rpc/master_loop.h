@@ -8,7 +8,6 @@
 #include <memory>
 #include <thread>
 
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "grpcpp/alarm.h"
 #include "grpcpp/completion_queue.h"
@@ -23,6 +22,7 @@
 #include "server/rpc/loop_turn.h"
 #include "server/rpc/sessions.h"
 #include "server/rpc/state_saver.h"
+#include "server/rpc/turn_lock.h"
 #include "server/rpc/unary_calls.h"
 
 namespace syncbn::rpc {
@@ -63,8 +63,8 @@ class MasterLoop {
   // Does what is due after an event, or without one. `quiet`: there was none.
   void EndTurn(bool quiet);
   absl::Time NextWakeUp() const;
-  // Gives the backlog its turn, if it is time.
-  void ServeBacklog(bool quiet);
+  // Gives the backlog its turn, if it is time. `idle`: nothing else is to be done.
+  void ServeBacklog(bool idle);
   // Returns memory to the system a while after the last stream has gone.
   void TrimMemory();
   // Shuts the queue down once there is nothing more to stop.
@@ -93,7 +93,7 @@ class MasterLoop {
   const LoopOptions options_;
   const Clock clock_;
   // Held by whichever thread has its turn. All that follows belongs to it, but for what is atomic.
-  absl::Mutex turn_;
+  TurnLock turn_;
   absl::Time now_ = clock_.Now();  // The time of the event that is being handled.
   Narrator log_;
   core::Coordinator coordinator_;
@@ -114,7 +114,7 @@ class MasterLoop {
   std::atomic<bool> probe_answered_{true};
   bool stopping_ = false;
   bool stopped_ = false;
-  std::atomic<uint64_t> turns_{0};
+  std::atomic<uint64_t> turns_{0};  // Even while the thread is in gRPC.
   std::atomic<uint64_t> calls_{0};
   clockid_t cpu_clock_ = 0;  // The thread's.
   std::thread thread_;

@@ -9,7 +9,6 @@
 #include "plumbing/check.h"
 #include "plumbing/messages.h"
 #include "server/core/error.h"
-#include "server/rpc/connections.h"
 #include "server/rpc/status.h"
 
 namespace syncbn::rpc {
@@ -21,6 +20,12 @@ constexpr absl::Duration kLongestSilence = absl::Milliseconds(20);
 constexpr absl::Duration kLagTimeout = absl::Seconds(5);
 // Time within which a closed stream's last frames and status must be read.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
+// Calls in a row. They take a millisecond.
+constexpr size_t kMostCalls = 32;
+// The pause after many calls or results, where the queue is never empty.
+constexpr absl::Duration kLongestPause = absl::Milliseconds(10);
+// Results that are a few: less than this part of those that one turn may bring forth.
+constexpr size_t kPartOfTurn = 16;
 // A contribution with so many bytes more than the layers' numbers take is not yet malformed.
 constexpr size_t kShortest = size_t{64} << 10;
 
@@ -37,7 +42,9 @@ Sessions::Sessions(const LoopOptions& options, const core::Coordinator& coordina
       deliver_(std::move(deliver)),
       log_(log),
       now_(now),
-      memory_(options.memory_sharing, options.memory_directories, options.max_frame_bytes) {}
+      memory_(options.memory_sharing, options.memory_directories, options.max_frame_bytes),
+      calls_(kMostCalls, kLongestPause),
+      results_(options.limits.max_turn_bytes, kLongestPause) {}
 
 void Sessions::Serve(grpc::ServerCompletionQueue* queue) {
   queue_ = queue;
@@ -52,14 +59,10 @@ void Sessions::AwaitStream() {
   sessions_.emplace(id, std::move(session));
 }
 
-void Sessions::AwaitCall(bool quiet) {
-  constexpr int kMostAtOnce = 32;  // They take a millisecond.
-  constexpr absl::Duration kLongestPause = absl::Milliseconds(10);
-  if (quiet || *now_ - taken_since_ >= kLongestPause) {
-    taken_ = 0;
-    taken_since_ = *now_;
-  }
-  if (!awaits_call() && taken_ < kMostAtOnce) AwaitStream();
+void Sessions::EndTurn(bool quiet, bool idle) {
+  calls_.EndTurn(quiet, *now_);
+  results_.EndTurn(idle, *now_);
+  if (!awaits_call() && !calls_.spent()) AwaitStream();
 }
 
 Sessions::Session& Sessions::Of(const WorkerStream* stream) {
@@ -80,7 +83,7 @@ void Sessions::OnAccepted(WorkerStream* stream) {
   Of(stream).connection = ConnectionOf(stream->peer());
   timers_.insert({*now_ + options_.join_timeout, TimerKind::kJoin, stream->id()});
   awaiting_ = false;
-  ++taken_;
+  calls_.Add(1, *now_);
 }
 
 // Peers of unix sockets have no names, and so their streams share nothing.
@@ -110,6 +113,7 @@ void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer&& frame) {
   }
   session.slice = SliceOf(session);
   session.answered_since_read = false;
+  if (session.lane != nullptr && HasToWait(session)) return lanes_.AddToBacklog(*session.lane, stream->id());
   HandleSlice(session);
 }
 
@@ -174,15 +178,25 @@ bool Sessions::PollShared() {
 
 // ---- Frames, slice by slice -----------------------------------------------------------------------------------------
 
-SliceLimits Sessions::SliceOf(const Session& session) const {
+size_t Sessions::LongestResultOf(const Session& session) const {
   const core::FrameReceived& head = session.frame->head();
-  // A frame of one short contribution is one slice, whatever the layers are.
-  if (session.frame->contributions() <= 1 && session.frame->bytes() <= kShortest) return {};
   size_t longest = session.lane == nullptr ? 0 : coordinator_.LongestResult(session.lane->id);
   for (const core::LayerSpec& layer : head.layers) longest = std::max(longest, core::LongestResult(layer));
   if (head.join.has_value()) {
     for (const core::LayerSpec& layer : head.join->layers) longest = std::max(longest, core::LongestResult(layer));
   }
+  return longest;
+}
+
+bool Sessions::HasToWait(const Session& session) const {
+  if (!results_.spent()) return false;
+  return session.frame->contributions() * LongestResultOf(session) > options_.limits.max_turn_bytes / kPartOfTurn;
+}
+
+SliceLimits Sessions::SliceOf(const Session& session) const {
+  // A frame of one short contribution is one slice, whatever the layers are.
+  if (session.frame->contributions() <= 1 && session.frame->bytes() <= kShortest) return {};
+  const size_t longest = LongestResultOf(session);
   // A number may take 9 bytes of a contribution and takes 8 of a result.
   SliceLimits slice;
   slice.contributions =
@@ -297,6 +311,7 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
   // Write to every stream first, then resume reading; reading in between would delay the last worker.
   std::shared_ptr<grpc::ByteBuffer> bytes;
   const size_t size = frame.ByteSizeLong();
+  results_.Add(size, *now_);
   absl::flat_hash_map<UnreadBytes*, UnreadBytes::Charge> charges;
   charges.reserve(streams.size());
   for (const core::StreamId id : streams) {

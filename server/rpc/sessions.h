@@ -22,6 +22,8 @@
 #include "grpcpp/server_builder.h"
 #include "server/core/coordinator.h"
 #include "server/log/narrator.h"
+#include "server/rpc/burst.h"
+#include "server/rpc/connections.h"
 #include "server/rpc/frame_reader.h"
 #include "server/rpc/lanes.h"
 #include "server/rpc/loop_options.h"
@@ -54,10 +56,10 @@ class Sessions final : public WorkerStream::Handler {
   void Serve(grpc::ServerCompletionQueue* queue);
   // Returns whether the next call may come, or no more are served.
   bool awaits_call() const { return awaiting_ || !serving_; }
-  // Waits for the next call, unless many have come since a `quiet` turn, in which there was no other event. Calls that
-  // come in thousands at once then leave turns to those that are being served, which gRPC would not even read from
-  // before it has handed out all the others.
-  void AwaitCall(bool quiet);
+  // Waits for the next call, unless many have come in a row: calls that come in thousands at once leave turns to those
+  // that are being served. To be called at the end of each turn; `quiet`: there was no event, `idle`: nor in the turns
+  // before, so that every socket has been looked at.
+  void EndTurn(bool quiet, bool idle);
   // Waits for no further calls.
   void EndServing() { serving_ = false; }
   // Returns whether no call is being served or waited for.
@@ -147,8 +149,13 @@ class Sessions final : public WorkerStream::Handler {
   std::optional<core::Error> CheckCredentials(const Session& session, const core::Join& join) const;
 
   // ---- Frames, slice by slice
+  // The length of the longest result that the frame can bring forth.
+  size_t LongestResultOf(const Session& session) const;
   // As many contributions as cannot bring forth more than max_turn_bytes of results.
   SliceLimits SliceOf(const Session& session) const;
+  // Returns whether a frame that has come should wait for its turn: many results have been made in a row, and it may
+  // bring forth more than a few.
+  bool HasToWait(const Session& session) const;
   void HandleSlice(Session& session);
   // Returns what the connection of a peer leaves unread, which is shared by its streams.
   std::shared_ptr<UnreadBytes> ConnectionOf(const std::string& peer);
@@ -193,8 +200,8 @@ class Sessions final : public WorkerStream::Handler {
   std::vector<WorkerStream*> sharing_;
   bool serving_ = true;
   bool awaiting_ = false;  // One of the sessions waits for its call.
-  int taken_ = 0;          // Calls that have come since:
-  absl::Time taken_since_ = absl::InfinitePast();
+  Burst calls_;            // That have come.
+  Burst results_;          // Bytes that were sent.
   std::atomic<size_t> joined_{0};
   uint64_t started_ = 0;
   std::array<uint64_t, 17> handled_ = {};  // By code.

@@ -1,0 +1,44 @@
+// A bound on the work that is done in a row before the sockets are looked at.
+
+#ifndef SYNCBN_SERVER_RPC_BURST_H_
+#define SYNCBN_SERVER_RPC_BURST_H_
+
+#include <cstddef>
+
+#include "absl/time/time.h"
+
+namespace syncbn::rpc {
+
+// gRPC reads no socket while its queue has an event. Work that brings more such events (calls that are taken, frames
+// that came with them) would go on until all of it is done, however much there is.
+//
+// After so much of it, there is a pause: until a turn without an event, after which the sockets have been looked at;
+// or, where others keep the queue busy, for a while.
+//
+// Pure; the caller tells the time. Thread safety: none.
+class Burst {
+ public:
+  Burst(size_t most, absl::Duration pause) : most_(most), pause_(pause) {}
+
+  // So much has been done.
+  void Add(size_t amount, absl::Time now) {
+    done_ += amount;
+    last_ = now;
+  }
+  // Returns whether it is enough for now.
+  bool spent() const { return done_ >= most_; }
+  // A turn has ended, `quiet` if the sockets have been looked at and there was no event.
+  void EndTurn(bool quiet, absl::Time now) {
+    if (quiet || (spent() && now - last_ >= pause_)) done_ = 0;
+  }
+
+ private:
+  const size_t most_;
+  const absl::Duration pause_;
+  size_t done_ = 0;
+  absl::Time last_ = absl::InfinitePast();
+};
+
+}  // namespace syncbn::rpc
+
+#endif  // SYNCBN_SERVER_RPC_BURST_H_
