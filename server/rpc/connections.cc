@@ -65,12 +65,17 @@ bool HasName(const SocketAddress& address) {
   return address.family() == AF_INET;
 }
 
-// Returns the bytes that the connection has received, or 0 where the system does not tell.
-uint64_t ReceivedBytes(int descriptor) {
+// Returns what the system tells of the connection; zeros if it tells nothing.
+tcp_info InfoOf(int descriptor) {
   tcp_info info = {};
   socklen_t length = sizeof(info);
-  if (getsockopt(descriptor, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return 0;
-  return info.tcpi_bytes_received;
+  if (getsockopt(descriptor, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return {};
+  return info;
+}
+
+// Returns the bytes that were written to the connection, sent or not.
+uint64_t WrittenBytes(const tcp_info& info) {
+  return info.tcpi_bytes_sent - info.tcpi_bytes_retrans + info.tcpi_notsent_bytes;
 }
 
 // Returns the bytes that wait to be read from the connection.
@@ -214,7 +219,7 @@ void Connections::Check() {
   for (const auto& [descriptor, connection] : connections_) {
     if (connection.peer.empty() || connection.workers > 0) continue;
     const double most = kMostBytes + kBytesPerSecond * absl::ToDoubleSeconds(now - connection.since);
-    if (static_cast<double>(ReceivedBytes(descriptor)) > most) greedy.push_back(descriptor);
+    if (static_cast<double>(InfoOf(descriptor).tcpi_bytes_received) > most) greedy.push_back(descriptor);
   }
   for (const int descriptor : greedy) {
     Shut(connections_.at(descriptor), "it has sent more than a first frame, and no worker has joined by it", now);
@@ -228,7 +233,9 @@ void Connections::CountBytes() {
   for (auto& [descriptor, connection] : connections_) {
     if (connection.peer.empty()) continue;
     const uint64_t waiting = WaitingBytes(descriptor);
-    connection.read = ReceivedBytes(descriptor) - waiting;
+    const tcp_info info = InfoOf(descriptor);
+    connection.read = info.tcpi_bytes_received - waiting;
+    connection.written = WrittenBytes(info);
   }
 }
 
@@ -236,15 +243,21 @@ void Connections::EndFlood(absl::Duration spent) {
   const absl::MutexLock lock(&mutex_);
   const Connection* culprit = nullptr;
   int64_t of_culprit = kLeastFloodBytes - 1;
+  int64_t written_to_culprit = 0;
   int64_t of_all = 0;
   for (const auto& [descriptor, connection] : connections_) {
     if (connection.peer.empty()) continue;
-    const uint64_t received = ReceivedBytes(descriptor);
-    const auto read = static_cast<int64_t>(received - WaitingBytes(descriptor) - connection.read);
-    of_all += std::max<int64_t>(read, 0);
-    if (read > of_culprit) culprit = &connection;
-    of_culprit = std::max(of_culprit, read);
+    const tcp_info info = InfoOf(descriptor);
+    const auto read = static_cast<int64_t>(info.tcpi_bytes_received - WaitingBytes(descriptor) - connection.read);
+    const auto written = static_cast<int64_t>(WrittenBytes(info) - connection.written);
+    of_all += std::max<int64_t>(read, 0) + std::max<int64_t>(written, 0);
+    if (read <= of_culprit) continue;
+    culprit = &connection;
+    of_culprit = read;
+    written_to_culprit = std::max<int64_t>(written, 0);
   }
+  // A flood of PINGs is answered in kind: what it makes gRPC write is not to its credit.
+  of_all -= written_to_culprit;
   const double most = kFloodBytesPerMs * absl::ToDoubleMilliseconds(spent);
   if (culprit == nullptr || static_cast<double>(of_all) > most) return;
   // Long vectors on a busy machine look alike: a worker that has joined is not cut off on suspicion.

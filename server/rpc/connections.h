@@ -54,11 +54,11 @@ class Connections {
   // Ends connections without a worker that have sent too much. To be called about once a second.
   void Check();
 
-  // Notes how many bytes of each connection gRPC has read.
+  // Notes how many bytes of each connection gRPC has read and written.
   void CountBytes();
   // Ends the connection of which gRPC has read most since CountBytes, if `spent` of CPU time is far too much for what
-  // it has read of all, and with it those of the same address that have no worker. A connection by which a worker has
-  // joined stays.
+  // it has read of all, and written to the others; and with it those of the same address that have no worker. A
+  // connection by which a worker has joined stays.
   void EndFlood(absl::Duration spent);
   // Returns whether a connection has been ended for its calls, or for EndFlood, since the last call.
   bool ExchangeFlooded();
@@ -77,7 +77,9 @@ class Connections {
     bool local = false;
     absl::Time since;
     size_t workers = 0;  // Those that have joined.
-    uint64_t read = 0;   // Bytes, when CountBytes was called.
+    // Bytes, when CountBytes was called.
+    uint64_t read = 0;
+    uint64_t written = 0;
     Budget strays;
   };
 

@@ -33,6 +33,7 @@ void FloodWatch::EndFlood(const LoopTurn& turn) {
     counted_.reset();
     return;
   }
+  if (!turn.in_grpc) return;
   if (turn.cpu - seen_.cpu < kLongCall) return;
   if (!counted_.has_value()) {
     connections_->CountBytes();

@@ -1,14 +1,16 @@
 """Floods of small HTTP/2 frames: what they cost the master, and that rounds go on."""
 
+import os
 import pathlib
 import re
+import subprocess
 import sys
 import time
-from typing import Callable
+from typing import Any, Callable, List
 
 import pytest
 import syncbn
-from processes import PATIENCE, Master
+from processes import PATIENCE, Master, WorkerProcess, inspect
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "hostile"))
 
@@ -62,6 +64,70 @@ def test_a_flood_is_ended_whenever_it_begins(master: Master, make: Callable[[int
         size = sum(map(len, flood))
         assert make is ping or sent < 6 * min(size, 16 * MIB), "nobody has ended it"
     assert peak(master) < 200
+
+
+class Burner:
+    """A process that keeps a core busy."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+
+
+class LoggedMaster(Master):
+    """A master that shares no memory, and whose log is kept."""
+
+    def __init__(self, log: pathlib.Path) -> None:
+        self._log = log
+        with log.open("w") as stderr:
+            super().__init__("--shared-memory", "off", stderr=stderr)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+
+def test_long_vectors_under_load_are_no_flood(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    master = start(LoggedMaster, tmp_path / "log")
+    for _ in range(os.cpu_count() or 1):
+        start(Burner)
+
+    def begin(name: str) -> List[WorkerProcess]:
+        return [start(WorkerProcess, master.target, rank, 2, group=name) for rank in range(2)]
+
+    def ask(workers: List[WorkerProcess], times: int) -> None:
+        for worker in workers:
+            assert worker.answer()["transport"] == "gRPC"
+        for worker in workers:
+            worker.ask(sum_long="long", length=1 << 20, times=times)
+
+    first = begin("first")
+    ask(first, 8)
+    later = [worker for name in ("second", "third", "fourth") for worker in begin(name)]  # They join meanwhile.
+    ask(later, 2)
+    for worker in later:
+        assert worker.answer()["result"] == [2, 2.0, 2.0]
+    for worker in first:
+        assert worker.answer()["result"] == [8, 2.0, 2.0]
+    assert "closed a connection" not in master.log()
+
+
+def test_many_calls_at_once_are_no_flood(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    master = start(LoggedMaster, tmp_path / "log")
+    calls = 200
+    host, port = master.target.rsplit(":", 1)
+    connection = wire.Connection((host, int(port)))
+    try:
+        connection.send(
+            b"".join(
+                wire.frame(wire.HEADERS, wire.END_HEADERS, 2 * rank + 1, BLOCK)
+                + wire.frame(wire.DATA, 0, 2 * rank + 1, wire.message(wire.join("many", calls, rank=rank)))
+                for rank in range(calls)
+            )
+        )
+        end = time.monotonic() + PATIENCE
+        while [group.get("present") for group in inspect(master.target, "ListGroups").get("groups", [])] != [calls]:
+            assert time.monotonic() < end and "closed a connection" not in master.log(), master.log()
+    finally:
+        connection.close()
 
 
 def test_memory_goes_back_to_the_system_after_the_last_stream(master: Master) -> None:

@@ -24,6 +24,10 @@ def main() -> None:
             try:
                 if "sum" in command:
                     say(result=list(worker.all_reduce(command["sum"], command["value"])))
+                elif "sum_long" in command:
+                    ones = [1.0] * command["length"]
+                    sums = [worker.all_reduce(command["sum_long"], ones) for _ in range(command["times"])]
+                    say(result=[len(sums), min(map(min, sums)), max(map(max, sums))])
                 elif "forward" in command:
                     zeros = [0.0] * command["channels"]
                     say(result=worker.synchronize(command["forward"], 1, zeros, zeros).count)

@@ -43,13 +43,13 @@ def layer_spec(name: bytes, channels: int) -> bytes:
     return piece(2, piece(1, name) + number(2, channels) + number(3, BATCH_NORM))
 
 
-def join(group: str, world_size: int, round_timeout: float = 0.0) -> bytes:
+def join(group: str, world_size: int, round_timeout: float = 0.0, rank: int = 0) -> bytes:
     config = b""
     if round_timeout:
         nanoseconds = round(round_timeout * 1e9)
         config = piece(10, piece(1, number(1, nanoseconds // 10**9) + number(2, nanoseconds % 10**9)))
     versions = number(1, 1) + number(2, 1)
-    return piece(1, versions + piece(4, group.encode()) + number(6, world_size) + config)
+    return piece(1, versions + piece(4, group.encode()) + number(5, rank) + number(6, world_size) + config)
 
 
 def message(content: bytes, compressed: bool = False) -> bytes:

@@ -33,6 +33,8 @@ class Idle {
   Idle(const Idle&) = delete;
   Idle& operator=(const Idle&) = delete;
 
+  int descriptor() const { return descriptor_; }
+
   // Waits for the server's first bytes (its settings), or for the end: false.
   bool Greeted() {
     constexpr int kPatienceMs = 60000;

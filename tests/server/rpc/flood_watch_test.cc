@@ -1,0 +1,115 @@
+// Who is taken for a flood, by the CPU time that the loop's thread spends in gRPC and the bytes that move meanwhile.
+
+#include "server/rpc/flood_watch.h"
+
+#include <memory>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "server/rpc/connections.h"
+#include "tests/server/rpc/loopback.h"
+
+namespace syncbn::rpc {
+namespace {
+
+constexpr size_t kKiB = size_t{1} << 10;
+
+class FloodWatchTest : public ::testing::Test {
+ protected:
+  // The thread spends so much time where it is, and the watch looks.
+  void Spend(int ms) {
+    turn_.cpu += absl::Milliseconds(ms);
+    watch_.Look();
+  }
+  // The thread has been where it is for long enough to be observed from here on.
+  void BeginToObserve() {
+    watch_.Look();
+    Spend(5);
+  }
+  // It goes elsewhere.
+  void BeginTurn(bool in_grpc) {
+    ++turn_.number;
+    turn_.in_grpc = in_grpc;
+  }
+
+  Connections connections_{1024, 0};
+  testing::Loopback loopback_{&connections_};
+  LoopTurn turn_;
+  FloodWatch watch_{&connections_, [this] { return turn_; }};
+};
+
+TEST_F(FloodWatchTest, FewBytesThatKeepTheThreadBusyAreAFlood) {
+  const auto flood = loopback_.Accept(), other = loopback_.Accept();
+  BeginToObserve();
+  flood->Receive(64 * kKiB);
+  other->Receive(kKiB);
+  Spend(10);
+  EXPECT_FALSE(flood->open());
+}
+
+TEST_F(FloodWatchTest, AFloodOfPingsIsOneThoughItIsAnswered) {
+  const auto flood = loopback_.Accept();
+  BeginToObserve();
+  flood->Receive(200 * kKiB);
+  flood->Send(200 * kKiB);
+  Spend(10);
+  EXPECT_FALSE(flood->open());
+}
+
+TEST_F(FloodWatchTest, LongFramesOfWhoeverJoinsAreNone) {
+  const auto joins = loopback_.Accept();
+  BeginToObserve();
+  joins->Receive(1024 * kKiB);
+  Spend(10);
+  EXPECT_TRUE(joins->open());
+}
+
+// However slow the machine is.
+TEST_F(FloodWatchTest, ConnectionsOfWorkersAreNone) {
+  const auto worker = loopback_.AcceptWorker(), joins = loopback_.Accept();
+  BeginToObserve();
+  worker->Receive(64 * kKiB);
+  joins->Receive(16 * kKiB);
+  Spend(100);
+  EXPECT_TRUE(worker->open());
+  EXPECT_TRUE(joins->open());
+}
+
+// The workers of a large group have their results, of a megabyte each, while another one joins.
+TEST_F(FloodWatchTest, WhoeverJoinsWhileLongResultsAreWrittenIsNone) {
+  std::vector<std::unique_ptr<testing::Pair>> workers;
+  for (int i = 0; i < 8; ++i) workers.push_back(loopback_.AcceptWorker());
+  const auto joins = loopback_.Accept();
+  BeginToObserve();
+  for (const auto& worker : workers) worker->Send(1024 * kKiB);
+  joins->Receive(16 * kKiB);
+  Spend(40);
+  EXPECT_TRUE(joins->open());
+}
+
+// Another thread of gRPC's reads meanwhile.
+TEST_F(FloodWatchTest, WhoeverJoinsWhileTheLoopMergesIsNone) {
+  const auto joins = loopback_.Accept();
+  BeginTurn(/*in_grpc=*/false);
+  BeginToObserve();
+  joins->Receive(64 * kKiB);
+  Spend(100);
+  EXPECT_TRUE(joins->open());
+  BeginTurn(/*in_grpc=*/true);
+  Spend(100);
+  EXPECT_TRUE(joins->open()) << "that time is no part of this turn's";
+}
+
+TEST_F(FloodWatchTest, ShortCallsOfGrpcAreNoFloodHoweverManyThereAre) {
+  const auto busy = loopback_.Accept();
+  for (int i = 0; i < 20; ++i) {
+    BeginTurn(/*in_grpc=*/true);
+    watch_.Look();
+    busy->Receive(16 * kKiB);
+    Spend(3);
+  }
+  EXPECT_TRUE(busy->open());
+}
+
+}  // namespace
+}  // namespace syncbn::rpc
