@@ -35,6 +35,8 @@ namespace {
 
 // Longest duration that a flag accepts: thirty years.
 constexpr int64_t kMostSeconds = 1000000000;
+// An idle thread of the master gives a sign of life each second, so that less would end one that is well.
+constexpr int64_t kLeastWatchdogSeconds = 5;
 constexpr char kVariablePrefix[] = "SYNCBN_";
 
 std::string WithHyphens(absl::string_view name) { return absl::StrReplaceAll(name, {{"_", "-"}}); }
@@ -249,8 +251,9 @@ class Options {
             [this](double seconds) { flags_->exit_timeout = absl::Seconds(seconds); });
     Seconds("--max-lifetime", "exit after this many seconds; 0: never", "0",
             [this](double seconds) { flags_->max_lifetime = DurationOrForever(seconds); });
-    Seconds("--watchdog", "exit if the master does not answer its own probes for so many seconds; 0: never", "60",
-            [this](double seconds) { flags_->watchdog = DurationOrForever(seconds); });
+    Seconds(
+        "--watchdog", "exit if the master does not answer its own probes for so many seconds; 0: never", "60",
+        [this](double seconds) { flags_->watchdog = DurationOrForever(seconds); }, kLeastWatchdogSeconds);
   }
 
   void DefineGeneral() {
@@ -354,18 +357,22 @@ class Options {
     return Named(option, name)->type_name("N")->default_str(absl::StrCat(*value));
   }
 
+  // `least` is the least number but 0, if that is another one.
   void Seconds(const std::string& name, const std::string& description, const std::string& fallback,
-               std::function<void(double)> take) {
+               std::function<void(double)> take, int64_t least = 0) {
+    const std::string range = absl::StrCat(least == 0 ? "" : "0 or ", least, " .. ", kMostSeconds);
     auto* const option = app_->add_option_function<std::string>(
         name,
-        [name, take = std::move(take)](const std::string& text) {
+        [name, take = std::move(take), least, range](const std::string& text) {
           double seconds = 0.0;
-          if (!absl::SimpleAtod(text, &seconds) || !(seconds >= 0.0 && seconds <= static_cast<double>(kMostSeconds))) {
-            Refuse(name, text, absl::StrCat("a number of seconds in 0 .. ", kMostSeconds));
+          if (!absl::SimpleAtod(text, &seconds) ||
+              !(seconds == 0.0 ||
+                (seconds >= static_cast<double>(least) && seconds <= static_cast<double>(kMostSeconds)))) {
+            Refuse(name, text, absl::StrCat("a number of seconds in ", range));
           }
           take(seconds);
         },
-        absl::StrCat(description, "; 0 .. ", kMostSeconds));
+        absl::StrCat(description, "; ", range));
     Named(option, name)->type_name("SECONDS")->default_str(fallback);
   }
 

@@ -51,8 +51,10 @@ BAD_VALUES = [
     ],
     *[
         (flag, ["-1", "", "soon", "nan", "inf", "1e10", "-0.001"], "a number of seconds in 0 .. ")
-        for flag in ("exit-timeout", "max-lifetime", "watchdog")
+        for flag in ("exit-timeout", "max-lifetime")
     ],
+    # Less than 5 seconds would end a master that is well.
+    ("watchdog", ["-1", "", "soon", "nan", "1e10", "0.5", "4.99"], "a number of seconds in 0 or 5 .. "),
     *[(flag, [""], "the name of a file") for flag in ("cert-file", "key-file", "trusted-ca-file")],
     *[(flag, [""], "the name of a directory") for flag in ("state-dir", "shared-memory-dir")],
     ("shared-memory", ["", "maybe", "2", "Off"], "off, same-user or any-user"),
