@@ -189,19 +189,19 @@ void Coordinator::HandleFirstFrame(const FrameReceived& frame, absl::Time now, E
   Groups::iterator slot = groups_.find(join.id);
   const bool first = slot == groups_.end();
   if (first) {
-    if (auto error = MakeRoom(now, effects)) return refuse(std::move(*error));
+    if (auto error = MakeRoom(join, now, effects)) return refuse(std::move(*error));
     // A worker that comes back to a restarted master brings its run along.
     const uint64_t run_id = join.run_id != 0 ? join.run_id : NewRunId(now);
     auto group = std::make_unique<Group>(join, filled, run_id, NewMemory(), limits_, now);
     group->NoteOver(ended_run);
-    slot = groups_.emplace(join.id, Slot{std::move(group), absl::InfiniteFuture()}).first;
+    slot = Begin(join, std::move(group));
   }
   Group& group = *slot->second.group;
   const uint64_t run_before = first ? 0 : group.run_id();
   if (auto error = group.OnJoin(frame.stream, join, filled, now, effects)) {
     refuse(*std::move(error));
     if (first) {
-      groups_.erase(slot);  // It has never had a member, and its run would refuse the workers of the real one.
+      Erase(slot);  // It has never had a member, and its run would refuse the workers of the real one.
       return;
     }
   } else {
@@ -237,21 +237,6 @@ std::optional<Error> Coordinator::EndSuperseded(const Join& join, absl::Time now
     EndGroup(slot, NewRunError(join), now, effects);
   }
   return std::nullopt;
-}
-
-std::optional<Error> Coordinator::MakeRoom(absl::Time now, Effects& effects) {
-  if (groups_.size() < limits_.max_groups) return std::nullopt;
-  const auto abandoned = Abandoned();
-  if (abandoned == groups_.end()) return LimitError(groups_.size() + 1, "groups", "max_groups", limits_.max_groups);
-  EndGroup(abandoned, AbandonedError(abandoned->first), now, effects);
-  return std::nullopt;
-}
-
-Coordinator::Groups::iterator Coordinator::Abandoned() {
-  const auto oldest = std::min_element(groups_.begin(), groups_.end(), [](const auto& a, const auto& b) {
-    return a.second.group->linger_until() < b.second.group->linger_until();
-  });
-  return oldest == groups_.end() || !oldest->second.group->empty() ? groups_.end() : oldest;
 }
 
 // The time mixes in what an earlier master cannot have used.
@@ -307,30 +292,9 @@ void Coordinator::Handle(const Shutdown&, absl::Time, Effects& effects) {
     slot.group->ShutDown(ShuttingDownError(), effects);
   }
   groups_.clear();
+  begun_by_.clear();
   alarms_.clear();
   retained_ = 0;
-}
-
-void Coordinator::LimitRetained(absl::Time now, Effects& effects) {
-  while (retained_ > limits_.max_retained_bytes_of_all) {
-    if (const auto abandoned = Abandoned(); abandoned != groups_.end()) {
-      EndGroup(abandoned, AbandonedError(abandoned->first), now, effects);
-      continue;
-    }
-    const auto greatest = std::max_element(groups_.begin(), groups_.end(), [](const auto& a, const auto& b) {
-      return a.second.retained < b.second.retained;
-    });
-    // Records that are awaited are left, and the newest outcomes of each group.
-    if (greatest->second.group->ForgetOldestOutcomes(retained_ - limits_.max_retained_bytes_of_all) == 0) return;
-    Update(greatest);
-  }
-}
-
-void Coordinator::EndGroup(Groups::iterator slot, const Error& why, absl::Time now, Effects& effects) {
-  slot->second.group->End(why, now, effects);
-  retained_ -= slot->second.retained;
-  alarms_.erase({slot->second.alarm, slot->first});
-  groups_.erase(slot);
 }
 
 void Coordinator::Update(Groups::iterator slot) {
@@ -400,7 +364,11 @@ absl::StatusOr<LayerView> Coordinator::GetLayer(const GroupId& id, absl::string_
 
 void Coordinator::CheckInvariants() const {
   size_t streams = 0, alarms = 0, retained = 0;
+  absl::flat_hash_map<std::string, size_t> begun_by;
   for (const auto& [id, slot] : groups_) {
+    for (const std::string* name : {&slot.connection, &slot.address}) {
+      if (!name->empty()) ++begun_by[*name];
+    }
     slot.group->CheckInvariants();
     SYNCBN_CHECK(slot.group->id() == id, "group \"", id.group, "\"");
     SYNCBN_CHECK(slot.alarm == slot.group->NextDeadline(), "group \"", id.group, "\"");
@@ -412,6 +380,7 @@ void Coordinator::CheckInvariants() const {
     streams += slot.group->streams();
     retained += slot.retained;
   }
+  SYNCBN_CHECK(begun_by_ == begun_by, begun_by_.size(), " connections and addresses, not ", begun_by.size());
   SYNCBN_CHECK(alarms_.size() == alarms, alarms_.size(), ", not ", alarms);
   SYNCBN_CHECK(retained_ == retained, retained_, ", not ", retained);
   SYNCBN_CHECK(streams_.size() == streams, streams_.size(), ", not ", streams);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -82,6 +83,9 @@ class Coordinator {
     std::unique_ptr<Group> group;
     absl::Time alarm;     // The group's NextDeadline(), if the group was looked at after its last event;
     size_t retained = 0;  // and its retained_bytes().
+    // Those of the join that began it.
+    std::string connection;
+    std::string address;
   };
   using Groups = absl::btree_map<GroupId, Slot>;
 
@@ -97,8 +101,15 @@ class Coordinator {
   // Ends the older generation or the abandoned run of the group that this join names; `ended_run` becomes the run that
   // ends. Returns why the join is refused if it is the outdated one.
   std::optional<Error> EndSuperseded(const Join& join, absl::Time now, uint64_t* ended_run, Effects& effects);
-  // Ends the group that has been empty for longest if there is no room for another. Returns why there is none left.
-  std::optional<Error> MakeRoom(absl::Time now, Effects& effects);
+  // Ends the group that has been empty for longest, of all or of those that the join's connection or address has begun,
+  // if there is no room for another. Returns why there is none left.
+  std::optional<Error> MakeRoom(const Join& join, absl::Time now, Effects& effects);
+  // Returns how many groups the connection or address of this name has begun.
+  size_t BegunBy(const std::string& name) const;
+  // Begins the group of the join.
+  Groups::iterator Begin(const Join& join, std::unique_ptr<Group> group);
+  // Forgets the group, which has ended or has never had a member.
+  void Erase(Groups::iterator slot);
   void EndGroup(Groups::iterator slot, const Error& why, absl::Time now, Effects& effects);
 
   // Returns the group of a joined stream.
@@ -108,8 +119,9 @@ class Coordinator {
   void Update(Groups::iterator slot);
   // Keeps what all groups retain within its limit.
   void LimitRetained(absl::Time now, Effects& effects);
-  // Returns the group that nobody has been connected to for longest; end() if somebody is to each.
-  Groups::iterator Abandoned();
+  // Returns the group that nobody has been connected to for longest; end() if somebody is to each. Empty names stand
+  // for all groups, others for those that such a connection or address has begun.
+  Groups::iterator Abandoned(const std::string& connection = "", const std::string& address = "");
   uint64_t NewRunId(absl::Time now);
   // Returns the name of the memory of a new group.
   uint64_t NewMemory();
@@ -119,7 +131,8 @@ class Coordinator {
   Groups groups_;
   absl::flat_hash_map<StreamId, GroupId> streams_;  // Those that have joined and are open.
   absl::btree_set<std::pair<absl::Time, GroupId>> alarms_;
-  size_t retained_ = 0;  // By all groups.
+  size_t retained_ = 0;                                // By all groups.
+  absl::flat_hash_map<std::string, size_t> begun_by_;  // Groups, by the name of a connection or address.
   StateJournal journal_;
   uint64_t runs_ = 0;
   uint64_t memories_ = 0;

@@ -68,7 +68,7 @@ std::optional<Error> Members::CheckClaim(const Join& join, bool resumed) const {
 }
 
 Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now) {
-  Member& member = members_[join.rank];
+  Member& member = members_.At(join.rank);
   Seated seated;
   if (member.state == MemberState::kPresent) seated.replaced = member.stream;
   seated.reborn = join.incarnation == 0 || join.incarnation > member.incarnation;
@@ -98,7 +98,7 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
 }
 
 bool Members::AdoptLeft(Rank rank) {
-  Member& member = members_[rank];
+  Member& member = members_.At(rank);
   if (member.state != MemberState::kAbsent) return false;
   member.state = MemberState::kLeft;
   SetLeftBefore(rank, true);
@@ -109,19 +109,19 @@ bool Members::AdoptLeft(Rank rank) {
 
 void Members::SetCatchingUp(Rank rank, bool catching_up) {
   if (members_[rank].catching_up == catching_up) return;
-  members_[rank].catching_up = catching_up;
+  members_.At(rank).catching_up = catching_up;
   catching_up_ += catching_up ? 1 : -1;
 }
 
 void Members::SetLeftBefore(Rank rank, bool left_before) {
   if (members_[rank].left_before == left_before) return;
-  members_[rank].left_before = left_before;
+  members_.At(rank).left_before = left_before;
   left_before_ += left_before ? 1 : -1;
 }
 
 void Members::SetReturning(Rank rank, bool returning) {
   if (members_[rank].returning == returning) return;
-  members_[rank].returning = returning;
+  members_.At(rank).returning = returning;
   returning_ += returning ? 1 : -1;
 }
 
@@ -138,7 +138,7 @@ const Error* Members::LayerSetErrorOf(Rank rank) const {
 // ---- Losses and leaves ----------------------------------------------------------------------------------------------
 
 void Members::Detach(Rank rank) {
-  Member& member = members_[rank];
+  Member& member = members_.At(rank);
   Unblock(rank);
   switch (member.state) {
     case MemberState::kPresent:
@@ -162,8 +162,9 @@ void Members::Detach(Rank rank) {
 void Members::Lose(Rank rank, absl::Time grace_until) {
   SYNCBN_CHECK(members_[rank].state == MemberState::kPresent, "rank ", rank);
   Detach(rank);
-  members_[rank].state = MemberState::kLost;
-  members_[rank].grace_until = grace_until;
+  Member& member = members_.At(rank);
+  member.state = MemberState::kLost;
+  member.grace_until = grace_until;
   graces_.insert({grace_until, rank});
 }
 
@@ -171,14 +172,14 @@ void Members::Leave(Rank rank) {
   SYNCBN_CHECK(members_[rank].state == MemberState::kPresent, "rank ", rank);
   Detach(rank);
   SetCatchingUp(rank, false);
-  members_[rank].state = MemberState::kLeft;
+  members_.At(rank).state = MemberState::kLeft;
   ++left_;
 }
 
 bool Members::GiveUpOverdue(absl::Time now) {
   bool any = false;
   while (NextGrace() <= now) {
-    Member& member = members_[graces_.begin()->second];
+    Member& member = members_.At(graces_.begin()->second);
     SYNCBN_CHECK(member.state == MemberState::kLost && !member.given_up, "rank ", graces_.begin()->second);
     graces_.erase(graces_.begin());
     member.given_up = true;
@@ -192,26 +193,27 @@ absl::Time Members::NextGrace() const { return graces_.empty() ? absl::InfiniteF
 
 void Members::SetLags(Rank rank, bool lags) {
   if (members_[rank].lags == lags) return;
-  members_[rank].lags = lags;
+  members_.At(rank).lags = lags;
   lagging_ += lags ? 1 : -1;
 }
 
 void Members::NoteRead(Rank rank, uint64_t version) {
-  Member& member = members_[rank];
+  Member& member = members_.At(rank);
   member.confirms = true;
   member.read_membership = std::max(member.read_membership, version);
 }
 
 bool Members::AllHaveRead(uint64_t version) const {
-  return std::none_of(members_.begin(), members_.end(), [version](const Member& member) {
-    return member.state == MemberState::kPresent && member.confirms && member.read_membership < version;
+  return std::none_of(ranks_.begin(), ranks_.end(), [&](const auto& stream_and_rank) {
+    const Member& member = members_[stream_and_rank.second];
+    return member.confirms && member.read_membership < version;
   });
 }
 
 // ---- Rounds ---------------------------------------------------------------------------------------------------------
 
 void Members::Block(Rank rank, std::vector<RoundKey> keys) {
-  Member& member = members_[rank];
+  Member& member = members_.At(rank);
   SYNCBN_CHECK(member.state == MemberState::kPresent && member.blocked_on.empty() && !keys.empty(), "rank ", rank);
   std::sort(keys.begin(), keys.end());
   keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
@@ -222,13 +224,13 @@ void Members::Block(Rank rank, std::vector<RoundKey> keys) {
 
 void Members::Unblock(Rank rank) {
   if (members_[rank].blocked_on.empty()) return;
-  members_[rank].blocked_on.clear();
+  members_.At(rank).blocked_on.clear();
   --blocked_;
 }
 
 void Members::NoteContribution(Rank rank, const RoundKey& key, const DeclarationPtr& declaration, absl::Time now,
                                bool fresh) {
-  Member& member = members_[rank];
+  Member& member = members_.At(rank);
   member.has_contributed = true;
   if (!fresh) return;
   ++member.contributions;
@@ -242,7 +244,7 @@ void Members::NoteContribution(Rank rank, const RoundKey& key, const Declaration
 
 void Members::NoteLateness(Rank rank, absl::Duration lateness) {
   SYNCBN_CHECK(members_[rank].activity != nullptr, "rank ", rank);
-  members_[rank].activity->lateness.Add(lateness);
+  members_.At(rank).activity->lateness.Add(lateness);
 }
 
 void Members::NoteOutcome(Rank rank, const RoundKey& key) {

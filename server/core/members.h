@@ -11,9 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <optional>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -21,45 +19,10 @@
 #include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/time/time.h"
-#include "server/core/duration_histogram.h"
+#include "server/core/member.h"
 #include "server/core/types.h"
 
 namespace syncbn::core {
-
-// A member's contributions since its rank was first taken.
-struct Activity {
-  DeclarationPtr layer;  // The newest contribution's; the next three describe it too.
-  uint64_t sequence = 0;
-  Phase phase = Phase::kForward;
-  absl::Time at;
-  DurationHistogram lateness;  // Behind the first contribution to each completed round.
-
-  RoundKey key() const { return {layer->spec.name, sequence, phase}; }
-};
-
-struct Member {
-  MemberState state = MemberState::kAbsent;
-  StreamId stream = 0;       // While present.
-  uint64_t incarnation = 0;  // The newest; 0 before the first that was here.
-  Secret life_key;           // This incarnation's.
-  std::string description;
-  uint64_t contributions = 0;
-  uint64_t last_arrivals = 0;  // Completed rounds to which it was the last to contribute.
-  absl::Time joined_at;
-  bool has_contributed = false;  // In this incarnation.
-  // Came back from an earlier master, and has not sent yet all that it had sent to that one.
-  bool catching_up = false;
-  bool left_before = false;  // Has left under an earlier master, which may have had contributions of it.
-  // While present: came back, and has not said yet that it has sent again what it had no outcome of.
-  bool returning = false;
-  bool confirms = false;               // Has said, in this incarnation, which membership it has read.
-  uint64_t read_membership = 0;        // While present: the version of the newest that it has read.
-  absl::Time grace_until;              // While lost: when it is given up.
-  bool given_up = false;               // While lost.
-  bool lags = false;                   // While present: has not read what it was sent.
-  std::vector<RoundKey> blocked_on;    // While present: sends nothing until one of these rounds ends. Ascending.
-  std::unique_ptr<Activity> activity;  // Null before the first contribution.
-};
 
 // Thread safety: none; pure.
 class Members {
@@ -67,7 +30,7 @@ class Members {
   // New incarnations are greater than `incarnation_floor`.
   Members(uint32_t world_size, uint64_t incarnation_floor);
 
-  uint32_t world_size() const { return static_cast<uint32_t>(members_.size()); }
+  uint32_t world_size() const { return members_.world_size(); }
   const Member& operator[](Rank rank) const { return members_[rank]; }
   uint32_t present() const { return present_; }
   uint32_t left() const { return left_; }
@@ -104,7 +67,7 @@ class Members {
   // New incarnations are greater than this from now on.
   void RaiseFloor(uint64_t floor) { incarnation_floor_ = std::max(incarnation_floor_, floor); }
   // Gives the rank a new incarnation, though it is the same worker.
-  void Renumber(Rank rank) { members_[rank].incarnation = NextIncarnation(rank); }
+  void Renumber(Rank rank) { members_.At(rank).incarnation = NextIncarnation(rank); }
   // Takes an earlier master's word that a rank has left, of which nothing is known here. Returns whether that is news.
   bool AdoptLeft(Rank rank);
   // Returns whether a rank that has left under an earlier master may yet come back, because its leave was not
@@ -145,7 +108,7 @@ class Members {
   void NoteLateness(Rank rank, absl::Duration lateness);
   // The member is told how a round that it contributed to has ended.
   void NoteOutcome(Rank rank, const RoundKey& key);
-  void NoteLastArrival(Rank rank) { ++members_[rank].last_arrivals; }
+  void NoteLastArrival(Rank rank) { ++members_.At(rank).last_arrivals; }
 
   // Aborts unless every counter and index agrees with the members.
   void CheckInvariants() const;
@@ -160,7 +123,7 @@ class Members {
   void SetReturning(Rank rank, bool returning);
   void SetLeftBefore(Rank rank, bool left_before);
 
-  std::vector<Member> members_;  // By rank.
+  MemberTable members_;
   uint64_t incarnation_floor_;
   absl::flat_hash_map<StreamId, Rank> ranks_;  // Of present members.
   uint32_t present_ = 0;

@@ -80,6 +80,10 @@ struct Join {
   Secret life_key;
   std::vector<Rank> left_ranks;  // As the worker has last heard from an earlier master.
   bool without_outcome = false;  // It has not been told the end of any round in its run.
+  // The names of the connection that it came by and of the address of its other end, neither of which may begin too
+  // many groups. Empty if that does not matter.
+  std::string connection;
+  std::string address;
 };
 
 // A worker's part of a round. `first` and `second` are, by phase: mean and m2; sum_dy and sum_dy_xmu; the vector, and

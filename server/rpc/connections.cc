@@ -138,7 +138,7 @@ bool Connections::any() const {
 }
 
 bool Connections::IsFull(const Connection& connection) const {
-  if (connection.peer.empty() || (connection.local && !local_too_)) return false;
+  if (!IsBounded(connection)) return false;
   const auto found = of_address_.find(connection.address);
   return found != of_address_.end() && found->second >= max_of_address_;
 }
@@ -170,6 +170,14 @@ Connections::Connection* Connections::Find(absl::string_view peer) {
   if (peer.empty()) return nullptr;
   const auto found = descriptors_.find(peer);
   return found == descriptors_.end() ? nullptr : &connections_.at(found->second);
+}
+
+std::string Connections::BoundedAddressOf(absl::string_view peer) const {
+  const absl::MutexLock lock(&mutex_);
+  const auto found = descriptors_.find(peer);
+  if (found == descriptors_.end()) return "";
+  const Connection& connection = connections_.at(found->second);
+  return IsBounded(connection) ? connection.address : "";
 }
 
 void Connections::Joined(absl::string_view peer) {

@@ -43,6 +43,9 @@ class Connections {
   // it; empty otherwise.
   std::string Add(int descriptor, const SocketAddress& peer);
 
+  // Returns the peer's address, if max_of_address holds for it; empty otherwise.
+  std::string BoundedAddressOf(absl::string_view peer) const;
+
   // A worker has joined by a call of this peer, or such a call has ended.
   void Joined(absl::string_view peer);
   void Left(absl::string_view peer);
@@ -89,6 +92,9 @@ class Connections {
   void Forget(int descriptor) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Returns null if there is no such peer.
   Connection* Find(absl::string_view peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool IsBounded(const Connection& connection) const {
+    return !connection.peer.empty() && (!connection.local || local_too_);
+  }
   // Shuts the oldest connection without a worker. Returns whether there was one that has had some time to join.
   bool MakeRoom(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Breaks the connection off and forgets it. What has arrived by it is dropped.

@@ -215,6 +215,10 @@ void Sessions::HandleSlice(Session& session) {
   auto& slice = std::get<core::FrameReceived>(event);  // The first of its kinds.
   slice.stream = id;
   if (auto error = session.frame->Next(session.slice, arena.get(), &slice)) return Refuse(session, *error);
+  if (slice.join.has_value()) {
+    slice.join->connection = session.stream->peer();
+    slice.join->address = options_.connections->BoundedAddressOf(session.stream->peer());
+  }
   for (const core::Contribution& contribution : slice.contributions) {
     if (!contribution.repeats) session.unanswered.insert(Fingerprint(contribution.key));
   }

@@ -17,7 +17,8 @@ constexpr absl::Duration kConnectTimeoutOfSeveral = absl::Seconds(2);
 }  // namespace
 
 bool IsRefusedForNow(const ErrorDetails& details) {
-  return details.reason == kRankTaken || (details.reason == "LIMIT_EXCEEDED" && details.limit == "max_groups");
+  const bool groups = details.limit == "max_groups" || details.limit == "max_groups_per_address";
+  return details.reason == kRankTaken || (details.reason == "LIMIT_EXCEEDED" && groups);
 }
 
 Attempts::Attempts(uint32_t rank, absl::Duration join_timeout, bool tls, absl::Time now)

@@ -31,8 +31,8 @@ struct Break {
 // The reason of a join that was refused because another worker holds the rank.
 inline constexpr absl::string_view kRankTaken = "RANK_TAKEN";
 
-// Returns true if the master refuses a join for now: another worker holds the rank, or there are too many groups. A
-// master's groups go as their jobs end, or as strangers who have opened them leave.
+// Returns true if the master refuses a join for now: another worker holds the rank, or there are too many groups, in
+// all or of this host's. A master's groups go as their jobs end, or as strangers who have opened them leave.
 bool IsRefusedForNow(const ErrorDetails& details);
 
 // Times attempts with exponential backoff, going through the targets in turn.

@@ -22,7 +22,7 @@ struct InvariantsPeer {
   absl::Time& group_alarm() { return master.groups_.begin()->second.alarm; }
   absl::Time& linger_until() { return group.linger_until_; }
 
-  Member& member(Rank rank) { return group.members_.members_[rank]; }
+  Member& member(Rank rank) { return group.members_.members_.At(rank); }
   uint32_t& present() { return group.members_.present_; }
   uint32_t& left() { return group.members_.left_; }
   uint32_t& given_up() { return group.members_.given_up_; }

@@ -1,6 +1,9 @@
 // Each limit of limits.h: input up to the limit is accepted; beyond it the answer is LIMIT_EXCEEDED and names the
 // limit.
 
+#include <malloc.h>
+
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -58,6 +61,88 @@ TEST(LimitsTest, MaxGroups) {
   EXPECT_FALSE(engine.log(engine.Join(join)).closed);
   EXPECT_EQ(engine.groups_ended(), 1u);
   EXPECT_EQ(engine.coordinator().ListGroups().size(), 2u);
+}
+
+// Strangers cannot take all groups of a master: a connection may begin a quarter of them, and an address half.
+class GroupsTest : public ::testing::Test {
+ protected:
+  static Limits EightGroups() {
+    Limits limits;
+    limits.max_groups = 8;
+    return limits;
+  }
+  // A worker of a group of its own.
+  StreamId Begin(const std::string& connection, const std::string& address) {
+    Join join = MakeJoin(0, 1);
+    join.id.group = std::to_string(++groups_);
+    join.connection = connection;
+    join.address = address;
+    return engine_.Join(join);
+  }
+  std::optional<Error> Refusal(StreamId stream) const { return engine_.log(stream).closed_with; }
+
+  Engine engine_{EightGroups()};
+
+ private:
+  int groups_ = 0;
+};
+
+TEST_F(GroupsTest, AConnectionBeginsAQuarter) {
+  const StreamId first = Begin("a:1", "");
+  EXPECT_EQ(Refusal(Begin("a:1", "")), std::nullopt);
+  ExpectLimit(Refusal(Begin("a:1", "")), "max_groups_per_connection = 2");
+  EXPECT_EQ(Refusal(Begin("a:2", "")), std::nullopt);
+  // Its own empty group makes room, before those of others.
+  engine_.Close(first);
+  EXPECT_EQ(Refusal(Begin("a:1", "")), std::nullopt);
+  EXPECT_EQ(engine_.groups_ended(), 1u);
+  ExpectLimit(Refusal(Begin("a:1", "")), "max_groups_per_connection = 2");
+}
+
+TEST_F(GroupsTest, AnAddressBeginsHalf) {
+  const StreamId first = Begin("a:0", "a");
+  for (int i = 1; i < 4; ++i) EXPECT_EQ(Refusal(Begin("a:" + std::to_string(i), "a")), std::nullopt);
+  ExpectLimit(Refusal(Begin("a:4", "a")), "max_groups_per_address = 4");
+  EXPECT_EQ(Refusal(Begin("b:0", "b")), std::nullopt);
+  engine_.Close(first);
+  EXPECT_EQ(Refusal(Begin("a:4", "a")), std::nullopt);
+}
+
+TEST_F(GroupsTest, WorkersOfGroupsThatOthersHaveBegunDoNotCount) {
+  for (int i = 0; i < 3; ++i) {
+    Join join = MakeJoin(0, 2);
+    join.id.group = "of " + std::to_string(i);
+    join.connection = "a:" + std::to_string(i);
+    engine_.Join(join);
+    join.rank = 1;
+    join.connection = "b:1";
+    EXPECT_EQ(Refusal(engine_.Join(join)), std::nullopt);
+  }
+  EXPECT_EQ(Refusal(Begin("b:1", "")), std::nullopt);
+}
+
+TEST_F(GroupsTest, PeersWithoutNamesAreNotCounted) {
+  for (int i = 0; i < 8; ++i) EXPECT_EQ(Refusal(Begin("", "")), std::nullopt);
+  ExpectLimit(Refusal(Begin("", "")), "max_groups = 8");
+}
+
+// Allocated bytes; 0 where a sanitizer has an allocator of its own.
+size_t AllocatedBytes() { return mallinfo2().uordblks; }
+
+TEST(LimitsTest, AbsentWorkersTakeNoMemory) {
+  constexpr size_t kGroups = 64;
+  Engine engine;
+  const auto allocated_by = [&](uint32_t world_size) {
+    const size_t before = AllocatedBytes();
+    for (size_t i = 0; i < kGroups; ++i) {
+      Join join = MakeJoin(world_size - 1, world_size);
+      join.id.group = std::to_string(world_size) + " " + std::to_string(i);
+      engine.Join(join);
+    }
+    return AllocatedBytes() - before;
+  };
+  const size_t small = allocated_by(2);
+  EXPECT_LT(allocated_by(4096), small + kGroups * (size_t{4} << 10));
 }
 
 class RetainedTest : public ::testing::Test {

@@ -183,6 +183,25 @@ TEST(WorkerStreamTest, LimitsAreNamed) {
   expect_limit(JoinFrame("another", 0, 1), "max_groups = 1");
 }
 
+TEST(WorkerStreamTest, OneConnectionCannotTakeAllGroups) {
+  MasterServer::Options options;
+  options.limits.max_groups = 8;
+  const auto server = StartServer(options);
+  const auto channel = Connect(server->target());
+  std::vector<std::unique_ptr<RawStream>> held;
+  const auto join = [&](const std::shared_ptr<grpc::Channel>& by) {
+    held.push_back(std::make_unique<RawStream>(by));
+    EXPECT_TRUE(held.back()->Write(JoinFrame("g" + std::to_string(held.size()), 0, 1)));
+    return held.back()->Read().has_value();
+  };
+  EXPECT_TRUE(join(channel));
+  EXPECT_TRUE(join(channel));
+  EXPECT_FALSE(join(channel));
+  ExpectError(held.back()->Finish(), grpc::StatusCode::RESOURCE_EXHAUSTED, "LIMIT_EXCEEDED",
+              "max_groups_per_connection = 2");
+  EXPECT_TRUE(join(Connect(server->target())));
+}
+
 TEST(WorkerStreamTest, AFrameThatIsTooLongEndsTheCall) {
   MasterServer::Options options;
   options.max_frame_bytes = 4096;

@@ -223,7 +223,7 @@ TEST(ConnectTest, AMasterWithTooManyGroupsIsAskedAgain) {
   for (int attempt = 0; attempt < 3; ++attempt) {
     harness.Advance(std::max(harness.session().NextTimer() - harness.now(), absl::ZeroDuration()));
     harness.Up();
-    harness.Break(refusal("max_groups"));
+    harness.Break(refusal(attempt == 1 ? "max_groups_per_address" : "max_groups"));
     EXPECT_FALSE(harness.ended.has_value());
   }
   harness.Advance(absl::Seconds(2));
