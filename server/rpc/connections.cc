@@ -31,6 +31,9 @@ constexpr double kStraysPerSecond = 10.0;
 // inspector.
 constexpr double kMostBytes = 16 << 20;
 constexpr double kBytesPerSecond = 64 << 10;
+// Bytes that a connection may have sent beyond its frames: calls, settings, and so much in each second for pings.
+constexpr double kOtherBytes = 1 << 20;
+constexpr double kOtherBytesPerSecond = 4 << 10;
 
 // A connection whose bytes take longer than this is a flood of small frames: a reset call takes 8 us and more for 28 to
 // 200 bytes. A message takes less than 1 us for each KiB, and less than 4 us with TLS.
@@ -98,10 +101,13 @@ std::string PeerName(absl::string_view uri) {
   return absl::StrReplaceAll(uri, {{"%5B", "["}, {"%5D", "]"}});
 }
 
-Connections::Connections(size_t max_connections, size_t max_of_address)
+Connections::Connections(size_t max_connections, size_t max_of_address, size_t max_unfinished_bytes,
+                         absl::Duration patience)
     : max_connections_(max_connections),
       max_of_address_(max_of_address != 0 ? max_of_address : std::max<size_t>(max_connections / 2, 1)),
-      local_too_(max_of_address != 0) {}
+      local_too_(max_of_address != 0),
+      max_unfinished_bytes_(max_unfinished_bytes),
+      patience_(patience) {}
 
 std::string Connections::Add(int descriptor, const SocketAddress& peer) {
   const SocketAddress plain = Plain(peer);
@@ -180,6 +186,12 @@ std::string Connections::BoundedAddressOf(absl::string_view peer) const {
   return IsBounded(connection) ? connection.address : "";
 }
 
+std::shared_ptr<Connections::Frames> Connections::FramesOf(absl::string_view peer) const {
+  const absl::MutexLock lock(&mutex_);
+  const auto found = descriptors_.find(peer);
+  return found == descriptors_.end() ? nullptr : connections_.at(found->second).frames;
+}
+
 void Connections::Joined(absl::string_view peer) {
   const absl::MutexLock lock(&mutex_);
   if (Connection* const connection = Find(peer)) ++connection->workers;
@@ -223,6 +235,11 @@ bool Connections::MakeRoom(absl::Time now) {
 void Connections::Check() {
   const absl::MutexLock lock(&mutex_);
   const absl::Time now = clock_.Now();
+  CheckStrangers(now);
+  CheckUnfinished(now);
+}
+
+void Connections::CheckStrangers(absl::Time now) {
   std::vector<int> greedy;
   for (const auto& [descriptor, connection] : connections_) {
     if (connection.peer.empty() || connection.workers > 0) continue;
@@ -232,6 +249,54 @@ void Connections::Check() {
   for (const int descriptor : greedy) {
     Shut(connections_.at(descriptor), "it has sent more than a first frame, and no worker has joined by it", now);
   }
+}
+
+void Connections::CheckUnfinished(absl::Time now) {
+  std::vector<int> overdue;
+  int greediest = -1;
+  uint64_t of_greediest = 0;
+  uint64_t of_all = 0;
+  for (auto& [descriptor, connection] : connections_) {
+    if (connection.peer.empty() || connection.workers == 0) continue;
+    const uint64_t unfinished = UnfinishedBytes(connection, now);
+    if (IsOverdue(unfinished, now, &connection)) {
+      overdue.push_back(descriptor);
+      continue;
+    }
+    of_all += unfinished;
+    if (unfinished > of_greediest) {
+      of_greediest = unfinished;
+      greediest = descriptor;
+    }
+  }
+  for (const int descriptor : overdue) {
+    Shut(connections_.at(descriptor), "it does not finish the frames that it has begun", now);
+  }
+  if (of_all > max_unfinished_bytes_) {
+    Shut(connections_.at(greediest), "unfinished frames take too much memory, and most of it is for this one", now);
+  }
+}
+
+uint64_t Connections::UnfinishedBytes(const Connection& connection, absl::Time now) {
+  // In this order: frames that come meanwhile make it less, not more.
+  const uint64_t received = InfoOf(connection.descriptor).tcpi_bytes_received;
+  const uint64_t waiting = WaitingBytes(connection.descriptor);
+  const double others = kOtherBytes + kOtherBytesPerSecond * absl::ToDoubleSeconds(now - connection.since);
+  const uint64_t known = waiting + connection.frames->bytes() + static_cast<uint64_t>(others);
+  return received > known ? received - known : 0;
+}
+
+// Unfinished frames are due after a while, however many others come before them: a connection that wants to keep some
+// has to send as much as they are again and again.
+bool Connections::IsOverdue(uint64_t unfinished, absl::Time now, Connection* connection) const {
+  const uint64_t come = connection->frames->bytes();
+  if (unfinished == 0) {
+    connection->due.reset();
+  } else if (!connection->due.has_value() || come >= *connection->due) {
+    connection->due = come + unfinished;
+    connection->due_since = now;
+  }
+  return connection->due.has_value() && now - connection->due_since > patience_;
 }
 
 // Bytes that arrive between two calls of the system are on no account taken for bytes that were read: they are counted

@@ -5,8 +5,11 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/base/thread_annotations.h"
@@ -28,12 +31,33 @@ namespace syncbn::rpc {
 // Strangers cannot keep workers out. At the limit, the connection that has been open for longest without a worker makes
 // room. One that has no worker yet may send a few megabytes, and start a hundred calls that come to nothing.
 //
+// gRPC keeps what has come of a frame until the rest comes, and tells nobody. What a connection has sent beyond the
+// frames that came of it is that, and a little more.
+//
 // Thread safety: any thread may call any method.
 class Connections {
  public:
+  // Counts the frames that came of a connection. Thread safety: any thread may call any method.
+  class Frames {
+   public:
+    void Add(size_t bytes) { bytes_ += bytes + bytes / 8 + kOverhead; }
+    // Returns the bytes that a connection has sent for its frames, or more.
+    uint64_t bytes() const { return bytes_; }
+
+   private:
+    // Bytes of HTTP/2 and TLS for each frame, those that acknowledge its answer among them. Long ones are divided.
+    static constexpr size_t kOverhead = 512;
+    std::atomic<uint64_t> bytes_{0};
+  };
+
+  static constexpr size_t kMostUnfinishedBytes = size_t{1} << 30;
+  static constexpr absl::Duration kUnfinishedPatience = absl::Minutes(2);
+
   // At most `max_connections`, and `max_of_address` from one address. If the latter is 0, it is half of the former, and
-  // does not hold for addresses of this machine.
-  Connections(size_t max_connections, size_t max_of_address);
+  // does not hold for addresses of this machine. Frames that have begun must have come after `patience`; they are kept
+  // up to `max_unfinished_bytes` in all.
+  Connections(size_t max_connections, size_t max_of_address, size_t max_unfinished_bytes = kMostUnfinishedBytes,
+              absl::Duration patience = kUnfinishedPatience);
 
   size_t max_connections() const { return max_connections_; }
   // Returns whether there may be connections whose peers have names.
@@ -46,6 +70,9 @@ class Connections {
   // Returns the peer's address, if max_of_address holds for it; empty otherwise.
   std::string BoundedAddressOf(absl::string_view peer) const;
 
+  // Returns the counter to which each frame is to be added that comes of this peer by gRPC; null if it has no name.
+  std::shared_ptr<Frames> FramesOf(absl::string_view peer) const;
+
   // A worker has joined by a call of this peer, or such a call has ended.
   void Joined(absl::string_view peer);
   void Left(absl::string_view peer);
@@ -54,7 +81,8 @@ class Connections {
   // Shuts the connection of this peer, if there is one. `why` goes to the log.
   void End(absl::string_view peer, absl::string_view why);
 
-  // Ends connections without a worker that have sent too much. To be called about once a second.
+  // Ends connections without a worker that have sent too much, and those with one that do not finish their frames. To
+  // be called about once a second.
   void Check();
 
   // Notes how many bytes of each connection gRPC has read and written.
@@ -84,6 +112,10 @@ class Connections {
     uint64_t read = 0;
     uint64_t written = 0;
     Budget strays;
+    std::shared_ptr<Frames> frames = std::make_shared<Frames>();
+    // What `frames` will have counted once those have come that were unfinished then.
+    std::optional<uint64_t> due;
+    absl::Time due_since;
   };
 
   // Forgets connections that gRPC has closed, which it does not tell; their descriptors may be other files by now. Does
@@ -97,6 +129,12 @@ class Connections {
   }
   // Shuts the oldest connection without a worker. Returns whether there was one that has had some time to join.
   bool MakeRoom(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Returns how many bytes of unfinished frames gRPC holds for the connection, or less.
+  static uint64_t UnfinishedBytes(const Connection& connection, absl::Time now);
+  // Returns whether frames that had begun long ago have not come yet.
+  bool IsOverdue(uint64_t unfinished, absl::Time now, Connection* connection) const;
+  void CheckStrangers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CheckUnfinished(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Breaks the connection off and forgets it. What has arrived by it is dropped.
   void Shut(const Connection& connection, absl::string_view why, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool IsFull(const Connection& connection) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -104,6 +142,8 @@ class Connections {
   const size_t max_connections_;
   const size_t max_of_address_;
   const bool local_too_;  // max_of_address_ holds for addresses of this machine.
+  const size_t max_unfinished_bytes_;
+  const absl::Duration patience_;
   const Clock clock_;
   mutable absl::Mutex mutex_;
   absl::Time purged_at_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();

@@ -102,7 +102,7 @@ class MasterLoop {
   Sessions sessions_;
   InspectionService inspection_;
   HealthService health_;
-  UnaryCalls unary_calls_{&now_};
+  UnaryCalls unary_calls_{&now_, options_.connections};
   absl::Time backlog_served_ = now_;
   absl::Time trim_at_ = absl::InfiniteFuture();
   bool trimmed_ = true;  // Since there last was a stream.

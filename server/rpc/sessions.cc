@@ -81,6 +81,7 @@ Sessions::Session* Sessions::Find(core::StreamId id) {
 void Sessions::OnAccepted(WorkerStream* stream) {
   ++started_;
   Of(stream).connection = ConnectionOf(stream->peer());
+  Of(stream).frames = options_.connections->FramesOf(stream->peer());
   timers_.insert({*now_ + options_.join_timeout, TimerKind::kJoin, stream->id()});
   awaiting_ = false;
   calls_.Add(1, *now_);
@@ -98,6 +99,7 @@ std::shared_ptr<UnreadBytes> Sessions::ConnectionOf(const std::string& peer) {
 void Sessions::OnFrame(WorkerStream* stream, grpc::ByteBuffer&& frame) {
   Session& session = Of(stream);
   const size_t bytes = frame.Length();
+  if (session.frames != nullptr && !stream->shares_memory()) session.frames->Add(bytes);
   if (!session.joined && bytes > options_.limits.max_first_frame_bytes) {
     return Refuse(session, core::LimitError(bytes, "bytes of a first frame", "max_first_frame_bytes",
                                             options_.limits.max_first_frame_bytes));

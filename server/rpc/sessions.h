@@ -108,9 +108,10 @@ class Sessions final : public WorkerStream::Handler {
 
   struct Session {
     std::unique_ptr<WorkerStream> stream;
-    std::shared_ptr<UnreadBytes> connection;  // Once a worker has called.
-    Lane* lane = nullptr;                     // Once it has joined.
-    std::optional<FrameReader> frame;         // While it is being handled.
+    std::shared_ptr<UnreadBytes> connection;      // Once a worker has called.
+    std::shared_ptr<Connections::Frames> frames;  // The connection's; null if its peer has no name.
+    Lane* lane = nullptr;                         // Once it has joined.
+    std::optional<FrameReader> frame;             // While it is being handled.
     SliceLimits slice;
     // Fingerprints of the rounds that the worker has contributed to and that have no outcome yet. A set, not a count,
     // since a repeated contribution is answered once; no keys, which would copy names. Two of 64 bits that happen to be

@@ -41,6 +41,7 @@ class UnaryCall final : public Tag, public UnaryCalls::Call {
     }
     Await(service_, method_, queue_, calls_, answer_);
     answered_ = true;
+    calls_->NoteRequest(PeerName(context_.peer()), request_.ByteSizeLong());
     Response response;
     grpc::Status status = answer_(context_, request_, &response);
     if (status.ok()) status = calls_->Admit(this, Address(), response.ByteSizeLong());

@@ -12,6 +12,10 @@ constexpr absl::Duration kPatience = absl::Seconds(5);
 
 }  // namespace
 
+void UnaryCalls::NoteRequest(const std::string& peer, size_t bytes) {
+  if (const auto frames = connections_->FramesOf(peer)) frames->Add(bytes);
+}
+
 grpc::Status UnaryCalls::Admit(Call* call, const std::string& address, size_t bytes) {
   const auto found = bytes_of_.find(address);
   const size_t of_address = found == bytes_of_.end() ? 0 : found->second;

@@ -11,6 +11,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/time/time.h"
 #include "grpcpp/support/status.h"
+#include "server/rpc/connections.h"
 
 namespace syncbn::rpc {
 
@@ -26,13 +27,16 @@ class UnaryCalls {
     virtual void Cancel() = 0;
   };
 
-  // `now` is the time of the event that is being handled, and must outlive the object.
-  explicit UnaryCalls(const absl::Time* now) : now_(now) {}
+  // `now` is the time of the event that is being handled. It and `connections` must outlive the object.
+  UnaryCalls(const absl::Time* now, Connections* connections) : now_(now), connections_(connections) {}
 
   // Calls that exist, those that are waited for among them.
   void Begin() { ++live_; }
   void End() { --live_; }
   bool idle() const { return live_ == 0; }
+
+  // A request of so many bytes has come of this peer.
+  void NoteRequest(const std::string& peer, size_t bytes);
 
   // Takes note of an answer of so many bytes to a caller at `address`, which is on its way from here on. Returns
   // RESOURCE_EXHAUSTED (LIMIT_EXCEEDED) if others of the same caller, or of all, are unread and leave no room for it.
@@ -53,6 +57,7 @@ class UnaryCalls {
   };
 
   const absl::Time* const now_;
+  Connections* const connections_;
   size_t live_ = 0;
   absl::flat_hash_map<Call*, Unread> unread_;
   absl::btree_set<std::pair<absl::Time, Call*>> timers_;  // The calls that have not been cancelled.

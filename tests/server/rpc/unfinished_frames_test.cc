@@ -1,0 +1,94 @@
+// Frames that begin and do not end: how much of them may be kept, and for how long.
+
+#include <memory>
+
+#include "gtest/gtest.h"
+#include "server/rpc/connections.h"
+#include "tests/server/rpc/loopback.h"
+
+namespace syncbn::rpc {
+namespace {
+
+using testing::Loopback;
+using testing::Pair;
+
+constexpr size_t kMiB = size_t{1} << 20;
+constexpr size_t kMostUnfinished = 7 * kMiB;
+
+class UnfinishedFramesTest : public ::testing::Test {
+ protected:
+  // The connection sends a frame, all of which comes.
+  void Finish(Pair& pair, size_t bytes) {
+    pair.Receive(bytes);
+    connections_.FramesOf(pair.peer())->Add(bytes);
+  }
+
+  // What has begun at one check is overdue at the next.
+  Connections connections_{1024, 0, kMostUnfinished, absl::ZeroDuration()};
+  Loopback loopback_{&connections_};
+};
+
+TEST_F(UnfinishedFramesTest, FramesThatComeTakeNothing) {
+  const auto worker = loopback_.AcceptWorker();
+  for (int i = 0; i < 20; ++i) {
+    Finish(*worker, kMiB);
+    connections_.Check();
+  }
+  EXPECT_TRUE(worker->open());
+}
+
+TEST_F(UnfinishedFramesTest, AFrameThatDoesNotEndEndsItsConnection) {
+  const auto worker = loopback_.AcceptWorker(), other = loopback_.AcceptWorker();
+  worker->Receive(3 * kMiB);
+  connections_.Check();
+  EXPECT_TRUE(worker->open());
+  connections_.Check();
+  EXPECT_FALSE(worker->open());
+  EXPECT_TRUE(other->open());
+}
+
+TEST_F(UnfinishedFramesTest, AFrameThatEndsInTimeDoesNot) {
+  const auto worker = loopback_.AcceptWorker();
+  for (int i = 0; i < 5; ++i) {
+    worker->Receive(3 * kMiB);
+    connections_.Check();
+    connections_.FramesOf(worker->peer())->Add(3 * kMiB);
+    connections_.Check();
+  }
+  EXPECT_TRUE(worker->open());
+}
+
+// Frames of many streams may be unfinished at every single look.
+TEST_F(UnfinishedFramesTest, OthersMayHaveBegunMeanwhile) {
+  const auto worker = loopback_.AcceptWorker();
+  for (int i = 0; i < 5; ++i) {
+    worker->Receive(3 * kMiB);
+    connections_.Check();
+    Finish(*worker, 3 * kMiB);
+    connections_.FramesOf(worker->peer())->Add(2 * kMiB);
+  }
+  EXPECT_TRUE(worker->open());
+}
+
+TEST_F(UnfinishedFramesTest, AFewFramesBesideItDoNotHideOne) {
+  const auto worker = loopback_.AcceptWorker();
+  worker->Receive(5 * kMiB);
+  connections_.Check();
+  Finish(*worker, kMiB);
+  connections_.Check();
+  EXPECT_FALSE(worker->open());
+}
+
+TEST_F(UnfinishedFramesTest, TheGreediestConnectionEndsWhereAllTakeTooMuch) {
+  const auto some = loopback_.AcceptWorker(), most = loopback_.AcceptWorker();
+  some->Receive(4 * kMiB);
+  most->Receive(6 * kMiB);
+  connections_.Check();
+  EXPECT_TRUE(some->open());
+  EXPECT_FALSE(most->open());
+}
+
+TEST_F(UnfinishedFramesTest, PeersWithoutNamesHaveNoCounter) { EXPECT_EQ(connections_.FramesOf(""), nullptr); }
+
+}  // namespace
+}  // namespace syncbn::rpc
