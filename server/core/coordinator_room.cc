@@ -18,8 +18,8 @@ constexpr size_t kPartOfAddress = 2;
 }  // namespace
 
 std::optional<Error> Coordinator::MakeRoom(const Join& join, absl::Time now, Effects& effects) {
-  const auto room = [&](size_t groups, size_t most, const char* what, const char* limit,
-                        const std::string& connection, const std::string& address) -> std::optional<Error> {
+  const auto room = [&](size_t groups, size_t most, const char* what, const char* limit, const std::string& connection,
+                        const std::string& address) -> std::optional<Error> {
     if (groups < most) return std::nullopt;
     const auto abandoned = Abandoned(connection, address);
     if (abandoned == groups_.end()) return LimitError(groups + 1, what, limit, most);
