@@ -47,14 +47,23 @@ struct FinalizeForwardArguments {
   VectorView running_var;
   double momentum = 0.1;
   bool biased_running_var = false;
+  // The number of batches in the running statistics, this one included: the caller has counted it. Null: not kept.
+  int64_t* batches = nullptr;
+  bool cumulative = false;  // The weight of the new value is 1 / *batches, and momentum is not read.
   PendingRound pending;
+
+  SYNCBN_HOST_DEVICE double Momentum() const { return cumulative ? 1.0 / static_cast<double>(*batches) : momentum; }
 };
 
 // Running statistics stay as they are after a round without values; the running variance does, too, where the round has
 // none to give (see RunningUpdate). After a pending round that failed, the three outputs are NaN and running statistics
-// stay as they are.
+// stay as they are. The batch is counted out again where the running statistics have not taken it: with channel 0, and
+// no channel reads the count then.
 SYNCBN_HOST_DEVICE inline void FinalizeForwardChannel(const FinalizeForwardArguments& arguments, int64_t c) {
-  if (arguments.pending.HasFailed()) {
+  const bool failed = arguments.pending.HasFailed();
+  const int64_t count = arguments.pending.CountOr(arguments.count);
+  if (c == 0 && arguments.batches != nullptr && (failed || count == 0)) --*arguments.batches;
+  if (failed) {
     arguments.out_mean[c] = arguments.out_scale[c] = arguments.out_shift[c] = __builtin_nan("");
     return;
   }
@@ -63,8 +72,8 @@ SYNCBN_HOST_DEVICE inline void FinalizeForwardChannel(const FinalizeForwardArgum
   arguments.out_mean[c] = mean;
   arguments.out_scale[c] = arguments.weight.GetOr(1.0, c) * InverseStd(var, arguments.eps, arguments.eps_mode);
   arguments.out_shift[c] = arguments.bias.GetOr(0.0, c);
-  const RunningUpdate update(arguments.pending.CountOr(arguments.count), arguments.momentum,
-                             arguments.biased_running_var);
+  if (count == 0) return;
+  const RunningUpdate update(count, arguments.Momentum(), arguments.biased_running_var);
   if (arguments.running_mean.present() && update.moves_mean()) {
     arguments.running_mean.Set(c, update.Mean(arguments.running_mean.Get(c), mean));
   }

@@ -217,6 +217,8 @@ absl::Status ReadForwardOutputs(const syncbn_forward_outputs* given, syncbn::For
   syncbn_forward_outputs known;
   if (absl::Status status = ReadOptions(given, &known); !status.ok()) return status;
   outputs->momentum = known.momentum;
+  outputs->batches = known.batches;
+  outputs->cumulative = known.cumulative != 0;
   outputs->residual = known.residual;
   outputs->relu = known.relu != 0;
   outputs->relu_mask = known.relu_mask;

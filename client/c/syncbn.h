@@ -456,6 +456,11 @@ typedef struct syncbn_forward_outputs {
   int32_t relu;
   uint8_t* relu_mask; /* (size+7)/8 bytes; required with relu and a residual if a backward pass follows. */
   syncbn_tensor y;    /* Written; x's shape, type and layout; y.data may be x's or the residual's. */
+  /* The number of batches in the running statistics, on x's device. The caller has counted this one already, and it is
+   * counted out again if they do not take it: if the pass is stream-ordered and its round fails, or if the global count
+   * is 0. NULL: not kept. */
+  int64_t* batches;
+  int64_t cumulative; /* Nonzero: the new value's weight is 1 / *batches, and momentum is not read. */
 } syncbn_forward_outputs;
 #define SYNCBN_FORWARD_OUTPUTS_INIT SYNCBN_SIZED(syncbn_forward_outputs)
 

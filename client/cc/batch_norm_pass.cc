@@ -225,6 +225,9 @@ absl::Status ForwardPass::Finish(const TensorView& x, const ForwardArguments& ar
   if (statistics_ == nullptr) return NotWaitedFor();
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
   if (absl::Status status = CheckAlike(arguments.y, x, "y"); !status.ok()) return status;
+  if (arguments.cumulative && arguments.batches == nullptr) {
+    return absl::InvalidArgumentError("a cumulative average needs the number of batches");
+  }
   if (absl::Status status = CheckChannels(x, statistics_->channels, layer_->name); !status.ok()) return status;
   if (absl::Status status = backend_->CheckPlace(x, "x"); !status.ok()) return status;
   const DeviceScope scope = backend_->Enter();
@@ -233,6 +236,8 @@ absl::Status ForwardPass::Finish(const TensorView& x, const ForwardArguments& ar
   finalize.running_mean = arguments.running_mean;
   finalize.running_var = arguments.running_var;
   finalize.momentum = arguments.momentum;
+  finalize.batches = arguments.batches;
+  finalize.cumulative = arguments.cumulative;
   finalize.biased_running_var = layer_->biased_running_variance;
   if (absl::Status status = ComputeCoefficients(*statistics_, finalize); !status.ok()) return status;
   if (x.shape.size() == 0) return absl::OkStatus();

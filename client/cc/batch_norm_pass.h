@@ -96,6 +96,11 @@ struct ForwardArguments {
   VectorView running_mean;  // Updated in place, unless the global count is 0.
   VectorView running_var;   // Likewise, with M2/(N-1) unless the layer says otherwise; unchanged where it has no value.
   double momentum = 0.1;    // The weight of the new value.
+  // The number of batches in the running statistics, on x's device. The caller has counted this one already, and it is
+  // counted out again if the running statistics do not take it: the round is a stream-ordered one that fails, or the
+  // global count is 0. Null: not kept.
+  int64_t* batches = nullptr;
+  bool cumulative = false;  // The weight of the new value is 1 / *batches, and momentum is not read.
   const void* residual = nullptr;
   bool relu = false;
   uint8_t* relu_mask = nullptr;  // Written: kernels::ReluMaskBytes bytes. Required with relu and residual if a backward
@@ -115,7 +120,8 @@ class ForwardPass {
   absl::Status Wait(absl::Duration timeout = absl::InfiniteDuration());
   // Normalizes x, which has the values that the pass started with. May be called again, with x in other memory too: a
   // checkpoint computes its activations twice.
-  // Errors: FAILED_PRECONDITION before a successful Wait, unless stream-ordered; INVALID_ARGUMENT; INTERNAL.
+  // Errors: FAILED_PRECONDITION before a successful Wait, unless stream-ordered; INVALID_ARGUMENT, also for
+  // `cumulative` without `batches`; INTERNAL.
   absl::Status Finish(const TensorView& x, const ForwardArguments& arguments) const;
   bool stream_ordered() const { return statistics_ != nullptr && statistics_->stream_ordered; }
 

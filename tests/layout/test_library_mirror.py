@@ -118,7 +118,7 @@ def python_type(written: str, header: Header) -> Any:
 
 def field_type(written: str, header: Header) -> Any:
     """As python_type; data of any type is void* in a struct."""
-    return ctypes.c_void_p if written == "uint8_t*" else python_type(written, header)
+    return ctypes.c_void_p if written in ("uint8_t*", "int64_t*") else python_type(written, header)
 
 
 def result_type(written: str, header: Header) -> Any:

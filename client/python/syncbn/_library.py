@@ -134,6 +134,8 @@ class ForwardOutputs(_Options):
         ("relu", c_int32),
         ("relu_mask", c_void_p),
         ("y", Tensor),
+        ("batches", c_void_p),
+        ("cumulative", c_int64),
     ]
 
 

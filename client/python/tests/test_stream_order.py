@@ -91,6 +91,65 @@ def test_training_asks_a_late_pass_nothing(group, late):
         assert int(layer.num_batches_tracked) == 1
 
 
+def test_a_cumulative_average_asks_the_device_nothing(group, late, monkeypatch):
+    """Its weight is 1 / num_batches_tracked, which the GPU would have to be waited for to tell."""
+    batches = [data(seed) for seed in range(3)]
+    whole = torch.nn.BatchNorm1d(CHANNELS, momentum=None).double()
+    for x in batches:
+        whole(x)
+
+    def run(worker):
+        layer = make_layer(worker)
+        layer.momentum = None
+        for x in batches:
+            layer(part_of(x, worker))
+        return layer
+
+    def forbidden(tensor):
+        raise AssertionError("the host waits for the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("__float__", "__int__", "item", "tolist"):
+            patch.setattr(torch.Tensor, name, forbidden)
+        layers = group(2, run)
+    for layer in layers:
+        assert int(layer.num_batches_tracked) == 3
+        torch.testing.assert_close(layer.running_mean, whole.running_mean)
+        torch.testing.assert_close(layer.running_var, whole.running_var)
+
+
+class Counting(torch.nn.BatchNorm1d):
+    """Has a forward of its own, which counts for itself."""
+
+    def forward(self, input):
+        self.num_batches_tracked += 1
+        return torch.nn.functional.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, True, 0.25, self.eps
+        )
+
+
+@pytest.mark.parametrize("kind", [torch.nn.BatchNorm1d, Counting])
+def test_the_library_knows_the_count_of_a_pass_that_may_fail_unseen(group, late, monkeypatch, kind):
+    """It takes the batch back if the round fails, which nobody may have waited for."""
+    counts = []
+    finish = Late.finish
+
+    def recording(self, x, outputs):
+        counts.append(_library.ForwardOutputs.from_buffer_copy(outputs))
+        finish(self, x, outputs)
+
+    monkeypatch.setattr(Late, "finish", recording)
+
+    def run(worker):
+        layer = sync.convert_sync_batchnorm(kind(CHANNELS).double(), worker)
+        layer(part_of(data(), worker))
+        return layer
+
+    addresses = sorted(layer.num_batches_tracked.data_ptr() for layer in group(2, run))
+    assert sorted(given.batches for given in counts) == addresses
+    assert all(given.cumulative == 0 for given in counts)
+
+
 def test_no_grad_asks_nothing(group, late):
     x = data()
 

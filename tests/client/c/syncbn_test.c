@@ -81,7 +81,15 @@ static void* NormalizeRows(void* argument) {
   outputs.momentum = 0.1;
   outputs.y = x;
   outputs.y.data = rows->y[begin];
+  int64_t batches = 10;
+  if (rows->rank == 1) { /* The tenth batch of a cumulative average has the same weight. */
+    outputs.momentum = NAN;
+    outputs.cumulative = 1;
+    CHECK(syncbn_forward_finish(forward, &x, &outputs, NULL) == 3 /* INVALID_ARGUMENT */);
+    outputs.batches = &batches;
+  }
   CHECK_OK(syncbn_forward_finish(forward, &x, &outputs, &error));
+  CHECK(batches == 10);
 
   syncbn_backward_inputs inputs = SYNCBN_BACKWARD_INPUTS_INIT;
   inputs.dy = x;

@@ -219,6 +219,45 @@ TEST(Finalize, ForwardTakesTheCountOfAPendingRound) {
   }
 }
 
+// A batch that its caller has counted stays counted if the running statistics take it, whichever channel comes first.
+TEST(Finalize, ForwardCountsOutWhatItDoesNotTake) {
+  const RoundWords completed = {100, 7}, empty = {0, 7}, failed = {100, 6};
+  for (const RoundWords* words : {&completed, &empty, &failed}) {
+    for (const bool backwards : {false, true}) {
+      Forward forward;
+      int64_t batches = 5;
+      FinalizeForwardArguments arguments = forward.Arguments();
+      arguments.pending = {words, 7};
+      arguments.batches = &batches;
+      for (int64_t c = 0; c < kChannels; ++c) {
+        FinalizeForwardChannel(arguments, backwards ? kChannels - 1 - c : c);
+      }
+      EXPECT_EQ(batches, words == &completed ? 5 : 4);
+    }
+  }
+}
+
+// The cumulative average after five batches gives the last a fifth.
+TEST(Finalize, ForwardOfACumulativeAverage) {
+  Forward known, cumulative;
+  FinalizeForwardArguments arguments = known.Arguments();
+  arguments.count = 100;
+  arguments.momentum = 1.0 / 5;
+  known.Run(arguments);
+  int64_t batches = 5;
+  arguments = cumulative.Arguments();
+  arguments.count = 100;
+  arguments.momentum = 1e30;
+  arguments.batches = &batches;
+  arguments.cumulative = true;
+  cumulative.Run(arguments);
+  EXPECT_EQ(batches, 5);
+  for (int64_t c = 0; c < kChannels; ++c) {
+    EXPECT_EQ(cumulative.running_mean.Get(c), known.running_mean.Get(c));
+    EXPECT_EQ(cumulative.running_var.Get(c), known.running_var.Get(c));
+  }
+}
+
 // The words have an earlier epoch, or a later one: another round completed.
 TEST(Finalize, ForwardOfAPendingRoundThatFailed) {
   for (const uint32_t completed : {0u, 6u, 8u, UINT32_MAX}) {

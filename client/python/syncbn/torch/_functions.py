@@ -15,7 +15,7 @@ import torch
 
 from syncbn import _passes
 from syncbn._library import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS
-from syncbn.torch import _second, _tensors
+from syncbn.torch import _running, _second, _tensors
 
 _Gradients4 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 _Gradients3 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
@@ -29,8 +29,10 @@ class Outputs(NamedTuple):
     own: Tuple[Optional[torch.Tensor], ...]  # These four if `readable` has made them, to be kept for as long; else empty.
     running_mean: Optional[torch.Tensor]  # Those to be updated, if any.
     running_var: Optional[torch.Tensor]
-    count_batch: Callable[[], float]  # Called before they are; returns the new values' weight.
-    uncount_batch: Callable[[], None]  # Called if they are not, after all.
+    # As in a Step.
+    count_batch: Callable[[], Optional[float]]
+    uncount_batch: Callable[[], None]
+    batches: Callable[[], Optional[torch.Tensor]]
 
 
 class Pass:
@@ -81,13 +83,29 @@ class Pass:
             )
         return count
 
+    def _count(self, outputs: Outputs) -> Tuple[float, Tuple[int, bool]]:
+        """Counts the batch. The new values' weight in the running statistics, and the members of the library's struct for
+        the count and for whether the weight follows from it.
+
+        The library needs the count of a pass that nobody waits for, to take the batch back if its round fails. And it
+        finds a weight there for which the host would have to wait until the GPU has counted.
+        """
+        momentum = outputs.count_batch()
+        if momentum is not None and not self.forward_pass.stream_ordered:
+            return momentum, (0, False)
+        batches = outputs.batches()
+        address = _tensors.count_address(batches, outputs.y)
+        if momentum is not None:
+            return momentum, (address, False)
+        return (0.0, (address, True)) if address else (_running.reciprocal(batches), (0, False))
+
     def finish(self, outputs: Outputs, z: Optional[torch.Tensor]) -> None:
         """Waits for the round and writes the outputs.
 
         The wait comes as late as it can: nothing after it could be done before. So the batch is counted before it, and no
         longer counted if nothing comes of it.
         """
-        vectors, momentum, gate = outputs.vectors, 0.0, self.open_gate
+        vectors, momentum, batches, gate = outputs.vectors, 0.0, (0, False), self.open_gate
         # Named, so that a copy lives until the library is through with it.
         own_z = None if z is None else _tensors.readable_as(z, self.channels_last)
         z_at = 0 if own_z is None else _tensors.address(own_z, self.channels_last) or 0
@@ -95,7 +113,7 @@ class Pass:
         if outputs.running_mean is None:
             self.wait()
         else:
-            momentum = outputs.count_batch()
+            momentum, batches = self._count(outputs)
             taken = False
             try:
                 taken = self.wait() != 0
@@ -103,8 +121,8 @@ class Pass:
                 if not taken:
                     outputs.uncount_batch()
             if not taken:
-                vectors = vectors[:4] + _tensors.NO_VECTOR * 2
-        written = FORWARD_OUTPUTS.pack(FORWARD_OUTPUTS.size, *vectors, momentum, *rest)
+                vectors, batches = vectors[:4] + _tensors.NO_VECTOR * 2, (0, False)
+        written = FORWARD_OUTPUTS.pack(FORWARD_OUTPUTS.size, *vectors, momentum, *rest, *batches)
         if self.device is None:
             self.forward_pass.finish(self.packed, written)
         else:

@@ -140,7 +140,13 @@ class _Answers(TorchFunctionMode):
             call.eps,
             count_batch,
             uncount_batch,
+            self._tracked_batches,
         )
+
+    def _tracked_batches(self) -> Optional[torch.Tensor]:
+        """The number of batches, where the forward has added 1 to it in its place."""
+        in_place = self.module.num_batches_tracked is self._tracked
+        return self._tracked if in_place and self._added == [1] else None
 
     def _is_own_call(self) -> bool:
         """Tells whether the module's forward made the call, and no module within it."""

@@ -36,14 +36,16 @@ class Step:
         running_mean: Optional[torch.Tensor],
         running_var: Optional[torch.Tensor],
         eps: float,
-        count_batch: Callable[[], float],
+        count_batch: Callable[[], Optional[float]],
         uncount_batch: Callable[[], None],
+        batches: Callable[[], Optional[torch.Tensor]],
         z: Optional[torch.Tensor] = None,
         relu: bool = False,
     ) -> None:
         """The running statistics are those to be updated, if any. `count_batch` is called before they are: it returns the
-        new values' weight; and `uncount_batch` if they are not, after all. z is added to the result, and then `relu`
-        applied to it.
+        new values' weight, or None for 1 / the number of batches; and `uncount_batch` if they are not, after all.
+        `batches` returns the number, if it is kept and counts what `count_batch` counts. z is added to the result, and
+        then `relu` applied to it.
         """
         self.module = module
         self.weight, self.bias = weight, bias
@@ -51,7 +53,7 @@ class Step:
         self.track_running_stats = running_mean is not None
         self.eps = eps
         self.z, self.relu = z, relu
-        self._count_batch, self._uncount_batch = count_batch, uncount_batch
+        self._count_batch, self._uncount_batch, self._tracked_batches = count_batch, uncount_batch, batches
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
@@ -207,7 +209,9 @@ class Synchronized(torch.nn.Module):
             made.wait()  # A round that has failed is not left with the segment.
             checkpoint.record(self, forward_pass)
         running = (step.running_mean, step.running_var) if update else (None, None)
-        outputs = _functions.Outputs(y, vectors, own, *running, step._count_batch, step._uncount_batch)
+        outputs = _functions.Outputs(
+            y, vectors, own, *running, step._count_batch, step._uncount_batch, step._tracked_batches
+        )
         anchor = self._anchor(x, step, made)
         return _functions.Normalize.apply(x, step.weight, step.bias, step.z, anchor, made, outputs)
 

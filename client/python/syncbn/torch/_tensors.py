@@ -258,6 +258,13 @@ def readable_vector(x: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], 
     return x, (at, _TYPES[x.dtype])
 
 
+def count_address(count: Optional[torch.Tensor], x: torch.Tensor) -> int:
+    """The address of a buffer like num_batches_tracked, if a pass over x can read and write it as it is; else 0."""
+    if count is None or count.dtype is not torch.int64 or count.numel() != 1 or count.device != x.device:
+        return 0
+    return _address_at_sight(count, False)
+
+
 def readable_as(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """A tensor of [batch, channels, ...], dense in that layout; a copy where it is not."""
     return dense(_in_memory(x), channels_last)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import replicate
 
 from syncbn.core import Worker, default_worker
-from syncbn.torch import _batches, _replicas, _synchronized, convert
+from syncbn.torch import _batches, _replicas, _running, _synchronized, convert
 from syncbn.torch.modules import LazySyncBatchNorm, SyncBatchNorm
 
 __all__ = [
@@ -84,7 +84,7 @@ class _SynchronizedBatchNorm(SyncBatchNorm):
 
     def _normalize_as_torch(self, input: torch.Tensor) -> torch.Tensor:
         """As the original does where there is nobody to synchronize with: epsilon is added, whatever the mode."""
-        factor = self._count_batch() if self.track_running_stats else 0.0
+        factor = _running.count_batch(self) if self.track_running_stats else 0.0
         running = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         return torch.nn.functional.batch_norm(input, *running, self.weight, self.bias, True, factor, self.eps)
 

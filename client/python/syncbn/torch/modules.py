@@ -187,6 +187,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
             self.eps,
             self._count_batch,
             self._uncount_batch,
+            self._tracked_batches,
             z,
             self.activation == "relu",
         )
@@ -199,20 +200,20 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
             return self._parameters, self._buffers
         return {}, {}
 
-    def _count_batch(self) -> float:
-        """Counts this batch; returns the new value's weight in the running statistics."""
-        counted = self._members()[1].get("num_batches_tracked", _ELSEWHERE)
-        if counted is _ELSEWHERE:
-            counted = self.num_batches_tracked
+    def _tracked_batches(self) -> Optional[torch.Tensor]:
+        counted: Optional[torch.Tensor] = self._members()[1].get("num_batches_tracked", _ELSEWHERE)
+        return self.num_batches_tracked if counted is _ELSEWHERE else counted
+
+    def _count_batch(self) -> Optional[float]:
+        counted = self._tracked_batches()
         if counted is not None:
             counted.add_(1)
-        if self.momentum is not None:
-            return self.momentum
-        return 0.0 if counted is None else 1.0 / float(counted)
+        return self.momentum
 
     def _uncount_batch(self) -> None:
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.sub_(1)
+        counted = self._tracked_batches()
+        if counted is not None:
+            counted.sub_(1)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: None = None) -> torch.nn.Module:

@@ -46,6 +46,8 @@ struct Step {
   Doubles x, dy, y, dx, weight = {0.5, 2.0, -1.0}, bias = {0.1, -0.2, 0.3};
   Doubles running_mean = Doubles(kChannels, 0.0), running_var = Doubles(kChannels, 1.0);
   Doubles d_weight = Doubles(kChannels), d_bias = Doubles(kChannels);
+  int64_t batches = 0;  // The number of forward passes that are in the running statistics.
+  bool cumulative = false;
   Device device = Device::kCpu;
   int index = 0;
   Stream stream = nullptr;
@@ -54,6 +56,11 @@ struct Step {
 
   Step(int64_t rows, int seed, Device where)
       : x(Values(rows, seed)), dy(Values(rows, seed + 50)), y(x.size()), dx(x.size()), device(where) {}
+  Step(const Step&) = default;
+  virtual ~Step() = default;
+
+  // Counts a forward pass, in the order of the stream.
+  virtual void CountBatch() { ++batches; }
 
   PassOptions Options() const {
     PassOptions options;
@@ -67,6 +74,8 @@ struct Step {
     outputs.bias = Vector(bias);
     outputs.running_mean = Vector(running_mean);
     outputs.running_var = Vector(running_var);
+    outputs.batches = &batches;
+    outputs.cumulative = cumulative;
     outputs.relu = relu;
     outputs.y = View(y, device, index);
     return outputs;
@@ -87,6 +96,7 @@ struct Step {
     if (!forward->stream_ordered()) {
       if (absl::Status status = forward->Wait(); !status.ok()) return status;
     }
+    CountBatch();
     if (absl::Status status = forward->Finish(View(x, device, index), Outputs()); !status.ok()) return status;
     return forward;
   }

@@ -2,6 +2,7 @@
 // and whatever becomes of a round, no stream is left waiting and no caller uninformed.
 
 #include <gtest/gtest.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,6 +22,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "client/cc/batch_norm_pass.h"
+#include "client/cc/device_memory.h"
+#include "client/cc/device_round.h"
 #include "client/cc/device_runtime.h"
 #include "client/cc/errors.h"
 #include "client/cc/worker.h"
@@ -49,7 +52,10 @@ struct GpuStep : Step {
     stream_ordered = true;
   }
   GpuStep(const GpuStep&) = default;
-  ~GpuStep() { Gpu().Drain(stream); }
+  ~GpuStep() override { Gpu().Drain(stream); }
+  void CountBatch() override {
+    Gpu().Enqueue(stream, [this] { ++batches; });
+  }
 };
 
 class StreamOrderTest : public ::testing::Test {
@@ -231,6 +237,46 @@ TEST_F(StreamOrderTest, SlotsAreUsedAgain) {
     ASSERT_TRUE(worker->Settle().ok());
   }
   EXPECT_EQ(Gpu().allocations(), before);
+}
+
+// The thread that watches for reductions wakes when it means to, where the system can do it: timers have no slack.
+TEST_F(StreamOrderTest, TheThreadSleepsPrecisely) {
+  int least = -1, slack = -1;
+  std::thread([&] {
+    prctl(PR_SET_TIMERSLACK, 1UL);
+    least = prctl(PR_GET_TIMERSLACK);
+  }).join();
+  auto worker = Join(0, 1);
+  auto lease = LeaseSlot(&Gpu(), 0, stream_, kChannels);
+  ASSERT_TRUE(lease.ok()) << lease.status();
+  __atomic_store_n((*lease)->slot().flag, (*lease)->slot().epoch, __ATOMIC_RELEASE);
+  const auto begin = [&](Worker&, const double*, const double*) -> absl::StatusOr<Round> {
+    slack = prctl(PR_GET_TIMERSLACK);
+    return absl::CancelledError("enough");
+  };
+  const auto round = DeviceRound::StartStreamOrdered(*worker, {"bn0", Phase::kForward}, *std::move(lease), begin);
+  ASSERT_TRUE(round.ok()) << round.status();
+  EXPECT_EQ((*round)->Wait(absl::InfiniteDuration()).code(), absl::StatusCode::kCancelled);
+  EXPECT_EQ(slack, least);
+}
+
+// A cumulative average, whose weights are in the GPU's memory: the caller does not have to know how many batches there
+// were, which it could only know by waiting for the stream.
+TEST_F(StreamOrderTest, CumulativeAverage) {
+  constexpr int kBatches = 4, kRows = 6;
+  auto worker = Join(0, 1);
+  GpuStep step(kRows, 0, stream_);
+  step.cumulative = true;
+  Doubles expected(kChannels, 0.0);
+  for (int batch = 0; batch < kBatches; ++batch) {
+    step.x = Values(kRows, batch);
+    ASSERT_TRUE(step.Run(*worker, "bn0").ok());
+    ASSERT_TRUE(worker->Settle().ok());
+    Gpu().Drain(stream_);
+    for (size_t i = 0; i < step.x.size(); ++i) expected[i % kChannels] += step.x[i] / kRows / kBatches;
+  }
+  EXPECT_EQ(step.batches, kBatches);
+  ExpectNear(step.running_mean, expected, "running_mean");
 }
 
 // The host may wait, and then has the statistics that a host-driven pass has.
@@ -423,6 +469,7 @@ class StreamOrderFailureTest : public StreamOrderTest {
       EXPECT_TRUE(AllNan(step.y) && AllNan(step.dx) && AllNan(step.d_weight) && AllNan(step.d_bias));
       EXPECT_EQ(step.running_mean, Doubles(kChannels, 0.0));
       EXPECT_EQ(step.running_var, Doubles(kChannels, 1.0));
+      EXPECT_EQ(step.batches, 0);
     }
   }
 
@@ -611,16 +658,17 @@ TEST_F(StreamOrderFailureTest, ErrorOfALaunch) {
 // it holds then, while the round is completed. Another caller asks CUDA for errors meanwhile, and is kept waiting.
 TEST_F(StreamOrderFailureTest, MemoryGrowsWhileTheStreamWaits) {
   auto worker = Join(0, 2), other = Join(1, 2);
-  LayerOptions wide = BatchNormOptions("wide", 1000);
+  constexpr int64_t kWide = 8001;  // Odd, and so many that the workspace has to grow.
+  LayerOptions wide = BatchNormOptions("wide", kWide);
   ASSERT_TRUE(worker->DeclareLayer(wide).ok());
   ASSERT_TRUE(other->DeclareLayer(wide).ok());
   GetAhead(*worker);
   Gpu().AwaitBlocked(stream_);
   std::thread growing([&] {
-    Doubles x(4000, 1.5), y(4000);
+    Doubles x(4 * kWide, 1.5), y(4 * kWide);
     TensorView view = View(x, Device::kCuda);
     view.shape.batch = 4;
-    view.shape.channels = 1000;
+    view.shape.channels = kWide;
     PassOptions options = steps_[0].Options();
     auto pass = ForwardPass::Start(*worker, "wide", view, options);
     ASSERT_TRUE(pass.ok()) << pass.status();
@@ -636,10 +684,10 @@ TEST_F(StreamOrderFailureTest, MemoryGrowsWhileTheStreamWaits) {
   std::vector<ForwardPass> passes;
   for (int i = 0; i < 2; ++i) passes.push_back(*rest[i].Forward(*other, absl::StrCat("bn", i)));
   for (int i = 1; i >= 0; --i) EXPECT_TRUE(rest[i].Backward(*other, passes[i]).ok());
-  Doubles x(2000, 2.5);
+  Doubles x(2 * kWide, 2.5);
   TensorView view = View(x, Device::kCpu);
   view.shape.batch = 2;
-  view.shape.channels = 1000;
+  view.shape.channels = kWide;
   auto pass = ForwardPass::Start(*other, "wide", view, PassOptions());
   ASSERT_TRUE(pass.ok());
   EXPECT_TRUE(pass->Wait().ok());
