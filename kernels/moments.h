@@ -25,13 +25,14 @@ struct MergeWeights {
 };
 
 // Neither count may be 0.
-SYNCBN_HOST_DEVICE inline MergeWeights WeightsOf(int64_t count_a, int64_t count_b) {
-  const double na = static_cast<double>(count_a);
-  const double nb = static_cast<double>(count_b);
+SYNCBN_HOST_DEVICE inline MergeWeights WeightsOf(double count_a, double count_b) {
   MergeWeights weights;
-  weights.mean = nb / (na + nb);
-  weights.m2 = na * weights.mean;
+  weights.mean = count_b / (count_a + count_b);
+  weights.m2 = count_a * weights.mean;
   return weights;
+}
+SYNCBN_HOST_DEVICE inline MergeWeights WeightsOf(int64_t count_a, int64_t count_b) {
+  return WeightsOf(static_cast<double>(count_a), static_cast<double>(count_b));
 }
 
 // Merges a second set into the first, whose mean and m2 are overwritten.

@@ -21,7 +21,7 @@ Error LaunchWithGate(const Context& context, DataType type, const BackwardElemtA
   return DispatchType(plan.mapping, type, [&](auto mapping, auto tag) {
     using T = typename decltype(tag)::Type;
     const size_t shared_bytes = plan.max_planes * sizeof(typename BackwardElemtOp<kGate, T>::Lane);
-    return Launch(BackwardElemtKernel<decltype(mapping)::value, kGate, T>, plan.block_count, plan.block_threads,
+    return Launch(BackwardElemtKernel<decltype(mapping)::value, kGate, T>, plan.tiles, plan.splits, plan.block_threads,
                   shared_bytes, context.stream, arguments);
   });
 }
@@ -48,7 +48,7 @@ Error BatchNormBackwardElemt(const Context& context, const TensorShape& shape, c
   arguments.dx = dx;
   arguments.d_residual = d_residual;
   arguments.aligned = IsAligned(dy) && IsAligned(x) && IsAligned(dx) && IsAligned(d_residual);
-  if (arguments.plan.block_count > kMaxBlocks) return kInvalidValue;
+  if (arguments.plan.blocks() > kMaxBlocks) return kInvalidValue;
   switch (KindOf(gate)) {
     case Gate::kNone:
       return LaunchWithGate<Gate::kNone>(context, shape.type, arguments);

@@ -110,7 +110,7 @@ SYNCBN_HOST_DEVICE inline void BackwardElemtOfBlock(Block& block, const Backward
   using State = typename Block::StateType;
   const Op op{arguments};
   if constexpr (kMapping == Mapping::kRows) {
-    block.Each([&](int thread, State&) { ElementsOfColumn(arguments.plan, op, block.index(), thread); });
+    block.Each([&](int thread, State&) { ElementsOfColumn(arguments.plan, op, block.tile(), block.split(), thread); });
   } else {
     ElementsOfPlanes(block, arguments.plan, op);
   }

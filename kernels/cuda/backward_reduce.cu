@@ -19,8 +19,8 @@ template <Gate kGate>
 Error LaunchWithGate(const Context& context, DataType type, const BackwardReduceArguments& arguments) {
   const ReducePlan& plan = arguments.plan;
   return DispatchType(plan.mapping, type, [&](auto mapping, auto tag) {
-    return Launch(BackwardReduceKernel<decltype(mapping)::value, kGate, typename decltype(tag)::Type>, plan.blocks(),
-                  plan.threads(), 0, context.stream, arguments);
+    return Launch(BackwardReduceKernel<decltype(mapping)::value, kGate, typename decltype(tag)::Type>, plan.tiles,
+                  plan.splits, plan.threads(), 0, context.stream, arguments);
   });
 }
 

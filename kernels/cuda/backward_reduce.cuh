@@ -44,6 +44,11 @@ struct SumsPartial {
   SYNCBN_HOST_DEVICE static SumsPartial Combine(const SumsPartial& a, const SumsPartial& b) {
     return {{a.word[0] + b.word[0], a.word[1] + b.word[1]}};
   }
+  template <int kValues, typename Other>
+  SYNCBN_HOST_DEVICE static void CombineAll(SumsPartial* mine, Other other) {
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) mine[v] = Combine(mine[v], {{other(v, 0), other(v, 1)}});
+  }
 };
 
 // One channel's coefficients in a thread: the rounded mean, and the forward pass's if the gate recomputes it.
@@ -115,11 +120,7 @@ SYNCBN_HOST_DEVICE inline void GradientOfColumn(const BackwardReduceArguments& a
   for (int v = 0; v < kWidth; ++v) partial[v] = SumsPartial::Empty();
   if (column >= plan.columns) return;
   ReduceLane<kGate, A> lanes[kWidth];
-  const int64_t first_channel = column * kWidth % plan.channels;
-#pragma unroll
-  for (int v = 0; v < kWidth; ++v) {
-    lanes[v].Init(arguments, plan.replicas == 1 ? first_channel + v : (first_channel + v) % plan.channels);
-  }
+  EachChannelOfColumn<kWidth>(plan, column, [&](int v, int64_t channel) { lanes[v].Init(arguments, channel); });
   const int64_t step = plan.members * plan.columns * kWidth;  // From one vector of a batch to the next.
   for (int64_t batch = split; batch < plan.batches; batch += plan.splits) {
     const int64_t row = batch * plan.members * kUnroll + at.member;
@@ -227,14 +228,12 @@ SYNCBN_HOST_DEVICE inline void BackwardReduceOfBlock(Block& block, const Backwar
   using A = Accumulator<T>;
   using State = typename Block::StateType;
   const ReducePlan& plan = arguments.plan;
-  const int64_t tile = block.index() % plan.tiles;
-  const int split = static_cast<int>(block.index() / plan.tiles);
   block.Each([&](int thread, State& state) {
-    const Place at = PlaceOf(plan, thread);
+    state.place = PlaceOf<kMapping>(plan, thread);
     if constexpr (kMapping == Mapping::kRows) {
-      GradientOfColumn<kGate, T, kWidth>(arguments, tile, split, at, state.partial);
+      GradientOfColumn<kGate, T, kWidth>(arguments, block.tile(), block.split(), state.place, state.partial);
     } else {
-      GradientOfPlanes<kGate, T, kWidth>(arguments, tile, split, at, state.partial);
+      GradientOfPlanes<kGate, T, kWidth>(arguments, block.tile(), block.split(), state.place, state.partial);
     }
   });
   FinishReduction<kValues, SumsPartial>(

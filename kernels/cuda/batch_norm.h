@@ -50,9 +50,9 @@ struct Context {
   Signal signal;
 };
 
-// Workspace for the reductions over a tensor of this shape: 8 KB, and up to some 500 KB for the partial results of
-// large tensors. Some 72 bytes a channel beyond that where there are very many channels, no multiple of 2, 4 or 8 (as
-// many as 16 bytes hold).
+// Workspace for the reductions over a tensor of this shape: 8 KB, and up to 900 KB for the partial results of large
+// tensors; up to 3.5 MB where planes have fewer than about 8 elements. Some 72 bytes a channel beyond that where there
+// are very many channels, no multiple of 2, 4 or 8 (as many as 16 bytes hold).
 size_t WorkspaceBytes(const TensorShape& shape);
 
 // The operations, as kernels/batch_norm.h describes them. The element-wise ones need no workspace and send no signal;

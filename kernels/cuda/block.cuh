@@ -1,14 +1,14 @@
 // The block of threads that runs an algorithm, as an algorithm written for host and device sees it.
 //
 // An algorithm is a function template over a Block, which has
-//   index()                  the block's number in the grid;
+//   tile(), split()          the block's place in the grid, a matrix of tiles x splits;
 //   shared()                 memory that its threads share;
 //   Each(f)                  calls f(thread, state) for each thread with that thread's own State, then waits for all:
 //                            a phase between two barriers;
 //   Arrive(counter, n, sys)  publishes the block's writes to the others (`sys`: to the host as well) and counts it in.
 //                            True in the last of n blocks, which then sees the others' writes; the counter is then 0
-//                            again, ready for the next launch;
-//   Raise(flag, value)       tells the host that everything before is complete.
+//                            again, ready for the next launch. Follows an Each, whose barrier it relies on;
+//   Raise(flag, value)       tells the host that everything before is complete. Follows an Each or an Arrive.
 // DeviceBlock, here, is a block on a GPU: Each is the thread's own call and __syncthreads(). The tests have another
 // that loops over the threads, so that the same code runs without a GPU, with blocks in any order.
 
@@ -39,9 +39,16 @@ class DeviceBlock {
 
   SYNCBN_HOST_DEVICE explicit DeviceBlock(void* shared) : shared_(shared) {}
 
-  SYNCBN_HOST_DEVICE int64_t index() const {
+  SYNCBN_HOST_DEVICE int64_t tile() const {
 #if defined(__CUDA_ARCH__)
     return blockIdx.x;
+#else
+    return 0;
+#endif
+  }
+  SYNCBN_HOST_DEVICE int split() const {
+#if defined(__CUDA_ARCH__)
+    return static_cast<int>(blockIdx.y);
 #else
     return 0;
 #endif
@@ -57,21 +64,24 @@ class DeviceBlock {
 #endif
   }
 
+  // One thread fences for the block: the barrier before puts the other threads' writes ahead of its fence, and a fence
+  // covers all that its thread has seen. So the release and the acquire are in the thread that touches the counter, as
+  // the memory model of PTX wants them.
   SYNCBN_HOST_DEVICE bool Arrive(uint32_t* counter, int64_t parties, bool system) {
 #if defined(__CUDA_ARCH__)
     __shared__ uint32_t before;
-    if (system) {
-      __threadfence_system();
-    } else {
+    const uint32_t last = static_cast<uint32_t>(parties) - 1;
+    if (threadIdx.x == 0) {
+      if (system) {
+        __threadfence_system();
+      } else {
+        __threadfence();
+      }
+      before = atomicInc(counter, last);  // Wraps to 0 at the last.
       __threadfence();
     }
     __syncthreads();
-    const uint32_t last = static_cast<uint32_t>(parties) - 1;
-    if (threadIdx.x == 0) before = atomicInc(counter, last);  // Wraps to 0 at the last.
-    __syncthreads();
-    const bool is_last = before == last;
-    if (is_last) __threadfence();
-    return is_last;
+    return before == last;
 #else
     return false;
 #endif
@@ -79,9 +89,9 @@ class DeviceBlock {
 
   SYNCBN_HOST_DEVICE void Raise(volatile uint32_t* flag, uint32_t value) {
 #if defined(__CUDA_ARCH__)
+    if (threadIdx.x != 0) return;
     __threadfence_system();
-    __syncthreads();
-    if (threadIdx.x == 0) *flag = value;
+    *flag = value;
 #endif
   }
 

@@ -58,6 +58,22 @@ struct BackwardLane {
   }
 };
 
+// Calls f(v, channel) for elements v < kWidth of a column's vectors, in a plan in rows. Coefficients are read in f: the
+// channels are found without a branch, so that all reads are under way at once.
+template <int kWidth, typename Plan, typename Function>
+SYNCBN_HOST_DEVICE inline void EachChannelOfColumn(const Plan& plan, int64_t column, Function f) {
+  const int64_t channels = plan.channels;
+  int64_t first = column * kWidth;
+  if (plan.columns * kWidth != channels) first %= channels;  // Channels occur several times in a row.
+  if (channels >= kWidth) {
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) f(v, first + v < channels ? first + v : first + v - channels);
+  } else {
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) f(v, (first + v) % channels);
+  }
+}
+
 // The bits of the mask for the elements from `first` on, a multiple of the vector's width (which divides 8).
 SYNCBN_HOST_DEVICE inline uint32_t MaskBits(const uint8_t* mask, int64_t first) {
   return static_cast<uint32_t>(mask[first >> 3]) >> (first & 7);

@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/block.cuh"
+#include "kernels/cuda/coefficients.cuh"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/scalar_types.cuh"
 
@@ -29,18 +30,15 @@ struct ElementState {
 };
 
 template <typename Op>
-SYNCBN_HOST_DEVICE inline void ElementsOfColumn(const ElementPlan& plan, const Op& op, int64_t block, int thread) {
+SYNCBN_HOST_DEVICE inline void ElementsOfColumn(const ElementPlan& plan, const Op& op, int64_t tile, int split,
+                                                int thread) {
   constexpr int kWidth = Op::kWidth;
   constexpr int kUnroll = Unroll(Mapping::kRows, Op::kBytes);
-  const int member = thread / plan.tile_columns;
-  const int64_t tile = block % plan.tiles;
-  const int64_t split = block / plan.tiles;
-  const int64_t column = tile * plan.tile_columns + thread % plan.tile_columns;
+  const int member = static_cast<int>(plan.divide_place.Small(static_cast<uint32_t>(thread)));
+  const int64_t column = (tile - member) * plan.tile_columns + thread;
   if (column >= plan.columns) return;
   typename Op::Lane lanes[kWidth];
-  const int64_t first_channel = column * kWidth % plan.channels;
-#pragma unroll
-  for (int v = 0; v < kWidth; ++v) lanes[v] = op.LaneAt((first_channel + v) % plan.channels);
+  EachChannelOfColumn<kWidth>(plan, column, [&](int v, int64_t channel) { lanes[v] = op.LaneAt(channel); });
   const auto lane_of = [&lanes](int v) { return lanes[v]; };
   if (split == 0 && member == 0 && column * kWidth < plan.tail) {
     typename Op::Input input;
@@ -71,7 +69,7 @@ SYNCBN_HOST_DEVICE inline void ElementsOfPlanes(Block& block, const ElementPlan&
   using State = typename Block::StateType;
   using Lane = typename Op::Lane;
   Lane* const lanes = reinterpret_cast<Lane*>(block.shared());
-  const int64_t begin = (plan.block_count - 1 - block.index()) * plan.tile_elements;
+  const int64_t begin = (plan.tiles - 1 - block.tile()) * plan.tile_elements;
   const int64_t end = begin + plan.tile_elements < plan.size ? begin + plan.tile_elements : plan.size;
   const int64_t first_plane = begin / plan.spatial;
   const int64_t offset = begin - first_plane * plan.spatial;  // The tile's offset in its first plane.

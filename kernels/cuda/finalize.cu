@@ -27,11 +27,11 @@ int64_t Blocks(int64_t channels) { return (channels + kThreads - 1) / kThreads; 
 }  // namespace
 
 Error FinalizeForward(const Context& context, const FinalizeForwardArguments& arguments) {
-  return Launch(FinalizeForwardKernel, Blocks(arguments.channels), kThreads, 0, context.stream, arguments);
+  return Launch(FinalizeForwardKernel, Blocks(arguments.channels), 1, kThreads, 0, context.stream, arguments);
 }
 
 Error FinalizeBackward(const Context& context, const FinalizeBackwardArguments& arguments) {
-  return Launch(FinalizeBackwardKernel, Blocks(arguments.channels), kThreads, 0, context.stream, arguments);
+  return Launch(FinalizeBackwardKernel, Blocks(arguments.channels), 1, kThreads, 0, context.stream, arguments);
 }
 
 Error PreloadFinalize() {

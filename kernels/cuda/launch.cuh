@@ -22,7 +22,8 @@ constexpr int ResidentBlocks(Mapping mapping) { return mapping == Mapping::kRows
 constexpr int ResidentBlocks(Mapping mapping) { return BlocksPerSm(mapping); }
 #endif
 
-// The grid's first extent; plans stay below it except for tensors that no GPU can hold.
+// The grid's first extent; plans stay below it except for tensors that no GPU can hold. The second one, 65535, is more
+// than any plan's splits.
 inline constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
 inline bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -38,18 +39,20 @@ inline bool MapWorkspace(const Context& context, const ReducePlan& plan, ReduceW
   return true;
 }
 
+// Launches a matrix of tiles x splits blocks.
 template <typename Kernel, typename Arguments>
-Error Launch(Kernel kernel, int64_t blocks, int threads, size_t shared_bytes, CUstream_st* stream,
+Error Launch(Kernel kernel, int64_t tiles, int splits, int threads, size_t shared_bytes, CUstream_st* stream,
              const Arguments& arguments) {
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream>>>(arguments);
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
+  kernel<<<grid, static_cast<unsigned>(threads), shared_bytes, stream>>>(arguments);
   return static_cast<Error>(cudaGetLastError());
 }
 
-// Loads a kernel for the current device.
+// Loads a kernel for the current device. Returns an error unless the driver says that it is loaded then.
+Error LoadKernel(const void* kernel);
 template <typename Kernel>
 Error Load(Kernel kernel) {
-  cudaFuncAttributes attributes;
-  return static_cast<Error>(cudaFuncGetAttributes(&attributes, kernel));
+  return LoadKernel(reinterpret_cast<const void*>(kernel));
 }
 
 // Calls load(mapping, type), both as types, for all of them; returns the first error.

@@ -19,7 +19,7 @@ Error LaunchWithAddition(const Context& context, DataType type, const ElemtArgum
   return DispatchType(plan.mapping, type, [&](auto mapping, auto tag) {
     using T = typename decltype(tag)::Type;
     const size_t shared_bytes = plan.max_planes * sizeof(typename ElemtOp<kAddition, T>::Lane);
-    return Launch(ElemtKernel<decltype(mapping)::value, kAddition, T>, plan.block_count, plan.block_threads,
+    return Launch(ElemtKernel<decltype(mapping)::value, kAddition, T>, plan.tiles, plan.splits, plan.block_threads,
                   shared_bytes, context.stream, arguments);
   });
 }
@@ -45,7 +45,7 @@ Error BatchNormElemt(const Context& context, const TensorShape& shape, const voi
   arguments.epilogue = epilogue;
   arguments.y = y;
   arguments.aligned = IsAligned(x) && IsAligned(y) && IsAligned(epilogue.residual);
-  if (arguments.plan.block_count > kMaxBlocks) return kInvalidValue;
+  if (arguments.plan.blocks() > kMaxBlocks) return kInvalidValue;
   switch (addition) {
     case Addition::kNone:
       return LaunchWithAddition<Addition::kNone>(context, shape.type, arguments);

@@ -12,12 +12,11 @@ namespace {
 constexpr int64_t kProcessors = 132;
 constexpr int64_t ReduceBlocks(Mapping mapping) { return kProcessors * BlocksPerSm(mapping); }
 constexpr int64_t kRowElementBlocks = 4 * kProcessors * BlocksPerSm(Mapping::kRows);
-// Vectors of a row that one block takes: 256 contiguous bytes at a time, and few channels, so that the block which
-// merges a tile's partial results has little to read.
-constexpr int64_t kMaxTileColumns = 16;
-// Partial results that one block merges without help.
-constexpr int kMergeAtOnce = 32;
+constexpr int64_t kMaxTileColumns = SYNCBN_TUNE_TILE_COLUMNS;
+constexpr int kMergeAtOnce = SYNCBN_TUNE_MERGE_AT_ONCE;
 constexpr int kMergeGroup = 16;
+// Threads that share the merging of one accumulator, at most.
+constexpr int kMaxHelpers = 16;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -35,10 +34,11 @@ void SetRows(const TensorShape& shape, int width, int unroll, Plan* plan) {
   plan->tiles = CeilDiv(plan->columns, plan->tile_columns);
   plan->members = kMaxThreads / plan->tile_columns;
   plan->batches = CeilDiv(plan->rows, int64_t{plan->members} * unroll);
+  plan->divide_place = FastDivide::By(plan->tile_columns);
 }
 
 int Splits(int64_t target, int64_t tiles, int64_t batches) {
-  const int64_t useful = std::max<int64_t>(1, CeilDiv(batches, 2));
+  const int64_t useful = std::max<int64_t>(1, CeilDiv(batches, SYNCBN_TUNE_LEAST_BATCHES));
   return static_cast<int>(std::clamp<int64_t>(target / tiles, 1, useful));
 }
 
@@ -51,6 +51,7 @@ void SetPlanes(const TensorShape& shape, ReducePlan* plan) {
   plan->tile_columns = static_cast<int>(std::min(kMaxThreads / lanes, shape.channels));
   plan->tiles = CeilDiv(shape.channels, plan->tile_columns);
   plan->members = kMaxThreads / plan->tile_columns;
+  plan->divide_place = FastDivide::By(plan->members);
   plan->spatial = shape.spatial;
   plan->units = shape.batch * vectors;
   plan->vectors_per_plane = FastDivide::By(vectors);
@@ -81,6 +82,9 @@ ReducePlan PlanReduce(const TensorShape& shape, int tensors) {
   }
   plan.group = plan.splits > kMergeAtOnce ? kMergeGroup : plan.splits;
   plan.groups = static_cast<int>(CeilDiv(plan.splits, plan.group));
+  plan.helpers = std::min(kMaxHelpers, plan.threads() / plan.tile_values);
+  plan.divide_values = FastDivide::By(plan.tile_values);
+  plan.divide_group = FastDivide::By(plan.group);
   return plan;
 }
 
@@ -106,7 +110,7 @@ ElementPlan PlanElement(const TensorShape& shape, int vector_width, int bytes) {
     SetRows(shape, vector_width, plan.unroll, &plan);
     plan.splits = Splits(kRowElementBlocks, plan.tiles, plan.batches);
     plan.block_threads = plan.members * plan.tile_columns;
-    plan.block_count = plan.size == 0 ? 0 : plan.tiles * plan.splits;
+    if (plan.size == 0) plan.tiles = 0;
     return plan;
   }
   plan.spatial = shape.spatial;
@@ -116,7 +120,7 @@ ElementPlan PlanElement(const TensorShape& shape, int vector_width, int bytes) {
   plan.tile_elements = static_cast<int>(std::min(most, fits));
   plan.max_planes = static_cast<int>(std::min<int64_t>(kMaxPlanes, plan.tile_elements / shape.spatial + 2));
   plan.block_threads = kMaxThreads;
-  plan.block_count = CeilDiv(plan.size, plan.tile_elements);
+  plan.tiles = CeilDiv(plan.size, plan.tile_elements);
   return plan;
 }
 

@@ -11,15 +11,15 @@
 
 #include "kernels/batch_norm.h"
 #include "kernels/cuda/fast_divide.h"
+#include "kernels/cuda/tuning.h"
 
 namespace syncbn::kernels::cuda {
 
 // The two ways to find the channel of an element.
 enum class Mapping : uint8_t {
   // Channels last, or no spatial extent. The tensor is a stream of vectors whose channels repeat after `columns`
-  // vectors
-  // (the least common multiple of C and the vector's width): a matrix of `rows` x `columns` vectors, in which a thread
-  // stays in its column and so keeps its channels. Less than one row may be left over, `tail` elements.
+  // vectors (the least common multiple of C and the vector's width): a matrix of `rows` x `columns` vectors, in which a
+  // thread stays in its column and so keeps its channels. Less than one row may be left over, `tail` elements.
   kRows = 0,
   // Channels first. Runs ("planes") of `spatial` elements have one channel. A vector at either end of a plane may
   // reach into the next, so its elements are masked.
@@ -32,11 +32,13 @@ inline constexpr int kMaxThreads = 256;
 constexpr int VectorWidth(DataType type) { return static_cast<int>(16 / SizeOf(type)); }
 // Blocks that an SM can hold at once, for which the compiler leaves registers. In rows a thread keeps the sums or
 // coefficients of up to eight channels and may use 128 registers, in planes 64.
-SYNCBN_HOST_DEVICE constexpr int BlocksPerSm(Mapping mapping) { return mapping == Mapping::kRows ? 2 : 4; }
+SYNCBN_HOST_DEVICE constexpr int BlocksPerSm(Mapping mapping) {
+  return mapping == Mapping::kRows ? SYNCBN_TUNE_ROWS_BLOCKS : SYNCBN_TUNE_PLANES_BLOCKS;
+}
 // Vectors of each tensor that a thread loads before it uses the first, if it reads `bytes` of all tensors for one: in
-// every operation an SM has 64 KB under way.
+// every operation an SM has as much under way.
 SYNCBN_HOST_DEVICE constexpr int Unroll(Mapping mapping, int bytes) {
-  const int unroll = 256 / (BlocksPerSm(mapping) * bytes);
+  const int unroll = SYNCBN_TUNE_UNDER_WAY * 1024 / kMaxThreads / (BlocksPerSm(mapping) * bytes);
   return unroll < 1 ? 1 : unroll;
 }
 // Planes whose coefficients a block of an element-wise operation holds in shared memory, at most.
@@ -44,8 +46,7 @@ inline constexpr int kMaxPlanes = 512;
 
 // The plan of a reduction over each channel. Blocks form a matrix of `tiles` (of channels) x `splits` (of values); in
 // one, threads form a matrix of `members` x `tile_columns`, and a member's values are added in the order of memory.
-// Block b has tile b % tiles and split b / tiles, which works on batches split, split + splits, ... of
-// members * unroll vectors.
+// A split works on batches split, split + splits, ... of members * unroll vectors.
 struct ReducePlan {
   Mapping mapping = Mapping::kRows;
   int64_t size = 0;
@@ -69,10 +70,15 @@ struct ReducePlan {
   int64_t batches = 0;
   int64_t tiles = 1;
   int splits = 1;
-  // The partial results of the splits of a tile are merged by groups of `group`, then the groups (groups == 1: at
-  // once).
+  // Partial results of a tile's splits are merged by groups of `group`, then the groups; at once if groups == 1. As
+  // many as `helpers` threads share the merging of one accumulator.
   int group = 1;
   int groups = 1;
+  int helpers = 1;
+  // Divisions by tile_columns (kRows) or members (kPlanes), by tile_values, and by group.
+  FastDivide divide_place;
+  FastDivide divide_values;
+  FastDivide divide_group;
 
   SYNCBN_HOST_DEVICE int threads() const { return members * tile_columns; }
   int64_t blocks() const { return tiles * splits; }
@@ -92,22 +98,25 @@ struct ElementPlan {
   int64_t channels = 0;
   int vector_width = 1;
   int unroll = 1;
-  // kRows, as above. Block b has tile b % tiles and split b / tiles.
+  int64_t tiles = 1;
+  int splits = 1;
+  int block_threads = 0;
+  // kRows, as above.
   int64_t columns = 0;
   int64_t rows = 0;
   int64_t tail = 0;
   int tile_columns = 1;
   int members = 1;
   int64_t batches = 0;
-  int64_t tiles = 1;
-  int splits = 1;
-  // kPlanes: block b takes `tile_elements` consecutive elements, which touch at most `max_planes` planes.
+  FastDivide divide_place;
+  // kPlanes: a tile is `tile_elements` consecutive elements, which touch at most `max_planes` planes; one split.
   int64_t spatial = 0;
   FastDivide divide_spatial;
   int tile_elements = 0;
   int max_planes = 0;
-  int block_threads = 0;
-  int64_t block_count = 0;
+
+  // 0 for a tensor without elements.
+  int64_t blocks() const { return tiles * splits; }
 };
 
 // `vector_width` is VectorWidth(type), or 8 for a forward pass that writes a ReLU mask: a thread then owns whole bytes

@@ -2,7 +2,7 @@
 // launch that made them.
 //
 //   1. The members of a block, which hold partial results of the same channels, merge in a binary tree in shared
-//   memory.
+//      memory.
 //   2. Each block writes its tile's partial results to the workspace and counts itself in. The last block of the tile
 //      merges them, by index and not by arrival, so no bit of the result depends on which block is last. With many
 //      splits the merging is done in two levels, so that one block does not read for long.
@@ -32,9 +32,18 @@ struct ReduceWorkspace {
   uint32_t flag_value = 0;
 };
 
-// A thread's partial results: kValues channels of Partial, which has kWords doubles and Combine(a, b).
+// A thread's place in its block's matrix. Neighbours in memory are neighbours in thread number: columns of a row, or
+// members of a plane.
+struct Place {
+  int member = 0;
+  int column = 0;
+};
+
+// A thread's place, which it looks up once, and its partial results: kValues channels of Partial, which has kWords
+// doubles, Combine(a, b), and CombineAll(partials, other) for all channels, where other(v, w) is word w of channel v.
 template <typename Partial, int kValues>
 struct ReduceState {
+  Place place;
   Partial partial[kValues];
 };
 
@@ -54,28 +63,28 @@ SYNCBN_HOST_DEVICE inline Partial LoadSlot(const double* base, int64_t slot, int
   return partial;
 }
 
-// A thread's place in its block's matrix. Neighbours in memory are neighbours in thread number: columns of a row, or
-// members of a plane.
-struct Place {
-  int member;
-  int column;
-};
-
-SYNCBN_HOST_DEVICE inline Place PlaceOf(const ReducePlan& plan, int thread) {
-  if (plan.mapping == Mapping::kRows) return {thread / plan.tile_columns, thread % plan.tile_columns};
-  return {thread % plan.members, thread / plan.members};
+// The quotient and the rest of a thread's number by the divisor.
+SYNCBN_HOST_DEVICE inline Place DivideThread(const FastDivide& divide, int thread) {
+  const int quotient = static_cast<int>(divide.Small(static_cast<uint32_t>(thread)));
+  return {quotient, thread - quotient * static_cast<int>(divide.divisor)};
 }
 
-// Merges partial[0 .. kValues) over the members; the result is in member 0. Member m takes from m + s, for
-// s = ..., 4, 2, 1. `place` tells a thread's place; threads whose member is not below `members` take no part.
-template <int kValues, typename Partial, typename Block, typename PlaceFunction>
-SYNCBN_HOST_DEVICE inline void MergeMembers(Block& block, int members, int columns, PlaceFunction place) {
+template <Mapping kMapping>
+SYNCBN_HOST_DEVICE inline Place PlaceOf(const ReducePlan& plan, int thread) {
+  const Place at = DivideThread(plan.divide_place, thread);
+  return kMapping == Mapping::kRows ? at : Place{at.column, at.member};
+}
+
+// Merges partial[0 .. kValues) over the members, by the threads' places; the result is in member 0. Member m takes from
+// m + s, for s = ..., 4, 2, 1. Threads whose member is not below `members` take no part.
+template <int kValues, typename Partial, typename Block>
+SYNCBN_HOST_DEVICE inline void MergeMembers(Block& block, int members, int columns) {
   using State = typename Block::StateType;
   int stride = 1;
   while (stride * 2 < members) stride *= 2;
   for (; members > 1 && stride >= 1; stride /= 2) {
-    block.Each([&](int thread, State& state) {
-      const Place at = place(thread);
+    block.Each([&](int, State& state) {
+      const Place at = state.place;
       if (at.member < stride || at.member >= members || at.member >= 2 * stride) return;
       const int slot = (at.member - stride) * columns + at.column;
 #pragma unroll
@@ -86,19 +95,12 @@ SYNCBN_HOST_DEVICE inline void MergeMembers(Block& block, int members, int colum
         }
       }
     });
-    block.Each([&](int thread, State& state) {
-      const Place at = place(thread);
+    block.Each([&](int, State& state) {
+      const Place at = state.place;
       if (at.member >= stride || at.member + stride >= members) return;
-      const int slot = at.member * columns + at.column;
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) {
-        Partial other;
-#pragma unroll
-        for (int w = 0; w < Partial::kWords; ++w) {
-          other.word[w] = block.shared()[(v * Partial::kWords + w) * kTreeSlots + slot];
-        }
-        state.partial[v] = Partial::Combine(state.partial[v], other);
-      }
+      const double* const slot = block.shared() + at.member * columns + at.column;
+      Partial::template CombineAll<kValues>(
+          state.partial, [slot](int v, int w) { return slot[(v * Partial::kWords + w) * kTreeSlots]; });
     });
   }
 }
@@ -109,29 +111,27 @@ SYNCBN_HOST_DEVICE inline void MergeSlots(Block& block, const ReducePlan& plan, 
                                           int count) {
   using State = typename Block::StateType;
   const int values = plan.tile_values;
-  const int available = plan.threads() / values;
-  const int helpers = available < 16 ? available : 16;
-  const auto place = [values](int thread) { return Place{thread / values, thread % values}; };
   block.Each([&](int thread, State& state) {
-    const Place at = place(thread);
+    const Place at = DivideThread(plan.divide_values, thread);
     Partial total = Partial::Empty();
-    if (at.member < helpers) {
+    if (at.member < plan.helpers) {
 #pragma unroll 2
-      for (int i = at.member; i < count; i += helpers) {
+      for (int i = at.member; i < count; i += plan.helpers) {
         total = Partial::Combine(total, LoadSlot<Partial>(partials, first + i, values, at.column));
       }
     }
+    state.place = at;
     state.partial[0] = total;
   });
-  MergeMembers<1, Partial>(block, helpers, values, place);
+  MergeMembers<1, Partial>(block, plan.helpers, values);
 }
 
 // From member 0's partial[0 .. kValues) to partial[0] of thread e.
 template <int kValues, typename Partial, typename Block>
 SYNCBN_HOST_DEVICE inline void SpreadValues(Block& block, const ReducePlan& plan) {
   using State = typename Block::StateType;
-  block.Each([&](int thread, State& state) {
-    const Place at = PlaceOf(plan, thread);
+  block.Each([&](int, State& state) {
+    const Place at = state.place;
     if (at.member != 0) return;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
@@ -159,14 +159,14 @@ inline constexpr int kReduceSharedDoubles = Partial::kWords*(kValues > 2 ? kValu
 template <int kValues, typename Partial, typename Block>
 SYNCBN_HOST_DEVICE inline bool MergeSplits(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace) {
   using State = typename Block::StateType;
-  const int64_t tile = block.index() % plan.tiles;
-  const int split = static_cast<int>(block.index() / plan.tiles);
+  const int64_t tile = block.tile();
+  const int split = block.split();
   if (plan.splits == 1) {
     SpreadValues<kValues, Partial>(block, plan);
     return true;
   }
-  block.Each([&](int thread, State& state) {
-    const Place at = PlaceOf(plan, thread);
+  block.Each([&](int, State& state) {
+    const Place at = state.place;
     if (at.member != 0) return;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
@@ -180,7 +180,7 @@ SYNCBN_HOST_DEVICE inline bool MergeSplits(Block& block, const ReducePlan& plan,
     MergeSlots<Partial>(block, plan, workspace.partials, tile * plan.splits, plan.splits);
     return true;
   }
-  const int group = split / plan.group;
+  const int group = static_cast<int>(plan.divide_group.Small(static_cast<uint32_t>(split)));
   const int first = group * plan.group;
   const int in_group = plan.splits - first < plan.group ? plan.splits - first : plan.group;
   uint32_t* const group_counter = workspace.counters + 2 + plan.tiles + tile * plan.groups + group;
@@ -201,10 +201,9 @@ template <int kValues, typename Partial, typename Block, typename Output>
 SYNCBN_HOST_DEVICE inline void FinishReduction(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace,
                                                Output output) {
   using State = typename Block::StateType;
-  MergeMembers<kValues, Partial>(block, plan.members, plan.tile_columns,
-                                 [&plan](int thread) { return PlaceOf(plan, thread); });
+  MergeMembers<kValues, Partial>(block, plan.members, plan.tile_columns);
   if (!MergeSplits<kValues, Partial>(block, plan, workspace)) return;
-  const int64_t tile = block.index() % plan.tiles;
+  const int64_t tile = block.tile();
   const bool signals = workspace.flag != nullptr;
   if (plan.replicas == 1) {
     block.Each([&](int thread, State& state) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/cuda/tuning.h"
 #include "kernels/host_device.h"
 
 #if defined(__CUDACC__)
@@ -155,7 +156,7 @@ SYNCBN_HOST_DEVICE inline void LoadWhole(const T* data, Vector<T, kWidth>* vecto
   const uint4* source = reinterpret_cast<const uint4*>(data);
 #pragma unroll
   for (int w = 0; w < vector->kWords / 4; ++w) {
-    const uint4 words = source[w];
+    const uint4 words = SYNCBN_TUNE_LOADS_LEAVE_FIRST ? __ldcs(source + w) : source[w];
     vector->words[4 * w] = words.x;
     vector->words[4 * w + 1] = words.y;
     vector->words[4 * w + 2] = words.z;
@@ -182,7 +183,7 @@ SYNCBN_HOST_DEVICE inline void Load(const T* data, int64_t first, int64_t limit,
   }
 }
 
-// Stores the elements below `limit`. They are not read again soon, and so are the first to leave the cache.
+// Stores the elements below `limit`.
 template <typename T, int kWidth>
 SYNCBN_HOST_DEVICE inline void Store(const Vector<T, kWidth>& vector, int64_t first, int64_t limit, bool aligned,
                                      T* data) {
@@ -191,8 +192,13 @@ SYNCBN_HOST_DEVICE inline void Store(const Vector<T, kWidth>& vector, int64_t fi
     uint4* target = reinterpret_cast<uint4*>(data + first);
 #pragma unroll
     for (int w = 0; w < vector.kWords / 4; ++w) {
-      __stcs(target + w, make_uint4(vector.words[4 * w], vector.words[4 * w + 1], vector.words[4 * w + 2],
-                                    vector.words[4 * w + 3]));
+      const uint4 words =
+          make_uint4(vector.words[4 * w], vector.words[4 * w + 1], vector.words[4 * w + 2], vector.words[4 * w + 3]);
+      if (SYNCBN_TUNE_STORES_LEAVE_FIRST) {
+        __stcs(target + w, words);
+      } else {
+        target[w] = words;
+      }
     }
 #else
     memcpy(data + first, vector.words, sizeof(vector.words));

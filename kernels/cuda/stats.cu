@@ -26,8 +26,8 @@ Error BatchNormStats(const Context& context, const TensorShape& shape, const voi
   const ReducePlan& plan = arguments.plan;
   if (!MapWorkspace(context, plan, &arguments.workspace)) return kInvalidValue;
   return DispatchType(plan.mapping, shape.type, [&](auto mapping, auto tag) {
-    return Launch(StatsKernel<decltype(mapping)::value, typename decltype(tag)::Type>, plan.blocks(), plan.threads(), 0,
-                  context.stream, arguments);
+    return Launch(StatsKernel<decltype(mapping)::value, typename decltype(tag)::Type>, plan.tiles, plan.splits,
+                  plan.threads(), 0, context.stream, arguments);
   });
 }
 

@@ -36,21 +36,42 @@ struct StatsArguments {
 
 struct MomentsPartial {
   static constexpr int kWords = 3;
-  double word[kWords];  // Count, mean, M2.
+  double word[kWords];  // Count (exact up to 2^53), mean, M2.
 
   SYNCBN_HOST_DEVICE static MomentsPartial Empty() { return From(Moments()); }
   SYNCBN_HOST_DEVICE static MomentsPartial From(const Moments& moments) {
     return {{static_cast<double>(moments.count), moments.mean, moments.m2}};
   }
-  SYNCBN_HOST_DEVICE Moments ToMoments() const {
-    Moments moments;
-    moments.count = static_cast<int64_t>(word[0]);
-    moments.mean = word[1];
-    moments.m2 = word[2];
-    return moments;
-  }
+  // As Merge, without conversions of the count.
   SYNCBN_HOST_DEVICE static MomentsPartial Combine(const MomentsPartial& a, const MomentsPartial& b) {
-    return From(Merge(a.ToMoments(), b.ToMoments()));
+    if (a.word[0] == 0.0) return b;
+    if (b.word[0] == 0.0) return a;
+    MomentsPartial merged = a;
+    merged.Add(WeightsOf(a.word[0], b.word[0]), b.word[0], b.word[1], b.word[2]);
+    return merged;
+  }
+  // Nearly always all channels of a thread have the same count: then a single division serves them all.
+  template <int kValues, typename Other>
+  SYNCBN_HOST_DEVICE static void CombineAll(MomentsPartial* mine, Other other) {
+    const double na = mine[0].word[0];
+    const double nb = other(0, 0);
+    bool alike = na != 0.0 && nb != 0.0;
+#pragma unroll
+    for (int v = 1; v < kValues; ++v) alike = alike && mine[v].word[0] == na && other(v, 0) == nb;
+    if (alike) {
+      const MergeWeights weights = WeightsOf(na, nb);
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) mine[v].Add(weights, nb, other(v, 1), other(v, 2));
+      return;
+    }
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) mine[v] = Combine(mine[v], {{other(v, 0), other(v, 1), other(v, 2)}});
+  }
+
+ private:
+  SYNCBN_HOST_DEVICE void Add(const MergeWeights& weights, double count, double mean, double m2) {
+    word[0] += count;
+    MergeInto(weights, mean, m2, word[1], word[2]);
   }
 };
 
@@ -258,14 +279,12 @@ SYNCBN_HOST_DEVICE inline void StatsOfBlock(Block& block, const StatsArguments& 
   constexpr int kValues = kMapping == Mapping::kRows ? kWidth : 1;
   using State = typename Block::StateType;
   const ReducePlan& plan = arguments.plan;
-  const int64_t tile = block.index() % plan.tiles;
-  const int split = static_cast<int>(block.index() / plan.tiles);
   block.Each([&](int thread, State& state) {
-    const Place at = PlaceOf(plan, thread);
+    state.place = PlaceOf<kMapping>(plan, thread);
     if constexpr (kMapping == Mapping::kRows) {
-      StatsOfColumn<T, kWidth>(arguments, tile, split, at, state.partial);
+      StatsOfColumn<T, kWidth>(arguments, block.tile(), block.split(), state.place, state.partial);
     } else {
-      StatsOfPlanes<T, kWidth>(arguments, tile, split, at, state.partial);
+      StatsOfPlanes<T, kWidth>(arguments, block.tile(), block.split(), state.place, state.partial);
     }
   });
   FinishReduction<kValues, MomentsPartial>(block, plan, arguments.workspace,

@@ -60,7 +60,8 @@ inline void HostStats(const HostRun& run, const kernels::TensorShape& shape, con
     constexpr int kValues = kMapping == cuda::Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
     using Partial = cuda::MomentsPartial;
     RunGrid<cuda::ReduceState<Partial, kValues>>(
-        arguments.plan.blocks(), arguments.plan.threads(), cuda::kReduceSharedDoubles<Partial, kValues>, run.seed,
+        arguments.plan.tiles, arguments.plan.splits, arguments.plan.threads(),
+        cuda::kReduceSharedDoubles<Partial, kValues>, run.seed,
         [&](auto& block) { cuda::StatsOfBlock<kMapping, T>(block, arguments); });
   });
 }
@@ -74,7 +75,8 @@ void HostBackwardReduceWithGate(const HostRun& run, kernels::DataType type,
     constexpr int kValues = kMapping == cuda::Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
     using Partial = cuda::SumsPartial;
     RunGrid<cuda::ReduceState<Partial, kValues>>(
-        arguments.plan.blocks(), arguments.plan.threads(), cuda::kReduceSharedDoubles<Partial, kValues>, run.seed,
+        arguments.plan.tiles, arguments.plan.splits, arguments.plan.threads(),
+        cuda::kReduceSharedDoubles<Partial, kValues>, run.seed,
         [&](auto& block) { cuda::BackwardReduceOfBlock<kMapping, kGate, T>(block, arguments); });
   });
 }
@@ -114,8 +116,8 @@ void HostElemtWithAddition(const HostRun& run, kernels::DataType type, const cud
     using T = typename decltype(tag)::Type;
     using Op = cuda::ElemtOp<kAddition, T>;
     RunGrid<cuda::ElementState<Op, cuda::Unroll(kMapping, Op::kBytes)>>(
-        arguments.plan.block_count, arguments.plan.block_threads, LaneDoubles<Op>(arguments.plan), run.seed,
-        [&](auto& block) { cuda::ElemtOfBlock<kMapping, kAddition, T>(block, arguments); });
+        arguments.plan.tiles, arguments.plan.splits, arguments.plan.block_threads, LaneDoubles<Op>(arguments.plan),
+        run.seed, [&](auto& block) { cuda::ElemtOfBlock<kMapping, kAddition, T>(block, arguments); });
   });
 }
 
@@ -149,8 +151,8 @@ void HostBackwardElemtWithGate(const HostRun& run, kernels::DataType type,
     using T = typename decltype(tag)::Type;
     using Op = cuda::BackwardElemtOp<kGate, T>;
     RunGrid<cuda::ElementState<Op, cuda::Unroll(kMapping, Op::kBytes)>>(
-        arguments.plan.block_count, arguments.plan.block_threads, LaneDoubles<Op>(arguments.plan), run.seed,
-        [&](auto& block) { cuda::BackwardElemtOfBlock<kMapping, kGate, T>(block, arguments); });
+        arguments.plan.tiles, arguments.plan.splits, arguments.plan.block_threads, LaneDoubles<Op>(arguments.plan),
+        run.seed, [&](auto& block) { cuda::BackwardElemtOfBlock<kMapping, kGate, T>(block, arguments); });
   });
 }
 

@@ -76,12 +76,13 @@ std::vector<int> Visits(const TensorShape& shape, const ReducePlan& plan, bool* 
   };
   for (int64_t block = 0; block < plan.blocks(); ++block) {
     for (int thread = 0; thread < plan.threads(); ++thread) {
-      const Place at = PlaceOf(plan, thread);
+      const bool rows = plan.mapping == Mapping::kRows;
+      const Place at = rows ? PlaceOf<Mapping::kRows>(plan, thread) : PlaceOf<Mapping::kPlanes>(plan, thread);
       const int64_t column = block % plan.tiles * plan.tile_columns + at.column;
       for (int64_t batch = block / plan.tiles; batch < plan.batches; batch += plan.splits) {
         for (int u = 0; u < plan.unroll; ++u) {
           const int64_t unit = batch * plan.members * plan.unroll + at.member + u * plan.members;
-          if (plan.mapping == Mapping::kRows) {
+          if (rows) {
             if (unit >= plan.rows || column >= plan.columns) continue;
             for (int v = 0; v < width; ++v) {
               visit((unit * plan.columns + column) * width + v, (column * width + v) % shape.channels);
@@ -164,12 +165,14 @@ TEST(ElementPlan, CoversTheTensorWithinSharedMemory) {
     if (plan.mapping == Mapping::kRows) {
       ASSERT_EQ(plan.rows * plan.columns * width + plan.tail, shape.size());
       ASSERT_LE(plan.block_threads, kMaxThreads);
+      ASSERT_LE(plan.splits, 65535);  // The second extent of a grid.
       continue;
     }
     ASSERT_GT(plan.tile_elements, 0);
     ASSERT_EQ(plan.tile_elements % width, 0);
-    ASSERT_GE(plan.block_count * plan.tile_elements, shape.size());
-    ASSERT_LT((plan.block_count - 1) * plan.tile_elements, shape.size());
+    ASSERT_EQ(plan.splits, 1);
+    ASSERT_GE(plan.tiles * plan.tile_elements, shape.size());
+    ASSERT_LT((plan.tiles - 1) * plan.tile_elements, shape.size());
     ASSERT_LE(plan.max_planes, kMaxPlanes);
     // A tile that begins with a plane's last element.
     ASSERT_LE((plan.tile_elements - 1 + shape.spatial - 1) / shape.spatial + 1, plan.max_planes);
