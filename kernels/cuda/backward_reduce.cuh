@@ -229,14 +229,14 @@ SYNCBN_HOST_DEVICE inline void BackwardReduceOfBlock(Block& block, const Backwar
   using State = typename Block::StateType;
   const ReducePlan& plan = arguments.plan;
   block.Each([&](int thread, State& state) {
-    state.place = PlaceOf<kMapping>(plan, thread);
+    const Place at = PlaceOf<kMapping>(plan, thread);
     if constexpr (kMapping == Mapping::kRows) {
-      GradientOfColumn<kGate, T, kWidth>(arguments, block.tile(), block.split(), state.place, state.partial);
+      GradientOfColumn<kGate, T, kWidth>(arguments, block.tile(), block.split(), at, state.partial);
     } else {
-      GradientOfPlanes<kGate, T, kWidth>(arguments, block.tile(), block.split(), state.place, state.partial);
+      GradientOfPlanes<kGate, T, kWidth>(arguments, block.tile(), block.split(), at, state.partial);
     }
   });
-  FinishReduction<kValues, SumsPartial>(
+  FinishReduction<kMapping, kValues, SumsPartial>(
       block, plan, arguments.workspace, [&](int64_t channel, const SumsPartial& total) {
         const double mean = arguments.mean[channel];
         arguments.sum_dy[channel] = total.word[0];

@@ -39,11 +39,11 @@ struct Place {
   int column = 0;
 };
 
-// A thread's place, which it looks up once, and its partial results: kValues channels of Partial, which has kWords
-// doubles, Combine(a, b), and CombineAll(partials, other) for all channels, where other(v, w) is word w of channel v.
+// A thread's partial results: kValues channels of Partial, which has kWords doubles, Combine(a, b), and
+// CombineAll(partials, other) for all channels, where other(v, w) is word w of channel v. Its place is looked up where
+// it is needed, by a multiplication: kept here, it would take registers from the loop over the tensor.
 template <typename Partial, int kValues>
 struct ReduceState {
-  Place place;
   Partial partial[kValues];
 };
 
@@ -75,16 +75,16 @@ SYNCBN_HOST_DEVICE inline Place PlaceOf(const ReducePlan& plan, int thread) {
   return kMapping == Mapping::kRows ? at : Place{at.column, at.member};
 }
 
-// Merges partial[0 .. kValues) over the members, by the threads' places; the result is in member 0. Member m takes from
-// m + s, for s = ..., 4, 2, 1. Threads whose member is not below `members` take no part.
-template <int kValues, typename Partial, typename Block>
-SYNCBN_HOST_DEVICE inline void MergeMembers(Block& block, int members, int columns) {
+// Merges partial[0 .. kValues) over the members, by the threads' places, place(thread); the result is in member 0.
+// Member m takes from m + s, for s = ..., 4, 2, 1. Threads whose member is not below `members` take no part.
+template <int kValues, typename Partial, typename Block, typename PlaceOfThread>
+SYNCBN_HOST_DEVICE inline void MergeMembers(Block& block, int members, int columns, PlaceOfThread place) {
   using State = typename Block::StateType;
   int stride = 1;
   while (stride * 2 < members) stride *= 2;
   for (; members > 1 && stride >= 1; stride /= 2) {
-    block.Each([&](int, State& state) {
-      const Place at = state.place;
+    block.Each([&](int thread, State& state) {
+      const Place at = place(thread);
       if (at.member < stride || at.member >= members || at.member >= 2 * stride) return;
       const int slot = (at.member - stride) * columns + at.column;
 #pragma unroll
@@ -95,8 +95,8 @@ SYNCBN_HOST_DEVICE inline void MergeMembers(Block& block, int members, int colum
         }
       }
     });
-    block.Each([&](int, State& state) {
-      const Place at = state.place;
+    block.Each([&](int thread, State& state) {
+      const Place at = place(thread);
       if (at.member >= stride || at.member + stride >= members) return;
       const double* const slot = block.shared() + at.member * columns + at.column;
       Partial::template CombineAll<kValues>(
@@ -111,8 +111,9 @@ SYNCBN_HOST_DEVICE inline void MergeSlots(Block& block, const ReducePlan& plan, 
                                           int count) {
   using State = typename Block::StateType;
   const int values = plan.tile_values;
+  const auto place = [&plan](int thread) { return DivideThread(plan.divide_values, thread); };
   block.Each([&](int thread, State& state) {
-    const Place at = DivideThread(plan.divide_values, thread);
+    const Place at = place(thread);
     Partial total = Partial::Empty();
     if (at.member < plan.helpers) {
 #pragma unroll 2
@@ -120,18 +121,17 @@ SYNCBN_HOST_DEVICE inline void MergeSlots(Block& block, const ReducePlan& plan, 
         total = Partial::Combine(total, LoadSlot<Partial>(partials, first + i, values, at.column));
       }
     }
-    state.place = at;
     state.partial[0] = total;
   });
-  MergeMembers<1, Partial>(block, plan.helpers, values);
+  MergeMembers<1, Partial>(block, plan.helpers, values, place);
 }
 
 // From member 0's partial[0 .. kValues) to partial[0] of thread e.
-template <int kValues, typename Partial, typename Block>
+template <Mapping kMapping, int kValues, typename Partial, typename Block>
 SYNCBN_HOST_DEVICE inline void SpreadValues(Block& block, const ReducePlan& plan) {
   using State = typename Block::StateType;
-  block.Each([&](int, State& state) {
-    const Place at = state.place;
+  block.Each([&](int thread, State& state) {
+    const Place at = PlaceOf<kMapping>(plan, thread);
     if (at.member != 0) return;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
@@ -156,17 +156,17 @@ inline constexpr int kReduceSharedDoubles = Partial::kWords*(kValues > 2 ? kValu
 
 // Merges the splits of the block's tile, if this block is the last of them. True: the totals are in partial[0] of
 // thread e. False: another block goes on.
-template <int kValues, typename Partial, typename Block>
+template <Mapping kMapping, int kValues, typename Partial, typename Block>
 SYNCBN_HOST_DEVICE inline bool MergeSplits(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace) {
   using State = typename Block::StateType;
   const int64_t tile = block.tile();
   const int split = block.split();
   if (plan.splits == 1) {
-    SpreadValues<kValues, Partial>(block, plan);
+    SpreadValues<kMapping, kValues, Partial>(block, plan);
     return true;
   }
-  block.Each([&](int, State& state) {
-    const Place at = state.place;
+  block.Each([&](int thread, State& state) {
+    const Place at = PlaceOf<kMapping>(plan, thread);
     if (at.member != 0) return;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
@@ -197,12 +197,13 @@ SYNCBN_HOST_DEVICE inline bool MergeSplits(Block& block, const ReducePlan& plan,
 }
 
 // Everything after the threads' own partial results. output(channel, total) is called once for each channel.
-template <int kValues, typename Partial, typename Block, typename Output>
+template <Mapping kMapping, int kValues, typename Partial, typename Block, typename Output>
 SYNCBN_HOST_DEVICE inline void FinishReduction(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace,
                                                Output output) {
   using State = typename Block::StateType;
-  MergeMembers<kValues, Partial>(block, plan.members, plan.tile_columns);
-  if (!MergeSplits<kValues, Partial>(block, plan, workspace)) return;
+  MergeMembers<kValues, Partial>(block, plan.members, plan.tile_columns,
+                                 [&plan](int thread) { return PlaceOf<kMapping>(plan, thread); });
+  if (!MergeSplits<kMapping, kValues, Partial>(block, plan, workspace)) return;
   const int64_t tile = block.tile();
   const bool signals = workspace.flag != nullptr;
   if (plan.replicas == 1) {

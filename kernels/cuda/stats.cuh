@@ -280,18 +280,18 @@ SYNCBN_HOST_DEVICE inline void StatsOfBlock(Block& block, const StatsArguments& 
   using State = typename Block::StateType;
   const ReducePlan& plan = arguments.plan;
   block.Each([&](int thread, State& state) {
-    state.place = PlaceOf<kMapping>(plan, thread);
+    const Place at = PlaceOf<kMapping>(plan, thread);
     if constexpr (kMapping == Mapping::kRows) {
-      StatsOfColumn<T, kWidth>(arguments, block.tile(), block.split(), state.place, state.partial);
+      StatsOfColumn<T, kWidth>(arguments, block.tile(), block.split(), at, state.partial);
     } else {
-      StatsOfPlanes<T, kWidth>(arguments, block.tile(), block.split(), state.place, state.partial);
+      StatsOfPlanes<T, kWidth>(arguments, block.tile(), block.split(), at, state.partial);
     }
   });
-  FinishReduction<kValues, MomentsPartial>(block, plan, arguments.workspace,
-                                           [&](int64_t channel, const MomentsPartial& total) {
-                                             arguments.mean[channel] = total.word[1];
-                                             arguments.m2[channel] = total.word[2];
-                                           });
+  FinishReduction<kMapping, kValues, MomentsPartial>(block, plan, arguments.workspace,
+                                                     [&](int64_t channel, const MomentsPartial& total) {
+                                                       arguments.mean[channel] = total.word[1];
+                                                       arguments.m2[channel] = total.word[2];
+                                                     });
 }
 
 }  // namespace syncbn::kernels::cuda
