@@ -5,7 +5,9 @@ Every figure is a median over replays of a CUDA graph. "cold": calls rotate over
 together are three times the second-level cache and 120 MB at least; "hot": one set again and again. "forward" is
 statistics, coefficients, normalization; "backward" likewise. report.py holds the rows against the targets.
 
-    bench.py LIBRARY RESULTS.json [--quick] [--seconds N]
+    bench.py LIBRARY RESULTS.json [--quick] [--seconds N] [--what all | sweep | once]
+
+--what sweep: the kernels alone, on a few shapes, to compare libraries; once: each kernel once or twice, for a profiler.
 """
 
 import argparse
@@ -23,11 +25,19 @@ import torch
 SHAPES = [
     (32, 64, (112, 112)), (32, 256, (56, 56)), (128, 4, (224, 224)), (32, 512, (28, 28)), (32, 1024, (14, 14)),
     (32, 2048, (7, 7)), (2, 256, (128, 256)), (2, 32, (64, 64, 64)), (4096, 1024, ()),
+    # Small ones, whose time is that of the parts that no bandwidth shortens.
+    (32, 256, (14, 14)), (2, 64, (56, 56)), (2, 2048, (7, 7)),
 ]
 # The case that torch.compile is tried on; each compilation takes seconds.
 COMPILED = [(shape, dtype) for shape in (SHAPES[1], SHAPES[4]) for dtype in (torch.float32, torch.bfloat16)]
+# For a sweep over libraries, and for a profiler: places in SHAPES, types, and whether channels are last.
+SWEPT = [(0, torch.bfloat16, False), (0, torch.bfloat16, True), (1, torch.float32, True), (3, torch.float32, False),
+         (4, torch.bfloat16, False), (4, torch.bfloat16, True)]
+PROFILED = [SWEPT[0], SWEPT[5]]
 TYPES = {torch.float32: (0, 4, "fp32"), torch.float16: (2, 2, "fp16"), torch.bfloat16: (3, 2, "bf16")}
 OPERATIONS = ("stats", "elemt", "backward_reduce", "backward_elemt", "forward", "backward")
+# With a residual before a ReLU, and its gradient; timed in float32 and bfloat16.
+FUSED = ("elemt, residual", "backward_reduce, mask", "backward_elemt, residual")
 EPS = 1e-5
 ROTATED = 120e6  # Bytes.
 CUDNN_BACKWARD = torch.ops.aten.cudnn_batch_norm_backward
@@ -156,6 +166,8 @@ class Layer:
         self.mean_dy = self.sum32.double() / self.count
         self.projection = self.invstd32.double() ** 2 * self.sum_xmu32.double() / self.count
         self.compiled = {}
+        # Every other element is let through.
+        self.mask = torch.full(((self.sets[0].x.numel() + 7) // 8,), 0x55, dtype=torch.uint8, device=DEVICE)
 
     def ours(self, operation, s):
         k, shape, ws = self.kernels, self.shape, self.workspace
@@ -164,9 +176,19 @@ class Layer:
         elif operation == "elemt":
             k.call("elemt", shape, s.x, self.known_mean, self.scale, self.shift, None, 0, None, s.y)
         elif operation == "backward_reduce":
-            k.call("backward_reduce", shape, ws, ws.numel(), s.dy, s.x, self.known_mean, self.sum_dy, self.sum_xmu)
+            k.call("backward_reduce", shape, ws, ws.numel(), s.dy, s.x, self.known_mean, None, self.sum_dy,
+                   self.sum_xmu)
         elif operation == "backward_elemt":
-            k.call("backward_elemt", shape, s.dy, s.x, self.known_mean, self.scale, self.mean_dy, self.projection, s.dx)
+            k.call("backward_elemt", shape, s.dy, s.x, self.known_mean, self.scale, self.mean_dy, self.projection, None,
+                   s.dx, None)
+        elif operation == "elemt, residual":  # dy has the residual's form.
+            k.call("elemt", shape, s.x, self.known_mean, self.scale, self.shift, s.dy, 1, self.mask, s.y)
+        elif operation == "backward_reduce, mask":
+            k.call("backward_reduce", shape, ws, ws.numel(), s.dy, s.x, self.known_mean, self.mask, self.sum_dy,
+                   self.sum_xmu)
+        elif operation == "backward_elemt, residual":
+            k.call("backward_elemt", shape, s.dy, s.x, self.known_mean, self.scale, self.mean_dy, self.projection,
+                   self.mask, s.dx, s.y)
         elif operation == "forward":
             self.ours("stats", s)
             made = (self.made_mean, self.made_scale, self.made_shift)
@@ -177,7 +199,7 @@ class Layer:
             made = (self.made_scale, self.made_mean_dy, self.made_projection)
             k.call("finalize_backward", shape, self.count, self.known_var, self.sum_dy, self.sum_xmu, self.weight, *made,
                    self.weight_gradient, self.bias_gradient)
-            k.call("backward_elemt", shape, s.dy, s.x, self.known_mean, *made, s.dx)
+            k.call("backward_elemt", shape, s.dy, s.x, self.known_mean, *made, None, s.dx, None)
 
     def torchs(self, operation, s):
         if operation == "stats":
@@ -265,7 +287,9 @@ class Bench:
             return None
 
     def row(self, layer, fields, operation, copy, sets, cache):
-        rivals = {"torch": self.rival("torch", [lambda s=s: layer.torchs(operation, s) for s in sets])}
+        rivals = {}
+        if operation not in FUSED:
+            rivals["torch"] = self.rival("torch", [lambda s=s: layer.torchs(operation, s) for s in sets])
         if operation in ("forward", "backward") and "x" in fields["shape"].partition("x")[2]:
             rivals["cudnn"] = self.rival("cuDNN", [lambda s=s: layer.cudnns(operation, s) for s in sets])
         ours = time_calls([lambda s=s: layer.ours(operation, s) for s in sets])
@@ -282,6 +306,8 @@ class Bench:
                   "layout": "NHWC" if last else "NCHW", "type": TYPES[dtype][2], "bytes": layer.bytes}
         self.rows.append({**fields, "operation": "copy", "cache": "cold", "us": copy, "copy_us": copy, "rivals": {}})
         for operation in OPERATIONS:
+            self.row(layer, fields, operation, copy, layer.sets, "cold")
+        for operation in FUSED if dtype != torch.float16 else ():
             self.row(layer, fields, operation, copy, layer.sets, "cold")
         for operation in ("forward", "backward"):
             self.row(layer, fields, operation, copy, [layer.sets[0]] * 4, "hot")
@@ -300,6 +326,23 @@ class Bench:
             us = self.rival("torch.compile", calls)
             if us:
                 row["rivals"]["compile"] = us
+
+    def swept(self, batch, channels, extents, dtype, last):
+        """The kernels alone, without a rival."""
+        layer = Layer(self.kernels, batch, channels, extents, dtype, last)
+        name = "x".join(map(str, (batch, channels, *extents)))
+        fields = {"shape": name, "layout": "NHWC" if last else "NCHW", "type": TYPES[dtype][2]}
+        for operation in OPERATIONS[:4]:
+            us = time_calls([lambda s=s: layer.ours(operation, s) for s in layer.sets])
+            self.rows.append({**fields, "operation": operation, "us": us})
+
+    def once(self, batch, channels, extents, dtype, last):
+        """Each operation once, outside of a graph."""
+        layer = Layer(self.kernels, batch, channels, extents, dtype, last)
+        for operation in OPERATIONS:
+            layer.ours(operation, layer.sets[0])
+        torch.cuda.synchronize()
+        self.rows.append({"shape": "x".join(map(str, (batch, channels, *extents)))})
 
     def each(self, what, function, cases, reserve):
         """Calls function(*case) for all cases, as long as `reserve` seconds are left."""
@@ -352,6 +395,7 @@ def main():
     parser.add_argument("results")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seconds", type=float, default=600.0, help="what does not fit is left out, with a note")
+    parser.add_argument("--what", choices=["all", "sweep", "once"], default="all")
     parser.add_argument("--on-host", action="store_true", help="a rehearsal, with the library for it")
     options = parser.parse_args()
     if not options.on_host and not torch.cuda.is_available():
@@ -364,6 +408,12 @@ def main():
         fake_cuda.install(sys.modules[__name__])
     torch.manual_seed(1)
     bench = Bench(Kernels(options.library), options.results, options.seconds)
+    if options.what != "all":
+        picked = SWEPT if options.what == "sweep" else PROFILED
+        bench.each("kernels", bench.swept if options.what == "sweep" else bench.once,
+                   [(*SHAPES[index], dtype, last) for index, dtype, last in picked], 1)
+        print(f"{options.what}: {len(bench.rows)} rows, {bench.failures} failed, {len(bench.notes)} notes")
+        return bench.failures > 0
     bench.each("small statistics", bench.small, [()], 0)
     shapes = SHAPES[:2] if options.quick else SHAPES
     cases = [(*shape, dtype, last) for shape in shapes for dtype in TYPES for last in (False, True)

@@ -66,15 +66,21 @@ int bench_elemt(const BenchShape* shape, void* stream, const void* x, const doub
 }
 
 int bench_backward_reduce(const BenchShape* shape, void* stream, void* workspace, size_t workspace_bytes,
-                          const void* dy, const void* x, const double* mean, double* sum_dy, double* sum_dy_xmu) {
-  return cuda::BatchNormBackwardReduce(MakeContext(stream, workspace, workspace_bytes), Convert(shape), dy, x, mean, {},
-                                       sum_dy, sum_dy_xmu);
+                          const void* dy, const void* x, const double* mean, const uint8_t* mask, double* sum_dy,
+                          double* sum_dy_xmu) {
+  syncbn::kernels::ReluGate gate;
+  gate.mask = mask;
+  return cuda::BatchNormBackwardReduce(MakeContext(stream, workspace, workspace_bytes), Convert(shape), dy, x, mean,
+                                       gate, sum_dy, sum_dy_xmu);
 }
 
 int bench_backward_elemt(const BenchShape* shape, void* stream, const void* dy, const void* x, const double* mean,
-                         const double* scale, const double* mean_dy, const double* projection, void* dx) {
+                         const double* scale, const double* mean_dy, const double* projection, const uint8_t* mask,
+                         void* dx, void* d_residual) {
+  syncbn::kernels::ReluGate gate;
+  gate.mask = mask;
   return cuda::BatchNormBackwardElemt(MakeContext(stream, nullptr, 0), Convert(shape), dy, x,
-                                      {mean, scale, mean_dy, projection}, {}, dx, nullptr);
+                                      {mean, scale, mean_dy, projection}, gate, dx, d_residual);
 }
 
 // float32 weight and bias; running statistics are not kept.

@@ -145,7 +145,7 @@ class GpuBackend {
   }
 
  private:
-  static constexpr size_t kWorkspaceBytes = size_t{64} << 20;
+  static constexpr size_t kWorkspaceBytes = size_t{4} << 20;  // A launch says so if it is too small.
 
   struct Forward {
     Forward(const kernels::TensorShape& shape, const kernels::ForwardCoefficients& host)

@@ -2,9 +2,10 @@
 // same bits a hundred times beside kernels that compete for the machine; results and signal in host memory; more than
 // 2^32 elements.
 //
-//   kernels_check CHECKSUMS [--quick | --probe]
+//   kernels_check CHECKSUMS [--quick | --sanitize | --probe]
 //
-// --quick: the checks that compute-sanitizer has time for. --probe: one small kernel, to see if anything runs at all.
+// --quick: smaller tensors, fewer repetitions. --sanitize: likewise, and each shape in one type, which
+// compute-sanitizer has time for. --probe: one small kernel, to see if anything runs at all.
 
 #include <cuda_runtime.h>
 
@@ -139,6 +140,8 @@ void CheckFinalize(DataType type) {
   const DeviceBuffer o_mean(bytes), o_scale(bytes), o_shift(bytes);
   const DeviceBuffer o_running_mean(host.running_mean.byte_size(), 0, host.running_mean.data());
   const DeviceBuffer o_running_var(host.running_var.byte_size(), 0, host.running_var.data());
+  int64_t batches = 7;
+  const DeviceBuffer o_batches(sizeof(batches), 0, &batches);
 
   kernels::FinalizeForwardArguments arguments;
   arguments.channels = channels;
@@ -150,6 +153,8 @@ void CheckFinalize(DataType type) {
   arguments.out_shift = host.shift.data();
   arguments.running_mean = {host.running_mean.data(), type};
   arguments.running_var = {host.running_var.data(), type};
+  arguments.batches = &batches;
+  arguments.cumulative = true;
   for (int64_t c = 0; c < channels; ++c) kernels::FinalizeForwardChannel(arguments, c);
 
   arguments.mean.data = d_mean.data();
@@ -159,6 +164,7 @@ void CheckFinalize(DataType type) {
   arguments.out_shift = o_shift.doubles();
   arguments.running_mean.data = o_running_mean.data();
   arguments.running_var.data = o_running_var.data();
+  arguments.batches = reinterpret_cast<int64_t*>(o_batches.doubles());
   Require(kernels::cuda::FinalizeForward(kernels::cuda::Context(), arguments), "finalize forward");
   o_scale.CopyTo(copied.scale.data());
   o_running_mean.CopyTo(copied.running_mean.data());
@@ -166,6 +172,11 @@ void CheckFinalize(DataType type) {
   Check(copied.scale == host.scale, "finalize forward: the host's coefficients");
   Check(copied.running_mean == host.running_mean && copied.running_var == host.running_var,
         "finalize forward: the host's running statistics");
+
+  arguments.count = 0;  // A batch that the running statistics do not take is counted out again.
+  Require(kernels::cuda::FinalizeForward(kernels::cuda::Context(), arguments), "finalize forward");
+  o_batches.CopyTo(&batches);
+  Check(batches == 6, "finalize forward: the number of batches");
 }
 
 __global__ void NoiseKernel(float* data, int64_t size, int rounds) {
@@ -311,7 +322,8 @@ void CheckHuge(Layout layout) {
   cudaFree(x);
 }
 
-int Run(const char* checksums, bool quick, bool probe) {
+int Run(const char* checksums, const std::string& option) {
+  const bool probe = option == "--probe", sanitize = option == "--sanitize", quick = sanitize || option == "--quick";
   if (!kernels::cuda::Available()) {
     PrintWhyNoGpu();
     return 0;
@@ -322,11 +334,16 @@ int Run(const char* checksums, bool quick, bool probe) {
               properties.minor, properties.multiProcessorCount);
   for (const DataType type : kTypes) CheckFinalize(type);
   if (probe) return g_failed == 0 ? 0 : 1;
+  const kernels::cuda::Error loaded = kernels::cuda::Preload();
+  Check(loaded == kernels::cuda::kSuccess,
+        std::string("every kernel is loaded: ") + kernels::cuda::ErrorString(loaded));
   for (const DataType type : kTypes) {
+    int place = 0;
     for (const TensorShape& shape : SmallShapes(type)) {
       if (shape.size() == 0 || (quick && shape.size() > 20000)) continue;
+      if (sanitize && place++ % 4 != static_cast<int>(type)) continue;
       for (const double mean : {0.0, 100.0}) {
-        if (mean > 0 && (type == DataType::kFloat16 || type == DataType::kBFloat16)) continue;
+        if (mean > 0 && (sanitize || type == DataType::kFloat16 || type == DataType::kBFloat16)) continue;
         CheckOracle(shape, mean);
       }
     }
@@ -356,9 +373,8 @@ int Run(const char* checksums, bool quick, bool probe) {
 
 int main(int argc, char** argv) {
   if (argc < 2) {
-    std::fprintf(stderr, "usage: kernels_check CHECKSUMS [--quick | --probe]\n");
+    std::fprintf(stderr, "usage: kernels_check CHECKSUMS [--quick | --sanitize | --probe]\n");
     return 2;
   }
-  const std::string option = argc > 2 ? argv[2] : "";
-  return syncbn::testing::Run(argv[1], option == "--quick", option == "--probe");
+  return syncbn::testing::Run(argv[1], argc > 2 ? argv[2] : "");
 }

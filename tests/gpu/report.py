@@ -11,12 +11,14 @@ import json
 import pathlib
 import statistics
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 Row = Dict[str, Any]  # As bench.py writes them.
 
 # Tensors that each operation has to read or write.
-FLOOR = {"stats": 1, "elemt": 2, "backward_reduce": 2, "backward_elemt": 3, "forward": 3, "backward": 5}
+FLOOR = {"stats": 1, "elemt": 2, "backward_reduce": 2, "backward_elemt": 3, "forward": 3, "backward": 5,
+         "elemt, residual": 3, "backward_reduce, mask": 2, "backward_elemt, residual": 4}
+PREDICTIONS = pathlib.Path(__file__).with_name("predictions.json")
 LARGE = 50e6  # Bytes of a tensor.
 MEDIUM = 12.5e6  # "13 MB" rounded: 32x2048x7x7 in float32 is 12.8.
 
@@ -152,6 +154,47 @@ def target_table(cells: List[Cell]) -> str:
     return table(["operation", "against", "target", "worst", "median", "", "worst for"], lines)
 
 
+class Prediction(NamedTuple):
+    """What a row was expected to show before any GPU had run it."""
+
+    low: float
+    high: float
+    unit: str  # "of copy": a share; "us".
+
+    def show(self) -> str:
+        form = "{:.0%}" if self.unit == "of copy" else "{:.1f} us"
+        ends = dict.fromkeys(map(form.format, (self.low, self.high)))
+        return "-".join(ends)
+
+    def judge(self, row: Row) -> str:
+        """The sign of a time that lies outside by more than a tenth, as the reader wants to know: worse, or better."""
+        value = of_copy(row) if self.unit == "of copy" else row["us"]
+        below, above = value < 0.9 * self.low, value > 1.1 * self.high
+        worse, better = (below, above) if self.unit == "of copy" else (above, below)
+        return "worse" if worse else "better" if better else "as predicted"
+
+
+def _key(row: Row) -> Tuple[str, ...]:
+    return row["shape"], row["layout"], row["type"], row["operation"]
+
+
+def read_predictions() -> Dict[Tuple[str, ...], Prediction]:
+    rows = json.loads(PREDICTIONS.read_text(encoding="utf-8"))["rows"]
+    return {_key(row): Prediction(row["low"], row["high"], row["unit"]) for row in rows}
+
+
+def prediction_table(rows: List[Row]) -> str:
+    """The rows that have a prediction, each beside it."""
+    predictions, lines = read_predictions(), []
+    for row in rows:
+        predicted = predictions.get(_key(row))
+        if predicted is None or row["cache"] != ("hot" if row["operation"] == "stats with flag" else "cold"):
+            continue
+        share = f"{of_copy(row):.0%}" if row["operation"] in FLOOR else ""
+        lines.append([*_key(row), f"{row['us']:.2f}", share, predicted.show(), predicted.judge(row)])
+    return table(["shape", "layout", "type", "operation", "us", "of copy", "predicted", ""], lines)
+
+
 def kernel_table(rows: List[Row]) -> str:
     rivals = sorted({rival for row in rows for rival in row["rivals"]}, reverse=True)
     lines = []
@@ -183,6 +226,31 @@ def step_table(worker: Dict[str, Any]) -> str:
                       f"{theirs:.3f}" if theirs else row.get("why", "not measured"),
                       f"{theirs / row['syncbn_ms']:.2f}" if theirs else ""])
     return table(["processes", "shape", "syncbn ms", "torch over gloo ms", "x torch"], lines)
+
+
+def layer_table(layers: Dict[str, Any]) -> str:
+    """A network's layers in each mode, beside torch's own layers that synchronize nothing."""
+    lines = []
+    for row in layers["rows"]:
+        alone = next((r["ms"] for r in layers["rows"] if r["mode"] == "torch, alone"), None)
+        each = (row["ms"] - alone) * 1e3 / row["layers"] if alone else None
+        lines.append([row["mode"], row["peers"], str(row["layers"]), f"{row['ms']:.2f}",
+                      f"{each:.0f}" if each is not None else ""])
+    return table(["mode", "other workers", "layers", "ms a step", "us a layer beyond torch"], lines)
+
+
+def variant_table(variants: Dict[str, Any]) -> str:
+    """The time of each library relative to the one that has the choices that are made, by kernel and shape."""
+    base = {_key(row): row["us"] for row in variants["default"]["rows"]}
+    names = [name for name in variants if name != "default"]
+    lines = []
+    for key, us in base.items():
+        ratios = []
+        for name in names:
+            theirs = next((row["us"] for row in variants[name]["rows"] if _key(row) == key), None)
+            ratios.append(f"{theirs / us:.2f}" if theirs else "")
+        lines.append([*key, f"{us:.2f}", *ratios])
+    return table(["shape", "layout", "type", "operation", "us", *names], lines)
 
 
 def training_lines(summary: Dict[str, Any]) -> List[str]:
@@ -242,7 +310,9 @@ def write(folder: pathlib.Path, rehearsal: bool = False) -> List[str]:
         short.append(f"{met} targets met, {len(cells) - met - missing} missed, {missing} not measured")
     sections = ["# GPU check", *short]
     for name, key, make in (
-        ("Phases of a round", "phases", phase_table), ("A layer's forward and backward pass", "worker", step_table),
+        ("Phases of a round", "phases", phase_table),
+        ("A layer's forward and backward pass, by processes that take turns at one GPU", "worker", step_table),
+        ("ResNet-50's layers, forward and backward", "layers", layer_table),
     ):
         if key in parts:
             short.append(make(parts[key]))
@@ -252,7 +322,12 @@ def write(folder: pathlib.Path, rehearsal: bool = False) -> List[str]:
         sections += ["## Training", *training_lines(parts["training"])]
     if kernels["rows"]:
         sections += ["## Kernels", kernel_table(kernels["rows"])]
-    notes = [note for part in parts.values() for note in part.get("notes", [])]
+        if not rehearsal:
+            sections += ["## Predicted and measured", prediction_table(kernels["rows"])]
+    variants = read_json(folder / "variants")
+    if "default" in variants:
+        sections += ["## Other choices, as multiples of the time", variant_table(variants)]
+    notes = [note for part in [*parts.values(), *variants.values()] for note in part.get("notes", [])]
     notes += [f"{name} cannot be read: {why}" for name, why in parts.get("unreadable", {}).items()]
     if notes:
         short += [f"note: {note}" for note in notes]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import ROOT, run
 
-PARTS = ("kernels", "sanitizer", "worker", "training", "benchmarks")
+PARTS = ("kernels", "worker", "training", "layers", "benchmarks", "variants", "profile", "sanitizer")
 
 
 @pytest.fixture
@@ -16,7 +16,8 @@ def tree(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/gpu_check", tmp_path / "tools")
     (tmp_path / "tests/gpu").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/gpu/report.py", tmp_path / "tests/gpu")
+    for name in ("report.py", "predictions.json"):
+        shutil.copy(ROOT / "tests/gpu" / name, tmp_path / "tests/gpu")
     for folder in ("kernels", "client/cc", "client/c", "server", "proto", "tests/kernels/cuda", "tests/testing"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "a.h").touch()
@@ -127,5 +128,66 @@ def test_a_sanitizer_that_does_not_run_here_fails_nothing(tree):
 
 
 def test_an_unknown_word_shows_the_usage(tree):
-    done = check(tree, "kernel")
-    assert done.returncode == 2 and "tools/gpu_check --prepare" in done.stdout and "log.txt" in done.stdout
+    for words in (("kernel",), ("--call", "3"), ("--call",)):
+        done = check(tree, *words)
+        assert done.returncode == 2 and "tools/gpu_check --prepare" in done.stdout and "log.txt" in done.stdout
+        assert "set -euo" not in done.stdout
+
+
+def test_two_calls_have_one_report_and_the_sanitizer_comes_last(tree):
+    play(tree, "kernels_check_on_host", "echo right")
+    environment = {"SYNCBN_PYTHON": "/none", "PATH": "/usr/bin:/bin"}
+    first = check(tree, "--on-host", "--call", "1", **environment)  # Its first stage has no sources here.
+    assert outcomes(tree)["kernels"] == ("passed", "right")
+    assert not {"benchmarks phases", "sanitizer"} & set(outcomes(tree))
+    second = check(tree, "--on-host", "--call", "2", **environment)
+    assert second.returncode == 0, second.stdout
+    assert outcomes(tree)["kernels"] == ("passed", "right") and "right" in second.stdout
+    ran = [line[3:] for line in (first.stdout + second.stdout).splitlines() if line.startswith("== ")]
+    stages = [name for name in ran if name in PARTS]
+    assert stages == list(PARTS)
+    again = check(tree, "--on-host", "--call", "1", **environment)
+    assert "== kernels" in again.stdout and "benchmarks phases" not in outcomes(tree)  # It begins anew.
+
+
+def test_every_library_of_other_choices_is_timed_once(tree):
+    (tree / "build/gpu_check/variants").mkdir(parents=True)
+    for name in ("default", "other", "broken"):
+        (tree / f"build/gpu_check/variants/{name}.so").touch()
+    (tree / "tests/gpu/bench.py").write_text(
+        "import json, sys\n"
+        "if 'broken' in sys.argv[1]: sys.exit('no such kernel')\n"
+        "row = {'shape': '1', 'layout': 'NCHW', 'type': 'fp32', 'operation': 'stats',\n"
+        "       'us': 10.0 if 'default' in sys.argv[1] else 8.0}\n"
+        "json.dump({'rows': [row], 'notes': []}, open(sys.argv[2], 'w'))\n"
+        "print('timed')\n"
+    )
+    (tree / "bin").mkdir()
+    (tree / "bin/python").write_text('#!/bin/bash\n[[ "$1" == -c ]] || exec python3 "$@"\n')  # Has torch, it says.
+    (tree / "bin/python").chmod(0o755)
+    done = check(tree, "--on-host", "variants", SYNCBN_PYTHON=str(tree / "bin/python"))
+    assert done.returncode == 1, done.stdout
+    found = {name: outcome for name, (outcome, _) in outcomes(tree).items()}
+    assert found == {"variants sources": "warning", "variants default": "passed", "variants other": "passed",
+                     "variants broken": "failed"}
+    report = (tree / "build/gpu_rehearsal/report.md").read_text()
+    assert "0.80" in report and "other" in report
+
+
+def test_a_profiler_that_may_not_look_fails_nothing(tree):
+    play(tree, "libsyncbn_bench_on_host.so", "")
+    (tree / "bin").mkdir()
+    path = f"{tree / 'bin'}:{os.environ['PATH']}"
+    (tree / "bin/python").write_text("#!/bin/bash\n")
+    (tree / "bin/python").chmod(0o755)
+    for script, outcome in (
+        ("echo '==ERROR== ERR_NVGPUCTRPERM'; exit 1", ("skipped", "ncu: exit 1: ==ERROR== ERR_NVGPUCTRPERM")),
+        ('while [[ "$1" != --log-file ]]; do shift; done; echo StatsKernel > "$2"',
+         ("passed", "1 lines in profile.csv")),
+    ):
+        (tree / "bin/ncu").write_text(f"#!/bin/bash\n{script}\n")
+        (tree / "bin/ncu").chmod(0o755)
+        done = check(tree, "--on-host", "profile", PATH=path, SYNCBN_PYTHON=str(tree / "bin/python"),
+                     OUT=str(tree / "out"))
+        assert done.returncode == 0 and outcomes(tree)["profile"] == outcome, done.stdout
+    assert (tree / "out/profile.csv").read_text() == "StatsKernel\n"

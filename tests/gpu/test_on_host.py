@@ -16,14 +16,44 @@ def test_the_benchmarks_write_every_row(built, tmp_path):
                tmp_path / "kernels.json", "--quick", "--on-host")
     assert done.returncode == 0, done.stdout
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    # Two shapes, three types, two layouts: a copy, four operations, two passes, cold and hot; and the small statistics.
-    assert len(rows) == 2 * 3 * 2 * (1 + 4 + 2 + 2) + 1
+    # Two shapes, three types, two layouts: a copy, four operations, two passes, cold and hot; in two types three
+    # operations with a residual or its mask; and the small statistics.
+    assert len(rows) == 2 * 3 * 2 * (1 + 4 + 2 + 2) + 2 * 2 * 2 * 3 + 1
     for row in rows:
         assert row["us"] > 0, row
-        rivals = {"copy": set(), "forward": {"torch", "cudnn"}, "backward": {"torch", "cudnn"}}
+        rivals = {"copy": set(), "elemt, residual": set(), "backward_reduce, mask": set(),
+                  "backward_elemt, residual": set(), "forward": {"torch", "cudnn"}, "backward": {"torch", "cudnn"}}
         assert rivals.get(row["operation"], {"torch"}) <= set(row["rivals"]) <= {"torch", "cudnn", "compile"}, row
     assert "stats with flag" in report.kernel_table(rows)
     assert report.evaluate(rows)[-1].values
+
+
+def test_libraries_are_compared_on_few_shapes(built, tmp_path):
+    for what, count in (("sweep", 6 * 4), ("once", 2)):
+        done = run(sys.executable, ROOT / "tests/gpu/bench.py", built / "libsyncbn_bench_on_host.so",
+                   tmp_path / "kernels.json", "--what", what, "--on-host")
+        assert done.returncode == 0, done.stdout
+        rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+        assert len(rows) == count
+        if what == "sweep":
+            assert "1.00" in report.variant_table({"default": {"rows": rows}, "same": {"rows": rows}})
+
+
+def test_the_layers_of_a_network_in_each_mode(tmp_path):
+    sys.path.insert(0, str(ROOT / "client/python"))
+    import network_bench
+
+    layers = network_bench.resnet50()
+    assert len(layers) == 53 and layers[0] == (64, 112) and layers[-1] == (2048, 7)
+    assert sum(channels * height * height for channels, height in layers) == 11113984
+    done = run(sys.executable, ROOT / "tests/gpu/network_bench.py", tmp_path / "layers.json", "--device", "cpu")
+    assert done.returncode == 0, done.stdout
+    rows = json.loads((tmp_path / "layers.json").read_text())["rows"]
+    assert [(row["mode"], row["peers"]) for row in rows] == [
+        ("torch, alone", "none"), ("host-driven", "none"), ("host-driven", "3, without a GPU"),
+        ("stream-ordered", "none"), ("stream-ordered", "3, without a GPU"),
+    ]
+    assert all(row["ms"] > 0 for row in rows)
 
 
 def test_the_benchmarks_stop_when_there_is_no_time(built, tmp_path):

@@ -84,6 +84,35 @@ def test_latency_has_an_upper_bound():
     assert found.verdict == "MISSED by 1 of 2" and found.worst["us"] == 4.2
 
 
+def test_predictions_are_of_rows_that_are_measured():
+    import re
+
+    shapes = (report.PREDICTIONS.parent / "bench.py").read_text()
+    for shape, layout, kind, operation in report.read_predictions():
+        batch, channels, *extents = shape.split("x")
+        inside = ", ".join(extents)
+        assert f"({batch}, {channels}, ({inside}))" in shapes or operation == "stats with flag", shape
+        assert layout in ("NCHW", "NHWC") and re.fullmatch("fp32|bf16", kind)
+        assert operation in report.FLOOR or operation == "stats with flag"
+
+
+def test_a_prediction_stands_beside_its_measurement():
+    # Predicted: 86 to 95 % of the copy, which moves two tensors in 100 us.
+    named = {"shape": "32x64x112x112", "layout": "NCHW", "type": "fp32"}
+    text = report.prediction_table([row("stats", us, **named) for us in (50 / 0.9, 50 / 0.5)])
+    assert "86%-95%" in text and text.count("as predicted") == 1 and text.count("worse") == 1
+    hot = row("stats with flag", 4.0, cache="hot", shape="8x64x7x7", layout="NCHW", type="fp32")
+    text = report.prediction_table([hot, row("stats", 1.0, shape="no such")])
+    assert "6.5 us-7.0 us" in text and "better" in text and "no such" not in text
+
+
+def test_layers_are_compared_with_those_that_synchronize_nothing():
+    rows = [{"mode": "torch, alone", "peers": "none", "layers": 50, "ms": 5.0},
+            {"mode": "host-driven", "peers": "3, without a GPU", "layers": 50, "ms": 15.0}]
+    assert "200" in report.layer_table({"rows": rows})
+    assert "15.00" in report.layer_table({"rows": rows[1:]})
+
+
 def write_parts(folder):
     (folder / "stages.tsv").write_text(
         "kernels\tfailed\t3\texit 1\nworker\tskipped\t0\tno torch\nkernels\tpassed\t9\tall good\n"

@@ -355,15 +355,16 @@ def warm_up(target, sizes):
 def check_stream_order_runs_ahead(_):
     """By one thread: forward and backward return, and the stream waits, before the other worker has begun."""
     sizes = [(8, 16, 14, 14), (4, 16, 14, 14)]
-    whole = torch.nn.BatchNorm2d(16).double()
+    whole = torch.nn.BatchNorm2d(16, momentum=None).double()
     x = torch.randn(12, 16, 14, 14, dtype=torch.float64) * 2 + 1
     expected_y, expected_dx = ahead_step(whole, x)
     with syncbn.Master(address="127.0.0.1:0") as master:
         warm_up(master.target, sizes)
         ahead, other = ahead_group(master.target, "ahead")
         with ahead, other:
-            layer = syncbn.torch.SyncBatchNorm(16, worker=ahead, layer="bn").cuda().double()
-            there = syncbn.torch.SyncBatchNorm(16, worker=other, layer="bn").double()
+            average = {"momentum": None, "layer": "bn"}  # Its weights are only known on the GPU.
+            layer = syncbn.torch.SyncBatchNorm(16, worker=ahead, **average).cuda().double()
+            there = syncbn.torch.SyncBatchNorm(16, worker=other, **average).double()
             y, dx = ahead_step(layer, x[:8].cuda())
             assert not ahead.settle(0.0), "the round had ended without its other worker"
             assert not torch.cuda.current_stream().query(), "the stream does not wait"
@@ -393,6 +394,7 @@ def check_stream_order_failures(_):
                 for value in (y, dx, layer.weight.grad, layer.bias.grad):
                     assert value.isnan().all(), f"{name}: {value}"
                 assert (layer.running_mean == 0).all() and (layer.running_var == 1).all(), name
+                assert int(layer.num_batches_tracked) == 0, name
                 try:
                     layer(x)
                 except syncbn.Error as error:
