@@ -150,10 +150,12 @@ class Options {
     auto* const option = app_->add_option_function<std::vector<std::string>>(
         name,
         [this, name](const std::vector<std::string>& addresses) {
+          std::vector<std::string> stripped;
           for (const std::string& address : addresses) {
-            if (address.empty()) Refuse(name, address, "HOST:PORT or unix:PATH");
+            stripped.emplace_back(absl::StripAsciiWhitespace(address));  // "A, B", as workers take their targets.
+            if (stripped.back().empty()) Refuse(name, address, "HOST:PORT or unix:PATH");
           }
-          flags_->server.addresses = addresses;
+          flags_->server.addresses = std::move(stripped);
         },
         "where to listen: HOST:PORT (port 0: any) or unix:PATH; may repeat");
     Named(option, name)

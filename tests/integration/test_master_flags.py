@@ -254,7 +254,7 @@ def test_localhost_is_all_its_addresses(start: Callable[..., Any]) -> None:
 
 
 def test_variables_stand_for_flags(start: Callable[..., Any]) -> None:
-    started = start(Master, address="", env={"SYNCBN_ADDRESS": "127.0.0.1:0,localhost:0", "SYNCBN_MAX_WORKERS": "1"})
+    started = start(Master, address="", env={"SYNCBN_ADDRESS": "127.0.0.1:0, localhost:0", "SYNCBN_MAX_WORKERS": "1"})
     assert len(started.targets) == 2
     for target in started.targets:
         assert "syncbn.v1.StatisticsService" in grpcurl(target, "list")
