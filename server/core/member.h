@@ -1,4 +1,4 @@
-// What is known of the worker of one rank, and the table of a group's ranks.
+// The worker of one rank as its group knows it, and the table of a group's ranks.
 
 #ifndef SYNCBN_SERVER_CORE_MEMBER_H_
 #define SYNCBN_SERVER_CORE_MEMBER_H_

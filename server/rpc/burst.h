@@ -12,22 +12,22 @@ namespace syncbn::rpc {
 // gRPC reads no socket while its queue has an event. Work that brings more such events (calls that are taken, frames
 // that came with them) would go on until all of it is done, however much there is.
 //
-// After so much of it, there is a pause: until a turn without an event, after which the sockets have been looked at;
-// or, where others keep the queue busy, for a while.
+// A pause follows after `most` of it: until a turn without an event, after which the sockets have been looked at; or,
+// where others keep the queue busy, for the time `pause`.
 //
 // Pure; the caller tells the time. Thread safety: none.
 class Burst {
  public:
   Burst(size_t most, absl::Duration pause) : most_(most), pause_(pause) {}
 
-  // So much has been done.
+  // Counts work that has been done.
   void Add(size_t amount, absl::Time now) {
     done_ += amount;
     last_ = now;
   }
   // Returns whether it is enough for now.
   bool spent() const { return done_ >= most_; }
-  // A turn has ended, `quiet` if the sockets have been looked at and there was no event.
+  // Ends a turn, `quiet` if the sockets have been looked at and there was no event.
   void EndTurn(bool quiet, absl::Time now) {
     if (quiet || (spent() && now - last_ >= pause_)) done_ = 0;
   }

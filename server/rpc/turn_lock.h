@@ -8,8 +8,8 @@
 
 namespace syncbn::rpc {
 
-// Whoever waits for it gets it next. A plain mutex goes to a thread that is awake: one that takes turn after turn would
-// have it for as long as it has work, while the other is being woken in vain.
+// A mutex that the thread which waits for it gets next. A plain one goes to a thread that is awake: one that takes turn
+// after turn would have it for as long as it has work, while the other is being woken in vain.
 //
 // Thread safety: any thread. For two threads; with more, the order among those that wait is that of a plain mutex.
 class ABSL_LOCKABLE TurnLock {
