@@ -83,7 +83,7 @@ class Coordinator {
     std::unique_ptr<Group> group;
     absl::Time alarm;     // The group's NextDeadline(), if the group was looked at after its last event;
     size_t retained = 0;  // and its retained_bytes().
-    // Those of the join that began it.
+    // Peers of the join that began it.
     std::string connection;
     std::string address;
   };

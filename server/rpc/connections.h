@@ -113,7 +113,7 @@ class Connections {
     uint64_t written = 0;
     Budget strays;
     std::shared_ptr<Frames> frames = std::make_shared<Frames>();
-    // What `frames` will have counted once those have come that were unfinished then.
+    // The count of `frames` once those have come that were unfinished at the time due_since.
     std::optional<uint64_t> due;
     absl::Time due_since;
   };

@@ -253,7 +253,7 @@ TEST(DoorbellTest, WhoeverStopsWhileRingingTakesNobodyElsesRingAway) {
   shared.bell()->Ring();  // What is linked lazily is not to be linked in the child.
   shared.AwaitSight();
   const std::optional<pid_t> child = ForkRinger(shared.bell());
-  if (!child.has_value()) GTEST_SKIP() << "no child can be traced here";
+  if (!child.has_value()) GTEST_SKIP() << "ptrace of a child is forbidden here, as in some containers";
   int state = 0;
   do {
     shared.AwaitSleep();
@@ -274,7 +274,7 @@ TEST(DoorbellTest, WhoeverIsSlowToRingEndsNoLaterSleep) {
   shared.AwaitSight();
   shared.AwaitSleep();
   const std::optional<pid_t> child = ForkRinger(shared.bell());
-  if (!child.has_value()) GTEST_SKIP() << "no child can be traced here";
+  if (!child.has_value()) GTEST_SKIP() << "ptrace of a child is forbidden here, as in some containers";
   const uint32_t before = shared.bell()->rings();
   int state = 0;
   bool rung = false;

@@ -10,6 +10,7 @@
 #include "client/cc/session/session.h"
 #include "plumbing/check.h"
 #include "plumbing/utf8.h"
+#include "vocabulary/derived_name.h"
 
 namespace syncbn::session {
 namespace {
@@ -27,8 +28,9 @@ constexpr absl::Duration kSayBlockedAfter = absl::Milliseconds(20);
 constexpr absl::Duration kSayBlockedIfUnsureAfter = absl::Milliseconds(200);
 
 absl::Status CheckName(absl::string_view name) {
-  if (!name.empty() && name.size() <= 255) return CheckUtf8("a layer's name", name);
-  return absl::InvalidArgumentError(absl::StrCat("a layer's name has 1 to 255 bytes; this one has ", name.size()));
+  if (!name.empty() && name.size() <= kMostNameBytes) return CheckUtf8("a layer's name", name);
+  return absl::InvalidArgumentError(
+      absl::StrCat("a layer's name has 1 to ", kMostNameBytes, " bytes; this one has ", name.size()));
 }
 
 absl::Status CheckSequence(uint64_t sequence) {

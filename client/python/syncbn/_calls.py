@@ -14,7 +14,7 @@ from typing import Any
 from syncbn import _library, errors
 from syncbn._library import lib
 
-# What python_calls.cc takes of Python, in its order.
+# Functions of Python that python_calls.cc takes, in its order.
 _PYTHON = (
     "PyLong_AsVoidPtr",
     "PyLong_FromVoidPtr",
@@ -49,7 +49,7 @@ class ByCtypes:
     @staticmethod
     def forward_wait(handle: int, timeout_ns: int) -> int:
         """0, or PENDING."""
-        return _wait(lib.syncbn_forward_wait, handle, timeout_ns)
+        return _library.call(lib.syncbn_forward_wait, handle, timeout_ns)
 
     @staticmethod
     def forward_finish(handle: int, x: bytes, outputs: bytes) -> int:
@@ -77,7 +77,7 @@ class ByCtypes:
     @staticmethod
     def backward_wait(handle: int, timeout_ns: int) -> int:
         """0, or PENDING."""
-        return _wait(lib.syncbn_backward_wait, handle, timeout_ns)
+        return _library.call(lib.syncbn_backward_wait, handle, timeout_ns)
 
     @staticmethod
     def backward_finish(handle: int, inputs: bytes, outputs: bytes) -> int:
@@ -93,14 +93,6 @@ class ByCtypes:
     def has_log() -> int:
         """1 if the library has something to say, which `deliver_log` gives to the logger."""
         return int(lib.syncbn_log_take(None, 0))
-
-
-def _wait(function: Any, handle: int, timeout_ns: int) -> int:
-    error = c_void_p()
-    code = int(function(handle, timeout_ns, ctypes.byref(error)))
-    if code not in (0, _library.PENDING):
-        _raise(code, error.value or 0)
-    return code
 
 
 def _raise(code: int, error: int) -> None:

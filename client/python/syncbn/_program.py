@@ -16,7 +16,7 @@ from typing import Any, List, Optional
 import syncbn
 from syncbn import _arguments, _master_process, _variables
 
-# What the library reads by itself, or syncbn.Master.
+# Variables that the library reads by itself, or syncbn.Master.
 _READ_ELSEWHERE = {"SYNCBN_TOKEN", "SYNCBN_INSPECTION_TOKEN", "SYNCBN_SHARED_MEMORY", "SYNCBN_SHARED_MEMORY_DIR"}
 _LOOK_SECONDS = 0.5
 _WORDS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}

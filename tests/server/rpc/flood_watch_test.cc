@@ -1,4 +1,5 @@
-// Who is taken for a flood, by the CPU time that the loop's thread spends in gRPC and the bytes that move meanwhile.
+// Connections that are taken for a flood, by the CPU time that the loop's thread spends in gRPC and the bytes that move
+// meanwhile.
 
 #include "server/rpc/flood_watch.h"
 

@@ -23,7 +23,7 @@ class UnfinishedFramesTest : public ::testing::Test {
     connections_.FramesOf(pair.peer())->Add(bytes);
   }
 
-  // What has begun at one check is overdue at the next.
+  // Frames that have begun at one check are overdue at the next.
   Connections connections_{1024, 0, kMostUnfinished, absl::ZeroDuration()};
   Loopback loopback_{&connections_};
 };

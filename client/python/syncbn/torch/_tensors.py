@@ -92,7 +92,7 @@ def _check_supported(x: torch.Tensor) -> None:
         raise UnsupportedTensor(text + _ADVICE)
 
 
-# What `at_sight` returns: whether x's channels are innermost, the members of a struct Tensor for x, and those of the
+# The result of `at_sight`: whether x's channels are innermost, the members of a struct Tensor for x, and those of the
 # structs Vector for the other tensors, one after the other.
 Sight = Tuple[bool, Tuple[int, ...], Tuple[int, ...]]
 
