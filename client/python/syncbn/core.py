@@ -1,20 +1,16 @@
 """Workers: members of a group. Masters and rounds are in modules of their own, and here under their public names."""
 
-import atexit
-import contextlib
 import ctypes
 import logging
 import os
-import sys
 import threading
 import warnings
-import weakref
 from types import TracebackType
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Type
+from typing import Any, Dict, List, Optional, Set, Tuple, Type
 
 import numpy as np
 
-from syncbn import _arguments, _forks, _library, _master, _meeting, _places, _rounds, _settings, _signals, _stats, errors
+from syncbn import _arguments, _forks, _library, _meeting, _open, _places, _rounds, _settings, _signals, _stats, errors
 from syncbn._library import call, create, lib, text
 from syncbn._master import Master
 from syncbn._rounds import GradientSums, Moments, Round, wait
@@ -23,6 +19,7 @@ from syncbn._stats import LayerStats, Stats
 __all__ = ["GradientSums", "LayerStats", "Master", "Moments", "Round", "Stats", "Worker", "default_worker", "wait"]
 
 _logger = logging.getLogger("syncbn")
+_find_worker = _open.find  # Models that earlier versions have pickled name it.
 _BACKWARD_ROLES = {
     True: _library.BACKWARD_REQUIRED,
     None: _library.BACKWARD_IF_REQUIRED,
@@ -192,11 +189,10 @@ class Worker:
             if settings.target is None:
                 self._meeting = settings.meet()
             self.target = settings.target
-            with _joins():
+            with _open.joining():
                 self._options = settings.options()  # The library may call a function that they point to.
                 self._handle = _join(self._options)
-                with _open_lock:
-                    _open_workers.append(weakref.ref(self))
+                _open.add(self)
             if self._meeting is not None:
                 self._meeting.joined()
         except BaseException:
@@ -351,8 +347,7 @@ class Worker:
         if self._generation != _forks.here.generation:  # Its locks may be as another thread held them at the fork.
             self._handle = self._meeting = None
             return
-        with _open_lock:
-            _open_workers[:] = [reference for reference in _open_workers if reference() not in (None, self)]
+        _open.remove(self)
         with self._idle:
             handle, self._handle = self._handle, None
         if handle is not None:
@@ -422,7 +417,7 @@ class Worker:
         return self
 
     def __reduce__(self) -> Any:
-        return _find_worker, (self.job, self.group, self.rank)
+        return _open.find, (self.job, self.group, self.rank)
 
     # ---- Layers and rounds ----
 
@@ -670,65 +665,17 @@ def _join(options: _library.WorkerOptions) -> int:
     raise outcome[0]
 
 
-_open_lock = threading.RLock()
-_open_workers: List["weakref.ref[Worker]"] = []
-_joining = 0  # Workers that are being made.
-
-
-@contextlib.contextmanager
-def _joins() -> Iterator[None]:
-    """A worker is being made within."""
-    global _joining
-    with _open_lock:
-        _joining += 1
-    try:
-        yield
-    finally:
-        with _open_lock:
-            _joining -= 1
-
-
-def _all_open() -> List[Worker]:
-    """In the order in which they were made."""
-    with _open_lock:
-        return [worker for worker in (reference() for reference in _open_workers) if worker is not None]
-
-
-@atexit.register
-def _close_all() -> None:
-    """Closes what the program left open, while the interpreter is still whole; without a leave, as the program did."""
-    workers = _all_open()
-    failed = getattr(sys, "last_type", None) is not None or getattr(sys, "last_exc", None) is not None
-    for worker in workers:
-        worker._close()
-    for worker in workers:
-        worker._end_meeting(wait=not failed)  # Other workers may still be in a round that this one has the result of.
-    for master in _master.all_open():
-        master.shutdown(grace=0.0)
+_environment_lock = threading.Lock()
+_environment_worker: Optional[Worker] = None  # Kept open until the process ends.
 
 
 def _after_fork() -> None:
-    """In a forked child: its parent's workers are not its own, and locks may be as other threads held them."""
-    global _open_lock, _environment_lock, _joining
-    if _joining or any(reference() is not None for reference in _open_workers):
-        _forks.mark()
-    _open_lock, _environment_lock, _joining = threading.RLock(), threading.Lock(), 0
-    _open_workers.clear()
+    """In a forked child: the lock may be as another thread held it."""
+    global _environment_lock
+    _environment_lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _find_worker(job: str, group: str, rank: int) -> Optional[Worker]:
-    """The open worker of that name in this process, else None: its user falls back to `default_worker`."""
-    for worker in reversed(_all_open()):
-        if (worker.job, worker.group, worker.rank) == (job, group, rank):
-            return worker
-    return None
-
-
-_environment_lock = threading.Lock()
-_environment_worker: Optional[Worker] = None  # Kept open until the process ends.
 
 
 def default_worker() -> Worker:
@@ -745,7 +692,7 @@ def default_worker() -> Worker:
         outdated = _environment_worker
         if outdated is not None and not outdated.closed and _places.is_outdated(outdated._launch):
             outdated.leave("torch.distributed has been initialized anew")
-        workers = _all_open()
+        workers = _open.workers()
         own = [worker for worker in workers if worker._thread == threading.get_ident()]
         if own:
             return own[-1]
