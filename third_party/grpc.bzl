@@ -1,4 +1,4 @@
-"""How gRPC and what it needs are linked."""
+"""The linking of gRPC and of what it needs."""
 
 # In link order.
 ABSL_LIBRARIES = [

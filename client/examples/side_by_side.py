@@ -1,4 +1,4 @@
-"""What the gallery's examples without a launcher share: workers with uneven batches beside one process on the whole batch.
+"""Common part of the gallery's examples without a launcher: uneven workers beside one process on the whole batch.
 
 An example calls `run` with its training: the same function for a worker, with its part of every batch, and for the whole.
 """

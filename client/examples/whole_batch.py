@@ -1,4 +1,4 @@
-"""What the gallery's examples share: a task with uneven batches, and the same training by one process on the whole batch.
+"""Common part of the gallery's examples: a task with uneven batches, and its training by one process on the whole batch.
 
 An example trains `make_model()` in its framework, each worker on its part of every batch, and ends with `compare`.
 """

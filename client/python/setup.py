@@ -18,7 +18,7 @@ _HERE = pathlib.Path(__file__).resolve().parent
 
 
 def version() -> str:
-    """That of the file beside this one, where tools/build_wheel puts it, or at the root of the source tree."""
+    """The content of the file beside this one, where tools/build_wheel puts it, or at the root of the source tree."""
     for folder in (_HERE, _HERE.parents[1]):
         if (folder / "VERSION").is_file():
             return (folder / "VERSION").read_text().strip()

@@ -20,7 +20,7 @@ def stop(child: int) -> None:
 
 @pytest.fixture(params=["shared memory", "gRPC"], autouse=True)
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the workers of a test speak to its master."""
+    """The way in which the workers of a test speak to its master."""
     monkeypatch.setenv("SYNCBN_SHARED_MEMORY", "" if request.param == "shared memory" else "off")
     return request.param
 

@@ -1,4 +1,4 @@
-"""Who may join and who may look, of syncbn-master as a process: tokens, certificates, and grpcurl with a token."""
+"""Strangers who join or look, refused by syncbn-master as a process: tokens, certificates, and grpcurl with a token."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""What the launcher and the training processes agree on, whichever front they train with."""
+"""The task that the launcher and the training processes agree on, whichever front they train with."""
 
 import argparse
 import pathlib

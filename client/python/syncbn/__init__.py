@@ -64,5 +64,5 @@ __version__ = str(_lib.syncbn_version().decode())
 
 
 def build_info() -> str:
-    """What the library runs on: "cpu=AVX2 cuda=no"."""
+    """Names what the library runs on: "cpu=AVX2 cuda=no"."""
     return str(_lib.syncbn_build_info().decode())

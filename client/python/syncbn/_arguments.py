@@ -86,7 +86,7 @@ def seconds(name: str, value: Any, *, zero: bool = True) -> float:
 
 
 def patience(name: str, value: Any) -> Optional[float]:
-    """How long to wait: a length of time; None, or infinity, is without a limit."""
+    """The longest wait, in seconds; None, or infinity, is without a limit."""
     if value is None or (isinstance(value, float) and value == math.inf):
         return None
     return seconds(name, value)

@@ -51,7 +51,7 @@ _is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)((
 
 
 class _Owner:
-    """What NumPy makes an array of, and keeps as the array's base."""
+    """Memory that NumPy makes an array of, and keeps as the array's base."""
 
     def __init__(self, capsule: Any, interface: Any) -> None:
         self.capsule = capsule

@@ -80,7 +80,7 @@ def generation() -> int:
 
 def generation_of(restart: int) -> int:
     """The generation of a restart, of number 0 .. 2**32 - 1, by the launcher that Slurm has started."""
-    # When Slurm requeues a job, the launcher within it counts its restarts from 0 again.
+    # The launcher within a job that Slurm requeues counts its restarts from 0 again.
     return ((integer("SLURM_RESTART_COUNT", 0, 2**31 - 1) or 0) << 32) + restart
 
 

@@ -101,7 +101,7 @@ def addend(z: Any, x: Any) -> Any:
 
 
 def activation_of(activation: Any) -> bool:
-    """Whether it is a ReLU."""
+    """Returns whether it is a ReLU."""
     if activation not in (None, "relu"):
         raise ValueError(f'activation is None or "relu", not {activation!r}')
     return activation == "relu"

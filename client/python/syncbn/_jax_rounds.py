@@ -66,7 +66,7 @@ def _on_host(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Layer(NamedTuple):
-    """What is constant in a trace."""
+    """The constants of a trace."""
 
     worker: Worker
     name: str
@@ -103,7 +103,7 @@ class Layer(NamedTuple):
 
 
 class _Named:
-    """What a worker knows of a layer's name."""
+    """A worker's knowledge of a layer's name."""
 
     def __init__(self) -> None:
         self.channels = 0
@@ -142,7 +142,7 @@ class _Awaited:
             self._named(layer).awaited.add(sequence)
 
     def take(self, layer: Layer, sequence: int) -> bool:
-        """Whether it was there; it is not any more."""
+        """Takes it away. Returns whether it was there."""
         with self._lock:
             awaited = self._named(layer).awaited
             found = sequence in awaited

@@ -74,7 +74,7 @@ def local_moments(layer: Layer, x: Any, mask: Any) -> Local:
 
 
 def _number(local: Local) -> Any:
-    """How many values count in each channel."""
+    """The number of values that count in each channel."""
     return local.positions if local.counted is None else local.counted.astype(local.mean.dtype)
 
 
@@ -82,7 +82,7 @@ def _number(local: Local) -> Any:
 
 
 class Statistics(NamedTuple):
-    """What a forward round brought."""
+    """The result of a forward round."""
 
     mean: Any
     """[C], and with `rest` longer than its type."""

@@ -306,7 +306,7 @@ def library_path() -> pathlib.Path:
 
 
 def _load_mode() -> int:
-    """How to bind the library's symbols: to its own gRPC, protobuf and Abseil, whatever else the process has.
+    """The mode of binding the library's symbols: to its own gRPC, protobuf and Abseil, whatever else the process has.
 
     TensorFlow loads its own copies of them for everyone (RTLD_GLOBAL), of other versions under the same names. But what
     is preloaded wants to be bound first: an allocator that replaces malloc, or a sanitizer.

@@ -23,7 +23,7 @@ UNAVAILABLE = 14
 
 
 def start_time(pid: int) -> Optional[str]:
-    """What tells a process from a later one of the same number; None if it has ended."""
+    """The start of a process, which tells it from a later one of the same number; None if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()

@@ -74,7 +74,7 @@ def in_process_group(group: Any) -> Place:
 
 
 def is_outdated(identity: Any) -> bool:
-    """Whether the process group of a place has given way to another one. One that has only ended may still be used."""
+    """Returns whether the process group of a place has given way to another. One that has only ended may still be used."""
     if identity is None:
         return False
     distributed = _boards.torch_distributed()

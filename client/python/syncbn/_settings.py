@@ -225,7 +225,7 @@ def _seconds(name: str, given: Any, default: Optional[float], *, zero: bool = Tr
 
 
 def _on_worker_lost(given: Any, min_workers: Optional[int]) -> str:
-    """What rounds do that lack a worker that is lost: "fail", "wait" or "proceed", which min_workers stands for."""
+    """The end of rounds that lack a lost worker: "fail", "wait" or "proceed", which min_workers stands for."""
     proceeds = min_workers is not None
     found = _first(given, lambda: _environment.text("SYNCBN_ON_WORKER_LOST"), "proceed" if proceeds else "fail")
     if found not in _MISSING_POLICIES:

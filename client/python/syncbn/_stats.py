@@ -1,4 +1,4 @@
-"""What a worker's rounds have cost: `Worker.stats`."""
+"""The cost of a worker's rounds: `Worker.stats`."""
 
 import math
 import threading
@@ -24,7 +24,7 @@ class LayerStats(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What the rounds of a worker have cost its calling threads. `str` and a notebook show a table.
+    """The cost of a worker's rounds to its calling threads. `str` and a notebook show a table.
 
     A round counts once its outcome is known to this worker. The time of a round is what its threads have waited: for other
     workers, for the master and for the network. CUDA streams that wait instead of a thread are not counted.

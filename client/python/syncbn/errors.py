@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions.
+"""Failures, as exceptions.
 
 Every failure that the library reports is a `syncbn.Error`. Those that the protocol lists (PROTOCOL.md, section 9) have the
 subclass of their code; reasons that programs treat apart from their code have a class of their own below it. A code of
@@ -112,7 +112,7 @@ class ResourceExhausted(Error):
 
 
 class AlreadyExists(Error):
-    """What the call would make exists: see `reason`, which is "PAYLOAD_CHANGED" for a sequence that has been used."""
+    """An object that the call would make exists: see `reason`, which is "PAYLOAD_CHANGED" for a sequence that has been used."""
 
 
 class RankTaken(AlreadyExists):

@@ -42,7 +42,7 @@ def worker(master, request):
 
 
 def sequence_after(worker, layer="bn"):
-    """How many rounds the layer has had."""
+    """The number of rounds that the layer has had."""
     return worker.synchronize(layer, 2, np.zeros(C), np.ones(C)).sequence
 
 

@@ -115,7 +115,7 @@ with syncbn.Worker() as worker:
 
 @pytest.mark.parametrize("token", [None, TOKEN])
 def test_the_master_that_a_worker_starts_by_itself(token, monkeypatch):
-    """Where its token is drawn, nobody knows it: then readers need none."""
+    """Readers need no token where it was drawn at random, since nobody knows it."""
     monkeypatch.setenv("SYNCBN_HTTP_ADDRESS", "127.0.0.1:0")
     if token:
         monkeypatch.setenv("SYNCBN_TOKEN", token)

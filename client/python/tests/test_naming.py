@@ -163,7 +163,7 @@ def test_numbers_of_two_threads_do_not_meet_in_one_worker(master):
 
 
 def test_workers_that_built_different_models_are_told(group):
-    """If one worker has made a layer more than the other, neither waits: both get an error."""
+    """Neither waits for the other, of which one has made a layer more: both get an error."""
 
     def run(worker):
         if worker.rank == 0:

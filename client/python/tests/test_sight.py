@@ -1,4 +1,4 @@
-"""What a layer sees of its tensors at sight, and what changes between its steps. The oracles are the close look, and
+"""Tensors as a layer sees them at sight, and changes between its steps. The oracles are the close look, and
 torch's own layer in float64 under the same changes."""
 
 import pytest

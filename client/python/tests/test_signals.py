@@ -48,7 +48,7 @@ with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=
 
 @pytest.mark.parametrize("order, times", [("gated", 3), ("free", TIMES)])
 def test_a_wait_hears_ctrl_c(order, times):
-    """If gated, the wait begins after the signal has come, and before the main thread has answered it."""
+    """A gated wait begins after the signal has come, and before the main thread has answered it."""
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, order, str(times)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

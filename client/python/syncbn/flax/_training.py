@@ -1,4 +1,4 @@
-"""What the layers of Linen and of NNX have in common in training."""
+"""Training, as far as the layers of Linen and of NNX have it in common."""
 
 from typing import Any, Optional, Tuple
 
