@@ -23,19 +23,35 @@ bazel_quietly() {
   bazel "$command" --noshow_progress --ui_event_filters=-info,-debug,-stdout "$@" >&2
 }
 
+# make_once FOLDER STAMP WHAT COMMAND ARGS...: makes an environment by the command, unless that is done; another STAMP is
+# another environment. Whoever else wants it in the meantime waits.
+make_once() {
+  local folder=$1 complete=$1/.complete-$2 what=$3
+  shift 3
+  [[ -f $complete ]] && return
+  mkdir -p "$(dirname "$folder")"
+  (
+    flock 9
+    [[ -f $complete ]] && exit
+    say "Making an environment with $what (PyPI)"
+    rm -rf "$folder"
+    "$@"
+    touch "$complete"
+  ) 9>"$folder.lock"
+}
+
+install_venv() {
+  local folder=$1
+  shift
+  "$PYTHON" -m venv "$folder"
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
 # make_venv NAME PACKAGE...: an environment of $PYTHON with just these packages, made once.
 make_venv() {
   local folder=$SYNCBN_DEPS/venvs/$1
   shift
-  local complete
-  complete=$folder/.complete-$(tr ' ' - <<<"$*")
-  [[ -f $complete ]] && return
-  say "Making an environment with $* (PyPI)"
-  rm -rf "$folder"
-  mkdir -p "$SYNCBN_DEPS/venvs"
-  "$PYTHON" -m venv "$folder"
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
-  touch "$complete"
+  make_once "$folder" "$(tr ' ' - <<<"$*")" "$*" install_venv "$folder" "$@"
 }
 
 # Current versions of the frameworks, which several tests share.
@@ -52,6 +68,14 @@ make_overlay() {
   "$python" -m venv --without-pip "$2"
   "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
     >"$("$2/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth"
+}
+
+# install_overlay FOLDER PIP_ARGS...: an environment on top of the current versions of the frameworks.
+install_overlay() {
+  local folder=$1
+  shift
+  make_overlay current "$folder"
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 
 ensure_deps() {

@@ -5,6 +5,7 @@ import pathlib
 import re
 import stat
 import subprocess
+import time
 from typing import Dict, List
 
 import pytest
@@ -134,3 +135,44 @@ def test_a_fingerprint_changes_with_whatever_a_test_may_depend_on(tmp_path: path
         seen.append(fingerprint())
     seen.append(fingerprint(SYNCBN_SHARED_MEMORY="off"))
     assert len(set(seen)) == len(seen)
+
+
+def script(path: pathlib.Path, text: str) -> None:
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+
+
+def test_an_environment_is_made_once_by_whoever_comes_first(tmp_path: pathlib.Path) -> None:
+    """Two that start while it is absent would remove each other's."""
+    made, waiting, gate = tmp_path / "made", tmp_path / "waiting", tmp_path / "gate"
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    os.mkfifo(gate)
+    # An interpreter whose environment is complete once something stands in the pipe.
+    install = f'mkdir -p "$3/bin" && ln -s /bin/true "$3/bin/python" && echo "$3" >>"{made}" && read line <"{gate}"\n'
+    script(folder / "python3", install)
+    script(folder / "flock", f'echo >>"{waiting}"\nexec /usr/bin/flock "$@"\n')
+    environment = dict(os.environ, SYNCBN_DEPS=str(tmp_path / "deps"), SYNCBN_PYTHON=str(folder / "python3"))
+    environment["PATH"] = f"{folder}:{os.environ['PATH']}"
+    lines = lambda path: len(path.read_text().splitlines()) if path.exists() else 0  # noqa: E731
+
+    def start() -> "subprocess.Popen[str]":
+        command = ["bash", "-c", "source tools/lib.sh; make_venv some package==1"]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def until(*paths: pathlib.Path, count: int) -> None:
+        while all(lines(path) < count for path in paths) and all(process.poll() is None for process in processes):
+            time.sleep(0.01)
+
+    processes = [start()]
+    try:
+        until(made, count=1)
+        processes.append(start())
+        until(made, waiting, count=2)
+        gate.write_text("\n")
+        ended = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], ended
+    assert lines(made) == 1, made.read_text()
