@@ -27,7 +27,8 @@ class Outputs(NamedTuple):
     y: torch.Tensor
     vectors: Tuple[int, ...]  # The members of four structs Vector: weight, bias, and the running statistics to be updated.
     own: Tuple[Optional[torch.Tensor], ...]  # These four if `readable` has made them, to be kept for as long; else empty.
-    running_mean: Optional[torch.Tensor]  # Those to be updated, if any.
+    tracked: bool  # The batch is counted, whether or not there are running statistics to be updated.
+    running_mean: Optional[torch.Tensor]
     running_var: Optional[torch.Tensor]
     # As in a Step.
     count_batch: Callable[[], Optional[float]]
@@ -110,7 +111,7 @@ class Pass:
         own_z = None if z is None else _tensors.readable_as(z, self.channels_last)
         z_at = 0 if own_z is None else _tensors.address(own_z, self.channels_last) or 0
         rest = (z_at, gate is not None, 0 if gate is None else gate.data_ptr(), outputs.y.data_ptr(), *self.members[1:])
-        if outputs.running_mean is None:
+        if not outputs.tracked:
             self.wait()
         else:
             momentum, batches = self._count(outputs)

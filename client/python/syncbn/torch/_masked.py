@@ -263,7 +263,7 @@ def forward(layer: Any, x: torch.Tensor, mask: Any) -> torch.Tensor:
     counts = positions(mask, x)
     if layer.training:
         return _train(layer, x, counts)
-    if layer.running_mean is not None and layer.running_var is not None:
+    if layer.running_mean is not None or layer.running_var is not None:
         evaluated: torch.Tensor = layer._evaluate(x, layer.running_mean, layer.running_var)
         return evaluated
     count, mean, m2 = local_moments(x, counts)

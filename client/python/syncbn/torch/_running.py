@@ -24,16 +24,16 @@ def update(layer: Any, count: int, mean: np.ndarray, var: np.ndarray) -> None:
     """Updates in float64 and rounds once, as the library does.
 
     Args:
-      layer: a SyncBatchNorm, which may keep none.
+      layer: a SyncBatchNorm, which may keep none, or one of the two; the batch is counted nevertheless.
       count: values in each channel, over all workers. 0: nothing changes.
       mean, var: the merged ones, var biased.
     """
-    if not layer.track_running_stats or layer.running_mean is None or count == 0:
+    if not layer.track_running_stats or count == 0:
         return
     observed = _passes.observed_variance(count, var, layer.biased_running_variance)
     rate = count_batch(layer)
     with torch.no_grad():
         for running, new in ((layer.running_mean, mean), (layer.running_var, observed)):
-            if new is not None:
+            if running is not None and new is not None:
                 wide = running.double() * (1 - rate) + torch.from_numpy(new).to(running.device) * rate
                 running.copy_(_tensors.rounded(wide, running.dtype))

@@ -122,7 +122,7 @@ class _Answers(TorchFunctionMode):
             self._in_own_forward = False
 
     def _step(self, call: _Call) -> _synchronized.Step:
-        self._to_be_counted = call.running_mean is not None
+        self._to_be_counted = True
 
         def count_batch() -> float:
             self._counted = True
@@ -138,6 +138,7 @@ class _Answers(TorchFunctionMode):
             call.running_mean,
             call.running_var,
             call.eps,
+            True,
             count_batch,
             uncount_batch,
             self._tracked_batches,

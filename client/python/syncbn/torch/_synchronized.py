@@ -36,21 +36,22 @@ class Step:
         running_mean: Optional[torch.Tensor],
         running_var: Optional[torch.Tensor],
         eps: float,
+        tracked: bool,
         count_batch: Callable[[], Optional[float]],
         uncount_batch: Callable[[], None],
         batches: Callable[[], Optional[torch.Tensor]],
         z: Optional[torch.Tensor] = None,
         relu: bool = False,
     ) -> None:
-        """The running statistics are those to be updated, if any. `count_batch` is called before they are: it returns the
-        new values' weight, or None for 1 / the number of batches; and `uncount_batch` if they are not, after all.
-        `batches` returns the number, if it is kept and counts what `count_batch` counts. z is added to the result, and
-        then `relu` applied to it.
+        """The running statistics are those to be updated, if any. Where the step is `tracked`, `count_batch` is called before
+        they are, also if there are none, as in torch: it returns the new values' weight, or None for 1 / the number of
+        batches; and `uncount_batch` if the batch is not taken, after all. `batches` returns the number, if it is kept and
+        counts what `count_batch` counts. z is added to the result, and then `relu` applied to it.
         """
         self.module = module
         self.weight, self.bias = weight, bias
         self.running_mean, self.running_var = running_mean, running_var
-        self.track_running_stats = running_mean is not None
+        self.track_running_stats = tracked
         self.eps = eps
         self.z, self.relu = z, relu
         self._count_batch, self._uncount_batch, self._tracked_batches = count_batch, uncount_batch, batches
@@ -200,7 +201,7 @@ class Synchronized(torch.nn.Module):
         packed = _library.TENSOR.pack(*members)
         execution = _tensors.execution(x)
         forward_pass = checkpoint.replay(self) if checkpoint.active else None
-        update = forward_pass is None and step.running_mean is not None
+        update = forward_pass is None and step.track_running_stats
         if forward_pass is None:
             forward_pass = self._begin_round(x, packed, execution, step, checkpoint.gradient_follows)
         forms, vectors, own = self._vectors(x, step, sight, update)
@@ -210,7 +211,7 @@ class Synchronized(torch.nn.Module):
             checkpoint.record(self, forward_pass)
         running = (step.running_mean, step.running_var) if update else (None, None)
         outputs = _functions.Outputs(
-            y, vectors, own, *running, step._count_batch, step._uncount_batch, step._tracked_batches
+            y, vectors, own, update, *running, step._count_batch, step._uncount_batch, step._tracked_batches
         )
         anchor = self._anchor(x, step, made)
         return _functions.Normalize.apply(x, step.weight, step.bias, step.z, anchor, made, outputs)

@@ -71,7 +71,7 @@ def batch_norm(
     _synchronized.check_options(worker, "add", numeric)
     caller = _caller(worker, layer)
     caller.momentum, caller.numeric = momentum, numeric
-    rest = (eps, lambda: momentum, lambda: None, lambda: None)
+    rest = (eps, True, lambda: momentum, lambda: None, lambda: None)
     step = _synchronized.Step(caller, weight, bias, running_mean, running_var, *rest)
     return _normalize(caller, input, step)
 

@@ -53,7 +53,8 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
     Args:
       num_features: C.
       eps, momentum, affine, track_running_stats, device, dtype, bias: as in torch.nn.SyncBatchNorm. momentum None: the
-        cumulative average. bias False: a weight without a bias, in any version of torch.
+        cumulative average. bias False: a weight without a bias, in any version of torch. An eps below 0 is refused in
+        training, where a channel's variance plus eps could be negative; 0 is taken, which newer versions of torch refuse.
       process_group: must be None; the group is the worker's.
       worker: default `syncbn.default_worker()`, at the time of the call.
       eps_mode: "add": invstd = 1/sqrt(var + eps). "clamp": 1/sqrt(max(var, eps)) in training; evaluation adds.
@@ -68,7 +69,8 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
 
     Training needs a worker, and every worker of the group has to run the layer: a batch may be empty. Evaluation is
     local. A global batch of a single value for each channel raises ValueError at every worker, as in
-    torch.nn.BatchNorm. A global batch without any value changes no state.
+    torch.nn.BatchNorm. A global batch without any value changes no state. Where a running statistic is None, or
+    `num_batches_tracked`, the others go on, as in torch.nn.BatchNorm of any version.
     """
 
     # The class of a layer that was never anything else, once a conversion is undone.
@@ -152,7 +154,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
             normalized: torch.Tensor = _train(self, input, z)
             return normalized
         _synchronized.check_addend(input, z)
-        if self.running_mean is None or self.running_var is None:
+        if self.running_mean is None and self.running_var is None:
             evaluated = self._normalize_alone(input)
         else:
             evaluated = self._evaluate(input, self.running_mean, self.running_var)
@@ -160,7 +162,8 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
 
     # ---- Evaluation ----
 
-    def _evaluate(self, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+    def _evaluate(self, x: torch.Tensor, mean: Optional[torch.Tensor], var: Optional[torch.Tensor]) -> torch.Tensor:
+        """torch refuses a single one of the two."""
         return _evaluation.batch_norm(x, mean, var, self.weight, self.bias, False, self.eps)
 
     def _normalize_alone(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,6 +188,7 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
             mean,
             var,
             self.eps,
+            self.track_running_stats,
             self._count_batch,
             self._uncount_batch,
             self._tracked_batches,
