@@ -7,10 +7,11 @@ Moments and gradient sums are reduced on the device. Only those vectors go to th
 float64 gets through without jax_enable_x64, as pairs of float32.
 
 One process is one worker, on one device. An array that jit spreads over several devices of the process is one batch.
-pmap, shard_map over more than one device, jax.checkpoint and forward mode are refused, by JAX or here: there, rounds
-would have no order, or no partner at the other workers. One forward pass may be gone back through several times
-(jax.vjp, jax.jacrev), and derivatives be differentiated again, if all workers do it, and, for derivatives of
-derivatives, are of JAX.
+pmap, shard_map over more than one device and forward mode are refused: there, rounds would have no order, or no partner
+at the other workers. Under jax.checkpoint, a round is not repeated: what came back from the workers is kept, whatever the
+policy, as are the results of the program's own ordered io_callbacks. One forward pass may be gone back through several
+times (jax.vjp, jax.jacrev), and derivatives be differentiated again, in either mode, if all workers do it, and, for
+derivatives of derivatives, are of JAX.
 
 Under vmap, each element is a call of its own, which meets the same element of the other workers: an ensemble of models,
 for example. An axis that is the batch itself, as in Equinox, is named: `jax.vmap(model, axis_name="batch")` and
@@ -30,7 +31,7 @@ from typing import Any, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 import jax
 import jax.numpy as jnp
 
-from syncbn import _arguments, _jax_arguments, _jax_rounds, _jax_statistics, _library
+from syncbn import _arguments, _jax_arguments, _jax_modes, _jax_rounds, _jax_statistics, _library
 from syncbn._jax_rounds import Layer, typed_errors
 from syncbn._jax_statistics import Statistics, counted, over_batch_axes, reduced, spread, wide_type
 from syncbn.core import Worker, default_worker
@@ -214,7 +215,7 @@ def sync_batch_norm(
     Under grad, every worker of the group has to differentiate, since each forward round then has a backward round.
 
     Raises:
-      TypeError: for x, scale, bias or statistics that are not of a real floating type.
+      TypeError: for x, scale, bias or statistics that are not of a real floating type; in forward mode.
       ValueError: under pmap and shard_map; for shapes and numbers that do not fit; where the global batch has a
         single value for each channel; where all masks leave no position.
       NameError: for an `axis_name` that no vmap binds.
@@ -254,7 +255,8 @@ def sync_batch_norm(
         normalizes=True,
     )
     _refuse_several_devices(axis_name)
-    y, found = _normalize(constants, _jax_statistics.varied(constants, x), scale, bias, positions, faults)
+    x, scale, bias = _jax_modes.reverse_only(_jax_statistics.varied(constants, x), scale, bias)
+    y, found = _normalize(constants, x, scale, bias, positions, faults)
     new = None if kept is None else _update(kept, found, momentum, biased_running_variance)
     return _activated(y, addend, relu, x.dtype), new
 
@@ -290,7 +292,7 @@ def moments(
       any number of times. NaN where no worker has a value.
 
     Raises:
-      TypeError: for x that is not of a real floating type, and arguments of other types.
+      TypeError: for x that is not of a real floating type, and arguments of other types; in forward mode.
       ValueError: under pmap and shard_map; for axes that x has not; for a mask that does not fit.
       NameError: for an `axis_name` that no vmap binds.
       syncbn.Error: what a round fails with, in `typed_errors`; a RuntimeError of JAX's outside.
@@ -312,7 +314,8 @@ def moments(
         worker or default_worker(), layer, channels, 0.0, "add", 0.1, "refuse", False, 1, _names(axis_name), normalizes=False
     )
     _refuse_several_devices(axis_name)
-    local = _jax_statistics.local_moments(constants, _jax_statistics.varied(constants, values), counts)
+    (values,) = _jax_modes.reverse_only(_jax_statistics.varied(constants, values))
+    local = _jax_statistics.local_moments(constants, values, counts)
     found = _jax_statistics.moments(constants, local, faults)
     if keepdims:
         shape = tuple(1 if axis in over else size for axis, size in enumerate(x.shape))

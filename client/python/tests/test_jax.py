@@ -277,16 +277,6 @@ def test_a_loop_in_the_program(master):
     np.testing.assert_allclose(together, one_by_one, rtol=1e-6, atol=1e-7)
 
 
-def test_forward_mode_and_checkpoints_are_refused(master):
-    with syncbn.Worker(master.target, "jax refusals", 0, 1) as worker:
-        total = lambda v: (sync.sync_batch_norm(v, layer="bn", worker=worker)[0] ** 3).sum()
-        x = jnp.arange(6.0).reshape(3, 2)
-        with pytest.raises(TypeError, match="jvp"):
-            jax.jvp(total, (x,), (x,))
-        with pytest.raises(NotImplementedError, match="checkpoint"):
-            jax.grad(jax.checkpoint(total))(x)
-
-
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_an_error_of_a_round_is_typed(master, compiled, phase):
