@@ -20,6 +20,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
+#include "plumbing/pem.h"
 
 namespace syncbn {
 namespace {
@@ -120,14 +121,14 @@ absl::Status MakeSelfSignedCertificate(const std::string& host, const std::strin
 }
 
 absl::StatusOr<std::string> CertificateFingerprint(const std::string& cert_file) {
-  const BioPointer file(BIO_new_file(cert_file.c_str(), "r"), BIO_free);
-  const CertificatePointer certificate(
-      file == nullptr ? nullptr : PEM_read_bio_X509(file.get(), nullptr, nullptr, nullptr), X509_free);
+  const auto read = ReadCertificates("certificate", cert_file);
+  if (!read.ok()) return read.status();
+  const BioPointer text(BIO_new_mem_buf(read->pem.data(), static_cast<int>(read->pem.size())), BIO_free);
+  const CertificatePointer certificate(PEM_read_bio_X509(text.get(), nullptr, nullptr, nullptr), X509_free);
   unsigned char digest[EVP_MAX_MD_SIZE];
   unsigned int size = 0;
   if (certificate == nullptr || X509_digest(certificate.get(), EVP_sha256(), digest, &size) != 1) {
-    ERR_clear_error();
-    return absl::InvalidArgumentError(absl::StrCat("cannot read a certificate from \"", cert_file, "\""));
+    return OpenSslFailed("the digest");
   }
   const absl::string_view bytes(reinterpret_cast<const char*>(digest), size);
   return absl::StrJoin(bytes, ":", [](std::string* out, unsigned char byte) {

@@ -23,7 +23,7 @@ absl::Status MakeSelfSignedCertificate(const std::string& host, const std::strin
 
 // Returns the SHA-256 digest of a PEM file's first certificate, as `openssl x509 -fingerprint -sha256` writes it.
 //
-// Errors: INVALID_ARGUMENT, naming the file, if it cannot be read or has no certificate.
+// Errors: those of ReadCertificates; INTERNAL where OpenSSL fails.
 absl::StatusOr<std::string> CertificateFingerprint(const std::string& cert_file);
 
 }  // namespace syncbn

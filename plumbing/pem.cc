@@ -5,17 +5,14 @@
 #include <openssl/pem.h>
 #include <openssl/x509.h>
 
-#include <cerrno>
-#include <cstring>
+#include <cstddef>
 #include <ctime>
-#include <fstream>
 #include <memory>
-#include <sstream>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "plumbing/bounded_file.h"
 
 namespace syncbn {
 namespace {
@@ -28,18 +25,9 @@ absl::Status Unusable(absl::string_view what, const std::string& path, absl::str
   return absl::InvalidArgumentError(absl::StrCat("the ", what, " \"", path, "\" ", why));
 }
 
-absl::StatusOr<std::string> ReadFile(absl::string_view what, const std::string& path) {
-  errno = 0;
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  file.peek();  // A folder can be opened, and not be read.
-  if (file.is_open() && !file.bad() && !file.eof()) text << file.rdbuf();
-  if (!file.is_open() || file.bad()) {
-    const int error = errno;
-    return absl::InvalidArgumentError(absl::StrCat("cannot read the ", what, " \"", path, "\"", error == 0 ? "" : ": ",
-                                                   error == 0 ? "" : absl::AsciiStrToLower(std::strerror(error))));
-  }
-  return text.str();
+absl::StatusOr<std::string> ReadPem(absl::string_view what, const std::string& path) {
+  constexpr size_t kMostBytes = 4 << 20;  // A system's bundle of trusted CAs has a fourteenth part of it.
+  return ReadBoundedFile(what, path, kMostBytes);
 }
 
 BioPointer Reader(const std::string& pem) {
@@ -76,7 +64,7 @@ absl::Time TimeOf(const ASN1_TIME* time) {
 }  // namespace
 
 absl::StatusOr<Certificates> ReadCertificates(absl::string_view what, const std::string& path) {
-  auto pem = ReadFile(what, path);
+  auto pem = ReadPem(what, path);
   if (!pem.ok()) return pem.status();
   const std::vector<X509Pointer> chain = ParseCertificates(*pem);
   if (chain.empty()) return Unusable(what, path, "has no PEM block of a CERTIFICATE, or a bad one");
@@ -87,7 +75,7 @@ absl::StatusOr<Certificates> ReadCertificates(absl::string_view what, const std:
 absl::StatusOr<Identity> ReadIdentity(const std::string& cert_file, const std::string& key_file) {
   auto certificate = ReadCertificates("certificate", cert_file);
   if (!certificate.ok()) return certificate.status();
-  auto key = ReadFile("key", key_file);
+  auto key = ReadPem("key", key_file);
   if (!key.ok()) return key.status();
   const KeyPointer parsed = ParseKey(*key);
   if (parsed == nullptr) {

@@ -4,12 +4,10 @@
 #include <openssl/rand.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <fstream>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "plumbing/bounded_file.h"
 #include "plumbing/check.h"
 
 namespace syncbn {
@@ -26,13 +24,14 @@ absl::Status CheckToken(absl::string_view token) {
 }
 
 absl::StatusOr<std::string> ReadTokenFile(const std::string& path) {
-  std::ifstream file(path);
-  std::string token, rest;
-  if (!std::getline(file, token)) {
-    const std::string reason = file.is_open() ? "it is empty" : absl::AsciiStrToLower(std::strerror(errno));
-    return absl::InvalidArgumentError(absl::StrCat("cannot read a token from \"", path, "\": ", reason));
+  constexpr size_t kMostFileBytes = 4 * kMostTokenBytes;
+  const auto text = ReadBoundedFile("token file", path, kMostFileBytes);
+  if (!text.ok()) return text.status();
+  if (text->empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("cannot read a token from \"", path, "\": it is empty"));
   }
-  if (std::getline(file, rest)) {
+  const std::string token = text->substr(0, text->find('\n'));
+  if (text->size() > token.size() + 1) {
     return absl::InvalidArgumentError(absl::StrCat("the token file \"", path, "\" has more than one line"));
   }
   if (const absl::Status status = CheckToken(token); !status.ok()) {

@@ -11,6 +11,7 @@
 #include <istream>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <utility>
@@ -26,6 +27,7 @@
 #include "absl/strings/strip.h"
 #include "grpcpp/version_info.h"
 #include "plumbing/secret.h"
+#include "server/config_file.h"
 #include "vocabulary/protocol_version.h"
 #include "vocabulary/revision.h"
 #include "vocabulary/version.h"
@@ -37,6 +39,7 @@ namespace {
 constexpr int64_t kMostSeconds = 1000000000;
 // An idle thread of the master gives a sign of life each second, so that less would end one that is well.
 constexpr int64_t kLeastWatchdogSeconds = 5;
+constexpr size_t kMostConfigBytes = 1 << 20;
 constexpr char kVariablePrefix[] = "SYNCBN_";
 
 std::string WithHyphens(absl::string_view name) { return absl::StrReplaceAll(name, {{"_", "-"}}); }
@@ -77,32 +80,45 @@ std::pair<std::string, size_t> Nearest(absl::string_view name, const std::vector
   throw CLI::ValidationError(flag, absl::StrCat("\"", value, "\" is not ", is_not));
 }
 
-// Reads a config file without sections, whose keys are the flags' names. CLI11 would ignore unknown keys.
+// Reads a config file whose keys are the flags' names. CLI11 would ignore unknown keys, close lists that are open, and
+// read a device without an end.
 class StrictConfig final : public CLI::ConfigTOML {
  public:
   explicit StrictConfig(std::vector<std::string> known) : known_(std::move(known)) {}
 
   std::vector<CLI::ConfigItem> from_config(std::istream& input) const override {
-    std::vector<CLI::ConfigItem> items = CLI::ConfigTOML::from_config(input);
-    if (input.bad()) throw CLI::FileError("the config file cannot be read");
-    std::vector<std::string> seen;
-    for (CLI::ConfigItem& item : items) {
-      if (item.name == "++" || item.name == "--") continue;  // A section begins, or ends.
-      const std::string written = item.fullname();
-      item.name = WithHyphens(item.name);
-      if (!item.parents.empty() || std::find(known_.begin(), known_.end(), item.name) == known_.end()) {
-        throw CLI::ConfigError(absl::StrCat("the config file has an unknown key \"", written, "\"; the nearest is \"",
-                                            Nearest(item.name, known_).first, "\""));
+    const auto entries = ParseConfigFile(ReadAll(input));
+    if (!entries.ok()) throw CLI::ConfigError(std::string(entries.status().message()));
+    std::vector<CLI::ConfigItem> items;
+    std::map<std::string, int> lines;
+    for (const ConfigEntry& entry : *entries) {
+      const std::string name = WithHyphens(entry.key);
+      if (std::find(known_.begin(), known_.end(), name) == known_.end()) {
+        throw CLI::ConfigError(absl::StrCat("the config file has an unknown key \"", entry.key, "\" in line ",
+                                            entry.line, "; the nearest is \"", Nearest(name, known_).first, "\""));
       }
-      if (std::find(seen.begin(), seen.end(), item.name) != seen.end()) {
-        throw CLI::ConfigError(absl::StrCat("the config file has the key \"", written, "\" twice"));
+      if (const auto [first, is_new] = lines.emplace(name, entry.line); !is_new) {
+        throw CLI::ConfigError(absl::StrCat("the config file has the key \"", entry.key, "\" twice, in the lines ",
+                                            first->second, " and ", entry.line, "; leave one of them"));
       }
-      seen.push_back(item.name);
+      items.push_back({{}, name, entry.values});
     }
     return items;
   }
 
  private:
+  static std::string ReadAll(std::istream& input) {
+    std::string text(kMostConfigBytes + 1, '\0');
+    input.read(text.data(), static_cast<std::streamsize>(text.size()));
+    if (input.bad()) throw CLI::FileError("the config file cannot be read");
+    text.resize(static_cast<size_t>(input.gcount()));
+    if (text.size() > kMostConfigBytes) {
+      throw CLI::ConfigError(
+          absl::StrCat("the config file is longer than ", kMostConfigBytes, " bytes, the most that are read"));
+    }
+    return text;
+  }
+
   const std::vector<std::string> known_;
 };
 
@@ -471,8 +487,22 @@ std::string OneLine(absl::string_view text) {
   return line;
 }
 
+// Returns what is wrong if CLI11's message is about a flag that has more values than it takes; else an empty text.
+std::string ExplainRepeated(const CLI::App& app, absl::string_view message) {
+  for (const CLI::Option* const option : app.get_options()) {
+    if (option->count() < 2 || !absl::StartsWith(message, absl::StrCat(option->get_name(), ":"))) continue;
+    return absl::StrCat(option->get_name(), " has ", option->count(), " values, \"",
+                        absl::StrJoin(option->results(), "\" and \""), "\", and takes one: give it once");
+  }
+  return "";
+}
+
 std::string Explain(const CLI::App& app, const CLI::ParseError& error, const std::vector<std::string>& names) {
   std::string message = OneLine(error.what());
+  if (dynamic_cast<const CLI::ArgumentMismatch*>(&error) != nullptr) {
+    const std::string repeated = OneLine(ExplainRepeated(app, message));
+    return repeated.empty() ? message : repeated;
+  }
   if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return message;
   for (const std::string& argument : app.remaining()) {
     if (!absl::StartsWith(argument, "--")) continue;

@@ -165,7 +165,10 @@ def test_an_empty_variable_is_none(flag: str) -> None:
         (["stray"], ["stray"]),
         (["--max-workers"], ["--max-workers"]),
         (["--address"], ["--address"]),
-        (["--max-workers", "3", "--max-workers", "4"], ["--max-workers"]),
+        (["--max-workers", "3", "--max-workers", "4"], ['--max-workers has 2 values, "3" and "4", and takes one: give it once']),
+        (["--log-level=info"] * 3, ["--log-level has 3 values", "give it once"]),
+        (["--insecure", "--insecure", "--state-dir=a", "--state-dir=b"], ['--state-dir has 2 values, "a" and "b"']),
+        (["--config-file", "a", "--config-file", "b"], ['--config-file has 2 values, "a" and "b"', "give it once"]),
         (["--insecure=maybe"], ["maybe"]),
         (["--client-cert-auth=maybe"], ["maybe"]),
         (["--config-file", "/no/such/file"], ["/no/such/file"]),
@@ -306,7 +309,7 @@ def test_a_config_file_named_by_its_variable(start: Callable[..., Any], tmp_path
         ("max-worker = 3", "max-worker", "max-workers"),
         ("Max-Workers = 3", "Max-Workers", "max-workers"),
         ("MAX_WORKERS = 3", "MAX_WORKERS", "max-workers"),
-        ("[server]\nmax-workers = 3", "server.max-workers", "max-workers"),
+        ("server.max-workers = 3", "server.max-workers", "max-workers"),
         ("config-file = 'other.toml'", "config-file", ""),
         ("version = true", "version", ""),
         ("nonsense", "nonsense", ""),
@@ -321,7 +324,50 @@ def test_an_unknown_key_is_refused(text: str, key: str, nearest: str, tmp_path: 
 def test_a_key_that_is_given_twice_is_refused(tmp_path: pathlib.Path) -> None:
     config = tmp_path / "master.toml"
     config.write_text("max-workers = 3\nmax_workers = 4\n")
-    expect_refusal(run("--config-file", str(config)), "max_workers", "twice")
+    expect_refusal(run("--config-file", str(config)), "max_workers", "twice, in the lines 1 and 2")
+
+
+def test_a_key_with_two_values_is_refused(tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "master.toml"
+    config.write_text("max-workers = [3, 4]\n")
+    expect_refusal(run("--config-file", str(config)), '--max-workers has 2 values, "3" and "4"')
+    config.write_text("insecure = [true, true]\n")
+    expect_refusal(run("--config-file", str(config)), "insecure")
+
+
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        ("insecure = true\naddress = [127.0.0.1:0\n", "a '[' that no ']' closes, in line 2"),
+        ('insecure = true\naddress = "127.0.0.1:0\n', "a quote that is not closed in line 2"),
+        ("[server]\nmax-workers = 3\n", 'a section, "[server]", in line 1'),
+        ("\n= 3\n", "a value without a key in line 2"),
+    ],
+)
+def test_a_config_file_that_cannot_be_parsed(text: str, wrong: str, tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "master.toml"
+    config.write_text(text)
+    expect_refusal(run("--config-file", str(config)), wrong)
+    expect_refusal(run(SYNCBN_CONFIG_FILE=str(config)), wrong)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "master.toml"
+    config.write_text("max-workers = 0\n", encoding="utf-8-sig")
+    expect_refusal(run("--config-file", str(config)), "--max-workers", '"0" is not a whole number')
+    config.write_text("max-workers = 3\n", encoding="utf-16")
+    expect_refusal(run("--config-file", str(config)), "UTF-8")
+
+
+# Bytes of a file that are read at most, and the flag that it is for.
+_LIMITS = [("config-file", 1 << 20), ("token-file", 4096), ("inspection-token-file", 4096), ("cert-file", 4 << 20)]
+
+
+@pytest.mark.parametrize("flag, limit", _LIMITS)
+def test_a_file_without_an_end_is_refused(flag: str, limit: int, tmp_path: pathlib.Path) -> None:
+    others = [f"--key-file={tmp_path}/key.pem"] if flag == "cert-file" else []
+    expect_refusal(run(f"--{flag}=/dev/zero", *others), f"longer than {limit} bytes, the most that are read")
+    expect_refusal(run(*others, **{variable(flag): "/dev/zero"}), f"longer than {limit} bytes")
 
 
 def test_a_switch_of_a_config_file_is_heeded(tmp_path: pathlib.Path) -> None:

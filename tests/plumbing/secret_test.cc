@@ -60,6 +60,7 @@ TEST(SecretTest, FilesHoldOneToken) {
     EXPECT_THAT(std::string(token.status().message()), HasSubstr(name));
   }
   EXPECT_THAT(std::string(ReadTokenFile("/no/such/file").status().message()), HasSubstr("no such file"));
+  EXPECT_THAT(std::string(ReadTokenFile("/dev/zero").status().message()), HasSubstr("longer than 4096 bytes"));
 }
 
 }  // namespace

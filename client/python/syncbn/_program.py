@@ -28,6 +28,10 @@ def compiled() -> Optional[pathlib.Path]:
     return pathlib.Path(named) if named else None
 
 
+def _variable_of(flag: str) -> str:
+    return "SYNCBN_" + flag.strip("-").replace("-", "_").upper()
+
+
 class _Once(argparse.Action):
     """A flag that is given twice would otherwise lose its first value without a word."""
 
@@ -60,7 +64,12 @@ class _Parser:
 
     def parse(self, arguments: List[str]) -> argparse.Namespace:
         """Ends the program, with 2, for what is no flag, and for variables of flags that this program lacks."""
-        given = self._parser.parse_args(arguments)
+        given, unknown = self._parser.parse_known_args(arguments)
+        for word in unknown:
+            if _variable_of(word.partition("=")[0]) in _variables.OF_MASTERS:
+                self._parser.error(f"{word}: this program has no such flag: the compiled syncbn-master has it")
+        if unknown:
+            self._parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         _variables.warn_of_misspelled()
         for name in sorted(_variables.OF_MASTERS - self._known):
             if os.environ.get(name):
@@ -68,7 +77,7 @@ class _Parser:
         return given
 
     def _variable(self, flag: str) -> Optional[str]:
-        name = "SYNCBN_" + flag.strip("-").replace("-", "_").upper()
+        name = _variable_of(flag)
         self._known.add(name)
         return os.environ.get(name) or None
 

@@ -119,6 +119,8 @@ def test_a_switch_in_the_environment_is_heeded_however_it_is_written(value):
         ({"SYNCBN_TOKEN_FILE": "/a/token"}, "SYNCBN_TOKEN_FILE is set, and this program has no such flag"),
         ({"SYNCBN_STATE_DIR": "/a/folder"}, "SYNCBN_STATE_DIR is set"),
         ({"SYNCBN_EXIT_TIMEOUT": "soon"}, "--exit-timeout"),
+        ({"SYNCBN_CONFIG_FILE": "/dev/zero"}, "SYNCBN_CONFIG_FILE is set, and this program has no such flag"),
+        ({"SYNCBN_CERT_FILE": "/dev/zero", "SYNCBN_KEY_FILE": "key.pem"}, "longer than 4194304 bytes"),
     ],
 )
 def test_a_variable_that_cannot_be_heeded_is_refused(variables, words):
@@ -130,6 +132,9 @@ def test_flags_are_written_out_and_given_once():
     for arguments, words in (
         (["--cert", "a.pem"], "unrecognized arguments: --cert"),
         (["--address", "127.0.0.1:0", "--address", "unix:a.sock"], "--address: is given twice"),
+        (["--config-file", "/dev/zero"], "--config-file: this program has no such flag: the compiled syncbn-master has it"),
+        (["--max-workers=3", "more"], "--max-workers=3: this program has no such flag"),
+        (["--cert-file", "/dev/zero", "--key-file", "key.pem"], "longer than 4194304 bytes, the most that are read"),
     ):
         done = run("master", *arguments, SYNCBN_MASTER="")
         assert done.returncode == 2 and words in done.stderr, done.stderr

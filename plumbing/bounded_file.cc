@@ -1,0 +1,48 @@
+#include "plumbing/bounded_file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "absl/status/status.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+
+namespace syncbn {
+namespace {
+
+// Appends up to `most_bytes` and one more. Returns whether it went well; otherwise errno tells.
+bool ReadSome(int file, size_t most_bytes, std::string* text) {
+  char buffer[4096];
+  while (text->size() <= most_bytes) {
+    const ssize_t count = read(file, buffer, std::min(sizeof(buffer), most_bytes + 1 - text->size()));
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) return count == 0;
+    text->append(buffer, static_cast<size_t>(count));
+  }
+  return true;
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> ReadBoundedFile(absl::string_view what, const std::string& path, size_t most_bytes) {
+  std::string text;
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const bool read = file >= 0 && ReadSome(file, most_bytes, &text);
+  const int error = errno;
+  if (file >= 0) close(file);
+  if (!read) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cannot read the ", what, " \"", path, "\": ", absl::AsciiStrToLower(std::strerror(error))));
+  }
+  if (text.size() > most_bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the ", what, " \"", path, "\" is longer than ", most_bytes, " bytes, the most that are read"));
+  }
+  return text;
+}
+
+}  // namespace syncbn
