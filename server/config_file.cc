@@ -49,7 +49,8 @@ class Parser {
     int line = 1;
     for (const char c : rest_) {
       if (absl::ascii_iscntrl(static_cast<unsigned char>(c)) && !IsSpace(c)) {
-        return Wrong(line, absl::StrCat("a control character, byte ", static_cast<int>(c), ","), "; it has to be UTF-8");
+        return Wrong(line, absl::StrCat("a control character, byte ", static_cast<int>(c), ","),
+                     "; it has to be UTF-8");
       }
       line += c == '\n' ? 1 : 0;
     }

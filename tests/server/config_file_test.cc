@@ -74,7 +74,7 @@ TEST(ConfigFileTest, ErrorsNameTheLine) {
            {"c = \"\"\"x\"\"\"", "text after a quote in line 1"},
            {"c = 'x'y", "text after a quote in line 1"},
            {"a = 1\nb = \x01", "a control character, byte 1, in line 2"},
-           {std::string("\xFF\xFE" "a\0=\0", 6), "it has to be UTF-8"},
+           {std::string("\xFF\xFE\0=\0", 5), "it has to be UTF-8"},
            {std::string(5, '\0'), "a control character, byte 0, in line 1"}}) {
     const auto entries = ParseConfigFile(text);
     EXPECT_EQ(entries.status().code(), absl::StatusCode::kInvalidArgument) << text;
