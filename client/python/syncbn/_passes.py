@@ -43,7 +43,7 @@ def _options(
     )
 
 
-def _wait(function: Any, handle: Optional[int]) -> None:
+def _wait(worker: Worker, function: Any, handle: Optional[int]) -> None:
     """Waits by one of `calls`; raises the error, if any."""
 
     def step(slice_ns: int) -> int:
@@ -52,14 +52,14 @@ def _wait(function: Any, handle: Optional[int]) -> None:
             _library.deliver_log()
         return code
 
-    wait_in_slices(step)
+    wait_in_slices(worker, step)
 
 
 def _timed_wait(worker: Worker, layer: str, function: Any, handle: Optional[int]) -> None:
     """Waits for a pass's round; its length and its end go into the worker's statistics."""
     begun = time.monotonic_ns()
     try:
-        _wait(function, handle)
+        _wait(worker, function, handle)
     except errors.Error as error:
         worker._recorder.add(layer, time.monotonic_ns() - begun, True, error.ranks)
         raise
@@ -119,7 +119,7 @@ class ForwardPass:
         function, handle = calls.forward_wait, self._owned.value
         with self._held:
             if self._failed:  # It has been counted.
-                _wait(function, handle)
+                _wait(self.worker, function, handle)
             else:
                 try:
                     _timed_wait(self.worker, self.layer, function, handle)
@@ -195,7 +195,7 @@ class ForwardPass:
         if self.has_backward_round:
             _timed_wait(self.worker, self.layer, calls.backward_wait, handle)
         else:  # The library ends the wait at once.
-            _wait(calls.backward_wait, handle)
+            _wait(self.worker, calls.backward_wait, handle)
 
 
 def evaluate(x: Tensor, options: EvaluateOptions, y: Optional[int]) -> None:

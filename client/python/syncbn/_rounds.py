@@ -8,7 +8,7 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from syncbn import _arguments, _library, _signals
+from syncbn import _arguments, _library, _signals, errors
 from syncbn._library import call, create, lib
 
 _NS = 1_000_000_000
@@ -21,25 +21,28 @@ def nanoseconds(seconds: float) -> int:
     return max(int(seconds * _NS), 1) if seconds > 0 else 0
 
 
-def wait(function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
+def wait(worker: Any, function: Any, handle: Any, timeout: Optional[float] = None) -> bool:
     """`wait_in_slices` by a function of the library."""
-    return wait_in_slices(functools.partial(call, function, handle), timeout)
+    return wait_in_slices(worker, functools.partial(call, function, handle), timeout)
 
 
-def wait_in_slices(step: Callable[[int], int], timeout: Optional[float] = None) -> bool:
+def wait_in_slices(worker: Any, step: Callable[[int], int], timeout: Optional[float] = None) -> bool:
     """Waits, at most so many nanoseconds in each call of `step`, which returns PENDING if it has to go on: whether it was
     done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
 
     The interpreter's lock is free during a slice, and a signal's handler runs at its end; on other threads than the main
-    one see `_signals`.
+    one see `_signals`. The library knows of no interrupt that comes between two slices, as a handler's does.
     """
     watch: Optional[_signals.Watch] = None
+    interrupts = worker._interrupts
     begun = time.monotonic()
     deadline = None if timeout is None else time.monotonic_ns() + nanoseconds(timeout)
     while True:
         slice_ns = _SLICE_NS if deadline is None else max(0, min(_SLICE_NS, deadline - time.monotonic_ns()))
         if step(slice_ns) != _library.PENDING:
             return True
+        if worker._interrupts != interrupts:
+            raise errors.make_error("the wait was interrupted", errors.Code.CANCELLED, "INTERRUPTED")
         if deadline is not None and time.monotonic_ns() >= deadline:
             return False
         if watch is None and threading.current_thread() is not threading.main_thread():
@@ -125,7 +128,7 @@ class Round:
         """Whether there is an outcome within `timeout` seconds (None: until there is). Raises it if it is an error."""
         timeout = _arguments.patience("timeout", timeout)
         with self._worker.handle(), self._stopwatch:
-            done = wait(lib.syncbn_round_wait, self._handle.value, timeout)
+            done = wait(self._worker, lib.syncbn_round_wait, self._handle.value, timeout)
         if done:
             self._stopwatch.ended(self._missing_ranks())
         return done

@@ -130,7 +130,7 @@ class Recorder:
     """All rounds of a worker. Thread safety: any thread may use it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # A signal's handler may ask on the thread that adds.
         self._layers: Dict[str, _Times] = {}
         self._missing: Dict[int, int] = {}
 

@@ -49,7 +49,9 @@ def _by_layer(rounds: List[Tuple[str, int, int]]) -> Dict[str, Dict[str, int]]:
 
 
 class _Held:
-    """A worker's C handle, kept alive for the length of a `with` block: a close on another thread waits for its end."""
+    """A worker's C handle, kept alive for the length of a `with` block: a close on another thread waits for its end. One that a
+    signal's handler calls, within the block on the same thread, leaves the handle for the block to destroy.
+    """
 
     __slots__ = ("_worker",)
 
@@ -63,7 +65,7 @@ class _Held:
         with worker._lock:
             if worker._handle is None:
                 raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
-            worker._users += 1
+            worker._users.append(threading.get_ident())
             return worker._handle
 
     def __exit__(
@@ -73,10 +75,15 @@ class _Held:
         traceback: Optional[TracebackType],
     ) -> None:
         worker = self._worker
+        abandoned = None
         with worker._lock:
-            worker._users -= 1
-            if worker._users == 0 and worker._handle is None:  # A close waits.
+            worker._users.remove(threading.get_ident())
+            if worker._handle is None:  # A close waits, or has been.
                 worker._idle.notify_all()
+                if not worker._users:
+                    abandoned, worker._abandoned = worker._abandoned, None
+        if abandoned is not None:
+            lib.syncbn_worker_destroy(abandoned)
         if error is not None:
             worker._note(error)
 
@@ -149,7 +156,9 @@ class Worker:
         self._handle: Optional[int] = None
         self._generation = _forks.here.generation
         self._explained: Set[int] = set()
-        self._users = 0
+        self._users: List[int] = []  # The threads within `handle` blocks, one for each block.
+        self._abandoned: Optional[int] = None  # A handle that is closed, and to be destroyed with the last of these.
+        self._interrupts = 0
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._layers: Dict[str, Tuple[Any, ...]] = {}
@@ -229,7 +238,7 @@ class Worker:
         """Waits until every rank of the group is present. Returns: whether they were within `timeout` seconds."""
         timeout = _arguments.patience("timeout", timeout)
         with self.handle() as handle:
-            return wait(lib.syncbn_worker_wait_for_members, handle, timeout)
+            return wait(self, lib.syncbn_worker_wait_for_members, handle, timeout)
 
     def resume_at(self, sequence: int) -> None:
         """Every layer's next sequence becomes `sequence`: after a restart, all workers call it with one new value."""
@@ -272,6 +281,7 @@ class Worker:
     def interrupt(self) -> None:
         """Ends what any thread waits for with `Cancelled`, now. The worker stays usable."""
         with self.handle() as handle:
+            self._interrupts += 1
             lib.syncbn_worker_interrupt(handle)
 
     def settle(self, timeout: Optional[float] = None) -> bool:
@@ -283,7 +293,7 @@ class Worker:
         """
         timeout = _arguments.patience("timeout", timeout)
         with self.handle() as handle:
-            return wait(lib.syncbn_worker_settle, handle, timeout)
+            return wait(self, lib.syncbn_worker_settle, handle, timeout)
 
     def stats(self) -> _stats.Stats:
         """The number of rounds so far, and how long threads have waited for them: in all, and by layer.
@@ -352,10 +362,14 @@ class Worker:
             handle, self._handle = self._handle, None
         if handle is not None:
             lib.syncbn_worker_close(handle)  # Ends what other threads wait for.
+            own = threading.get_ident()
             with self._idle:
-                while self._users:
+                while any(user != own for user in self._users):
                     self._idle.wait()
-            lib.syncbn_worker_destroy(handle)
+                if self._users:
+                    self._abandoned, handle = handle, None
+            if handle is not None:
+                lib.syncbn_worker_destroy(handle)
             self._log_summary()
         if self._meeting is not None:
             self._meeting.leave()

@@ -104,3 +104,63 @@ def test_a_signal_that_the_main_thread_has_answered_is_over():
         [sys.executable, "-c", _HEARD_BEFORE], stdout=subprocess.PIPE, text=True, check=True, timeout=300
     )
     assert process.stdout == "False\n"
+
+
+# ---- Handlers of the program's own, on the main thread, within its wait ----
+
+_WITHIN = """
+import os, signal, sys, threading, time
+import numpy as np
+import syncbn, syncbn.numpy
+from syncbn import _rounds
+waits, handler = {
+    "sum": lambda: a.all_reduce("sum", [1.0]),
+    "pass": lambda: syncbn.numpy.forward(a, "layer", np.ones((2, 1))),
+    "members": lambda: a.wait_for_members(None),
+}[sys.argv[1]], {
+    "leave": lambda: a.leave(),
+    "close": lambda: a.close(),
+    "interrupt": lambda: a.interrupt(),
+    "exit": lambda: sys.exit("exit"),
+    "checkpoint": lambda: print(sorted(a.state_dict()), a.stats().rounds, a.interrupt()),
+}[sys.argv[2]]
+
+def when_main_waits():
+    frame = None
+    while frame is None:
+        time.sleep(0.01)
+        frame = sys._current_frames()[threading.main_thread().ident]
+        while frame is not None and frame.f_code is not _rounds.wait_in_slices.__code__:
+            frame = frame.f_back
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+signal.signal(signal.SIGUSR1, lambda *_: handler())
+with syncbn.Master() as master:
+    a = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
+    threading.Thread(target=when_main_waits, daemon=True).start()
+    try:
+        with a:
+            waits()
+    except (syncbn.Error, SystemExit) as error:
+        print(type(error).__name__, getattr(error, "reason", ""), a.closed)
+"""
+
+_OUTCOMES = {
+    "leave": "FailedPrecondition LEFT True\n",
+    "close": "Cancelled CLOSED True\n",
+    "interrupt": "Cancelled INTERRUPTED True\n",
+    "exit": "SystemExit  True\n",
+    "checkpoint": "['first', 'next'] 0 None\nCancelled INTERRUPTED True\n",
+}
+
+
+@pytest.mark.parametrize("handler", list(_OUTCOMES))
+@pytest.mark.parametrize("waits", ["sum", "pass", "members"])
+def test_what_a_handler_does_to_the_worker_that_its_thread_waits_for(waits, handler):
+    """As programs do that are told to end. An interrupt between two looks at the library was lost, and a close waited for
+    the wait that it was called in.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHIN, waits, handler], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, _OUTCOMES[handler], "")
