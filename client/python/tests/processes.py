@@ -83,3 +83,19 @@ def _wait(processes: List["subprocess.Popen[bytes]"], codes: List[int]) -> None:
             break
     for descriptor in running:
         os.close(descriptor)
+
+
+# For programs: `signal_in_wait`, on another thread, sends SIGUSR1 once the main thread waits for a round.
+SIGNAL_IN_WAIT = """
+import os, signal, sys, threading, time
+from syncbn import _rounds
+
+def signal_in_wait():
+    frame = None
+    while frame is None:
+        time.sleep(0.01)
+        frame = sys._current_frames()[threading.main_thread().ident]
+        while frame is not None and frame.f_code is not _rounds.wait_in_slices.__code__:
+            frame = frame.f_back
+    os.kill(os.getpid(), signal.SIGUSR1)
+"""

@@ -12,6 +12,8 @@ import pytest
 
 import syncbn
 
+import processes
+
 LIMIT = 240  # Seconds, for a program on a busy machine.
 
 
@@ -481,3 +483,144 @@ print("done")
 def test_forks_while_a_master_starts_on_another_thread(tmp_path):
     code, output, errors = run(tmp_path, _FORKS_MEANWHILE)
     assert (code, output) == (0, "done\n"), errors
+
+
+# ---- Programs that do several of these things at once ----
+
+_START = processes.SIGNAL_IN_WAIT + """
+import ctypes, os, signal, subprocess, sys, threading
+import syncbn
+master = syncbn.Master()
+"""
+
+_TWO = """
+a, b = (syncbn.Worker(master.target, rank=rank, world_size=2, timeout=200) for rank in range(2))
+"""
+
+_PROGRAMS = {
+    "a daemon that trains": """
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    with syncbn.Master() as own, syncbn.Worker(own.target, rank=0, world_size=1) as worker:
+        os.write(writer, str(worker.all_reduce("sum", [3.0])[0]).encode())
+    os._exit(0)
+os.wait()
+print(os.read(reader, 100).decode())
+""",
+    "a fork by C, without Python's hooks": """
+with syncbn.Worker(master.target, rank=0, world_size=1) as worker:
+    pid = ctypes.PyDLL(None).fork()
+    if pid == 0:
+        try:
+            worker.all_reduce("sum", [1.0])
+        except syncbn.Error as error:
+            os._exit(0 if error.reason == "FORKED" else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    print(worker.all_reduce("sum", [3.0])[0])
+""",
+    "forks while a round is under way": _TWO + """
+begun = a.start_all_reduce("sum", [1.0])
+begun.wait(0.0)
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+b.all_reduce("sum", [2.0])
+print(begun.result()[0])
+""",
+    "a fork, rounds and a checkpoint in a handler, within a wait": _TWO + """
+def handler(*_):
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(0)  # Through the frames of the wait.
+    assert os.waitpid(pid, 0)[1] == 0
+    assert a.state_dict()["next"]["sum"]["sum"] == 1, a.state_dict()
+    other = threading.Thread(target=b.all_reduce, args=("handler's", [1.0]))
+    other.start()
+    a.all_reduce("handler's", [1.0])
+    other.join()
+    last.start()
+signal.signal(signal.SIGUSR1, handler)
+last = threading.Thread(target=b.all_reduce, args=("sum", [2.0]))
+threading.Thread(target=signal_in_wait, daemon=True).start()
+print(a.all_reduce("sum", [1.0])[0])
+""",
+    "a handler that reaps every child": """
+def reap(*_):
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+signal.signal(signal.SIGCHLD, reap)
+with syncbn.Master() as second, syncbn.Worker(second.target, rank=0, world_size=1) as worker:
+    subprocess.run(["true"])
+    print(worker.all_reduce("sum", [3.0])[0])
+""",
+    "interval timers over many rounds": """
+for timer, number in ((signal.ITIMER_REAL, signal.SIGALRM), (signal.ITIMER_PROF, signal.SIGPROF)):
+    signal.signal(number, lambda *_: None)
+    signal.setitimer(timer, 0.001, 0.001)
+with syncbn.Worker(master.target, rank=0, world_size=1) as worker:
+    assert all(worker.all_reduce("sum", [float(i)])[0] == i for i in range(300))
+for timer in (signal.ITIMER_REAL, signal.ITIMER_PROF):
+    signal.setitimer(timer, 0)  # At its end the interpreter takes the handlers back.
+print(3.0)
+""",
+    "a program that is executed with all descriptors": """
+code = "import sys, syncbn; w = syncbn.Worker(sys.argv[1], 'second', 0, 1); print(w.all_reduce('sum', [3.0])[0]); w.leave()"
+with syncbn.Worker(master.target, rank=0, world_size=1) as worker:
+    pid = os.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", code, master.target])
+    assert os.waitpid(pid, 0)[1] == 0 and worker.all_reduce("sum", [1.0])[0] == 1.0
+""",
+    "functions at the interpreter's end, before and after the import's": """
+import atexit
+atexit.register(lambda: print(worker.all_reduce("sum", [3.0])[0]))
+worker = syncbn.Worker(master.target, rank=0, world_size=1)
+""",
+}
+
+
+@pytest.mark.parametrize("program", list(_PROGRAMS))
+def test_programs(tmp_path, program):
+    code, output, errors = run(tmp_path, _START + _PROGRAMS[program])
+    assert (code, output) == (0, "3.0\n"), errors
+
+
+_KILLED_LOADER = """
+import os, signal, threading, time, torch, syncbn, syncbn.torch
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 100
+    def __getitem__(self, index):
+        return torch.full((2,), float(index))
+
+with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=2, timeout=200) as worker:
+    layer = syncbn.torch.SyncBatchNorm(2, worker=worker)
+    batches = iter(torch.utils.data.DataLoader(Data(), batch_size=4, num_workers=1, multiprocessing_context="fork"))
+    x = next(batches)
+    def kill():
+        while not master.workers():
+            time.sleep(0.01)
+        os.kill(batches._workers[0].pid, signal.SIGKILL)
+    threading.Thread(target=kill).start()
+    try:
+        layer(x)
+    except RuntimeError as error:
+        print("killed" in str(error), int(layer.num_batches_tracked))
+    worker.close()
+"""
+
+
+def test_a_data_loaders_process_that_is_killed_while_a_round_is_waited_for(tmp_path):
+    """torch raises it in a handler of SIGCHLD, on the main thread."""
+    pytest.importorskip("torch")
+    code, output, errors = run(tmp_path, _KILLED_LOADER)
+    assert (code, output) == (0, "True 0\n"), errors

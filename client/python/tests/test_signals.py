@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import processes
+
 # The number of trials with a random order of signal and wait. The long form: SYNCBN_INTERRUPTS=1000, all cores busy.
 TIMES = int(os.environ.get("SYNCBN_INTERRUPTS", "10"))
 
@@ -108,11 +110,9 @@ def test_a_signal_that_the_main_thread_has_answered_is_over():
 
 # ---- Handlers of the program's own, on the main thread, within its wait ----
 
-_WITHIN = """
-import os, signal, sys, threading, time
+_WITHIN = processes.SIGNAL_IN_WAIT + """
 import numpy as np
 import syncbn, syncbn.numpy
-from syncbn import _rounds
 waits, handler = {
     "sum": lambda: a.all_reduce("sum", [1.0]),
     "pass": lambda: syncbn.numpy.forward(a, "layer", np.ones((2, 1))),
@@ -125,19 +125,10 @@ waits, handler = {
     "checkpoint": lambda: print(sorted(a.state_dict()), a.stats().rounds, a.interrupt()),
 }[sys.argv[2]]
 
-def when_main_waits():
-    frame = None
-    while frame is None:
-        time.sleep(0.01)
-        frame = sys._current_frames()[threading.main_thread().ident]
-        while frame is not None and frame.f_code is not _rounds.wait_in_slices.__code__:
-            frame = frame.f_back
-    os.kill(os.getpid(), signal.SIGUSR1)
-
 signal.signal(signal.SIGUSR1, lambda *_: handler())
 with syncbn.Master() as master:
     a = syncbn.Worker(master.target, rank=0, world_size=2, timeout=600)
-    threading.Thread(target=when_main_waits, daemon=True).start()
+    threading.Thread(target=signal_in_wait, daemon=True).start()
     try:
         with a:
             waits()
