@@ -117,10 +117,17 @@ _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
+    ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),  # LSF's jsrun.
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     ("PMIX_RANK", "SLURM_STEP_NUM_TASKS"),  # PMIx itself has no variable for the size.
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # SLURM_NTASKS is set outside of srun too.
     ("PET_NODE_RANK", "PET_NNODES"),  # Kubeflow's pods, where each is one process and torchrun is not used.
 )
+
+# Ranks of launchers that set no size.
+_RANKS_ALONE = ("PALS_RANKID", "ALPS_APP_PE")
+# The number of processes on this host.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 def place() -> Optional[Tuple[Optional[int], Optional[int]]]:
@@ -160,19 +167,28 @@ def is_one_host(world_size: int) -> bool:
     address = text("MASTER_ADDR")
     if address is not None and is_loopback(address):
         return True
-    local = (text("LOCAL_WORLD_SIZE") or text("OMPI_COMM_WORLD_LOCAL_SIZE") or "").strip()
-    return local == str(world_size) or (text("SLURM_STEP_NUM_NODES") or "").strip() == "1"
+    local = [value.strip() for value in map(text, _LOCAL_SIZES) if value is not None]
+    if local:  # Where they differ, some are those of a launcher around this one: Slurm's, too, of a shell on one host.
+        return all(value == str(world_size) for value in local)
+    return (text("SLURM_STEP_NUM_NODES") or "").strip() == "1"
 
 
-def says_alone() -> bool:
-    """True where WORLD_SIZE is 1, and not because torchrun has started one process."""
-    return integer("WORLD_SIZE", 1, 2**32 - 1) == 1 and text("TORCHELASTIC_RUN_ID") is None
+def alone() -> Optional[str]:
+    """The variable that says that this process is all of its launch, for the text of an error; None if there is none, or
+    torchrun has started one process.
+    """
+    if text("TORCHELASTIC_RUN_ID") is not None:
+        return None
+    sizes = ("WORLD_SIZE", *(size for _, size in _LAUNCHERS))
+    return next((f"{name} is 1" for name in sizes if (text(name) or "").strip() == "1"), None)
 
 
 def other_processes() -> Optional[str]:
     """The variable that says that this process is one of several, for the text of an error; None if there is none."""
-    for _, name in _LAUNCHERS:
+    most = {name: 1 for _, name in _LAUNCHERS}
+    most.update({name: 0 for name, _ in _LAUNCHERS}, **dict.fromkeys(_RANKS_ALONE, 0))
+    for name, few in most.items():
         value = (text(name) or "").strip()
-        if value.isdigit() and int(value) > 1:
+        if value.isdigit() and int(value) > few:
             return f"{name} is {value}"
     return None

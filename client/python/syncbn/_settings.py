@@ -43,11 +43,13 @@ def _place(rank: Any, world_size: Any, has_target: bool, found: Optional[Place])
         world_size = _arguments.integer("world_size", world_size, 1, _arguments.MOST_UINT32)
     if found is None and (rank is None or world_size is None):
         found = _places.find()
-    alone = found is None or (found.identity is None and _environment.says_alone())
-    if alone and rank is None and world_size is None and not has_target:
+    said = "WORLD_SIZE and SYNCBN_TARGET are not set"
+    if found is not None:
+        # A launcher that was started by another one has the variables of both; so has one in a shell that exports some.
+        said = _environment.alone() or "" if found.identity is None and found.world_size == 1 else ""
+    if said and rank is None and world_size is None and not has_target:
         others = _environment.other_processes()
         if others is not None:
-            said = "WORLD_SIZE and SYNCBN_TARGET are not set" if found is None else "WORLD_SIZE is 1"
             raise Missing(
                 f"this process is one of several ({others}), and {said}: pass target, rank and world_size, or set "
                 "SYNCBN_TARGET, RANK and WORLD_SIZE in the environment"

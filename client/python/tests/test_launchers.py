@@ -12,7 +12,10 @@ from syncbn import _environment, _master, _meeting
 import processes
 
 JAX_PYTHON = os.environ.get("SYNCBN_JAX_PYTHON", "")
-PREFIXES = ("RANK", "WORLD_SIZE", "SYNCBN_", "OMPI_", "MV2_", "PMI", "SLURM_", "HOROVOD_", "PET_", "MASTER_", "TORCHELASTIC_")
+PREFIXES = tuple(
+    "RANK WORLD_SIZE LOCAL_ MPI_LOCAL JSM_ FLUX_ PALS_ ALPS_ SYNCBN_ OMPI_ MV2_ PMI SLURM_ HOROVOD_ PET_ MASTER_ "
+    "TORCHELASTIC_".split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +49,33 @@ def no_launcher(monkeypatch):
         ({"PET_NODE_RANK": "1", "PET_NNODES": "4"}, (1, 4)),
         ({"PET_NODE_RANK": "1", "PET_NNODES": "4", "PET_NPROC_PER_NODE": "8"}, None),
         ({"PET_NODE_RANK": "1", "PET_NNODES": "1:4"}, None),
+        ({"JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "6", "PMIX_RANK": "5"}, (5, 6)),
+        ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "3"}, (1, 3)),
+        # Open MPI 4 and 5, within a batch script, within a shell of srun's, and beside what an image exports.
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "1"}, (1, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (1, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (1, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "RANK": "0", "WORLD_SIZE": "8"}, (0, 8)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "RANK": "", "WORLD_SIZE": ""}, (1, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "RANK": "1"}, (1, 4)),
+        ({"OMPI_COMM_WORLD_RANK": " 1 ", "OMPI_COMM_WORLD_SIZE": " 4"}, (1, 4)),
+        # MPICH's and Intel's, by a hydra that Slurm has started, by srun --mpi=pmi2, and with a half of another's.
+        ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}, (2, 4)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, (2, 4)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, (2, 4)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4", "OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": "8"}, (2, 4)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "4", "MV2_COMM_WORLD_RANK": "two", "MV2_COMM_WORLD_SIZE": "8"}, (2, 4)),
+        # torchrun by each of two tasks of srun, and by mpirun.
+        ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (5, 8)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (5, 8)),
+        # What SGE, PBS and LSF leave names no process.
+        ({"JOB_ID": "7", "SGE_TASK_ID": "undefined", "NSLOTS": "8", "NHOSTS": "2", "PE_HOSTFILE": "/hosts"}, None),
+        ({"SGE_TASK_ID": "3", "SGE_TASK_LAST": "9"}, None),
+        ({"PBS_JOBID": "7", "PBS_NODEFILE": "/nodes", "PBS_TASKNUM": "1", "NCPUS": "8"}, None),
+        ({"LSB_JOBID": "7", "LSB_DJOB_NUMPROC": "8", "LSB_HOSTS": "a a b b"}, None),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_NTASKS_PER_NODE": "4(x2)"}, None),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4(x2)"}, None),
     ],
 )
 def test_the_place_in_a_launch(monkeypatch, variables, place):
@@ -61,6 +91,67 @@ def test_a_launchers_variables_place_a_worker(master, monkeypatch):
         assert (worker.rank, worker.world_size) == (1, 2)
 
 
+# Variables of one launcher around another, or of a shell that exports some: what the error says. torchrun's own
+# TORCHELASTIC_RUN_ID says that its one process is meant.
+CONTRADICTIONS = [
+    ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"},
+     "SLURM_STEP_NUM_TASKS is 4.*OMPI_COMM_WORLD_SIZE is 1"),  # srun in a shell of mpirun's.
+    ({"PMI_RANK": "0", "PMI_SIZE": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"},
+     "SLURM_STEP_NUM_TASKS is 4.*PMI_SIZE is 1"),
+    ({"HOROVOD_RANK": "0", "HOROVOD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+     "OMPI_COMM_WORLD_SIZE is 2.*HOROVOD_SIZE is 1"),
+    ({"PMI_RANK": "0", "PMI_SIZE": "1", "JSM_NAMESPACE_RANK": "0", "JSM_NAMESPACE_SIZE": "6"},
+     "JSM_NAMESPACE_SIZE is 6.*PMI_SIZE is 1"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_SIZE is 2.*WORLD_SIZE is 1"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "PALS_RANKID": "1"}, "PALS_RANKID is 1.*WORLD_SIZE is 1"),
+    ({"WORLD_SIZE": "1", "FLUX_JOB_SIZE": "2"}, "FLUX_JOB_SIZE is 2.*WORLD_SIZE is 1"),
+    # A rank without a size, which no process has that is alone.
+    ({"PMIX_RANK": "1"}, "PMIX_RANK is 1"),
+    ({"PALS_RANKID": "3"}, "PALS_RANKID is 3"),
+    ({"ALPS_APP_PE": "3"}, "ALPS_APP_PE is 3"),
+    ({"PMI_RANK": "2"}, "PMI_RANK is 2"),
+    ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "four"}, "OMPI_COMM_WORLD_RANK is 2"),
+    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, "SLURM_PROCID is 3"),
+    # Halves, and numbers that cannot be.
+    ({"RANK": "3"}, "WORLD_SIZE is not set"),
+    ({"WORLD_SIZE": "3"}, "RANK is not set"),
+    ({"RANK": "5", "SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8"}, "WORLD_SIZE is not set"),
+    ({"RANK": "3", "WORLD_SIZE": "2"}, "rank is 3; in a world of 2 it lies in 0 .. 1"),
+    ({"OMPI_COMM_WORLD_RANK": "4", "OMPI_COMM_WORLD_SIZE": "4"}, "rank is 4; in a world of 4"),
+    ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK in the environment"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE in the environment"),
+    ({"RANK": "0.0", "WORLD_SIZE": "2"}, "RANK is '0.0' in the environment"),
+    ({"RANK": "0", "WORLD_SIZE": "2,2"}, "WORLD_SIZE is '2,2' in the environment"),
+]
+
+
+@pytest.mark.parametrize("variables, words", CONTRADICTIONS)
+def test_contradictions_are_errors_and_no_process_takes_itself_for_all(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        syncbn.Worker()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1", "RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"},
+        {"JOB_ID": "7", "SGE_TASK_ID": "3", "NSLOTS": "8"},
+        {"PALS_RANKID": "0"},
+    ],
+)
+def test_a_process_that_is_alone_by_all_variables_is_a_group_by_itself(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with syncbn.Worker() as worker:
+        assert (worker.rank, worker.world_size, worker.all_reduce("sum", [2.0])[0]) == (0, 1, 2.0)
+
+
 # ---- Where a master of a launch listens ----
 
 
@@ -72,12 +163,33 @@ def test_a_launchers_variables_place_a_worker(master, monkeypatch):
         {"MASTER_ADDR": "192.0.2.7", "LOCAL_WORLD_SIZE": "4"},
         {"MASTER_ADDR": "192.0.2.7", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"},
         {"MASTER_ADDR": "192.0.2.7", "SLURM_STEP_NUM_NODES": "1"},
+        {"MASTER_ADDR": "192.0.2.7", "MPI_LOCALNRANKS": "4"},
+        {"MASTER_ADDR": "192.0.2.7", "MV2_COMM_WORLD_LOCAL_SIZE": "4"},
+        {"MASTER_ADDR": "192.0.2.7", "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "SLURM_STEP_NUM_NODES": "2"},
     ],
 )
 def test_on_one_host_the_loopback_interface_is_enough(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert _meeting._address(4) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_STEP_NUM_NODES": "1"},  # mpirun over two hosts, in a shell of srun's on one.
+        {"LOCAL_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},  # An image's, and mpirun's.
+        {"LOCAL_WORLD_SIZE": "8"},
+        {"LOCAL_WORLD_SIZE": "many"},
+        {"MPI_LOCALNRANKS": "2"},
+    ],
+)
+def test_what_does_not_say_one_host_for_sure_is_several(monkeypatch, variables):
+    """On loopback, workers of other hosts would not find the master."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert not _environment.is_one_host(4)
 
 
 def test_over_several_hosts_the_master_listens_where_it_reaches_the_launchs_address(monkeypatch):
