@@ -50,6 +50,15 @@ class Spin {
     usual_ += (length - usual_) / 4;
   }
 
+  // Tells the processor that a loop waits, which leaves more of the core to its other thread.
+  static void Relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
  private:
   using Clock = std::chrono::steady_clock;
 
@@ -65,14 +74,6 @@ class Spin {
     if (!ready()) return false;
     Slept();
     return true;
-  }
-
-  static void Relax() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
   }
 
   const size_t processors_ = std::thread::hardware_concurrency();

@@ -17,6 +17,7 @@
 #include "client/cc/clock.h"
 #include "client/cc/errors.h"
 #include "plumbing/check.h"
+#include "plumbing/spin.h"
 
 namespace syncbn {
 
@@ -35,7 +36,7 @@ class PreciseSleeps {
  public:
   PreciseSleeps() { prctl(PR_SET_TIMERSLACK, 1UL); }
   ~PreciseSleeps() {
-    if (before_ > 0) prctl(PR_SET_TIMERSLACK, static_cast<unsigned long>(before_));
+    if (before_ > 0) prctl(PR_SET_TIMERSLACK, static_cast<size_t>(before_));
   }
   PreciseSleeps(const PreciseSleeps&) = delete;
   PreciseSleeps& operator=(const PreciseSleeps&) = delete;
@@ -44,15 +45,9 @@ class PreciseSleeps {
   const int before_ = prctl(PR_GET_TIMERSLACK);
 };
 
-void Pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#endif
-}
-
 void PauseAfter(absl::Duration waited) {
   if (waited < kSpinning) {
-    for (int i = 0; i < 8; ++i) Pause();
+    for (int i = 0; i < 8; ++i) Spin::Relax();
   } else if (waited < kYielding) {
     sched_yield();
   } else {
@@ -310,6 +305,7 @@ void DeviceRounds::OnClosed() {
 bool DeviceRounds::BeginReady() {
   bool any = false;
   std::vector<const StreamMemory*> held_back;  // Streams that cannot have raised a later flag, or not to the end.
+  held_back.reserve(in_flight_.size());
   for (const std::shared_ptr<DeviceRound>& round : in_flight_) held_back.push_back(&round->lease_->memory());
   for (size_t i = 0; i < waiting_.size();) {
     if (!IsReady(i, &held_back)) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "absl/time/time.h"
+#include "vocabulary/derived_name.h"
 
 namespace syncbn::core {
 
@@ -34,7 +35,7 @@ struct Limits {
   // Contributions held for rounds of a group that have not ended, in bytes.
   size_t max_pending_bytes = size_t{1} << 30;
   // Length of a job, group or layer name, in bytes, and of a description.
-  size_t max_name_bytes = 255;
+  size_t max_name_bytes = kMostNameBytes;
   size_t max_description_bytes = 1024;
 
   // The retention window: a replay finds its outcome up to this many sequences behind the layer's newest completed

@@ -354,7 +354,7 @@ bool Connections::ExchangeFlooded() {
 
 void Connections::Shut(const Connection& connection, absl::string_view why, absl::Time now) {
   throttle_.Log(LogLevel::kWarning, why, now, absl::StrCat("closed a connection from ", connection.peer, ": ", why));
-  // If gRPC has closed the socket meanwhile, the descriptor is another file, and stays as it is.
+  // The descriptor is another file if gRPC has closed the socket meanwhile, and stays as it is.
   if (SocketInode(connection.descriptor) == connection.inode) Break(connection.descriptor);
   Forget(connection.descriptor);
 }

@@ -87,7 +87,7 @@ class Sessions final : public WorkerStream::Handler {
   // Ends the stream's call after what was sent to it before.
   void Close(core::StreamId id, const std::optional<core::Error>& error);
 
-  // When RunTimers is next due; InfiniteFuture if nothing waits for time to pass.
+  // Returns when RunTimers is next due; InfiniteFuture if nothing waits for time to pass.
   absl::Time NextTimer() const;
   void RunTimers();
 

@@ -1,4 +1,4 @@
-// When a master's state is handed to the thread that stores it.
+// Handing of a master's state to the thread that stores it: when, and how much.
 
 #ifndef SYNCBN_SERVER_RPC_STATE_SAVER_H_
 #define SYNCBN_SERVER_RPC_STATE_SAVER_H_

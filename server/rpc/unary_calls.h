@@ -44,7 +44,7 @@ class UnaryCalls {
   // The answer was read, or its call has ended.
   void Forget(Call* call);
 
-  // When RunTimers is next due; InfiniteFuture if nothing is unread.
+  // Returns when RunTimers is next due; InfiniteFuture if nothing is unread.
   absl::Time NextTimer() const;
   // Cancels calls whose answers have been unread for too long.
   void RunTimers();

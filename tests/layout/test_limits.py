@@ -7,6 +7,7 @@ from typing import Dict, List, Tuple
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+VOCABULARY = ROOT / "vocabulary/derived_name.h"
 UNITS = {"": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 DURATIONS = {"Milliseconds": 1e-3, "Seconds": 1.0, "Minutes": 60.0, "Hours": 3600.0}
 # Fields that bound what the master does, and nothing that a worker could notice; and defaults that other rows name.
@@ -14,7 +15,8 @@ UNLISTED = {"max_turn_bytes", "min_retained_outcomes", "default_round_timeout", 
 
 
 def fields(header: str) -> Dict[str, float]:
-    """Each field of Limits and its value: bytes, seconds or a number."""
+    """Each field of Limits and its value: bytes, seconds or a number; some are constants that workers share."""
+    shared = dict(re.findall(r"^constexpr size_t (k\w+) = (\d+);", VOCABULARY.read_text(), re.MULTILINE))
     found = {}
     for name, text in re.findall(r"^  [\w:]+ (\w+) = ([^;]+);", header, re.MULTILINE):
         duration = re.fullmatch(r"absl::(\w+)\((\d+)\)", text)
@@ -24,7 +26,7 @@ def fields(header: str) -> Dict[str, float]:
         elif shift:
             found[name] = float(int(shift[1] or shift[2]) << int(shift[3]))
         else:
-            found[name] = float(text)
+            found[name] = float(shared.get(text, text))
     return found
 
 

@@ -1,4 +1,4 @@
-// When and where a worker connects next, and when it gives up.
+// Attempts to connect: the next one's time and target, and the moment at which a worker gives up.
 
 #ifndef SYNCBN_CLIENT_CC_SESSION_ATTEMPTS_H_
 #define SYNCBN_CLIENT_CC_SESSION_ATTEMPTS_H_

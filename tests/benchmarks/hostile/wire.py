@@ -6,7 +6,6 @@ import threading
 from typing import List, Optional, Tuple
 
 SYNCHRONIZE = "/syncbn.v1.StatisticsService/Synchronize"
-GET_GROUP = "/syncbn.v1.InspectionService/GetGroup"
 GET_LAYER = "/syncbn.v1.InspectionService/GetLayer"
 
 # Values of protobuf's enums.

@@ -64,7 +64,7 @@ class Pair {
   std::string peer_;
 };
 
-// Where the clients connect. Thread safety: none.
+// The address that clients connect to. Thread safety: none.
 class Loopback {
  public:
   // `connections` must outlive the object.

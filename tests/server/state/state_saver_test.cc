@@ -1,4 +1,4 @@
-// When changes are handed to the writer.
+// Handing of changes to the writer.
 
 #include "server/rpc/state_saver.h"
 

@@ -1,4 +1,4 @@
-// When a session connects, waits, gives up and ends.
+// Moments at which a session connects, waits, gives up and ends.
 
 #include <string>
 #include <vector>
