@@ -82,11 +82,7 @@ absl::Status BatchNorm::Forward(const TensorView& x, const TensorView& y) {
 absl::Status BatchNorm::DeclareAgain() {
   const std::shared_ptr<const LayerOptions> known = worker_->FindLayer(options_.name);
   const LayerOptions mine = LayerOf(options_);
-  if (known != nullptr && known->kind == mine.kind && known->channels == mine.channels && known->eps == mine.eps &&
-      known->eps_mode == mine.eps_mode) {
-    return absl::OkStatus();
-  }
-  return worker_->DeclareLayer(mine);
+  return known != nullptr && *known == mine ? absl::OkStatus() : worker_->DeclareLayer(mine);
 }
 
 absl::Status BatchNorm::ForwardOverBatch(const TensorView& x, const TensorView& y) {
