@@ -9,7 +9,7 @@ namespace {
 template <Mapping kMapping, Gate kGate, typename T>
 __global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping))
     BackwardElemtKernel(const BackwardElemtArguments arguments) {
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   DeviceBlock<ElementState<BackwardElemtOp<kGate, T>, Unroll(kMapping, BackwardElemtOp<kGate, T>::kBytes)>> block(
       shared);
   BackwardElemtOfBlock<kMapping, kGate, T>(block, arguments);
@@ -20,9 +20,8 @@ Error LaunchWithGate(const Context& context, DataType type, const BackwardElemtA
   const ElementPlan& plan = arguments.plan;
   return DispatchType(plan.mapping, type, [&](auto mapping, auto tag) {
     using T = typename decltype(tag)::Type;
-    const size_t shared_bytes = plan.max_planes * sizeof(typename BackwardElemtOp<kGate, T>::Lane);
     return Launch(BackwardElemtKernel<decltype(mapping)::value, kGate, T>, plan.tiles, plan.splits, plan.block_threads,
-                  shared_bytes, context.stream, arguments);
+                  ElementSharedBytes<BackwardElemtOp<kGate, T>>(plan), context.stream, arguments);
   });
 }
 

@@ -107,13 +107,7 @@ struct BackwardElemtOp {
 template <Mapping kMapping, Gate kGate, typename T, typename Block>
 SYNCBN_HOST_DEVICE inline void BackwardElemtOfBlock(Block& block, const BackwardElemtArguments& arguments) {
   using Op = BackwardElemtOp<kGate, T>;
-  using State = typename Block::StateType;
-  const Op op{arguments};
-  if constexpr (kMapping == Mapping::kRows) {
-    block.Each([&](int thread, State&) { ElementsOfColumn(arguments.plan, op, block.tile(), block.split(), thread); });
-  } else {
-    ElementsOfPlanes(block, arguments.plan, op);
-  }
+  ElementsOfBlock<kMapping>(block, arguments.plan, Op{arguments});
 }
 
 }  // namespace syncbn::kernels::cuda

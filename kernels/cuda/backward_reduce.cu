@@ -9,9 +9,8 @@ namespace {
 template <Mapping kMapping, Gate kGate, typename T>
 __global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping))
     BackwardReduceKernel(const BackwardReduceArguments arguments) {
-  constexpr int kValues = kMapping == Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
-  __shared__ double shared[kReduceSharedDoubles<SumsPartial, kValues>];
-  DeviceBlock<ReduceState<SumsPartial, kValues>> block(shared);
+  __shared__ double shared[kReduceSharedDoubles<ValuesOfThread<kMapping, T>()>];
+  DeviceBlock<ReduceState> block(shared);
   BackwardReduceOfBlock<kMapping, kGate, T>(block, arguments);
 }
 

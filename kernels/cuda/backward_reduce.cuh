@@ -36,21 +36,6 @@ struct BackwardReduceArguments {
   ReduceWorkspace workspace;
 };
 
-struct SumsPartial {
-  static constexpr int kWords = 2;
-  double word[kWords];  // Sum of dy, sum of dy * (x - hi).
-
-  SYNCBN_HOST_DEVICE static SumsPartial Empty() { return {{0.0, 0.0}}; }
-  SYNCBN_HOST_DEVICE static SumsPartial Combine(const SumsPartial& a, const SumsPartial& b) {
-    return {{a.word[0] + b.word[0], a.word[1] + b.word[1]}};
-  }
-  template <int kValues, typename Other>
-  SYNCBN_HOST_DEVICE static void CombineAll(SumsPartial* mine, Other other) {
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) mine[v] = Combine(mine[v], {{other(v, 0), other(v, 1)}});
-  }
-};
-
 // One channel's coefficients in a thread: the rounded mean, and the forward pass's if the gate recomputes it.
 template <Gate kGate, typename A>
 struct ReduceLane {
@@ -108,53 +93,64 @@ SYNCBN_HOST_DEVICE inline void AddGradient(const Lane& lane, A dy, A x, bool mas
   *sum_xmu = FusedMultiplyAdd(gradient, distance, *sum_xmu);
 }
 
+// Adds a batch's vectors to the sums of their channels. `n`: how many vectors count.
+template <typename T, int kWidth, int kUnroll, typename Lane>
+SYNCBN_HOST_DEVICE inline void AddPairs(const Lane* lanes, const GradientPair<T, kWidth>* pairs, int n, Sums* sums) {
+  using A = Accumulator<T>;
+#pragma unroll
+  for (int v = 0; v < kWidth; ++v) {
+    A sum = 0;
+    A sum_xmu = 0;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      AddGradient(lanes[v], pairs[u].dy.Get(v), pairs[u].x.Get(v), pairs[u].mask >> v & 1, u < n, &sum, &sum_xmu);
+    }
+    sums[v].word[0] += static_cast<double>(sum);
+    sums[v].word[1] += static_cast<double>(sum_xmu);
+  }
+}
+
 // One thread's share of tensors in rows.
 template <Gate kGate, typename T, int kWidth>
 SYNCBN_HOST_DEVICE inline void GradientOfColumn(const BackwardReduceArguments& arguments, int64_t tile, int split,
-                                                Place at, SumsPartial* partial) {
+                                                Place at, Sums* sums) {
   constexpr int kUnroll = Unroll(Mapping::kRows, 32);
   using A = Accumulator<T>;
   const ReducePlan& plan = arguments.plan;
   const int64_t column = tile * plan.tile_columns + at.column;
-#pragma unroll
-  for (int v = 0; v < kWidth; ++v) partial[v] = SumsPartial::Empty();
   if (column >= plan.columns) return;
-  ReduceLane<kGate, A> lanes[kWidth];
-  EachChannelOfColumn<kWidth>(plan, column, [&](int v, int64_t channel) { lanes[v].Init(arguments, channel); });
   const int64_t step = plan.members * plan.columns * kWidth;  // From one vector of a batch to the next.
-  for (int64_t batch = split; batch < plan.batches; batch += plan.splits) {
+  GradientPair<T, kWidth> pairs[kUnroll];
+  const auto read = [&](int64_t batch) {
     const int64_t row = batch * plan.members * kUnroll + at.member;
-    GradientPair<T, kWidth> pairs[kUnroll];
-    int n = 0;
     if (arguments.aligned && row + (kUnroll - 1) * plan.members < plan.rows) {
       const int64_t first = (row * plan.columns + column) * kWidth;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) pairs[u].template LoadWholeFrom<kGate>(arguments, first + u * step);
-      n = kUnroll;
-    } else {
+      return kUnroll;
+    }
+    int n = 0;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int64_t r = row + u * plan.members;
-        if (r < plan.rows) {
-          pairs[u].template LoadFrom<kGate>(arguments, (r * plan.columns + column) * kWidth);
-          n = u + 1;
-        } else {
-          pairs[u].Clear();
-        }
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t r = row + u * plan.members;
+      if (r < plan.rows) {
+        pairs[u].template LoadFrom<kGate>(arguments, (r * plan.columns + column) * kWidth);
+        n = u + 1;
+      } else {
+        pairs[u].Clear();
       }
     }
-    if (n == 0) break;
-#pragma unroll
-    for (int v = 0; v < kWidth; ++v) {
-      A sum = 0;
-      A sum_xmu = 0;
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        AddGradient(lanes[v], pairs[u].dy.Get(v), pairs[u].x.Get(v), pairs[u].mask >> v & 1, u < n, &sum, &sum_xmu);
-      }
-      partial[v].word[0] += static_cast<double>(sum);
-      partial[v].word[1] += static_cast<double>(sum_xmu);
-    }
+    return n;
+  };
+  // The first batch is asked for before the coefficients, so that both are under way at once.
+  int64_t batch = split;
+  int n = batch < plan.batches ? read(batch) : 0;
+  ReduceLane<kGate, A> lanes[kWidth];
+  EachChannelOfColumn<kWidth>(plan, column, [&](int v, int64_t channel) { lanes[v].Init(arguments, channel); });
+  while (n > 0) {
+    AddPairs<T, kWidth, kUnroll>(lanes, pairs, n, sums);
+    batch += plan.splits;
+    n = batch < plan.batches ? read(batch) : 0;
   }
   if (split != 0 || at.member != 0 || plan.tail <= column * kWidth) return;
   // The rest of the last row is one more value for some columns.
@@ -166,47 +162,50 @@ SYNCBN_HOST_DEVICE inline void GradientOfColumn(const BackwardReduceArguments& a
     A sum_xmu = 0;
     AddGradient(lanes[v], pair.dy.Get(v), pair.x.Get(v), pair.mask >> v & 1, v < plan.tail - column * kWidth, &sum,
                 &sum_xmu);
-    partial[v].word[0] += static_cast<double>(sum);
-    partial[v].word[1] += static_cast<double>(sum_xmu);
+    sums[v].word[0] += static_cast<double>(sum);
+    sums[v].word[1] += static_cast<double>(sum_xmu);
   }
 }
 
 // One thread's share of tensors in planes.
 template <Gate kGate, typename T, int kWidth>
 SYNCBN_HOST_DEVICE inline void GradientOfPlanes(const BackwardReduceArguments& arguments, int64_t tile, int split,
-                                                Place at, SumsPartial* partial) {
+                                                Place at, Sums* sums) {
   constexpr int kUnroll = Unroll(Mapping::kPlanes, 32);
   using A = Accumulator<T>;
   const ReducePlan& plan = arguments.plan;
   const int64_t channel = tile * plan.tile_columns + at.column;
-  partial[0] = SumsPartial::Empty();
-  if (channel >= plan.channels) return;
-  ReduceLane<kGate, A> lane;
-  lane.Init(arguments, channel);
+  if (channel >= plan.channels || split >= plan.batches) return;
   const bool whole = plan.whole && arguments.aligned;
-  for (int64_t batch = split; batch < plan.batches; batch += plan.splits) {
+  GradientPair<T, kWidth> pairs[kUnroll];
+  const auto read = [&](int64_t batch) {
     const int64_t unit = batch * plan.members * kUnroll + at.member;
-    GradientPair<T, kWidth> pairs[kUnroll];
-    uint32_t valid = ~0u;
     if (whole && unit + (kUnroll - 1) * plan.members < plan.units) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         pairs[u].template LoadWholeFrom<kGate>(arguments,
                                                FindWholePlaneVector(plan, channel, unit + u * plan.members, kWidth));
       }
-    } else {
-      valid = 0;
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const PlaneVector vector = FindPlaneVector(plan, channel, unit + u * plan.members, kWidth);
-        if (vector.valid != 0) {
-          pairs[u].template LoadFrom<kGate>(arguments, vector.first);
-        } else {
-          pairs[u].Clear();
-        }
-        valid |= vector.valid << (u * kWidth);
-      }
+      return ~0u;
     }
+    uint32_t valid = 0;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const PlaneVector vector = FindPlaneVector(plan, channel, unit + u * plan.members, kWidth);
+      if (vector.valid != 0) {
+        pairs[u].template LoadFrom<kGate>(arguments, vector.first);
+      } else {
+        pairs[u].Clear();
+      }
+      valid |= vector.valid << (u * kWidth);
+    }
+    return valid;
+  };
+  // The first batch is asked for before the coefficients, so that both are under way at once.
+  uint32_t valid = read(split);
+  ReduceLane<kGate, A> lane;
+  lane.Init(arguments, channel);
+  for (int64_t batch = split;;) {
     A sum = 0;
     A sum_xmu = 0;
 #pragma unroll
@@ -215,34 +214,46 @@ SYNCBN_HOST_DEVICE inline void GradientOfPlanes(const BackwardReduceArguments& a
       const int v = i % kWidth;
       AddGradient(lane, pairs[u].dy.Get(v), pairs[u].x.Get(v), pairs[u].mask >> v & 1, valid >> i & 1, &sum, &sum_xmu);
     }
-    partial[0].word[0] += static_cast<double>(sum);
-    partial[0].word[1] += static_cast<double>(sum_xmu);
+    sums[0].word[0] += static_cast<double>(sum);
+    sums[0].word[1] += static_cast<double>(sum_xmu);
+    batch += plan.splits;
+    if (batch >= plan.batches) return;
+    valid = read(batch);
   }
 }
+
+// From the sums of a channel to what the operation says.
+template <typename A>
+struct GradientOutput {
+  const BackwardReduceArguments& arguments;
+
+  SYNCBN_HOST_DEVICE double Prepare(int64_t channel) const { return arguments.mean[channel]; }
+  SYNCBN_HOST_DEVICE void Write(int64_t channel, double mean, const Sums& sums) const {
+    arguments.sum_dy[channel] = sums.word[0];
+    arguments.sum_dy_xmu[channel] = fma(static_cast<double>(static_cast<A>(mean)) - mean, sums.word[0], sums.word[1]);
+  }
+};
 
 // The work of one block.
 template <Mapping kMapping, Gate kGate, typename T, typename Block>
 SYNCBN_HOST_DEVICE inline void BackwardReduceOfBlock(Block& block, const BackwardReduceArguments& arguments) {
   constexpr int kWidth = static_cast<int>(16 / sizeof(T));
-  constexpr int kValues = kMapping == Mapping::kRows ? kWidth : 1;
-  using A = Accumulator<T>;
+  constexpr int kValues = ValuesOfThread<kMapping, T>();
   using State = typename Block::StateType;
   const ReducePlan& plan = arguments.plan;
+  const GradientOutput<Accumulator<T>> output{arguments};
   block.Each([&](int thread, State& state) {
     const Place at = PlaceOf<kMapping>(plan, thread);
+    Sums sums[kValues];
     if constexpr (kMapping == Mapping::kRows) {
-      GradientOfColumn<kGate, T, kWidth>(arguments, block.tile(), block.split(), at, state.partial);
+      GradientOfColumn<kGate, T, kWidth>(arguments, block.tile(), block.split(), at, sums);
     } else {
-      GradientOfPlanes<kGate, T, kWidth>(arguments, block.tile(), block.split(), at, state.partial);
+      GradientOfPlanes<kGate, T, kWidth>(arguments, block.tile(), block.split(), at, sums);
     }
+    StoreSums<kValues>(block, thread, sums);
+    state.prepared = PreparedFor(plan, block.tile(), thread, output);
   });
-  FinishReduction<kMapping, kValues, SumsPartial>(
-      block, plan, arguments.workspace, [&](int64_t channel, const SumsPartial& total) {
-        const double mean = arguments.mean[channel];
-        arguments.sum_dy[channel] = total.word[0];
-        arguments.sum_dy_xmu[channel] =
-            fma(static_cast<double>(static_cast<A>(mean)) - mean, total.word[0], total.word[1]);
-      });
+  FinishReduction<kMapping, kValues>(block, plan, arguments.workspace, output);
 }
 
 }  // namespace syncbn::kernels::cuda

@@ -5,9 +5,9 @@
 //   shared()                 memory that its threads share;
 //   Each(f)                  calls f(thread, state) for each thread with that thread's own State, then waits for all:
 //                            a phase between two barriers;
-//   Arrive(counter, n, sys)  publishes the block's writes to the others (`sys`: to the host as well) and counts it in.
-//                            True in the last of n blocks, which then sees the others' writes; the counter is then 0
-//                            again, ready for the next launch. Follows an Each, whose barrier it relies on;
+//   Arrive(counter, n)       publishes the block's writes to the others and counts it in. True in the last of n blocks,
+//                            which then sees the others' writes; the counter is then 0 again, ready for the next
+//                            launch. Follows an Each, whose barrier it relies on;
 //   Raise(flag, value)       tells the host that everything before is complete. Follows an Each or an Arrive.
 // DeviceBlock, here, is a block on a GPU: Each is the thread's own call and __syncthreads(). The tests have another
 // that loops over the threads, so that the same code runs without a GPU, with blocks in any order.
@@ -64,21 +64,16 @@ class DeviceBlock {
 #endif
   }
 
-  // One thread fences for the block: the barrier before puts the other threads' writes ahead of its fence, and a fence
-  // covers all that its thread has seen. So the release and the acquire are in the thread that touches the counter, as
-  // the memory model of PTX wants them.
-  SYNCBN_HOST_DEVICE bool Arrive(uint32_t* counter, int64_t parties, bool system) {
+  // One thread releases and acquires for the block: the barrier before puts the other threads' writes ahead of it, and
+  // a release covers all that its thread has seen.
+  SYNCBN_HOST_DEVICE bool Arrive(uint32_t* counter, int64_t parties) {
 #if defined(__CUDA_ARCH__)
     __shared__ uint32_t before;
-    const uint32_t last = static_cast<uint32_t>(parties) - 1;
+    const uint32_t last = static_cast<uint32_t>(parties) - 1;  // Wraps to 0 there.
     if (threadIdx.x == 0) {
-      if (system) {
-        __threadfence_system();
-      } else {
-        __threadfence();
-      }
-      before = atomicInc(counter, last);  // Wraps to 0 at the last.
-      __threadfence();
+      uint32_t old;
+      asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
+      before = old;
     }
     __syncthreads();
     return before == last;
@@ -87,11 +82,11 @@ class DeviceBlock {
 #endif
   }
 
+  // The one release for the host, which takes as long as its memory takes to answer. It covers what an Arrive has
+  // acquired, the other blocks' writes to the host's memory included: PTX orders them through both scopes.
   SYNCBN_HOST_DEVICE void Raise(volatile uint32_t* flag, uint32_t value) {
 #if defined(__CUDA_ARCH__)
-    if (threadIdx.x != 0) return;
-    __threadfence_system();
-    *flag = value;
+    if (threadIdx.x == 0) asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 #endif
   }
 

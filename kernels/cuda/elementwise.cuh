@@ -6,8 +6,12 @@
 //   Input                  the data read for a vector, and Read(first, &input);
 //   Write(first, input, lane_of)   computes and stores a vector; lane_of(i) is the Lane of its element i.
 //
-// Rows: a thread stays in its column, so its coefficients stay in registers. Planes: a block takes a run of up to 16 KB
-// and keeps the coefficients of the planes in it in shared memory; which plane an element is in costs a multiplication.
+// A lane is a struct of values of type A alone.
+//
+// Rows: a thread stays in its column, so its coefficients stay in registers; a block makes each of them once, and its
+// threads find theirs in shared memory. Planes: a block takes a run of up to 16 KB and keeps the coefficients of the
+// planes in it in shared memory; which plane an element is in costs a multiplication. In both the first vectors are
+// asked for before the coefficients, so that all are under way at once.
 // Both go backwards through memory: the reduction that came before went forwards, so the end of the tensor is what the
 // cache still holds.
 // Every element is computed by one thread from its own inputs, so there is no order that could matter.
@@ -15,7 +19,9 @@
 #ifndef SYNCBN_KERNELS_CUDA_ELEMENTWISE_CUH_
 #define SYNCBN_KERNELS_CUDA_ELEMENTWISE_CUH_
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/coefficients.cuh"
@@ -29,37 +35,105 @@ struct ElementState {
   typename Op::Input input[kUnroll];
 };
 
+// Bytes of shared memory that an operation's blocks need.
 template <typename Op>
-SYNCBN_HOST_DEVICE inline void ElementsOfColumn(const ElementPlan& plan, const Op& op, int64_t tile, int split,
-                                                int thread) {
+size_t ElementSharedBytes(const ElementPlan& plan) {
+  const int lanes = plan.mapping == Mapping::kRows ? plan.tile_columns * plan.vector_width : plan.max_planes;
+  return lanes * sizeof(typename Op::Lane);
+}
+
+// The lanes of a tile's values in shared memory, each of their members by itself, so that a thread reads those of its
+// column in whole vectors.
+template <typename Op>
+class TileLanes {
+  using Lane = typename Op::Lane;
+  using A = typename Op::A;
+
+ public:
+  SYNCBN_HOST_DEVICE TileLanes(double* shared, const ElementPlan& plan)
+      : members_(reinterpret_cast<A*>(shared)), values_(plan.tile_columns * Op::kWidth) {}
+
+  SYNCBN_HOST_DEVICE void Store(int value, const Lane& lane) const {
+    const Parts parts = BitCast<Parts>(lane);
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) members_[k * values_ + value] = parts.part[k];
+  }
+
+  SYNCBN_HOST_DEVICE void Load(int column, Lane* lanes) const {
+    Parts parts[Op::kWidth];
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) {
+      Vector<A, Op::kWidth> vector;
+      memcpy(vector.words, __builtin_assume_aligned(members_ + k * values_ + column * Op::kWidth, 16),
+             sizeof(vector.words));
+#pragma unroll
+      for (int v = 0; v < Op::kWidth; ++v) parts[v].part[k] = vector.Get(v);
+    }
+#pragma unroll
+    for (int v = 0; v < Op::kWidth; ++v) lanes[v] = BitCast<Lane>(parts[v]);
+  }
+
+ private:
+  static constexpr int kParts = static_cast<int>(sizeof(Lane) / sizeof(A));
+  struct Parts {
+    A part[kParts];
+  };
+
+  A* const members_;
+  const int values_;
+};
+
+template <typename Op, typename Block>
+SYNCBN_HOST_DEVICE inline void ElementsOfRows(Block& block, const ElementPlan& plan, const Op& op) {
   constexpr int kWidth = Op::kWidth;
   constexpr int kUnroll = Unroll(Mapping::kRows, Op::kBytes);
-  const int member = static_cast<int>(plan.divide_place.Small(static_cast<uint32_t>(thread)));
-  const int64_t column = (tile - member) * plan.tile_columns + thread;
-  if (column >= plan.columns) return;
-  typename Op::Lane lanes[kWidth];
-  EachChannelOfColumn<kWidth>(plan, column, [&](int v, int64_t channel) { lanes[v] = op.LaneAt(channel); });
-  const auto lane_of = [&lanes](int v) { return lanes[v]; };
-  if (split == 0 && member == 0 && column * kWidth < plan.tail) {
-    typename Op::Input input;
-    const int64_t first = (plan.rows * plan.columns + column) * kWidth;
-    op.Read(first, &input);
-    op.Write(first, input, lane_of);
-  }
-  for (int64_t batch = plan.batches - 1 - split; batch >= 0; batch -= plan.splits) {
+  using State = typename Block::StateType;
+  const TileLanes<Op> tile_lanes(block.shared(), plan);
+  const int64_t first_column = block.tile() * plan.tile_columns;
+  // Calls f(u, first) for the vectors of a batch in a thread's column, first being a vector's first element.
+  const auto each_vector = [&](int64_t batch, int member, int64_t column, auto f) {
     const int64_t row = batch * plan.members * kUnroll + member;
-    typename Op::Input input[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t r = row + u * plan.members;
-      if (r < plan.rows) op.Read((r * plan.columns + column) * kWidth, &input[u]);
+      if (r < plan.rows) f(u, (r * plan.columns + column) * kWidth);
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t r = row + u * plan.members;
-      if (r < plan.rows) op.Write((r * plan.columns + column) * kWidth, input[u], lane_of);
+  };
+  const int64_t first_batch = plan.batches - 1 - block.split();
+  block.Each([&](int thread, State& state) {
+    const int member = static_cast<int>(plan.divide_place.Small(static_cast<uint32_t>(thread)));
+    const int64_t column = first_column + thread - member * plan.tile_columns;
+    if (first_batch >= 0 && column < plan.columns) {
+      each_vector(first_batch, member, column, [&](int u, int64_t first) { op.Read(first, &state.input[u]); });
     }
-  }
+    for (int value = thread; value < plan.tile_columns * kWidth; value += plan.block_threads) {
+      const int64_t channel = first_column * kWidth + value;
+      if (channel < plan.columns * kWidth) {
+        tile_lanes.Store(value, op.LaneAt(channel < plan.channels ? channel : channel % plan.channels));
+      }
+    }
+  });
+  block.Each([&](int thread, State& state) {
+    const int member = static_cast<int>(plan.divide_place.Small(static_cast<uint32_t>(thread)));
+    const int in_tile = thread - member * plan.tile_columns;
+    const int64_t column = first_column + in_tile;
+    if (column >= plan.columns) return;
+    typename Op::Lane lanes[kWidth];
+    tile_lanes.Load(in_tile, lanes);
+    const auto lane_of = [&lanes](int v) { return lanes[v]; };
+    // Written so, since nvcc puts the vectors into memory if the loop ends with the reading.
+    for (int64_t batch = first_batch; batch >= 0; batch -= plan.splits) {
+      if (batch != first_batch) {
+        each_vector(batch, member, column, [&](int u, int64_t first) { op.Read(first, &state.input[u]); });
+      }
+      each_vector(batch, member, column, [&](int u, int64_t first) { op.Write(first, state.input[u], lane_of); });
+    }
+    if (block.split() == 0 && member == 0 && column * kWidth < plan.tail) {
+      const int64_t first = (plan.rows * plan.columns + column) * kWidth;
+      op.Read(first, &state.input[0]);
+      op.Write(first, state.input[0], lane_of);
+    }
+  });
 }
 
 template <typename Op, typename Block>
@@ -71,18 +145,21 @@ SYNCBN_HOST_DEVICE inline void ElementsOfPlanes(Block& block, const ElementPlan&
   Lane* const lanes = reinterpret_cast<Lane*>(block.shared());
   const int64_t begin = (plan.tiles - 1 - block.tile()) * plan.tile_elements;
   const int64_t end = begin + plan.tile_elements < plan.size ? begin + plan.tile_elements : plan.size;
-  const int64_t first_plane = begin / plan.spatial;
-  const int64_t offset = begin - first_plane * plan.spatial;  // The tile's offset in its first plane.
+  const int64_t first_plane = plan.divide_spatial(begin);
+  const int64_t last = plan.divide_spatial(end - 1) - first_plane;  // The tile's last plane, from its first on.
   block.Each([&](int thread, State& state) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t first = begin + (u * kMaxThreads + thread) * kWidth;
       if (first < end) op.Read(first, &state.input[u]);
     }
-    const int planes = static_cast<int>((end - 1) / plan.spatial - first_plane) + 1;
-    for (int p = thread; p < planes; p += kMaxThreads) lanes[p] = op.LaneAt((first_plane + p) % plan.channels);
+    for (int64_t p = thread; p <= last; p += kMaxThreads) {
+      const int64_t plane = first_plane + p;
+      lanes[p] = op.LaneAt(plane - plan.divide_channels(plane) * plan.channels);
+    }
   });
   block.Each([&](int thread, State& state) {
+    const int64_t offset = begin - first_plane * plan.spatial;  // The tile's offset in its first plane.
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t first = begin + (u * kMaxThreads + thread) * kWidth;
@@ -90,11 +167,15 @@ SYNCBN_HOST_DEVICE inline void ElementsOfPlanes(Block& block, const ElementPlan&
       const int64_t within = offset + (first - begin);
       const int64_t plane = plan.divide_spatial(within);
       const int64_t left = (plane + 1) * plan.spatial - within;  // Elements left in this plane.
-      if (left >= kWidth) {
+      if (plan.meeting == Meeting::kNever) {
         const Lane lane = lanes[plane];
         op.Write(first, state.input[u], [&lane](int) { return lane; });
+      } else if (plan.meeting == Meeting::kOfTwo) {
+        // All threads go this way, be there a second plane in their vector or not.
+        const Lane lane = lanes[plane];
+        const Lane next = lanes[plane < last ? plane + 1 : last];
+        op.Write(first, state.input[u], [&](int v) { return v < left ? lane : next; });
       } else {
-        const int64_t last = (end - 1) / plan.spatial - first_plane;
         op.Write(first, state.input[u], [&](int v) {
           const int64_t p = plan.divide_spatial(within + v);
           return lanes[p < last ? p : last];  // Elements past the end of the tensor are computed and not stored.
@@ -102,6 +183,16 @@ SYNCBN_HOST_DEVICE inline void ElementsOfPlanes(Block& block, const ElementPlan&
       }
     }
   });
+}
+
+// The work of one block.
+template <Mapping kMapping, typename Op, typename Block>
+SYNCBN_HOST_DEVICE inline void ElementsOfBlock(Block& block, const ElementPlan& plan, const Op& op) {
+  if constexpr (kMapping == Mapping::kRows) {
+    ElementsOfRows(block, plan, op);
+  } else {
+    ElementsOfPlanes(block, plan, op);
+  }
 }
 
 }  // namespace syncbn::kernels::cuda

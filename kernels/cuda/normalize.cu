@@ -8,7 +8,7 @@ namespace {
 
 template <Mapping kMapping, Addition kAddition, typename T>
 __global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping)) ElemtKernel(const ElemtArguments arguments) {
-  extern __shared__ double shared[];
+  extern __shared__ __align__(16) double shared[];
   DeviceBlock<ElementState<ElemtOp<kAddition, T>, Unroll(kMapping, ElemtOp<kAddition, T>::kBytes)>> block(shared);
   ElemtOfBlock<kMapping, kAddition, T>(block, arguments);
 }
@@ -18,9 +18,8 @@ Error LaunchWithAddition(const Context& context, DataType type, const ElemtArgum
   const ElementPlan& plan = arguments.plan;
   return DispatchType(plan.mapping, type, [&](auto mapping, auto tag) {
     using T = typename decltype(tag)::Type;
-    const size_t shared_bytes = plan.max_planes * sizeof(typename ElemtOp<kAddition, T>::Lane);
     return Launch(ElemtKernel<decltype(mapping)::value, kAddition, T>, plan.tiles, plan.splits, plan.block_threads,
-                  shared_bytes, context.stream, arguments);
+                  ElementSharedBytes<ElemtOp<kAddition, T>>(plan), context.stream, arguments);
   });
 }
 

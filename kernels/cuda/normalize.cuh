@@ -107,13 +107,7 @@ struct ElemtOp {
 template <Mapping kMapping, Addition kAddition, typename T, typename Block>
 SYNCBN_HOST_DEVICE inline void ElemtOfBlock(Block& block, const ElemtArguments& arguments) {
   using Op = ElemtOp<kAddition, T>;
-  using State = typename Block::StateType;
-  const Op op{arguments};
-  if constexpr (kMapping == Mapping::kRows) {
-    block.Each([&](int thread, State&) { ElementsOfColumn(arguments.plan, op, block.tile(), block.split(), thread); });
-  } else {
-    ElementsOfPlanes(block, arguments.plan, op);
-  }
+  ElementsOfBlock<kMapping>(block, arguments.plan, Op{arguments});
 }
 
 }  // namespace syncbn::kernels::cuda

@@ -41,6 +41,14 @@ SYNCBN_HOST_DEVICE constexpr int Unroll(Mapping mapping, int bytes) {
   const int unroll = SYNCBN_TUNE_UNDER_WAY * 1024 / kMaxThreads / (BlocksPerSm(mapping) * bytes);
   return unroll < 1 ? 1 : unroll;
 }
+// Sums that a reduction makes of each channel: of the values about a pivot and of their squares, or of dy and of its
+// products.
+inline constexpr int kReduceSums = 2;
+// Channels that a thread of a reduction has sums of.
+template <Mapping kMapping, typename T>
+SYNCBN_HOST_DEVICE constexpr int ValuesOfThread() {
+  return kMapping == Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
+}
 // Planes whose coefficients a block of an element-wise operation holds in shared memory, at most.
 inline constexpr int kMaxPlanes = 512;
 
@@ -60,25 +68,35 @@ struct ReducePlan {
   int64_t spatial = 0;
   int64_t units = 0;
   FastDivide vectors_per_plane;
+  bool small = false;  // Places in the tensor, and units, have 31 bits.
   bool whole = false;  // Planes are whole vectors, and units < 2^31: nearly all tensors but those with 7 x 7 planes.
   // Common.
   int vector_width = 1;
   int unroll = 1;
   int tile_columns = 1;  // kRows: vectors; kPlanes: channels.
-  int tile_values = 1;   // Accumulators of a tile: tile_columns * vector_width, or tile_columns.
+  int tile_values = 1;   // Channels of a tile, replicas counted: tile_columns * vector_width, or tile_columns.
   int members = 1;
   int64_t batches = 0;
   int64_t tiles = 1;
   int splits = 1;
-  // Partial results of a tile's splits are merged by groups of `group`, then the groups; at once if groups == 1. As
-  // many as `helpers` threads share the merging of one accumulator.
+  // Values of each channel, of the whole tensor.
+  int64_t count = 0;
+  // A tile's channels have two sums each: its accumulators. The sums of a tile's splits are added up by groups of
+  // `group`, then the groups; at once if groups == 1. As many threads share the adding of one accumulator, over a
+  // block's members and over slots in memory.
+  int accumulators = kReduceSums;
   int group = 1;
   int groups = 1;
-  int helpers = 1;
-  // Divisions by tile_columns (kRows) or members (kPlanes), by tile_values, and by group.
+  int member_helpers = 1;
+  int slot_helpers = 1;
+  // Divisions by tile_columns (kRows) or members (kPlanes); by tile_columns; by tile_values; by group; by accumulators;
+  // and by accumulators (kRows) or member_helpers (kPlanes).
   FastDivide divide_place;
+  FastDivide divide_columns;
   FastDivide divide_values;
   FastDivide divide_group;
+  FastDivide divide_accumulators;
+  FastDivide divide_member_helpers;
 
   SYNCBN_HOST_DEVICE int threads() const { return members * tile_columns; }
   int64_t blocks() const { return tiles * splits; }
@@ -90,6 +108,9 @@ ReducePlan PlanReduce(const TensorShape& shape, int tensors);
 // Bytes of workspace that a reduction with this plan uses, and the part of it, at the front, that holds counters.
 inline constexpr size_t kCounterBytes = 8192;
 size_t WorkspaceBytes(const ReducePlan& plan);
+
+// The number of planes that meet in a vector of an element-wise operation: one, up to two, or more.
+enum class Meeting : uint8_t { kNever = 0, kOfTwo = 1, kOfMany = 2 };
 
 // The plan of an element-wise operation.
 struct ElementPlan {
@@ -112,6 +133,8 @@ struct ElementPlan {
   // kPlanes: a tile is `tile_elements` consecutive elements, which touch at most `max_planes` planes; one split.
   int64_t spatial = 0;
   FastDivide divide_spatial;
+  FastDivide divide_channels;
+  Meeting meeting = Meeting::kNever;
   int tile_elements = 0;
   int max_planes = 0;
 

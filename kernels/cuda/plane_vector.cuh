@@ -16,21 +16,31 @@ struct PlaneVector {
   uint32_t valid = 0;  // Bit i: element first + i belongs to the plane. 0: nothing to read.
 };
 
-// Vector `unit` of `channel`, counted over all its planes.
-SYNCBN_HOST_DEVICE inline PlaneVector FindPlaneVector(const ReducePlan& plan, int64_t channel, int64_t unit,
-                                                      int width) {
+// Vector `unit` of `channel`, counted over all its planes; Index has room for the tensor's size.
+template <typename Index>
+SYNCBN_HOST_DEVICE inline PlaneVector FindPlaneVectorBy(const ReducePlan& plan, Index sample, Index channel, Index unit,
+                                                        int width) {
+  const Index spatial = static_cast<Index>(plan.spatial);
+  const Index begin = (sample * static_cast<Index>(plan.channels) + channel) * spatial;
+  const Index vectors = static_cast<Index>(plan.vectors_per_plane.divisor);
+  const Index first = (begin / width + (unit - sample * vectors)) * width;
   PlaneVector vector;
-  if (unit >= plan.units) return vector;
-  const int64_t sample = plan.vectors_per_plane(unit);
-  const int64_t begin = (sample * plan.channels + channel) * plan.spatial;
-  const int64_t end = begin + plan.spatial;
-  vector.first = (begin / width + unit - sample * plan.vectors_per_plane.divisor) * width;
-  const int64_t left = end - vector.first;
+  vector.first = first;
+  const Index left = begin + spatial - first;
   if (left <= 0) return vector;
   const uint32_t below_end = left >= width ? (1u << width) - 1 : (1u << left) - 1;
-  const int64_t skip = begin - vector.first;
+  const Index skip = begin - first;
   vector.valid = skip > 0 ? below_end & ~((1u << skip) - 1) : below_end;
   return vector;
+}
+SYNCBN_HOST_DEVICE inline PlaneVector FindPlaneVector(const ReducePlan& plan, int64_t channel, int64_t unit,
+                                                      int width) {
+  if (unit >= plan.units) return PlaneVector();
+  if (plan.small) {
+    const int32_t sample = static_cast<int32_t>(plan.vectors_per_plane.Small(static_cast<uint32_t>(unit)));
+    return FindPlaneVectorBy<int32_t>(plan, sample, static_cast<int32_t>(channel), static_cast<int32_t>(unit), width);
+  }
+  return FindPlaneVectorBy<int64_t>(plan, plan.vectors_per_plane(unit), channel, unit, width);
 }
 
 // The same vector's first element, where plan.whole and unit < plan.units.

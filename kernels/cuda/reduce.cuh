@@ -1,12 +1,16 @@
-// The second half of a reduction over channels: from one partial result for each thread to one for each channel, in the
-// launch that made them.
+// The second half of a reduction over channels: from two sums for each channel of each thread to two for each channel,
+// in the launch that made them.
 //
-//   1. The members of a block, which hold partial results of the same channels, merge in a binary tree in shared
-//      memory.
-//   2. Each block writes its tile's partial results to the workspace and counts itself in. The last block of the tile
-//      merges them, by index and not by arrival, so no bit of the result depends on which block is last. With many
-//      splits the merging is done in two levels, so that one block does not read for long.
-//   3. If a channel occurs in several columns (C not a multiple of the vector), the last of all blocks merges these.
+//   1. The threads of a block put their sums into shared memory, and each accumulator, a sum of a channel, is added up
+//      over the members, the threads that have parts of it.
+//   2. Each block writes its tile's accumulators to the workspace and counts itself in. The last block of the tile adds
+//      them up, by index and not by arrival, so no bit of the result depends on which block is last. With many splits
+//      the adding is done in two levels, so that one block does not read for long.
+//   3. If a channel occurs in several columns (C not a multiple of the vector), the last of all blocks adds these up.
+//
+// All that follows the last read of the tensor is a chain of steps that wait for each other, so there are few of them:
+// additions alone, about a pivot that all blocks share (stats.cuh), and two or three barriers instead of one for each
+// level of a tree.
 //
 // The only atomic operations count blocks, on integers. Counters return to 0 by themselves.
 
@@ -17,12 +21,8 @@
 
 #include "kernels/cuda/block.cuh"
 #include "kernels/cuda/plan.h"
-#include "kernels/moments.h"
 
 namespace syncbn::kernels::cuda {
-
-// Threads that write in one step of the tree, at most: half a block.
-inline constexpr int kTreeSlots = kMaxThreads / 2;
 
 // The memory through which a reduction's blocks tell each other their results, and the signal to the host.
 struct ReduceWorkspace {
@@ -39,29 +39,16 @@ struct Place {
   int column = 0;
 };
 
-// A thread's partial results: kValues channels of Partial, which has kWords doubles, Combine(a, b), and
-// CombineAll(partials, other) for all channels, where other(v, w) is word w of channel v. Its place is looked up where
-// it is needed, by a multiplication: kept here, it would take registers from the loop over the tensor.
-template <typename Partial, int kValues>
-struct ReduceState {
-  Partial partial[kValues];
+// The sums that a reduction makes of each channel.
+inline constexpr int kSums = kReduceSums;
+struct Sums {
+  double word[kSums] = {0.0, 0.0};
 };
 
-template <typename Partial>
-SYNCBN_HOST_DEVICE inline void StoreSlot(const Partial& partial, int64_t slot, int values, int value, double* base) {
-#pragma unroll
-  for (int w = 0; w < Partial::kWords; ++w) base[(slot * Partial::kWords + w) * values + value] = partial.word[w];
-}
-
-template <typename Partial>
-SYNCBN_HOST_DEVICE inline Partial LoadSlot(const double* base, int64_t slot, int values, int value) {
-  Partial partial;
-#pragma unroll
-  for (int w = 0; w < Partial::kWords; ++w) {
-    partial.word[w] = LoadCoherent(base + (slot * Partial::kWords + w) * values + value);
-  }
-  return partial;
-}
+// What a thread keeps between the phases of the end: a number that the output of its channel needs, asked for early.
+struct ReduceState {
+  double prepared;
+};
 
 // The quotient and the rest of a thread's number by the divisor.
 SYNCBN_HOST_DEVICE inline Place DivideThread(const FastDivide& divide, int thread) {
@@ -75,166 +62,188 @@ SYNCBN_HOST_DEVICE inline Place PlaceOf(const ReducePlan& plan, int thread) {
   return kMapping == Mapping::kRows ? at : Place{at.column, at.member};
 }
 
-// Merges partial[0 .. kValues) over the members, by the threads' places, place(thread); the result is in member 0.
-// Member m takes from m + s, for s = ..., 4, 2, 1. Threads whose member is not below `members` take no part.
-template <int kValues, typename Partial, typename Block, typename PlaceOfThread>
-SYNCBN_HOST_DEVICE inline void MergeMembers(Block& block, int members, int columns, PlaceOfThread place) {
-  using State = typename Block::StateType;
-  int stride = 1;
-  while (stride * 2 < members) stride *= 2;
-  for (; members > 1 && stride >= 1; stride /= 2) {
-    block.Each([&](int thread, State& state) {
-      const Place at = place(thread);
-      if (at.member < stride || at.member >= members || at.member >= 2 * stride) return;
-      const int slot = (at.member - stride) * columns + at.column;
+// Doubles of shared memory that a reduction needs: the threads' sums, the helpers' parts of accumulators, and totals.
+template <int kValues>
+inline constexpr int kReduceSharedDoubles = (kValues * kSums + 2) * kMaxThreads;
+
+// Shared memory as a reduction of kValues channels a thread divides it.
+template <int kValues>
+struct ReduceShared {
+  double* sums;
+  double* parts;
+  double* totals;
+  SYNCBN_HOST_DEVICE explicit ReduceShared(double* shared)
+      : sums(shared), parts(shared + kValues * kSums * kMaxThreads), totals(parts + kMaxThreads) {}
+};
+
+// Puts a thread's sums where AddMembers finds them, at the end of the phase that makes them.
+template <int kValues, typename Block>
+SYNCBN_HOST_DEVICE inline void StoreSums(Block& block, int thread, const Sums* sums) {
+  double* const shared = ReduceShared<kValues>(block.shared()).sums;
 #pragma unroll
-      for (int v = 0; v < kValues; ++v) {
+  for (int v = 0; v < kValues; ++v) {
 #pragma unroll
-        for (int w = 0; w < Partial::kWords; ++w) {
-          block.shared()[(v * Partial::kWords + w) * kTreeSlots + slot] = state.partial[v].word[w];
-        }
-      }
-    });
-    block.Each([&](int thread, State& state) {
-      const Place at = place(thread);
-      if (at.member >= stride || at.member + stride >= members) return;
-      const double* const slot = block.shared() + at.member * columns + at.column;
-      Partial::template CombineAll<kValues>(
-          state.partial, [slot](int v, int w) { return slot[(v * Partial::kWords + w) * kTreeSlots]; });
-    });
+    for (int w = 0; w < kSums; ++w) shared[(v * kSums + w) * kMaxThreads + thread] = sums[v].word[w];
   }
 }
 
-// Merges `count` slots of the workspace from `first` on. The total of accumulator e is then in partial[0] of thread e.
-template <typename Partial, typename Block>
-SYNCBN_HOST_DEVICE inline void MergeSlots(Block& block, const ReducePlan& plan, const double* partials, int64_t first,
-                                          int count) {
+// Adds up `count` terms, term(a, i), of each accumulator a, and calls write(a, total) for each. As many as `helpers`
+// threads share an accumulator, each with every helpers-th term, and their parts meet in shared memory. place(thread)
+// says which accumulator a thread helps with (`column`), and as which of its helpers (`member`).
+template <typename Block, typename PlaceOfThread, typename Term, typename Write>
+SYNCBN_HOST_DEVICE inline void AddUp(Block& block, int accumulators, int helpers, int count, double* parts,
+                                     PlaceOfThread place, Term term, Write write) {
   using State = typename Block::StateType;
-  const int values = plan.tile_values;
-  const auto place = [&plan](int thread) { return DivideThread(plan.divide_values, thread); };
-  block.Each([&](int thread, State& state) {
+  block.Each([&](int thread, State&) {
+    if (thread >= accumulators * helpers) return;
     const Place at = place(thread);
-    Partial total = Partial::Empty();
-    if (at.member < plan.helpers) {
-#pragma unroll 2
-      for (int i = at.member; i < count; i += plan.helpers) {
-        total = Partial::Combine(total, LoadSlot<Partial>(partials, first + i, values, at.column));
-      }
-    }
-    state.partial[0] = total;
-  });
-  MergeMembers<1, Partial>(block, plan.helpers, values, place);
-}
-
-// From member 0's partial[0 .. kValues) to partial[0] of thread e.
-template <Mapping kMapping, int kValues, typename Partial, typename Block>
-SYNCBN_HOST_DEVICE inline void SpreadValues(Block& block, const ReducePlan& plan) {
-  using State = typename Block::StateType;
-  block.Each([&](int thread, State& state) {
-    const Place at = PlaceOf<kMapping>(plan, thread);
-    if (at.member != 0) return;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-#pragma unroll
-      for (int w = 0; w < Partial::kWords; ++w) {
-        block.shared()[w * kMaxThreads + at.column * kValues + v] = state.partial[v].word[w];
-      }
+    double total = 0.0;
+#pragma unroll 8
+    for (int i = at.member; i < count; i += helpers) total += term(at.column, i);
+    if (helpers == 1) {
+      write(at.column, total);
+    } else {
+      parts[at.member * accumulators + at.column] = total;
     }
   });
-  block.Each([&](int thread, State& state) {
-    if (thread >= plan.tile_values) return;
-#pragma unroll
-    for (int w = 0; w < Partial::kWords; ++w) {
-      state.partial[0].word[w] = block.shared()[w * kMaxThreads + thread];
-    }
+  if (helpers == 1) return;
+  block.Each([&](int thread, State&) {
+    if (thread >= accumulators) return;
+    double total = 0.0;
+#pragma unroll 4
+    for (int helper = 0; helper < helpers; ++helper) total += parts[helper * accumulators + thread];
+    write(thread, total);
   });
 }
 
-// Doubles of shared memory that the functions above need.
-template <typename Partial, int kValues>
-inline constexpr int kReduceSharedDoubles = Partial::kWords*(kValues > 2 ? kValues * kTreeSlots : kMaxThreads);
+// Adds up what StoreSums has stored; totals go to `totals`: accumulator a, the sum w of the channel that is element v
+// of column c, is a = (v * kSums + w) * tile_columns + c.
+template <Mapping kMapping, int kValues, typename Block>
+SYNCBN_HOST_DEVICE inline void AddMembers(Block& block, const ReducePlan& plan, double* totals) {
+  const ReduceShared<kValues> shared(block.shared());
+  const int columns = plan.tile_columns;
+  const int members = plan.members;
+  // Helpers of an accumulator are neighbours if its members are, so that they read from different banks.
+  const auto place = [&plan](int thread) {
+    const Place at = DivideThread(plan.divide_member_helpers, thread);
+    return kMapping == Mapping::kRows ? at : Place{at.column, at.member};
+  };
+  const auto term = [&](int a, int member) {
+    const Place at = DivideThread(plan.divide_columns, a);
+    const int thread = kMapping == Mapping::kRows ? member * columns + at.column : at.column * members + member;
+    return shared.sums[at.member * kMaxThreads + thread];
+  };
+  AddUp(block, plan.accumulators, plan.member_helpers, members, shared.parts, place, term,
+        [totals](int a, double total) { totals[a] = total; });
+}
 
-// Merges the splits of the block's tile, if this block is the last of them. True: the totals are in partial[0] of
-// thread e. False: another block goes on.
-template <Mapping kMapping, int kValues, typename Partial, typename Block>
-SYNCBN_HOST_DEVICE inline bool MergeSplits(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace) {
-  using State = typename Block::StateType;
+// Adds up `count` slots of the workspace from `first` on; totals go to `totals`.
+template <typename Block>
+SYNCBN_HOST_DEVICE inline void AddSlots(Block& block, const ReducePlan& plan, const double* partials, int64_t first,
+                                        int count, double* parts, double* totals) {
+  const int accumulators = plan.accumulators;
+  const double* const slots = partials + first * accumulators;
+  AddUp(
+      block, accumulators, plan.slot_helpers, count, parts,
+      [&plan](int thread) { return DivideThread(plan.divide_accumulators, thread); },
+      [slots, accumulators](int a, int i) { return LoadCoherent(slots + i * accumulators + a); },
+      [totals](int a, double total) { totals[a] = total; });
+}
+
+// Adds up the splits of the block's tile, whose sums are in their slots, if this block is the last of them. True:
+// totals are in shared memory. False: another block goes on.
+template <int kValues, typename Block>
+SYNCBN_HOST_DEVICE inline bool AddSplits(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace) {
+  const ReduceShared<kValues> shared(block.shared());
   const int64_t tile = block.tile();
-  const int split = block.split();
-  if (plan.splits == 1) {
-    SpreadValues<kMapping, kValues, Partial>(block, plan);
-    return true;
-  }
-  block.Each([&](int thread, State& state) {
-    const Place at = PlaceOf<kMapping>(plan, thread);
-    if (at.member != 0) return;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      StoreSlot(state.partial[v], tile * plan.splits + split, plan.tile_values, at.column * kValues + v,
-                workspace.partials);
-    }
-  });
   uint32_t* const tile_counter = workspace.counters + 2 + tile;
+  const int64_t slots = tile * plan.splits;
   if (plan.groups == 1) {
-    if (!block.Arrive(tile_counter, plan.splits, false)) return false;
-    MergeSlots<Partial>(block, plan, workspace.partials, tile * plan.splits, plan.splits);
+    if (!block.Arrive(tile_counter, plan.splits)) return false;
+    AddSlots(block, plan, workspace.partials, slots, plan.splits, shared.parts, shared.totals);
     return true;
   }
-  const int group = static_cast<int>(plan.divide_group.Small(static_cast<uint32_t>(split)));
+  const int group = static_cast<int>(plan.divide_group.Small(static_cast<uint32_t>(block.split())));
   const int first = group * plan.group;
   const int in_group = plan.splits - first < plan.group ? plan.splits - first : plan.group;
   uint32_t* const group_counter = workspace.counters + 2 + plan.tiles + tile * plan.groups + group;
-  if (!block.Arrive(group_counter, in_group, false)) return false;
-  MergeSlots<Partial>(block, plan, workspace.partials, tile * plan.splits + first, in_group);
+  if (!block.Arrive(group_counter, in_group)) return false;
   const int64_t group_slots = plan.tiles * plan.splits + tile * plan.groups;
-  block.Each([&](int thread, State& state) {
-    if (thread >= plan.tile_values) return;
-    StoreSlot(state.partial[0], group_slots + group, plan.tile_values, thread, workspace.partials);
-  });
-  if (!block.Arrive(tile_counter, plan.groups, false)) return false;
-  MergeSlots<Partial>(block, plan, workspace.partials, group_slots, plan.groups);
+  AddSlots(block, plan, workspace.partials, slots + first, in_group, shared.parts,
+           workspace.partials + (group_slots + group) * plan.accumulators);
+  if (!block.Arrive(tile_counter, plan.groups)) return false;
+  AddSlots(block, plan, workspace.partials, group_slots, plan.groups, shared.parts, shared.totals);
   return true;
 }
 
-// Everything after the threads' own partial results. output(channel, total) is called once for each channel.
-template <Mapping kMapping, int kValues, typename Partial, typename Block, typename Output>
+// The two sums of value e of a tile, among its accumulators.
+template <int kValues, typename Read>
+SYNCBN_HOST_DEVICE inline Sums SumsOf(const ReducePlan& plan, int e, Read read) {
+  Sums sums;
+#pragma unroll
+  for (int w = 0; w < kSums; ++w) {
+    sums.word[w] = read((e % kValues * kSums + w) * plan.tile_columns + e / kValues);
+  }
+  return sums;
+}
+
+// The sums of a channel that occurs in several columns, from the totals of all tiles.
+template <int kValues>
+SYNCBN_HOST_DEVICE inline Sums SumsOfReplicas(const ReducePlan& plan, const double* tiles, int64_t channel) {
+  Sums sums;
+  for (int r = 0; r < plan.replicas; ++r) {
+    const int64_t value = channel + r * plan.channels;
+    const int64_t tile = plan.divide_values(value);
+    const double* const slot = tiles + tile * plan.accumulators;
+    const Sums more = SumsOf<kValues>(plan, static_cast<int>(value - tile * plan.tile_values),
+                                      [slot](int a) { return LoadCoherent(slot + a); });
+#pragma unroll
+    for (int w = 0; w < kSums; ++w) sums.word[w] += more.word[w];
+  }
+  return sums;
+}
+
+// Everything after StoreSums. output.Write(channel, prepared, sums) is called once for each channel, with what
+// output.Prepare(channel) has returned: a read from memory that takes place beside the adding.
+template <Mapping kMapping, int kValues, typename Block, typename Output>
 SYNCBN_HOST_DEVICE inline void FinishReduction(Block& block, const ReducePlan& plan, const ReduceWorkspace& workspace,
-                                               Output output) {
+                                               const Output& output) {
   using State = typename Block::StateType;
-  MergeMembers<kValues, Partial>(block, plan.members, plan.tile_columns,
-                                 [&plan](int thread) { return PlaceOf<kMapping>(plan, thread); });
-  if (!MergeSplits<kMapping, kValues, Partial>(block, plan, workspace)) return;
+  const ReduceShared<kValues> shared(block.shared());
   const int64_t tile = block.tile();
+  const int64_t slot = tile * plan.splits + block.split();
+  AddMembers<kMapping, kValues>(block, plan,
+                                plan.splits == 1 ? shared.totals : workspace.partials + slot * plan.accumulators);
+  if (plan.splits > 1 && !AddSplits<kValues>(block, plan, workspace)) return;
   const bool signals = workspace.flag != nullptr;
   if (plan.replicas == 1) {
     block.Each([&](int thread, State& state) {
       const int64_t channel = tile * plan.tile_values + thread;
-      if (thread < plan.tile_values && channel < plan.channels) output(channel, state.partial[0]);
+      if (thread >= plan.tile_values || channel >= plan.channels) return;
+      output.Write(channel, state.prepared, SumsOf<kValues>(plan, thread, [&](int a) { return shared.totals[a]; }));
     });
-    if (!signals || !block.Arrive(workspace.counters + 1, plan.tiles, true)) return;
-  } else {
-    const int64_t tile_slots = plan.tiles * (plan.splits + plan.groups);
-    block.Each([&](int thread, State& state) {
-      if (thread < plan.tile_values) {
-        StoreSlot(state.partial[0], tile_slots + tile, plan.tile_values, thread, workspace.partials);
-      }
-    });
-    if (!block.Arrive(workspace.counters, plan.tiles, false)) return;
-    block.Each([&](int thread, State&) {
-      for (int64_t channel = thread; channel < plan.channels; channel += plan.threads()) {
-        Partial total = Partial::Empty();
-        for (int r = 0; r < plan.replicas; ++r) {
-          const int64_t value = channel + r * plan.channels;
-          total =
-              Partial::Combine(total, LoadSlot<Partial>(workspace.partials, tile_slots + value / plan.tile_values,
-                                                        plan.tile_values, static_cast<int>(value % plan.tile_values)));
-        }
-        output(channel, total);
-      }
-    });
-    if (!signals) return;
+    if (!signals || (plan.tiles > 1 && !block.Arrive(workspace.counters + 1, plan.tiles))) return;
+    block.Raise(workspace.flag, workspace.flag_value);
+    return;
   }
-  block.Raise(workspace.flag, workspace.flag_value);
+  double* const tiles = workspace.partials + plan.tiles * (plan.splits + plan.groups) * plan.accumulators;
+  block.Each([&](int thread, State&) {
+    if (thread < plan.accumulators) tiles[tile * plan.accumulators + thread] = shared.totals[thread];
+  });
+  if (!block.Arrive(workspace.counters, plan.tiles)) return;
+  block.Each([&](int thread, State&) {
+    for (int64_t channel = thread; channel < plan.channels; channel += plan.threads()) {
+      output.Write(channel, output.Prepare(channel), SumsOfReplicas<kValues>(plan, tiles, channel));
+    }
+  });
+  if (signals) block.Raise(workspace.flag, workspace.flag_value);
+}
+
+// What output.Prepare says for the channel that the thread will write, if any.
+template <typename Output>
+SYNCBN_HOST_DEVICE inline double PreparedFor(const ReducePlan& plan, int64_t tile, int thread, const Output& output) {
+  const int64_t channel = tile * plan.tile_values + thread;
+  return thread < plan.tile_values && channel < plan.channels ? output.Prepare(channel) : 0.0;
 }
 
 }  // namespace syncbn::kernels::cuda

@@ -8,9 +8,8 @@ namespace {
 
 template <Mapping kMapping, typename T>
 __global__ void __launch_bounds__(kMaxThreads, ResidentBlocks(kMapping)) StatsKernel(const StatsArguments arguments) {
-  constexpr int kValues = kMapping == Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
-  __shared__ double shared[kReduceSharedDoubles<MomentsPartial, kValues>];
-  DeviceBlock<ReduceState<MomentsPartial, kValues>> block(shared);
+  __shared__ double shared[kReduceSharedDoubles<ValuesOfThread<kMapping, T>()>];
+  DeviceBlock<ReduceState> block(shared);
   StatsOfBlock<kMapping, T>(block, arguments);
 }
 

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cuda/coefficients.cuh"
 #include "kernels/cuda/plan.h"
 #include "kernels/cuda/plane_vector.cuh"
 #include "kernels/cuda/reduce.cuh"
@@ -32,47 +33,6 @@ struct StatsArguments {
   double* mean = nullptr;
   double* m2 = nullptr;
   ReduceWorkspace workspace;
-};
-
-struct MomentsPartial {
-  static constexpr int kWords = 3;
-  double word[kWords];  // Count (exact up to 2^53), mean, M2.
-
-  SYNCBN_HOST_DEVICE static MomentsPartial Empty() { return From(Moments()); }
-  SYNCBN_HOST_DEVICE static MomentsPartial From(const Moments& moments) {
-    return {{static_cast<double>(moments.count), moments.mean, moments.m2}};
-  }
-  // As Merge, without conversions of the count.
-  SYNCBN_HOST_DEVICE static MomentsPartial Combine(const MomentsPartial& a, const MomentsPartial& b) {
-    if (a.word[0] == 0.0) return b;
-    if (b.word[0] == 0.0) return a;
-    MomentsPartial merged = a;
-    merged.Add(WeightsOf(a.word[0], b.word[0]), b.word[0], b.word[1], b.word[2]);
-    return merged;
-  }
-  // Nearly always all channels of a thread have the same count: then a single division serves them all.
-  template <int kValues, typename Other>
-  SYNCBN_HOST_DEVICE static void CombineAll(MomentsPartial* mine, Other other) {
-    const double na = mine[0].word[0];
-    const double nb = other(0, 0);
-    bool alike = na != 0.0 && nb != 0.0;
-#pragma unroll
-    for (int v = 1; v < kValues; ++v) alike = alike && mine[v].word[0] == na && other(v, 0) == nb;
-    if (alike) {
-      const MergeWeights weights = WeightsOf(na, nb);
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) mine[v].Add(weights, nb, other(v, 1), other(v, 2));
-      return;
-    }
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) mine[v] = Combine(mine[v], {{other(v, 0), other(v, 1), other(v, 2)}});
-  }
-
- private:
-  SYNCBN_HOST_DEVICE void Add(const MergeWeights& weights, double count, double mean, double m2) {
-    word[0] += count;
-    MergeInto(weights, mean, m2, word[1], word[2]);
-  }
 };
 
 SYNCBN_HOST_DEVICE inline int CountBits(uint32_t bits) {
@@ -120,7 +80,7 @@ SYNCBN_HOST_DEVICE inline void AddWideBatch(Get get, uint32_t valid, ChannelSums
 // Adds the values get(i) of those i < kCount whose bit in `valid` is set, `count` of them; `before` came earlier.
 template <int kCount, typename A, typename Get>
 SYNCBN_HOST_DEVICE inline void AddBatch(Get get, uint32_t valid, int count, int64_t before, ChannelSums<A>* sums) {
-  constexpr uint32_t kAll = kCount == 32 ? ~0u : (1u << kCount) - 1;
+  constexpr uint32_t kAll = ~0u >> (32 - kCount);
   constexpr bool kIsFloat = std::is_same<A, float>::value;
   if (before == 0) sums->pivot = PivotOf<kCount, A>(get, valid, count);
   A sum = 0;
@@ -162,27 +122,37 @@ SYNCBN_HOST_DEVICE inline void AddBatch(Get get, uint32_t valid, int count, int6
   sums->sum_squares = rebased.sum_squares;
 }
 
+// A thread's sums about the pivot that all threads of the channel share.
 template <typename A>
-SYNCBN_HOST_DEVICE inline MomentsPartial ToPartial(const ChannelSums<A>& sums, int64_t count) {
+SYNCBN_HOST_DEVICE inline Sums Shared(const ChannelSums<A>& own, int64_t count, A pivot) {
   ShiftedSums shifted;
   shifted.count = count;
-  shifted.pivot = static_cast<double>(sums.pivot);
-  shifted.sum = sums.sum;
-  shifted.sum_squares = sums.sum_squares;
-  return MomentsPartial::From(ToMoments(shifted));
+  shifted.pivot = static_cast<double>(own.pivot);
+  shifted.sum = own.sum;
+  shifted.sum_squares = own.sum_squares;
+  const ShiftedSums rebased = Rebase(shifted, static_cast<double>(pivot));
+  return {{rebased.sum, rebased.sum_squares}};
+}
+
+// The pivot that all threads of a channel share: its first value, or 0 if that is not finite. It is one of the values,
+// so m2 has a term of about the square of its distance from the mean, and the rounding errors of sums about it, 2^-53
+// of n such squares, stay 2^-53 * n of m2, wherever it lies.
+template <typename A>
+SYNCBN_HOST_DEVICE inline A SharedPivot(A first) {
+  return first - first == 0 ? first : A{0};
 }
 
 // One thread's share of a tensor in rows.
 template <typename T, int kWidth>
 SYNCBN_HOST_DEVICE inline void StatsOfColumn(const StatsArguments& arguments, int64_t tile, int split, Place at,
-                                             MomentsPartial* partial) {
+                                             Sums* sums) {
   constexpr int kUnroll = Unroll(Mapping::kRows, 16);
   using A = Accumulator<T>;
   const ReducePlan& plan = arguments.plan;
   const T* x = static_cast<const T*>(arguments.x);
   const int64_t column = tile * plan.tile_columns + at.column;
   const int64_t step = plan.members * plan.columns * kWidth;  // From one vector of a batch to the next.
-  ChannelSums<A> sums[kWidth];
+  ChannelSums<A> own[kWidth];
   int64_t count = 0;
   const int64_t end = column < plan.columns ? plan.batches : 0;
   for (int64_t batch = split; batch < end; batch += plan.splits) {
@@ -210,20 +180,29 @@ SYNCBN_HOST_DEVICE inline void StatsOfColumn(const StatsArguments& arguments, in
     const uint32_t valid = (1u << n) - 1;
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
-      AddBatch<kUnroll>([&](int u) { return vectors[u].Get(v); }, valid, n, count, &sums[v]);
+      AddBatch<kUnroll>([&](int u) { return vectors[u].Get(v); }, valid, n, count, &own[v]);
     }
     count += n;
   }
+  if (column >= plan.columns || plan.size == 0) return;
   // The rest of the last row is one more value for some columns.
   const int64_t tail = split == 0 && at.member == 0 ? plan.tail - column * kWidth : 0;
+  Vector<T, kWidth> firsts;
+  if (plan.replicas == 1) {
+    Load(x, column * kWidth, plan.size, arguments.aligned, &firsts);
+  } else {
+    firsts.Clear();
+    EachChannelOfColumn<kWidth>(plan, column, [&](int v, int64_t channel) { firsts.Set(v, x[channel]); });
+  }
 #pragma unroll
   for (int v = 0; v < kWidth; ++v) {
-    partial[v] = ToPartial(sums[v], count);
+    const A pivot = SharedPivot(firsts.Get(v));
+    sums[v] = Shared(own[v], count, pivot);
     if (v < tail) {
-      Moments one;
-      one.count = 1;
-      one.mean = static_cast<double>(Widen(x[plan.size - plan.tail + column * kWidth + v]));
-      partial[v] = MomentsPartial::Combine(partial[v], MomentsPartial::From(one));
+      const double last = static_cast<double>(Widen(x[plan.size - plan.tail + column * kWidth + v]));
+      const double d = last - static_cast<double>(pivot);
+      sums[v].word[0] += d;
+      sums[v].word[1] = fma(d, d, sums[v].word[1]);
     }
   }
 }
@@ -231,15 +210,16 @@ SYNCBN_HOST_DEVICE inline void StatsOfColumn(const StatsArguments& arguments, in
 // One thread's share of a tensor in planes.
 template <typename T, int kWidth>
 SYNCBN_HOST_DEVICE inline void StatsOfPlanes(const StatsArguments& arguments, int64_t tile, int split, Place at,
-                                             MomentsPartial* partial) {
+                                             Sums* sums) {
   constexpr int kUnroll = Unroll(Mapping::kPlanes, 16);
-  constexpr uint32_t kAll = kUnroll * kWidth == 32 ? ~0u : (1u << (kUnroll * kWidth)) - 1;
+  static_assert(kUnroll * kWidth <= 32, "a batch's values have a bit each");
+  constexpr uint32_t kAll = ~0u >> (32 - kUnroll * kWidth);
   using A = Accumulator<T>;
   const ReducePlan& plan = arguments.plan;
   const T* x = static_cast<const T*>(arguments.x);
   const int64_t channel = tile * plan.tile_columns + at.column;
   const bool whole = plan.whole && arguments.aligned;
-  ChannelSums<A> sums;
+  ChannelSums<A> own;
   int64_t count = 0;
   const int64_t end = channel < plan.channels && at.column < plan.tile_columns ? plan.batches : 0;
   for (int64_t batch = split; batch < end; batch += plan.splits) {
@@ -266,32 +246,54 @@ SYNCBN_HOST_DEVICE inline void StatsOfPlanes(const StatsArguments& arguments, in
     }
     const int n = CountBits(valid);
     if (n == 0) continue;
-    AddBatch<kUnroll * kWidth>([&](int i) { return vectors[i / kWidth].Get(i % kWidth); }, valid, n, count, &sums);
+    AddBatch<kUnroll * kWidth>([&](int i) { return vectors[i / kWidth].Get(i % kWidth); }, valid, n, count, &own);
     count += n;
   }
-  partial[0] = ToPartial(sums, count);
+  if (count > 0) sums[0] = Shared(own, count, SharedPivot(Widen(x[channel * plan.spatial])));
 }
+
+// From the sums of a channel to its mean and M2.
+template <Mapping kMapping, typename T>
+struct StatsOutput {
+  const StatsArguments& arguments;
+
+  SYNCBN_HOST_DEVICE double Prepare(int64_t channel) const {
+    const int64_t first = kMapping == Mapping::kRows ? channel : channel * arguments.plan.spatial;
+    if (arguments.plan.size == 0) return 0.0;
+    return static_cast<double>(SharedPivot(Widen(static_cast<const T*>(arguments.x)[first])));
+  }
+  SYNCBN_HOST_DEVICE void Write(int64_t channel, double pivot, const Sums& sums) const {
+    ShiftedSums shifted;
+    shifted.count = arguments.plan.count;
+    shifted.pivot = pivot;
+    shifted.sum = sums.word[0];
+    shifted.sum_squares = sums.word[1];
+    const Moments moments = ToMoments(shifted);
+    arguments.mean[channel] = moments.mean;
+    arguments.m2[channel] = moments.m2;
+  }
+};
 
 // The work of one block. kMapping and T are the plan's.
 template <Mapping kMapping, typename T, typename Block>
 SYNCBN_HOST_DEVICE inline void StatsOfBlock(Block& block, const StatsArguments& arguments) {
   constexpr int kWidth = static_cast<int>(16 / sizeof(T));
-  constexpr int kValues = kMapping == Mapping::kRows ? kWidth : 1;
+  constexpr int kValues = ValuesOfThread<kMapping, T>();
   using State = typename Block::StateType;
   const ReducePlan& plan = arguments.plan;
+  const StatsOutput<kMapping, T> output{arguments};
   block.Each([&](int thread, State& state) {
     const Place at = PlaceOf<kMapping>(plan, thread);
+    Sums sums[kValues];
     if constexpr (kMapping == Mapping::kRows) {
-      StatsOfColumn<T, kWidth>(arguments, block.tile(), block.split(), at, state.partial);
+      StatsOfColumn<T, kWidth>(arguments, block.tile(), block.split(), at, sums);
     } else {
-      StatsOfPlanes<T, kWidth>(arguments, block.tile(), block.split(), at, state.partial);
+      StatsOfPlanes<T, kWidth>(arguments, block.tile(), block.split(), at, sums);
     }
+    StoreSums<kValues>(block, thread, sums);
+    state.prepared = PreparedFor(plan, block.tile(), thread, output);
   });
-  FinishReduction<kMapping, kValues, MomentsPartial>(block, plan, arguments.workspace,
-                                                     [&](int64_t channel, const MomentsPartial& total) {
-                                                       arguments.mean[channel] = total.word[1];
-                                                       arguments.m2[channel] = total.word[2];
-                                                     });
+  FinishReduction<kMapping, kValues>(block, plan, arguments.workspace, output);
 }
 
 }  // namespace syncbn::kernels::cuda

@@ -29,7 +29,7 @@ def test_the_benchmarks_write_every_row(built, tmp_path):
 
 
 def test_libraries_are_compared_on_few_shapes(built, tmp_path):
-    for what, count in (("sweep", 6 * 4), ("once", 2)):
+    for what, count in (("sweep", 8 * 4), ("once", 2)):
         done = run(sys.executable, ROOT / "tests/gpu/bench.py", built / "libsyncbn_bench_on_host.so",
                    tmp_path / "kernels.json", "--what", what, "--on-host")
         assert done.returncode == 0, done.stdout

@@ -24,7 +24,13 @@ double SumOf(int64_t count, Value value, long double* expected) {
   for (int64_t i = 0; i < count; ++i) mean += static_cast<long double>(value(i)) / count;
   *expected = 0;
   for (int64_t i = 0; i < count; ++i) *expected += (value(i) - mean) * (value(i) - mean);
-  return ToPartial(sums, count).word[2];
+  ShiftedSums shifted;
+  shifted.count = count;
+  shifted.pivot = static_cast<double>(value(0));
+  const Sums shared = Shared(sums, count, value(0));
+  shifted.sum = shared.word[0];
+  shifted.sum_squares = shared.word[1];
+  return ToMoments(shifted).m2;
 }
 
 // The pivot that one outlier in the first batch spoils is left behind; with it, every later value's square would carry

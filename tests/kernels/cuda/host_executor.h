@@ -37,7 +37,7 @@ class HostBlock {
     after_barrier_ = true;
   }
 
-  bool Arrive(uint32_t* counter, int64_t parties, bool) {
+  bool Arrive(uint32_t* counter, int64_t parties) {
     if (!std::exchange(after_barrier_, false)) {
       std::fprintf(stderr, "Arrive does not follow an Each, whose barrier it relies on\n");
       std::abort();

@@ -57,12 +57,9 @@ inline void HostStats(const HostRun& run, const kernels::TensorShape& shape, con
   cuda::DispatchType(arguments.plan.mapping, shape.type, [&](auto mapping, auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr cuda::Mapping kMapping = decltype(mapping)::value;
-    constexpr int kValues = kMapping == cuda::Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
-    using Partial = cuda::MomentsPartial;
-    RunGrid<cuda::ReduceState<Partial, kValues>>(
-        arguments.plan.tiles, arguments.plan.splits, arguments.plan.threads(),
-        cuda::kReduceSharedDoubles<Partial, kValues>, run.seed,
-        [&](auto& block) { cuda::StatsOfBlock<kMapping, T>(block, arguments); });
+    RunGrid<cuda::ReduceState>(arguments.plan.tiles, arguments.plan.splits, arguments.plan.threads(),
+                               cuda::kReduceSharedDoubles<cuda::ValuesOfThread<kMapping, T>()>, run.seed,
+                               [&](auto& block) { cuda::StatsOfBlock<kMapping, T>(block, arguments); });
   });
 }
 
@@ -72,12 +69,9 @@ void HostBackwardReduceWithGate(const HostRun& run, kernels::DataType type,
   cuda::DispatchType(arguments.plan.mapping, type, [&](auto mapping, auto tag) {
     using T = typename decltype(tag)::Type;
     constexpr cuda::Mapping kMapping = decltype(mapping)::value;
-    constexpr int kValues = kMapping == cuda::Mapping::kRows ? static_cast<int>(16 / sizeof(T)) : 1;
-    using Partial = cuda::SumsPartial;
-    RunGrid<cuda::ReduceState<Partial, kValues>>(
-        arguments.plan.tiles, arguments.plan.splits, arguments.plan.threads(),
-        cuda::kReduceSharedDoubles<Partial, kValues>, run.seed,
-        [&](auto& block) { cuda::BackwardReduceOfBlock<kMapping, kGate, T>(block, arguments); });
+    RunGrid<cuda::ReduceState>(arguments.plan.tiles, arguments.plan.splits, arguments.plan.threads(),
+                               cuda::kReduceSharedDoubles<cuda::ValuesOfThread<kMapping, T>()>, run.seed,
+                               [&](auto& block) { cuda::BackwardReduceOfBlock<kMapping, kGate, T>(block, arguments); });
   });
 }
 
@@ -106,7 +100,7 @@ inline void HostBackwardReduce(const HostRun& run, const kernels::TensorShape& s
 
 template <typename Op>
 size_t LaneDoubles(const cuda::ElementPlan& plan) {
-  return (plan.max_planes * sizeof(typename Op::Lane) + sizeof(double) - 1) / sizeof(double);
+  return (cuda::ElementSharedBytes<Op>(plan) + sizeof(double) - 1) / sizeof(double);
 }
 
 template <cuda::Addition kAddition>

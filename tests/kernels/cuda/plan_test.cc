@@ -35,7 +35,9 @@ TensorShape RandomShape(std::mt19937_64* random, int64_t largest) {
 void CheckLimits(const ReducePlan& plan, const TensorShape& shape) {
   EXPECT_GE(plan.threads(), kMaxThreads / 2);
   EXPECT_LE(plan.threads(), kMaxThreads);
-  EXPECT_LE(plan.tile_values, plan.threads());
+  EXPECT_LE(plan.accumulators, plan.threads());
+  EXPECT_LE(plan.accumulators * plan.member_helpers, plan.threads());
+  EXPECT_LE(plan.accumulators * plan.slot_helpers, plan.threads());
   EXPECT_GE(plan.splits, 1);
   EXPECT_GE(plan.group * plan.groups, plan.splits);
   EXPECT_LT(plan.group * (plan.groups - 1), plan.splits);
