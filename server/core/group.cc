@@ -16,6 +16,11 @@ uint64_t IncarnationFloor(absl::Time now) {
   return static_cast<uint64_t>(std::max<int64_t>(absl::ToUnixMicros(now), 0));
 }
 
+// Returns whether the frame that has the join does something else, too, which no worker does before it is let in.
+bool SaysMoreThanJoin(const FrameReceived& frame) {
+  return !frame.contributions.empty() || !frame.ended.empty() || frame.caught_up || frame.membership_read != 0;
+}
+
 }  // namespace
 
 std::optional<Error> FillConfig(const GroupConfig& config, uint32_t world_size, const Limits& limits,
@@ -194,6 +199,7 @@ void Group::OnFrame(StreamId stream, const FrameReceived& frame, absl::Time now,
   if (!rank.has_value()) return;
   rounds_.BeginTurn();
   members_.Unblock(*rank);
+  if (!frame.join.has_value() || SaysMoreThanJoin(frame)) members_.TakePart(*rank);
   auto error = rounds_.CheckKeys(frame);
   if (!error.has_value()) error = layers_.CheckSpecs(frame.layers);
   if (error.has_value()) {
@@ -246,19 +252,29 @@ void Group::AnnounceConflict(const Layer& layer, const Error& conflict, Effects&
 void Group::OnStreamClosed(StreamId stream, absl::Time now, Effects& effects) {
   const std::optional<Rank> rank = members_.RankOf(stream);
   if (!rank.has_value()) return departures_.Remove(stream);
-  members_.Lose(*rank, now + *config_.rejoin_grace);
-  effects.push_back(Change(*rank, stream));
-  OnMemberGone(now, effects);
+  if (members_[*rank].had_left) {
+    rounds_.BeginTurn();
+    members_.LeaveAgain(*rank);
+    OnLeft(*rank, stream, now, effects);
+  } else {
+    members_.Lose(*rank, now + *config_.rejoin_grace);
+    effects.push_back(Change(*rank, stream));
+    OnMemberGone(now, effects);
+  }
   OnTimePassed(now, effects);  // A grace of 0 is over already.
+}
+
+void Group::OnLeft(Rank rank, StreamId stream, absl::Time now, Effects& effects) {
+  effects.push_back(Change(rank, stream));
+  layers_.Forget(rank);
+  OnMemberGone(now, effects);
+  rounds_.BeginReview(now, effects);
 }
 
 void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
   const StreamId stream = members_[rank].stream;
   members_.Leave(rank);
-  effects.push_back(Change(rank, stream));
-  layers_.Forget(rank);
-  OnMemberGone(now, effects);
-  rounds_.BeginReview(now, effects);
+  OnLeft(rank, stream, now, effects);
   departures_.Add(stream, now + limits_.max_leave_delay);
   // The others have been told of the leave, behind all outcomes that its worker was told.
   version_to_read_ = membership_version_;

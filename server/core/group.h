@@ -127,6 +127,9 @@ class Group {
   void Declare(Rank rank, const LayerSpec& spec, bool returning, absl::Time now, Effects& effects);
   void AnnounceConflict(const Layer& layer, const Error& conflict, Effects& effects) const;
   void Leave(Rank rank, absl::Time now, Effects& effects);
+  // Tells the others that the rank has left, or has left again, and begins to end what waits for it alone. `stream` was
+  // its own.
+  void OnLeft(Rank rank, StreamId stream, absl::Time now, Effects& effects);
   // Acknowledges leaves that are due, and all of them once nobody can need what those that leave hold.
   void EndDepartures(absl::Time now, Effects& effects);
   // Returns whether some member may yet ask for an outcome that it has not been told, or has lost with its stream.

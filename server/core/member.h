@@ -41,6 +41,11 @@ struct Member {
   // Came back from an earlier master, and has not sent yet all that it had sent to that one.
   bool catching_up = false;
   bool left_before = false;  // Has left under an earlier master, which may have had contributions of it.
+  // While present: its rank had left when it joined, and nothing has come since. Perhaps there is nobody: a process may
+  // have died while its join was on the way.
+  bool had_left = false;
+  bool had_left_before = false;  // With that: `left_before`, as it was.
+  bool unheard = false;          // While left: was to catch up when it left again, so that it is when it comes back.
   // While present: came back, and has not said yet that it has sent again what it had no outcome of.
   bool returning = false;
   bool confirms = false;               // Has said, in this incarnation, which membership it has read.

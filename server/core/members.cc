@@ -74,10 +74,17 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
   seated.reborn = join.incarnation == 0 || join.incarnation > member.incarnation;
   seated.predecessor_contributed = member.has_contributed;
   // The first that this master sees of an incarnation that an earlier master gave out.
-  if (join.incarnation != member.incarnation) SetCatchingUp(join.rank, join.incarnation != 0);
+  const bool unheard = join.incarnation != member.incarnation || member.unheard;
+  if (unheard) SetCatchingUp(join.rank, join.incarnation != 0);
   // The clock of this master may be behind that of the one before it.
   if (join.incarnation < kBelievable) incarnation_floor_ = std::max(incarnation_floor_, join.incarnation);
+  // Another stream of a member that has not taken part yet changes nothing.
+  const bool had_left = member.had_left || member.state == MemberState::kLeft;
+  const bool had_left_before = member.had_left_before || member.left_before;
   Detach(join.rank);
+  member.had_left = had_left;
+  member.had_left_before = had_left_before;
+  member.unheard = false;
   if (seated.reborn) {
     member.has_contributed = member.confirms = false;
     member.life_key = join.life_key;
@@ -146,6 +153,7 @@ void Members::Detach(Rank rank) {
       --present_;
       SetLags(rank, false);
       SetReturning(rank, false);
+      member.had_left = member.had_left_before = false;
       break;
     case MemberState::kLost:
       graces_.erase({member.grace_until, rank});
@@ -174,6 +182,20 @@ void Members::Leave(Rank rank) {
   SetCatchingUp(rank, false);
   members_.At(rank).state = MemberState::kLeft;
   ++left_;
+}
+
+void Members::TakePart(Rank rank) {
+  if (!members_[rank].had_left) return;
+  members_.At(rank).had_left = members_.At(rank).had_left_before = false;
+}
+
+void Members::LeaveAgain(Rank rank) {
+  SYNCBN_CHECK(members_[rank].had_left, "rank ", rank);
+  const bool left_before = members_[rank].had_left_before;
+  const bool unheard = members_[rank].catching_up;
+  Leave(rank);
+  members_.At(rank).unheard = unheard;
+  SetLeftBefore(rank, left_before);
 }
 
 bool Members::GiveUpOverdue(absl::Time now) {
@@ -275,8 +297,9 @@ void Members::CheckInvariants() const {
     catching_up += member.catching_up;
     returning += member.returning;
     left_before += member.left_before;
-    SYNCBN_CHECK(member.state == MemberState::kLeft || !member.left_before, "rank ", rank);
+    SYNCBN_CHECK(member.state == MemberState::kLeft || !(member.left_before || member.unheard), "rank ", rank);
     SYNCBN_CHECK(is_present || !member.returning, "rank ", rank);
+    SYNCBN_CHECK((is_present || !member.had_left) && (member.had_left || !member.had_left_before), "rank ", rank);
     SYNCBN_CHECK(is_present || is_lost || !member.catching_up, "rank ", rank);
     SYNCBN_CHECK((member.activity == nullptr) == (member.contributions == 0), "rank ", rank);
   }

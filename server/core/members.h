@@ -2,9 +2,11 @@
 //
 //   absent --Seat--> present --Lose--> lost --GiveUpOverdue--> lost and given up
 //                    present --Leave--> left
+//   left   --Seat--> present --LeaveAgain--> left
 //
-// Seat leads from every state to present: a worker reconnects, or its successor takes the rank. Only a lost member may
-// be given up: from then on no round waits for it, until it is seated again.
+// LeaveAgain takes the place of Lose while nothing but a join has come from a worker whose rank had left. Seat leads
+// from every state to present: a worker reconnects, or its successor takes the rank. Only a lost member may be given
+// up: from then on no round waits for it, until it is seated again.
 
 #ifndef SYNCBN_SERVER_CORE_MEMBERS_H_
 #define SYNCBN_SERVER_CORE_MEMBERS_H_
@@ -85,6 +87,11 @@ class Members {
   // ---- Losses and leaves
   void Lose(Rank rank, absl::Time grace_until);
   void Leave(Rank rank);
+  // Something but a join has come from the member, so that it takes part, whether its rank had left or not.
+  void TakePart(Rank rank);
+  // The stream has ended of a member whose rank had left, and that has not taken part since: its rank has left as it
+  // had before.
+  void LeaveAgain(Rank rank);
   // Gives up the lost members whose grace is over. Returns whether there were any.
   bool GiveUpOverdue(absl::Time now);
   // Returns when GiveUpOverdue is next due; InfiniteFuture if no grace is running.

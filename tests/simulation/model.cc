@@ -55,8 +55,14 @@ void Model::BeforeClose(StreamId stream, absl::Time now) {
   if (!rank.has_value()) return;
   Member& member = members_[*rank];
   member.stream = 0;
-  member.lost_at = now;
   member.blocked_on.clear();
+  if (std::exchange(member.had_left, false)) {
+    member.left = true;
+    member.left_before = member.had_left_before;
+    ++tally_.left_again;
+  } else {
+    member.lost_at = now;
+  }
 }
 
 void Model::BeforeShutdown() {
@@ -73,6 +79,7 @@ void Model::TakeFrame(Rank rank, absl::Time now) {
   sender_.rank = rank;
   sender_.seated = true;
   sender_.leaves = frame_->leave;
+  if (!frame_->join.has_value()) members_[rank].had_left = false;
   for (const core::LayerSpec& spec : frame_->layers) members_[rank].channels[spec.name] = spec.channels;
   for (const Part& part : frame_->parts) {
     if (part.report == nullptr || TakeReport(rank, *part.report)) continue;

@@ -64,7 +64,9 @@ class Model {
     core::StreamId stream = 0;  // 0 if it has none.
     uint64_t incarnation = 0;
     bool left = false;
-    bool left_before = false;  // It has left an earlier master.
+    bool left_before = false;      // It has left an earlier master.
+    bool had_left = false;         // It had left when it joined, and has sent nothing since,
+    bool had_left_before = false;  // and had left an earlier master.
     bool catching_up = false;
     bool returning = false;                    // Came back, and has not said that it has sent all.
     std::map<std::string, uint32_t> channels;  // By layer, as it was declared last.

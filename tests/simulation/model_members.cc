@@ -54,7 +54,11 @@ void Model::Check(const core::SendJoined& joined, absl::Time now) {
       refused_.erase(rank);
     }
   }
+  const bool had_left = member.left || member.had_left;
+  const bool had_left_before = member.had_left ? member.had_left_before : member.left_before;
   member = Member();
+  member.had_left = had_left;
+  member.had_left_before = had_left_before;
   member.catching_up = catching_up;
   member.returning = join.incarnation != 0;
   member.stream = joined.stream;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <utility>
 #include <variant>
@@ -27,14 +28,19 @@ core::Effects Mutant::OnFrame(StreamId stream, const Frame& frame, absl::Time no
 }
 
 core::Effects Mutant::OnClosed(StreamId stream, absl::Time now) {
-  if (bug_ == Bug::kEarlyLeave) {
-    core::FrameReceived leave;
-    leave.stream = stream;
-    leave.leave = "broken";
-    const auto rank = rank_of_.find(stream);
-    if (rank != rank_of_.end() && seats_[rank->second] == stream) return Distort(coordinator_.On(leave, now));
+  const auto rank = rank_of_.find(stream);
+  const bool seated = rank != rank_of_.end() && seats_[rank->second] == stream && closed_.count(stream) == 0;
+  core::FrameReceived last;
+  last.stream = stream;
+  if (seated && bug_ == Bug::kEarlyLeave) {
+    last.leave = "broken";
+    return Distort(coordinator_.On(last, now));
   }
-  return Distort(coordinator_.On(core::StreamClosed{stream}, now));
+  core::Effects effects;
+  if (seated && bug_ == Bug::kLateJoin) effects = coordinator_.On(last, now);
+  core::Effects more = coordinator_.On(core::StreamClosed{stream}, now);
+  effects.insert(effects.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+  return Distort(std::move(effects));
 }
 
 absl::Time Mutant::NextDeadline() const {

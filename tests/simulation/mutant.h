@@ -44,6 +44,7 @@ enum class Bug {
   kWrongPlace,       // A new worker is told that its group stands one sequence further back.
   kHastyLeave,       // A leave is acknowledged before others have read of it.
   kSmallerStep,      // A successor's contributions count less than its predecessor's.
+  kLateJoin,         // A join alone makes a worker of a rank that had left, though its stream has broken.
 };
 
 class Mutant {

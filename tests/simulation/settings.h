@@ -78,6 +78,7 @@ struct Tally {
   uint64_t adopted = 0;                    // Runs that a new group took from a worker that came back.
   uint64_t outlived = 0;                   // Rounds that a rank had left before, under another master.
   uint64_t diverged = 0;                   // Workers that knew another outcome than their group.
+  uint64_t left_again = 0;                 // Streams that ended behind the join of a rank that had left.
   uint64_t succeeded = 0;                  // Workers that died where only deaths happen, and were told where all stand.
   std::map<std::string, uint64_t> failed;  // By reason.
   std::map<std::string, uint64_t> refused;  // To the sender alone.
@@ -107,6 +108,7 @@ struct Tally {
     adopted += other.adopted;
     outlived += other.outlived;
     diverged += other.diverged;
+    left_again += other.left_again;
     succeeded += other.succeeded;
     for (const auto& [reason, times] : other.failed) failed[reason] += times;
     for (const auto& [reason, times] : other.refused) refused[reason] += times;

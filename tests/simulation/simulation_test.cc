@@ -86,6 +86,7 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.tally.adopted, 0u);
   EXPECT_GT(sum.tally.outlived, 0u);
   EXPECT_GT(sum.tally.diverged, 0u);
+  EXPECT_GT(sum.tally.left_again, 0u);
   EXPECT_GT(sum.tally.succeeded, 0u);
   EXPECT_GT(sum.tally.unanswered, 0u);
   EXPECT_GT(sum.tally.held_back, 0u);
@@ -157,7 +158,8 @@ INSTANTIATE_TEST_SUITE_P(
                       OfMaster("ForgottenLeaves", Bug::kForgottenLeaves),
                       OfMaster("UnknownLeaves", Bug::kUnknownLeaves), OfMaster("Impatience", Bug::kImpatience),
                       OfMaster("HastyLeave", Bug::kHastyLeave), OfMaster("ForgottenSteps", Bug::kForgottenSteps),
-                      OfMaster("WrongPlace", Bug::kWrongPlace), OfMaster("SmallerStep", Bug::kSmallerStep)),
+                      OfMaster("WrongPlace", Bug::kWrongPlace), OfMaster("SmallerStep", Bug::kSmallerStep),
+                      OfMaster("LateJoin", Bug::kLateJoin)),
     [](const auto& info) { return info.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(

@@ -122,6 +122,8 @@ INSTANTIATE_TEST_SUITE_P(
                          parts.member(1).given_up = true;
                          ++parts.given_up();
                        }},
+                Damage{"ALostMemberThatHadLeft", [](auto& parts) { parts.member(2).had_left = true; }},
+                Damage{"APresentMemberThatIsUnheard", [](auto& parts) { parts.member(1).unheard = true; }},
                 Damage{"ALostMemberLags", [](auto& parts) { parts.member(2).lags = true; }},
                 Damage{"AnErrorOfAPresentMember", [](auto& parts) { parts.layer_set_errors()[1] = Error(); }},
                 Damage{"BlockedOnNoRound", [](auto& parts) { parts.member(0).blocked_on = {Forward("a", 7)}; }},

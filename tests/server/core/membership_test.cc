@@ -285,6 +285,104 @@ TEST(LossTest, ClosingAnUnknownStreamIsIgnored) {
   EXPECT_THAT(engine.On(StreamClosed{77}), IsEmpty());
 }
 
+// ---- Joins after a leave --------------------------------------------------------------------------------------------
+
+// A group of three that waits 5 s for successors. Rank 2 has left; ranks 0 and 1 go on.
+class RejoinTest : public ::testing::Test {
+ protected:
+  RejoinTest() {
+    config_.missing_policy = MissingPolicy::kWait;
+    config_.rejoin_grace = absl::Seconds(5);
+    for (Rank rank = 0; rank < 3; ++rank) workers_.push_back(Join(rank));
+    for (const StreamId worker : workers_) engine_.Contribute(worker, Forward("bn", 0), kNumbers);
+    engine_.Leave(workers_[2]);
+  }
+
+  // Says nothing but its join.
+  StreamId Join(Rank rank) {
+    core::Join join = MakeJoin(rank, 3);
+    join.config = config_;
+    join.layers = Layers();
+    return engine_.Join(join);
+  }
+
+  // Ranks 0 and 1 contribute to the round.
+  void Begin(uint64_t sequence) {
+    for (const Rank rank : {0u, 1u}) engine_.Contribute(workers_[rank], Forward("bn", sequence), kNumbers);
+  }
+
+  // Expects that the round has completed without rank 2.
+  void ExpectWithoutIt(uint64_t sequence) {
+    const auto outcome = engine_.Outcome(workers_[0], Forward("bn", sequence));
+    EXPECT_EQ(ReasonOf(*outcome), "");
+    EXPECT_THAT(outcome->missing_ranks, ElementsAre(2));
+  }
+
+  GroupConfig config_;
+  Engine engine_;
+  std::vector<StreamId> workers_;
+};
+
+// A process died while its join was on the way; its successor was let in, worked and left before that join came.
+TEST_F(RejoinTest, ALateJoinOfADeadProcessHoldsNobodyUp) {
+  const StreamId dead = Join(2);
+  ASSERT_TRUE(engine_.log(dead).joined.has_value());
+  Begin(1);
+  EXPECT_THAT(engine_.Outcomes(workers_[0], Forward("bn", 1)), IsEmpty()) << "somebody may be there";
+  engine_.Close(dead);
+  ExpectWithoutIt(1);
+  EXPECT_THAT(engine_.log(workers_[0]).memberships.back().left_ranks, ElementsAre(2));
+  EXPECT_EQ(engine_.changes().back().state, MemberState::kLeft);
+  engine_.Advance(absl::Seconds(6));
+  Begin(2);
+  ExpectWithoutIt(2);
+  const StreamId next = Join(2);
+  EXPECT_GT(engine_.log(next).joined->incarnation, engine_.log(dead).joined->incarnation);
+}
+
+TEST_F(RejoinTest, OneThatComesBackWithItsIncarnationTakesPart) {
+  const StreamId broken = Join(2);
+  engine_.Close(broken);
+  const StreamId back = engine_.Reconnect(broken);
+  EXPECT_EQ(engine_.log(back).joined->incarnation, engine_.log(broken).joined->incarnation);
+  Begin(1);
+  EXPECT_THAT(engine_.Outcomes(workers_[0], Forward("bn", 1)), IsEmpty());
+  engine_.Contribute(back, Forward("bn", 1), kNumbers);
+  EXPECT_EQ(engine_.Outcome(workers_[0], Forward("bn", 1))->count, 12);
+}
+
+TEST_F(RejoinTest, OneThatHasSentAFrameIsLost) {
+  const StreamId alive = Join(2);
+  engine_.Read(alive);
+  Begin(1);
+  engine_.Close(alive);
+  EXPECT_THAT(engine_.Outcomes(workers_[0], Forward("bn", 1)), IsEmpty()) << "its successor may come";
+  engine_.Advance(absl::Seconds(5));
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(workers_[0], Forward("bn", 1))), kWorkerLost);
+}
+
+// The acknowledgement of its leave was lost, and it has died before it could leave again.
+TEST_F(RejoinTest, OneThatHadLeftItselfIsNotLost) {
+  const StreamId first = engine_.Reconnect(workers_[2]);
+  const StreamId second = engine_.Reconnect(workers_[2]);
+  EXPECT_EQ(engine_.log(first).close_reason(), kFenced);
+  Begin(1);
+  engine_.Close(second);
+  ExpectWithoutIt(1);
+}
+
+TEST_F(RejoinTest, ASecondJoinOnItsStreamIsNotHeard) {
+  Begin(1);
+  const StreamId other = Join(2);
+  Begin(2);
+  FrameReceived again;
+  again.stream = other;
+  again.join = MakeJoin(2, 3);
+  engine_.On(again);
+  EXPECT_EQ(engine_.log(other).close_reason(), kJoinRequired);
+  ExpectWithoutIt(2);
+}
+
 // ---- Seats ----------------------------------------------------------------------------------------------------------
 
 TEST(SeatTest, AnEmptyOneGoesToANewIncarnation) {

@@ -392,6 +392,37 @@ TEST_F(RestoredTest, ALeaverThatWasNotAcknowledgedBringsItsPart) {
   EXPECT_TRUE(engine_.log(leaver).closed) << "these workers do not say what they have read";
 }
 
+// Its stream breaks before it has repeated anything, and it comes again within the 2 s.
+TEST_F(RestoredTest, ALeaverWhoseStreamBreaksMayStillBringItsPart) {
+  const auto told = Told(Sum("s", 4), {0, 1, 2});
+  const StreamId first = Return(0, {2}), second = Return(1, {2});
+  Send(first, {}, 0, {Sum("s", 4)});
+  Send(second, {}, 1, {Sum("s", 4)});
+  core::Join join = testing::MakeJoin(2, 3);
+  join.run_id = kRun;
+  join.incarnation = kIncarnation;
+  engine_.Close(engine_.Join(join));
+  EXPECT_THAT(engine_.ended(), IsEmpty());
+  EXPECT_EQ(engine_.View().left, 1u);
+  const StreamId leaver = Return(2);
+  Send(leaver, {told}, 2);
+  EXPECT_TRUE(testing::SameOutcome(*engine_.Outcome(first, Sum("s", 4)), *told));
+}
+
+TEST_F(RestoredTest, ALeaverThatDiesBehindItsJoinIsNotWaitedForAnyLonger) {
+  const StreamId first = Return(0, {2}), second = Return(1, {2});
+  Send(first, {}, 0, {Sum("s", 4)});
+  Send(second, {}, 1, {Sum("s", 4)});
+  core::Join join = testing::MakeJoin(2, 3);
+  join.run_id = kRun;
+  join.incarnation = kIncarnation;
+  engine_.Close(engine_.Join(join));
+  engine_.Advance(absl::Milliseconds(1999));
+  EXPECT_THAT(engine_.ended(), IsEmpty());
+  engine_.Advance(absl::Milliseconds(1));
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(second, Sum("s", 4))), kOutcomeLost);
+}
+
 TEST_F(RestoredTest, ANewRunGivesWayToOneInWhichRoundsHaveEnded) {
   const StreamId reborn = Enter(engine_, 1, 0, 0);
   ASSERT_NE(engine_.log(reborn).joined->run_id, kRun);
