@@ -50,8 +50,11 @@ class Group {
   const Secret& token() const { return token_; }
   uint32_t present() const { return members_.present(); }
   bool empty() const { return members_.present() == 0; }
-  // Returns whether successors of lost members may still come, whose place in the run they take.
-  bool AwaitsSuccessors() const { return waits() && members_.in_grace() != 0; }
+  // Returns whether successors may still come of members that are lost, or that died with an earlier master and have
+  // not been here. They take their places in the run.
+  bool AwaitsSuccessors() const {
+    return waits() && (members_.in_grace() != 0 || (resumed_ && members_.absent() != 0));
+  }
 
   // The group of this name has been in another run, which is over; 0 if it has not.
   void NoteOver(uint64_t run_id) { over_run_id_ = run_id; }

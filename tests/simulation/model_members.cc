@@ -228,6 +228,14 @@ void Model::Check(const core::GroupEnded&, absl::Time now) {
       const bool awaited = waits() && member.lost_at.has_value() && !member.left && !GivenUp(rank, now);
       if (awaited) Violate("a group ends while someone's successor is waited for");
     }
+    // One that has died with an earlier master is not known here.
+    const bool all_known = std::all_of(members_.begin(), members_.end(), [](const auto& entry) {
+      return entry.second.left || entry.second.incarnation != 0;
+    });
+    const bool began_anew = frame_ != nullptr && frame_->join.has_value();
+    if (waits() && resumed_ && began_anew && (members_.size() < settings_.world_size || !all_known)) {
+      Violate("a run ends while the successor of one that died with the master before is waited for");
+    }
     if (InFlight() != 0) Violate("a group ends before its rounds");
   }
   over_run_id_ = run_id_;

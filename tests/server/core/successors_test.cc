@@ -345,6 +345,30 @@ TEST_F(BothDieTest, OneThatDiesAfterItHasComeBackIsWaitedForToo) {
   EXPECT_TRUE(SameOutcome(*Told(1, Forward("a", 3)), *told));
 }
 
+// They had nothing left to do when their master died, and the one whose successor comes had its last step to repeat.
+TEST_F(BothDieTest, ASuccessorThatComesAfterTheOthersHaveLeftGoesOnWithTheRun) {
+  const auto told = Before(Forward("a", 3));
+  for (const Rank rank : {0u, 2u}) {
+    Return(rank, {told});
+    engine_.Leave(streams_[rank]);
+  }
+  engine_.Advance(absl::Seconds(2));
+  Rise(1);
+  EXPECT_EQ(engine_.log(streams_[1]).joined->run_id, kRun);
+  Contribute(1, Forward("a", 3));
+  EXPECT_TRUE(SameOutcome(*Told(1, Forward("a", 3)), *told));
+  Contribute(1, Forward("a", 4));
+  EXPECT_THAT(Told(1, Forward("a", 4))->missing_ranks, ElementsAre(0, 2));
+}
+
+TEST_F(BothDieTest, AfterTheGroupIsForgottenANewRunBegins) {
+  Return(0, {Before(Forward("a", 3))});
+  engine_.Leave(streams_[0]);
+  engine_.Advance(absl::Seconds(61));
+  Rise(1);
+  EXPECT_NE(engine_.log(streams_[1]).joined->run_id, kRun);
+}
+
 TEST_F(BothDieTest, ASuccessorThatMeetsAThirdMasterIsStillWaitedFor) {
   const auto told = Before(Forward("a", 3));
   Return(1, {});  // It had joined the second master, and contributed nothing yet.
