@@ -78,13 +78,16 @@ void World::Stall(Life& life) {
   Log("rank ", life.trainer.rank(), " stalls until ", life.stalled_until);
 }
 
-// One direction, or each, loses everything; both sides learn of it when a keepalive is not answered.
+// One direction, or each, loses everything; both sides learn of it when a keepalive is not answered. What comes after
+// something that was lost does not arrive either.
 void World::CutOneWay(core::StreamId id) {
   Stream& stream = StreamOf(id);
-  stream.mute_to_worker = random_.Chance(0.7);
-  stream.mute_to_master = !stream.mute_to_worker || random_.Chance(0.2);
+  const bool to_worker = random_.Chance(0.7);
+  const bool to_master = !to_worker || random_.Chance(0.2);
+  stream.mute_to_worker = stream.mute_to_worker || to_worker;
+  stream.mute_to_master = stream.mute_to_master || to_master;
   const Micros noticed = now_ + (random_.Chance(0.3) ? random_.Between(0, 50'000) : random_.Between(0, 8'000'000));
-  Log("stream ", id, " is mute to the ", stream.mute_to_worker ? "worker" : "master", " until ", noticed);
+  Log("stream ", id, " is mute to the ", to_worker ? "worker" : "master", " until ", noticed);
   Item item{noticed, 0, Kind::kWorkerSeesClose, id, nullptr, nullptr, nullptr};
   item.why = std::make_shared<session::Break>(session::Break{absl::UnavailableError("no keepalive")});
   Push(std::move(item));

@@ -90,19 +90,18 @@ void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
   // The round has completed, so these are not the numbers that it completed with.
   if (counts && IsBad(part, settings_.LayerOf(part.key))) return must_answer_.push_back(part.key);
   Pending& round = PendingRestored(part.key, now);
+  const auto before = round.parts.find(rank);
+  const bool repeated = counts && before != round.parts.end();
+  // Other numbers than those that it has repeated are refused, and the round waits for nobody.
+  if (repeated && !SameNumbers(*before->second.numbers, *part.numbers)) return must_answer_.push_back(part.key);
   if (round.idle()) round.begun = now;
   if (!counts) {
     round.latecomers.insert(rank);
-    return;
-  }
-  const auto before = round.parts.find(rank);
-  if (before == round.parts.end()) {
-    added_[part.key] = std::nullopt;
-    round.parts[rank] = Held{members_[rank].incarnation, part.numbers};
-  } else if (SameNumbers(*before->second.numbers, *part.numbers)) {
+  } else if (repeated) {
     round.repeats.erase(rank);
   } else {
-    must_answer_.push_back(part.key);
+    added_[part.key] = std::nullopt;
+    round.parts[rank] = Held{members_[rank].incarnation, part.numbers};
   }
 }
 

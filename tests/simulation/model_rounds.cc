@@ -40,9 +40,18 @@ void Model::Check(const core::SendLateRounds& late, absl::Time now) {
     for (const Rank rank : round.latecomers) {
       if (Present(rank)) streams.push_back(members_[rank].stream);
     }
-    if (told.age != now - round.begun || told.age < SimulatedLimits().late_round_after ||
-        told.missing_ranks != missing || told.missing != missing.size() || late.streams != streams) {
-      Violate(absl::StrCat(Name(told.key), " is late in other ways than is told"));
+    if (told.age != now - round.begun || told.age < SimulatedLimits().late_round_after) {
+      Violate(absl::StrCat(Name(told.key), " has waited for ", absl::FormatDuration(now - round.begun), ", not ",
+                           absl::FormatDuration(told.age)));
+    }
+    if (told.missing_ranks != missing || told.missing != missing.size()) {
+      Violate(absl::StrCat(Name(told.key), " waits for ranks ", absl::StrJoin(missing, ","), ", not ",
+                           absl::StrJoin(told.missing_ranks, ",")));
+    }
+    // Latecomers are told in the order in which they came, which the model does not keep.
+    if (!std::is_permutation(late.streams.begin(), late.streams.end(), streams.begin(), streams.end())) {
+      Violate(absl::StrCat(Name(told.key), " is late for streams ", absl::StrJoin(streams, ","), ", not ",
+                           absl::StrJoin(late.streams, ",")));
     }
   }
 }
