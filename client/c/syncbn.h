@@ -211,6 +211,9 @@ typedef struct syncbn_worker_options {
   /* The job's secret, the same for all its workers: 1 to 1024 printable ASCII characters without spaces. Default: none.
    * The library copies it, and shows it nowhere. */
   const char* token;
+  /* If not NULL, another thread ends syncbn_worker_join by storing 1 there: with CANCELLED (INTERRUPTED), after a tenth
+   * of a second or so. Must live as long as the call. */
+  const int32_t* join_cancelled;
 } syncbn_worker_options;
 #define SYNCBN_WORKER_OPTIONS_INIT SYNCBN_SIZED(syncbn_worker_options)
 

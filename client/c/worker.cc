@@ -68,6 +68,9 @@ syncbn_code syncbn_worker_join(const syncbn_worker_options* given, syncbn_worker
   if (known.find_target != nullptr) {
     options.find_target = [find = known.find_target, user = known.find_target_user] { return FindTarget(find, user); };
   }
+  if (known.join_cancelled != nullptr) {
+    options.join_is_cancelled = [flag = known.join_cancelled] { return __atomic_load_n(flag, __ATOMIC_ACQUIRE) != 0; };
+  }
   options.job = Text(known.job);
   options.group = Text(known.group);
   options.rank = known.rank;

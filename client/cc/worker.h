@@ -85,6 +85,9 @@ class Worker {
     // attempt. The thread that calls it is within a call of this worker and holds no lock. The function must not use
     // the worker, and a slow one delays interrupts.
     std::function<absl::StatusOr<std::string>()> find_target;
+    // If not null, Join asks it ten times a second, with a lock held; once it is true, Join ends with CANCELLED
+    // (INTERRUPTED). It must return at once, and not use the worker.
+    std::function<bool()> join_is_cancelled;
     std::string job;    // Empty: "default".
     std::string group;  // Empty: "default".
     uint32_t rank = 0;

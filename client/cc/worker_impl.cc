@@ -21,6 +21,7 @@ constexpr absl::Duration kFlushTimeout = absl::Milliseconds(100);
 constexpr size_t kLifeKeyBytes = 16;
 // The longest time that a leave may take to be acknowledged.
 constexpr absl::Duration kLeaveTimeout = absl::Seconds(2);
+constexpr absl::Duration kCancellationCheck = absl::Milliseconds(100);
 
 session::Options OptionsOf(const Worker::Options& options) {
   session::Options session;
@@ -203,8 +204,14 @@ absl::Status WorkerImpl::Join() {
   const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return session_.state() == State::kJoined || session_.state() == State::kEnded;
   };
-  if (absl::Status status = Await(settled, absl::InfiniteFuture()); !status.ok()) return status;
-  return session_.end();
+  const auto cancelled = [this] { return options_.join_is_cancelled != nullptr && options_.join_is_cancelled(); };
+  absl::Status status = PendingStatus();
+  while (IsPending(status)) {
+    if (cancelled()) return InterruptedError();
+    status =
+        Await(settled, options_.join_is_cancelled == nullptr ? absl::InfiniteFuture() : Now() + kCancellationCheck);
+  }
+  return status.ok() ? session_.end() : status;
 }
 
 void WorkerImpl::Close() {

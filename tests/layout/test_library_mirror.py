@@ -33,6 +33,7 @@ POINTERS = {
     "char*": ctypes.c_char_p,
     "void*": ctypes.c_void_p,
     "double*": POINTER(ctypes.c_double),
+    "int32_t*": POINTER(ctypes.c_int32),
     "uint32_t**": POINTER(POINTER(ctypes.c_uint32)),
 }
 

@@ -74,6 +74,7 @@ class WorkerOptions(_Options):
         ("find_target", TARGET_FUNCTION),
         ("find_target_user", c_void_p),
         ("token", c_char_p),
+        ("join_cancelled", POINTER(c_int32)),
     ]
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, Iterator, List, Optional
+from typing import TYPE_CHECKING, Callable, Iterator, List, Optional
 
 from syncbn import _forks, _master
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _lock = threading.RLock()
 _workers: List["weakref.ref[Worker]"] = []
 _joining = 0  # Workers that are being made.
+_cancels: List[Callable[[], None]] = []  # Their joins' ends.
 
 
 @contextlib.contextmanager
@@ -29,6 +30,18 @@ def joining() -> Iterator[None]:
     finally:
         with _lock:
             _joining -= 1
+
+
+@contextlib.contextmanager
+def cancelled_at_the_end(cancel: Callable[[], None]) -> Iterator[None]:
+    """A join is under way within, which `cancel` ends if the program does."""
+    with _lock:
+        _cancels.append(cancel)
+    try:
+        yield
+    finally:
+        with _lock:
+            _cancels.remove(cancel)
 
 
 def add(worker: "Worker") -> None:
@@ -60,6 +73,10 @@ def find(job: str, group: str, rank: int) -> Optional["Worker"]:
 @atexit.register
 def _close_all() -> None:
     """Closes what the program left open, while the interpreter is still whole; without a leave, as the program did."""
+    with _lock:
+        cancels = list(_cancels)
+    for cancel in cancels:
+        cancel()
     left = workers()
     failed = getattr(sys, "last_type", None) is not None or getattr(sys, "last_exc", None) is not None
     for worker in left:
@@ -77,6 +94,7 @@ def _after_fork() -> None:
         _forks.mark()
     _lock, _joining = threading.RLock(), 0
     _workers.clear()
+    _cancels.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -647,9 +647,19 @@ def _difference(before: Tuple[Any, ...], after: Tuple[Any, ...]) -> str:
     return ", ".join(pairs)
 
 
+# Seconds for a join to end that is cancelled.
+_MOST_CANCELLING = 5.0
+
+
 def _join(options: _library.WorkerOptions) -> int:
-    """Joins on a thread of its own, so that neither Ctrl-C nor the log waits for a master that does not answer."""
+    """Joins on a thread of its own, so that neither Ctrl-C nor the log waits for a master that does not answer.
+
+    Where an exception ends the wait, it ends the join too: the rank is not taken later on, and no thread is within the
+    library when the process ends.
+    """
     lock, done = threading.Lock(), threading.Event()
+    cancelled = ctypes.c_int32(0)
+    options.join_cancelled = ctypes.pointer(cancelled)
     outcome: List[Any] = []
     abandoned = False
 
@@ -664,29 +674,36 @@ def _join(options: _library.WorkerOptions) -> int:
                 lib.syncbn_worker_destroy(made)
         done.set()
 
+    def cancel() -> None:
+        cancelled.value = 1
+        done.wait(_MOST_CANCELLING)  # A function that finds targets may take its time.
+
     threading.Thread(target=join, name="syncbn-join", daemon=True).start()
     try:
-        while not done.wait(0.1):
-            _library.deliver_log()
+        with _open.cancelled_at_the_end(cancel):
+            while not done.wait(0.1):
+                _library.deliver_log()
     except BaseException:
         with lock:
             abandoned = True
             if outcome and isinstance(outcome[0], int):
                 lib.syncbn_worker_destroy(outcome[0])
+        cancel()
         raise
     if isinstance(outcome[0], int):
         return outcome[0]
     raise outcome[0]
 
 
-_environment_lock = threading.Lock()
+_environment_lock = threading.RLock()
+_environment_worker_is_made = False  # By the thread with the lock, in this moment.
 _environment_worker: Optional[Worker] = None  # Kept open until the process ends.
 
 
 def _after_fork() -> None:
     """In a forked child: the lock may be as another thread held it."""
-    global _environment_lock
-    _environment_lock = threading.Lock()
+    global _environment_lock, _environment_worker_is_made
+    _environment_lock, _environment_worker_is_made = threading.RLock(), False
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -698,9 +715,10 @@ def default_worker() -> Worker:
     Where none is open, `Worker()` makes one of the launch and the environment, which stays open until the process ends. It
     is replaced when torch.distributed has been initialized anew.
 
-    Errors: FAILED_PRECONDITION (NO_WORKER) where several are open and none is this thread's, and where a setting is missing.
+    Errors: FAILED_PRECONDITION (NO_WORKER) where several are open and none is this thread's, where a setting is missing, and
+    in a signal's handler while this thread makes it.
     """
-    global _environment_worker
+    global _environment_worker, _environment_worker_is_made
     _forks.refuse()
     with _environment_lock:  # One of the threads that come at the same time makes it.
         outdated = _environment_worker
@@ -714,11 +732,16 @@ def default_worker() -> Worker:
             return workers[0]
         if workers:
             text = f"{len(workers)} workers are open, none of them by this thread: pass worker="
+        elif _environment_worker_is_made:
+            text = "no worker is open: this thread is making one, below the handler that asks for it"
         else:
+            _environment_worker_is_made = True
             try:
                 _environment_worker = Worker()
             except _settings.Missing as missing:
                 text = f"no worker is open: make a syncbn.Worker first, or pass worker=; {missing.message}"
             else:
                 return _environment_worker
+            finally:
+                _environment_worker_is_made = False
     raise errors.make_error(text, errors.Code.FAILED_PRECONDITION, "NO_WORKER")

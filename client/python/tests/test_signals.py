@@ -155,3 +155,54 @@ def test_what_a_handler_does_to_the_worker_that_its_thread_waits_for(waits, hand
         [sys.executable, "-c", _WITHIN, waits, handler], capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, _OUTCOMES[handler], "")
+
+
+_WHILE_JOINING = """
+import os, signal, socket, threading, syncbn
+silent = socket.socket()  # Takes connections, and says nothing.
+silent.bind(("127.0.0.1", 0))
+silent.listen()
+os.environ.update(SYNCBN_TARGET=f"127.0.0.1:{silent.getsockname()[1]}", RANK="0", WORLD_SIZE="2", SYNCBN_JOIN_TIMEOUT="200")
+def handler(*_):
+    try:
+        syncbn.default_worker().leave()
+    except syncbn.Error as error:
+        print(error.reason, "making one" in str(error))
+    raise SystemExit(5)
+signal.signal(signal.SIGTERM, handler)
+def end():
+    silent.accept()
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=end, daemon=True).start()
+try:
+    syncbn.default_worker()
+finally:  # A thread within the library would crash the process at its end, now and then.
+    print([thread.name for thread in threading.enumerate() if thread.name == "syncbn-join"])
+"""
+
+
+def test_a_handler_that_asks_for_the_worker_that_its_thread_is_making_and_ends_the_program():
+    done = subprocess.run([sys.executable, "-c", _WHILE_JOINING], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (5, "NO_WORKER True\n[]\n", "")
+
+
+_DAEMON = """
+import atexit, socket, threading
+atexit.register(lambda: print([thread.name for thread in threading.enumerate() if thread.name == "syncbn-join"]))
+import syncbn
+silent = socket.socket()
+silent.bind(("127.0.0.1", 0))
+silent.listen()
+def join():
+    try:
+        syncbn.Worker(f"127.0.0.1:{silent.getsockname()[1]}", rank=0, world_size=2, join_timeout=200)
+    except syncbn.Cancelled:
+        pass
+threading.Thread(target=join, daemon=True).start()
+silent.accept()
+"""
+
+
+def test_a_join_on_another_thread_ends_with_the_program():
+    done = subprocess.run([sys.executable, "-c", _DAEMON], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

@@ -72,6 +72,20 @@ struct Pair {
   std::unique_ptr<Worker> worker;
 };
 
+TEST(DriverTest, AJoinEndsThatIsCancelled) {
+  for (const int before : {0, 3}) {
+    int asked = 0;
+    Worker::Options options;
+    options.target = "in-process:1";
+    options.join_timeout = absl::Hours(1);
+    options.join_is_cancelled = [&] { return asked++ == before; };
+    const auto silent = [](InProcessTransport*, const v1::WorkerFrame&) {};
+    const auto joined = WorkerInternal::Join(std::move(options), std::make_unique<InProcessTransport>(silent));
+    EXPECT_EQ(DetailsOf(joined.status()).reason, "INTERRUPTED") << joined.status();
+    EXPECT_EQ(asked, before + 1);
+  }
+}
+
 TEST(DriverTest, RoundsNeedNoNetwork) {
   Pair pair(Serve);
   for (int i = 0; i < 100; ++i) {
