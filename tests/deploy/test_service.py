@@ -106,7 +106,7 @@ def test_the_master_takes_what_the_config_shows(tmp_path: pathlib.Path) -> None:
 def test_an_unknown_key_of_the_config_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "master.toml").write_text("adress = \"127.0.0.1:0\"\n")
     done = run(MASTER, "--config-file", tmp_path / "master.toml", "--max-lifetime", "0.001")
-    assert done.returncode == 2 and '"adress"; the nearest is "address"' in done.stderr, done.stderr
+    assert done.returncode == 2 and '"adress" in line 1; the nearest is "address"' in done.stderr, done.stderr
 
 
 def test_the_unit_is_valid(tmp_path: pathlib.Path) -> None:
