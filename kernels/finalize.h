@@ -60,25 +60,32 @@ struct FinalizeForwardArguments {
 // stay as they are. The batch is counted out again where the running statistics have not taken it: with channel 0, and
 // no channel reads the count then.
 SYNCBN_HOST_DEVICE inline void FinalizeForwardChannel(const FinalizeForwardArguments& arguments, int64_t c) {
+  // All is read before any of it is used: to a GPU each read of the host's memory takes a microsecond.
+  const ConstVectorView running_mean = arguments.running_mean;
+  const ConstVectorView running_var = arguments.running_var;
+  const uint64_t mean_bits = arguments.mean.Bits(c);
+  const uint64_t var_bits = arguments.var.Bits(c);
+  const uint64_t weight_bits = arguments.weight.BitsOrNone(c);
+  const uint64_t bias_bits = arguments.bias.BitsOrNone(c);
+  const uint64_t running_mean_bits = running_mean.BitsOrNone(c);
+  const uint64_t running_var_bits = running_var.BitsOrNone(c);
   const bool failed = arguments.pending.HasFailed();
   const int64_t count = arguments.pending.CountOr(arguments.count);
   if (c == 0 && arguments.batches != nullptr && (failed || count == 0)) --*arguments.batches;
-  if (failed) {
-    arguments.out_mean[c] = arguments.out_scale[c] = arguments.out_shift[c] = __builtin_nan("");
-    return;
-  }
-  const double mean = arguments.mean.Get(c);
-  const double var = arguments.var.Get(c);
-  arguments.out_mean[c] = mean;
-  arguments.out_scale[c] = arguments.weight.GetOr(1.0, c) * InverseStd(var, arguments.eps, arguments.eps_mode);
-  arguments.out_shift[c] = arguments.bias.GetOr(0.0, c);
-  if (count == 0) return;
+  const double mean = arguments.mean.Value(mean_bits);
+  const double var = arguments.var.Value(var_bits);
+  const double scale = arguments.weight.ValueOr(1.0, weight_bits) * InverseStd(var, arguments.eps, arguments.eps_mode);
+  const double shift = arguments.bias.ValueOr(0.0, bias_bits);
+  arguments.out_mean[c] = failed ? __builtin_nan("") : mean;
+  arguments.out_scale[c] = failed ? __builtin_nan("") : scale;
+  arguments.out_shift[c] = failed ? __builtin_nan("") : shift;
+  if (failed || count == 0) return;
   const RunningUpdate update(count, arguments.Momentum(), arguments.biased_running_var);
-  if (arguments.running_mean.present() && update.moves_mean()) {
-    arguments.running_mean.Set(c, update.Mean(arguments.running_mean.Get(c), mean));
+  if (running_mean.present() && update.moves_mean()) {
+    arguments.running_mean.Set(c, update.Mean(running_mean.Value(running_mean_bits), mean));
   }
-  if (arguments.running_var.present() && update.moves_var()) {
-    arguments.running_var.Set(c, update.Var(arguments.running_var.Get(c), var));
+  if (running_var.present() && update.moves_var()) {
+    arguments.running_var.Set(c, update.Var(running_var.Value(running_var_bits), var));
   }
 }
 
@@ -107,26 +114,27 @@ struct FinalizeBackwardArguments {
 // If either pending round failed, everything that is written is NaN: the gradients too, which would otherwise lack what
 // the backward pass of the next layers has lost.
 SYNCBN_HOST_DEVICE inline void FinalizeBackwardChannel(const FinalizeBackwardArguments& arguments, int64_t c) {
-  double sum_dy_xmu = 0.0;  // This worker's.
-  double sum_dy = 0.0;
-  if (arguments.weight_gradient.present()) sum_dy_xmu = arguments.local_sum_dy_xmu[c];
-  if (arguments.bias_gradient.present()) sum_dy = arguments.local_sum_dy[c];
-  double invstd, mean_dy, projection;
-  if (arguments.pending_forward.HasFailed() || arguments.pending_backward.HasFailed()) {
-    invstd = mean_dy = projection = sum_dy = __builtin_nan("");
-  } else {
-    const int64_t count = arguments.pending_forward.CountOr(arguments.count);
-    const double var = arguments.var.Get(c);
-    const bool constant = arguments.sum_dy == nullptr || count == 0;
-    invstd = InverseStd(var, arguments.eps, arguments.eps_mode);
-    mean_dy = constant ? 0.0 : arguments.sum_dy[c] / static_cast<double>(count);
-    projection = constant ? 0.0 : Projection(arguments.sum_dy_xmu[c], count, var, arguments.eps, arguments.eps_mode);
-  }
-  arguments.out_scale[c] = arguments.weight.GetOr(1.0, c) * invstd;
-  arguments.out_mean_dy[c] = mean_dy;
-  arguments.out_projection[c] = projection;
-  if (arguments.weight_gradient.present()) arguments.weight_gradient.Set(c, sum_dy_xmu * invstd);
-  if (arguments.bias_gradient.present()) arguments.bias_gradient.Set(c, sum_dy);
+  // All is read before any of it is used, as in the forward pass.
+  const bool has_sums = arguments.sum_dy != nullptr;
+  const uint64_t var_bits = arguments.var.Bits(c);
+  const double merged_dy = has_sums ? arguments.sum_dy[c] : 0.0;
+  const double merged_dy_xmu = has_sums ? arguments.sum_dy_xmu[c] : 0.0;
+  const double local_dy_xmu = arguments.weight_gradient.present() ? arguments.local_sum_dy_xmu[c] : 0.0;
+  const double local_dy = arguments.bias_gradient.present() ? arguments.local_sum_dy[c] : 0.0;
+  const uint64_t weight_bits = arguments.weight.BitsOrNone(c);
+  const int64_t count = arguments.pending_forward.CountOr(arguments.count);
+  const bool failed = arguments.pending_forward.HasFailed() | arguments.pending_backward.HasFailed();
+  const double var = arguments.var.Value(var_bits);
+  const bool constant = !has_sums || count == 0;
+  const double nan = __builtin_nan("");
+  const double invstd = failed ? nan : InverseStd(var, arguments.eps, arguments.eps_mode);
+  const double mean_dy = constant ? 0.0 : merged_dy / static_cast<double>(count);
+  const double projection = constant ? 0.0 : Projection(merged_dy_xmu, count, var, arguments.eps, arguments.eps_mode);
+  arguments.out_scale[c] = arguments.weight.ValueOr(1.0, weight_bits) * invstd;
+  arguments.out_mean_dy[c] = failed ? nan : mean_dy;
+  arguments.out_projection[c] = failed ? nan : projection;
+  if (arguments.weight_gradient.present()) arguments.weight_gradient.Set(c, local_dy_xmu * invstd);
+  if (arguments.bias_gradient.present()) arguments.bias_gradient.Set(c, failed ? nan : local_dy);
 }
 
 }  // namespace syncbn::kernels

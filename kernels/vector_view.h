@@ -5,6 +5,7 @@
 #define SYNCBN_KERNELS_VECTOR_VIEW_H_
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/batch_norm.h"
 #include "kernels/half.h"
@@ -19,21 +20,53 @@ struct ConstVectorView {
 
   SYNCBN_HOST_DEVICE bool present() const { return data != nullptr; }
 
-  // The element as float64, exactly. Requires present(), and memory that the caller can reach.
-  SYNCBN_HOST_DEVICE double Get(int64_t channel) const {
+  // The element's bits, so that several can be read before the first is converted, which waits for it. Requires
+  // present(), and memory that the caller can reach.
+  SYNCBN_HOST_DEVICE uint64_t Bits(int64_t channel) const {
     switch (type) {
       case DataType::kFloat32:
-        return static_cast<const float*>(data)[channel];
+        return BitsOf<uint32_t>(static_cast<const float*>(data)[channel]);
       case DataType::kFloat64:
-        return static_cast<const double*>(data)[channel];
+        return BitsOf<uint64_t>(static_cast<const double*>(data)[channel]);
       case DataType::kFloat16:
-        return Float16ToDouble(static_cast<const uint16_t*>(data)[channel]);
       case DataType::kBFloat16:
-        return BFloat16ToDouble(static_cast<const uint16_t*>(data)[channel]);
+        return static_cast<const uint16_t*>(data)[channel];
+    }
+    return 0;
+  }
+  // An element of those bits as float64, exactly.
+  SYNCBN_HOST_DEVICE double Value(uint64_t bits) const {
+    switch (type) {
+      case DataType::kFloat32:
+        return ValueOf<float>(static_cast<uint32_t>(bits));
+      case DataType::kFloat64:
+        return ValueOf<double>(bits);
+      case DataType::kFloat16:
+        return Float16ToDouble(static_cast<uint16_t>(bits));
+      case DataType::kBFloat16:
+        return BFloat16ToDouble(static_cast<uint16_t>(bits));
     }
     return 0.0;
   }
+  SYNCBN_HOST_DEVICE uint64_t BitsOrNone(int64_t channel) const { return present() ? Bits(channel) : 0; }
+  SYNCBN_HOST_DEVICE double ValueOr(double absent, uint64_t bits) const { return present() ? Value(bits) : absent; }
+
+  // The element as float64, exactly. Requires what Bits requires.
+  SYNCBN_HOST_DEVICE double Get(int64_t channel) const { return Value(Bits(channel)); }
   SYNCBN_HOST_DEVICE double GetOr(double absent, int64_t channel) const { return present() ? Get(channel) : absent; }
+
+ private:
+  template <typename Bits, typename Value>
+  SYNCBN_HOST_DEVICE static Bits BitsOf(Value value) {
+    static_assert(sizeof(Bits) == sizeof(Value), "bits of the value's size");
+    Bits bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return bits;
+  }
+  template <typename Value, typename Bits>
+  SYNCBN_HOST_DEVICE static double ValueOf(Bits bits) {
+    return static_cast<double>(BitsOf<Value>(bits));
+  }
 };
 
 // A vector to read or write.
