@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import syncbn.torch as sync
+from syncbn.torch import compat
 
 SEED = 6161
 CHANNELS = 3
@@ -86,6 +87,22 @@ def test_as_torchs_layer(group, make, call):
             ours = make(tracked, momentum)
             ours.worker = worker
             close(outcome(call, changed(ours, tracks, absent), batches), expected)
+
+    group(1, run)
+
+
+@pytest.mark.parametrize("make", [of_ours, converted, converted_subclass])
+def test_replicas_as_torchs_layer(group, make):
+    batches = torch.randn(3, 8, CHANNELS, generator=torch.Generator().manual_seed(SEED))
+
+    def run(worker):
+        for tracked, tracks, momentum, absent in COMBINATIONS[::3]:
+            theirs = torch.nn.BatchNorm1d(CHANNELS, momentum=momentum, track_running_stats=tracked)
+            expected = outcome(PLAIN, changed(theirs, tracks, absent), batches)
+            ours = make(tracked, momentum)
+            ours.worker = worker
+            together = compat.DataParallelWithCallback(torch.nn.Sequential(changed(ours, tracks, absent)), replicas=2)
+            close(outcome(lambda layer, x: together.train(layer.training)(x), ours, batches), expected)
 
     group(1, run)
 
