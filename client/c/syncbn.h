@@ -108,12 +108,13 @@ SYNCBN_API void syncbn_log_keep(int32_t level, const char* message, void* user);
  * Returns: the line's level, or 0 if there is none; with NULL, 1 if there is a line, else 0, without taking a lock. */
 SYNCBN_API int32_t syncbn_log_take(char* message, size_t size);
 
-/* One of the calls of a pass as a function of Python, for the Python package. `python` has `count` addresses of
- * Python's own functions, and `raise` is a callable that raises the error of a failed call, given its code and its
- * syncbn_error, which it destroys. The caller holds the interpreter's lock.
+/* A function of Python, for the Python package: a call of a pass, or a description of torch's tensors. `python` has
+ * `count` addresses of Python's own functions. `self` is for a call a callable that gives the log's lines to Python's
+ * logger; given the code of a failed call and its syncbn_error instead of 0 and NULL, it destroys that and raises the
+ * error. For a description it is a tuple of torch's objects. The caller holds the interpreter's lock.
  *
  * Returns: a new reference (PyObject*); NULL if the name is unknown, or the count is not that of this library. */
-SYNCBN_API void* syncbn_python_function(const void* const* python, size_t count, const char* name, void* raise);
+SYNCBN_API void* syncbn_python_function(const void* const* python, size_t count, const char* name, void* self);
 
 /* ---- A master in this process ----------------------------------------------------------------------------------- */
 

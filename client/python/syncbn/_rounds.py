@@ -13,7 +13,7 @@ from syncbn._library import call, create, lib
 
 _NS = 1_000_000_000
 # Nanoseconds that a wait stays inside the library before the interpreter may look at signals (Ctrl-C).
-_SLICE_NS = 100_000_000
+SLICE_NS = 100_000_000
 
 
 def nanoseconds(seconds: float) -> int:
@@ -26,19 +26,22 @@ def wait(worker: Any, function: Any, handle: Any, timeout: Optional[float] = Non
     return wait_in_slices(worker, functools.partial(call, function, handle), timeout)
 
 
-def wait_in_slices(worker: Any, step: Callable[[int], int], timeout: Optional[float] = None) -> bool:
+def wait_in_slices(
+    worker: Any, step: Callable[[int], int], timeout: Optional[float] = None, interrupts: Optional[int] = None
+) -> bool:
     """Waits, at most so many nanoseconds in each call of `step`, which returns PENDING if it has to go on: whether it was
     done within `timeout` seconds (None: no limit of ours). Raises the error, if any.
 
     The interpreter's lock is free during a slice, and a signal's handler runs at its end; on other threads than the main
-    one see `_signals`. The library knows of no interrupt that comes between two slices, as a handler's does.
+    one see `_signals`. The library knows of no interrupt that comes between two slices, as a handler's does:
+    `interrupts` is the worker's number of them at the begin of the wait, if a slice has been before.
     """
     watch: Optional[_signals.Watch] = None
-    interrupts = worker._interrupts
+    interrupts = worker._interrupts if interrupts is None else interrupts
     begun = time.monotonic()
     deadline = None if timeout is None else time.monotonic_ns() + nanoseconds(timeout)
     while True:
-        slice_ns = _SLICE_NS if deadline is None else max(0, min(_SLICE_NS, deadline - time.monotonic_ns()))
+        slice_ns = SLICE_NS if deadline is None else max(0, min(SLICE_NS, deadline - time.monotonic_ns()))
         if step(slice_ns) != _library.PENDING:
             return True
         if worker._interrupts != interrupts:

@@ -10,6 +10,7 @@ from syncbn import errors
 # Times are counted in classes whose bounds are this factor apart, so that a quantile is known to within 5 %.
 _STEPS_OF_DOUBLING = 8
 _SHOWN = 5
+_MOST_WAITS = 256  # Times of a layer that are kept before they are counted.
 
 
 class LayerStats(NamedTuple):
@@ -66,6 +67,7 @@ class _Times:
     """Counts of rounds and of their times, in bounded memory."""
 
     def __init__(self) -> None:
+        self.waits: List[int] = []  # Times that are not counted yet, as `Recorder.waits` has them.
         self.failed = 0
         self.nanoseconds = 0
         self._classes: Dict[int, int] = {}
@@ -79,6 +81,12 @@ class _Times:
         self.nanoseconds += nanoseconds
         step = round(math.log2(max(1, nanoseconds)) * _STEPS_OF_DOUBLING)
         self._classes[step] = self._classes.get(step, 0) + 1
+
+    def count_waits(self) -> None:
+        """Counts `waits`, to which other threads append meanwhile."""
+        while self.waits:
+            nanoseconds = self.waits.pop()
+            self.add(max(nanoseconds, ~nanoseconds), nanoseconds < 0)
 
     def merge(self, other: "_Times") -> None:
         self.failed += other.failed
@@ -139,16 +147,37 @@ class Recorder:
 
     def add(self, layer: str, nanoseconds: int, failed: bool, missing: Iterable[int]) -> None:
         with self._lock:
-            times = self._layers.get(layer)
-            if times is None:
-                times = self._layers[layer] = _Times()
-            times.add(nanoseconds, failed)
-            for rank in missing:
+            self._times(layer).add(nanoseconds, failed)
+        self.add_missing(missing)
+
+    def add_missing(self, ranks: Iterable[int]) -> None:
+        """Blames them for one round."""
+        with self._lock:
+            for rank in ranks:
                 self._missing[rank] = self._missing.get(rank, 0) + 1
+
+    def waits(self, layer: str) -> List[int]:
+        """A list to which each round of the layer that has ended appends the nanoseconds that it was waited for, or
+        ~nanoseconds if it has failed. They are counted later.
+        """
+        times = self._layers.get(layer)
+        if times is None or len(times.waits) >= _MOST_WAITS:
+            with self._lock:
+                times = self._times(layer)
+                times.count_waits()
+        return times.waits
+
+    def _times(self, layer: str) -> _Times:
+        times = self._layers.get(layer)
+        if times is None:
+            times = self._layers[layer] = _Times()
+        return times
 
     def stats(self) -> Stats:
         total = _Times()
         with self._lock:
+            for times in self._layers.values():
+                times.count_waits()
             found: List[Any] = [(name, times.stats()) for name, times in self._layers.items()]
             for times in self._layers.values():
                 total.merge(times)

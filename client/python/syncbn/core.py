@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import warnings
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Dict, List, Optional, Set, Tuple, Type
 
@@ -59,14 +60,7 @@ class _Held:
         self._worker = worker
 
     def __enter__(self) -> int:
-        worker = self._worker
-        if worker._generation != _forks.here.generation:
-            raise _forks.error()
-        with worker._lock:
-            if worker._handle is None:
-                raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
-            worker._users.append(threading.get_ident())
-            return worker._handle
+        return self._worker._enter()
 
     def __exit__(
         self,
@@ -74,18 +68,9 @@ class _Held:
         error: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        worker = self._worker
-        abandoned = None
-        with worker._lock:
-            worker._users.remove(threading.get_ident())
-            if worker._handle is None:  # A close waits, or has been.
-                worker._idle.notify_all()
-                if not worker._users:
-                    abandoned, worker._abandoned = worker._abandoned, None
-        if abandoned is not None:
-            lib.syncbn_worker_destroy(abandoned)
+        self._worker._exit()
         if error is not None:
-            worker._note(error)
+            self._worker._note(error)
 
 
 class Worker:
@@ -226,6 +211,36 @@ class Worker:
     def handle(self) -> "_Held":
         """The C handle, kept alive for the length of a `with` block."""
         return _Held(self)
+
+    def _enter(self) -> int:
+        """The C handle, which is kept alive until `_exit`, on the same thread. There is none to be called after an error.
+
+        Neither takes a lock, in a worker that is open: to append to a list and to remove from one are single steps.
+        """
+        if self._generation != _forks.here.generation:
+            raise _forks.error()
+        users, own = self._users, get_ident()
+        try:
+            users.append(own)  # First: a close looks here once it has taken the handle away.
+            handle = self._handle
+            if handle is not None:
+                return handle
+            raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
+        except BaseException:  # Ctrl-C too.
+            self._exit()
+            raise
+
+    def _exit(self) -> None:
+        self._users.remove(get_ident())
+        if self._handle is not None:
+            return
+        abandoned = None
+        with self._idle:  # A close waits, or has been.
+            self._idle.notify_all()
+            if not self._users:
+                abandoned, self._abandoned = self._abandoned, None
+        if abandoned is not None:
+            lib.syncbn_worker_destroy(abandoned)
 
     def _note(self, error: BaseException) -> None:
         """Remembers which workers an error says are lost, and completes what it says of a layer's name."""

@@ -215,7 +215,7 @@ class Forward:
             d_weight=_vector(d_weight, self._channels, "weight"),
             d_bias=_vector(d_bias, self._channels, "bias"),
         )
-        self._pass.backward(inputs, outputs, num_threads=self._num_threads)
+        self._pass.backward(bytes(inputs), bytes(outputs), num_threads=self._num_threads)
         last = self._channels_last
         return Gradients(
             _as_given(dx, last), d_weight, d_bias, None if d_residual is None else _as_given(d_residual, last)
@@ -325,18 +325,20 @@ def forward(
             masked.update(running_var, observed, momentum)
         state = Forward(masked, values, channels_last, weights, biases, has_residual, relu, None, num_threads)
         return _as_given(y, channels_last), state
+    packed = bytes(tensor)
     passed = _passes.ForwardPass(
         worker,
         layer,
-        tensor,
+        packed,
         role=_library.BACKWARD_REQUIRED if backward else _library.BACKWARD_NONE,
         num_threads=num_threads,
         sequence=sequence,
         eps=eps,
         clamp=clamp,
     )
-    passed.wait()
-    passed.finish(tensor, outputs)
+    written = bytes(outputs)
+    if passed.end(packed, written, []) < 2:
+        passed.finish(packed, written)
     state = Forward(passed, values, channels_last, weights, biases, has_residual, relu, relu_mask, num_threads)
     return _as_given(y, channels_last), state
 

@@ -1,6 +1,8 @@
 """Tensors as a layer sees them at sight, and changes between its steps. The oracles are the close look, and
 torch's own layer in float64 under the same changes."""
 
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -118,6 +120,93 @@ def test_under_forward_mode_and_a_trace_nothing_is_usual():
     torch.jit.trace(traced, x, check_trace=False)
     assert seen == [None]
     assert _tensors.at_sight(x, *given) is not None
+
+
+def backward_sight(dy, x, like, weight, weight_like):
+    channels_last = _tensors.is_channels_last(like)
+    shape, dtype = (None, None) if weight_like is None else (weight_like.shape, weight_like.dtype)
+    return _tensors.backward_sight(dy, x, like.shape, like.dtype, channels_last, weight, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(), (5,), (4, 5), (2, 4, 5)], ids=lambda sizes: f"{2 + len(sizes)}D")
+@pytest.mark.parametrize("has_weight", [True, False], ids=["weight", "no weight"])
+def test_usual_gradients_are_where_they_are(dtype, sizes, has_weight):
+    x, weight = batch(dtype, sizes), torch.nn.Parameter(vectors()[0]) if has_weight else None
+    layouts = [torch.contiguous_format] + ([torch.channels_last] if len(sizes) == 2 else [])
+    for layout in layouts:
+        x = x.contiguous(memory_format=layout)
+        dy = x.clone(memory_format=torch.preserve_format)
+        expected = (dy.data_ptr(), x.data_ptr(), _tensors.readable_vector(weight)[1])
+        assert backward_sight(dy, x, x, weight, weight) == expected
+
+
+UNUSUAL_GRADIENTS = {
+    **{kind: change for kind, change in UNUSUAL_INPUTS.items() if kind != "turned"},
+    "other shape": lambda x: x.flip(0)[1:],
+    "other layout": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "other type": lambda x: x.float(),
+}
+
+
+@pytest.mark.parametrize("kind", list(UNUSUAL_GRADIENTS))
+@pytest.mark.parametrize("which", range(2), ids=["dy", "x"])
+def test_unusual_gradients_are_looked_at_closely(kind, which):
+    given, weight = [batch(), batch()], vectors()[0]
+    given[which] = UNUSUAL_GRADIENTS[kind](given[which])
+    assert backward_sight(*given, batch(), weight, weight) is None
+    if kind == "other layout":
+        assert backward_sight(*given, given[which], weight, weight) is None
+
+
+@pytest.mark.parametrize("kind", list(UNUSUAL_VECTORS) + ["absent", "unexpected"])
+def test_unusual_weights_are_looked_at_closely(kind):
+    weight = vectors()[0]
+    given = None if kind == "absent" else UNUSUAL_VECTORS.get(kind, lambda v: v)(weight)
+    expected = None if kind == "unexpected" else weight
+    assert backward_sight(batch(), batch(), batch(), given, expected) is None
+
+
+def test_an_interrupt_stays_one():
+    """Torch asks a mode about each attribute, in Python, where Ctrl-C may come."""
+    from torch.overrides import TorchFunctionMode
+
+    class Interrupted(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            raise KeyboardInterrupt
+
+    x, given = batch(), vectors()
+    with Interrupted(), pytest.raises(KeyboardInterrupt):
+        _tensors.at_sight(x, *given)
+    with Interrupted(), pytest.raises(KeyboardInterrupt):
+        _tensors.backward_sight(x, x, (6, CHANNELS, 4, 5), torch.float64, False, None, None, None)
+
+
+def test_wrong_arguments_are_refused():
+    for function in (_tensors.forward_sight, _tensors.backward_sight):
+        with pytest.raises(TypeError):
+            function()
+        with pytest.raises(TypeError):
+            function(*[batch()] * 9)
+
+
+def test_looking_keeps_nothing():
+    x, given = batch(), vectors()
+    sparse = x.to_sparse()
+
+    def look():
+        for _ in range(100):
+            _tensors.at_sight(x, *given)
+            _tensors.at_sight(sparse, *given)
+            backward_sight(x, x, x, given[0], given[0])
+            backward_sight(sparse, x, x, given[0], given[0])
+
+    objects = (x, sparse, *given, x.dtype, None, torch.Tensor, RuntimeError, _tensors._TYPES, "shape", *_tensors._SIGHT)
+    look()
+    counts = [sys.getrefcount(value) for value in objects]
+    look()
+    # Others hold and leave what everybody knows; a reference lost in each call would show by the hundred.
+    assert all(abs(sys.getrefcount(value) - before) < 50 for value, before in zip(objects, counts))
 
 
 def with_data(name, change):

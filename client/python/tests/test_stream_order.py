@@ -27,14 +27,22 @@ class Late(_passes.ForwardPass):
         self.stream_ordered = self._role != _library.BACKWARD_IF_REQUIRED
 
     def wait(self):
+        self._count_wait()
+        super().wait()
+
+    def end(self, *arguments):
+        self._count_wait()
+        return super().end(*arguments)
+
+    @staticmethod
+    def _count_wait():
         with _lock:
             Late.waits += 1
-        super().wait()
 
     def finish(self, x, outputs):
         if not self._waited:
             with self.worker.handle():
-                syncbn.core.wait(_library.lib.syncbn_forward_wait, self._handle)
+                syncbn.core.wait(self.worker, _library.lib.syncbn_forward_wait, self.value)
         super().finish(x, outputs)
 
     def backward(self, inputs, outputs, **options):

@@ -9,7 +9,7 @@ Where autograd records the last of them too, _second.Last refuses to be differen
 """
 
 import functools
-from typing import Any, Callable, ContextManager, List, NamedTuple, Optional, Tuple
+from typing import Any, ContextManager, List, Optional, Tuple
 
 import torch
 
@@ -17,23 +17,16 @@ from syncbn import _passes
 from syncbn._library import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS
 from syncbn.torch import _running, _second, _tensors
 
+_NO_BATCHES = (0, False)  # The number of batches, as _count says of it.
+
 _Gradients4 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 _Gradients3 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 
 
-class Outputs(NamedTuple):
-    """What the forward half of a pass writes, and what it asks the layer for."""
-
-    y: torch.Tensor
-    vectors: Tuple[int, ...]  # The members of four structs Vector: weight, bias, and the running statistics to be updated.
-    own: Tuple[Optional[torch.Tensor], ...]  # These four if `readable` has made them, to be kept for as long; else empty.
-    tracked: bool  # The batch is counted, whether or not there are running statistics to be updated.
-    running_mean: Optional[torch.Tensor]
-    running_var: Optional[torch.Tensor]
-    # As in a Step.
-    count_batch: Callable[[], Optional[float]]
-    uncount_batch: Callable[[], None]
-    batches: Callable[[], Optional[torch.Tensor]]
+# Outputs of the forward half of a pass: y; the members of four structs Vector: weight, bias, and the running statistics
+# to be updated; these four if `readable` has made them, to be kept for as long, else nothing; and the step that counts the
+# batch and has the running statistics, if it is tracked.
+Outputs = Tuple[torch.Tensor, Tuple[int, ...], Tuple[Optional[torch.Tensor], ...], Any]
 
 
 class Pass:
@@ -76,7 +69,9 @@ class Pass:
         if forward_pass.stream_ordered:
             return None
         forward_pass.wait()
-        count = forward_pass.count
+        return self._more_than_one(forward_pass.count)
+
+    def _more_than_one(self, count: int) -> int:
         if count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {tuple(self.x.shape)} "
@@ -84,21 +79,21 @@ class Pass:
             )
         return count
 
-    def _count(self, outputs: Outputs) -> Tuple[float, Tuple[int, bool]]:
+    def _count(self, step: Any, y: torch.Tensor) -> Tuple[float, Tuple[int, bool]]:
         """Counts the batch. The new values' weight in the running statistics, and the members of the library's struct for
         the count and for whether the weight follows from it.
 
         The library needs the count of a pass that nobody waits for, to take the batch back if its round fails. And it
         finds a weight there for which the host would have to wait until the GPU has counted.
         """
-        momentum = outputs.count_batch()
+        momentum: Optional[float] = step._count_batch()
         if momentum is not None and not self.forward_pass.stream_ordered:
-            return momentum, (0, False)
-        batches = outputs.batches()
-        address = _tensors.count_address(batches, outputs.y)
+            return momentum, _NO_BATCHES
+        batches = step._tracked_batches()
+        address = _tensors.count_address(batches, y)
         if momentum is not None:
             return momentum, (address, False)
-        return (0.0, (address, True)) if address else (_running.reciprocal(batches), (0, False))
+        return (0.0, (address, True)) if address else (_running.reciprocal(batches), _NO_BATCHES)
 
     def finish(self, outputs: Outputs, z: Optional[torch.Tensor]) -> None:
         """Waits for the round and writes the outputs.
@@ -106,41 +101,55 @@ class Pass:
         The wait comes as late as it can: nothing after it could be done before. So the batch is counted before it, and no
         longer counted if nothing comes of it.
         """
-        vectors, momentum, batches, gate = outputs.vectors, 0.0, (0, False), self.open_gate
-        # Named, so that a copy lives until the library is through with it.
-        own_z = None if z is None else _tensors.readable_as(z, self.channels_last)
-        z_at = 0 if own_z is None else _tensors.address(own_z, self.channels_last) or 0
-        rest = (z_at, gate is not None, 0 if gate is None else gate.data_ptr(), outputs.y.data_ptr(), *self.members[1:])
-        if not outputs.tracked:
-            self.wait()
-        else:
-            momentum, batches = self._count(outputs)
-            taken = False
-            try:
-                taken = self.wait() != 0
-            finally:
-                if not taken:
-                    outputs.uncount_batch()
-            if not taken:
-                vectors, batches = vectors[:4] + _tensors.NO_VECTOR * 2, (0, False)
-        written = FORWARD_OUTPUTS.pack(FORWARD_OUTPUTS.size, *vectors, momentum, *rest, *batches)
+        y, vectors, own, step = outputs
+        momentum, batches = (0.0, _NO_BATCHES) if step is None else self._count(step, y)
+        gate, z_at = self.open_gate, 0
+        if z is not None:
+            z = _tensors.readable_as(z, self.channels_last)  # A copy lives until the library is through with it.
+            z_at = _tensors.address(z, self.channels_last) or 0
+        gate_at = 0 if gate is None else gate.data_ptr()
+        rest = (z_at, gate is not None, gate_at, y.data_ptr(), *self.members[1:])
+        size, pack = FORWARD_OUTPUTS.size, FORWARD_OUTPUTS.pack
+        taken: List[int] = []
+        try:
+            self._end(pack(size, *vectors, momentum, *rest, *batches), taken)
+        finally:
+            if not taken and step is not None:
+                step._uncount_batch()
+        if not taken:  # No worker has a value.
+            self._finish(pack(size, *vectors[:4], *_tensors.NO_VECTOR, *_tensors.NO_VECTOR, 0.0, *rest, *_NO_BATCHES))
+        elif own and step is not None:
+            _tensors.write_back(step.running_mean, own[2])
+            _tensors.write_back(step.running_var, own[3])
+
+    def _end(self, written: bytes, taken: List[int]) -> None:
+        """Waits for the round and writes the outputs, unless no worker has a value. `taken` is no longer empty once they are
+        written, or the work is enqueued.
+        """
+        forward_pass = self.forward_pass
+        if self.device is None and not forward_pass.stream_ordered:
+            self._more_than_one(forward_pass.end(self.packed, written, taken))
+            return
+        many = self.wait()
+        if many != 0:
+            taken.append(2 if many is None else many)
+            self._finish(written)
+
+    def _finish(self, written: bytes) -> None:
         if self.device is None:
             self.forward_pass.finish(self.packed, written)
         else:
             with self.device:
                 self.forward_pass.finish(self.packed, written)
-        if outputs.own:
-            _tensors.write_back(outputs.running_mean, outputs.own[2])
-            _tensors.write_back(outputs.running_var, outputs.own[3])
 
     def backward(self, inputs: bytes, outputs: bytes, x: torch.Tensor) -> None:
         """A backward pass over x and what the structs say."""
+        if self.device is None:
+            self.forward_pass.backward(inputs, outputs, num_threads=_tensors.threads(x.numel()))
+            return
         device, threads, stream = _tensors.execution(x)
-        if device is None:
-            self.forward_pass.backward(inputs, outputs, num_threads=threads)
-        else:
-            with device:
-                self.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
+        with device or self.device:
+            self.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
 
 
 def form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
@@ -149,52 +158,68 @@ def form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
 
 def _buffer(
     form: Optional[_tensors.Form], needed: bool, weight: Optional[torch.Tensor], like: Optional[_tensors.Form]
-) -> Optional[torch.Tensor]:
-    """Memory for the gradient of a parameter of that form. `weight`, contiguous, has the form `like`: where it is the same,
-    the memory is made twice as fast.
+) -> Tuple[Optional[torch.Tensor], Tuple[int, int]]:
+    """Memory for the gradient of a parameter of that form, if it has one, and the members of a struct Vector for it.
+    `weight`, contiguous, has the form `like`: where it is the same, the memory is made twice as fast.
     """
     if form is None or not needed:
-        return None
+        return None, _tensors.NO_VECTOR
     if weight is not None and like is not None and (form is like or (form.shape, form.dtype) == (like.shape, like.dtype)):
-        return _tensors.empty_like(weight)
-    return torch.empty(form.shape, dtype=form.dtype, device=form.device)
+        made = torch.empty_like(weight)
+    else:
+        made = torch.empty(form.shape, dtype=form.dtype, device=form.device)
+    return made, _tensors.vector_members(made)
+
+
+def _given(
+    saved: Pass, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor]
+) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], _tensors.Addresses]:
+    """dy, x and weight as the library can take them, plain tensors, and where they are."""
+    form, like = saved.x, saved.weight
+    if form.on_cpu and not torch.is_grad_enabled():
+        shape, dtype = (None, None) if like is None else (like.shape, like.dtype)
+        found = _tensors.backward_sight(dy, x, form.shape, form.dtype, saved.channels_last, weight, shape, dtype)
+        if found is not None:
+            return dy, x, weight, found
+    x = _tensors.given_back("the input", x, saved.x, saved.channels_last)
+    dy = _tensors.given_back("the output's gradient", dy, saved.x, saved.channels_last)
+    if weight is not None and saved.weight is not None:
+        saved.weight.check("the weight", weight)
+    weight, vector = _tensors.readable_vector(weight)
+    return dy, x, weight, (dy.data_ptr(), x.data_ptr(), vector)
 
 
 def _backward(
     saved: Pass, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], gated: bool = True
 ) -> _Gradients4:
     """dx, d_weight, d_bias and d_z, those that are needed, by one backward pass. gated: a ReLU, if any, is part of it."""
-    channels_last = saved.channels_last
-    x = _tensors.given_back("the input", x, saved.x, channels_last)
-    dy = _tensors.given_back("the output's gradient", dy, saved.x, channels_last)
-    if weight is not None and saved.weight is not None:
-        saved.weight.check("the weight", weight)
-    weight, weight_members = _tensors.readable_vector(weight)
+    dy, x, weight, (dy_at, x_at, vector) = _given(saved, dy, x, weight)
+    needs_x, needs_weight, needs_bias, needs_z = saved.needed[:4]
     gate = saved.open_gate if gated else None
-    fused_dz = gate is not None and saved.needed[3]
-    dx = _tensors.empty_like(x) if saved.needed[0] or fused_dz else None  # The library computes dz beside dx alone.
-    d_weight = _buffer(saved.weight, saved.needed[1], weight, saved.weight)
-    d_bias = _buffer(saved.bias, saved.needed[2], weight, saved.weight)
-    dz = _tensors.empty_like(x) if fused_dz else dy if saved.needed[3] else None
+    gate_at, fused_dz = (0, False) if gate is None else (gate.data_ptr(), needs_z)
+    dx = torch.empty_like(x) if needs_x or fused_dz else None  # The library computes dz beside dx alone.
+    d_weight, d_weight_vector = _buffer(saved.weight, needs_weight, weight, saved.weight)
+    d_bias, d_bias_vector = _buffer(saved.bias, needs_bias, weight, saved.weight)
+    dz = None if not needs_z else torch.empty_like(x) if fused_dz else dy
     inputs = BACKWARD_INPUTS.pack(
         BACKWARD_INPUTS.size,
-        dy.data_ptr(),
+        dy_at,
         *saved.members[1:],  # dy is given back in the form of x.
-        x.data_ptr(),
-        *weight_members,
+        x_at,
+        *vector,
         *_tensors.NO_VECTOR,  # The bias: a gate is given instead.
         gate is not None,
-        0 if gate is None else gate.data_ptr(),
+        gate_at,
     )
     outputs = BACKWARD_OUTPUTS.pack(
         BACKWARD_OUTPUTS.size,
         0 if dx is None else dx.data_ptr(),
         dz.data_ptr() if fused_dz and dz is not None else 0,
-        *_tensors.vector_members(d_weight),
-        *_tensors.vector_members(d_bias),
+        *d_weight_vector,
+        *d_bias_vector,
     )
     saved.backward(inputs, outputs, x)
-    return dx if saved.needed[0] else None, d_weight, d_bias, dz
+    return dx if needs_x else None, d_weight, d_bias, dz
 
 
 def _opened(saved: Pass, dy: torch.Tensor) -> torch.Tensor:
@@ -232,7 +257,7 @@ class Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.saved, made.needed = made, ctx.needs_input_grad
         made.finish(outputs, z)
-        return outputs.y
+        return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:

@@ -210,7 +210,6 @@ def run_forward(module: Any, function: Callable[..., Any], args: Any, kwargs: An
 
 _run_outside_of_graphs: Any = _synchronized.outside_of_graphs(run_forward)
 _local = threading.local()
-_NO_CONTEXT = contextlib.nullcontext()
 
 
 def _running() -> List[_Answers]:
@@ -222,11 +221,11 @@ def _running() -> List[_Answers]:
 
 
 def in_own_forward(module: Any) -> Any:
-    """A context for the forward of SyncBatchNorm: one that was assigned to the module may call it."""
+    """A context for the forward of SyncBatchNorm, if one that was assigned to the module may have called it."""
     for answers in getattr(_local, "running", ()):
         if answers.module is module:
             return answers.own_forward()
-    return _NO_CONTEXT
+    return None
 
 
 class PatchedForward:

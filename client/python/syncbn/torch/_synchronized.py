@@ -187,33 +187,35 @@ class Synchronized(torch.nn.Module):
         if sight is None:
             _tensors.check_supported(input, step.weight, step.bias, step.z)
             x, channels_last, members = _tensors.described(input)
+            make: Any = _tensors.empty_like
         else:
             if step.z is not None:
                 _tensors.check_supported(step.z)
             x, (channels_last, members, _) = input, sight
+            make = torch.empty_like
         checkpoint = _checkpointing.context()
         place = _replicas.current()
         if place is not None:
             return step.activate(self._normalize_with_replicas(x, step, place, checkpoint))
         # Before the round, so that no other worker waits for one that finds no memory.
-        y = _tensors.empty_like(x)
+        y = make(x)
         gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if step.relu else None
         packed = _library.TENSOR.pack(*members)
-        execution = _tensors.execution(x)
         forward_pass = checkpoint.replay(self) if checkpoint.active else None
         update = forward_pass is None and step.track_running_stats
+        follows = torch.is_grad_enabled()
+        differentiable = follows and x.requires_grad
+        execution = _tensors.execution(x)
         if forward_pass is None:
-            forward_pass = self._begin_round(x, packed, execution, step, checkpoint.gradient_follows)
+            role = self._role(differentiable or checkpoint.gradient_follows, follows)
+            forward_pass = self._begin_round(x, packed, execution, step, role)
         forms, vectors, own = self._vectors(x, step, sight, update)
         made = _functions.Pass(forward_pass, forms, channels_last, members, packed, execution[0], gate)
         if checkpoint.active:
             made.wait()  # A round that has failed is not left with the segment.
             checkpoint.record(self, forward_pass)
-        running = (step.running_mean, step.running_var) if update else (None, None)
-        outputs = _functions.Outputs(
-            y, vectors, own, update, *running, step._count_batch, step._uncount_batch, step._tracked_batches
-        )
-        anchor = self._anchor(x, step, made)
+        anchor = None if differentiable or not follows else self._anchor(step, made)
+        outputs = (y, vectors, own, step if update else None)
         return _functions.Normalize.apply(x, step.weight, step.bias, step.z, anchor, made, outputs)
 
     @staticmethod
@@ -233,13 +235,13 @@ class Synchronized(torch.nn.Module):
         return (_tensors.Form(x), _functions.form(weight), _functions.form(bias)), sum(described, ()), own
 
     def _begin_round(
-        self, x: torch.Tensor, packed: bytes, execution: Any, step: Step, gradient_follows: bool
+        self, x: torch.Tensor, packed: bytes, execution: Any, step: Step, role: int
     ) -> _passes.ForwardPass:
         """Begins to merge x's moments with those of the other workers."""
         worker = self.worker or default_worker()
         layer = self._declare(worker, x.size(1), step.eps)
         device, threads, stream = execution
-        role, clamp = self._role(x, gradient_follows), self.eps_mode == "clamp"
+        clamp = self.eps_mode == "clamp"
         begin = _passes.ForwardPass
         if device is None:  # On the CPU.
             return begin(worker, layer, packed, role=role, num_threads=threads, send=True, eps=step.eps, clamp=clamp)
@@ -258,19 +260,23 @@ class Synchronized(torch.nn.Module):
 
     def _declare(self, worker: Worker, channels: int, eps: float) -> str:
         """Makes the layer known to the master; returns its name."""
-        if self.layer is None:
-            self.layer = _naming.number(worker)
-        _naming.claim(worker, self.layer)
-        worker.declare_layer(
-            self.layer,
-            channels,
-            eps=eps,
-            eps_mode=self.eps_mode,
-            momentum=getattr(self, "momentum"),
-            numeric=self.numeric,
-            biased_running_variance=self.biased_running_variance,
-        )
-        return self.layer
+        layer = self.layer
+        if layer is None:
+            layer = self.layer = _naming.number(worker)
+        _naming.claim(worker, layer)
+        momentum: Optional[float] = getattr(self, "momentum")
+        eps_mode, numeric, biased = self.eps_mode, self.numeric, self.biased_running_variance
+        if worker._layers.get(layer) != (channels, eps, eps_mode, momentum, numeric, biased):
+            worker.declare_layer(
+                layer,
+                channels,
+                eps=eps,
+                eps_mode=eps_mode,
+                momentum=momentum,
+                numeric=numeric,
+                biased_running_variance=biased,
+            )
+        return layer
 
     def _normalize_with_replicas(
         self, x: torch.Tensor, step: Step, place: _replicas.Place, checkpoint: _checkpointing.Context
@@ -283,20 +289,16 @@ class Synchronized(torch.nn.Module):
         return _replicas.normalize(step, x, place, worker)
 
     @staticmethod
-    def _role(x: torch.Tensor, gradient_follows: bool) -> int:
-        """Whether this worker will come to the backward round."""
-        if gradient_follows:
+    def _role(differentiable: bool, follows: bool) -> int:
+        """Whether this worker will come to the backward round. follows: autograd records what is computed."""
+        if differentiable:
             return _library.BACKWARD_REQUIRED
-        if not torch.is_grad_enabled():
-            return _library.BACKWARD_NONE
-        return _library.BACKWARD_REQUIRED if x.requires_grad else _library.BACKWARD_IF_REQUIRED
+        return _library.BACKWARD_IF_REQUIRED if follows else _library.BACKWARD_NONE
 
     @staticmethod
-    def _anchor(x: torch.Tensor, step: Step, made: _functions.Pass) -> Optional[torch.Tensor]:
+    def _anchor(step: Step, made: _functions.Pass) -> Optional[torch.Tensor]:
         """Something differentiable, where only another worker calls for this one's part in the backward round."""
-        if not torch.is_grad_enabled():
-            return None
-        for tensor in (x, step.weight, step.bias, step.z):
+        for tensor in (step.weight, step.bias, step.z):
             if tensor is not None and tensor.requires_grad:
                 return None
         made.wait()

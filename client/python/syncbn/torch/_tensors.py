@@ -6,7 +6,7 @@ from typing import Any, Callable, ContextManager, Dict, Optional, Tuple
 import torch
 from torch.autograd import forward_ad
 
-from syncbn import _library
+from syncbn import _calls, _library
 from syncbn._library import Tensor, Vector
 
 _torch: Any = torch  # Where the hints of torch's versions differ.
@@ -97,41 +97,55 @@ def _check_supported(x: torch.Tensor) -> None:
 Sight = Tuple[bool, Tuple[int, ...], Tuple[int, ...]]
 
 
-def at_sight(x: torch.Tensor, *vectors: Optional[torch.Tensor]) -> Optional[Sight]:
+def at_sight(
+    x: torch.Tensor,
+    weight: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    running_mean: Optional[torch.Tensor],
+    running_var: Optional[torch.Tensor],
+) -> Optional[Sight]:
     """Describes x and the layer's vectors if all are what nearly every call has: plain tensors on the CPU with values, dense
     in memory of their own, and a vector an element of one dimension for each channel. None: `check_supported` and the layer
     have to look closely, and say what is wrong, if anything.
-
-    One function without calls of others, since it is a part of every step.
     """
-    if _tracing_state() is not None or getattr(forward_ad, "_current_level", -1) >= 0 or type(x) not in _PLAIN:
+    if _tracing_state() is not None or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
-    kind = _TYPES.get(x.dtype)
-    if kind is None or not x.is_cpu:
-        return None
-    try:
-        at, values, shape = x.data_ptr(), x.numel(), x.shape
-        if not at or not values or len(shape) < 2 or x.is_neg():
-            return None
-        channels_last = not x.is_contiguous()
-        if channels_last and not (len(shape) == 4 and x.is_contiguous(memory_format=_CHANNELS_LAST)):
-            return None
-        batch, channels = shape[0], shape[1]
-        found: Tuple[int, ...] = ()
-        for vector in vectors:
-            if vector is None:
-                found += NO_VECTOR
-                continue
-            if type(vector) not in _PLAIN or not vector.is_cpu or vector.dim() != 1 or vector.numel() != channels:
-                return None
-            vector_at, vector_kind = vector.data_ptr(), _TYPES.get(vector.dtype)
-            if not vector_at or vector_kind is None or vector.is_neg() or not vector.is_contiguous():
-                return None
-            found += (vector_at, vector_kind)
-    except RuntimeError:  # A wrapper without memory of its own, or another layout.
-        return None
-    layout = _library.CHANNELS_LAST if channels_last else _library.CHANNELS_FIRST
-    return channels_last, (at, batch, channels, values // (batch * channels), kind, layout, _library.DEVICE_CPU, 0), found
+    sight: Optional[Sight] = forward_sight(x, weight, bias, running_mean, running_var)
+    return sight
+
+
+# Where dy and x are, and the members of a struct Vector for the weight.
+Addresses = Tuple[int, int, Tuple[int, int]]
+
+# Objects that the functions of client/c/python_tensors.cc keep, in its order.
+_SIGHT = (
+    None,
+    RuntimeError,
+    torch.Tensor,
+    torch.nn.Parameter,
+    _TYPES,
+    "shape",
+    "dtype",
+    "is_cpu",
+    _torch.Tensor.data_ptr,
+    _torch.Tensor.is_neg,
+    _torch.Tensor.is_contiguous,
+    {"memory_format": _CHANNELS_LAST},
+)
+
+
+
+def _unseen(*given: Any) -> None:
+    """Sees nothing, in an interpreter without the library's functions: every tensor is looked at closely."""
+
+
+# backward_sight(dy, x, shape, dtype, channels_last, weight, weight_shape, weight_dtype) returns the addresses of what
+# autograd hands to a backward pass, if all is as nearly every call has it: as `at_sight` says of the forward pass, and of
+# the shapes and types that it had then. None: look closely.
+forward_sight: Any = _unseen
+backward_sight: Any = _unseen
+if _calls.function is not None:
+    forward_sight, backward_sight = _calls.function("forward_sight", _SIGHT), _calls.function("backward_sight", _SIGHT)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -373,5 +387,10 @@ def execution(x: torch.Tensor) -> Tuple[Optional[ContextManager[Any]], int, Opti
                 "SyncBatchNorm cannot be captured into a CUDA graph: a replay would not synchronize with the other workers"
             )
         return torch.cuda.device(x.device), 1, torch.cuda.current_stream(x.device).cuda_stream
-    threads = x.numel() // _ELEMENTS_PER_THREAD
-    return None, min(threads, torch.get_num_threads()) if threads > 1 else 1, None
+    return None, threads(x.numel()), None
+
+
+def threads(elements: int) -> int:
+    """The number of threads of a pass over so many elements on the CPU."""
+    most = elements // _ELEMENTS_PER_THREAD
+    return min(most, torch.get_num_threads()) if most > 1 else 1

@@ -1,5 +1,6 @@
 """SyncBatchNorm and its lazy variant."""
 
+import contextlib
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -16,14 +17,18 @@ _ELSEWHERE: Any = object()
 
 @_synchronized.outside_of_graphs
 def _train(layer: Any, input: torch.Tensor, z: Optional[torch.Tensor]) -> torch.Tensor:
-    with _subclasses.in_own_forward(layer):
-        normalized: torch.Tensor = layer._normalize_with_others(input, layer._step(z))
-        return normalized
+    context = _subclasses.in_own_forward(layer)
+    if context is not None:
+        with context:
+            inner: torch.Tensor = layer._normalize_with_others(input, layer._step(z))
+            return inner
+    normalized: torch.Tensor = layer._normalize_with_others(input, layer._step(z))
+    return normalized
 
 
 @_synchronized.outside_of_graphs
 def _masked_forward(layer: Any, input: torch.Tensor, mask: Any, z: Optional[torch.Tensor]) -> torch.Tensor:
-    with _subclasses.in_own_forward(layer):
+    with _subclasses.in_own_forward(layer) or contextlib.nullcontext():
         step = layer._step(z)
         step.check(input)
         activated: torch.Tensor = step.activate(_masked.forward(layer, input, mask))
@@ -173,14 +178,16 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
     # ---- Training ----
 
     def _step(self, z: Optional[torch.Tensor] = None) -> _synchronized.Step:
-        # They are usually there: a module's __getattr__ takes as long as a call of the library.
         parameters, buffers = self._members()
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
         mean = var = None
-        if self.track_running_stats:
-            mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
-            var = buffers["running_var"] if "running_var" in buffers else self.running_var
+        try:  # They are usually there: a module's __getattr__ takes as long as a call of the library.
+            weight, bias = parameters["weight"], parameters["bias"]
+            if self.track_running_stats:
+                mean, var = buffers["running_mean"], buffers["running_var"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
+            if self.track_running_stats:
+                mean, var = self.running_mean, self.running_var
         return _synchronized.Step(
             self,
             weight,
