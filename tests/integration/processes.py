@@ -77,6 +77,13 @@ def inspect(target: str, method: str, **request: Any) -> Dict[str, Any]:
     return json.loads(grpcurl(target, f"syncbn.v1.InspectionService/{method}", data=request))
 
 
+def await_present(target: str, number: int) -> None:
+    """Waits until the master's only group has so many workers that are connected."""
+    end = time.monotonic() + PATIENCE
+    while [group.get("present") for group in inspect(target, "ListGroups").get("groups", [])] != [number]:
+        assert time.monotonic() < end, f"not {number} workers are connected"
+
+
 def await_arrival(target: str, layer: str, ranks: List[int]) -> None:
     """Waits until the master holds the contributions of these ranks to a pending round of the layer."""
     end = time.monotonic() + PATIENCE

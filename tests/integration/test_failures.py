@@ -7,7 +7,7 @@ import time
 from typing import Any, Callable, List
 
 import pytest
-from processes import Master, WorkerProcess, await_arrival
+from processes import Master, WorkerProcess, await_arrival, await_present
 
 WORLD = 3
 
@@ -90,6 +90,36 @@ def test_kills_in_the_midst_of_rounds_split_no_result(
         workers[victim].process.wait()
         workers[victim] = start(WorkerProcess, master.target, victim, WORLD, timeout=60.0)
         assert workers[victim].answer()["joined"] == victim
+
+
+def test_masters_that_are_told_to_end_lose_no_round(
+    start: Callable[..., Any], group: Callable[..., List[WorkerProcess]], master: Master
+) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    randomly = random.Random(seed)
+    workers = group(timeout=60.0)
+    for worker in workers:
+        worker.ask(sums_until_error="v")
+    for worker in workers:
+        assert worker.answer()["began"]
+    # More of them, and how to set their number: tests/README.md, "Deaths".
+    for times in range(int(os.environ.get("SYNCBN_TEST_SIGTERMS", "10"))):
+        # Every second master lives until all are there: without that, workers on a busy machine might never be, and
+        # give up after 30 s.
+        if times % 2 == 1:
+            await_present(master.target, WORLD)
+        time.sleep(randomly.uniform(0.0, 0.1))  # Anywhere: while workers come back, and in a round.
+        assert master.terminate() == 0
+        assert master.process.stdout.read() == "syncbn-master stopped\n"
+        master = start(Master, address=master.target)
+    await_present(master.target, WORLD)
+    workers[2].process.kill()
+    sums = [worker.answer()["sums"] for worker in workers[:2]]
+    print(f"{len(sums[0])} rounds")
+    assert sums[0] == sums[1] == [[6.0, 3.0 * i] for i in range(len(sums[0]))]
+    for worker in workers[:2]:
+        assert worker.answer()["error"] == "WORKER_LOST"
 
 
 def test_a_killed_worker_may_be_replaced(
