@@ -35,7 +35,9 @@ bool IsUtf8(absl::string_view bytes) {
   const auto at = [bytes](size_t i) { return static_cast<uint8_t>(bytes[i]); };
   for (size_t i = 0; i < bytes.size();) {
     Sequence sequence;
-    if (!SequenceOf(at(i++), &sequence) || bytes.size() - i < sequence.following) return false;
+    const uint8_t first = at(i);
+    ++i;
+    if (!SequenceOf(first, &sequence) || bytes.size() - i < sequence.following) return false;
     if (sequence.following == 0) continue;
     if (at(i) < sequence.least || at(i) > sequence.greatest) return false;
     for (const size_t end = i + sequence.following; i < end; ++i) {

@@ -419,6 +419,7 @@ std::vector<PendingRoundView> Rounds::Views(absl::Time now) const {
   const size_t shown = std::min(rounds.size(), kMostShownRounds);
   std::partial_sort(rounds.begin(), rounds.begin() + shown, rounds.end(), older);
   std::vector<PendingRoundView> views;
+  views.reserve(shown);
   for (size_t i = 0; i < shown; ++i) views.push_back(ViewOf(rounds[i], now));
   return views;
 }

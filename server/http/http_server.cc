@@ -3,7 +3,6 @@
 #include <array>
 #include <atomic>
 #include <utility>
-#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -44,9 +43,9 @@ class HttpServer::Impl {
   }
 
   absl::Status Start(const rpc::ListenAddress& address) {
-    std::vector<std::string> sockets;
-    for (const rpc::SocketAddress& socket : address.sockets) sockets.push_back(socket.ToString());
-    const std::string ports = absl::StrJoin(sockets, ",");
+    const std::string ports = absl::StrJoin(
+        address.sockets, ",",
+        [](std::string* out, const rpc::SocketAddress& socket) { absl::StrAppend(out, socket.ToString()); });
     const char* const options[] = {"listening_ports",
                                    ports.c_str(),
                                    "num_threads",

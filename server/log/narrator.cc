@@ -30,8 +30,8 @@ std::string Describe(absl::Duration duration) {
   return absl::FormatDuration(absl::Trunc(duration, absl::Milliseconds(1)));
 }
 
-std::vector<LogField> FieldsOf(const char* event, const core::GroupId& group) {
-  return {{"event", event}, {"job", Brief(group.job)}, {"group", Brief(group.group)}};
+std::vector<LogField> FieldsOf(absl::string_view event, const core::GroupId& group) {
+  return {{"event", std::string(event)}, {"job", Brief(group.job)}, {"group", Brief(group.group)}};
 }
 
 void Append(const core::RoundKey& key, std::vector<LogField>* fields) {
@@ -48,7 +48,7 @@ std::string Narrator::PeerOf(core::StreamId stream) const {
 }
 
 void Narrator::On(const core::MemberChanged& change, absl::Time now) {
-  const char* event = "";
+  absl::string_view event;
   std::string text = absl::StrCat("rank ", change.rank, " of ", Describe(change.group));
   const std::string count = absl::StrCat("; ", change.present, " of ", change.world_size, " workers are connected");
   switch (change.state) {

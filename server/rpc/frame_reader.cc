@@ -169,7 +169,8 @@ std::optional<core::Error> FrameReader::Open() {
     if (TypeOf(tag) == WireType::kVarint && IsNumber(static_cast<int>(tag >> 3))) {
       uint64_t value = 0;
       if (!input.ReadVarint64(&value)) return NotAFrame();
-      if ((error = TakeNumber(static_cast<int>(tag >> 3), value))) return error;
+      error = TakeNumber(static_cast<int>(tag >> 3), value);
+      if (error.has_value()) return error;
       continue;
     }
     const std::optional<FieldHead> head = ReadHead(input, tag);
@@ -187,10 +188,12 @@ std::optional<core::Error> FrameReader::Open() {
     }
     const std::optional<absl::string_view> piece = ReadPiece(input, head->length, copy);
     if (!piece.has_value()) return NotAFrame();
-    if ((error = TakePiece(head->number, *piece, &join, &leave))) return error;
+    error = TakePiece(head->number, *piece, &join, &leave);
+    if (error.has_value()) return error;
   }
   if (!input.ConsumedEntireMessage()) return NotAFrame();
-  if (head_.join.has_value() && (error = FromProto(join, &*head_.join))) return error;
+  if (head_.join.has_value()) error = FromProto(join, &*head_.join);
+  if (error.has_value()) return error;
   if (head_.leave.has_value()) head_.leave = leave.reason();
   return std::nullopt;
 }

@@ -39,11 +39,9 @@ class StreamCall {
   void Close(const grpc::Status& status) {
     if (closing_.has_value()) return;
     closing_ = status;
+    OnClosing();
     WriteNext();
   }
-
-  // Returns the address of the caller, as gRPC writes it. A call has come.
-  std::string peer() const { return context_.peer(); }
 
   // Breaks the call off.
   void Cancel() { context_.TryCancel(); }
@@ -101,6 +99,8 @@ class StreamCall {
   virtual void OnDequeue(const Message& /*message*/) {}
   // A message has been written, and the next is on its way if there is one.
   virtual void OnWritten() {}
+  // Close was called, and its status has not been sent.
+  virtual void OnClosing() {}
   // The call has ended: its status was sent, or its peer has cancelled it or gone.
   virtual void OnEnded() {}
   // Nothing is under way any more.
@@ -122,12 +122,12 @@ class StreamCall {
   };
 
   template <typename T>
-  static const T& Referent(const T& message) {
-    return message;
+  static const T* Referent(const T& message) {
+    return &message;
   }
   template <typename T>
-  static const T& Referent(const std::shared_ptr<const T>& message) {
-    return *message;
+  static const T* Referent(const std::shared_ptr<const T>& message) {
+    return message.get();
   }
 
   OperationTag& TagOf(Operation operation) { return tags_[static_cast<size_t>(operation)]; }
@@ -181,7 +181,7 @@ class StreamCall {
     const bool busy = under_way(Operation::kStart) || under_way(Operation::kHeaders) || under_way(Operation::kWrite);
     if (busy || broken_ || ended_) return;
     if (!outgoing_.empty()) {
-      stream_.Write(Referent(outgoing_.front()), Begin(Operation::kWrite));
+      stream_.Write(*Referent(outgoing_.front()), Begin(Operation::kWrite));
     } else if (closing_.has_value() && !HoldsEnd() && !std::exchange(finished_, true)) {
       stream_.Finish(*closing_, Begin(Operation::kFinish));
     }

@@ -60,9 +60,8 @@ void WorkerStream::Send(std::shared_ptr<const grpc::ByteBuffer> frame, UnreadByt
   SendShared();
 }
 
-void WorkerStream::Close(const grpc::Status& status) {
+void WorkerStream::OnClosing() {
   if (segment_ != nullptr) segment_->AnnounceEnd();
-  StreamCall::Close(status);
 }
 
 // ---- Shared memory --------------------------------------------------------------------------------------------------

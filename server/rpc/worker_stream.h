@@ -80,12 +80,11 @@ class WorkerStream final : public StreamCall<grpc::ServerAsyncReaderWriter<grpc:
   bool Admits(size_t bytes);
   // Queues a frame that was admitted. It and `charge` are kept until it has been written.
   void Send(std::shared_ptr<const grpc::ByteBuffer> frame, UnreadBytes::Charge charge);
-  // As StreamCall's.
-  void Close(const grpc::Status& status);
 
  private:
   void OnStart() override;
   void OnRead(bool ok) override;
+  void OnClosing() override;
   void OnDequeue(const std::shared_ptr<const grpc::ByteBuffer>& frame) override {
     unread_bytes_ -= frame->Length();
     charges_.pop_front();
