@@ -327,7 +327,7 @@ void* syncbn_python_function(const void* const* given, size_t count, const char*
   namespace python = syncbn::python;
   static_assert(sizeof(python::Functions) % sizeof(void*) == 0);
   if (count != sizeof(python::Functions) / sizeof(void*)) return nullptr;
-  std::memcpy(&python::functions, given, sizeof(python::Functions));
+  std::memcpy(&python::functions, static_cast<const void*>(given), sizeof(python::Functions));
   for (python::MethodDef& method : python::methods) {
     if (std::strcmp(method.name, name) != 0) continue;
     return python::functions.function_new(&method, static_cast<python::Object*>(self), nullptr);
