@@ -1,5 +1,5 @@
-// Descriptions of torch's tensors for passes on the CPU, as functions of Python: where a tensor's elements are, and
-// what they are, if it is as nearly every one is. In Python the same takes a fifth of all that a layer's step does.
+// Descriptions of torch's tensors for passes over them, as functions of Python: where a tensor's elements are, and what
+// they are, if it is as nearly every one is. In Python the same takes a fifth of all that a layer's step does.
 
 #include <array>
 #include <cstddef>
@@ -29,6 +29,8 @@ class Torch {
   Object* is_neg() const { return Item(9); }
   Object* is_contiguous() const { return Item(10); }
   Object* channels_last() const { return Item(11); }  // Keyword arguments of is_contiguous.
+  Object* is_cuda() const { return Item(12); }        // The name of an attribute.
+  Object* get_device() const { return Item(13); }     // A method.
 
  private:
   Object* Item(intptr_t index) const { return functions.tuple_get_item(tuple_, index); }
@@ -42,16 +44,18 @@ bool Yes(const Reference& answer) { return answer.get() != nullptr && functions.
 Object* Ask(Object* method, Object* tensor) { return functions.object_call_function_obj_args(method, tensor, nullptr); }
 
 constexpr size_t kMostDimensions = 8;
+constexpr int64_t kOnCpu = -1;
 
-// A plain tensor on the CPU, with values in memory of its own.
+// A plain tensor, with values in memory of its own.
 struct Seen {
   uint64_t address = 0;
   int32_t type = SYNCBN_FLOAT32;
+  int64_t device = kOnCpu;  // Else CUDA's index.
   size_t dimensions = 0;
   std::array<int64_t, kMostDimensions> sizes = {};
 
   bool HasFormOf(const Seen& other) const {
-    return type == other.type && dimensions == other.dimensions && sizes == other.sizes;
+    return type == other.type && device == other.device && dimensions == other.dimensions && sizes == other.sizes;
   }
 
   int64_t elements() const {
@@ -81,10 +85,23 @@ bool SeeForm(const Torch& torch, Object* dtype, Object* shape, Seen* seen) {
   return true;
 }
 
+// Returns false, with or without an exception, if the tensor is neither on the CPU nor on a GPU of CUDA's.
+bool SeeDevice(const Torch& torch, Object* tensor, int64_t* device) {
+  if (Yes(Reference(functions.object_get_attr(tensor, torch.is_cpu())))) {
+    *device = kOnCpu;
+    return true;
+  }
+  if (!Yes(Reference(functions.object_get_attr(tensor, torch.is_cuda())))) return false;
+  const Reference index(Ask(torch.get_device(), tensor));
+  if (index.get() == nullptr) return false;
+  *device = functions.long_as_long_long(index.get());
+  return *device >= 0;
+}
+
 // Returns false, with or without an exception, if the tensor is unusual. Its strides are not looked at.
 bool See(const Torch& torch, Object* tensor, Seen* seen) {
   if (!IsPlain(torch, tensor)) return false;
-  if (!Yes(Reference(functions.object_get_attr(tensor, torch.is_cpu())))) return false;
+  if (!SeeDevice(torch, tensor, &seen->device)) return false;
   // A wrapper without memory of its own has no address, nor has a tensor of another layout.
   const Reference address(Ask(torch.data_ptr(), tensor));
   if (address.get() == nullptr) return false;
@@ -106,14 +123,14 @@ bool IsChannelsLast(const Torch& torch, Object* tensor, const Seen& seen) {
   return Yes(Reference(functions.object_call(torch.is_contiguous(), arguments.get(), torch.channels_last())));
 }
 
-// One element of one dimension for each channel, or none at all.
-bool SeeVector(const Torch& torch, Object* vector, int64_t channels, Seen* seen) {
+// One element of one dimension for each channel of x, on its device, or none at all.
+bool SeeVector(const Torch& torch, Object* vector, const Seen& x, Seen* seen) {
   if (vector == torch.none()) {
     *seen = Seen();
     return true;
   }
-  return See(torch, vector, seen) && seen->dimensions == 1 && seen->sizes[0] == channels &&
-         IsChannelsFirst(torch, vector);
+  return See(torch, vector, seen) && seen->device == x.device && seen->dimensions == 1 &&
+         seen->sizes[0] == x.sizes[1] && IsChannelsFirst(torch, vector);
 }
 
 // Returns None, also after torch's own error, which the close look finds again. Others, such as Ctrl-C, stay.
@@ -144,22 +161,25 @@ Object* ForwardSight(Object* self, Object* const* given, intptr_t count) {
   if (channels_last && !IsChannelsLast(torch, given[0], x)) return Unusual(torch);
   std::array<Seen, kVectors> v;
   for (intptr_t i = 0; i < kVectors; ++i) {
-    if (!SeeVector(torch, given[1 + i], x.sizes[1], &v[i])) return Unusual(torch);
+    if (!SeeVector(torch, given[1 + i], x, &v[i])) return Unusual(torch);
   }
   const int layout = channels_last ? SYNCBN_CHANNELS_LAST : SYNCBN_CHANNELS_FIRST;
+  const int device = x.device == kOnCpu ? SYNCBN_DEVICE_CPU : SYNCBN_DEVICE_CUDA;
+  const int index = x.device == kOnCpu ? 0 : static_cast<int>(x.device);
   return functions.build_value("i(KLLLiiii)(KiKiKiKi)", channels_last ? 1 : 0, x.address, x.sizes[0], x.sizes[1],
-                               x.elements() / (x.sizes[0] * x.sizes[1]), x.type, layout, SYNCBN_DEVICE_CPU, 0,
-                               v[0].address, v[0].type, v[1].address, v[1].type, v[2].address, v[2].type, v[3].address,
-                               v[3].type);
+                               x.elements() / (x.sizes[0] * x.sizes[1]), x.type, layout, device, index, v[0].address,
+                               v[0].type, v[1].address, v[1].type, v[2].address, v[2].type, v[3].address, v[3].type);
 }
 
-// (dy, x, shape, dtype, channels_last, weight, weight_shape, weight_dtype) -> the addresses of dy and x, which have
-// that shape, type and layout, and the members of a struct Vector for the weight; or None.
+// (dy, x, shape, dtype, device, channels_last, weight, weight_shape, weight_dtype) -> the addresses of dy and x, which
+// have that shape, type and layout and are on that device, -1 or CUDA's index, and the members of a struct Vector for
+// the weight; or None.
 Object* BackwardSight(Object* self, Object* const* given, intptr_t count) {
-  if (count != 8) return BadArguments();
+  if (count != 9) return BadArguments();
   const Torch torch(self);
-  const bool channels_last = functions.object_is_true(given[4]) == 1;
+  const bool channels_last = functions.object_is_true(given[5]) == 1;
   Seen form;
+  form.device = functions.long_as_long_long(given[4]);
   if (!SeeForm(torch, given[3], given[2], &form)) return Unusual(torch);
   std::array<Seen, 2> seen;
   for (size_t i = 0; i < seen.size(); ++i) {
@@ -168,10 +188,11 @@ Object* BackwardSight(Object* self, Object* const* given, intptr_t count) {
       return Unusual(torch);
   }
   Seen weight;
-  if (given[5] != torch.none() || given[6] != torch.none()) {
+  if (given[6] != torch.none() || given[7] != torch.none()) {
     Seen weight_form;
-    if (!SeeForm(torch, given[7], given[6], &weight_form) || !See(torch, given[5], &weight)) return Unusual(torch);
-    if (!weight.HasFormOf(weight_form) || !IsChannelsFirst(torch, given[5])) return Unusual(torch);
+    weight_form.device = form.device;
+    if (!SeeForm(torch, given[8], given[7], &weight_form) || !See(torch, given[6], &weight)) return Unusual(torch);
+    if (!weight.HasFormOf(weight_form) || !IsChannelsFirst(torch, given[6])) return Unusual(torch);
   }
   return functions.build_value("KK(Ki)", seen[0].address, seen[1].address, weight.address, weight.type);
 }

@@ -213,7 +213,8 @@ absl::StatusOr<std::shared_ptr<SlotLease>> LeaseSlot(DeviceRuntime* runtime, int
   if (!status.ok()) return status;
   if (capturing) {
     return absl::FailedPreconditionError(
-        "the CUDA stream is being captured into a graph, which cannot hold what synchronizes with other workers");
+        "the CUDA stream is being captured into a CUDA graph, whose replays would not synchronize with the other "
+        "workers");
   }
   uint64_t id = 0;
   status = DeviceStatus(runtime, runtime->StreamId(stream, &id), "stream");

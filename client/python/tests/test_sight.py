@@ -125,7 +125,7 @@ def test_under_forward_mode_and_a_trace_nothing_is_usual():
 def backward_sight(dy, x, like, weight, weight_like):
     channels_last = _tensors.is_channels_last(like)
     shape, dtype = (None, None) if weight_like is None else (weight_like.shape, weight_like.dtype)
-    return _tensors.backward_sight(dy, x, like.shape, like.dtype, channels_last, weight, shape, dtype)
+    return _tensors.backward_sight(dy, x, like.shape, like.dtype, -1, channels_last, weight, shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -179,7 +179,7 @@ def test_an_interrupt_stays_one():
     with Interrupted(), pytest.raises(KeyboardInterrupt):
         _tensors.at_sight(x, *given)
     with Interrupted(), pytest.raises(KeyboardInterrupt):
-        _tensors.backward_sight(x, x, (6, CHANNELS, 4, 5), torch.float64, False, None, None, None)
+        _tensors.backward_sight(x, x, (6, CHANNELS, 4, 5), torch.float64, -1, False, None, None, None)
 
 
 def test_wrong_arguments_are_refused():
@@ -187,7 +187,7 @@ def test_wrong_arguments_are_refused():
         with pytest.raises(TypeError):
             function()
         with pytest.raises(TypeError):
-            function(*[batch()] * 9)
+            function(*[batch()] * 10)
 
 
 def test_looking_keeps_nothing():

@@ -9,7 +9,7 @@ Where autograd records the last of them too, _second.Last refuses to be differen
 """
 
 import functools
-from typing import Any, ContextManager, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 
@@ -35,7 +35,7 @@ class Pass:
     It keeps no output, and of the tensors that it reads only their forms: the others are autograd's to save.
     """
 
-    __slots__ = ("forward_pass", "x", "weight", "bias", "channels_last", "members", "packed", "device", "open_gate", "needed")
+    __slots__ = ("forward_pass", "x", "weight", "bias", "channels_last", "members", "packed", "open_gate", "needed")
 
     def __init__(
         self,
@@ -44,7 +44,6 @@ class Pass:
         channels_last: bool,
         members: Tuple[int, ...],
         packed: bytes,
-        device: Optional[ContextManager[Any]],
         open_gate: Optional[torch.Tensor],
     ) -> None:
         """The round of `forward_pass` has begun, or has ended.
@@ -52,13 +51,12 @@ class Pass:
         Args:
           forms: those of x, weight and bias.
           members: of a struct Tensor that describes x, and `packed` the struct.
-          device: the one to make current, if any.
           open_gate: with a ReLU: memory for a bit for each element of y, in memory order; 1: it is positive.
         """
         self.forward_pass = forward_pass
         self.x, self.weight, self.bias = forms
         self.channels_last, self.members, self.packed = channels_last, members, packed
-        self.device, self.open_gate = device, open_gate
+        self.open_gate = open_gate
         self.needed: Tuple[bool, ...] = ()  # The gradients of x, weight, bias and z; known with the operation.
 
     def wait(self) -> Optional[int]:
@@ -117,7 +115,7 @@ class Pass:
             if not taken and step is not None:
                 step._uncount_batch()
         if not taken:  # No worker has a value.
-            self._finish(pack(size, *vectors[:4], *_tensors.NO_VECTOR, *_tensors.NO_VECTOR, 0.0, *rest, *_NO_BATCHES))
+            self.forward_pass.finish(self.packed, pack(size, *vectors[:4], *_tensors.NO_VECTOR, *_tensors.NO_VECTOR, 0.0, *rest, *_NO_BATCHES))
         elif own and step is not None:
             _tensors.write_back(step.running_mean, own[2])
             _tensors.write_back(step.running_var, own[3])
@@ -127,29 +125,17 @@ class Pass:
         written, or the work is enqueued.
         """
         forward_pass = self.forward_pass
-        if self.device is None and not forward_pass.stream_ordered:
+        if not forward_pass.stream_ordered:
             self._more_than_one(forward_pass.end(self.packed, written, taken))
             return
-        many = self.wait()
-        if many != 0:
-            taken.append(2 if many is None else many)
-            self._finish(written)
-
-    def _finish(self, written: bytes) -> None:
-        if self.device is None:
-            self.forward_pass.finish(self.packed, written)
-        else:
-            with self.device:
-                self.forward_pass.finish(self.packed, written)
+        self.wait()
+        forward_pass.finish(self.packed, written)
+        taken.append(2)  # It has two values at least.
 
     def backward(self, inputs: bytes, outputs: bytes, x: torch.Tensor) -> None:
         """A backward pass over x and what the structs say."""
-        if self.device is None:
-            self.forward_pass.backward(inputs, outputs, num_threads=_tensors.threads(x.numel()))
-            return
-        device, threads, stream = _tensors.execution(x)
-        with device or self.device:
-            self.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
+        threads, stream = _tensors.execution(x)
+        self.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
 
 
 def form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
@@ -176,9 +162,10 @@ def _given(
 ) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], _tensors.Addresses]:
     """dy, x and weight as the library can take them, plain tensors, and where they are."""
     form, like = saved.x, saved.weight
-    if form.on_cpu and not torch.is_grad_enabled():
-        shape, dtype = (None, None) if like is None else (like.shape, like.dtype)
-        found = _tensors.backward_sight(dy, x, form.shape, form.dtype, saved.channels_last, weight, shape, dtype)
+    if not torch.is_grad_enabled():
+        kind = (None, None) if like is None else (like.shape, like.dtype)
+        device = form.device_number
+        found = _tensors.backward_sight(dy, x, form.shape, form.dtype, device, saved.channels_last, weight, *kind)
         if found is not None:
             return dy, x, weight, found
     x = _tensors.given_back("the input", x, saved.x, saved.channels_last)

@@ -1,7 +1,7 @@
 """What every synchronized layer does in training: one round, and the normalization with its outcome."""
 
 import inspect
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch.fx.proxy import Proxy
@@ -205,12 +205,11 @@ class Synchronized(torch.nn.Module):
         update = forward_pass is None and step.track_running_stats
         follows = torch.is_grad_enabled()
         differentiable = follows and x.requires_grad
-        execution = _tensors.execution(x)
         if forward_pass is None:
             role = self._role(differentiable or checkpoint.gradient_follows, follows)
-            forward_pass = self._begin_round(x, packed, execution, step, role)
+            forward_pass = self._begin_round(x, packed, _tensors.execution(x), step, role)
         forms, vectors, own = self._vectors(x, step, sight, update)
-        made = _functions.Pass(forward_pass, forms, channels_last, members, packed, execution[0], gate)
+        made = _functions.Pass(forward_pass, forms, channels_last, members, packed, gate)
         if checkpoint.active:
             made.wait()  # A round that has failed is not left with the segment.
             checkpoint.record(self, forward_pass)
@@ -226,8 +225,8 @@ class Synchronized(torch.nn.Module):
             _, members, vectors = sight
             forms = (
                 _tensors.Form(x),
-                None if weight is None else _tensors.vector_form(members[2], vectors[1]),
-                None if bias is None else _tensors.vector_form(members[2], vectors[3]),
+                None if weight is None else _tensors.vector_form(members[2], vectors[1], *members[6:]),
+                None if bias is None else _tensors.vector_form(members[2], vectors[3], *members[6:]),
             )
             return forms, vectors if update else vectors[:4] + _tensors.NO_VECTOR * 2, ()
         running = (step.running_mean, step.running_var) if update else (None, None)
@@ -235,28 +234,25 @@ class Synchronized(torch.nn.Module):
         return (_tensors.Form(x), _functions.form(weight), _functions.form(bias)), sum(described, ()), own
 
     def _begin_round(
-        self, x: torch.Tensor, packed: bytes, execution: Any, step: Step, role: int
+        self, x: torch.Tensor, packed: bytes, execution: Tuple[int, Optional[int]], step: Step, role: int
     ) -> _passes.ForwardPass:
         """Begins to merge x's moments with those of the other workers."""
         worker = self.worker or default_worker()
         layer = self._declare(worker, x.size(1), step.eps)
-        device, threads, stream = execution
-        clamp = self.eps_mode == "clamp"
-        begin = _passes.ForwardPass
-        if device is None:  # On the CPU.
-            return begin(worker, layer, packed, role=role, num_threads=threads, send=True, eps=step.eps, clamp=clamp)
-        with device:  # The contribution is not sent here: its reduction has only been enqueued.
-            return begin(
-                worker,
-                layer,
-                packed,
-                role=role,
-                num_threads=threads,
-                cuda_device=x.get_device(),
-                stream=stream,
-                eps=step.eps,
-                clamp=clamp,
-            )
+        threads, stream = execution
+        # On a GPU the contribution is not sent here: its reduction has only been enqueued.
+        return _passes.ForwardPass(
+            worker,
+            layer,
+            packed,
+            role=role,
+            num_threads=threads,
+            cuda_device=None if stream is None else x.get_device(),
+            stream=stream,
+            send=stream is None,
+            eps=step.eps,
+            clamp=self.eps_mode == "clamp",
+        )
 
     def _declare(self, worker: Worker, channels: int, eps: float) -> str:
         """Makes the layer known to the master; returns its name."""

@@ -1,7 +1,7 @@
 """torch tensors as the C interface sees them: addresses, without a copy where the memory is dense."""
 
 import functools
-from typing import Any, Callable, ContextManager, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch.autograd import forward_ad
@@ -104,7 +104,7 @@ def at_sight(
     running_mean: Optional[torch.Tensor],
     running_var: Optional[torch.Tensor],
 ) -> Optional[Sight]:
-    """Describes x and the layer's vectors if all are what nearly every call has: plain tensors on the CPU with values, dense
+    """Describes x and the layer's vectors if all are what nearly every call has: plain tensors on one device with values, dense
     in memory of their own, and a vector an element of one dimension for each channel. None: `check_supported` and the layer
     have to look closely, and say what is wrong, if anything.
     """
@@ -131,6 +131,8 @@ _SIGHT = (
     _torch.Tensor.is_neg,
     _torch.Tensor.is_contiguous,
     {"memory_format": _CHANNELS_LAST},
+    "is_cuda",
+    _torch.Tensor.get_device,
 )
 
 
@@ -139,7 +141,7 @@ def _unseen(*given: Any) -> None:
     """Sees nothing, in an interpreter without the library's functions: every tensor is looked at closely."""
 
 
-# backward_sight(dy, x, shape, dtype, channels_last, weight, weight_shape, weight_dtype) returns the addresses of what
+# backward_sight(dy, x, shape, dtype, device, channels_last, weight, weight_shape, weight_dtype) returns the addresses of what
 # autograd hands to a backward pass, if all is as nearly every call has it: as `at_sight` says of the forward pass, and of
 # the shapes and types that it had then. None: look closely.
 forward_sight: Any = _unseen
@@ -214,6 +216,11 @@ class Form:
     def __init__(self, x: torch.Tensor) -> None:
         self.shape, self.dtype, self.device, self.on_cpu = x.shape, x.dtype, x.device, x.is_cpu
 
+    @property
+    def device_number(self) -> int:
+        """CUDA's index, or -1."""
+        return -1 if self.on_cpu else self.device.index or 0
+
     def is_of(self, x: torch.Tensor) -> bool:
         on_device = x.is_cpu if self.on_cpu else x.device == self.device  # A device is an object made anew each time.
         return on_device and x.dtype == self.dtype and x.shape == self.shape
@@ -227,10 +234,11 @@ class Form:
 
 
 @functools.lru_cache(maxsize=256)  # A model has few.
-def vector_form(channels: int, kind: int) -> Form:
-    """That of a vector which `at_sight` has described so; one object for all that are alike."""
+def vector_form(channels: int, kind: int, device: int, index: int) -> Form:
+    """That of a vector which `at_sight` has described so, on x's device; one object for all that are alike."""
     dtype = next(dtype for dtype, number in _TYPES.items() if number == kind)
-    return Form(torch.empty(channels, dtype=dtype, device="cpu"))
+    place = torch.device("cpu") if device == _library.DEVICE_CPU else torch.device("cuda", index)
+    return Form(torch.empty(channels, dtype=dtype, device=place))
 
 
 def given_back(name: str, x: torch.Tensor, form: Form, channels_last: bool) -> torch.Tensor:
@@ -379,15 +387,17 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where((error != 0) & even & single.isfinite(), single.nextafter(towards), single).to(dtype)
 
 
-def execution(x: torch.Tensor) -> Tuple[Optional[ContextManager[Any]], int, Optional[int]]:
-    """Where a pass over x runs: the device to make current, if any; the number of threads; the CUDA stream."""
-    if x.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "SyncBatchNorm cannot be captured into a CUDA graph: a replay would not synchronize with the other workers"
-            )
-        return torch.cuda.device(x.device), 1, torch.cuda.current_stream(x.device).cuda_stream
-    return None, threads(x.numel()), None
+# The current stream of a device, by its index, without an object around it.
+_raw_stream: Optional[Callable[[int], int]] = getattr(_torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def execution(x: torch.Tensor) -> Tuple[int, Optional[int]]:
+    """How a pass over x runs: the number of threads, and the CUDA stream. The library makes x's device the current one."""
+    if not x.is_cuda:
+        return threads(x.numel()), None
+    if _raw_stream is None:
+        return 1, torch.cuda.current_stream(x.device).cuda_stream
+    return 1, _raw_stream(x.get_device())
 
 
 def threads(elements: int) -> int:
