@@ -164,14 +164,22 @@ class Layer:
                                                 self.weight, True, True, True)
         self.sum32, self.sum_xmu32 = sums[0], sums[1]
         # By torch's sums in float64, since those of 16 bits may have overflowed.
-        others = [axis for axis in range(self.sets[0].x.dim()) if axis != 1]
-        form = [1, -1] + [1] * (len(others) - 1)
-        dy, centred = self.sets[0].dy.double(), self.sets[0].x.double() - self.known_mean.view(form)
-        self.mean_dy = dy.sum(others) / self.count
-        self.projection = (dy * centred).sum(others) * self.invstd32.double() ** 2 / self.count
+        self.others = [axis for axis in range(self.sets[0].x.dim()) if axis != 1]
+        sum_dy, products = self.exact_sums(self.known_mean)
+        self.mean_dy = sum_dy / self.count
+        self.projection = products * self.invstd32.double() ** 2 / self.count
         self.compiled = {}
         # Every other element is let through.
         self.mask = torch.full(((self.sets[0].x.numel() + 7) // 8,), 0x55, dtype=torch.uint8, device=DEVICE)
+
+    def of_channels(self, vector):
+        """A number for each channel, in a form that goes with the tensors."""
+        return vector.view([1, -1] + [1] * (len(self.others) - 1))
+
+    def exact_sums(self, mean):
+        """Those of the first set's dy, and of dy * (x - mean), in float64."""
+        dy, x = self.sets[0].dy.double(), self.sets[0].x.double()
+        return dy.sum(self.others), (dy * (x - self.of_channels(mean))).sum(self.others)
 
     def ours(self, operation, s):
         k, shape, ws = self.kernels, self.shape, self.workspace
@@ -243,15 +251,14 @@ class Layer:
         is off by a thousandth in long sums, and overflows in the longest.
         """
         s = self.sets[0]
-        others = [axis for axis in range(s.x.dim()) if axis != 1]
-        form = [1, -1] + [1] * (s.x.dim() - 2)
         x, dy = s.x.double(), s.dy.double()
-        var, mean = torch.var_mean(x, others, unbiased=False)
-        centred, scale = x - mean.view(form), self.weight.double() / (var + EPS).sqrt()
-        sums = dy.sum(others), (dy * centred).sum(others)
+        var, mean = torch.var_mean(x, self.others, unbiased=False)
+        centred, scale = x - self.of_channels(mean), self.weight.double() / (var + EPS).sqrt()
+        sums = self.exact_sums(mean)
         slope = sums[1] / (var + EPS) / self.count
-        y = centred * scale.view(form) + self.bias.double().view(form)
-        dx = (dy - (sums[0] / self.count).view(form) - centred * slope.view(form)) * scale.view(form)
+        y = centred * self.of_channels(scale) + self.of_channels(self.bias.double())
+        dx = dy - self.of_channels(sums[0] / self.count) - centred * self.of_channels(slope)
+        dx *= self.of_channels(scale)
         loose = {"rtol": 2e-2, "atol": 2e-2}
         for operation in OPERATIONS:
             self.ours(operation, s)
@@ -262,7 +269,7 @@ class Layer:
         torch.testing.assert_close(self.mean, mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(self.m2 / self.count, var, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(self.sum_dy, sums[0], rtol=1e-5, atol=1e-5 * self.count**0.5)
-        products = (dy * (x - self.known_mean.view(form))).sum(others)
+        products = self.exact_sums(self.known_mean)[1]
         torch.testing.assert_close(self.sum_xmu, products, rtol=1e-5, atol=1e-5 * self.count**0.5)
 
 

@@ -14,8 +14,6 @@ import numpy as np
 from syncbn import _library, errors
 from syncbn._calls import calls
 from syncbn._library import (
-    BackwardInputs,
-    BackwardOutputs,
     EvaluateOptions,
     Tensor,
     Vector,
@@ -261,11 +259,6 @@ class ForwardPass(_library.Owned):
 def evaluate(x: Tensor, options: EvaluateOptions, y: Optional[int]) -> None:
     """y, of x's shape, type and layout, from x with given statistics; no round."""
     call(lib.syncbn_evaluate, ctypes.byref(x), ctypes.byref(options), y)
-
-
-def evaluate_backward(inputs: BackwardInputs, options: EvaluateOptions, outputs: BackwardOutputs) -> None:
-    """The gradient of `evaluate`, the statistics constant."""
-    call(lib.syncbn_evaluate_backward, ctypes.byref(inputs), ctypes.byref(options), ctypes.byref(outputs))
 
 
 def observed_variance(count: int, var: np.ndarray, biased: bool) -> Optional[np.ndarray]:

@@ -80,6 +80,14 @@ class RestoredTest : public ::testing::Test {
     return Enter(engine_, rank, kRun, kIncarnation, std::move(left));
   }
 
+  // A worker's stream that breaks behind its join.
+  void JoinAndDie(Rank rank) {
+    core::Join join = testing::MakeJoin(rank, 3);
+    join.run_id = kRun;
+    join.incarnation = kIncarnation;
+    engine_.Close(engine_.Join(join));
+  }
+
   // Has a worker send what it holds: rounds that it was told the end of, and one that it was not.
   void Send(StreamId stream, const std::vector<std::shared_ptr<const RoundOutcome>>& told, Rank rank,
             const std::vector<RoundKey>& asked = {}, bool repeats = true, std::vector<Rank> left = {}) {
@@ -398,10 +406,7 @@ TEST_F(RestoredTest, ALeaverWhoseStreamBreaksMayStillBringItsPart) {
   const StreamId first = Return(0, {2}), second = Return(1, {2});
   Send(first, {}, 0, {Sum("s", 4)});
   Send(second, {}, 1, {Sum("s", 4)});
-  core::Join join = testing::MakeJoin(2, 3);
-  join.run_id = kRun;
-  join.incarnation = kIncarnation;
-  engine_.Close(engine_.Join(join));
+  JoinAndDie(2);
   EXPECT_THAT(engine_.ended(), IsEmpty());
   EXPECT_EQ(engine_.View().left, 1u);
   const StreamId leaver = Return(2);
@@ -413,10 +418,7 @@ TEST_F(RestoredTest, ALeaverThatDiesBehindItsJoinIsNotWaitedForAnyLonger) {
   const StreamId first = Return(0, {2}), second = Return(1, {2});
   Send(first, {}, 0, {Sum("s", 4)});
   Send(second, {}, 1, {Sum("s", 4)});
-  core::Join join = testing::MakeJoin(2, 3);
-  join.run_id = kRun;
-  join.incarnation = kIncarnation;
-  engine_.Close(engine_.Join(join));
+  JoinAndDie(2);
   engine_.Advance(absl::Milliseconds(1999));
   EXPECT_THAT(engine_.ended(), IsEmpty());
   engine_.Advance(absl::Milliseconds(1));

@@ -260,18 +260,15 @@ class Synchronized(torch.nn.Module):
         if layer is None:
             layer = self.layer = _naming.number(worker)
         _naming.claim(worker, layer)
-        momentum: Optional[float] = getattr(self, "momentum")
-        eps_mode, numeric, biased = self.eps_mode, self.numeric, self.biased_running_variance
-        if worker._layers.get(layer) != (channels, eps, eps_mode, momentum, numeric, biased):
-            worker.declare_layer(
-                layer,
-                channels,
-                eps=eps,
-                eps_mode=eps_mode,
-                momentum=momentum,
-                numeric=numeric,
-                biased_running_variance=biased,
-            )
+        worker.declare_layer(
+            layer,
+            channels,
+            eps=eps,
+            eps_mode=self.eps_mode,
+            momentum=getattr(self, "momentum"),
+            numeric=self.numeric,
+            biased_running_variance=self.biased_running_variance,
+        )
         return layer
 
     def _normalize_with_replicas(

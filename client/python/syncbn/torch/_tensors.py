@@ -136,7 +136,6 @@ _SIGHT = (
 )
 
 
-
 def _unseen(*given: Any) -> None:
     """Sees nothing, in an interpreter without the library's functions: every tensor is looked at closely."""
 
