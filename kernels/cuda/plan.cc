@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kProcessors = 132;
 constexpr int64_t ReduceBlocks(Mapping mapping) { return kProcessors * BlocksPerSm(mapping); }
 constexpr int64_t kMaxTileColumns = SYNCBN_TUNE_TILE_COLUMNS;
-// Of an element-wise operation, whose tiles need no meeting.
+// The same of an element-wise operation, whose blocks need no meeting.
 constexpr int64_t kElementTileColumns = 16;
 constexpr int64_t kMaxSplits = 65535;  // The second extent of a grid.
 constexpr int kMergeAtOnce = SYNCBN_TUNE_MERGE_AT_ONCE;

@@ -45,7 +45,8 @@ struct Sums {
   double word[kSums] = {0.0, 0.0};
 };
 
-// What a thread keeps between the phases of the end: a number that the output of its channel needs, asked for early.
+// A number that a thread keeps between the phases of the end: the output of its channel needs it, and it is asked for
+// early.
 struct ReduceState {
   double prepared;
 };
@@ -239,7 +240,7 @@ SYNCBN_HOST_DEVICE inline void FinishReduction(Block& block, const ReducePlan& p
   if (signals) block.Raise(workspace.flag, workspace.flag_value);
 }
 
-// What output.Prepare says for the channel that the thread will write, if any.
+// Returns what output.Prepare says for the channel that the thread will write, if any.
 template <typename Output>
 SYNCBN_HOST_DEVICE inline double PreparedFor(const ReducePlan& plan, int64_t tile, int thread, const Output& output) {
   const int64_t channel = tile * plan.tile_values + thread;

@@ -162,7 +162,7 @@ def test_an_environment_is_made_once_by_whoever_comes_first(tmp_path: pathlib.Pa
 
     def until(*paths: pathlib.Path, count: int) -> None:
         while all(lines(path) < count for path in paths) and all(process.poll() is None for process in processes):
-            time.sleep(0.01)
+            time.sleep(0.01)  # Nothing tells of a line in a file that a shell writes.
 
     processes = [start()]
     try:

@@ -93,7 +93,7 @@ from syncbn import _rounds
 def signal_in_wait():
     frame = None
     while frame is None:
-        time.sleep(0.01)
+        time.sleep(0.01)  # Nothing tells of a thread's first step into a function.
         frame = sys._current_frames()[threading.main_thread().ident]
         while frame is not None and frame.f_code is not _rounds.wait_in_slices.__code__:
             frame = frame.f_back

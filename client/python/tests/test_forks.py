@@ -608,7 +608,7 @@ with syncbn.Master() as master, syncbn.Worker(master.target, rank=0, world_size=
     x = next(batches)
     def kill():
         while not master.workers():
-            time.sleep(0.01)
+            time.sleep(0.01)  # Nothing tells of a worker's arrival.
         os.kill(batches._workers[0].pid, signal.SIGKILL)
     threading.Thread(target=kill).start()
     try:

@@ -68,7 +68,7 @@ def no_launcher(monkeypatch):
         # torchrun by each of two tasks of srun, and by mpirun.
         ({"RANK": "5", "WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (5, 8)),
         ({"RANK": "5", "WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (5, 8)),
-        # What SGE, PBS and LSF leave names no process.
+        # Variables that SGE, PBS and LSF leave name no process.
         ({"JOB_ID": "7", "SGE_TASK_ID": "undefined", "NSLOTS": "8", "NHOSTS": "2", "PE_HOSTFILE": "/hosts"}, None),
         ({"SGE_TASK_ID": "3", "SGE_TASK_LAST": "9"}, None),
         ({"PBS_JOBID": "7", "PBS_NODEFILE": "/nodes", "PBS_TASKNUM": "1", "NCPUS": "8"}, None),
