@@ -111,8 +111,8 @@ struct FinalizeBackwardArguments {
   PendingRound pending_backward;
 };
 
-// If either pending round failed, everything that is written is NaN: the gradients too, which would otherwise lack what
-// the backward pass of the next layers has lost.
+// Writes NaN alone if either pending round failed: to the gradients too, which would otherwise lack what the backward
+// pass of the next layers has lost.
 SYNCBN_HOST_DEVICE inline void FinalizeBackwardChannel(const FinalizeBackwardArguments& arguments, int64_t c) {
   // All is read before any of it is used, as in the forward pass.
   const bool has_sums = arguments.sum_dy != nullptr;

@@ -59,7 +59,7 @@ class MasterServer {
     TlsOptions tls;
     // Allows listening beyond loopback without TLS, which is refused otherwise.
     bool insecure = false;
-    // If not empty, every worker must join with it. If empty, each job has the token of its first join.
+    // The token that every worker must join with. Empty: each job has the token of its first join.
     std::string token;
     // Serves InspectionService. By default, only if no address can be reached from another machine.
     std::optional<bool> inspection;

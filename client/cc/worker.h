@@ -81,12 +81,12 @@ class Worker {
     // The master's address, or several separated by commas, which are tried in turn: HOST:PORT, unix:PATH, or another
     // name of gRPC's. Each attempt to connect looks the host up again.
     std::string target;
-    // If not null, each attempt to connect calls it for a list that replaces `target`. A failure counts as a failed
+    // Returns a list that replaces `target`, for each attempt to connect; may be null. A failure counts as a failed
     // attempt. The thread that calls it is within a call of this worker and holds no lock. The function must not use
     // the worker, and a slow one delays interrupts.
     std::function<absl::StatusOr<std::string>()> find_target;
-    // If not null, Join asks it ten times a second, with a lock held; once it is true, Join ends with CANCELLED
-    // (INTERRUPTED). It must return at once, and not use the worker.
+    // Returns whether Join is to end with CANCELLED (INTERRUPTED); may be null. Join asks it ten times a second, with a
+    // lock held. It must return at once, and not use the worker.
     std::function<bool()> join_is_cancelled;
     std::string job;    // Empty: "default".
     std::string group;  // Empty: "default".
@@ -102,7 +102,8 @@ class Worker {
     // Time to try to reach the master, at first and after a break. Also the time to wait for a rank that another
     // worker holds; a warning in the log names that worker.
     absl::Duration join_timeout = absl::Seconds(30);
-    // If not empty, the complete set of layers. The master compares it with the other workers' at the join.
+    // The complete set of layers, which the master compares with the other workers' at the join. Empty: layers are
+    // declared later, one by one.
     std::vector<LayerOptions> layers;
     std::string description;  // Empty: library, host and process id.
     // The job's secret, the same for all its workers: 1 to 1024 printable ASCII characters without spaces. Empty: none.

@@ -173,7 +173,7 @@ bool Group::Seat(StreamId stream, const Join& join, absl::Time now, Effects& eff
 }
 
 void Group::OnLayerSetRefused(const Join& join, const Error& error, absl::Time now, Effects& effects) {
-  // If the rank is not vacant, the declarations of its present or former member stand.
+  // The declarations of a rank's present or former member stand, if it has one.
   const bool vacant = members_.Vacant(join.rank);
   if (vacant) {
     // Report mismatching layers now rather than when their rounds time out.

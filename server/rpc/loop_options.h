@@ -34,12 +34,12 @@ struct LoopOptions {
   size_t max_watchers = 0;
   std::string description;
   std::string revision;
-  // If present, every join must have it.
+  // Present: the token that every join must have.
   core::Secret token;
   // Names that a worker's certificate must have; one that fits is enough.
   std::vector<IdentityTemplate> identity;
   bool inspection = true;
-  // If present, callers of InspectionService must bear it.
+  // Present: the token that callers of InspectionService must bear.
   core::Secret inspection_token;
   // Callers of InspectionService that bear it may call, whatever the two options before say.
   core::Secret own_token;

@@ -201,7 +201,7 @@ class Measurement {
 
  private:
   using WaitValue = int(cudaStream_t, unsigned long long, uint32_t, unsigned);
-  // When the host knew that the first kernel had ended, and how it lets the second begin.
+  // The time at which the host knew that the first kernel had ended, and what lets the second begin.
   struct Seen {
     int64_t time;
     std::function<void()> release;

@@ -60,7 +60,8 @@ class CheckedSession {
   void Unblocked(bool retract);
   void Leave(absl::Time now);
   session::Effects FinishLeave(absl::Time now);
-  // When the program stops waiting for its leave to be acknowledged; InfiniteFuture if it has not left.
+  // Returns the time at which the program stops waiting for its leave to be acknowledged; InfiniteFuture if it has not
+  // left.
   absl::Time LeaveDue() const;
 
  private:

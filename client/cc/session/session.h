@@ -82,7 +82,7 @@ using Effects = absl::InlinedVector<Effect, 2>;
 struct Options {
   uint32_t rank = 0;
   absl::Duration join_timeout = absl::Seconds(30);
-  // If not empty, the complete set of layers.
+  // The complete set of layers, or empty.
   std::vector<LayerOptions> layers;
   // Streams are encrypted. Only error texts depend on it.
   bool tls = false;
@@ -133,7 +133,7 @@ class Session {
 
   // Runs the timers that are due. Harmless when early.
   Effects OnTime(absl::Time now);
-  // When OnTime is next due; InfiniteFuture if nothing waits for time to pass.
+  // Returns the time at which OnTime is next due; InfiniteFuture if nothing waits for time to pass.
   absl::Time NextTimer() const;
 
   // The answer to FindMaster: a list of targets separated by commas, or why there is none, which counts as a failed
@@ -153,7 +153,7 @@ class Session {
   // Ends the session if the master has owed an answer for too long. Part of OnTime; a thread that does not drive the
   // stream calls it alone.
   Effects CheckMaster(absl::Time now);
-  // When CheckMaster is next due; InfiniteFuture if nothing is unanswered.
+  // Returns the time at which CheckMaster is next due; InfiniteFuture if nothing is unanswered.
   absl::Time NextCheck() const { return state_ == State::kJoined ? check_at_ : absl::InfiniteFuture(); }
 
   // Returns INTERNAL for a frame of so many bytes that the outcomes of all pending rounds cannot fill it: it is not

@@ -44,7 +44,7 @@ def _mapped_axes(own: Any) -> Iterable[Any]:
     mesh = getattr(jax.sharding, "get_abstract_mesh", None)
     if mesh is not None:
         return tuple(mesh().manual_axes)
-    # Before JAX 0.5, the axes of vmap are among them.
+    # JAX before 0.5 has the axes of vmap among them.
     named = own if isinstance(own, (tuple, list)) else (own,)
     return tuple(n for n in getattr(jax.core, "unsafe_get_axis_names_DO_NOT_USE", tuple)() if n not in named)
 

@@ -373,7 +373,7 @@ TEST(LimitsTest, KeysNameLayersByOneTo255Bytes) {
 
 // ---- The work of one event ------------------------------------------------------------------------------------------
 
-// If more rounds end together than a turn has room for, they end in several turns: each once, and none is lost.
+// Rounds that end together, and are more than a turn has room for, end in several turns: each once, and none is lost.
 TEST(TurnTest, RoundsThatALeaveCompletesComeInTurns) {
   Limits limits;
   limits.max_turn_bytes = 20'000;

@@ -197,7 +197,7 @@ class Synchronized(torch.nn.Module):
         place = _replicas.current()
         if place is not None:
             return step.activate(self._normalize_with_replicas(x, step, place, checkpoint))
-        # Before the round, so that no other worker waits for one that finds no memory.
+        # Memory comes before the round, so that no other worker waits for one that finds none.
         y = make(x)
         gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if step.relu else None
         packed = _library.TENSOR.pack(*members)

@@ -114,7 +114,7 @@ def at_sight(
     return sight
 
 
-# Where dy and x are, and the members of a struct Vector for the weight.
+# The addresses of dy and x, and the members of a struct Vector for the weight.
 Addresses = Tuple[int, int, Tuple[int, int]]
 
 # Objects that the functions of client/c/python_tensors.cc keep, in its order.

@@ -99,7 +99,7 @@ def all_reduce_gradients(
     worker = worker or default_worker()
     named = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
     parameters = [_Parameter(path, parameter) for path, parameter in named]
-    # Before the round, so that what cannot be sent is refused while no other worker waits for it.
+    # Sums are prepared before the round: what cannot be sent is refused while no other worker waits for it.
     parts = [np.array([weight])] + [part for parameter in parameters for part in parameter.contribution()]
     total = worker.all_reduce(name, np.concatenate(parts))
     if not total[0] > 0:
