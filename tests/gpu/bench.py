@@ -247,8 +247,8 @@ class Layer:
         return self.compiled[operation](s.dy, s.x, self.weight, self.mean32, self.invstd32)
 
     def check(self):
-        """That the operations compute what they say, by torch's arithmetic in float64: its own batch normalization in 16 bits
-        is off by a thousandth in long sums, and overflows in the longest.
+        """Checks the results by torch's arithmetic in float64. Its own batch normalization in 16 bits is off by a
+        thousandth in long sums, and overflows in the longest.
         """
         s = self.sets[0]
         x, dy = s.x.double(), s.dy.double()
@@ -402,7 +402,7 @@ class Bench:
 
 
 def cache_bytes():
-    """Of the second level; older torches do not know."""
+    """Returns the size of the second level's cache. Older torches do not know it: 50 MiB then."""
     return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
 
 

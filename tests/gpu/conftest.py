@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tests/gpu"))
 
 @pytest.fixture
 def built() -> pathlib.Path:
-    """Where Bazel leaves the programs of this folder."""
+    """The folder in which Bazel leaves the programs of this one."""
     folder = ROOT / "bazel-bin/tests/gpu"
     if not (folder / "libsyncbn_bench_on_host.so").exists():
         pytest.skip("bazel build //tests/gpu:all has not run")

@@ -155,7 +155,7 @@ def target_table(cells: List[Cell]) -> str:
 
 
 class Prediction(NamedTuple):
-    """What a row was expected to show before any GPU had run it."""
+    """A prediction: the figures that a row was expected to show before any GPU had run it."""
 
     low: float
     high: float
@@ -278,7 +278,7 @@ def read_stages(folder: pathlib.Path) -> List[List[str]]:
 
 
 def read_json(folder: pathlib.Path) -> Dict[str, Any]:
-    """What each part wrote, by the name of its file. A file that is cut off is named, not fatal."""
+    """Returns the output of each part, by the name of its file. A file that is cut off is named, not fatal."""
     found: Dict[str, Any] = {}
     for path in sorted(folder.glob("*.json")):
         if path.name == "results.json":

@@ -37,7 +37,7 @@ def play(tree: pathlib.Path, name: str, script: str) -> None:
 
 
 def outcomes(tree: pathlib.Path, folder: str = "gpu_rehearsal"):
-    """What each part came to, and why: of a rehearsal, or of another folder."""
+    """Returns the end that each part came to, and its reason: those of a rehearsal, or of another folder."""
     lines = [line.split("\t") for line in (tree / "build" / folder / "stages.tsv").read_text().splitlines()]
     return {line[0]: (line[1], line[3]) for line in lines}
 

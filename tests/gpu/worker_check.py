@@ -250,7 +250,7 @@ def check_master_gone(_):
 
 
 def check_strides(worker):
-    """What is not dense gives what its dense copy gives, forward and backward, whatever the strides of y's gradient."""
+    """Tensors that are not dense give what dense copies give, forward and backward, for any strides of y's gradient."""
     torch.manual_seed(SEED)
     x = torch.randn(6, 10, 8, 4, device=DEVICE)
     views = [x[:, ::2], x.transpose(2, 3), x[:, :, 1:7], x[1].unsqueeze(0).expand(3, -1, -1, -1)]

@@ -208,7 +208,7 @@ class ForwardPass(_library.Owned):
 
     @property
     def has_backward_round(self) -> bool:
-        """Whether this worker and others exchange sums in a backward pass."""
+        """Returns True if this worker and others exchange sums in a backward pass."""
         if self._role == _library.BACKWARD_NONE:
             return False
         if self._waited:

@@ -72,7 +72,7 @@ def listed(function: Any, handle: Any) -> List[Tuple[str, int, int]]:
 
 
 def of_state(state: Any) -> Tuple[int, List[Tuple[str, int, int]]]:
-    """What a worker's state_dict says: the sequence of layers that it does not name, and (layer, phase, sequence) of others.
+    """Reads a worker's state_dict: the sequence of layers that it does not name, and (layer, phase, sequence) of others.
 
     Errors: `InvalidArgument` for anything else, naming the value.
     """
@@ -128,7 +128,10 @@ class Round:
         self._kind = kind
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        """Whether there is an outcome within `timeout` seconds (None: until there is). Raises it if it is an error."""
+        """Waits for the outcome, for `timeout` seconds at most (None: until there is one), and raises it if it is an error.
+
+        Returns: True if there is one.
+        """
         timeout = _arguments.patience("timeout", timeout)
         with self._worker.handle(), self._stopwatch:
             done = wait(self._worker, lib.syncbn_round_wait, self._handle.value, timeout)

@@ -26,7 +26,7 @@ def changed(layer, tracks, absent):
 
 
 def outcome(call, layer, batches):
-    """What two steps of training and an evaluation leave behind, or the error that ends them."""
+    """Returns the state after each of two steps of training and an evaluation, or the error that ends them."""
     found = []
     for training, x in zip((True, True, False), batches):
         layer.train(training)

@@ -56,7 +56,7 @@ class _Site(NamedTuple):
 
 
 def _site(frame: FrameType) -> Optional[_Site]:
-    """What a frame of torch.utils.checkpoint says, if anything."""
+    """Reads what a frame of torch.utils.checkpoint says, if anything."""
     name, values = frame.f_code.co_name, frame.f_locals
     if name in ("forward", "backward") and "ctx" in values:
         return _Site(values["ctx"], name == "backward", True)

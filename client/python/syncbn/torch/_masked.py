@@ -122,7 +122,7 @@ class _Pass:
 
 
 class _Saved(NamedTuple):
-    """What forward leaves to backward beside the tensors that autograd saves."""
+    """Values that forward leaves to backward beside the tensors that autograd saves."""
 
     state: _Pass
     x: _tensors.Form

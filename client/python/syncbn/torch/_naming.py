@@ -74,7 +74,7 @@ def claim(worker: Worker, name: str) -> None:
 
 
 def _is_wrapping(parent: torch.nn.Module, child: str) -> bool:
-    """Whether a child stands for its parent, so that it adds nothing to a name."""
+    """Returns True if a child stands for its parent, so that it adds nothing to a name."""
     if child in _WRAPPED:
         return True
     if child != "module":

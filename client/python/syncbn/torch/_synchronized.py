@@ -1,4 +1,4 @@
-"""What every synchronized layer does in training: one round, and the normalization with its outcome."""
+"""The training of every synchronized layer: one round, and the normalization with its outcome."""
 
 import inspect
 from typing import Any, Callable, Optional, Tuple
@@ -274,7 +274,7 @@ class Synchronized(torch.nn.Module):
     def _normalize_with_replicas(
         self, x: torch.Tensor, step: Step, place: _replicas.Place, checkpoint: _checkpointing.Context
     ) -> torch.Tensor:
-        """As one of several threads of this worker."""
+        """Normalizes as one of several threads of this worker."""
         if checkpoint.active:
             raise RuntimeError("activation checkpointing does not go with replicas on threads: run a process for each")
         worker = self.worker or place.group.default_worker or default_worker()
@@ -283,7 +283,7 @@ class Synchronized(torch.nn.Module):
 
     @staticmethod
     def _role(differentiable: bool, follows: bool) -> int:
-        """Whether this worker will come to the backward round. follows: autograd records what is computed."""
+        """Returns this worker's part in the backward round. follows: autograd records what is computed."""
         if differentiable:
             return _library.BACKWARD_REQUIRED
         return _library.BACKWARD_IF_REQUIRED if follows else _library.BACKWARD_NONE
@@ -299,6 +299,6 @@ class Synchronized(torch.nn.Module):
 
 
 def batch_norm(input: torch.Tensor, step: Step) -> torch.Tensor:
-    """What a __torch_function__ is called with for a synchronized layer in training."""
+    """The function for which a __torch_function__ is called where a synchronized layer trains."""
     normalized: torch.Tensor = step.module._normalize_plain(input, step)
     return normalized

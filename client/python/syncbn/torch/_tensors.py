@@ -155,7 +155,7 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 
 def _is_dense(x: torch.Tensor, channels_last: bool) -> bool:
-    """Whether the strides are those of memory without gaps, in that layout."""
+    """Returns True if the strides are those of memory without gaps, in that layout."""
     if not channels_last:
         return x.is_contiguous()
     if x.dim() == 4:
@@ -208,7 +208,7 @@ def _in_memory(x: torch.Tensor) -> torch.Tensor:
 
 
 class Form:
-    """What a tensor has to be for memory of it to be handed out: what this one is."""
+    """The shape, type and device of a tensor, which another one must have to take its place."""
 
     __slots__ = ("shape", "dtype", "device", "on_cpu")
 
@@ -234,14 +234,14 @@ class Form:
 
 @functools.lru_cache(maxsize=256)  # A model has few.
 def vector_form(channels: int, kind: int, device: int, index: int) -> Form:
-    """That of a vector which `at_sight` has described so, on x's device; one object for all that are alike."""
+    """Returns the form of a vector that `at_sight` has described so; one object for all that are alike."""
     dtype = next(dtype for dtype, number in _TYPES.items() if number == kind)
     place = torch.device("cpu") if device == _library.DEVICE_CPU else torch.device("cuda", index)
     return Form(torch.empty(channels, dtype=dtype, device=place))
 
 
 def given_back(name: str, x: torch.Tensor, form: Form, channels_last: bool) -> torch.Tensor:
-    """What autograd hands to a backward pass, dense in that layout.
+    """Returns the tensor that autograd hands to a backward pass, dense in that layout.
 
     A saved tensor may come through hooks (torch.autograd.graph.saved_tensors_hooks), a gradient through formulas that
     expand, negate or zero: their strides, their class and their memory are anything. Shape, type and device are not.
@@ -269,7 +269,7 @@ def readable(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def readable_vector(x: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], Tuple[int, int]]:
-    """What `readable` returns, and the members of a struct Vector for it."""
+    """Returns what `readable` does, and the members of a struct Vector for it."""
     if x is None:
         return None, NO_VECTOR
     at = _address_at_sight(x, False)
@@ -307,7 +307,7 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 def address(x: torch.Tensor, channels_last: bool) -> Optional[int]:
-    """Where the elements of a tensor are that is dense in that layout; None: it has none.
+    """Returns the address of a tensor's elements if it is dense in that layout; None if it has no elements.
 
     Every address goes here, but for those of tensors that this package has just made or found to be readable.
     """
@@ -391,7 +391,7 @@ _raw_stream: Optional[Callable[[int], int]] = getattr(_torch._C, "_cuda_getCurre
 
 
 def execution(x: torch.Tensor) -> Tuple[int, Optional[int]]:
-    """How a pass over x runs: the number of threads, and the CUDA stream. The library makes x's device the current one."""
+    """Returns the number of threads of a pass over x, and its CUDA stream. The library makes x's device the current one."""
     if not x.is_cuda:
         return threads(x.numel()), None
     if _raw_stream is None:

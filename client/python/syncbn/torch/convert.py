@@ -32,7 +32,7 @@ _OWN += ["process_group", "_original_process_group"]
 
 
 class Change(NamedTuple):
-    """What becomes of one module."""
+    """The change that a conversion makes to one module."""
 
     module: torch.nn.Module
     kind: Any
@@ -168,7 +168,7 @@ def plan(
     prefix: str,
     kinds: Dict[Any, Any],
 ) -> List[Change]:
-    """What a conversion changes. Raises what it refuses, having changed nothing."""
+    """Returns the changes of a conversion. Raises what it refuses, having changed nothing."""
     options = _options(worker, eps_mode, numeric, prefix, module)
     found = []
     for path, place, candidate in _naming.walk(module):

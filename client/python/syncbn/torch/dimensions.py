@@ -1,4 +1,4 @@
-"""What torch's own layers become by conversion: layers of two classes.
+"""Classes of converted layers: each is a SyncBatchNorm and one of torch's BatchNorm classes as well.
 
 Whatever looks for torch.nn.BatchNorm2d in a model, in order to freeze it, to fuse it or to give its parameters no weight
 decay, finds it after a conversion too; and it is a SyncBatchNorm. torch.nn.SyncBatchNorm has no such class:

@@ -63,7 +63,7 @@ class _Parameter:
 
 
 def _overlaps(tensor: torch.Tensor) -> bool:
-    """Whether elements share memory, as those of an expanded tensor do."""
+    """Returns True if elements share memory, as those of an expanded tensor do."""
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
