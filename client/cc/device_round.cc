@@ -47,7 +47,7 @@ class PreciseSleeps {
 
 void PauseAfter(absl::Duration waited) {
   if (waited < kSpinning) {
-    for (int i = 0; i < 8; ++i) Spin::Relax();
+    for (int i = 0; i < 8; ++i) SpinSystem::Relax();
   } else if (waited < kYielding) {
     sched_yield();
   } else {

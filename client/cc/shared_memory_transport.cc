@@ -230,7 +230,7 @@ void SharedMemoryTransport::WaitForSegment(absl::Time deadline) {
       LookAtStream(now);
       return;
     }
-    if (spin_.Until([&] { return bell.rings() != seen; })) continue;
+    if (spin_.Until([&] { return bell.rings() != seen; }, world_size_)) continue;
     const bool found = Nap(seen, begun, deadline);
     spin_.Slept();
     if (found) return;

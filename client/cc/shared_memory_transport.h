@@ -4,6 +4,7 @@
 #define SYNCBN_CLIENT_CC_SHARED_MEMORY_TRANSPORT_H_
 
 #include <atomic>
+#include <cstddef>
 #include <memory>
 #include <optional>
 #include <string>
@@ -28,8 +29,9 @@ namespace syncbn {
 // the gRPC stream every few milliseconds.
 class SharedMemoryTransport final : public Transport {
  public:
-  SharedMemoryTransport(ChannelMaker channels, SharedMemoryOptions options)
-      : options_(std::move(options)), stream_(std::move(channels)) {}
+  // `world_size`: the workers of the group, all of which may run on this machine.
+  SharedMemoryTransport(ChannelMaker channels, SharedMemoryOptions options, size_t world_size)
+      : options_(std::move(options)), world_size_(world_size), stream_(std::move(channels)) {}
 
   void Open(const std::string& target, absl::Duration connect_timeout) override;
   void Close() override { stream_.Close(); }
@@ -95,6 +97,7 @@ class SharedMemoryTransport final : public Transport {
   bool Nap(uint32_t seen, absl::Time begun, absl::Time deadline);
 
   const SharedMemoryOptions options_;
+  const size_t world_size_;
   GrpcTransport stream_;
   std::string target_;                    // Of the newest Open.
   std::optional<SharedName> offered_;     // With the stream, until the master has answered.

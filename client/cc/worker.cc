@@ -124,7 +124,8 @@ absl::StatusOr<std::unique_ptr<Worker>> Worker::Join(Options options) {
   if (!sharing.ok()) return sharing.status();
   auto channels = ChannelMaker::Make(options.tls);
   if (!channels.ok()) return channels.status();
-  auto transport = std::make_unique<SharedMemoryTransport>(*std::move(channels), *std::move(sharing));
+  auto transport =
+      std::make_unique<SharedMemoryTransport>(*std::move(channels), *std::move(sharing), options.world_size);
   return WorkerInternal::Join(std::move(options), std::move(transport));
 }
 

@@ -27,7 +27,6 @@
 #include "plumbing/doorbell.h"
 #include "plumbing/shared_file.h"
 #include "plumbing/shared_ring.h"
-#include "plumbing/spin.h"
 #include "tests/testing/seed.h"
 
 namespace syncbn {
@@ -294,37 +293,6 @@ TEST(DoorbellTest, WhoeverIsSlowToRingEndsNoLaterSleep) {
   if (WIFEXITED(state)) return;
   kill(*child, SIGKILL);
   waitpid(*child, &state, 0);
-}
-
-// ---- Spinning
-
-// Returns how often a wait for nothing looks.
-int Looks(Spin& spin, size_t waiting_for = 1) {
-  int looks = 0;
-  const auto look = [&] {
-    ++looks;
-    return false;
-  };
-  EXPECT_FALSE(spin.Until(look, waiting_for));
-  spin.Slept();
-  return looks;
-}
-
-TEST(SpinTest, AWaitAfterOneInVainSleepsAtOnce) {
-  if (std::thread::hardware_concurrency() < 2) GTEST_SKIP() << "on a single processor no wait spins";
-  Spin spin;
-  EXPECT_GT(Looks(spin), 1);
-  EXPECT_EQ(Looks(spin), 1);
-}
-
-TEST(SpinTest, NoWaitSpinsWhereOthersNeedEveryProcessor) {
-  Spin spin;
-  EXPECT_EQ(Looks(spin, std::thread::hardware_concurrency()), 1);
-}
-
-TEST(SpinTest, WhatIsReadyIsFoundWithoutSpinning) {
-  Spin spin;
-  EXPECT_TRUE(spin.Until([] { return true; }, std::thread::hardware_concurrency()));
 }
 
 // ---- Files
