@@ -63,6 +63,11 @@ void Declarations::Declare(Rank rank, const LayerSpec& spec, bool returning) {
   AdoptUnanimous();
 }
 
+void Declarations::NoteAgreement() {
+  agreed_ = true;
+  for (Side& side : sides_) side.disputed = false;
+}
+
 void Declarations::AdoptMomentum(Side& side, const LayerSpec& spec) {
   if (side.declaration->spec.momentum == spec.momentum) return;
   DeclarationPtr renewed = Make(spec);

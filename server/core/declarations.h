@@ -25,8 +25,8 @@ std::string Difference(const LayerSpec& worker, const LayerSpec& reference);
 //
 // A dispute is different. It begins when a member's first declaration of a layer on which none have agreed yet equals
 // neither what another member declares nor an earlier declaration, and it lasts until all declare the same. Once
-// members have agreed, a first declaration comes from a rank that has restarted, and may be ahead of the others or
-// behind them.
+// members are known to have agreed, a first declaration comes from a rank that has restarted, and may be ahead of the
+// others or behind them.
 //
 // Thread safety: none; pure.
 class Declarations {
@@ -36,8 +36,9 @@ class Declarations {
   // Declares the layer for the rank. A rank that is `returning` may have declared the layer before, to a master that
   // has lost its memory; it begins no dispute.
   void Declare(Rank rank, const LayerSpec& spec, bool returning);
-  // Notes that a round of the layer has completed.
-  void NoteAgreement() { agreed_ = true; }
+  // Notes that a round of the layer has completed, under this master or an earlier one. A dispute that began before
+  // this was known ends: the members are ahead of each other.
+  void NoteAgreement();
   // Drops the rank's declaration, after a leave or a restart.
   void Forget(Rank rank);
 

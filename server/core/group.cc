@@ -267,8 +267,9 @@ void Group::OnStreamClosed(StreamId stream, absl::Time now, Effects& effects) {
 void Group::OnLeft(Rank rank, StreamId stream, absl::Time now, Effects& effects) {
   effects.push_back(Change(rank, stream));
   layers_.Forget(rank);
-  OnMemberGone(now, effects);
+  // One that has read of the leave has read the outcomes of the rounds that it ends, too.
   rounds_.BeginReview(now, effects);
+  OnMemberGone(now, effects);
 }
 
 void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
@@ -281,7 +282,7 @@ void Group::Leave(Rank rank, absl::Time now, Effects& effects) {
 }
 
 bool Group::OutcomesAreAwaited() const {
-  if (members_.in_grace() != 0) return true;
+  if (members_.in_grace() != 0 || rounds_.under_review()) return true;
   if (memory_ == 0) return false;  // Then workers do not say what they repeat.
   return members_.returning() != 0 || (resumed_ && (members_.absent() != 0 || rounds_.AnyRestoredAwaited()));
 }

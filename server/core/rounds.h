@@ -93,6 +93,7 @@ class Rounds {
   // Reviews all rounds, as far as this turn goes.
   void BeginReview(absl::Time now, Effects& effects);
   void ContinueReview(absl::Time now, Effects& effects);
+  bool under_review() const { return review_.has_value(); }
   // Announces late rounds and ends those whose deadlines have come, as far as this turn goes.
   void OnTimePassed(absl::Time now, Effects& effects);
   // Returns when a review continues, or OnTimePassed is due; InfiniteFuture if neither is.
@@ -165,6 +166,8 @@ class Rounds {
                                     Pending::const_iterator round) const;
   std::optional<Error> CheckBackward(Rank rank, const RoundKey& key, const Layer& layer,
                                      Pending::const_iterator round) const;
+  // Returns why the rank takes no part in the backward round of this forward round, which has completed.
+  std::optional<Error> CheckContributor(Rank rank, const RoundKey& key, const EndedRound& forward) const;
   std::optional<Error> CheckRoom(Rank rank, const Contribution& contribution, Pending::const_iterator round) const;
   // Returns why a round fails that has just accepted this contribution.
   std::optional<Error> CheckAccepted(Rank rank, const Contribution& contribution, const Layer& layer,

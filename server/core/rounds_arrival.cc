@@ -88,7 +88,14 @@ bool Rounds::Replay(Rank rank, const Contribution& contribution, const EndedRoun
   const RoundKey& key = contribution.key;
   if (ended == nullptr || ended->restored) return false;
   const Contributor* const before = ended->Find(rank);
-  if (before != nullptr && ended->DigestOf(before) != Digest(contribution)) {
+  // An outcome that others than contributors know could be taken along by one that leaves, unnoticed.
+  const EndedRound* const forward = before == nullptr && key.phase == Phase::kBackward
+                                        ? layers_.Get(key.layer).Find(Phase::kForward, key.sequence)
+                                        : nullptr;
+  auto stranger = forward != nullptr ? CheckContributor(rank, key, *forward) : std::nullopt;
+  if (stranger.has_value()) {
+    Reject(rank, key, *std::move(stranger), effects);
+  } else if (before != nullptr && ended->DigestOf(before) != Digest(contribution)) {
     const bool restarted = before->incarnation != Contributor::LowBits(members_[rank].incarnation);
     Reject(rank, key, ChangedReplayError(rank, key, restarted), effects);
   } else if (ended->outcome == nullptr) {
@@ -147,9 +154,13 @@ std::optional<Error> Rounds::CheckBackward(Rank rank, const RoundKey& key, const
   if (ended != nullptr && ended->Find(rank) != nullptr) return std::nullopt;
   const EndedRound* const forward = layer.Find(Phase::kForward, key.sequence);
   if (forward == nullptr || forward->failed) return ForwardUnknownError(key, forward != nullptr);
-  const Contributor* const contributor = forward->Find(rank);
+  return CheckContributor(rank, key, *forward);
+}
+
+std::optional<Error> Rounds::CheckContributor(Rank rank, const RoundKey& key, const EndedRound& forward) const {
+  const Contributor* const contributor = forward.Find(rank);
   if (contributor == nullptr) return NotAContributorError(rank, key, "its forward contribution did not count");
-  if (!forward->backward_required) return NotAContributorError(rank, key, "no worker required that round");
+  if (!forward.backward_required) return NotAContributorError(rank, key, "no worker required that round");
   if (contributor->role != BackwardRole::kNone) return std::nullopt;
   return NotAContributorError(rank, key, "it announced BACKWARD_ROLE_NONE in its forward round");
 }

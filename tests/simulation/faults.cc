@@ -61,7 +61,7 @@ void World::Crash(size_t index) {
   Life& life = lives_[index];
   last_died_ = life.trainer.rank();
   died_at_[life.trainer.rank()] = std::max(died_at_[life.trainer.rank()], life.trainer.sequence());
-  Log("rank ", life.trainer.rank(), " crashes");
+  Note("rank ", life.trainer.rank(), " crashes");
   life.alive = false;
   life.due = kNever;
   if (life.stream != 0) Break(life.stream, /*worker_knows=*/true);
@@ -75,7 +75,7 @@ void World::Stall(Life& life) {
   // Later events must not overtake those that were put off until the end of an earlier stall.
   life.stalled_until = std::max(life.stalled_until, now_ + stall);
   if (life.due != kNever) life.due = std::max(life.due, life.stalled_until);
-  Log("rank ", life.trainer.rank(), " stalls until ", life.stalled_until);
+  Note("rank ", life.trainer.rank(), " stalls until ", life.stalled_until);
 }
 
 // One direction, or each, loses everything; both sides learn of it when a keepalive is not answered. What comes after
@@ -87,7 +87,7 @@ void World::CutOneWay(core::StreamId id) {
   stream.mute_to_worker = stream.mute_to_worker || to_worker;
   stream.mute_to_master = stream.mute_to_master || to_master;
   const Micros noticed = now_ + (random_.Chance(0.3) ? random_.Between(0, 50'000) : random_.Between(0, 8'000'000));
-  Log("stream ", id, " is mute to the ", to_worker ? "worker" : "master", " until ", noticed);
+  Note("stream ", id, " is mute to the ", to_worker ? "worker" : "master", " until ", noticed);
   Item item{noticed, 0, Kind::kWorkerSeesClose, id, nullptr, nullptr, nullptr};
   item.why = std::make_shared<session::Break>(session::Break{absl::UnavailableError("no keepalive")});
   Push(std::move(item));
@@ -112,7 +112,7 @@ void World::Intrude(size_t index) {
   streams_.push_back(Stream());
   streams_.back().life = index;
   streams_.back().master = masters_;
-  Log("stream ", streams_.size(), " claims rank ", rank, " with other layers");
+  Note("stream ", streams_.size(), " claims rank ", rank, " with other layers");
   Send(streams_.size(), std::move(frame));
 }
 

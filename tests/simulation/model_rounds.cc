@@ -85,7 +85,16 @@ void Model::CheckOutcomes() {
     if (ended == nullptr || !testing::SameOutcome(*ended->outcome, *outcome)) {
       return Violate(absl::StrCat("an outcome of ", Name(outcome->key), " that is not the one it ended with"));
     }
-    if (ended_now_.count(outcome->key) == 0) ++tally_.replayed;
+    if (ended_now_.count(outcome->key) == 0) {
+      ++tally_.replayed;
+      const auto forward = history_.FindForward(outcome->key);
+      const bool takes_part = outcome->key.phase != core::Phase::kBackward || !forward.has_value() ||
+                              std::count(forward->contributors.begin(), forward->contributors.end(), sender_.rank) != 0;
+      if (!takes_part) {
+        return Violate(
+            absl::StrCat(Name(outcome->key), " is told to rank ", sender_.rank, ", which takes no part in it"));
+      }
+    }
     for (const StreamId stream : results->streams) told_.insert({stream, outcome->key});
   }
 }

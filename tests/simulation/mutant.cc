@@ -4,8 +4,11 @@
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <string>
 #include <utility>
 #include <variant>
+
+#include "server/core/error.h"
 
 namespace syncbn::simulation {
 
@@ -122,6 +125,10 @@ void Mutant::Distort(core::SendResults& results) {
   if (bug_ == Bug::kSendAfterClose && !closed_.empty()) results.streams.push_back(*closed_.begin());
   if (bug_ == Bug::kLostOutcome && results.streams.size() > 1) results.streams.pop_back();
   for (auto& outcome : results.outcomes) {
+    if (bug_ == Bug::kOpenEar && !outcome->refused) ended_.emplace(outcome->key, outcome);
+    if (bug_ == Bug::kOpenEar && outcome->refused && outcome->error->reason == std::string(core::kNotAContributor)) {
+      if (const auto ended = ended_.find(outcome->key); ended != ended_.end()) outcome = ended->second;
+    }
     const bool replay = !told_.insert(outcome->key).second;
     const bool split = bug_ == Bug::kSplitOutcome && results.streams.size() > 1;
     if (outcome->first.empty() || !(split || (bug_ == Bug::kChangedReplay && replay))) continue;

@@ -44,6 +44,7 @@ enum class Bug {
   kWrongPlace,       // A new worker is told that its group stands one sequence further back.
   kHastyLeave,       // A leave is acknowledged before others have read of it.
   kSmallerStep,      // A successor's contributions count less than its predecessor's.
+  kOpenEar,          // Those who take no part in a round are told how it has ended.
   kLateJoin,         // A join alone makes a worker of a rank that had left, though its stream has broken.
 };
 
@@ -72,6 +73,7 @@ class Mutant {
   std::map<core::Rank, uint64_t> incarnations_;
   std::set<core::StreamId> closed_;
   std::set<core::RoundKey> told_;
+  std::map<core::RoundKey, std::shared_ptr<const core::RoundOutcome>> ended_;
   std::map<core::RoundKey, core::StreamId> first_stream_;   // For rank 0's contributions.
   std::vector<std::unique_ptr<std::vector<double>>> kept_;  // Numbers that were made good.
   uint64_t asked_ = 0;                                      // The incarnation that a join was robbed of.

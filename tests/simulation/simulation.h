@@ -20,10 +20,13 @@ struct Bugs {
   SessionBug session = SessionBug::kNone;
 };
 
+// What becomes of the line that describes an event: nothing, it is put into the report, or printed as it happens.
+enum class Log { kNone, kKeep, kPrint };
+
 struct Report {
   // The promise that was broken; nothing if all held.
   std::optional<std::string> violation;
-  // A line for each event, if they were asked for.
+  // A line for each event, with Log::kKeep.
   std::vector<std::string> log;
   uint64_t events = 0;
   uint64_t master_restarts = 0;
@@ -36,7 +39,7 @@ struct Report {
 // work through a few rounds of several layers, in orders of their own. For a while streams break in both directions or
 // one, and are late; workers stall, crash, restart (some while their predecessors still live) and send bad numbers;
 // strangers join, old frames come again, and the master restarts. Then the faults end, and everything must.
-Report RunSchedule(uint64_t seed, Bugs bugs = {}, bool keep_log = false);
+Report RunSchedule(uint64_t seed, Bugs bugs = {}, Log log = Log::kNone);
 
 }  // namespace syncbn::simulation
 

@@ -1,10 +1,13 @@
 // Runs schedules by the ten thousand, and shows that planted bugs are found.
 //
 // --seed=N, or SYNCBN_SIM_SEED=N, begins with the schedule of that seed, and --schedules=N runs so many of them; the
-// schedule of a seed is the same everywhere.
+// schedule of a seed is the same everywhere. --follow prints each event as it happens, which shows those before an
+// assertion that fails.
 
 #include "tests/simulation/simulation.h"
 
+#include <atomic>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -18,14 +21,23 @@ namespace {
 
 uint64_t first_seed = 20'240'501;
 uint64_t schedules = 100'000;
+bool follow = false;
 constexpr int kBlocks = 10;
 constexpr uint64_t kEnoughToFindABug = 5000;
 constexpr uint64_t kEnoughToReachTheRare = 50'000;
 
 std::string Replay(uint64_t seed) {
   std::string text;
-  for (const std::string& line : RunSchedule(seed, {}, /*keep_log=*/true).log) text += line + "\n";
+  for (const std::string& line : RunSchedule(seed, {}, Log::kKeep).log) text += line + "\n";
   return text;
+}
+
+std::atomic<uint64_t> running_seed = 0;
+
+// Says which schedule an assertion has failed in. The abort is this program's own, between two of its statements.
+void OnAbort(int) {
+  std::fprintf(stderr, "aborted; run again with --schedules=1 --follow --seed=%llu\n",
+               static_cast<unsigned long long>(running_seed.load()));
 }
 
 // One block of the schedules, so that they can be spread over shards.
@@ -36,9 +48,11 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   const uint64_t begin = first_seed + GetParam() * each;
   std::printf("schedules of the seeds %llu to %llu\n", static_cast<unsigned long long>(begin),
               static_cast<unsigned long long>(begin + each - 1));
+  std::signal(SIGABRT, OnAbort);
   Report sum;
   for (uint64_t seed = begin; seed < begin + each; ++seed) {
-    const Report report = RunSchedule(seed);
+    running_seed = seed;
+    const Report report = RunSchedule(seed, {}, follow ? Log::kPrint : Log::kNone);
     ASSERT_FALSE(report.violation.has_value())
         << *report.violation << "\nrun again with --schedules=1 --seed=" << seed << "\n"
         << Replay(seed);
@@ -159,7 +173,7 @@ INSTANTIATE_TEST_SUITE_P(
                       OfMaster("UnknownLeaves", Bug::kUnknownLeaves), OfMaster("Impatience", Bug::kImpatience),
                       OfMaster("HastyLeave", Bug::kHastyLeave), OfMaster("ForgottenSteps", Bug::kForgottenSteps),
                       OfMaster("WrongPlace", Bug::kWrongPlace), OfMaster("SmallerStep", Bug::kSmallerStep),
-                      OfMaster("LateJoin", Bug::kLateJoin)),
+                      OfMaster("LateJoin", Bug::kLateJoin), OfMaster("OpenEar", Bug::kOpenEar)),
     [](const auto& info) { return info.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(
@@ -193,6 +207,7 @@ void Configure(int argc, char** argv) {
   if (const char* seed = std::getenv("SYNCBN_SIM_SEED")) first_seed = std::strtoull(seed, nullptr, 10);
   if (const char* number = std::getenv("SYNCBN_SIM_SCHEDULES")) schedules = std::strtoull(number, nullptr, 10);
   for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "--follow") == 0) follow = true;
     if (std::strncmp(argv[i], "--seed=", 7) == 0) first_seed = std::strtoull(argv[i] + 7, nullptr, 10);
     if (std::strncmp(argv[i], "--schedules=", 12) == 0) schedules = std::strtoull(argv[i] + 12, nullptr, 10);
   }

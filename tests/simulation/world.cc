@@ -10,7 +10,7 @@ constexpr uint64_t kMostEvents = 50'000;
 
 }  // namespace
 
-World::World(uint64_t seed, Bugs bugs, bool keep_log) : random_(seed), bugs_(bugs), keep_log_(keep_log) { Draw(); }
+World::World(uint64_t seed, Bugs bugs, Log log) : random_(seed), bugs_(bugs), log_(log) { Draw(); }
 
 // ---- What is drawn --------------------------------------------------------------------------------------------------
 
@@ -111,10 +111,10 @@ void World::Draw() {
   }
   const int64_t faults = random_.Between(0, 6);
   for (int64_t i = 0; i < faults; ++i) Schedule(random_.Between(500, 50'000), Kind::kFault, 0);
-  Log(settings_.world_size, " workers, ", settings_.layers.size(), " layers, ", habits_.sequences,
-      " sequences, timeout ", absl::FormatDuration(*settings_.config.round_timeout), ", grace ",
-      absl::FormatDuration(*settings_.config.rejoin_grace), ", min_workers ", settings_.config.min_workers,
-      ", join_timeout ", absl::FormatDuration(settings_.join_timeout));
+  Note(settings_.world_size, " workers, ", settings_.layers.size(), " layers, ", habits_.sequences,
+       " sequences, timeout ", absl::FormatDuration(*settings_.config.round_timeout), ", grace ",
+       absl::FormatDuration(*settings_.config.rejoin_grace), ", min_workers ", settings_.config.min_workers,
+       ", join_timeout ", absl::FormatDuration(settings_.join_timeout));
 }
 
 // ---- The course of events -------------------------------------------------------------------------------------------
@@ -134,6 +134,15 @@ Micros World::ToMicros(absl::Time time) const {
 
 void World::Push(Item item) {
   item.order = ++pushed_;
+  Queue(std::move(item));
+}
+
+void World::PutOff(Item item, Micros at) {
+  item.at = at;
+  Queue(std::move(item));
+}
+
+void World::Queue(Item item) {
   queue_.push_back(std::move(item));
   std::push_heap(queue_.begin(), queue_.end());
 }
@@ -221,11 +230,11 @@ void World::Handle(const Item& item) {
     case Kind::kFault:
       return Fault();
     case Kind::kMasterUp:
-      Log("a master starts");
+      Note("a master starts");
       return StartMaster();
   }
 }
 
-Report RunSchedule(uint64_t seed, Bugs bugs, bool keep_log) { return World(seed, bugs, keep_log).Run(); }
+Report RunSchedule(uint64_t seed, Bugs bugs, Log log) { return World(seed, bugs, log).Run(); }
 
 }  // namespace syncbn::simulation

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <map>
 #include <memory>
 #include <optional>
@@ -36,7 +37,7 @@ inline constexpr int64_t kEpochSeconds = 1'700'000'000;
 
 class World {
  public:
-  World(uint64_t seed, Bugs bugs, bool keep_log);
+  World(uint64_t seed, Bugs bugs, Log log);
 
   Report Run();
 
@@ -108,8 +109,11 @@ class World {
   void DrawOnlyDeaths();
   core::GroupConfig DrawConfig();
   template <typename... Args>
-  void Log(const Args&... args) {
-    if (keep_log_) report_.log.push_back(absl::StrCat(now_, " us: ", args...));
+  void Note(const Args&... args) {
+    if (log_ == Log::kNone) return;
+    std::string line = absl::StrCat(now_, " us: ", args...);
+    if (log_ == Log::kPrint) std::fprintf(stderr, "%s\n", line.c_str());
+    if (log_ == Log::kKeep) report_.log.push_back(std::move(line));
   }
   absl::Time Now() const { return absl::FromUnixSeconds(kEpochSeconds) + absl::Microseconds(now_); }
   // The first microsecond at or after `time`.
@@ -119,6 +123,9 @@ class World {
     return slow ? random_.Between(2'000, 120'000) : random_.Between(50, 1'500);
   }
   void Push(Item item);
+  // Moves an item to a later time. It stays before what was pushed after it, as in a stream.
+  void PutOff(Item item, Micros at);
+  void Queue(Item item);
   Item Pop();
   void Schedule(Micros at, Kind kind, uint64_t id) { Push({at, 0, kind, id, nullptr, nullptr, nullptr}); }
   bool Settled() const;
@@ -187,7 +194,7 @@ class World {
 
   Random random_;
   const Bugs bugs_;
-  const bool keep_log_;
+  const Log log_;
   Report report_;
   Settings settings_;
   Habits habits_;

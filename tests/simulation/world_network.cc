@@ -25,7 +25,7 @@ void World::RestartMaster() {
   ++report_.master_restarts;
   model_->CheckStatistics(master_->coordinator());
   const bool orderly = !settings_.only_deaths && random_.Chance(0.5);
-  Log(orderly ? "the master shuts down" : "the master crashes");
+  Note(orderly ? "the master shuts down" : "the master crashes");
   if (orderly) {
     model_->BeforeShutdown();
     Feed(master_->On(core::Shutdown(), Now()));
@@ -65,7 +65,7 @@ void World::ToMaster(const Item& item) {
     later.at = stream.late_until;
     return Push(std::move(later));
   }
-  if (keep_log_) LogFrame(item);
+  if (log_ != Log::kNone) LogFrame(item);
   model_->BeforeFrame(item.id, *item.to_master, Now());
   Feed(master_->OnFrame(item.id, *item.to_master, Now()));
 }
@@ -74,7 +74,7 @@ void World::MasterSeesClose(StreamId id) {
   Stream& stream = StreamOf(id);
   if (stream.gone || stream.master != masters_ || master_ == nullptr) return;
   stream.gone = true;
-  Log("the master sees stream ", id, " close");
+  Note("the master sees stream ", id, " close");
   model_->BeforeClose(id, Now());
   Feed(master_->OnClosed(id, Now()));
 }
@@ -83,7 +83,7 @@ void World::Feed(const core::Effects& effects) {
   master_->coordinator().CheckInvariants();
   model_->After(effects, master_->coordinator(), Now());
   for (const core::Effect& effect : effects) {
-    if (keep_log_) LogEffect(effect);
+    if (log_ != Log::kNone) LogEffect(effect);
     Item item;
     if (const auto* close = std::get_if<core::CloseStream>(&effect)) {
       item.kind = Kind::kWorkerSeesClose;
@@ -122,7 +122,7 @@ void World::Break(StreamId id, bool worker_knows) {
   Stream& stream = StreamOf(id);
   if (stream.dead) return;
   ++report_.broken_streams;
-  Log("stream ", id, " breaks");
+  Note("stream ", id, " breaks");
   stream.dead = true;
   stream.drops = random_.Chance(0.5);
   const bool late = random_.Chance(0.5);
@@ -148,21 +148,21 @@ void World::LogFrame(const Item& item) {
   for (const Part& part : frame.parts) absl::StrAppend(&text, " ", Name(part.key));
   if (!frame.blocked_on.empty()) absl::StrAppend(&text, " blocked on ", Name(frame.blocked_on[0]));
   if (frame.leave) absl::StrAppend(&text, " leave");
-  Log(text);
+  Note(text);
 }
 
 void World::LogEffect(const core::Effect& effect) {
   if (const auto* joined = std::get_if<core::SendJoined>(&effect)) {
-    Log("-> stream ", joined->stream, ": joined as ", joined->incarnation, ", run ", joined->run_id);
+    Note("-> stream ", joined->stream, ": joined as ", joined->incarnation, ", run ", joined->run_id);
   } else if (const auto* results = std::get_if<core::SendResults>(&effect)) {
     for (const StreamId stream : results->streams) {
       for (const auto& outcome : results->outcomes) {
-        Log("-> stream ", stream, ": ", Name(outcome->key), " ",
-            outcome->error.has_value() ? outcome->error->message : "done");
+        Note("-> stream ", stream, ": ", Name(outcome->key), " ",
+             outcome->error.has_value() ? outcome->error->message : "done");
       }
     }
   } else if (const auto* close = std::get_if<core::CloseStream>(&effect)) {
-    Log("-> stream ", close->stream, ": closed ", close->error.has_value() ? close->error->message : "");
+    Note("-> stream ", close->stream, ": closed ", close->error.has_value() ? close->error->message : "");
   }
 }
 

@@ -35,7 +35,7 @@ void World::Spawn(Rank rank) {
     first = std::max(predecessor->first, reached_alone - std::min(reached_alone, back));
     ++report_.tally.succeeded;
   }
-  Log("rank ", rank, " starts at sequence ", first);
+  Note("rank ", rank, " starts at sequence ", first);
   Life life(Trainer(rank, first, &settings_, &habits_, random_.Next()));
   life.first = first;
   life.session = std::make_unique<CheckedSession>(settings_, rank, first, Now(), bugs_.session, &report_.tally);
@@ -56,11 +56,7 @@ bool World::Attend(size_t index, const Item* item) {
   Life& life = lives_[index];
   if (!life.alive) return false;
   if (now_ < life.stalled_until) {
-    if (item != nullptr) {
-      Item later = *item;
-      later.at = life.stalled_until;
-      Push(std::move(later));
-    }
+    if (item != nullptr) PutOff(*item, life.stalled_until);
     return false;
   }
   if (life.stalled_until != 0) {
@@ -196,9 +192,9 @@ void World::Apply(size_t index, const session::CloseStream&) {
 }
 
 void World::Apply(size_t index, const session::Complete& complete) {
-  if (keep_log_) {
-    Log("rank ", lives_[index].trainer.rank(), ": ", Name(complete.contribution->key()),
-        " ends: ", complete.status.message());
+  if (log_ != Log::kNone) {
+    Note("rank ", lives_[index].trainer.rank(), ": ", Name(complete.contribution->key()),
+         " ends: ", complete.status.message());
   }
   CheckOutcome(complete);
   lives_[index].trainer.OnOutcome(complete);
@@ -228,13 +224,13 @@ void World::Apply(size_t index, const session::JoinedGroup&) {
 }
 
 void World::Apply(size_t index, const session::Notice& notice) {
-  Log("rank ", lives_[index].trainer.rank(), " notes: ", notice.text);
+  Note("rank ", lives_[index].trainer.rank(), " notes: ", notice.text);
 }
 
 void World::Apply(size_t index, const session::Ended& ended) {
   Life& life = lives_[index];
   const Rank rank = life.trainer.rank();
-  Log("rank ", rank, " ends: ", ended.why.message());
+  Note("rank ", rank, " ends: ", ended.why.message());
   life.alive = false;
   life.due = kNever;
   life.left = DetailsOf(ended.why).reason == "LEFT";

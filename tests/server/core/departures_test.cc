@@ -1,6 +1,8 @@
 // A leave is acknowledged when no other member can need any more what its worker holds: the contributions to rounds
 // whose outcomes others have not read.
 
+#include <algorithm>
+#include <variant>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -55,6 +57,38 @@ TEST_F(DeparturesTest, TheOthersReadOfItFirst) {
   EXPECT_FALSE(Acknowledged(workers_[2]));
   engine_.Read(workers_[1]);
   EXPECT_TRUE(Acknowledged(workers_[2]));
+}
+
+TEST_F(DeparturesTest, WhoReadsOfALeaveHasReadWhatItEnded) {
+  Begin(2);
+  engine_.Contribute(workers_[0], Forward("bn", 1), kNumbers);
+  const Effects effects = engine_.Leave(workers_[1]);
+  const auto first = [&effects](auto is) { return std::find_if(effects.begin(), effects.end(), is); };
+  const auto outcome = first([](const Effect& effect) { return std::holds_alternative<SendResults>(effect); });
+  const auto news = first([](const Effect& effect) { return std::holds_alternative<SendMembership>(effect); });
+  EXPECT_TRUE(outcome < news && news != effects.end());
+}
+
+// The rounds that it ends are too many for one turn.
+TEST(DeparturesInTurnsTest, WhoReadsOfALeaveHasReadWhatItEnded) {
+  Limits limits;
+  limits.max_turn_bytes = 1;
+  Engine engine(limits);
+  const StreamId stays = engine.Join(0, 2, {BatchNormLayer("bn", 1)});
+  const StreamId leaves = engine.Join(1, 2, {BatchNormLayer("bn", 1)});
+  for (const StreamId worker : {stays, leaves}) engine.Read(worker);
+  for (uint64_t sequence = 0; sequence < 3; ++sequence) {
+    engine.Contribute(stays, Forward("bn", sequence), kNumbers);
+  }
+  engine.Leave(leaves);
+  engine.Read(stays);
+  EXPECT_EQ(engine.log(stays).outcomes.size(), 1u);
+  EXPECT_FALSE(engine.log(leaves).closed);
+  for (int turn = 0; turn < 3; ++turn) engine.Advance(absl::ZeroDuration());
+  EXPECT_EQ(engine.log(stays).outcomes.size(), 3u);
+  EXPECT_FALSE(engine.log(leaves).closed) << "the others have not been read yet";
+  engine.Read(stays);
+  EXPECT_TRUE(engine.log(leaves).closed);
 }
 
 TEST_F(DeparturesTest, AnEarlierMembershipIsNotEnough) {

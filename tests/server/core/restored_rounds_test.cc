@@ -126,6 +126,20 @@ class RestoredTest : public ::testing::Test {
   testing::Engine engine_;
 };
 
+// Two that have taken the places of others disagree, and the master takes that for a dispute until one comes that knows
+// more.
+TEST_F(RestoredTest, ADisputeOfSuccessorsEndsWhereTheirPredecessorsHadAgreed) {
+  const auto told = Told(Forward("a", 4), {0, 1, 2});
+  for (const Rank rank : {1, 2}) {
+    engine_.Declare(engine_.Join(testing::MakeJoin(rank, 3)), {testing::BatchNormLayer("a", 1 + rank)});
+  }
+  EXPECT_TRUE(engine_.Layer("a").summary.conflict.has_value());
+  const StreamId survivor = Return(0);
+  Send(survivor, {told}, 0, {Backward("a", 4)});
+  EXPECT_FALSE(engine_.Layer("a").summary.conflict.has_value());
+  EXPECT_THAT(engine_.Outcomes(survivor, Backward("a", 4)), IsEmpty()) << "the others may come to it";
+}
+
 TEST_F(RestoredTest, WhoMissedAnOutcomeGetsTheSameBits) {
   const auto told = Told(Forward("a", 4), {0, 1, 2});
   const StreamId first = Return(0), second = Return(1), third = Return(2);

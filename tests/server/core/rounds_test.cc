@@ -507,6 +507,14 @@ TEST_F(BackwardTest, WhoAnnouncedNoneIsRefused) {
   EXPECT_EQ(ReasonOf(*Outcome(0)), "") << "the round is as it was";
 }
 
+TEST_F(BackwardTest, WhoAnnouncedNoneIsRefusedAfterItsEndToo) {
+  RunForward({kRequired, kNone, kRequired});
+  Send(0);
+  Send(2);
+  Send(1);
+  EXPECT_EQ(ReasonOf(*Outcome(1)), kNotAContributor);
+}
+
 TEST_F(BackwardTest, NobodyRequiresIt) {
   RunForward({kIfRequired, kNone, kIfRequired});
   EXPECT_FALSE(engine_.Outcome(workers_[0], Forward("bn", 0))->backward_required);
