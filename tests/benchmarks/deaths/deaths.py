@@ -88,26 +88,34 @@ def work(
 
 
 class Master:
-    """syncbn-master on a socket of its own; another takes the place of one that was killed."""
+    """syncbn-master; another takes the place of one that was killed.
 
-    def __init__(self, socket: pathlib.Path) -> None:
-        self.target = f"unix:{socket}"
-        self._start()
+    address: that of the first; port 0 is any free one, and stays the same from then on. flags: further ones.
+    """
 
-    def _start(self) -> None:
-        self.process = subprocess.Popen(
-            [os.environ["SYNCBN_MASTER"], "--address", self.target, "--max-lifetime", "3600", "--log-level", "error"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, address: str, *flags: str) -> None:
+        self.target = address
+        self.flags = flags
+        self.start()
+        self.await_ready()
+
+    def start(self, *prefix: str) -> None:
+        """Starts a master, as the argument of a command if there is one; does not wait for it."""
+        flags = ["--address", self.target, "--max-lifetime", "3600", "--log-level", "error", *self.flags]
+        self.process = subprocess.Popen([*prefix, os.environ["SYNCBN_MASTER"], *flags], stdout=subprocess.PIPE, text=True)
+
+    def await_ready(self) -> None:
         assert self.process.stdout is not None
-        if not self.process.stdout.readline().startswith("syncbn-master ready"):
+        line = self.process.stdout.readline()
+        if not line.startswith("syncbn-master ready on "):
             raise SystemExit(f"the master ended with code {self.process.wait()} before it was ready")
+        self.target = line.split()[-1]
 
     def restart(self, pause: float) -> None:
         self.stop()
         time.sleep(pause)  # As a supervisor takes its time.
-        self._start()
+        self.start()
+        self.await_ready()
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -168,7 +176,7 @@ def train(
     directory: pathlib.Path, steps: int, deaths: List[int], victims: str, randomly: random.Random
 ) -> List[Dict[str, np.ndarray]]:
     """Runs a training in which someone dies after each of the steps of `deaths`; returns what the workers have."""
-    master = Master(directory / "master")
+    master = Master(f"unix:{directory / 'master'}")
     workers: List[Worker] = []
     try:
         workers = [Worker(master.target, rank, steps, directory / f"{rank}.npz") for rank in range(WORKERS)]
