@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _lock = threading.RLock()
 _workers: List["weakref.ref[Worker]"] = []
 _joining = 0  # Workers that are being made.
+_ending = False  # The program has ended: what is open is being closed, and stays so.
 _cancels: List[Callable[[], None]] = []  # Their joins' ends.
 
 
@@ -70,9 +71,22 @@ def find(job: str, group: str, rank: int) -> Optional["Worker"]:
     return None
 
 
+def end_daemon() -> None:
+    """Ends the calling thread without a word where the program has ended and the thread is a daemon, as the interpreter ends
+    those a little later. Does nothing on other threads. To be called with an error of a worker that the program has left open.
+
+    Foreign threads, as autograd's and JAX's, hand the error to whoever waits for them.
+    """
+    thread = threading.current_thread()
+    if _ending and thread.daemon and not isinstance(thread, threading._DummyThread):
+        raise SystemExit  # Ignored by `threading.excepthook`.
+
+
 @atexit.register
 def _close_all() -> None:
     """Closes what the program left open, while the interpreter is still whole; without a leave, as the program did."""
+    global _ending
+    _ending = True
     with _lock:
         cancels = list(_cancels)
     for cancel in cancels:

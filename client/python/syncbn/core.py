@@ -225,6 +225,7 @@ class Worker:
             handle = self._handle
             if handle is not None:
                 return handle
+            _open.end_daemon()
             raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
         except BaseException:  # Ctrl-C too.
             self._exit()
@@ -243,11 +244,17 @@ class Worker:
             lib.syncbn_worker_destroy(abandoned)
 
     def _note(self, error: BaseException) -> None:
-        """Remembers which workers an error says are lost, and completes what it says of a layer's name."""
+        """Remembers which workers an error says are lost, and completes what it says of a layer's name.
+
+        On a daemon thread at the program's end: ends the thread, whose error only says that the worker was closed.
+        """
+        if not isinstance(error, errors.Error):
+            return
         if isinstance(error, errors.LayerMismatch):
             self._advise(error)
         elif isinstance(error, errors.WorkerLost):
             self._lost.update(error.ranks)
+        _open.end_daemon()
 
     def wait_for_members(self, timeout: Optional[float] = 30.0) -> bool:
         """Waits until every rank of the group is present. Returns: whether they were within `timeout` seconds."""
@@ -707,6 +714,7 @@ def _join(options: _library.WorkerOptions) -> int:
         raise
     if isinstance(outcome[0], int):
         return outcome[0]
+    _open.end_daemon()
     raise outcome[0]
 
 
