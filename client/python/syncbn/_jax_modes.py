@@ -22,10 +22,11 @@ try:
 except (ImportError, AttributeError):  # A JAX that keeps them elsewhere refuses rounds under checkpoints, in its own words.
     _allowed = None
 
+# A linearization alone is no forward mode: jax.vjp is one too, and jax.linear_transpose goes back through either.
 FORWARD_MODE = (
-    "syncbn.jax cannot be differentiated in forward mode (jax.jvp, jax.jacfwd, jax.linearize): a forward round is followed "
-    "by backward rounds at every worker. Go back instead (jax.grad, jax.vjp, jax.jacrev); gradients themselves may be "
-    "differentiated in either mode, as by jax.hessian"
+    "syncbn.jax cannot be differentiated in forward mode (jax.jvp, jax.jacfwd, calls of what jax.linearize returns): a "
+    "forward round is followed by backward rounds at every worker. Go back instead (jax.grad, jax.vjp, jax.jacrev, or "
+    "jax.linear_transpose after jax.linearize); gradients themselves may be differentiated in either mode, as by jax.hessian"
 )
 
 

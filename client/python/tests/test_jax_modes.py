@@ -34,6 +34,14 @@ def block(worker, layer="bn"):
     return run
 
 
+def block_of_one(x, scale):
+    """The same over this batch alone, by JAX."""
+    x = jnp.sin(x) * 2
+    mean = x.mean((0, 1))
+    y = (x - mean) / jnp.sqrt(jnp.square(x - mean).mean((0, 1)) + 1e-5) * scale
+    return jnp.tanh(y) * y
+
+
 def problem():
     rng = np.random.default_rng(SEED)
     return jnp.asarray(rng.normal(size=(3, 5, 2)), jnp.float32), jnp.asarray([1.5, -0.5], jnp.float32)
@@ -167,6 +175,21 @@ def test_a_linearized_function_cannot_go_forward(worker):
     _, forward = jax.linearize(functools.partial(block(worker), scale=scale), x)
     with pytest.raises(TypeError, match="forward mode"):
         forward(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_linearized_function_can_be_gone_back_through(worker, compiled):
+    """The reason why jax.linearize begins its round: up to here it is what jax.vjp is, also after a call was refused."""
+    x, scale = problem()
+    function, plain = functools.partial(block(worker), scale=scale), functools.partial(block_of_one, scale=scale)
+    function = jax.jit(function) if compiled else function
+    (y, forward), first = rounds(worker, lambda: jax.linearize(function, x))
+    with pytest.raises(TypeError, match="jax.linear_transpose"):
+        forward(x)
+    (dx,), second = rounds(worker, lambda: jax.linear_transpose(forward, x)(y))
+    alike(dx, jax.vjp(plain, x)[1](y)[0])
+    assert (first, second) == ({"bn": 1}, {"bn": 0})
+    assert worker.state_dict()["next"]["bn"] == {"forward": 1, "backward": 1, "sum": 0}
 
 
 def test_gradients_go_forward_with_regard_to_anything(worker):
