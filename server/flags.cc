@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "CLI/CLI.hpp"
@@ -48,6 +49,18 @@ std::string VariableOf(absl::string_view flag) {
   std::string name = absl::StrCat(kVariablePrefix, absl::StrReplaceAll(absl::StripPrefix(flag, "--"), {{"-", "_"}}));
   std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
   return name;
+}
+
+// Returns what a switch is set to by text, in any case of letters; nullopt if that is no word for it.
+std::optional<bool> TruthOf(absl::string_view text) {
+  const std::string word = absl::AsciiStrToLower(text);
+  for (const char* yes : {"true", "on", "yes", "1"}) {
+    if (word == yes) return true;
+  }
+  for (const char* no : {"false", "off", "no", "0"}) {
+    if (word == no) return false;
+  }
+  return std::nullopt;
 }
 
 // Returns the number of insertions, deletions and replacements that turn one text into the other.
@@ -316,12 +329,8 @@ class Options {
 
   // CLI11 would accept any number for a switch, and not name the values that it may have.
   void Switch(const std::string& name, bool* value, const std::string& description) {
-    Named(app_->add_flag(name, *value, description), name)->check([name](const std::string& text) {
-      const std::string word = absl::AsciiStrToLower(text);
-      for (const char* known : {"true", "false", "on", "off", "yes", "no", "1", "0"}) {
-        if (word == known) return std::string();
-      }
-      return absl::StrCat("\"", text, "\" is not true or false");
+    Named(app_->add_flag(name, *value, description), name)->check([](const std::string& text) {
+      return TruthOf(text).has_value() ? std::string() : absl::StrCat("\"", text, "\" is not true or false");
     });
   }
 
@@ -329,8 +338,8 @@ class Options {
     auto* const option = app_->add_option_function<std::string>(
         name,
         [name, value](const std::string& text) {
-          if (text != "on" && text != "off" && text != "true" && text != "false") Refuse(name, text, "on or off");
-          *value = text == "on" || text == "true";
+          *value = TruthOf(text);
+          if (!value->has_value()) Refuse(name, text, "on or off");
         },
         description);
     return Named(option, name)->type_name("on|off");

@@ -4,10 +4,12 @@ import os
 import re
 import socket
 import sys
-from typing import Any, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 from syncbn import _arguments
 
+TRUTHS = "1 or 0, true or false, on or off, yes or no"
+_TRUTHS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 _LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1|\[::1\]")
 
 
@@ -36,11 +38,18 @@ def seconds(name: str, *, zero: bool = True) -> Optional[float]:
     return _arguments.seconds(f"{name}={value} in the environment", number, zero=zero)
 
 
+def truth(value: str) -> Optional[bool]:
+    """What a switch is set to by text, of a flag or of a variable, in any case of letters; None if that is no word for it."""
+    return _TRUTHS.get(value.lower())
+
+
 def flag(name: str) -> bool:
-    value = (text(name) or "0").lower()
-    if value not in ("0", "1", "false", "true"):
-        raise _arguments.refused(f"{name} is {value!r} in the environment; it is 0, 1, false or true")
-    return value in ("1", "true")
+    """The switch that a variable sets; False if it is not set. Errors: INVALID_ARGUMENT for any other text."""
+    value = text(name)
+    found = False if value is None else truth(value)
+    if found is None:
+        raise _arguments.refused(f"{name} is {value!r} in the environment; it is {TRUTHS}")
+    return found
 
 
 def job() -> str:
@@ -150,12 +159,32 @@ def place() -> Optional[Tuple[Optional[int], Optional[int]]]:
 
 def _launched(most: int) -> Optional[Tuple[Optional[int], Optional[int]]]:
     """(rank, number of processes) by the variables of other launchers than torchrun."""
-    for rank_name, size_name in _LAUNCHERS:
-        if rank_name == "PET_NODE_RANK" and (text("PET_NPROC_PER_NODE") or "1") != "1":
-            continue
-        if all((text(name) or "").strip().isdigit() for name in (rank_name, size_name)):
-            return integer(rank_name, 0, most), integer(size_name, 1, most)
-    return None
+    names = _launchers_here()
+    return (integer(names[0][0], 0, most), integer(names[0][1], 1, most)) if names else None
+
+
+def _launchers_here() -> List[Tuple[str, str]]:
+    """The names of both variables of each launcher that has set both, the innermost launcher's first."""
+    found = [pair for pair in _LAUNCHERS if all((text(name) or "").strip().isdigit() for name in pair)]
+    several = (text("PET_NPROC_PER_NODE") or "1") != "1"
+    return [pair for pair in found if not (several and pair[0] == "PET_NODE_RANK")]
+
+
+def launchers_around(rank: int, world_size: int) -> Optional[str]:
+    """The variables of the launcher that has given this place, within another one's of several processes, for the text of an
+    error; None if there are none.
+
+    Nothing tells whether the inner one spans the tasks of the outer one, as mpirun does that starts its daemons by srun, or
+    each task of the outer one has started an inner one, whose ranks begin at 0 in each.
+    """
+    if text("RANK") is not None and text("WORLD_SIZE") is not None:
+        return None
+    places = {names: tuple(int(text(name) or "0") for name in names) for names in _launchers_here()}
+    inner = next(iter(places), None)
+    if inner is None or places[inner] != (rank, world_size):
+        return None
+    outer = next((names for names, place in places.items() if place[1] > 1 and place != (rank, world_size)), None)
+    return None if outer is None else ", ".join(f"{name} is {text(name)}" for name in (*inner, *outer))
 
 
 def is_loopback(host: str) -> bool:

@@ -14,12 +14,11 @@ import time
 from typing import Any, List, Optional
 
 import syncbn
-from syncbn import _arguments, _master_process, _variables
+from syncbn import _arguments, _environment, _master_process, _variables
 
 # Variables that the library reads by itself, or syncbn.Master.
 _READ_ELSEWHERE = {"SYNCBN_TOKEN", "SYNCBN_INSPECTION_TOKEN", "SYNCBN_SHARED_MEMORY", "SYNCBN_SHARED_MEMORY_DIR"}
 _LOOK_SECONDS = 0.5
-_WORDS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 
 
 def compiled() -> Optional[pathlib.Path]:
@@ -41,6 +40,13 @@ class _Once(argparse.Action):
             parser.error(f"argument {option}: is given twice; this program takes it once")
         given.add(self.dest)
         setattr(namespace, self.dest, value)
+
+
+def _truth(text: str) -> bool:
+    found = _environment.truth(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f'"{text}" is not true or false')
+    return found
 
 
 class _Parser:
@@ -88,10 +94,15 @@ class _Parser:
         self._parser.add_argument(flag, action=_Once, type=float, default=self._variable(flag) or default, help=told)
 
     def _switch(self, flag: str, told: str) -> None:
-        value = self._variable(flag) or "false"
-        if value.lower() not in _WORDS:
-            self._parser.error(f'argument {flag}: "{value}" is not true or false')
-        self._parser.add_argument(flag, action="store_true", default=_WORDS[value.lower()], help=told)
+        name = _variable_of(flag)
+        self._known.add(name)
+        try:
+            default = _environment.flag(name)
+        except syncbn.InvalidArgument as error:
+            self._parser.error(f"argument {flag}: {error.message}")
+        self._parser.add_argument(
+            flag, action=_Once, nargs="?", const=True, default=default, type=_truth, metavar="true|false", help=told
+        )
 
 
 def _note(number: int, _: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Type
 
 import numpy as np
 
-from syncbn import _arguments, _forks, _library, _meeting, _open, _places, _rounds, _settings, _signals, _stats, errors
+from syncbn import _arguments, _environment, _forks, _library, _meeting, _open, _places, _rounds, _settings, _signals, _stats, errors
 from syncbn._library import call, create, lib, text
 from syncbn._master import Master
 from syncbn._rounds import GradientSums, Moments, Round, wait
@@ -185,7 +185,7 @@ class Worker:
             self.target = settings.target
             with _open.joining():
                 self._options = settings.options()  # The library may call a function that they point to.
-                self._handle = _join(self._options)
+                self._handle = self._join()
                 _open.add(self)
             if self._meeting is not None:
                 self._meeting.joined()
@@ -194,6 +194,19 @@ class Worker:
             raise
         self.incarnation = int(lib.syncbn_worker_incarnation(self._handle))
         _signals.listen()
+
+    def _join(self) -> int:
+        """The handle. Errors: those of the join, completed by what may have led to a rank that is taken."""
+        try:
+            return _join(self._options)
+        except errors.RankTaken as error:
+            launchers = _environment.launchers_around(self.rank, self.world_size)
+            if launchers is not None and self._launch is None:
+                error.add_note_to_message(
+                    f"two launchers have numbered this process ({launchers}): if each task of the outer one has started an inner "
+                    "one, start all processes by one of the two, or pass rank and world_size of the whole"
+                )
+            raise
 
     # ---- Its life ----
 

@@ -113,9 +113,33 @@ def test_a_switch_in_the_environment_is_heeded_however_it_is_written(value):
 
 
 @pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--client-cert-auth=true"], 2, "trusted CA"),
+        (["--client-cert-auth=YES"], 2, "trusted CA"),
+        (["--client-cert-auth"], 2, "trusted CA"),
+        (["--client-cert-auth=false"], 0, ""),
+        (["--client-cert-auth=Off", "--insecure=0"], 0, ""),
+        (["--client-cert-auth=maybe"], 2, 'argument --client-cert-auth: "maybe" is not true or false'),
+        (["--insecure="], 2, 'argument --insecure: "" is not true or false'),
+        (["--insecure", "--insecure=true"], 2, "argument --insecure: is given twice"),
+    ],
+)
+def test_a_switch_takes_a_value_as_the_compiled_programs(arguments, code, words):
+    """The variable says the opposite: a flag goes before it."""
+    default = "1" if code == 0 else "0"
+    variables = {"SYNCBN_MASTER": "", "SYNCBN_CLIENT_CERT_AUTH": default}
+    done = run("master", "--address", "127.0.0.1:0", "--max-lifetime", "0.01", *arguments, **variables)
+    assert done.returncode == code and words in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
     "variables, words",
     [
-        ({"SYNCBN_CLIENT_CERT_AUTH": "maybe"}, '"maybe" is not true or false'),
+        (
+            {"SYNCBN_CLIENT_CERT_AUTH": "maybe"},
+            "SYNCBN_CLIENT_CERT_AUTH is 'maybe' in the environment; it is 1 or 0, true or false, on or off, yes or no",
+        ),
         ({"SYNCBN_TOKEN_FILE": "/a/token"}, "SYNCBN_TOKEN_FILE is set, and this program has no such flag"),
         ({"SYNCBN_STATE_DIR": "/a/folder"}, "SYNCBN_STATE_DIR is set"),
         ({"SYNCBN_EXIT_TIMEOUT": "soon"}, "--exit-timeout"),

@@ -91,6 +91,39 @@ def test_a_launchers_variables_place_a_worker(master, monkeypatch):
         assert (worker.rank, worker.world_size) == (1, 2)
 
 
+def test_a_launcher_on_each_node_of_another_ones_is_named_where_ranks_meet(master, monkeypatch):
+    """mpirun by each of two tasks of srun has the variables of an mpirun over both, but for ranks that there are twice."""
+    for name, value in {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with syncbn.Worker(master.target, "nested") as worker:
+        assert (worker.rank, worker.world_size) == (1, 2)
+        with pytest.raises(syncbn.RankTaken) as caught:
+            syncbn.Worker(master.target, "nested")
+        assert "launchers" not in caught.value.message
+        monkeypatch.setenv("SLURM_PROCID", "1")
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+        named = "OMPI_COMM_WORLD_RANK is 1, OMPI_COMM_WORLD_SIZE is 2, SLURM_PROCID is 1, SLURM_STEP_NUM_TASKS is 3"
+        with pytest.raises(syncbn.RankTaken, match=named):
+            syncbn.Worker(master.target, "nested")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+        {"PMI_RANK": "1", "PMI_SIZE": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},  # srun --mpi=pmi2.
+        {"PMI_RANK": "1", "PMI_SIZE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # mpirun in a shell of srun's.
+        {"PMI_RANK": "0", "PMI_SIZE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "3"},  # The place is an argument.
+        {"RANK": "1", "WORLD_SIZE": "2", "PMI_RANK": "1", "PMI_SIZE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "3"},
+    ],
+)
+def test_one_launcher_alone_is_no_ambiguity(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert _environment.launchers_around(1, 2) is None
+
+
 # Variables of one launcher around another, or of a shell that exports some: what the error says. torchrun's own
 # TORCHELASTIC_RUN_ID says that its one process is meant.
 CONTRADICTIONS = [

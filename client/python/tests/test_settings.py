@@ -170,6 +170,15 @@ def test_a_bad_flag_in_the_environment_is_named(master, monkeypatch):
         syncbn.Worker(master.target, rank=0, world_size=1)
 
 
+@pytest.mark.parametrize(
+    "value, expected",
+    [("1", True), ("true", True), ("On", True), ("YES", True), ("0", False), ("False", False), ("off", False), ("no", False), ("", False)],
+)
+def test_a_flag_in_the_environment_has_the_words_of_the_masters_switches(monkeypatch, value, expected):
+    environment(monkeypatch, SYNCBN_STREAM_ORDERED=value)
+    assert _environment.flag("SYNCBN_STREAM_ORDERED") is expected
+
+
 # ---- Arguments ----
 
 NAN, INFINITY = math.nan, math.inf
