@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 MASTER = os.environ["SYNCBN_MASTER"]
 GRPCURL = os.environ["SYNCBN_GRPCURL"]
@@ -15,12 +15,17 @@ PATIENCE = 60.0
 
 
 class Master:
-    """syncbn-master, ready when made."""
+    """syncbn-master, ready when made. `inside`: a command that runs it elsewhere, such as `network.Host.inside`."""
 
     def __init__(
-        self, *flags: str, address: str = "127.0.0.1:0", env: Optional[Dict[str, str]] = None, stderr: Any = None
+        self,
+        *flags: str,
+        address: str = "127.0.0.1:0",
+        env: Optional[Dict[str, str]] = None,
+        stderr: Any = None,
+        inside: Sequence[str] = (),
     ) -> None:
-        command = [MASTER, "--max-lifetime", "300", *(["--address", address] if address else []), *flags]
+        command = [*inside, MASTER, "--max-lifetime", "300", *(["--address", address] if address else []), *flags]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **(env or {})}
         )
@@ -40,13 +45,13 @@ class Master:
 
 
 class WorkerProcess:
-    """worker_process.py, which runs one command at a time."""
+    """worker_process.py, which runs one command at a time. `inside`: as for the master."""
 
-    def __init__(self, target: str, rank: int, world_size: int, **options: Any) -> None:
+    def __init__(self, target: str, rank: int, world_size: int, *, inside: Sequence[str] = (), **options: Any) -> None:
         arguments = json.dumps({"target": target, "rank": rank, "world_size": world_size, **options})
         script = pathlib.Path(__file__).with_name("worker_process.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(script), arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*inside, sys.executable, str(script), arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     @property
