@@ -177,6 +177,7 @@ class Training:
             deaths.Worker(master.target, rank, steps, directory / f"{rank}.npz") for rank in range(deaths.WORKERS)
         ]
         self.training = {worker.told: worker for worker in self.workers}  # Those that have not ended.
+        self.stepped = time.monotonic()  # When the newest step was done, or its master started.
         self.begin_life()
 
     @property
@@ -184,7 +185,8 @@ class Training:
         return min(worker.done for worker in self.workers)
 
     def begin_life(self) -> None:
-        self.done_before, self.begun = self.done, time.monotonic()
+        """Takes note of where the workers are when a master starts."""
+        self.done_before, self.stepped = self.done, time.monotonic()
 
     def succeed(self, stalled: bool = False) -> None:
         """Has another master take the place of this one."""
@@ -195,10 +197,14 @@ class Training:
         self.begin_life()
 
     def hear(self, told: multiprocessing.connection.Connection) -> None:
+        """Takes in what a worker says."""
+        before = self.done
         try:
             self.training[told].done = told.recv()
         except EOFError:
-            del self.training[told]
+            self.training.pop(told).finish()  # Or it ends the program.
+        if self.done > before:
+            self.stepped = time.monotonic()
 
     def run(self) -> List[Dict[str, np.ndarray]]:
         """Returns what the workers have at the end."""
@@ -208,18 +214,24 @@ class Training:
                 if ready is not output:
                     self.hear(ready)
                 elif not self.master.hear():
+                    if self.master.failpoint is None:
+                        raise SystemExit(f"a master without a failpoint has died after step {self.done}")
                     self.succeed()
-            waited = time.monotonic() - self.begun
-            if self.master.failpoint is None:
-                if waited > deaths.PATIENCE and self.done == self.done_before:
-                    raise SystemExit(f"no step within {waited:.0f} s after step {self.done}")
-                if self.done_before < self.done < self.steps - STEPS_OF_A_MASTER:
-                    self.succeed()
-            elif self.done >= self.done_before + STEPS_OF_A_MASTER:
-                self.succeed()
-            elif waited > IMPATIENCE and self.done == self.done_before:
-                self.succeed(stalled=True)
+            self.judge()
         return [worker.finish() for worker in self.workers]
+
+    def judge(self) -> None:
+        """Replaces the master if it has lived long enough, or leaves the workers without a step."""
+        waited = time.monotonic() - self.stepped
+        if self.master.failpoint is None:
+            if waited > deaths.PATIENCE:
+                raise SystemExit(f"no step within {waited:.0f} s after step {self.done}")
+            if self.done_before < self.done < self.steps - STEPS_OF_A_MASTER:
+                self.succeed()
+        elif self.done >= self.done_before + STEPS_OF_A_MASTER:
+            self.succeed()
+        elif waited > IMPATIENCE:
+            self.succeed(stalled=True)
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -254,7 +266,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     import report
 
     parser = argparse.ArgumentParser(prog="tools/benchmark failpoints", description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500, help="of the training, for each transport")
+    parser.add_argument("--steps", type=int, default=500, help="of the training, for each transport")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
     options = parser.parse_args(arguments)
