@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <system_error>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -113,6 +114,16 @@ void MasterLoop::Run() {
   }
 }
 
+bool MasterLoop::StartReadingShared() {
+  if (shared_thread_.joinable()) return true;
+  try {
+    shared_thread_ = std::thread([this] { ReadShared(); });
+  } catch (const std::system_error&) {  // No thread is to be had. Workers go on by gRPC.
+    return false;
+  }
+  return true;
+}
+
 // A deadline that comes of a turn is watched by the thread that had the turn; the other one may sleep beyond it.
 void MasterLoop::ReadShared() {
   Doorbell& bell = *sessions_.bell();
@@ -194,8 +205,7 @@ void MasterLoop::Deliver(const core::Event& event) {
 }
 
 void MasterLoop::Apply(const core::SendJoined& joined) {
-  sessions_.NoteMember(joined.stream);
-  if (sessions_.bell() != nullptr && !shared_thread_.joinable()) shared_thread_ = std::thread([this] { ReadShared(); });
+  sessions_.NoteMember(joined.stream, [this] { return StartReadingShared(); });
   v1::MasterFrame frame;
   ToProto(joined, options_.description, frame.mutable_joined());
   sessions_.Send({joined.stream}, frame);

@@ -57,6 +57,8 @@ class MasterLoop {
  private:
   // Drives the completion queue.
   void Run();
+  // Starts the thread of ReadShared, unless it runs. Returns false if no thread can be had.
+  bool StartReadingShared();
   // Looks at shared memory. A thread of its own, since one thread cannot wait for the queue and for a doorbell; it is
   // started with the first worker that shares memory.
   void ReadShared();

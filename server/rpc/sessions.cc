@@ -349,13 +349,13 @@ void Sessions::Send(const std::vector<core::StreamId>& streams, const v1::Master
   }
 }
 
-void Sessions::NoteMember(core::StreamId id) {
+void Sessions::NoteMember(core::StreamId id, absl::FunctionRef<bool()> start_reading) {
   Session* const session = Find(id);
   if (session == nullptr || std::exchange(session->member, true)) return;
   options_.connections->Joined(session->stream->peer());
   // The answer to the join is the first that the worker is sent, and carries the answer to its offer.
   auto segment = memory_.Accept(session->stream->offer());
-  if (segment == nullptr) return;
+  if (segment == nullptr || !start_reading()) return;
   session->stream->Share(std::move(segment), memory_.answer());
   sharing_.push_back(session->stream.get());
 }

@@ -17,6 +17,7 @@
 #include "absl/container/btree_set.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
+#include "absl/functional/function_ref.h"
 #include "absl/time/time.h"
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/server_builder.h"
@@ -82,8 +83,9 @@ class Sessions final : public WorkerStream::Handler {
   // outcomes are in it.
   void Send(const std::vector<core::StreamId>& streams, const v1::MasterFrame& frame,
             const std::vector<size_t>& answered = {});
-  // The engine has let the stream's worker in.
-  void NoteMember(core::StreamId id);
+  // The engine has let the stream's worker in. Accepts the memory that it offers, if `start_reading` returns true:
+  // someone reads what comes through it (PollShared).
+  void NoteMember(core::StreamId id, absl::FunctionRef<bool()> start_reading);
   // Ends the stream's call after what was sent to it before.
   void Close(core::StreamId id, const std::optional<core::Error>& error);
 

@@ -111,6 +111,7 @@ class Master(deaths.Master):
         self.tracer: Optional[subprocess.Popen] = None
         self.lives: Counter[Failpoint] = collections.Counter()
         self.strikes: Counter[Failpoint] = collections.Counter()
+        self.deaths: Counter[Failpoint] = collections.Counter()  # Masters that died of what struck them.
         self.stalls: Counter[Failpoint] = collections.Counter()  # Masters that were killed for want of a step.
         (directory / "state").mkdir()
         shared = transport == "shared memory"
@@ -138,6 +139,8 @@ class Master(deaths.Master):
         said = os.read(self.process.stdout.fileno(), 4096)
         if said and self.failpoint and not self.failpoint.starting and self.tracer is None:
             self.attach()
+        if not said:
+            self.process.wait()  # A process that ends closes its output first.
         return bool(said)
 
     def attach(self) -> None:
@@ -162,9 +165,17 @@ class Master(deaths.Master):
         if self.failpoint is not None:
             self.lives[self.failpoint] += 1
             self.stalls[self.failpoint] += stalled
+            self.deaths[self.failpoint] += died
             # An injected error is in the log; a master that died did so by an injected signal, or for such an error.
             struck = died or (self.log.exists() and "(INJECTED)" in self.log.read_text())
             self.strikes[self.failpoint] += struck
+
+    def tell(self, point: Failpoint) -> str:
+        """Returns how often it struck, and how many masters died of an error or left the workers without a step."""
+        told = f"{self.strikes[point]} of {self.lives[point]}"
+        if point.fate != "KILL" and self.deaths[point] > 0:
+            told += f", {self.deaths[point]} died"
+        return told + (f", {self.stalls[point]} without a step" if self.stalls[point] > 0 else "")
 
 
 class Training:
@@ -283,7 +294,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     each = ["call", "fate", "counted from"] + [f"struck: {transport}" for transport in TRANSPORTS]
     rows_of_each = [
         [point.call, point.fate, "the start" if point.starting else "ready"]
-        + [f"{got.master.strikes[point]} of {got.master.lives[point]}" for got in results]
+        + [got.master.tell(point) for got in results]
         for point in FAILPOINTS
     ]
     lines = [provenance, "", *report.table(head, rows), "", *report.table(each, rows_of_each)]
