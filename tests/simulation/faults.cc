@@ -20,7 +20,10 @@ void World::Fault() {
     if (settings_.masters_die) RestartMaster();
     return;
   }
-  if (kind == 0) return RestartMaster();
+  if (kind == 0) {
+    RestartMaster();
+    return;
+  }
   if (kind >= 12) return Intrude(index);
   if (!life.alive) return;
   if (kind <= 4) {
@@ -66,6 +69,28 @@ void World::Crash(size_t index) {
   life.due = kNever;
   if (life.stream != 0) Break(life.stream, /*worker_knows=*/true);
   EnsureLife(life.trainer.rank());
+}
+
+void World::DieAsAsked(const Death& death) {
+  // The newest life of a rank; none if it is dead, or has left.
+  const auto find = [this](core::Rank rank) {
+    return std::find_if(lives_.rbegin(), lives_.rend(),
+                        [rank](const Life& life) { return life.alive && life.trainer.rank() == rank; });
+  };
+  bool happened = true;
+  if (death.worker.has_value()) {
+    const auto life = find(*death.worker);
+    const size_t index = lives_.rend() - life - 1;
+    happened = life != lives_.rend() && (!settings_.only_deaths || MayDie(index));
+    if (happened) Crash(index);
+  }
+  if (death.stream.has_value()) {
+    const auto life = find(*death.stream);
+    happened = happened && life != lives_.rend() && life->stream != 0 && !StreamOf(life->stream).dead;
+    if (happened) Break(life->stream);
+  }
+  if (happened && death.master) happened = settings_.masters_die && RestartMaster();
+  report_.died = happened;
 }
 
 // The process stands still, and its clock does not.

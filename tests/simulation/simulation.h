@@ -23,12 +23,32 @@ struct Bugs {
 // What becomes of the line that describes an event: nothing, it is put into the report, or printed as it happens.
 enum class Log { kNone, kKeep, kPrint };
 
+// A crash that is asked for, besides what the seed decides.
+struct Death {
+  uint64_t after_event = 0;  // Right after so many events.
+  bool master = false;
+  std::optional<core::Rank> worker;  // A worker of this rank dies at the same moment, before the master.
+  std::optional<core::Rank> stream;  // The stream of a worker of this rank breaks then.
+};
+
+// Schedules, by who dies in them.
+enum class Deaths {
+  kAmongFaults,  // Anyone may, and other things go wrong.
+  kMasters,      // Only masters, and nothing else goes wrong;
+  kWorkers,      // the same with workers,
+  kBoth          // and with both.
+};
+
 struct Report {
   // The promise that was broken; nothing if all held.
   std::optional<std::string> violation;
   // A line for each event, with Log::kKeep.
   std::vector<std::string> log;
   uint64_t events = 0;
+  Deaths deaths = Deaths::kAmongFaults;
+  uint32_t world_size = 0;
+  // The crash that was asked for has happened: it was possible, and schedules of this kind do not exclude it.
+  bool died = false;
   uint64_t master_restarts = 0;
   uint64_t worker_restarts = 0;
   uint64_t broken_streams = 0;
@@ -40,6 +60,9 @@ struct Report {
 // one, and are late; workers stall, crash, restart (some while their predecessors still live) and send bad numbers;
 // strangers join, old frames come again, and the master restarts. Then the faults end, and everything must.
 Report RunSchedule(uint64_t seed, Bugs bugs = {}, Log log = Log::kNone);
+
+// The same with one more crash. The course of events before it is that of the schedule without it.
+Report RunScheduleWithDeath(uint64_t seed, const Death& death, Bugs bugs = {}, Log log = Log::kNone);
 
 }  // namespace syncbn::simulation
 

@@ -79,12 +79,14 @@ void World::DrawOnlyDeaths() {
   habits_.one_by_one = false;  // In orders of their own they wait for each other.
   habits_.early_leave = habits_.bad_numbers = 0.0;
   echoes_ = changed_echoes_ = 0.0;
+  report_.deaths = Deaths::kMasters;
   if (random_.Chance(0.4)) return;
   settings_.workers_die = true;
   settings_.config.missing_policy = core::MissingPolicy::kWait;
   settings_.config.min_workers = 0;
   settings_.config.rejoin_grace = absl::Seconds(5);
   settings_.masters_die = random_.Chance(0.5);
+  report_.deaths = settings_.masters_die ? Deaths::kBoth : Deaths::kWorkers;
   if (settings_.masters_die) habits_.leaver.reset();  // Its part of a step that a successor repeats may be lost.
   habits_.sequences = random_.Between(2, 5);
   if (habits_.leaver.has_value()) habits_.leaver_sequences = random_.Between(1, habits_.sequences - 1);
@@ -103,6 +105,7 @@ void World::Draw() {
   DrawHabits();
   DrawLayers();
   if (random_.Chance(0.3)) DrawOnlyDeaths();
+  report_.world_size = settings_.world_size;
   StartMaster();
   spawning_.assign(settings_.world_size, 0);
   for (core::Rank rank = 0; rank < settings_.world_size; ++rank) {
@@ -160,6 +163,7 @@ bool World::Settled() const {
 
 // Handles what comes next; false once everything has ended.
 bool World::Step() {
+  if (death_.has_value() && death_->after_event == report_.events) DieAsAsked(*death_);
   if (Settled()) return false;
   if (++report_.events > kMostEvents || now_ > kEverythingEnds) {
     report_.violation = "workers still wait, long after the faults have ended";
@@ -236,5 +240,11 @@ void World::Handle(const Item& item) {
 }
 
 Report RunSchedule(uint64_t seed, Bugs bugs, Log log) { return World(seed, bugs, log).Run(); }
+
+Report RunScheduleWithDeath(uint64_t seed, const Death& death, Bugs bugs, Log log) {
+  World world(seed, bugs, log);
+  world.AskForDeath(death);
+  return world.Run();
+}
 
 }  // namespace syncbn::simulation

@@ -39,6 +39,8 @@ class World {
  public:
   World(uint64_t seed, Bugs bugs, Log log);
 
+  // Adds a crash to those that the seed decides.
+  void AskForDeath(const Death& death) { death_ = death; }
   Report Run();
 
  private:
@@ -148,7 +150,8 @@ class World {
   // it in its own time; the worker not at all if it has closed the stream itself (`worker_knows`).
   void Break(core::StreamId id, bool worker_knows = false);
   void StartMaster();
-  void RestartMaster();
+  // Returns false if it does not happen: no master is up, or more than a death would come of it.
+  bool RestartMaster();
   // Returns whether a master that dies now is missed where workers die, too: a successor cannot ask one that leaves or
   // has left.
   bool IsMissed() const;
@@ -183,6 +186,7 @@ class World {
   // ---- Faults, and what no honest session does
   void Fault();
   void Crash(size_t index);
+  void DieAsAsked(const Death& death);
   // Returns whether the worker may die in a schedule of deaths alone, and everybody can still go on.
   bool MayDie(size_t index) const;
   void Stall(Life& life);
@@ -212,6 +216,7 @@ class World {
   std::vector<Stream> streams_;
   std::vector<Life> lives_;
   std::vector<int> spawning_;  // By rank: spawns that are under way.
+  std::optional<Death> death_;
   std::optional<core::Rank> last_died_;
   std::map<core::Rank, uint64_t> died_at_;          // The sequence that the rank's newest life to die had reached.
   std::map<core::RoundKey, RoundResult> outcomes_;  // As the first worker was told.

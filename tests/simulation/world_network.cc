@@ -19,9 +19,9 @@ void World::StartMaster() {
   model_ = std::make_unique<Model>(settings_, &incarnations_, &report_.tally);
 }
 
-void World::RestartMaster() {
-  if (master_ == nullptr) return;
-  if (settings_.workers_die && IsMissed()) return;
+bool World::RestartMaster() {
+  if (master_ == nullptr) return false;
+  if (settings_.workers_die && IsMissed()) return false;
   ++report_.master_restarts;
   model_->CheckStatistics(master_->coordinator());
   const bool orderly = !settings_.only_deaths && random_.Chance(0.5);
@@ -36,6 +36,7 @@ void World::RestartMaster() {
     if (StreamOf(id).master == masters_ && !StreamOf(id).dead) Break(id);
   }
   Schedule(now_ + random_.Between(1'000, 30'000), Kind::kMasterUp, 0);
+  return true;
 }
 
 bool World::IsMissed() const {
