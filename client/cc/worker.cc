@@ -21,6 +21,7 @@
 #include "plumbing/forked.h"
 #include "plumbing/secret.h"
 #include "plumbing/utf8.h"
+#include "vocabulary/bad_number.h"
 #include "vocabulary/derived_name.h"
 #include "vocabulary/version.h"
 
@@ -39,12 +40,17 @@ absl::Status CheckOptions(const Worker::Options& options) {
     return absl::InvalidArgumentError(
         absl::StrCat("rank ", options.rank, " is not below the world size of ", options.world_size));
   }
+  if (options.join_timeout < absl::ZeroDuration()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("join_timeout is ", absl::FormatDuration(options.join_timeout), "; it is not negative"));
+  }
   for (const auto& [what, text] : {std::pair("job", &options.job), std::pair("group", &options.group),
                                    std::pair("description", &options.description)}) {
     if (absl::Status status = CheckUtf8(what, *text); !status.ok()) return status;
   }
   for (const LayerOptions& layer : options.layers) {
     if (absl::Status status = CheckUtf8("a layer's name", layer.name); !status.ok()) return status;
+    if (const auto fault = FindBadNumber(layer)) return absl::InvalidArgumentError(*fault);
   }
   return options.token.empty() ? absl::OkStatus() : CheckToken(options.token);
 }

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "plumbing/check.h"
 #include "server/core/error.h"
+#include "vocabulary/bad_number.h"
 
 namespace syncbn::core {
 
@@ -15,8 +16,7 @@ std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
   if (spec.name.size() > limits.max_name_bytes) {
     return LimitError(spec.name.size(), "bytes of a layer's name", "max_name_bytes", limits.max_name_bytes);
   }
-  if (spec.channels == 0)
-    return MalformedError(absl::StrCat("layer \"", spec.name, "\" has 0 channels; at least 1 is needed"));
+  if (const auto fault = FindBadNumber(spec)) return MalformedError(*fault);
   if (spec.kind == LayerKind::kBatchNorm && spec.channels > limits.max_channels) {
     return LimitError(spec.channels, absl::StrCat("channels of layer \"", spec.name, "\""), "max_channels",
                       limits.max_channels);
@@ -24,13 +24,6 @@ std::optional<Error> CheckSpec(const LayerSpec& spec, const Limits& limits) {
   if (spec.kind == LayerKind::kSum && spec.channels > limits.max_vector_elements) {
     return LimitError(spec.channels, absl::StrCat("elements of vector \"", spec.name, "\""), "max_vector_elements",
                       limits.max_vector_elements);
-  }
-  if (!(spec.eps >= 0.0) || !std::isfinite(spec.eps)) {
-    return MalformedError(
-        absl::StrCat("layer \"", spec.name, "\" has eps = ", spec.eps, "; it is finite and not negative"));
-  }
-  if (spec.momentum.has_value() && !std::isfinite(*spec.momentum)) {
-    return MalformedError(absl::StrCat("layer \"", spec.name, "\" has momentum = ", *spec.momentum, "; it is finite"));
   }
   return std::nullopt;
 }

@@ -77,8 +77,8 @@ absl::Status Attempts::GiveUpError() const {
   if (IsRefusedForNow(DetailsOf(last))) return last;
   const std::string& list = targets_.list();
   return MakeStatus(absl::StatusCode::kUnavailable,
-                    absl::StrCat("no answer from ",
-                                 list.empty() ? "a master that nobody finds" : absl::StrCat("the master at ", list),
+                    absl::StrCat(list.empty() ? "no target of a master was found"
+                                              : absl::StrCat("no answer from the master at ", list),
                                  " within ", absl::FormatDuration(join_timeout_),
                                  last.ok() ? "" : absl::StrCat("; last: ", last.message()), Hint()),
                     {"UNREACHABLE", "", {}});

@@ -10,6 +10,7 @@
 #include "client/cc/session/session.h"
 #include "plumbing/check.h"
 #include "plumbing/utf8.h"
+#include "vocabulary/bad_number.h"
 #include "vocabulary/derived_name.h"
 
 namespace syncbn::session {
@@ -41,10 +42,8 @@ absl::Status CheckSequence(uint64_t sequence) {
 
 absl::Status CheckLayer(const LayerOptions& layer) {
   if (absl::Status status = CheckName(layer.name); !status.ok()) return status;
-  if (layer.channels == 0) {
-    return absl::InvalidArgumentError(absl::StrCat("layer \"", layer.name, "\" has 0 channels; at least 1 is needed"));
-  }
-  return absl::OkStatus();
+  const auto fault = FindBadNumber(layer);
+  return fault.has_value() ? absl::InvalidArgumentError(*fault) : absl::OkStatus();
 }
 
 absl::Status PendingAlready(const RoundKey& key) {

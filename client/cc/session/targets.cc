@@ -28,6 +28,7 @@ bool IsOtherName(absl::string_view target) {
 // Checks what gRPC does not: it takes a port modulo 65536, and 443 for an absent one, so that a worker would look for
 // its master at an address that nobody has written.
 absl::Status CheckTarget(absl::string_view target) {
+  if (target == "unix:" || target == "unix-abstract:") return Malformed(target, "has no path after the colon");
   if (IsOtherName(target)) return absl::OkStatus();
   absl::string_view address = target;
   if (absl::ConsumePrefix(&address, "dns:")) {  // dns:HOST:PORT, or dns://SERVER/HOST:PORT.

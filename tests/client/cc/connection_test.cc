@@ -138,7 +138,7 @@ TEST(TargetTest, AFunctionThatKnowsNoTargetYetIsAskedAgain) {
 }
 
 TEST(TargetTest, AListWithoutAMeaningIsRefused) {
-  for (const char* const list : {"", " ", ",", "127.0.0.1:1,,127.0.0.1:2", "127.0.0.1:1,"}) {
+  for (const char* const list : {"", " ", ",", "127.0.0.1:1,,127.0.0.1:2", "127.0.0.1:1,", "unix:", "unix-abstract:"}) {
     EXPECT_EQ(Worker::Join(WorkerOptions(list, 0, 1)).status().code(), absl::StatusCode::kInvalidArgument) << list;
   }
 }

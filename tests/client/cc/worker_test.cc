@@ -215,6 +215,30 @@ TEST_F(WorkerTest, WrongCallsAreRefusedHere) {
   EXPECT_EQ(Worker::Join(options).status().code(), absl::StatusCode::kInvalidArgument);
   options.target = "";
   EXPECT_EQ(Worker::Join(options).status().code(), absl::StatusCode::kInvalidArgument);
+  options = WorkerOptions(target(), 0, 1);
+  options.join_timeout = absl::Nanoseconds(-1);
+  EXPECT_EQ(Worker::Join(options).status().message(), "join_timeout is -1ns; it is not negative");
+}
+
+TEST_F(WorkerTest, LayersWithNumbersThatNoLayerMayHaveAreRefusedByTheCall) {
+  const auto worker = JoinOrDie(WorkerOptions(target(), 0, 1));
+  const double infinity = std::numeric_limits<double>::infinity();
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  std::vector<LayerOptions> layers;
+  for (const double eps : {-1e-5, infinity, nan}) layers.emplace_back(BatchNormOptions("bn", 1)).eps = eps;
+  for (const double momentum : {-infinity, infinity, nan}) {
+    layers.emplace_back(BatchNormOptions("bn", 1)).momentum = momentum;
+  }
+  for (const LayerOptions& layer : layers) {
+    const absl::Status status = worker->DeclareLayer(layer);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    EXPECT_EQ(DetailsOf(status).reason, "") << "the master was not asked";
+    Worker::Options options = WorkerOptions(target(), 0, 1);
+    options.group = "other";
+    options.layers = {layer};
+    EXPECT_EQ(DetailsOf(Worker::Join(options).status()).reason, "") << status;
+  }
+  EXPECT_TRUE(Sum(*worker, "v", {1.0}).ok()) << "none of this has ended the worker";
 }
 
 // Protobuf cannot carry it, and the master would take the frame for a malformed one.

@@ -151,7 +151,7 @@ TEST(ConnectTest, AMasterThatNobodyFindsCountsAsAFailedAttempt) {
   harness.Advance(absl::Seconds(1));
   EXPECT_THAT(harness.connects, IsEmpty());
   ASSERT_TRUE(harness.ended.has_value());
-  EXPECT_EQ(harness.ended->message(), "no answer from a master that nobody finds within 100ms; last: no such service");
+  EXPECT_EQ(harness.ended->message(), "no target of a master was found within 100ms; last: no such service");
 }
 
 TEST(ConnectTest, AConnectionThatIsClosedAtOnceIsExplained) {
