@@ -81,9 +81,10 @@ std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) 
   join->without_outcome = message.without_outcome();
   join->left_ranks.assign(message.left_ranks().begin(), message.left_ranks().end());
   constexpr size_t kMostLifeKeyBytes = 64;
-  if (message.token().size() > kMostTokenBytes) {
-    return core::MalformedError(
-        absl::StrCat("the token has ", message.token().size(), " bytes; it has at most ", kMostTokenBytes));
+  if (!message.token().empty()) {
+    if (const absl::Status status = CheckToken(message.token()); !status.ok()) {
+      return core::MalformedError(std::string(status.message()));
+    }
   }
   if (message.life_key().size() > kMostLifeKeyBytes) {
     return core::MalformedError(

@@ -68,10 +68,21 @@ TEST(TokenTest, EveryJoinNeedsTheMasters) {
     EXPECT_EQ(InfoOf(refusals.back()).reason(), "TOKEN_MISMATCH");
     EXPECT_EQ(refusals.back().error_message(), refusals.front().error_message());
   }
-  const grpc::Status too_long = Refusal(server->target(), JoinWith(std::string(1025, 'x')));
-  EXPECT_EQ(InfoOf(too_long).reason(), "MALFORMED_FRAME");
+  for (const std::string& no_token :
+       {std::string(1025, 'x'), std::string("an open sesame"), std::string("caf\u00e9")}) {
+    const grpc::Status refusal = Refusal(server->target(), JoinWith(no_token));
+    EXPECT_EQ(InfoOf(refusal).reason(), "MALFORMED_FRAME");
+    EXPECT_EQ(refusal.error_message().find(no_token), std::string::npos) << "the text shows it";
+  }
   EXPECT_TRUE(log.Sees("TOKEN_MISMATCH"));
   EXPECT_EQ(log.Count(kToken), 0u) << "the log shows the token";
+}
+
+// A group that was begun with it could be joined by no worker whose library checks its token.
+TEST(TokenTest, NoJobIsBegunWithWhatIsNoToken) {
+  const auto server = Start(OnLoopback());
+  ASSERT_NE(server, nullptr);
+  EXPECT_EQ(InfoOf(Refusal(server->target(), JoinWith("an open sesame"))).reason(), "MALFORMED_FRAME");
 }
 
 TEST(TokenTest, WithoutOneTheFirstJoinOfAJobDecides) {
