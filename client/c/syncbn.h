@@ -157,7 +157,8 @@ SYNCBN_API syncbn_code syncbn_master_serve_http(syncbn_master* master, const cha
 SYNCBN_API const char* syncbn_master_http_address(const syncbn_master* master);
 /* The number of workers' streams that are open now, over all groups. A process that ends closes its own. */
 SYNCBN_API size_t syncbn_master_workers(const syncbn_master* master);
-/* Tells every worker that the master ends, lets their streams drain for at most `grace_ns`, then ends them. */
+/* Tells every worker that the master ends, lets their streams drain for at most `grace_ns` (negative: without a limit),
+ * then ends them. */
 SYNCBN_API void syncbn_master_shutdown(syncbn_master* master, int64_t grace_ns);
 /* Shuts the master down at once if it still serves. */
 SYNCBN_API void syncbn_master_destroy(syncbn_master* master);
@@ -212,8 +213,8 @@ typedef struct syncbn_worker_options {
   /* The job's secret, the same for all its workers: 1 to 1024 printable ASCII characters without spaces. Default: none.
    * The library copies it, and shows it nowhere. */
   const char* token;
-  /* If not NULL, another thread ends syncbn_worker_join by storing 1 there: with CANCELLED (INTERRUPTED), after a tenth
-   * of a second or so. Must live as long as the call. */
+  /* Another thread ends syncbn_worker_join by storing 1 there: with CANCELLED (INTERRUPTED), after a tenth of a second
+   * or so. Must live as long as the call. NULL: nobody does. */
   const int32_t* join_cancelled;
 } syncbn_worker_options;
 #define SYNCBN_WORKER_OPTIONS_INIT SYNCBN_SIZED(syncbn_worker_options)
@@ -449,6 +450,8 @@ SYNCBN_API syncbn_code syncbn_forward_start(syncbn_worker* worker, const char* l
 /* Waits for the pass's round, as syncbn_round_wait does. */
 SYNCBN_API syncbn_code syncbn_forward_wait(syncbn_forward* forward, int64_t timeout_ns, syncbn_error** error);
 
+/* Outputs with a tensor's shape may have the memory of an input, beginning at the same address, or memory of their own.
+ * Those that overlap an input or one another otherwise are refused with INVALID_ARGUMENT. */
 typedef struct syncbn_forward_outputs {
   size_t struct_size;
   syncbn_vector weight;       /* Read. Absent: 1. */
@@ -459,7 +462,7 @@ typedef struct syncbn_forward_outputs {
   const void* residual;       /* Added before the activation; x's shape, type and layout. */
   int32_t relu;
   uint8_t* relu_mask; /* (size+7)/8 bytes; required with relu and a residual if a backward pass follows. */
-  syncbn_tensor y;    /* Written; x's shape, type and layout; y.data may be x's or the residual's. */
+  syncbn_tensor y;    /* Written; x's shape, type and layout; y.data may be x's or the residual's: see above. */
   /* The number of batches in the running statistics, on x's device. The caller has counted this one already, and it is
    * counted out again if they do not take it: if the pass is stream-ordered and its round fails, or if the global count
    * is 0. NULL: not kept. */
@@ -499,7 +502,7 @@ typedef struct syncbn_backward_inputs {
 typedef struct syncbn_backward_outputs {
   size_t struct_size;
   void* dx;               /* dy's shape, type and layout; may be dy.data. NULL: not wanted. */
-  void* d_residual;       /* Likewise. */
+  void* d_residual;       /* Likewise, in other memory than dx. */
   syncbn_vector d_weight; /* This worker's own, not summed over workers. Absent: not wanted. */
   syncbn_vector d_bias;
 } syncbn_backward_outputs;

@@ -30,9 +30,24 @@ absl::Status CheckBackward(const BackwardInputs& inputs, int num_threads) {
   return CheckThreads(num_threads);
 }
 
-absl::Status CheckOutputs(const BackwardOutputs& outputs) {
-  if (outputs.d_residual == nullptr || outputs.dx != nullptr) return absl::OkStatus();
-  return absl::InvalidArgumentError("d_residual is computed together with dx, and dx is not asked for");
+absl::Status CheckOutput(const TensorView& x, const void* residual, const void* y) {
+  if (absl::Status status = CheckOverlap(x.shape, y, "y", x.data, "x"); !status.ok()) return status;
+  return CheckOverlap(x.shape, y, "y", residual, "the residual");
+}
+
+absl::Status CheckOutputs(const BackwardInputs& inputs, const BackwardOutputs& outputs) {
+  const kernels::TensorShape& shape = inputs.dy.shape;
+  if (outputs.d_residual != nullptr && outputs.dx == nullptr) {
+    return absl::InvalidArgumentError("d_residual is computed together with dx, and dx is not asked for");
+  }
+  if (outputs.d_residual != nullptr && outputs.d_residual == outputs.dx && shape.size() != 0) {
+    return absl::InvalidArgumentError("dx and d_residual are the same memory");
+  }
+  for (const auto& [output, name] : {std::pair(outputs.dx, "dx"), std::pair(outputs.d_residual, "d_residual")}) {
+    if (absl::Status status = CheckOverlap(shape, output, name, inputs.dy.data, "dy"); !status.ok()) return status;
+    if (absl::Status status = CheckOverlap(shape, output, name, inputs.x, "x"); !status.ok()) return status;
+  }
+  return CheckOverlap(shape, outputs.dx, "dx", outputs.d_residual, "d_residual");
 }
 
 absl::Status CheckEvaluation(const EvaluateArguments& arguments) {
@@ -225,6 +240,7 @@ absl::Status ForwardPass::Finish(const TensorView& x, const ForwardArguments& ar
   if (statistics_ == nullptr) return NotWaitedFor();
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
   if (absl::Status status = CheckAlike(arguments.y, x, "y"); !status.ok()) return status;
+  if (absl::Status status = CheckOutput(x, arguments.residual, arguments.y.data); !status.ok()) return status;
   if (arguments.cumulative && arguments.batches == nullptr) {
     return absl::InvalidArgumentError("a cumulative average needs the number of batches");
   }
@@ -292,7 +308,7 @@ absl::Status BackwardPass::Wait(absl::Duration timeout) {
 
 absl::Status BackwardPass::Finish(const BackwardOutputs& outputs) const {
   if (!waited_for_ && !statistics_->stream_ordered) return NotWaitedFor();
-  if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
+  if (absl::Status status = CheckOutputs(inputs_, outputs); !status.ok()) return status;
   const DeviceScope scope = backend_->Enter();
   if (!scope.status().ok()) return scope.status();
   const Backend& forward = *statistics_->backend;
@@ -319,6 +335,7 @@ absl::Status Evaluate(const TensorView& x, const EvaluateArguments& arguments, v
   if (absl::Status status = CheckEvaluation(arguments); !status.ok()) return status;
   if (x.shape.size() == 0) return absl::OkStatus();
   if (y == nullptr) return absl::InvalidArgumentError("y has no data");
+  if (absl::Status status = CheckOutput(x, arguments.residual, y); !status.ok()) return status;
   const auto backend = MakeBackend(x, arguments.num_threads, arguments.stream);
   if (!backend.ok()) return backend.status();
   const DeviceScope scope = (*backend)->Enter();
@@ -333,7 +350,7 @@ absl::Status EvaluateBackward(const BackwardInputs& inputs, const EvaluateArgume
                               const BackwardOutputs& outputs) {
   if (absl::Status status = CheckBackward(inputs, arguments.num_threads); !status.ok()) return status;
   if (absl::Status status = CheckEvaluation(arguments); !status.ok()) return status;
-  if (absl::Status status = CheckOutputs(outputs); !status.ok()) return status;
+  if (absl::Status status = CheckOutputs(inputs, outputs); !status.ok()) return status;
   const auto made = MakeBackend(inputs.dy, arguments.num_threads, arguments.stream);
   if (!made.ok()) return made.status();
   Backend& backend = **made;

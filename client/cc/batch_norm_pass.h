@@ -105,7 +105,7 @@ struct ForwardArguments {
   bool relu = false;
   uint8_t* relu_mask = nullptr;  // Written: kernels::ReluMaskBytes bytes. Required with relu and residual if a backward
                                  // pass follows.
-  TensorView y;                  // Written. May share memory with x or the residual.
+  TensorView y;                  // Written. May be x's memory or the residual's, and may not overlap them otherwise.
 };
 
 // Thread safety: one thread at a time uses a forward pass, its statistics and its backward passes.
@@ -154,9 +154,9 @@ struct BackwardInputs {
 
 // Null and absent: not wanted.
 struct BackwardOutputs {
-  void* dx = nullptr;  // May be dy's memory.
-  void* d_residual = nullptr;
-  VectorView d_weight;  // This worker's own, as torch has it.
+  void* dx = nullptr;          // May be dy's memory. May not overlap dy or x otherwise.
+  void* d_residual = nullptr;  // Likewise, in other memory than dx.
+  VectorView d_weight;         // This worker's own, as torch has it.
   VectorView d_bias;
 };
 

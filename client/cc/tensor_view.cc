@@ -1,5 +1,8 @@
 #include "client/cc/tensor_view.h"
 
+#include <algorithm>
+#include <cstdint>
+
 #include "absl/strings/str_cat.h"
 #include "client/cc/device_runtime.h"
 
@@ -35,6 +38,16 @@ absl::Status CheckAlike(const TensorView& tensor, const TensorView& reference, c
   return absl::InvalidArgumentError(absl::StrCat(name, " differs in shape, type, layout or device: [", a.batch, ", ",
                                                  a.channels, ", ", a.spatial, "] instead of [", b.batch, ", ",
                                                  b.channels, ", ", b.spatial, "]"));
+}
+
+absl::Status CheckOverlap(const kernels::TensorShape& shape, const void* output, const char* output_name,
+                          const void* input, const char* input_name) {
+  if (output == input || output == nullptr || input == nullptr) return absl::OkStatus();
+  const auto a = reinterpret_cast<uintptr_t>(output), b = reinterpret_cast<uintptr_t>(input);
+  const uint64_t bytes = static_cast<uint64_t>(shape.size()) * kernels::SizeOf(shape.type);
+  if (std::max(a, b) - std::min(a, b) >= bytes) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(output_name, " and ", input_name, " overlap without being the same memory"));
 }
 
 }  // namespace syncbn

@@ -32,6 +32,14 @@ absl::Status Check(const TensorView& tensor, const char* name);
 // UNIMPLEMENTED otherwise.
 absl::Status CheckAlike(const TensorView& tensor, const TensorView& reference, const char* name);
 
+// Returns OK if an operation may write `output` while it reads `input`, or writes it too: they are the same memory,
+// share none, or one is null. Both have that shape.
+//
+// *Errors*: INVALID_ARGUMENT, naming both, if they overlap otherwise: elements would be overwritten before they are
+// read.
+absl::Status CheckOverlap(const kernels::TensorShape& shape, const void* output, const char* output_name,
+                          const void* input, const char* input_name);
+
 // One parameter for each channel, in the memory of the device that the tensors are on. Absent: `data` is null.
 using kernels::VectorView;
 

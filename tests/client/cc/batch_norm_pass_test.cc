@@ -281,6 +281,57 @@ std::vector<Case> Cases() {
   return cases;
 }
 
+// A kernel would read what it has already written.
+TEST(OverlapTest, OutputsThatLieAcrossAnInputAreRefused) {
+  const auto master = StartMaster();
+  const auto worker = JoinOrDie(WorkerOptions(master->target(), 0, 1));
+  ASSERT_TRUE(worker->DeclareLayer(BatchNormOptions("bn", 1)).ok());
+  std::vector<double> memory = {1, 2, 3, 4, 5, 6, 7, 8}, far(8), further(8);
+  const auto view = [](double* data) {
+    TensorView tensor;
+    tensor.data = data;
+    tensor.shape = {4, 1, 1, kernels::DataType::kFloat64, kernels::Layout::kChannelsFirst};
+    return tensor;
+  };
+  const TensorView x = view(memory.data() + 2);
+  const auto expect_refused = [](const absl::Status& status, const std::string& what) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(status.message(), what);
+  };
+  auto forward = ForwardPass::Start(*worker, "bn", x, {});
+  ASSERT_TRUE(forward.ok() && forward->Wait().ok());
+  ForwardArguments outputs;
+  for (const int place : {-1, 1}) {
+    outputs.y = view(memory.data() + 2 + place);
+    expect_refused(forward->Finish(x, outputs), "y and x overlap without being the same memory");
+  }
+  outputs.y = view(far.data() + 1);
+  outputs.residual = far.data();
+  expect_refused(forward->Finish(x, outputs), "y and the residual overlap without being the same memory");
+  outputs.residual = far.data() + 1;
+  EXPECT_TRUE(forward->Finish(x, outputs).ok()) << "the same memory";
+  EXPECT_EQ(memory, (std::vector<double>{1, 2, 3, 4, 5, 6, 7, 8}));
+
+  BackwardInputs inputs;
+  inputs.dy = view(far.data());
+  inputs.x = x.data;
+  auto backward = BackwardPass::Start(*worker, forward->statistics(), inputs, {});
+  ASSERT_TRUE(backward.ok() && backward->Wait().ok());
+  BackwardOutputs gradients;
+  gradients.dx = far.data() + 3;
+  expect_refused(backward->Finish(gradients), "dx and dy overlap without being the same memory");
+  gradients.dx = memory.data();
+  expect_refused(backward->Finish(gradients), "dx and x overlap without being the same memory");
+  gradients.dx = gradients.d_residual = further.data();
+  expect_refused(backward->Finish(gradients), "dx and d_residual are the same memory");
+  gradients.d_residual = further.data() + 1;
+  expect_refused(backward->Finish(gradients), "dx and d_residual overlap without being the same memory");
+  gradients.d_residual = further.data() + 4;
+  EXPECT_TRUE(backward->Finish(gradients).ok()) << "side by side";
+  gradients.dx = far.data();
+  EXPECT_TRUE(backward->Finish(gradients).ok()) << "the same memory";
+}
+
 INSTANTIATE_TEST_SUITE_P(Cases, BatchNormPassTest, ::testing::ValuesIn(Cases()),
                          [](const auto& info) { return info.param.name; });
 
