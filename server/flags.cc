@@ -1,6 +1,7 @@
 #include "server/flags.h"
 
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -27,6 +28,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "grpcpp/version_info.h"
+#include "plumbing/bounded_file.h"
 #include "plumbing/secret.h"
 #include "server/config_file.h"
 #include "vocabulary/protocol_version.h"
@@ -250,8 +252,23 @@ class Options {
         },
         "share memory with workers on this machine: off, same-user or any-user");
     Named(option, name)->type_name("WHOM")->default_str("same-user");
-    Text("--shared-memory-dir", &flags_->server.shared_memory_dir, "where workers make the memory that they share",
-         "DIR", "the name of a directory");
+    DefineSharedMemoryDir();
+  }
+
+  // Workers would use gRPC without a word, and the one who named the directory would not learn it.
+  void DefineSharedMemoryDir() {
+    const std::string name = "--shared-memory-dir";
+    auto* const option = app_->add_option_function<std::string>(
+        name,
+        [this, name](const std::string& text) {
+          struct stat found = {};
+          if (stat(text.c_str(), &found) != 0 || !S_ISDIR(found.st_mode)) {
+            Refuse(name, text, "the name of a directory that exists");
+          }
+          flags_->server.shared_memory_dir = text;
+        },
+        "where workers make the memory that they share");
+    Named(option, name)->type_name("DIR");
   }
 
   void DefineHttp() {
@@ -508,6 +525,11 @@ std::string ExplainRepeated(const CLI::App& app, absl::string_view message) {
 
 std::string Explain(const CLI::App& app, const CLI::ParseError& error, const std::vector<std::string>& names) {
   std::string message = OneLine(error.what());
+  if (dynamic_cast<const CLI::FileError*>(&error) != nullptr) {  // CLI11's words do not tell the reason.
+    const std::string path = app.get_config_ptr()->as<std::string>();
+    const absl::Status reason = ReadBoundedFile("config file", path, kMostConfigBytes).status();
+    return reason.ok() ? message : OneLine(reason.message());
+  }
   if (dynamic_cast<const CLI::ArgumentMismatch*>(&error) != nullptr) {
     const std::string repeated = OneLine(ExplainRepeated(app, message));
     return repeated.empty() ? message : repeated;

@@ -56,7 +56,8 @@ BAD_VALUES = [
     # Less than 5 seconds would end a master that is well.
     ("watchdog", ["-1", "", "soon", "nan", "1e10", "0.5", "4.99"], "a number of seconds in 0 or 5 .. "),
     *[(flag, [""], "the name of a file") for flag in ("cert-file", "key-file", "trusted-ca-file")],
-    *[(flag, [""], "the name of a directory") for flag in ("state-dir", "shared-memory-dir")],
+    ("state-dir", [""], "the name of a directory"),
+    ("shared-memory-dir", ["", "/nowhere", "/dev/null"], "the name of a directory that exists"),
     ("shared-memory", ["", "maybe", "2", "Off"], "off, same-user or any-user"),
     ("log-level", ["", "loud", "INFO", "10"], "debug, info, warning or error"),
     *[(flag, ["", "maybe", "2"], "on or off") for flag in ("reflection", "inspection")],
@@ -352,6 +353,13 @@ def test_a_config_file_that_cannot_be_parsed(text: str, wrong: str, tmp_path: pa
     config.write_text(text)
     expect_refusal(run("--config-file", str(config)), wrong)
     expect_refusal(run(SYNCBN_CONFIG_FILE=str(config)), wrong)
+
+
+@pytest.mark.parametrize("name, reason", [("absent", "no such file or directory"), ("", "is a directory")])
+def test_a_config_file_that_cannot_be_read(name: str, reason: str, tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / name)
+    for done in run("--config-file", path), run(SYNCBN_CONFIG_FILE=path):
+        expect_refusal(done, f'cannot read the config file "{path}": {reason}')
 
 
 def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: pathlib.Path) -> None:
