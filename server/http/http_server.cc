@@ -49,7 +49,7 @@ class HttpServer::Impl {
     const char* const options[] = {"listening_ports",
                                    ports.c_str(),
                                    "num_threads",
-                                   "8",
+                                   "32",
                                    "request_timeout_ms",
                                    "5000",
                                    "connection_queue",

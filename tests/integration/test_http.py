@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -352,11 +353,13 @@ def test_the_commit_is_told_everywhere_alike(start: Callable[..., Any], tmp_path
 def test_slow_and_endless_requests_do_not_stop_others(pages: HttpMaster) -> None:
     host, port = pages.address.split(":")
     slow = []
-    for _ in range(6):
+    for _ in range(24):
         connection = socket.create_connection((host, int(port)))
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX: ")
         slow.append(connection)
     assert pages.get("/livez")[0] == 200
+    ended = select.select(slow, [], [], 0)[0]
+    assert len(ended) < 16, "a probe has waited for the slow requests to end"
     for connection in slow:
         connection.close()
     long = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
