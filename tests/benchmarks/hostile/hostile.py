@@ -271,10 +271,18 @@ class HonestWorkers:
             process.communicate()
 
 
+def quantile(rounds: List[float], part: float) -> float:
+    return rounds[int(part * (len(rounds) - 1))]
+
+
 def quantiles(rounds: List[float]) -> str:
     if not rounds:
         return "no round"
-    return " / ".join(f"{rounds[int(part * (len(rounds) - 1))]:.1f}" for part in (0.5, 0.99, 1.0))
+    return " / ".join(f"{quantile(rounds, part):.1f}" for part in (0.5, 0.99, 1.0))
+
+
+def p99_ratio(before: List[float], during: List[float]) -> str:
+    return f"{quantile(during, 0.99) / quantile(before, 0.99):.2f}" if before and during else "–"
 
 
 def measure(attack: Attack, workers: int, channels: int, seconds: float) -> Tuple[List[str], bool]:
@@ -294,12 +302,13 @@ def measure(attack: Attack, workers: int, channels: int, seconds: float) -> Tupl
             honest.stop()
     holds = bool(before and during) and greatest < _BOUND_MIB and during[-1] < before[-1] + _BOUND_MS
     size = f"{sent / _MIB:.1f} MiB" if sent >= _MIB else f"{sent / 1024:.0f} KiB"
-    return [size, f"{greatest:.0f}", quantiles(before), quantiles(during), "yes" if holds else "no"], holds
+    times = [quantiles(before), quantiles(during), p99_ratio(before, during)]
+    return [size, f"{greatest:.0f}", *times, "yes" if holds else "no"], holds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/benchmark hostile", description=__doc__)
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=8, help="honest ones")
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each attack, and of the time before it")
     parser.add_argument("--only", default="", help="attacks whose name has this part")
@@ -314,8 +323,10 @@ def main() -> None:
         rows.append([name, *row])
         all_hold = all_hold and holds
         print(" | ".join(rows[-1]), flush=True)
-    head = ["attack", "bytes sent", "master, MiB at most", "before, ms", "during, ms", "within bounds"]
-    report.publish("hostile", [provenance, "", *report.table(head, rows)], options.output)
+    head = ["attack", "bytes sent", "master, MiB at most", "before, ms", "during, ms", "p99 during / before",
+            "within bounds"]
+    setting = f"Honest workers: {options.workers}."
+    report.publish("hostile", [provenance, setting, "", *report.table(head, rows)], options.output)
     if not all_hold:
         raise SystemExit(f"not within {_BOUND_MIB} MiB and {_BOUND_MS} ms more than undisturbed")
 
