@@ -296,6 +296,7 @@ _open: "weakref.WeakSet[Master]" = weakref.WeakSet()
 
 
 def all_open() -> List[Master]:
+    """Returns the masters of this process that are open."""
     return list(_open)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Callable, Iterator, List, Optional
 from syncbn import _forks, _master
 
 if TYPE_CHECKING:
-    from syncbn.core import Worker
+    from syncbn._worker import Worker
 
 _lock = threading.RLock()
 _workers: List["weakref.ref[Worker]"] = []

@@ -21,7 +21,7 @@ from syncbn._library import (
     lib,
 )
 from syncbn._rounds import SLICE_NS, wait_in_slices
-from syncbn.core import Worker
+from syncbn._worker import Worker
 
 
 _NO_WAIT = -1  # Nanoseconds of a backward pass's wait, in a stream-ordered one.

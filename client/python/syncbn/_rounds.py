@@ -141,6 +141,7 @@ class Round:
 
     @property
     def sequence(self) -> int:
+        """The number that the worker has given the round, among its layer's of this kind."""
         return int(lib.syncbn_round_sequence(self._handle.value))
 
     def _missing_ranks(self) -> Tuple[int, ...]:

@@ -172,7 +172,7 @@ def test_a_bad_flag_in_the_environment_is_named(master, monkeypatch):
 
 @pytest.mark.parametrize(
     "value, expected",
-    [("1", True), ("true", True), ("On", True), ("YES", True), ("0", False), ("False", False), ("off", False), ("no", False), ("", False)],
+    [(value, True) for value in ("1", "true", "On", "YES")] + [(value, False) for value in ("0", "False", "off", "no", "")],
 )
 def test_a_flag_in_the_environment_has_the_words_of_the_masters_switches(monkeypatch, value, expected):
     environment(monkeypatch, SYNCBN_STREAM_ORDERED=value)

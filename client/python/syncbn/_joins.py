@@ -1,0 +1,75 @@
+"""The join of a worker, which may take long and may be ended."""
+
+import ctypes
+import threading
+from typing import Any, List
+
+from syncbn import _environment, _library, _open, _places, errors
+from syncbn._library import create, lib
+
+# Seconds for a join to end that is cancelled.
+_MOST_CANCELLING = 5.0
+
+
+def _joined(options: _library.WorkerOptions) -> int:
+    """Joins on a thread of its own, so that neither Ctrl-C nor the log waits for a master that does not answer.
+
+    Where an exception ends the wait, it ends the join too: the rank is not taken later on, and no thread is within the
+    library when the process ends.
+    """
+    lock, done = threading.Lock(), threading.Event()
+    cancelled = ctypes.c_int32(0)
+    options.join_cancelled = ctypes.pointer(cancelled)
+    outcome: List[Any] = []
+    abandoned = False
+
+    def join() -> None:
+        try:
+            made: Any = create(lib.syncbn_worker_join, ctypes.byref(options))
+        except errors.Error as error:
+            made = error
+        with lock:
+            outcome.append(made)
+            if abandoned and isinstance(made, int):
+                lib.syncbn_worker_destroy(made)
+        done.set()
+
+    def cancel() -> None:
+        cancelled.value = 1
+        done.wait(_MOST_CANCELLING)  # A function that finds targets may take its time.
+
+    threading.Thread(target=join, name="syncbn-join", daemon=True).start()
+    try:
+        with _open.cancelled_at_the_end(cancel):
+            while not done.wait(0.1):
+                _library.deliver_log()
+    except BaseException:
+        with lock:
+            abandoned = True
+            if outcome and isinstance(outcome[0], int):
+                lib.syncbn_worker_destroy(outcome[0])
+        cancel()
+        raise
+    if isinstance(outcome[0], int):
+        return outcome[0]
+    _open.end_daemon()
+    raise outcome[0]
+
+
+def join(options: _library.WorkerOptions, place: _places.Place) -> int:
+    """Joins. Returns: the handle, which is the caller's to destroy.
+
+    Errors: those of the join. One for a rank that is taken tells what may have led to it, by `place` and the environment.
+    """
+    try:
+        return _joined(options)
+    except errors.RankTaken as error:
+        launchers = None
+        if place.identity is None and place.rank is not None and place.world_size is not None:
+            launchers = _environment.launchers_around(place.rank, place.world_size)
+        if launchers is not None:
+            error.add_note_to_message(
+                f"two launchers have numbered this process ({launchers}): if each task of the outer one has started an inner "
+                "one, start all processes by one of the two, or pass rank and world_size of the whole"
+            )
+        raise
