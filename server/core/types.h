@@ -97,7 +97,8 @@ struct Contribution {
   bool repeats = false;  // The sender has had the outcome from an earlier master, and wants none.
 };
 
-// Why a call or a round failed. `reason` is one of those that statistics.proto lists, and has static storage.
+// The reason for which a call or a round failed. `reason` is one of those that statistics.proto lists, and has static
+// storage.
 struct Error {
   absl::StatusCode code = absl::StatusCode::kUnknown;
   const char* reason = "";

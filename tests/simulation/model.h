@@ -130,7 +130,7 @@ class Model {
   }
   // Returns true if some workers have declared the layer anew and others have not, and no round of it has completed.
   bool MayDisagree(const std::string& layer) const;
-  // Why it is refused, whatever its layers are; empty if it is not.
+  // Returns the reason for which a join is refused, whatever its layers are; empty if it is not.
   std::string WhyRefused(const core::Join& asked) const;
   // A worker that has been told no outcome in another run is a new one in this run.
   core::Join AsNew(core::Join join) const;

@@ -15,7 +15,7 @@
 
 namespace syncbn::session {
 
-// Why a stream broke.
+// The cause for which a stream broke, and its status.
 struct Break {
   enum class Cause {
     kOther,

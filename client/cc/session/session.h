@@ -114,7 +114,7 @@ class Session {
   Session& operator=(const Session&) = delete;
 
   State state() const { return state_; }
-  // Why the session has ended; OK before.
+  // Returns the error that the session has ended with; OK before.
   const absl::Status& end() const { return end_; }
   // The stream has broken without a word, so that the same master or another may soon be there. False once a master has
   // said that it goes away, or that another worker has the rank.
