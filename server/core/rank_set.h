@@ -3,6 +3,7 @@
 #ifndef SYNCBN_SERVER_CORE_RANK_SET_H_
 #define SYNCBN_SERVER_CORE_RANK_SET_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -29,11 +30,20 @@ class RankSet {
     if (rank / 64 < words_.size()) words_[rank / 64] &= ~(uint64_t{1} << (rank % 64));
   }
 
+  size_t size() const {
+    size_t ranks = 0;
+    for (const uint64_t word : words_) ranks += __builtin_popcountll(word);
+    return ranks;
+  }
+
   // Ascending.
   std::vector<Rank> ToVector() const {
     std::vector<Rank> ranks;
-    for (Rank rank = 0; rank < words_.size() * 64; ++rank) {
-      if (contains(rank)) ranks.push_back(rank);
+    ranks.reserve(size());
+    for (size_t i = 0; i < words_.size(); ++i) {
+      for (uint64_t left = words_[i]; left != 0; left &= left - 1) {
+        ranks.push_back(static_cast<Rank>(i * 64 + __builtin_ctzll(left)));
+      }
     }
     return ranks;
   }
