@@ -112,8 +112,8 @@ absl::StatusOr<std::unique_ptr<state::Writer>> OpenState(const std::string& dire
   Log(LogLevel::kInfo,
       absl::StrCat("restored ", layers, " layers of ", groups->size(), " groups from \"", directory, "\""));
   loop->restored = *std::move(groups);
-  auto writer = std::make_unique<state::Writer>(*std::move(store), absl::StrCat("\"", directory, "\""));
-  loop->state_writer = writer.get();
+  auto writer = state::Writer::Start(*std::move(store), absl::StrCat("\"", directory, "\""));
+  if (writer.ok()) loop->state_writer = writer->get();
   return writer;
 }
 
@@ -263,11 +263,12 @@ class MasterServer::Impl {
     acceptor_ = std::make_unique<rpc::Acceptor>(
         std::move(listeners), &connections_, [this] { return loop_.turn(); },
         [this](bool listening) { loop_.SetListening(listening); });
-    loop_.Start();
-    acceptor_->Start(std::move(sink));
+    absl::Status started = loop_.Start();
+    if (started.ok()) started = acceptor_->Start(std::move(sink));
     const absl::MutexLock lock(&mutex_);
     serving_ = true;
-    return absl::OkStatus();
+    // The destructor ends what has been started.
+    return started;
   }
 
   int port() const { return port_; }

@@ -180,9 +180,9 @@ std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& fl
 constexpr int kDeadExitCode = 3;
 
 // Ends the process if the server does not answer for `patience`. Returns null if that is infinite.
-std::unique_ptr<syncbn::Watchdog> Watch(syncbn::MasterServer& server, absl::Duration patience) {
+absl::StatusOr<std::unique_ptr<syncbn::Watchdog>> Watch(syncbn::MasterServer& server, absl::Duration patience) {
   if (patience == absl::InfiniteDuration()) return nullptr;
-  return std::make_unique<syncbn::Watchdog>(
+  return syncbn::Watchdog::Start(
       patience, [&server] { return server.Probe(); },
       [patience] {
         Log(LogLevel::kError,
@@ -237,15 +237,17 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "syncbn-master: %s\n", std::string(http.status().message()).c_str());
     return http.status().code() == absl::StatusCode::kInvalidArgument ? 2 : 1;
   }
+  auto watchdog = Watch(**server, flags.watchdog);
+  if (!watchdog.ok()) {
+    std::fprintf(stderr, "syncbn-master: %s\n", std::string(watchdog.status().message()).c_str());
+    return ExitCode(watchdog.status());
+  }
   Log(LogLevel::kInfo, Describe(**server, flags), ReadyFields(**server));
   syncbn::NotifySystemd("READY=1");
   std::printf("syncbn-master ready on %s\n", absl::StrJoin((*server)->targets(), " ").c_str());
   std::fflush(stdout);
-  std::string reason;
-  {
-    const auto watchdog = Watch(**server, flags.watchdog);
-    reason = AwaitEnd(**server, flags.max_lifetime);
-  }
+  const std::string reason = AwaitEnd(**server, flags.max_lifetime);
+  watchdog->reset();
   Log(LogLevel::kInfo, absl::StrCat("shutting down: ", reason), {LogField{"event", "shutdown"}});
   syncbn::NotifySystemd("STOPPING=1");
   (*server)->Shutdown(flags.exit_timeout);

@@ -2,14 +2,24 @@
 
 #include <utility>
 
+#include "plumbing/start_thread.h"
+
 namespace syncbn {
 
-Watchdog::Watchdog(absl::Duration patience, std::function<bool()> probe, std::function<void()> on_dead)
-    : interval_(patience / kProbes), probe_(std::move(probe)), on_dead_(std::move(on_dead)) {
-  thread_ = std::thread([this] { Run(); });
+absl::StatusOr<std::unique_ptr<Watchdog>> Watchdog::Start(absl::Duration patience, std::function<bool()> probe,
+                                                          std::function<void()> on_dead) {
+  std::unique_ptr<Watchdog> watchdog(new Watchdog(patience, std::move(probe), std::move(on_dead)));
+  absl::Status started = StartThread(
+      "the watchdog", [dog = watchdog.get()] { dog->Run(); }, &watchdog->thread_);
+  if (!started.ok()) return started;
+  return watchdog;
 }
 
+Watchdog::Watchdog(absl::Duration patience, std::function<bool()> probe, std::function<void()> on_dead)
+    : interval_(patience / kProbes), probe_(std::move(probe)), on_dead_(std::move(on_dead)) {}
+
 Watchdog::~Watchdog() {
+  if (!thread_.joinable()) return;
   {
     const absl::MutexLock lock(&mutex_);
     stopping_ = true;

@@ -4,9 +4,11 @@
 #define SYNCBN_SERVER_WATCHDOG_H_
 
 #include <functional>
+#include <memory>
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 
@@ -21,9 +23,10 @@ namespace syncbn {
 // Thread safety: from one thread.
 class Watchdog {
  public:
-  // Calls `probe` at most kProbes times in each `patience`: it returns whether the probe before was answered. Calls
-  // `on_dead` once if kProbes in a row were not.
-  Watchdog(absl::Duration patience, std::function<bool()> probe, std::function<void()> on_dead);
+  // Begins to call `probe`, at most kProbes times in each `patience`: it returns whether the probe before was answered.
+  // Calls `on_dead` once if kProbes in a row were not. Errors: RESOURCE_EXHAUSTED if the system grants no thread.
+  static absl::StatusOr<std::unique_ptr<Watchdog>> Start(absl::Duration patience, std::function<bool()> probe,
+                                                         std::function<void()> on_dead);
   // Stops it. The thread must not be within `on_dead`.
   ~Watchdog();
   Watchdog(const Watchdog&) = delete;
@@ -32,6 +35,8 @@ class Watchdog {
   static constexpr int kProbes = 6;
 
  private:
+  Watchdog(absl::Duration patience, std::function<bool()> probe, std::function<void()> on_dead);
+
   void Run();
   // Returns whether the watchdog goes on.
   bool Sleep();

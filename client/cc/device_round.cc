@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
-#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -18,6 +17,7 @@
 #include "client/cc/errors.h"
 #include "plumbing/check.h"
 #include "plumbing/spin.h"
+#include "plumbing/start_thread.h"
 
 namespace syncbn {
 
@@ -98,16 +98,14 @@ class OpenRoundsAtExit {
   std::vector<std::weak_ptr<DeviceRounds>> rounds_ ABSL_GUARDED_BY(mutex_);
 };
 
-// Starts a thread that takes no signals, which are for the program's own threads.
-std::thread StartThread(std::function<void()> run) {
+// Starts a thread that takes no signals, which are for the program's own threads. It is not joinable if none can be
+// had.
+std::thread StartWithoutSignals(std::function<void()> run) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   std::thread thread;
-  try {
-    thread = std::thread(std::move(run));
-  } catch (const std::system_error&) {  // The caller finds it not joinable.
-  }
+  StartThread("a round of the GPU's stream", std::move(run), &thread).IgnoreError();
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return thread;
 }
@@ -206,7 +204,7 @@ absl::Status DeviceRounds::AddStreamOrdered(std::shared_ptr<DeviceRound> round) 
     // A failure may have come since the caller's check: what the caller enqueues next would be ahead of it.
     if (!failure_.ok()) return ConsumeFailure();
     if (!has_thread_) {
-      thread_ = StartThread([this] { Run(); });
+      thread_ = StartWithoutSignals([this] { Run(); });
       if (!thread_.joinable())
         return absl::ResourceExhaustedError("no thread can be started for stream-ordered passes");
       has_thread_ = true;

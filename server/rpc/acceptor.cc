@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "plumbing/fork_sockets.h"
 #include "plumbing/log.h"
+#include "plumbing/start_thread.h"
 
 namespace syncbn::rpc {
 namespace {
@@ -71,9 +72,10 @@ Acceptor::~Acceptor() {
   CloseIfOpen(spare_);
 }
 
-void Acceptor::Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink) {
+absl::Status Acceptor::Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink) {
   sink_ = std::move(sink);
-  thread_ = std::thread([this] { Run(); });
+  return StartThread(
+      "accepting connections", [this] { Run(); }, &thread_);
 }
 
 void Acceptor::Stop() {

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "grpcpp/server_builder.h"
 #include "plumbing/clock.h"
@@ -41,8 +42,9 @@ class Acceptor {
   Acceptor& operator=(const Acceptor&) = delete;
 
   // Begins to accept. `sink` belongs to the started server.
-  void Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink);
-  // Closes the listeners. Open connections stay.
+  // Errors: RESOURCE_EXHAUSTED if the system grants no thread.
+  absl::Status Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink);
+  // Closes the listeners. Open connections stay. Does nothing unless Start() has succeeded.
   void Stop();
 
   // Returns a number that grows while the thread is alive, at least once in two seconds. Any thread.

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <system_error>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -13,6 +12,7 @@
 #include "plumbing/check.h"
 #include "plumbing/messages.h"
 #include "plumbing/spin.h"
+#include "plumbing/start_thread.h"
 #include "server/rpc/convert.h"
 
 namespace syncbn::rpc {
@@ -83,14 +83,17 @@ void MasterLoop::Register(grpc::ServerBuilder* builder) {
   queue_ = builder->AddCompletionQueue();
 }
 
-void MasterLoop::Start() {
+absl::Status MasterLoop::Start() {
   // Before the thread, and before anyone may shut the queue down: an operation on a queue that has been shut down
   // aborts the process.
   sessions_.Serve(queue_.get());
   inspection_.Serve(queue_.get(), &unary_calls_);
   health_.Serve(queue_.get(), &unary_calls_);
-  thread_ = std::thread([this] { Run(); });
+  absl::Status started = StartThread(
+      "serving workers", [this] { Run(); }, &thread_);
+  if (!started.ok()) return started;
   SYNCBN_CHECK(pthread_getcpuclockid(thread_.native_handle(), &cpu_clock_) == 0, "a thread has no clock");
+  return absl::OkStatus();
 }
 
 void MasterLoop::Run() {
@@ -115,13 +118,10 @@ void MasterLoop::Run() {
 }
 
 bool MasterLoop::StartReadingShared() {
-  if (shared_thread_.joinable()) return true;
-  try {
-    shared_thread_ = std::thread([this] { ReadShared(); });
-  } catch (const std::system_error&) {  // No thread is to be had. Workers go on by gRPC.
-    return false;
-  }
-  return true;
+  // Workers go on by gRPC where there is no thread.
+  return shared_thread_.joinable() || StartThread(
+                                          "reading shared memory", [this] { ReadShared(); }, &shared_thread_)
+                                          .ok();
 }
 
 // A deadline that comes of a turn is watched by the thread that had the turn; the other one may sleep beyond it.
@@ -278,7 +278,11 @@ void MasterLoop::BeginShutdown() { Wake(shutdown_alarm_, shutdown_tag_); }
 
 void MasterLoop::Stop() {
   Wake(stop_alarm_, stop_tag_);
-  thread_.join();
+  if (thread_.joinable()) {
+    thread_.join();
+  } else {
+    Run();  // Takes back what the services have begun.
+  }
   if (!shared_thread_.joinable()) return;
   {
     const Turn turn(&turn_);

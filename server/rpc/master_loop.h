@@ -8,6 +8,7 @@
 #include <memory>
 #include <thread>
 
+#include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "grpcpp/alarm.h"
 #include "grpcpp/completion_queue.h"
@@ -38,8 +39,9 @@ class MasterLoop {
 
   // Adds the services and the queue. Before the server is built.
   void Register(grpc::ServerBuilder* builder);
-  // Begins to serve. After the server has been started.
-  void Start();
+  // Begins to serve. After the server has been started. Stop() is due afterwards also if this fails.
+  // Errors: RESOURCE_EXHAUSTED if the system grants no thread.
+  absl::Status Start();
   // Health is NOT_SERVING while nobody can connect. Any thread, between Start and Stop.
   void SetListening(bool listening);
   // Returns the number of workers' streams that are open. Any thread.

@@ -7,6 +7,7 @@
 #include "absl/time/clock.h"
 #include "plumbing/check.h"
 #include "plumbing/log.h"
+#include "plumbing/start_thread.h"
 
 namespace syncbn::state {
 namespace {
@@ -20,8 +21,12 @@ constexpr absl::Duration kLongestRest = absl::Seconds(1);
 
 }  // namespace
 
-Writer::Writer(std::unique_ptr<Store> store, std::string where) : store_(std::move(store)), where_(std::move(where)) {
-  thread_ = std::thread([this] { Run(); });
+absl::StatusOr<std::unique_ptr<Writer>> Writer::Start(std::unique_ptr<Store> store, std::string where) {
+  std::unique_ptr<Writer> writer(new Writer(std::move(store), std::move(where)));
+  absl::Status started = StartThread(
+      "storing the state", [w = writer.get()] { w->Run(); }, &writer->thread_);
+  if (!started.ok()) return started;
+  return writer;
 }
 
 Writer::~Writer() { Close(); }

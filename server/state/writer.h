@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "server/core/state.h"
@@ -30,7 +31,8 @@ class Writer {
   };
 
   // `where` names the store in the log.
-  Writer(std::unique_ptr<Store> store, std::string where);
+  // Errors: RESOURCE_EXHAUSTED if the system grants no thread.
+  static absl::StatusOr<std::unique_ptr<Writer>> Start(std::unique_ptr<Store> store, std::string where);
   // As Close().
   ~Writer();
   Writer(const Writer&) = delete;
@@ -47,6 +49,8 @@ class Writer {
   Status status() const;
 
  private:
+  Writer(std::unique_ptr<Store> store, std::string where) : store_(std::move(store)), where_(std::move(where)) {}
+
   void Run();
   bool MayProceed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return closing_ || !queue_.empty(); }
   bool closing() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return closing_; }

@@ -17,7 +17,7 @@ TEST(WatchdogTest, GivesUpAMasterThatNeverAnswers) {
   std::atomic<int> probes = 0, deaths = 0;
   absl::Notification dead;
   {
-    Watchdog watchdog(
+    const auto watchdog = Watchdog::Start(
         kSoon,
         [&] {
           ++probes;
@@ -27,6 +27,7 @@ TEST(WatchdogTest, GivesUpAMasterThatNeverAnswers) {
           ++deaths;
           dead.Notify();
         });
+    ASSERT_TRUE(watchdog.ok());
     dead.WaitForNotification();
   }
   EXPECT_EQ(probes, Watchdog::kProbes);
@@ -37,21 +38,23 @@ TEST(WatchdogTest, OneAnswerIsEnough) {
   std::atomic<int> probes = 0, deaths = 0;
   absl::Notification many;
   {
-    Watchdog watchdog(
+    const auto watchdog = Watchdog::Start(
         kSoon,
         [&] {
           if (++probes == 10 * Watchdog::kProbes) many.Notify();
           return probes % Watchdog::kProbes == 0;  // All but the last of a row go unanswered.
         },
         [&] { ++deaths; });
+    ASSERT_TRUE(watchdog.ok());
     many.WaitForNotification();
   }
   EXPECT_EQ(deaths, 0);
 }
 
 TEST(WatchdogTest, StopsWithoutWaiting) {
-  Watchdog watchdog(
+  const auto watchdog = Watchdog::Start(
       absl::Hours(1000), [] { return true; }, [] {});
+  EXPECT_TRUE(watchdog.ok());
 }
 
 }  // namespace

@@ -4,13 +4,18 @@
 #define SYNCBN_TESTS_SERVER_STATE_HELD_DISK_H_
 
 #include <cstddef>
+#include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "gtest/gtest.h"
 #include "server/core/state.h"
 #include "server/state/store.h"
+#include "server/state/writer.h"
 
 namespace syncbn::testing {
 
@@ -73,6 +78,13 @@ class HeldStore final : public state::Store {
  private:
   HeldDisk* const disk_;
 };
+
+// Returns a writer that stores on this disk, which must outlive it.
+inline std::unique_ptr<state::Writer> StartWriter(HeldDisk* disk, std::string where = "here") {
+  auto writer = state::Writer::Start(std::make_unique<HeldStore>(disk), std::move(where));
+  EXPECT_TRUE(writer.ok()) << writer.status();
+  return *std::move(writer);
+}
 
 }  // namespace syncbn::testing
 

@@ -15,7 +15,6 @@ namespace syncbn::rpc {
 namespace {
 
 using testing::HeldDisk;
-using testing::HeldStore;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
 
@@ -54,9 +53,9 @@ class StateSaverTest : public ::testing::Test {
   uint64_t NewestSaved() const { return disk_.saved().back().groups.at(0).layers.at(0).newest_sequence; }
 
   HeldDisk disk_;
-  state::Writer writer_{std::make_unique<HeldStore>(&disk_), "here"};
+  const std::unique_ptr<state::Writer> writer_ = testing::StartWriter(&disk_);
   core::Coordinator coordinator_;
-  StateSaver saver_{&coordinator_, &writer_, size_t{1} << 20};
+  StateSaver saver_{&coordinator_, writer_.get(), size_t{1} << 20};
   absl::Time now_ = absl::FromUnixSeconds(1'700'000'000);
   uint64_t sequence_ = 0;
 };
@@ -75,7 +74,7 @@ TEST_F(StateSaverTest, FewRoundsWaitForASecond) {
   Rounds(7);
   EXPECT_EQ(saver_.NextTurn(), now_ + absl::Seconds(1));
   Turn(absl::Milliseconds(999));
-  EXPECT_TRUE(writer_.idle());
+  EXPECT_TRUE(writer_->idle());
   Turn(absl::Milliseconds(1));
   disk_.AwaitSaved(1);
   EXPECT_EQ(NewestSaved(), 6u);
@@ -106,7 +105,7 @@ TEST_F(StateSaverTest, WhileTheDiskIsSlowChangesStayAndTheNewestAreStoredThen) {
   EXPECT_TRUE(coordinator_.journal().has_changes());
   disk_.Release();
   disk_.AwaitSaved(1);
-  while (!writer_.idle()) {  // It takes note of that right afterwards.
+  while (!writer_->idle()) {  // It takes note of that right afterwards.
   }
   Turn(absl::Milliseconds(10));
   disk_.AwaitSaved(2);
@@ -122,7 +121,7 @@ TEST_F(StateSaverTest, TheEndHandsOverEverything) {
   EXPECT_FALSE(coordinator_.journal().has_changes());
   EXPECT_THAT(disk_.saved(), IsEmpty());
   disk_.Release();
-  writer_.Close();
+  writer_->Close();
   EXPECT_EQ(NewestSaved(), 10u);
 }
 

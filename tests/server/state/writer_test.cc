@@ -22,7 +22,7 @@ using core::StateChanges;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using testing::HeldDisk;
-using testing::HeldStore;
+using testing::StartWriter;
 
 StateChanges Changes(const std::string& name) { return {{{"job", name}}, {}}; }
 
@@ -54,25 +54,25 @@ class Lines {
 
 TEST(WriterTest, StoresInOrder) {
   HeldDisk disk;
-  Writer writer(std::make_unique<HeldStore>(&disk), "here");
-  EXPECT_TRUE(writer.idle());
-  EXPECT_EQ(writer.status().saved_at, absl::InfinitePast());
-  for (const char* name : {"a", "b", "c"}) writer.Write(Changes(name));
-  writer.Close();
+  const auto writer = StartWriter(&disk);
+  EXPECT_TRUE(writer->idle());
+  EXPECT_EQ(writer->status().saved_at, absl::InfinitePast());
+  for (const char* name : {"a", "b", "c"}) writer->Write(Changes(name));
+  writer->Close();
   EXPECT_THAT(Names(disk), ElementsAre("a", "b", "c"));
-  EXPECT_TRUE(writer.idle());
-  EXPECT_NE(writer.status().saved_at, absl::InfinitePast());
-  EXPECT_EQ(writer.status().error, "");
+  EXPECT_TRUE(writer->idle());
+  EXPECT_NE(writer->status().saved_at, absl::InfinitePast());
+  EXPECT_EQ(writer->status().error, "");
 }
 
 TEST(WriterTest, NobodyWaitsForASlowDisk) {
   HeldDisk disk;
   disk.Hold();
-  Writer writer(std::make_unique<HeldStore>(&disk), "here");
-  writer.Write(Changes("a"));
+  const auto writer = StartWriter(&disk);
+  writer->Write(Changes("a"));
   disk.AwaitAttempts(1);
-  EXPECT_FALSE(writer.idle());
-  EXPECT_EQ(writer.status().error, "");
+  EXPECT_FALSE(writer->idle());
+  EXPECT_EQ(writer->status().error, "");
   disk.Release();
   disk.AwaitSaved(1);
 }
@@ -81,14 +81,14 @@ TEST(WriterTest, WhatCannotBeStoredIsTriedAgainAndTheLogTells) {
   Lines lines;
   HeldDisk disk;
   disk.FailTimes(2);
-  Writer writer(std::make_unique<HeldStore>(&disk), "\"/state\"");
-  writer.Write(Changes("a"));
+  const auto writer = StartWriter(&disk, "\"/state\"");
+  writer->Write(Changes("a"));
   disk.AwaitAttempts(2);
-  EXPECT_EQ(writer.status().error, "the disk is full");
-  EXPECT_FALSE(writer.idle());
+  EXPECT_EQ(writer->status().error, "the disk is full");
+  EXPECT_FALSE(writer->idle());
   disk.AwaitSaved(1);
-  writer.Close();
-  EXPECT_EQ(writer.status().error, "");
+  writer->Close();
+  EXPECT_EQ(writer->status().error, "");
   EXPECT_THAT(Names(disk), ElementsAre("a"));
   EXPECT_THAT(lines.text(), HasSubstr("cannot be stored in \"/state\": the disk is full; training goes on"));
   EXPECT_THAT(lines.text(), HasSubstr("are stored in \"/state\" again"));
@@ -97,12 +97,12 @@ TEST(WriterTest, WhatCannotBeStoredIsTriedAgainAndTheLogTells) {
 TEST(WriterTest, AnEndDoesNotWaitForADiskThatIsBroken) {
   HeldDisk disk;
   disk.FailTimes(1 << 30);
-  Writer writer(std::make_unique<HeldStore>(&disk), "here");
-  writer.Write(Changes("a"));
-  writer.Write(Changes("b"));
-  writer.Close();
-  EXPECT_EQ(writer.status().error, "the disk is full");
-  EXPECT_FALSE(writer.idle());
+  const auto writer = StartWriter(&disk);
+  writer->Write(Changes("a"));
+  writer->Write(Changes("b"));
+  writer->Close();
+  EXPECT_EQ(writer->status().error, "the disk is full");
+  EXPECT_FALSE(writer->idle());
 }
 
 }  // namespace

@@ -1,0 +1,21 @@
+// Threads that the system may refuse.
+
+#ifndef SYNCBN_PLUMBING_START_THREAD_H_
+#define SYNCBN_PLUMBING_START_THREAD_H_
+
+#include <functional>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+
+namespace syncbn {
+
+// Starts a thread that runs `run`, and assigns it to `thread`, which must not be joinable. `purpose` completes the
+// error's sentence: "no thread can be had for PURPOSE".
+// Errors: RESOURCE_EXHAUSTED if the system grants none; `thread` is as it was.
+absl::Status StartThread(absl::string_view purpose, std::function<void()> run, std::thread* thread);
+
+}  // namespace syncbn
+
+#endif  // SYNCBN_PLUMBING_START_THREAD_H_
