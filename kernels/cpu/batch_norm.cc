@@ -7,9 +7,12 @@
 #include <vector>
 
 #include "kernels/cpu/elementwise.h"
+#include "kernels/cpu/half_elementwise.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/reduce.h"
+#include "kernels/cpu/rounded.h"
+#include "kernels/gate.h"
 #include "kernels/moments.h"
 
 namespace syncbn::kernels::cpu {
@@ -42,6 +45,39 @@ class Tables {
   const int64_t channels_;
   const int64_t length_;
   std::vector<std::vector<double>> tables_;
+};
+
+// Rounded per-channel vectors as tables of `period` float32 entries, a multiple of `channels`, and the padding that
+// FloatForward asks for.
+class FloatTables {
+ public:
+  FloatTables(int64_t channels, int64_t period)
+      : channels_(static_cast<size_t>(channels)), length_(static_cast<size_t>(period + FloatForward::kPadding)) {}
+
+  const float* Of(const double* vector) {
+    if (vector == nullptr) return nullptr;
+    tables_.emplace_back(length_ / kLine + 1);
+    float* const table = tables_.back().data()->entries;
+    for (size_t i = 0; i < length_; ++i) {
+      table[i] = i < channels_ ? static_cast<float>(vector[i]) : table[i - channels_];
+    }
+    return table;
+  }
+
+  FloatForward Of(const ForwardCoefficients& c) { return {Of(c.mean), Of(c.scale), Of(c.shift)}; }
+
+  FloatBackward Of(const BackwardCoefficients& c) { return {Of(c.mean), Of(c.scale), Of(c.mean_dy), Of(c.projection)}; }
+
+ private:
+  static constexpr size_t kLine = 16;
+  // A line of cache: sixteen entries that are read at once shall not lie in two.
+  struct alignas(64) Line {
+    float entries[kLine];
+  };
+
+  const size_t channels_;
+  const size_t length_;
+  std::vector<std::vector<Line>> tables_;
 };
 
 // The partial results of one plan, [splits, width] each.
@@ -97,6 +133,7 @@ void BatchNormStats(const Context& context, const TensorShape& shape, const void
   const Reduction reduction = PlanReduction(shape);
   ReduceArgs args;
   args.type = shape.type;
+  args.single = ReducesInFloat32(shape);
   args.x = Bytes(x);
   std::vector<int64_t> counts(static_cast<size_t>(shape.channels), 0);
   std::fill_n(mean, shape.channels, 0.0);
@@ -108,15 +145,18 @@ void BatchNormStats(const Context& context, const TensorShape& shape, const void
 
 void BatchNormElemt(const Context& context, const TensorShape& shape, const void* x,
                     const ForwardCoefficients& coefficients, const Epilogue& epilogue, void* y) {
-  ForwardArgs args;
-  args.type = shape.type;
-  args.plan = PlanElementwise(shape);
-  args.x = Bytes(x);
-  args.epilogue = epilogue;
-  args.y = static_cast<uint8_t*>(y);
-  Tables tables(shape.channels, args.plan.period);
-  args.coefficients = tables.Of(coefficients);
-  ParallelFor(context.num_threads, args.plan.units(), [&args](int64_t unit) { ForwardUnit(args, unit); });
+  const ElementwisePlan plan = PlanElementwise(shape);
+  const RoundedForward rounded(shape, coefficients);
+  if (rounded.single()) {
+    FloatTables tables(shape.channels, plan.period);
+    const HalfForwardArgs args = {
+        shape.type, plan, Bytes(x), tables.Of(rounded.coefficients()), epilogue, static_cast<uint8_t*>(y)};
+    ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { HalfForwardUnit(args, unit); });
+    return;
+  }
+  Tables tables(shape.channels, plan.period);
+  const ForwardArgs args = {shape.type, plan, Bytes(x), tables.Of(coefficients), epilogue, static_cast<uint8_t*>(y)};
+  ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { ForwardUnit(args, unit); });
 }
 
 void BatchNormBackwardReduce(const Context& context, const TensorShape& shape, const void* dy, const void* x,
@@ -127,7 +167,10 @@ void BatchNormBackwardReduce(const Context& context, const TensorShape& shape, c
   args.x = Bytes(x);
   args.dy = Bytes(dy);
   args.mean = mean;
-  args.gate = gate;
+  const RoundedForward forward(shape, gate.forward);
+  args.gate = {gate.mask, forward.coefficients()};
+  args.single_gate = forward.single();
+  args.single = ReducesInFloat32(shape) && (KindOf(gate) != Gate::kRecompute || forward.single());
   std::fill_n(sum_dy, shape.channels, 0.0);
   std::fill_n(sum_dy_xmu, shape.channels, 0.0);
   for (const ReductionPlan* plan : {&reduction.body, &reduction.rest}) {
@@ -138,17 +181,37 @@ void BatchNormBackwardReduce(const Context& context, const TensorShape& shape, c
 void BatchNormBackwardElemt(const Context& context, const TensorShape& shape, const void* dy, const void* x,
                             const BackwardCoefficients& coefficients, const ReluGate& gate, void* dx,
                             void* d_residual) {
+  const ElementwisePlan plan = PlanElementwise(shape);
+  const RoundedForward forward(shape, gate.forward);
+  const RoundedBackward backward(shape, coefficients);
+  const bool recomputes = KindOf(gate) == Gate::kRecompute;
+  if (backward.single() && (!recomputes || forward.single())) {
+    FloatTables tables(shape.channels, plan.period);
+    HalfBackwardArgs args;
+    args.type = shape.type;
+    args.plan = plan;
+    args.dy = Bytes(dy);
+    args.x = Bytes(x);
+    args.coefficients = tables.Of(backward.coefficients());
+    args.mask = gate.mask;
+    if (recomputes) args.forward = tables.Of(forward.coefficients());
+    args.dx = static_cast<uint8_t*>(dx);
+    args.d_residual = static_cast<uint8_t*>(d_residual);
+    ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { HalfBackwardUnit(args, unit); });
+    return;
+  }
   BackwardArgs args;
   args.type = shape.type;
-  args.plan = PlanElementwise(shape);
+  args.plan = plan;
   args.dy = Bytes(dy);
   args.x = Bytes(x);
   args.dx = static_cast<uint8_t*>(dx);
   args.d_residual = static_cast<uint8_t*>(d_residual);
-  Tables tables(shape.channels, args.plan.period);
+  Tables tables(shape.channels, plan.period);
   args.coefficients = tables.Of(coefficients);
-  args.gate = tables.Of(gate);
-  ParallelFor(context.num_threads, args.plan.units(), [&args](int64_t unit) { BackwardUnit(args, unit); });
+  args.gate = tables.Of({gate.mask, forward.coefficients()});
+  args.single_gate = forward.single();
+  ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { BackwardUnit(args, unit); });
 }
 
 const char* InstructionSet() { return TargetName(); }

@@ -225,10 +225,10 @@ class BackwardSegment {
     Lanes dy = Read<whole>(args_.dy + offset, n, segment_.CanRead(i));
     if constexpr (gate == Gate::kRecompute) {
       const ForwardLanes forward = {At<whole>(forward_mean_, i, n), At<whole>(forward_scale_, i, n),
-                                    At<whole>(forward_shift_, i, n)};
+                                    At<whole>(forward_shift_, i, n), args_.single_gate};
       dy = PassGate<type, gate>(dy, x, forward, nullptr, index, n);
     } else if constexpr (gate == Gate::kMask) {
-      dy = PassGate<type, gate>(dy, x, {x, x, x}, args_.gate.mask, index, n);
+      dy = PassGate<type, gate>(dy, x, {x, x, x, false}, args_.gate.mask, index, n);
     }
     const Lanes x_minus_mean = x - At<whole>(mean_, i, n);
     const Lanes dx =

@@ -27,6 +27,7 @@ struct BackwardArgs {
   const uint8_t* x = nullptr;
   BackwardCoefficients coefficients;
   ReluGate gate;
+  bool single_gate = false;  // The gate's coefficients are those of RoundedForward.
   uint8_t* dx = nullptr;
   uint8_t* d_residual = nullptr;
 };

@@ -29,36 +29,46 @@ constexpr int64_t kLanes = 8;
 constexpr size_t kWide = hn::MaxLanes(D());  // Lanes in one vector.
 constexpr size_t kParts = 8 / kWide;
 
-// Eight lanes, numbered through the parts.
-struct Lanes {
-  Vector part[kParts];
+// The logical lanes of a type, numbered through the parts: eight of float64, sixteen of float32.
+template <class Tag>
+struct LanesOf {
+  static constexpr size_t kCount = 64 / sizeof(hn::TFromD<Tag>) / hn::MaxLanes(Tag());
+  hn::Vec<Tag> part[kCount];
 };
 
-#define SYNCBN_FOR_PARTS(i) _Pragma("GCC unroll 8") for (size_t i = 0; (i) < kParts; ++(i))
+using Lanes = LanesOf<D>;
 
-HWY_INLINE Lanes Broadcast(double value) {
-  Lanes r;
-  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Set(D(), value);
+#define SYNCBN_FOR_PARTS(i) SYNCBN_FOR_PARTS_OF(D, i)
+#define SYNCBN_FOR_PARTS_OF(Tag, i) _Pragma("GCC unroll 16") for (size_t i = 0; (i) < LanesOf<Tag>::kCount; ++(i))
+
+template <class Tag>
+HWY_INLINE LanesOf<Tag> BroadcastTo(hn::TFromD<Tag> value) {
+  LanesOf<Tag> r;
+  SYNCBN_FOR_PARTS_OF(Tag, i) r.part[i] = hn::Set(Tag(), value);
   return r;
 }
 
+HWY_INLINE Lanes Broadcast(double value) { return BroadcastTo<D>(value); }
 HWY_INLINE Lanes Zero() { return Broadcast(0.0); }
 
-HWY_INLINE Lanes operator+(const Lanes& a, const Lanes& b) {
-  Lanes r;
-  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Add(a.part[i], b.part[i]);
+template <class Tag>
+HWY_INLINE LanesOf<Tag> operator+(const LanesOf<Tag>& a, const LanesOf<Tag>& b) {
+  LanesOf<Tag> r;
+  SYNCBN_FOR_PARTS_OF(Tag, i) r.part[i] = hn::Add(a.part[i], b.part[i]);
   return r;
 }
 
-HWY_INLINE Lanes operator-(const Lanes& a, const Lanes& b) {
-  Lanes r;
-  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Sub(a.part[i], b.part[i]);
+template <class Tag>
+HWY_INLINE LanesOf<Tag> operator-(const LanesOf<Tag>& a, const LanesOf<Tag>& b) {
+  LanesOf<Tag> r;
+  SYNCBN_FOR_PARTS_OF(Tag, i) r.part[i] = hn::Sub(a.part[i], b.part[i]);
   return r;
 }
 
-HWY_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
-  Lanes r;
-  SYNCBN_FOR_PARTS(i) r.part[i] = hn::Mul(a.part[i], b.part[i]);
+template <class Tag>
+HWY_INLINE LanesOf<Tag> operator*(const LanesOf<Tag>& a, const LanesOf<Tag>& b) {
+  LanesOf<Tag> r;
+  SYNCBN_FOR_PARTS_OF(Tag, i) r.part[i] = hn::Mul(a.part[i], b.part[i]);
   return r;
 }
 
@@ -69,9 +79,10 @@ HWY_INLINE Lanes operator/(const Lanes& a, const Lanes& b) {
 }
 
 // Returns v, and 0 where v is 0 or less; a NaN passes.
-HWY_INLINE Lanes Relu(const Lanes& v) {
-  Lanes r;
-  SYNCBN_FOR_PARTS(i) { r.part[i] = hn::IfThenZeroElse(hn::Le(v.part[i], hn::Zero(D())), v.part[i]); }
+template <class Tag>
+HWY_INLINE LanesOf<Tag> Relu(const LanesOf<Tag>& v) {
+  LanesOf<Tag> r;
+  SYNCBN_FOR_PARTS_OF(Tag, i) r.part[i] = hn::IfThenZeroElse(hn::Le(v.part[i], hn::Zero(Tag())), v.part[i]);
   return r;
 }
 
@@ -83,9 +94,12 @@ HWY_INLINE Lanes NotBelowZero(const Lanes& v) {
 }
 
 // Returns v where x > threshold, else 0.
-HWY_INLINE Lanes KeepWhereAbove(const Lanes& x, double threshold, const Lanes& v) {
-  Lanes r;
-  SYNCBN_FOR_PARTS(i) r.part[i] = hn::IfThenElseZero(hn::Gt(x.part[i], hn::Set(D(), threshold)), v.part[i]);
+template <class Tag>
+HWY_INLINE LanesOf<Tag> KeepWhereAbove(const LanesOf<Tag>& x, hn::TFromD<Tag> threshold, const LanesOf<Tag>& v) {
+  LanesOf<Tag> r;
+  SYNCBN_FOR_PARTS_OF(Tag, i) {
+    r.part[i] = hn::IfThenElseZero(hn::Gt(x.part[i], hn::Set(Tag(), threshold)), v.part[i]);
+  }
   return r;
 }
 
@@ -120,14 +134,18 @@ HWY_INLINE Lanes LoadDoubles(const double* p) {
   return r;
 }
 
-// Copies n < 8 elements. Fixed sizes, because a call of memcpy for each row's last few elements costs more than the
+// Copies n < 16 elements. Fixed sizes, because a call of memcpy for each row's last few elements costs more than the
 // row.
 template <int64_t kSize>
 HWY_INLINE void CopyFew(uint8_t* to, const uint8_t* from, int64_t n) {
   int64_t at = 0;
+  if ((n & 8) != 0) {
+    std::memcpy(to, from, 8 * kSize);
+    at = 8 * kSize;
+  }
   if ((n & 4) != 0) {
-    std::memcpy(to, from, 4 * kSize);
-    at = 4 * kSize;
+    std::memcpy(to + at, from + at, 4 * kSize);
+    at += 4 * kSize;
   }
   if ((n & 2) != 0) {
     std::memcpy(to + at, from + at, 2 * kSize);
@@ -216,6 +234,21 @@ HWY_INLINE Vector RoundTo(Vector v, int fraction_bits, double min_normal) {
   return hn::CopySign(hn::Sub(hn::Add(v, big), big), v);
 }
 
+// Returns the float32 values of float16 bits. The bits moved into a float's place are the value times 2^-112,
+// subnormals included.
+template <class Tag>
+HWY_INLINE hn::Vec<Tag> WidenFloat16(hn::Vec<hn::Rebind<uint16_t, Tag>> bits) {
+  const hn::Repartition<uint32_t, Tag> du;
+  const auto half = hn::PromoteTo(du, bits);
+  const auto moved = hn::ShiftLeft<13>(hn::And(half, hn::Set(du, 0x7FFF)));
+  const auto scaled = hn::BitCast(du, hn::Mul(hn::BitCast(Tag(), moved), hn::Set(Tag(), 0x1p112f)));
+  const auto exponent = hn::Set(du, 0x7C00);
+  const auto finite = hn::Ne(hn::And(half, exponent), exponent);
+  const auto magnitude = hn::IfThenElse(finite, scaled, hn::Or(moved, hn::Set(du, 0x7F800000)));
+  const auto sign = hn::ShiftLeft<16>(hn::And(half, hn::Set(du, 0x8000)));
+  return hn::BitCast(Tag(), hn::Or(magnitude, sign));
+}
+
 // The traits of a type: one part from bytes and to bytes, and the largest double that does not round to above 0.
 template <DataType type>
 struct Element;
@@ -265,18 +298,7 @@ struct Element<DataType::kFloat16> {
     StoreBytes<DU16>(hn::BitCast(DU16(), half), p);
   }
 #else
-  // A half's bits moved into a float's place are the value times 2^-112, subnormals included.
-  static HWY_INLINE Vector Load(const uint8_t* p) {
-    const DU32 du;
-    const auto half = hn::PromoteTo(du, LoadBytes<DU16>(p));
-    const auto moved = hn::ShiftLeft<13>(hn::And(half, hn::Set(du, 0x7FFF)));
-    const auto scaled = hn::BitCast(du, hn::Mul(hn::BitCast(DF(), moved), hn::Set(DF(), 0x1p112f)));
-    const auto exponent = hn::Set(du, 0x7C00);
-    const auto finite = hn::Ne(hn::And(half, exponent), exponent);
-    const auto magnitude = hn::IfThenElse(finite, scaled, hn::Or(moved, hn::Set(du, 0x7F800000)));
-    const auto sign = hn::ShiftLeft<16>(hn::And(half, hn::Set(du, 0x8000)));
-    return hn::PromoteTo(D(), hn::BitCast(DF(), hn::Or(magnitude, sign)));
-  }
+  static HWY_INLINE Vector Load(const uint8_t* p) { return hn::PromoteTo(D(), WidenFloat16<DF>(LoadBytes<DU16>(p))); }
   static HWY_INLINE void Store(Vector v, uint8_t* p) {
     const DU32 du;
     const auto rounded = ToFloat(RoundTo(v, 10, 0x1p-14));
@@ -384,19 +406,40 @@ HWY_INLINE void Store(const Lanes& v, uint8_t* p, int64_t n) {
   CopyFew<Element<type>::kSize>(p, buffer, n);
 }
 
-// n <= 8 bits of a bit mask from bit `index` on.
+// n <= 16 bits of a bit mask from bit `index` on.
 HWY_INLINE uint32_t MaskBits(const uint8_t* mask, int64_t index, int64_t n) {
   const uint8_t* p = mask + index / 8;
   const uint32_t shift = static_cast<uint32_t>(index % 8);
   uint32_t bits = p[0];
   if (shift + n > 8) bits |= static_cast<uint32_t>(p[1]) << 8;
+  if (shift + n > 16) bits |= static_cast<uint32_t>(p[2]) << 16;
   return bits >> shift;
 }
 
-// The forward pass's coefficients of eight elements.
+// Rounds to float32.
+HWY_INLINE Lanes ToSingle(const Lanes& v) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::PromoteTo(D(), ToFloat(v.part[i]));
+  return r;
+}
+
+// The forward pass's coefficients of eight elements. `single`: they are float32, and so was the pass's arithmetic.
 struct ForwardLanes {
   Lanes mean, scale, shift;
+  bool single;
 };
+
+// Returns the forward pass's output before it was rounded to the type. An operation on float32 values gives the same
+// bits in float64 with a rounding after it: 53 bits are more than twice 24 and two.
+template <DataType type>
+HWY_INLINE Lanes ForwardOutput(const Lanes& x, const ForwardLanes& forward) {
+  if constexpr (SizeOf(type) == 2) {
+    if (forward.single) {
+      return ToSingle(ToSingle(ToSingle(x - forward.mean) * forward.scale) + forward.shift);
+    }
+  }
+  return (x - forward.mean) * forward.scale + forward.shift;
+}
 
 // Returns dy where the gate is open, else 0. `index` is the first element's place in the tensor; n <= 8 elements count.
 template <DataType type, Gate gate>
@@ -405,7 +448,7 @@ HWY_INLINE Lanes PassGate(const Lanes& dy, const Lanes& x, const ForwardLanes& f
   if constexpr (gate == Gate::kMask) {
     return KeepWhereSet(MaskBits(mask, index, n), dy);
   } else if constexpr (gate == Gate::kRecompute) {
-    return KeepWhereAbove((x - forward.mean) * forward.scale + forward.shift, Element<type>::kRoundsToZero, dy);
+    return KeepWhereAbove(ForwardOutput<type>(x, forward), Element<type>::kRoundsToZero, dy);
   } else {
     return dy;
   }

@@ -6,10 +6,13 @@
 namespace syncbn::kernels::cpu {
 namespace {
 
-constexpr int64_t kLanes = 8;             // Lanes of the logical vector.
-constexpr int64_t kChunkValues = 2048;    // Values of one channel, channels first.
-constexpr int64_t kChunkElements = 1024;  // Elements of a block of channels, channels last.
-constexpr int64_t kMaxBlock = 128;        // Channels abreast, channels last.
+constexpr int64_t kLanes = 8;                    // Lanes of the logical vector.
+constexpr int64_t kChunkValues = 2048;           // Values of one channel, channels first.
+constexpr int64_t kChunkElements = 1024;         // Elements of a block of channels, channels last.
+constexpr int64_t kSingleLanes = 16;             // Lanes of the logical vector, and elements of such a block, where
+constexpr int64_t kSingleChunkElements = 32768;  // a reduction adds up in float32.
+constexpr int64_t kSingleValues = 256;           // The fewest values of a channel that it does so for.
+constexpr int64_t kMaxBlock = 128;               // Channels abreast, channels last.
 constexpr int64_t kUnitElements = int64_t{1} << 15;
 constexpr int64_t kUnits = 256;  // The most units where they would be small: enough for any host's cores.
 
@@ -40,7 +43,8 @@ ReductionPlan PlanChannelsFirst(int64_t batch, int64_t channels, int64_t spatial
   return plan;
 }
 
-ReductionPlan PlanChannelsLast(int64_t first_element, int64_t rows, int64_t channels, int64_t fold) {
+ReductionPlan PlanChannelsLast(int64_t first_element, int64_t rows, int64_t channels, int64_t fold,
+                               int64_t chunk_elements) {
   ReductionPlan plan;
   plan.first_element = first_element;
   plan.rows = rows;
@@ -48,7 +52,7 @@ ReductionPlan PlanChannelsLast(int64_t first_element, int64_t rows, int64_t chan
   plan.fold = fold;
   plan.counters_adjacent = true;
   plan.block = std::min(plan.width, kMaxBlock);
-  plan.chunk_rows = std::clamp<int64_t>(kChunkElements / plan.block, 1, 256);
+  plan.chunk_rows = std::clamp<int64_t>(chunk_elements / plan.block, 1, 256);
   ChooseSplits(&plan);
   return plan;
 }
@@ -99,12 +103,19 @@ Reduction PlanReduction(const TensorShape& shape) {
     return reduction;
   }
   const int64_t channels = shape.channels;
-  int64_t fold = channels < 8 * kLanes ? kLanes / std::gcd(channels, kLanes) : 1;
+  const bool single = ReducesInFloat32(shape);
+  const int64_t lanes = single ? kSingleLanes : kLanes;
+  const int64_t chunk_elements = single ? kSingleChunkElements : kChunkElements;
+  int64_t fold = channels < 8 * kLanes ? lanes / std::gcd(channels, lanes) : 1;
   if (values < fold) fold = 1;
   const int64_t rest = values % fold;
-  reduction.body = PlanChannelsLast(0, values / fold, channels, fold);
-  reduction.rest = PlanChannelsLast((values - rest) * channels, rest, channels, 1);
+  reduction.body = PlanChannelsLast(0, values / fold, channels, fold, chunk_elements);
+  reduction.rest = PlanChannelsLast((values - rest) * channels, rest, channels, 1, chunk_elements);
   return reduction;
+}
+
+bool ReducesInFloat32(const TensorShape& shape) {
+  return SizeOf(shape.type) == 2 && shape.values_per_channel() >= kSingleValues;
 }
 
 Range ElementwisePlan::ElementsOf(int64_t unit) const {

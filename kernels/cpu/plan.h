@@ -63,6 +63,10 @@ struct Reduction {
 
 Reduction PlanReduction(const TensorShape& shape);
 
+// Tells whether a reduction adds up in float32: of 16-bit types, where each channel has so many values that the
+// rounding errors of the sums, of which there are hundreds then, cancel.
+bool ReducesInFloat32(const TensorShape& shape);
+
 // An elementwise operation over a tensor of `size` elements: units are runs of elements in memory order that begin at
 // multiples of 8, so that no two units share a byte of a bit mask. Coefficients lie in a table: those of element i are
 // entry (i / repeat) % period.
