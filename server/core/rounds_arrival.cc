@@ -92,7 +92,8 @@ bool Rounds::Replay(Rank rank, const Contribution& contribution, const EndedRoun
   const EndedRound* const forward = before == nullptr && key.phase == Phase::kBackward
                                         ? layers_.Get(key.layer).Find(Phase::kForward, key.sequence)
                                         : nullptr;
-  auto stranger = forward != nullptr ? CheckContributor(rank, key, *forward) : std::nullopt;
+  // A forward round that has failed here had completed under an earlier master.
+  auto stranger = forward != nullptr && !forward->failed ? CheckContributor(rank, key, *forward) : std::nullopt;
   if (stranger.has_value()) {
     Reject(rank, key, *std::move(stranger), effects);
   } else if (before != nullptr && ended->DigestOf(before) != Digest(contribution)) {

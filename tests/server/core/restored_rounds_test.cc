@@ -213,6 +213,23 @@ TEST_F(RestoredTest, AFailureIsTheSameForThoseWhoMissedIt) {
   EXPECT_EQ(ReasonOf(*engine_.Outcome(second, Sum("s", 1))), kWorkerLost);
 }
 
+TEST_F(RestoredTest, AFailedBackwardRoundIsToldThoughItsForwardRoundIsForgotten) {
+  auto failed = std::make_shared<RoundOutcome>();
+  failed->key = Backward("a", 4);
+  failed->error = MakeError(absl::StatusCode::kUnavailable, kWorkerLost, "rank 1 was lost", {1});
+  const StreamId first = Return(0), third = Return(2);
+  Send(third, {}, 2, {Forward("a", 4)});
+  FrameReceived frame;
+  frame.stream = first;
+  frame.ended = {ReportOf(*failed)};
+  frame.caught_up = true;
+  frame.forgotten = {Forward("a", 7)};
+  engine_.On(frame);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Forward("a", 4))), kOutcomeLost);
+  engine_.Contribute(third, Backward("a", 4), {0, {1.0}, {1.0}});
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Backward("a", 4))), kWorkerLost);
+}
+
 TEST_F(RestoredTest, WhatIsMissingIsNamed) {
   // Rank 1 has restarted, and holds nothing of what its predecessor had sent.
   const auto told = Told(Forward("a", 4), {0, 1, 2});
