@@ -42,7 +42,11 @@ class Backoff {
   constexpr Backoff(unsigned least, unsigned most, unsigned share) : least_(least), most_(most), share_(share) {}
 
   // Returns whether this attempt is to be skipped.
-  bool Skip() { return skips_ > 0 && skips_-- > 0; }
+  bool Skip() {
+    if (skips_ == 0) return false;
+    --skips_;
+    return true;
+  }
   // `price`: how many attempts that succeed make up for this one.
   void OnFailure(unsigned price = 0) { skips_ = penalty_ = std::min(2 * penalty_ + std::max(price, least_), most_); }
   void OnSuccess() { penalty_ -= (penalty_ + share_ - 1) / share_; }
@@ -70,7 +74,8 @@ class Backoff {
 template <typename System>
 class BasicSpin {
  public:
-  explicit BasicSpin(System system = System()) : system_(std::move(system)) {}
+  BasicSpin() = default;
+  explicit BasicSpin(System system) : system_(std::move(system)) {}
 
   // Looks until `ready`, once at least. Returns false if that took too long: Slept is to be called after the sleep.
   // `waiting_for`: how many others may need a processor meanwhile.
