@@ -1,5 +1,8 @@
 #include "server/rpc/unary_calls.h"
 
+#include <algorithm>
+
+#include "plumbing/check.h"
 #include "server/core/error.h"
 #include "server/rpc/status.h"
 
@@ -16,7 +19,9 @@ void UnaryCalls::NoteRequest(const std::string& peer, size_t bytes) {
   if (const auto frames = connections_->FramesOf(peer)) frames->Add(bytes);
 }
 
-grpc::Status UnaryCalls::Admit(Call* call, const std::string& address, size_t bytes) {
+grpc::Status UnaryCalls::Admit(Call* call, const std::string& address, size_t length) {
+  // An empty answer counts as well, so that an address is known until the last of its answers is forgotten.
+  const size_t bytes = std::max<size_t>(length, 1);
   const auto found = bytes_of_.find(address);
   const size_t of_address = found == bytes_of_.end() ? 0 : found->second;
   // An answer that is longer than the bound goes by itself.
@@ -42,6 +47,7 @@ void UnaryCalls::Forget(Call* call) {
   timers_.erase({unread.due, call});
   bytes_ -= unread.bytes;
   const auto of_address = bytes_of_.find(unread.address);
+  SYNCBN_CHECK(of_address != bytes_of_.end() && of_address->second >= unread.bytes, unread.address);
   of_address->second -= unread.bytes;
   if (of_address->second == 0) bytes_of_.erase(of_address);
   unread_.erase(found);

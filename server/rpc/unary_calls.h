@@ -38,9 +38,9 @@ class UnaryCalls {
   // A request of so many bytes has come of this peer.
   void NoteRequest(const std::string& peer, size_t bytes);
 
-  // Takes note of an answer of so many bytes to a caller at `address`, which is on its way from here on. Returns
+  // Takes note of an answer of `length` bytes to a caller at `address`, which is on its way from here on. Returns
   // RESOURCE_EXHAUSTED (LIMIT_EXCEEDED) if others of the same caller, or of all, are unread and leave no room for it.
-  grpc::Status Admit(Call* call, const std::string& address, size_t bytes);
+  grpc::Status Admit(Call* call, const std::string& address, size_t length);
   // The answer was read, or its call has ended.
   void Forget(Call* call);
 
