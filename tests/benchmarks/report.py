@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from typing import List, Optional, Sequence
 
 
@@ -40,8 +41,12 @@ def provenance(command: str) -> str:
 
 
 def publish(name: str, lines: List[str], output: Optional[pathlib.Path]) -> None:
-    """Prints the lines; puts them between `<!-- begin NAME -->` and `<!-- end NAME -->` of `output`, if given."""
-    text = "\n".join(lines)
+    """Prints the lines; puts them between `<!-- begin NAME -->` and `<!-- end NAME -->` of `output`, if given.
+
+    Wraps those that belong to no table to the width of a page.
+    """
+    wrapped = (line if line.startswith("|") else textwrap.fill(line, 120, break_on_hyphens=False) for line in lines)
+    text = "\n".join(wrapped)
     print(text)
     if output is None:
         return
