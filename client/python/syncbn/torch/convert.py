@@ -10,7 +10,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch.fx.graph_module import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.utils import parametrize
 
 from syncbn import _names
 from syncbn.core import Worker
@@ -26,6 +25,9 @@ _KINDS: Dict[Any, Any] = {
 }
 # Inference alone: they never normalize with a batch's statistics.
 _QUANTIZED = tuple(f"torch.{package}.quantized." for package in ("nn", "ao.nn", "nn.intrinsic", "ao.nn.intrinsic"))
+# Beginnings of the names of classes that torch makes at run time, for parametrizations, fully_shard, and replicate, new and
+# old, and puts over a module's own.
+_PUT_OVER = ("Parametrized", "FSDP", "Replicate", "DDP")
 # Attributes that a synchronized layer has beyond what its own class gives it.
 _OWN = ["worker", "layer", "eps_mode", "numeric", "biased_running_variance", "original_class"]
 _OWN += ["process_group", "_original_process_group"]
@@ -73,24 +75,27 @@ def apply(changes: List[Change]) -> None:
         raise
 
 
-def _beneath(kind: Any) -> Tuple[Any, Optional[Any]]:
-    """A module's class without what torch.nn.utils.parametrize has put over it, and that."""
-    over = None
-    if issubclass(kind, torch.nn.Module) and kind.__name__.startswith("Parametrized") and len(kind.__bases__) == 1:
-        over, kind = kind, kind.__bases__[0]
+def _is_put_over(kind: Any) -> bool:
+    """Returns True for a class that torch has made at run time and put over a module's own."""
+    return kind.__module__.startswith("torch.") and kind.__name__.startswith(_PUT_OVER)
+
+
+def _class_of(module: torch.nn.Module) -> Tuple[Any, List[Any]]:
+    """A module's class without those that torch has put over it, and these, outermost first."""
+    kind: Any = type(module)
+    over = []
+    while _is_put_over(kind):
+        over.append(kind)
+        kind = kind.__bases__[-1]
     return kind, over
 
 
-def _class_of(module: torch.nn.Module) -> Tuple[Any, Optional[Any]]:
-    return _beneath(type(module)) if parametrize.is_parametrized(module) else (type(module), None)
-
-
-def _put_over(kind: Any, over: Optional[Any]) -> Any:
-    """A class with the same parametrizations over another one."""
-    if over is None:
-        return kind
-    namespace = {k: v for k, v in vars(over).items() if k not in ("__dict__", "__weakref__")}
-    return type(over)(over.__name__, (kind,), namespace)
+def _put_over(kind: Any, over: List[Any]) -> Any:
+    """The same classes put over another one."""
+    for outer in reversed(over):
+        namespace = {k: v for k, v in vars(outer).items() if k not in ("__dict__", "__weakref__")}
+        kind = type(outer)(outer.__name__, (*outer.__bases__[:-1], kind), namespace)
+    return kind
 
 
 def _described(module: torch.nn.Module, path: str) -> str:
