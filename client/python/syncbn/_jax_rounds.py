@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,9 @@ try:
 except ImportError:  # Before JAX 0.4.36.
     from jax.core import Primitive
 
-# Errors that callbacks raised, oldest first, until `typed_errors` takes it.
+# Errors that callbacks raised, oldest first, until `typed_errors` takes them.
 _failures: Deque[BaseException] = collections.deque(maxlen=64)
+_failures_lock = threading.Lock()
 
 MAPPED = (
     "syncbn.jax cannot run under pmap, or shard_map over several devices: each device would begin a round of its own. Run "
@@ -46,14 +47,23 @@ def typed_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The first is the root: what fails after it may only follow from it.
-        found = next((f for f in list(_failures) if type(f).__name__ in str(error)), None)
+        found = _take_failure(str(error))
         if found is None and "KeyboardInterrupt" in str(error):  # It came before the callback's first line.
             found = KeyboardInterrupt()
         if found is None or type(error) is type(found):
             raise
-        _failures.clear()
         raise found from error
+
+
+def _take_failure(text: str) -> Optional[BaseException]:
+    """The newest failure that an error of JAX's quotes. Others may be older, or of other threads' programs."""
+    with _failures_lock:
+        for failure in reversed(_failures):
+            name, message = type(failure).__name__, str(failure)
+            if (f"{name}: {message}" if message else name) in text:
+                _failures.remove(failure)
+                return failure
+    return None
 
 
 def _on_host(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -61,7 +71,8 @@ def _on_host(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except BaseException as error:
-        _failures.append(error)
+        with _failures_lock:
+            _failures.append(error)
         raise
 
 

@@ -1,0 +1,48 @@
+"""Errors of rounds under JAX, where several could be meant: an older one, or one of another thread."""
+
+import concurrent.futures
+import threading
+
+import pytest
+
+pytest.importorskip("jax")
+
+import jax
+import jax.numpy as jnp
+
+import syncbn
+import syncbn.jax as sync
+
+
+def normalized(worker, layer, rows):
+    return jax.jit(lambda x: sync.sync_batch_norm(x, layer=layer, worker=worker)[0])(rows)
+
+
+def test_an_error_is_not_an_older_one_that_was_caught_outside(master):
+    bad = jnp.full((3, 2), jnp.nan)
+    with syncbn.Worker(master.target, "jax older errors", 0, 1) as worker:
+        with pytest.raises(RuntimeError, match="NotFinite"):
+            jax.block_until_ready(normalized(worker, "first", bad))
+        with pytest.raises(syncbn.NotFinite) as caught, sync.typed_errors():
+            jax.block_until_ready(normalized(worker, "second", bad))
+    assert caught.value.layer == "second"
+
+
+def test_errors_of_workers_on_threads_are_typed_on_each(master):
+    met = threading.Barrier(2, timeout=60)
+
+    def run(rank):
+        layer = f"layer {rank}"
+        with syncbn.Worker(master.target, f"jax threads {rank}", 0, 1) as worker:
+            try:
+                with sync.typed_errors():
+                    try:
+                        jax.block_until_ready(normalized(worker, layer, jnp.full((3, 2), jnp.nan)))
+                    finally:
+                        met.wait()  # Both have failed.
+            except syncbn.NotFinite as error:
+                return error.layer == layer
+        return False
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [True, True]
