@@ -65,11 +65,14 @@ def main() -> None:
     parser.add_argument("other", type=pathlib.Path, help="a checkout in which both programs are built")
     parser.add_argument("--workers", type=numbers, default=[2, 4, 8], help="2,4,8")
     parser.add_argument("--channels", type=numbers, default=[256, 2048], help="256,2048")
+    parser.add_argument("--transports", default=f"{rounds.TCP},{rounds.UNIX}", help="of TCP, unix and memory")
     parser.add_argument("--teams", type=int, default=5, help="how often all processes are started anew")
     parser.add_argument("--repeats", type=int, default=4, help="blocks of each build and size for each start")
     parser.add_argument("--rounds", type=int, default=200, help="rounds in a block")
     options = parser.parse_args()
-    names = [rounds.TCP, rounds.UNIX]
+    names = options.transports.split(",")
+    if not set(names) <= {rounds.TCP, rounds.UNIX, rounds.MEMORY}:
+        parser.error(f"--transports {options.transports} is not a list of TCP, unix and memory")
     provenance = report.provenance("tests/benchmarks/round/against.py")
     rows = []
     for world_size in options.workers:
