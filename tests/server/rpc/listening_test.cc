@@ -39,8 +39,10 @@ std::string SocketFolder() {
 }
 
 bool CanJoin(const std::string& target, std::shared_ptr<grpc::ChannelCredentials> credentials = nullptr) {
+  // A group of its own: the master may not have noticed yet that the stream before this one has ended.
+  static int groups = 0;
   RawStream stream(Connect(target, std::move(credentials)));
-  return stream.Write(JoinFrame("g", 0, 1)) && stream.Read().has_value();
+  return stream.Write(JoinFrame(absl::StrCat("group-", ++groups), 0, 1)) && stream.Read().has_value();
 }
 
 // ---- Addresses ------------------------------------------------------------------------------------------------------
