@@ -28,9 +28,10 @@ class Host:
         self.inside = ["nsenter", "--preserve-credentials", "-U", "-n", "-t", str(self.process.pid)]
 
     def run(self, *command: str) -> str:
-        """Runs a command in this namespace. Returns: what it prints."""
+        """Runs a command in this namespace. Returns: what it prints. Raises: OSError if it fails."""
         done = subprocess.run([*self.inside, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        if done.returncode != 0:
+            raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
 
     def lose(self, interface: str, match: str = "") -> None:

@@ -27,7 +27,7 @@ def network() -> Iterator[Network]:
     try:
         network = Network(WORLD)
     except OSError as error:
-        pytest.skip(f"this user may not make network namespaces: {error}")
+        pytest.skip(f"hosts cannot be made of network namespaces here: {error}")
     yield network
     network.close()
 
