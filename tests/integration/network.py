@@ -5,9 +5,9 @@ import subprocess
 import time
 from typing import List
 
+from processes import PATIENCE
+
 PROGRAMS = ("unshare", "nsenter", "ip", "nft")
-# Bounds every wait. Nothing takes this long unless it hangs.
-PATIENCE = 60.0
 
 
 class Host:

@@ -9,8 +9,8 @@ import time
 from typing import Any, Callable, Iterator, List
 
 import pytest
-from network import PATIENCE, PROGRAMS, Network
-from processes import Master, WorkerProcess
+from network import PROGRAMS, Network
+from processes import PATIENCE, Master, WorkerProcess
 
 WORLD = 3
 DIRECTIONS = ("to master", "to worker")
@@ -78,7 +78,7 @@ class Site:
             if found is not None:
                 return found
             assert time.monotonic() < end, f"no line {pattern!r} in:\n{self._log.read_text()}"
-            time.sleep(0.1)
+            time.sleep(0.1)  # Between two looks, for a log tells nobody that it has grown.
 
 
 @pytest.fixture

@@ -232,7 +232,7 @@ TEST(CpuHalf, SumsHoldInEveryRange) {
   }
 }
 
-// What reaches a running variance, which is float32: sums in float32 must not add to its rounding.
+// Bounds what reaches a running variance, which is float32: sums in float32 must not add to its rounding.
 TEST(CpuHalf, VarianceIsAsGoodAsFloat32) {
   std::mt19937_64 rng(kSeed + 14);
   for (DataType type : kHalfTypes) {

@@ -20,7 +20,7 @@ struct Bugs {
   SessionBug session = SessionBug::kNone;
 };
 
-// What becomes of the line that describes an event: nothing, it is put into the report, or printed as it happens.
+// Fate of the line that describes an event: it is dropped, put into the report, or printed as it happens.
 enum class Log { kNone, kKeep, kPrint };
 
 // A crash that is asked for, besides what the seed decides.

@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import report  # noqa: E402
 
 WORLD = 3
-# What takes longer is a hang. Recovery takes well under a second on an idle machine.
+# The time after which a wait is a hang. Recovery takes well under a second on an idle machine.
 PATIENCE = 300.0
 TRANSPORTS = {"shared memory": "", "gRPC": "off"}
 VICTIMS = ("masters", "workers", "both")
