@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -90,9 +91,13 @@ class RoundImpl {
     gathered_ = true;
     if (rounds_.size() == 1 && !halves_) return;
     for (const std::shared_ptr<PendingRound>& chunk : rounds_) {
-      whole_.first.insert(whole_.first.end(), chunk->result.first.begin(), chunk->result.first.end());
+      const RoundResult& part = chunk->result;
+      whole_.first.insert(whole_.first.end(), part.first.begin(), part.first.end());
+      whole_.missing_ranks.insert(whole_.missing_ranks.end(), part.missing_ranks.begin(), part.missing_ranks.end());
     }
-    whole_.missing_ranks = rounds_.front()->result.missing_ranks;
+    std::sort(whole_.missing_ranks.begin(), whole_.missing_ranks.end());
+    whole_.missing_ranks.erase(std::unique(whole_.missing_ranks.begin(), whole_.missing_ranks.end()),
+                               whole_.missing_ranks.end());
     if (!halves_) return;
     const auto middle = whole_.first.begin() + static_cast<std::ptrdiff_t>(whole_.first.size() / 2);
     whole_.second.assign(middle, whole_.first.end());

@@ -29,6 +29,8 @@ session::Options OptionsOf(const Worker::Options& options) {
   session.join_timeout = options.join_timeout;
   session.layers = options.layers;
   session.tls = options.tls.enabled();
+  // A sum that lacks a rank's vector lacks all of it, as far as one round can hold it.
+  if (options.missing_policy == MissingPolicy::kProceed) session.chunks.least = session.chunks.most;
   return session;
 }
 

@@ -48,8 +48,8 @@ struct Limits {
   // A forward round whose backward round is required is remembered (its contributors and its count) until that has
   // ended, however old it is. Beyond this many bytes in a group, the oldest are dropped.
   size_t max_awaited_bytes = size_t{64} << 20;
-  // The newest outcomes are kept whatever their size: as many as a client has chunks of a long vector in flight, all of
-  // which it may ask for again after a reconnect.
+  // The newest outcomes are kept whatever their size: as many as a client has of the longest chunks of a vector in
+  // flight, all of which it may ask for again after a reconnect.
   size_t min_retained_outcomes = 4;
   // The same as max_retained_bytes under MISSING_POLICY_WAIT, where workers that restart ask again for the outcomes of
   // a whole step.

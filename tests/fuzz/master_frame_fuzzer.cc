@@ -42,7 +42,7 @@ session::Options SmallOptions() {
   session::Options options;
   options.rank = kRank;
   options.join_timeout = absl::Seconds(5);
-  options.chunk_elements = kChunk;
+  options.chunks = {kChunk, kChunk, /*under_way=*/0};
   return options;
 }
 

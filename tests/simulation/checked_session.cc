@@ -31,7 +31,7 @@ session::Options MakeOptions(const Settings& settings, core::Rank rank) {
   session::Options options;
   options.rank = rank;
   options.join_timeout = settings.join_timeout;
-  options.chunk_elements = kChunkElements;
+  options.chunks = {kChunkElements, kChunkElements, /*under_way=*/0};
   if (!settings.complete_set) return options;
   for (const core::LayerSpec& spec : settings.layers) options.layers.push_back(spec);
   return options;

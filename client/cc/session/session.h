@@ -24,6 +24,7 @@
 #include "absl/time/time.h"
 #include "client/cc/errors.h"
 #include "client/cc/session/attempts.h"
+#include "client/cc/session/chunks.h"
 #include "client/cc/session/declarations.h"
 #include "client/cc/session/frame.h"
 #include "client/cc/session/round_log.h"
@@ -86,8 +87,7 @@ struct Options {
   std::vector<LayerOptions> layers;
   // Streams are encrypted. Only error texts depend on it.
   bool tls = false;
-  // Elements of a summed vector in one contribution: what masters accept by default.
-  size_t chunk_elements = size_t{1} << 20;
+  ChunkLimits chunks;
   LogLimits log;
 };
 
@@ -174,12 +174,11 @@ class Session {
   using MakeContribution = absl::FunctionRef<std::shared_ptr<Contribution>(RoundKey key, size_t begin, size_t length)>;
 
   // Begins a round, to be sent by a later Send. `key.sequence` may be kNextSequence. `length` is that of the caller's
-  // vectors. A sum declares itself, and a long one goes in chunks, whose names are NAME#0, NAME#1 and so on: `make` is
-  // called for each, in order; once for every other round.
-  // *Errors*, with which nothing has begun: FAILED_PRECONDITION if the layer was not declared; OUT_OF_RANGE if
-  // kGreatestSequence has been used and kNextSequence is asked for; ALREADY_EXISTS if a round of this key is pending;
-  // INVALID_ARGUMENT for an empty sum, and for a sum whose name (the longest of its chunks' names) could not be
-  // declared.
+  // vectors. A sum declares itself, and a long one goes in chunks (chunks.h), whose names are NAME#0, NAME#1 and so on:
+  // `make` is called for each, in order; once for every other round. *Errors*, with which nothing has begun:
+  // FAILED_PRECONDITION if the layer was not declared; OUT_OF_RANGE if kGreatestSequence has been used and
+  // kNextSequence is asked for; ALREADY_EXISTS if a round of this key is pending; INVALID_ARGUMENT for an empty sum,
+  // and for a sum whose name could not be declared.
   absl::Status Begin(RoundKey key, size_t length, MakeContribution make);
 
   // Every layer's next sequence, in every phase, becomes `sequence`. *Errors*: INVALID_ARGUMENT beyond
@@ -297,9 +296,10 @@ class Session {
   absl::flat_hash_set<ContributionRef, KeyHash, KeyEqual> pending_;
   std::vector<ContributionRef> unsent_;
   RoundLog log_;
-  bool catching_up_ = false;  // The master of this stream has not been told that all is sent.
-  size_t to_resend_ = 0;      // The number of repeats in unsent_, which go before caught_up.
-  size_t under_way_ = 0;      // Chunks of long vectors that were sent and have no answer.
+  bool catching_up_ = false;       // The master of this stream has not been told that all is sent.
+  size_t to_resend_ = 0;           // The number of repeats in unsent_, which go before caught_up.
+  size_t under_way_ = 0;           // Chunks of long vectors that were sent and have no answer,
+  size_t elements_under_way_ = 0;  // and their elements.
   absl::flat_hash_map<std::string, std::array<uint64_t, 3>> next_sequence_;  // By layer and phase.
   uint64_t first_sequence_ = 0;
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/cc/session/chunks.h"
 #include "client/cc/session/results.h"
 #include "client/cc/session/session.h"
 #include "plumbing/check.h"
@@ -16,9 +17,6 @@
 namespace syncbn::session {
 namespace {
 
-// The most chunks that may be unanswered at a time: 32 MiB. By default masters keep 64 MiB for a worker to read, and
-// the newest 4 results, however large, for one that has to ask again.
-constexpr size_t kChunksUnderWay = 4;
 // Contributions beyond this many bytes go into another frame; masters take frames of 64 MiB by default.
 constexpr size_t kFullFrameBytes = size_t{16} << 20;
 // And beyond as many contributions; masters take 65536 by default.
@@ -139,23 +137,22 @@ absl::Status Session::BeginSum(RoundKey key, size_t length, MakeContribution mak
     return absl::InvalidArgumentError(
         absl::StrCat("vector \"", key.layer, "\" is empty; a sum has at least 1 element"));
   }
-  const bool several = length > options_.chunk_elements;
-  const size_t last = (length - 1) / options_.chunk_elements;
-  const absl::Status named = several ? CheckName(absl::StrCat(key.layer, "#", last)) : CheckName(key.layer);
-  if (!named.ok()) return named;
+  const size_t chunk = ChunkElements(length, options_.chunks);
+  const bool several = length > chunk;
+  if (absl::Status named = CheckName(key.layer); !named.ok()) return named;
   const auto sequence = ResolveSequence(key.layer, key.phase, key.sequence);
   if (!sequence.ok()) return sequence.status();
   key.sequence = *sequence;
   absl::InlinedVector<RoundKey, 1> keys;
-  for (size_t begin = 0; begin < length; begin += options_.chunk_elements) {
+  for (size_t begin = 0; begin < length; begin += chunk) {
     keys.push_back(key);
-    if (several) absl::StrAppend(&keys.back().layer, "#", keys.size() - 1);
+    if (several) keys.back().layer = DerivedName(key.layer, absl::StrCat("#", keys.size() - 1));
     if (pending_.contains(keys.back())) return PendingAlready(keys.back());
   }
   const auto siblings = several ? std::make_shared<size_t>(0) : nullptr;
   for (size_t i = 0; i < keys.size(); ++i) {
-    const size_t begin = i * options_.chunk_elements;
-    const size_t part = std::min(length - begin, options_.chunk_elements);
+    const size_t begin = i * chunk;
+    const size_t part = std::min(length - begin, chunk);
     LayerOptions options;
     const KnownLayer* const before = declarations_.Find(keys[i].layer);
     if (before != nullptr && before->now->options.kind == LayerKind::kSum) {
@@ -252,8 +249,9 @@ void Session::NoteResent(Contribution& contribution) {
 
 bool Session::MustWait(const Contribution& contribution) const {
   // Chunks that were under way on another stream were within the limit there.
-  return !contribution.resent_ && !contribution.ended_ && contribution.siblings_under_way_ != nullptr &&
-         *contribution.siblings_under_way_ > 0 && under_way_ >= kChunksUnderWay && !leaving_.has_value();
+  if (contribution.resent_ || contribution.ended_ || leaving_.has_value()) return false;
+  if (contribution.siblings_under_way_ == nullptr || *contribution.siblings_under_way_ == 0) return false;
+  return under_way_ >= kLeastChunksUnderWay && elements_under_way_ >= options_.chunks.under_way;
 }
 
 void Session::SetUnderWay(Contribution& contribution, bool under_way) {
@@ -262,9 +260,11 @@ void Session::SetUnderWay(Contribution& contribution, bool under_way) {
   if (under_way) {
     ++*contribution.siblings_under_way_;
     ++under_way_;
+    elements_under_way_ += contribution.length_;
   } else {
     --*contribution.siblings_under_way_;
     --under_way_;
+    elements_under_way_ -= contribution.length_;
   }
 }
 

@@ -195,6 +195,25 @@ def _unread_answers(target: Target, seconds: float) -> int:
         worker.close()
 
 
+def _long_sums(target: Target, seconds: float) -> int:
+    command = [sys.executable, str(_HERE / "summing_worker.py"), f"{target[0]}:{target[1]}"]
+    workers = [
+        subprocess.Popen([*command, str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    time.sleep(seconds)
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.close()
+    sent = 0
+    for worker in workers:
+        assert worker.stdout is not None
+        with worker.stdout:
+            sent += int(worker.stdout.read())
+        worker.wait()
+    return sent
+
+
 _BLOCK = wire.header_block(wire.SYNCHRONIZE)
 _OPEN = wire.frame(wire.HEADERS, wire.END_HEADERS, 1, _BLOCK)
 
@@ -223,6 +242,7 @@ ATTACKS: Dict[str, Attack] = {
     "8,192 rounds that expire at once, over and over": _expiry_storm,
     "a round of each of 1,500 layers of 65,536 channels": _many_wide_layers,
     "65,536 promises of 8,192 rounds, 3 times": _blocked_on,
+    "two honest workers that sum 10^6 doubles, over and over": _long_sums,
 }
 
 

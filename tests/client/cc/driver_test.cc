@@ -50,12 +50,13 @@ void Serve(InProcessTransport* transport, const v1::WorkerFrame& frame) {
 // A worker over a transport that the test keeps a pointer to.
 struct Pair {
   explicit Pair(InProcessTransport::Master master, size_t part_bytes = 1 << 20,
-                absl::Duration join_timeout = absl::Seconds(60)) {
+                absl::Duration join_timeout = absl::Seconds(60), MissingPolicy policy = MissingPolicy::kFail) {
     auto owned = std::make_unique<InProcessTransport>(std::move(master), part_bytes);
     transport = owned.get();
     Worker::Options options;
     options.target = "in-process:1";
     options.join_timeout = join_timeout;
+    options.missing_policy = policy;
     auto joined = WorkerInternal::Join(std::move(options), std::move(owned));
     EXPECT_TRUE(joined.ok()) << joined.status();
     if (joined.ok()) worker = *std::move(joined);
@@ -94,6 +95,47 @@ TEST(DriverTest, RoundsNeedNoNetwork) {
     EXPECT_THAT(*sum, ElementsAre(10.0 * i, 20.0));
   }
   EXPECT_EQ(pair.worker->incarnation(), 1u);
+}
+
+TEST(DriverTest, ALongSumGoesInChunksUnlessItMayLackRanks) {
+  std::vector<double> value(40'000), expected(40'000);
+  for (size_t i = 0; i < value.size(); ++i) expected[i] = 10.0 * (value[i] = 0.5 * static_cast<double>(i));
+  for (const MissingPolicy policy : {MissingPolicy::kFail, MissingPolicy::kWait, MissingPolicy::kProceed}) {
+    std::vector<std::string> rounds;
+    const auto serve = [&rounds](InProcessTransport* transport, const v1::WorkerFrame& frame) {
+      for (const auto& contribution : frame.contributions()) rounds.push_back(contribution.key().layer());
+      Serve(transport, frame);
+    };
+    Pair pair(serve, 1 << 20, absl::Seconds(60), policy);
+    const auto sum = pair.Sum("v", value);
+    ASSERT_TRUE(sum.ok()) << sum.status();
+    EXPECT_EQ(*sum, expected);
+    if (policy == MissingPolicy::kProceed) {
+      EXPECT_THAT(rounds, ElementsAre("v")) << "ranks are missing in all of a sum, or in none";
+    } else {
+      EXPECT_THAT(rounds, ElementsAre("v#0", "v#1", "v#2"));
+    }
+  }
+}
+
+TEST(DriverTest, ALongSumLacksTheRanksThatAnyOfItsChunksLacks) {
+  const auto serve = [](InProcessTransport* transport, const v1::WorkerFrame& frame) {
+    if (frame.has_join()) Welcome(transport);
+    for (const v1::Contribution& contribution : frame.contributions()) {
+      v1::MasterFrame answer;
+      v1::RoundResult* const result = answer.add_results();
+      *result->mutable_key() = contribution.key();
+      *result->mutable_vector()->mutable_value() = contribution.vector().value();
+      if (contribution.key().layer() == "v#0") result->add_missing_ranks(7);
+      if (contribution.key().layer() != "v#1") result->add_missing_ranks(3);
+      transport->Send(answer);
+    }
+  };
+  Pair pair(serve);
+  auto round = pair.worker->StartSum("v", Worker::kNextSequence, std::vector<double>(40'000, 1.0));
+  ASSERT_TRUE(round.ok()) << round.status();
+  ASSERT_TRUE(round->Wait().ok());
+  EXPECT_THAT(round->result().missing_ranks, ElementsAre(3, 7));
 }
 
 TEST(DriverTest, AFrameMayArriveInParts) {

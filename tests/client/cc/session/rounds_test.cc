@@ -8,9 +8,11 @@
 #include <vector>
 
 #include "client/cc/errors.h"
+#include "client/cc/session/chunks.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/client/cc/session/session_harness.h"
+#include "vocabulary/derived_name.h"
 
 namespace syncbn::session {
 namespace {
@@ -34,7 +36,7 @@ class RoundsTest : public ::testing::Test {
 
   static Options InChunksOfOne() {
     Options options;
-    options.chunk_elements = 1;
+    options.chunks = {/*least=*/1, /*most=*/1, /*under_way=*/0};
     return options;
   }
 
@@ -190,8 +192,6 @@ TEST_F(RoundsTest, WhatCannotBeginIsRefused) {
   }
   code_of({"bn\xff", 0, Phase::kSum}, 1);
   EXPECT_EQ(harness_.last_status.message(), "a layer's name is not UTF-8: \"bn\\xff\"");
-  EXPECT_EQ(code_of({std::string(254, 'x'), 0, Phase::kSum}, (size_t{1} << 20) + 1), absl::StatusCode::kInvalidArgument)
-      << "the names of its chunks are too long";
   ASSERT_NE(harness_.Sum("v", 3, 7), nullptr);
   EXPECT_EQ(code_of({"v", 7, Phase::kSum}, 3), absl::StatusCode::kAlreadyExists);
   EXPECT_THAT(harness_.SendAndWrite(), SizeIs(6)) << "a refusal has begun nothing";
@@ -265,6 +265,40 @@ TEST_F(RoundsTest, ALongVectorDoesNotGoFasterThanItsAnswersCome) {
   harness_.Answer("v#0", 0);
   harness_.Answer("v#2", 0);
   EXPECT_THAT(Rounds(harness_.SendAndWrite()), ElementsAre("v#5/0", "v#6/0"));
+}
+
+TEST(ChunksTest, TheLengthsAreTheProtocols) {
+  // The table of PROTOCOL.md, section 4, and what lies on either side of its steps.
+  const std::pair<size_t, size_t> lengths_and_chunks[] = {
+      {1, 16384},           {16385, 16384},       {2097152, 16384},       {2097153, 32768},
+      {4194304, 32768},     {4194305, 65536},     {67108864, 524288},     {67108865, 1048576},
+      {134217728, 1048576}, {134217729, 1048576}, {10000000000, 1048576},
+  };
+  for (const auto& [length, chunk] : lengths_and_chunks) {
+    EXPECT_EQ(ChunkElements(length, ChunkLimits()), chunk) << length;
+  }
+}
+
+TEST(ChunksTest, OfShortOnesSoManyAreUnderWayAsMastersKeep) {
+  Options options;
+  options.chunks = {/*least=*/10, /*most=*/10, /*under_way=*/60};
+  Harness harness{options};
+  harness.Join();
+  harness.Sum("v", 95);
+  EXPECT_THAT(Rounds(harness.SendAndWrite()), SizeIs(6));
+  harness.Answer("v#0", 0);
+  harness.Answer("v#1", 0);
+  EXPECT_THAT(Rounds(harness.SendAndWrite()), ElementsAre("v#6/0", "v#7/0"));
+  harness.Answer("v#2", 0);
+  harness.Answer("v#3", 0);
+  EXPECT_THAT(Rounds(harness.SendAndWrite()), ElementsAre("v#8/0", "v#9/0")) << "the last has 5";
+}
+
+TEST_F(RoundsTest, TheNamesOfChunksHaveAtMost255Bytes) {
+  const std::string name(254, 'x');
+  harness_.Sum(name, 2);
+  EXPECT_THAT(Rounds(harness_.SendAndWrite()),
+              ElementsAre(absl::StrCat(DerivedName(name, "#0"), "/0"), absl::StrCat(DerivedName(name, "#1"), "/0")));
 }
 
 TEST_F(RoundsTest, TheFirstChunkOfAnotherVectorMayAlwaysGo) {
