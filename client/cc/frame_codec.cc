@@ -7,9 +7,9 @@
 #include <optional>
 #include <string>
 
-#include "absl/strings/str_join.h"
 #include "client/cc/contribution.h"
 #include "client/cc/errors.h"
+#include "plumbing/byte_pieces.h"
 #include "plumbing/check.h"
 #include "plumbing/duration.h"
 #include "plumbing/messages.h"
@@ -183,7 +183,7 @@ bool ReadVector(const WireReader& field, std::vector<double>* vector) {
   return true;
 }
 
-bool ReadVectorResult(absl::string_view bytes, session::Outcome* outcome) {
+bool ReadVectorResult(const BytePieces& bytes, session::Outcome* outcome) {
   WireReader fields(bytes);
   while (fields.NextInOrder()) {
     if (fields.number() != v1::MergedVector::kValueFieldNumber || !ReadVector(fields, &outcome->result.first)) {
@@ -194,7 +194,7 @@ bool ReadVectorResult(absl::string_view bytes, session::Outcome* outcome) {
 }
 
 // Reads v1::MergedMoments, or v1::MergedGradientSums, which have the same first three fields and no others.
-bool ReadTwoVectors(absl::string_view bytes, session::Outcome* outcome) {
+bool ReadTwoVectors(const BytePieces& bytes, session::Outcome* outcome) {
   static_assert(int{v1::MergedMoments::kCountFieldNumber} == int{v1::MergedGradientSums::kCountFieldNumber});
   static_assert(int{v1::MergedMoments::kMeanFieldNumber} == int{v1::MergedGradientSums::kSumDyFieldNumber});
   static_assert(int{v1::MergedMoments::kVarFieldNumber} == int{v1::MergedGradientSums::kSumDyXmuFieldNumber});
@@ -241,7 +241,7 @@ bool ReadOutcomeField(const WireReader& field, session::Outcome* outcome) {
   }
 }
 
-bool ReadOutcome(absl::string_view bytes, session::Outcome* outcome) {
+bool ReadOutcome(const BytePieces& bytes, session::Outcome* outcome) {
   WireReader fields(bytes);
   if (!fields.NextInOrder() || fields.number() != v1::RoundResult::kKeyFieldNumber ||
       fields.type() != WireType::kBytes || !wire::ReadRoundKey(fields.bytes(), &outcome->key)) {
@@ -256,7 +256,7 @@ bool ReadOutcome(absl::string_view bytes, session::Outcome* outcome) {
 }
 
 // Reads a frame of outcomes alone.
-bool ReadOutcomes(absl::string_view bytes, std::vector<session::Outcome>* outcomes) {
+bool ReadOutcomes(const BytePieces& bytes, std::vector<session::Outcome>* outcomes) {
   WireReader fields(bytes);
   while (fields.Next()) {
     if (fields.number() != v1::MasterFrame::kResultsFieldNumber || fields.type() != WireType::kBytes ||
@@ -265,13 +265,6 @@ bool ReadOutcomes(absl::string_view bytes, std::vector<session::Outcome>* outcom
     }
   }
   return fields.well_formed();
-}
-
-// Returns the parts as one, in `copy` unless they are one already.
-absl::string_view Join(absl::Span<const absl::string_view> parts, std::string* copy) {
-  if (parts.size() == 1) return parts.front();
-  *copy = absl::StrJoin(parts, "");
-  return *copy;
 }
 
 }  // namespace
@@ -306,11 +299,12 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
 }
 
 absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> parts) {
-  std::string copy;
-  const absl::string_view bytes = Join(parts, &copy);
+  const BytePieces pieces(parts);
   session::ServerFrame frame;
-  if (ReadOutcomes(bytes, &frame.outcomes)) return frame;
+  if (ReadOutcomes(pieces, &frame.outcomes)) return frame;
   frame.outcomes.clear();
+  std::string copy;
+  const absl::string_view bytes = pieces.Join(&copy);
   FrameArena arena;
   auto* const message = arena.Create<v1::MasterFrame>();
   if (!message->ParseFromArray(bytes.data(), static_cast<int>(bytes.size()))) {

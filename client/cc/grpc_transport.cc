@@ -7,7 +7,7 @@
 #include "client/cc/clock.h"
 #include "client/cc/credentials.h"
 #include "client/cc/errors.h"
-#include "plumbing/check.h"
+#include "plumbing/buffer_pieces.h"
 
 namespace syncbn {
 namespace {
@@ -115,23 +115,10 @@ void GrpcTransport::HandleOperation(Connection::Kind kind, bool ok, absl::Functi
 }
 
 void GrpcTransport::HandleFrame(absl::FunctionRef<void(const Event&)> handle) {
-  const auto view = [](const grpc::Slice& slice) {
-    return absl::string_view(reinterpret_cast<const char*>(slice.begin()), slice.size());
-  };
-  grpc::ByteBuffer* const incoming = connection_->incoming();
-  grpc::Slice slice;
-  if (incoming->TrySingleSlice(&slice).ok()) {
-    incoming->Clear();
-    const absl::string_view whole = view(slice);
-    return handle({Event::Kind::kFrame, absl::MakeConstSpan(&whole, 1)});
-  }
-  std::vector<grpc::Slice> slices;
-  SYNCBN_CHECK(incoming->Dump(&slices).ok(), "a frame that gRPC has read cannot be read");
-  incoming->Clear();
-  std::vector<absl::string_view> views;
-  views.reserve(slices.size());
-  for (const grpc::Slice& part : slices) views.push_back(view(part));
-  handle({Event::Kind::kFrame, views});
+  grpc::ByteBuffer frame;
+  frame.Swap(connection_->incoming());
+  const BufferPieces parts(&frame);
+  handle({Event::Kind::kFrame, parts.pieces()});
 }
 
 void GrpcTransport::Wake() {

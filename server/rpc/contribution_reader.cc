@@ -32,14 +32,14 @@ PayloadFields FieldsOf(core::Phase phase) {
   return {};
 }
 
-absl::Span<const double> CopyVector(absl::string_view packed, Arena* arena) {
+absl::Span<const double> CopyVector(const BytePieces& packed, Arena* arena) {
   const size_t size = packed.size() / sizeof(double);
   auto* const values = Arena::CreateArray<double>(arena, size);
   wire::CopyDoubles(packed, values);
   return {values, size};
 }
 
-bool ReadPayload(absl::string_view bytes, const PayloadFields& numbers, Arena* arena, core::Contribution* read) {
+bool ReadPayload(const BytePieces& bytes, const PayloadFields& numbers, Arena* arena, core::Contribution* read) {
   const bool moments = numbers.payload == v1::Contribution::kMomentsFieldNumber;
   WireReader fields(bytes);
   while (fields.NextInOrder()) {
@@ -62,7 +62,7 @@ bool ReadPayload(absl::string_view bytes, const PayloadFields& numbers, Arena* a
 
 }  // namespace
 
-bool ReadContribution(absl::string_view bytes, Arena* arena, core::Contribution* contribution) {
+bool ReadContribution(const BytePieces& bytes, Arena* arena, core::Contribution* contribution) {
   WireReader fields(bytes);
   core::Contribution read;
   const bool has_key = fields.NextInOrder() && fields.number() == v1::Contribution::kKeyFieldNumber &&

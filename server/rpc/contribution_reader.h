@@ -3,8 +3,8 @@
 #ifndef SYNCBN_SERVER_RPC_CONTRIBUTION_READER_H_
 #define SYNCBN_SERVER_RPC_CONTRIBUTION_READER_H_
 
-#include "absl/strings/string_view.h"
 #include "google/protobuf/arena.h"
+#include "plumbing/byte_pieces.h"
 #include "server/core/types.h"
 
 namespace syncbn::rpc {
@@ -14,7 +14,7 @@ namespace syncbn::rpc {
 //
 // Returns false, and changes nothing, for a contribution in another form, or with a payload that is not of its phase:
 // protobuf is to read it, or to tell what is wrong.
-bool ReadContribution(absl::string_view bytes, google::protobuf::Arena* arena, core::Contribution* contribution);
+bool ReadContribution(const BytePieces& bytes, google::protobuf::Arena* arena, core::Contribution* contribution);
 
 }  // namespace syncbn::rpc
 

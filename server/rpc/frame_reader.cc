@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <utility>
 
@@ -20,7 +19,6 @@ namespace {
 
 using google::protobuf::Descriptor;
 using google::protobuf::FieldDescriptor;
-using google::protobuf::io::CodedInputStream;
 
 // Limits on the fields of one of our messages, nested ones included: enough for what a worker has reason to send, and
 // for what a later version might add.
@@ -32,32 +30,13 @@ constexpr size_t kHarmlessBytes = 1024;
 
 core::Error NotAFrame() { return core::MalformedError("the frame is not a syncbn.v1.WorkerFrame"); }
 
-WireType TypeOf(uint32_t tag) { return static_cast<WireType>(tag & 7); }
-
-bool SkipValue(CodedInputStream& input, WireType type) {
-  uint64_t value = 0;
-  uint32_t length = 0;
-  switch (type) {
-    case WireType::kVarint:
-      return input.ReadVarint64(&value);
-    case WireType::kFixed64:
-      return input.Skip(8);
-    case WireType::kFixed32:
-      return input.Skip(4);
-    case WireType::kBytes:
-      return input.ReadVarint32(&length) && length <= static_cast<uint32_t>(std::numeric_limits<int>::max()) &&
-             input.Skip(static_cast<int>(length));
-  }
-  return false;  // Groups, which no message of ours has.
-}
-
 // Counts what parsing a message would allocate.
 class FieldCounter {
  public:
   explicit FieldCounter(size_t most_messages) : most_messages_(most_messages) {}
 
   // Returns the limit that the message exceeds, if it exceeds one.
-  std::optional<core::Error> Count(absl::string_view message, const Descriptor& type) {
+  std::optional<core::Error> Count(const BytePieces& message, const Descriptor& type) {
     WireReader fields(message);
     while (fields.Next()) {
       const FieldDescriptor* const field = type.FindFieldByNumber(static_cast<int>(fields.number()));
@@ -105,93 +84,53 @@ std::optional<core::Error> Parse(absl::string_view piece, size_t most_messages, 
   return std::nullopt;
 }
 
-// Returns the next `length` bytes, in `copy` if they are not contiguous; nothing if there are fewer.
-std::optional<absl::string_view> ReadPiece(CodedInputStream& input, int length, std::string& copy) {
-  const void* data = nullptr;
-  int available = 0;
-  if (length == 0) return absl::string_view();
-  if (input.GetDirectBufferPointer(&data, &available) && available >= length) {
-    if (!input.Skip(length)) return std::nullopt;
-    return absl::string_view(static_cast<const char*>(data), static_cast<size_t>(length));
-  }
-  if (!input.ReadString(&copy, length)) return std::nullopt;
-  return copy;
-}
-
 bool IsContribution(int number) {
   return number == v1::WorkerFrame::kContributionsFieldNumber || number == v1::WorkerFrame::kRepeatsFieldNumber;
 }
 
-bool IsNumber(int number) {
-  return number == v1::WorkerFrame::kCaughtUpFieldNumber || number == v1::WorkerFrame::kLeftRanksFieldNumber ||
-         number == v1::WorkerFrame::kMembershipReadFieldNumber;
-}
-
-// Reads the length of the frame's field that `tag` begins. The number is 0 for an unknown field, which is skipped.
-// Returns nothing if the frame is malformed.
-struct FieldHead {
-  int number = 0;  // 0 for an unknown field.
-  int length = 0;
-};
-std::optional<FieldHead> ReadHead(CodedInputStream& input, uint32_t tag) {
-  FieldHead head;
+// Returns the number of the frame's field that the reader is at; 0 for one that protobuf does not know either, such as
+// a number in place of a message.
+int NumberOf(const WireReader& field) {
   static const Descriptor& type = *v1::WorkerFrame::descriptor();
-  const int number = static_cast<int>(tag >> 3);
-  if (TypeOf(tag) != WireType::kBytes || type.FindFieldByNumber(number) == nullptr) {
-    if (!SkipValue(input, TypeOf(tag))) return std::nullopt;
-    return head;
-  }
-  uint32_t length = 0;
-  if (!input.ReadVarint32(&length) || length > static_cast<uint32_t>(std::numeric_limits<int>::max())) {
-    return std::nullopt;
-  }
-  head.number = number;
-  head.length = static_cast<int>(length);
-  return head;
+  const FieldDescriptor* const known = type.FindFieldByNumber(static_cast<int>(field.number()));
+  if (known == nullptr) return 0;
+  const bool message = known->message_type() != nullptr;
+  const bool as_bytes = field.type() == WireType::kBytes && (message || known->is_repeated());
+  const bool as_number = field.type() == WireType::kVarint && !message;
+  return as_bytes || as_number ? known->number() : 0;
 }
 
 }  // namespace
 
 FrameReader::FrameReader(grpc::ByteBuffer&& frame, const core::Limits& limits) : limits_(limits) {
   frame_.Swap(&frame);
+  pieces_.emplace(&frame_);
 }
 
 // The frame is read twice: here for everything but the contributions, and by Next for these.
 std::optional<core::Error> FrameReader::Open() {
-  grpc::ProtoBufferReader bytes(&frame_);
-  Input input(&bytes);
   v1::Join join;
   v1::Leave leave;
   std::string copy;
   size_t unknown = 0;
   std::optional<core::Error> error;
-  while (const uint32_t tag = input.ReadTag()) {
-    if (TypeOf(tag) == WireType::kVarint && IsNumber(static_cast<int>(tag >> 3))) {
-      uint64_t value = 0;
-      if (!input.ReadVarint64(&value)) return NotAFrame();
-      error = TakeNumber(static_cast<int>(tag >> 3), value);
-      if (error.has_value()) return error;
-      continue;
-    }
-    const std::optional<FieldHead> head = ReadHead(input, tag);
-    if (!head.has_value()) return NotAFrame();
-    if (head->number == 0) {
+  WireReader fields(pieces_->bytes());
+  while (fields.Next()) {
+    const int number = NumberOf(fields);
+    if (number == 0) {
       if (++unknown > kMostUnknownFields) {
         return core::MalformedError(absl::StrCat("the frame has more than ", kMostUnknownFields, " unknown fields"));
       }
-      continue;
-    }
-    if (IsContribution(head->number)) {
+    } else if (fields.type() == WireType::kVarint) {
+      error = TakeNumber(number, fields.integer());
+    } else if (IsContribution(number)) {
       if (++contributions_ > limits_.max_rounds_in_frame) return TooManyRounds();
-      if (!input.Skip(head->length)) return NotAFrame();
-      continue;
+    } else {
+      error = TakePiece(number, fields.bytes().Join(&copy), &join, &leave);
     }
-    const std::optional<absl::string_view> piece = ReadPiece(input, head->length, copy);
-    if (!piece.has_value()) return NotAFrame();
-    error = TakePiece(head->number, *piece, &join, &leave);
     if (error.has_value()) return error;
   }
-  if (!input.ConsumedEntireMessage()) return NotAFrame();
+  if (!fields.well_formed()) return NotAFrame();
   if (head_.join.has_value()) error = FromProto(join, &*head_.join);
   if (error.has_value()) return error;
   if (head_.leave.has_value()) head_.leave = leave.reason();
@@ -272,66 +211,53 @@ std::optional<core::Error> FrameReader::TakeRank(core::Rank rank) {
 }
 
 std::optional<core::Error> FrameReader::TakeRanks(absl::string_view packed) {
-  CodedInputStream input(reinterpret_cast<const uint8_t*>(packed.data()), static_cast<int>(packed.size()));
-  const CodedInputStream::Limit whole = input.PushLimit(static_cast<int>(packed.size()));
-  while (input.BytesUntilLimit() > 0) {
-    uint32_t rank = 0;
-    if (!input.ReadVarint32(&rank)) return NotAFrame();
-    if (auto error = TakeRank(rank)) return error;
+  while (!packed.empty()) {
+    uint64_t rank = 0;
+    if (!TakeVarint(&packed, &rank)) return NotAFrame();
+    if (auto error = TakeRank(static_cast<core::Rank>(rank))) return error;
   }
-  input.PopLimit(whole);
   return std::nullopt;
 }
 
-std::optional<int> FrameReader::FindContribution() {
-  while (const uint32_t tag = input_->ReadTag()) {
-    const std::optional<FieldHead> head = ReadHead(*input_, tag);
-    if (!head.has_value()) return std::nullopt;
-    if (IsContribution(head->number)) {
-      pending_repeats_ = head->number == v1::WorkerFrame::kRepeatsFieldNumber;
-      return head->length;
-    }
-    if (head->number != 0 && !input_->Skip(head->length)) return std::nullopt;
+bool FrameReader::FindContribution() {
+  while (fields_->Next()) {
+    if (IsContribution(NumberOf(*fields_))) return true;
   }
-  return std::nullopt;
+  return false;
 }
 
 std::optional<core::Error> FrameReader::Next(const SliceLimits& slice, google::protobuf::Arena* arena,
                                              core::FrameReceived* event) {
   constexpr size_t kMessagesOfAContribution = 8;
-  if (!begun_) {
-    bytes_.emplace(&frame_);
-    input_.emplace(&*bytes_);
+  if (!begun()) {
+    fields_.emplace(pieces_->bytes());
     event->join = std::move(head_.join);
     event->layers = std::move(head_.layers);
     event->ended = std::move(head_.ended);
-    begun_ = true;
   }
   event->left_ranks = head_.left_ranks;
   std::string copy;
   size_t bytes = 0;
   event->contributions.reserve(std::min(slice.contributions, contributions_ - read_));
   while (read_ < contributions_ && event->contributions.size() < slice.contributions) {
-    if (!pending_length_.has_value()) pending_length_ = FindContribution();
-    if (!pending_length_.has_value()) return NotAFrame();
-    const size_t length = static_cast<size_t>(*pending_length_);
-    if (!event->contributions.empty() && bytes + length > slice.bytes) break;
-    if (length > slice.longest_contribution) {
-      return core::MalformedError(absl::StrCat("a contribution of ", length,
+    pending_ = pending_ || FindContribution();
+    if (!pending_) return NotAFrame();
+    const BytePieces& piece = fields_->bytes();
+    if (!event->contributions.empty() && bytes + piece.size() > slice.bytes) break;
+    if (piece.size() > slice.longest_contribution) {
+      return core::MalformedError(absl::StrCat("a contribution of ", piece.size(),
                                                " bytes is longer than those to the group's layers, ",
                                                "which have at most ", slice.longest_contribution));
     }
-    const std::optional<absl::string_view> piece = ReadPiece(*input_, *pending_length_, copy);
-    pending_length_.reset();
-    if (!piece.has_value()) return NotAFrame();
+    pending_ = false;
     core::Contribution& contribution = event->contributions.emplace_back();
-    if (!ReadContribution(*piece, arena, &contribution)) {
+    if (!ReadContribution(piece, arena, &contribution)) {
       auto* const message = google::protobuf::Arena::CreateMessage<v1::Contribution>(arena);
-      if (auto error = Parse(*piece, kMessagesOfAContribution, message)) return error;
+      if (auto error = Parse(piece.Join(&copy), kMessagesOfAContribution, message)) return error;
       if (auto error = FromProto(*message, &contribution)) return error;
     }
-    contribution.repeats = pending_repeats_;
-    bytes += length;
+    contribution.repeats = fields_->number() == v1::WorkerFrame::kRepeatsFieldNumber;
+    bytes += piece.size();
     ++read_;
   }
   if (done()) {

@@ -10,9 +10,9 @@
 
 #include "absl/strings/string_view.h"
 #include "google/protobuf/arena.h"
-#include "google/protobuf/io/coded_stream.h"
 #include "grpcpp/support/byte_buffer.h"
-#include "grpcpp/support/proto_buffer_reader.h"
+#include "plumbing/buffer_pieces.h"
+#include "plumbing/wire_reader.h"
 #include "server/core/coordinator.h"
 #include "server/core/limits.h"
 #include "syncbn/v1/statistics.pb.h"
@@ -46,7 +46,7 @@ class FrameReader {
   size_t contributions() const { return contributions_; }
   size_t bytes() const { return frame_.Length(); }
   // Returns whether Next was called.
-  bool begun() const { return begun_; }
+  bool begun() const { return fields_.has_value(); }
   // Returns whether Next has read all contributions.
   bool done() const { return read_ == contributions_; }
 
@@ -55,8 +55,6 @@ class FrameReader {
   std::optional<core::Error> Next(const SliceLimits& slice, google::protobuf::Arena* arena, core::FrameReceived* event);
 
  private:
-  using Input = google::protobuf::io::CodedInputStream;
-
   // Adds one of the frame's fields, other than a contribution, to the head or to the messages that it is made of.
   std::optional<core::Error> TakePiece(int number, absl::string_view piece, v1::Join* join, v1::Leave* leave);
   // Takes a field of the frame that is a number, or one of several.
@@ -65,19 +63,17 @@ class FrameReader {
   std::optional<core::Error> TakeRank(core::Rank rank);
   std::optional<core::Error> TakeRanks(absl::string_view packed);
   core::Error TooManyRounds() const;
-  // Moves to the next contribution. Returns its length, or nothing if there is none.
-  std::optional<int> FindContribution();
+  // Moves to the next contribution. Returns false if there is none.
+  bool FindContribution();
 
   const core::Limits& limits_;
   grpc::ByteBuffer frame_;
-  std::optional<grpc::ProtoBufferReader> bytes_;
-  std::optional<Input> input_;
+  std::optional<BufferPieces> pieces_;
+  std::optional<WireReader> fields_;  // Once Next was called.
   core::FrameReceived head_;
   size_t contributions_ = 0;
   size_t read_ = 0;
-  std::optional<int> pending_length_;  // The length of a contribution that was found and did not fit into the slice.
-  bool pending_repeats_ = false;       // It is one of `repeats`.
-  bool begun_ = false;
+  bool pending_ = false;  // `fields_` is at a contribution that did not fit into the slice.
 };
 
 }  // namespace syncbn::rpc

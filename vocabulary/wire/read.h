@@ -4,10 +4,9 @@
 #define SYNCBN_VOCABULARY_WIRE_READ_H_
 
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
-#include "absl/strings/string_view.h"
+#include "plumbing/byte_pieces.h"
 #include "vocabulary/enums.h"
 #include "vocabulary/round_key.h"
 
@@ -18,18 +17,18 @@ namespace syncbn::wire {
 // to counts only after they have returned true.
 
 // Reads a v1::RoundKey, whose phase must be one that is known.
-bool ReadRoundKey(absl::string_view bytes, RoundKey* key);
+bool ReadRoundKey(const BytePieces& bytes, RoundKey* key);
 // Reads the number of a v1::BackwardRole.
 bool ReadBackwardRole(uint64_t number, BackwardRole* role);
 // Reads a packed field of numbers, such as ranks.
-bool ReadNumbers(absl::string_view packed, std::vector<uint32_t>* numbers);
+bool ReadNumbers(const BytePieces& packed, std::vector<uint32_t>* numbers);
 
 // Returns whether the bytes can be a packed field of doubles.
-inline bool AreDoubles(absl::string_view packed) { return packed.size() % sizeof(double) == 0; }
+inline bool AreDoubles(const BytePieces& packed) { return packed.size() % sizeof(double) == 0; }
 // Copies a packed field of doubles, of which there are packed.size() / sizeof(double).
-inline void CopyDoubles(absl::string_view packed, double* to) {
+inline void CopyDoubles(const BytePieces& packed, double* to) {
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-  if (!packed.empty()) std::memcpy(to, packed.data(), packed.size());
+  packed.CopyTo(to);
 }
 
 }  // namespace syncbn::wire

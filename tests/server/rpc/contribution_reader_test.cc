@@ -68,11 +68,14 @@ void ExpectEqual(const core::Contribution& a, const core::Contribution& b) {
   EXPECT_EQ(Bytes(a.second), Bytes(b.second));
 }
 
-// Expects what protobuf reads from the bytes, if they are read at all. Returns whether they are.
-bool ReadAsProtobuf(const std::string& bytes) {
+// Expects what protobuf reads from the bytes, if they are read at all. Returns whether they are. The bytes are in
+// three pieces.
+bool ReadAsProtobuf(const std::string& bytes, size_t cut = 0, size_t second_cut = 0) {
+  const absl::string_view all = bytes;
+  const absl::string_view pieces[] = {all.substr(0, cut), all.substr(cut, second_cut - cut), all.substr(second_cut)};
   Arena arena;
   core::Contribution read;
-  if (!ReadContribution(bytes, &arena, &read)) {
+  if (!ReadContribution(BytePieces(pieces), &arena, &read)) {
     EXPECT_TRUE(read.key == core::RoundKey() && read.first.empty()) << "changed, though it is not read";
     return false;
   }
@@ -89,6 +92,17 @@ TEST(ContributionReaderTest, ReadsWhatSerializersWrite) {
   for (int i = 0; i < 300; ++i) {
     const v1::Contribution contribution = Draw(random);
     EXPECT_TRUE(ReadAsProtobuf(contribution.SerializeAsString())) << contribution.ShortDebugString();
+  }
+}
+
+TEST(ContributionReaderTest, ReadsThemWhereverTheyAreCut) {
+  std::mt19937 random(3);
+  for (int i = 0; i < 100; ++i) {
+    const std::string bytes = Draw(random).SerializeAsString();
+    for (size_t cut = 0; cut <= bytes.size(); cut += 1 + random() % 8) {
+      const size_t second = cut + random() % (bytes.size() - cut + 1);
+      ASSERT_TRUE(ReadAsProtobuf(bytes, cut, second)) << cut << " " << second;
+    }
   }
 }
 
@@ -112,7 +126,8 @@ TEST(ContributionReaderTest, AgreesWithProtobufOnDamagedBytes) {
       default:
         bytes += Draw(random).SerializeAsString();
     }
-    read += ReadAsProtobuf(bytes) ? 1 : 0;
+    const size_t cut = random() % (bytes.size() + 1);
+    read += ReadAsProtobuf(bytes, cut, cut) ? 1 : 0;
   }
   EXPECT_GT(read, 100) << "damage within numbers does not show";
   EXPECT_LT(read, 10000);
