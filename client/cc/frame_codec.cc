@@ -176,17 +176,17 @@ session::Outcome FromProto(v1::RoundResult* message) {
 // All of these return false for what is malformed or in another form than serializers write: see
 // vocabulary/wire/read.h.
 
-bool ReadVector(const WireReader& field, std::vector<double>* vector) {
+bool ReadVector(const WireReader& field, VectorPool* spare, std::vector<double>* vector) {
   if (field.type() != WireType::kBytes || !wire::AreDoubles(field.bytes())) return false;
-  vector->resize(field.bytes().size() / sizeof(double));
+  *vector = spare->Take(field.bytes().size() / sizeof(double));
   wire::CopyDoubles(field.bytes(), vector->data());
   return true;
 }
 
-bool ReadVectorResult(const BytePieces& bytes, session::Outcome* outcome) {
+bool ReadVectorResult(const BytePieces& bytes, VectorPool* spare, session::Outcome* outcome) {
   WireReader fields(bytes);
   while (fields.NextInOrder()) {
-    if (fields.number() != v1::MergedVector::kValueFieldNumber || !ReadVector(fields, &outcome->result.first)) {
+    if (fields.number() != v1::MergedVector::kValueFieldNumber || !ReadVector(fields, spare, &outcome->result.first)) {
       return false;
     }
   }
@@ -194,7 +194,7 @@ bool ReadVectorResult(const BytePieces& bytes, session::Outcome* outcome) {
 }
 
 // Reads v1::MergedMoments, or v1::MergedGradientSums, which have the same first three fields and no others.
-bool ReadTwoVectors(const BytePieces& bytes, session::Outcome* outcome) {
+bool ReadTwoVectors(const BytePieces& bytes, VectorPool* spare, session::Outcome* outcome) {
   static_assert(int{v1::MergedMoments::kCountFieldNumber} == int{v1::MergedGradientSums::kCountFieldNumber});
   static_assert(int{v1::MergedMoments::kMeanFieldNumber} == int{v1::MergedGradientSums::kSumDyFieldNumber});
   static_assert(int{v1::MergedMoments::kVarFieldNumber} == int{v1::MergedGradientSums::kSumDyXmuFieldNumber});
@@ -206,9 +206,9 @@ bool ReadTwoVectors(const BytePieces& bytes, session::Outcome* outcome) {
     if (fields.number() == v1::MergedMoments::kCountFieldNumber && integer) {
       result.count = static_cast<int64_t>(fields.integer());
     } else if (fields.number() == v1::MergedMoments::kMeanFieldNumber) {
-      if (!ReadVector(fields, &result.first)) return false;
+      if (!ReadVector(fields, spare, &result.first)) return false;
     } else if (fields.number() == v1::MergedMoments::kVarFieldNumber) {
-      if (!ReadVector(fields, &result.second)) return false;
+      if (!ReadVector(fields, spare, &result.second)) return false;
     } else if (moments && fields.number() == v1::MergedMoments::kBackwardRequiredFieldNumber && integer) {
       result.backward_required = fields.integer() != 0;
     } else if (!moments || fields.number() != v1::MergedMoments::kAbstainingRanksFieldNumber ||
@@ -220,17 +220,17 @@ bool ReadTwoVectors(const BytePieces& bytes, session::Outcome* outcome) {
 }
 
 // Reads what a v1::RoundResult has beside its key.
-bool ReadOutcomeField(const WireReader& field, session::Outcome* outcome) {
+bool ReadOutcomeField(const WireReader& field, VectorPool* spare, session::Outcome* outcome) {
   switch (field.number()) {
     case v1::RoundResult::kMomentsFieldNumber:
       outcome->payload = Phase::kForward;
-      return field.type() == WireType::kBytes && ReadTwoVectors(field.bytes(), outcome);
+      return field.type() == WireType::kBytes && ReadTwoVectors(field.bytes(), spare, outcome);
     case v1::RoundResult::kGradientSumsFieldNumber:
       outcome->payload = Phase::kBackward;
-      return field.type() == WireType::kBytes && ReadTwoVectors(field.bytes(), outcome);
+      return field.type() == WireType::kBytes && ReadTwoVectors(field.bytes(), spare, outcome);
     case v1::RoundResult::kVectorFieldNumber:
       outcome->payload = Phase::kSum;
-      return field.type() == WireType::kBytes && ReadVectorResult(field.bytes(), outcome);
+      return field.type() == WireType::kBytes && ReadVectorResult(field.bytes(), spare, outcome);
     case v1::RoundResult::kMissingRanksFieldNumber:
       return field.type() == WireType::kBytes && wire::ReadNumbers(field.bytes(), &outcome->result.missing_ranks);
     case v1::RoundResult::kDigestFieldNumber:
@@ -241,7 +241,7 @@ bool ReadOutcomeField(const WireReader& field, session::Outcome* outcome) {
   }
 }
 
-bool ReadOutcome(const BytePieces& bytes, session::Outcome* outcome) {
+bool ReadOutcome(const BytePieces& bytes, VectorPool* spare, session::Outcome* outcome) {
   WireReader fields(bytes);
   if (!fields.NextInOrder() || fields.number() != v1::RoundResult::kKeyFieldNumber ||
       fields.type() != WireType::kBytes || !wire::ReadRoundKey(fields.bytes(), &outcome->key)) {
@@ -250,17 +250,17 @@ bool ReadOutcome(const BytePieces& bytes, session::Outcome* outcome) {
   int payloads = 0;
   while (fields.NextInOrder()) {
     payloads += fields.number() <= v1::RoundResult::kVectorFieldNumber ? 1 : 0;
-    if (payloads != 1 || !ReadOutcomeField(fields, outcome)) return false;
+    if (payloads != 1 || !ReadOutcomeField(fields, spare, outcome)) return false;
   }
   return fields.well_formed() && payloads == 1;
 }
 
 // Reads a frame of outcomes alone.
-bool ReadOutcomes(const BytePieces& bytes, std::vector<session::Outcome>* outcomes) {
+bool ReadOutcomes(const BytePieces& bytes, VectorPool* spare, std::vector<session::Outcome>* outcomes) {
   WireReader fields(bytes);
   while (fields.Next()) {
     if (fields.number() != v1::MasterFrame::kResultsFieldNumber || fields.type() != WireType::kBytes ||
-        !ReadOutcome(fields.bytes(), &outcomes->emplace_back())) {
+        !ReadOutcome(fields.bytes(), spare, &outcomes->emplace_back())) {
       return false;
     }
   }
@@ -298,10 +298,10 @@ void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& optio
   parts->push_back(Encode(tail));
 }
 
-absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> parts) {
+absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> parts, VectorPool* spare) {
   const BytePieces pieces(parts);
   session::ServerFrame frame;
-  if (ReadOutcomes(pieces, &frame.outcomes)) return frame;
+  if (ReadOutcomes(pieces, spare, &frame.outcomes)) return frame;
   frame.outcomes.clear();
   std::string copy;
   const absl::string_view bytes = pieces.Join(&copy);

@@ -13,6 +13,7 @@
 #include "client/cc/buffer.h"
 #include "client/cc/session/frame.h"
 #include "client/cc/worker.h"
+#include "plumbing/vector_pool.h"
 
 namespace syncbn {
 
@@ -34,8 +35,9 @@ class EncodedContribution : public session::Contribution {
 void EncodeFrame(const session::ClientFrame& frame, const Worker::Options& options, const std::string& life_key,
                  std::vector<Buffer>* parts);
 
-// Reads a master's frame, which consists of these parts. *Errors*: INTERNAL if it is not a syncbn.v1.MasterFrame.
-absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> parts);
+// Reads a master's frame, which consists of these parts. Takes the memory of results from `spare`, as far as there is
+// any. *Errors*: INTERNAL if it is not a syncbn.v1.MasterFrame.
+absl::StatusOr<session::ServerFrame> DecodeFrame(absl::Span<const absl::string_view> parts, VectorPool* spare);
 
 }  // namespace syncbn
 

@@ -81,7 +81,8 @@ void WorkerImpl::Apply(session::Complete& complete) {
   auto& round = static_cast<PendingRound&>(*complete.contribution);
   SYNCBN_CHECK(!round.done, "a round ends for the second time");
   round.status = std::move(complete.status);
-  if (!round.dropped) round.result = std::move(complete.result);
+  round.result = std::move(complete.result);
+  if (round.dropped) KeepMemory(&round.result);
   round.done = true;
 }
 
@@ -169,7 +170,7 @@ void WorkerImpl::OnFrame(absl::Span<const absl::string_view> bytes) {
   if (absl::Status status = session_.CheckFrameLength(size); !status.ok()) {
     return Apply(session_.OnBadFrame(std::move(status)));
   }
-  absl::StatusOr<session::ServerFrame> frame = DecodeFrame(bytes);
+  absl::StatusOr<session::ServerFrame> frame = DecodeFrame(bytes, &spare_);
   if (!frame.ok()) return Apply(session_.OnBadFrame(frame.status()));
   Apply(session_.OnFrame(*std::move(frame), last_look_));
 }
@@ -376,12 +377,18 @@ bool WorkerImpl::HasOutcome(const PendingRounds& rounds) const {
 
 void WorkerImpl::Drop(const PendingRounds& rounds) {
   if (forked()) return;
-  absl::InlinedVector<RoundResult, 1> results;  // Freed without the lock.
+  absl::InlinedVector<RoundResult, 1> results;  // The rest is freed without the lock.
   absl::MutexLock lock(&mutex_);
   for (const std::shared_ptr<PendingRound>& round : rounds) {
     round->dropped = true;
     results.push_back(std::move(round->result));
+    KeepMemory(&results.back());
   }
+}
+
+void WorkerImpl::KeepMemory(RoundResult* result) {
+  spare_.Keep(std::move(result->first));
+  spare_.Keep(std::move(result->second));
 }
 
 void WorkerImpl::WaitForAny(absl::Span<const PendingRounds* const> rounds, const std::function<bool()>& woken,

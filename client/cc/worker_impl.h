@@ -29,6 +29,7 @@
 #include "client/cc/transport.h"
 #include "client/cc/worker.h"
 #include "plumbing/forked.h"
+#include "plumbing/vector_pool.h"
 
 namespace syncbn {
 
@@ -94,6 +95,9 @@ class WorkerImpl {
  private:
   using State = session::Session::State;
 
+  // The results of the longest layers that models have, twice.
+  static constexpr size_t kMostSpareBytes = size_t{128} << 10;
+
   // ---- Effects
   void Apply(session::Effects&& effects) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Apply(session::FindMaster& find) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);  // Gives the lock up meanwhile.
@@ -121,6 +125,8 @@ class WorkerImpl {
   // Makes the thread that drives the transport, and those that sleep, look at what they wait for.
   void WakeAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   static bool HasEnded(const PendingRounds& rounds);
+  // Takes the memory of a result for those that come, as far as there is room for it.
+  void KeepMemory(RoundResult* result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // ---- Calls
   // Returns OK, or why the worker cannot be used. Notes which thread calls.
@@ -141,6 +147,7 @@ class WorkerImpl {
   bool driving_ ABSL_GUARDED_BY(mutex_) = false;  // A thread is in Transport::Wait, or asks where the master is.
   absl::Time last_look_ ABSL_GUARDED_BY(mutex_);  // When a thread last drove the transport.
   uint64_t interrupts_ ABSL_GUARDED_BY(mutex_) = 0;
+  VectorPool spare_ ABSL_GUARDED_BY(mutex_){kMostSpareBytes};
   std::vector<std::string> notices_ ABSL_GUARDED_BY(mutex_);  // To be logged without the lock.
 
   // Atomic, since a forked child may ask, where the lock may be held for ever.

@@ -17,6 +17,7 @@
 #include "absl/container/btree_set.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "plumbing/vector_pool.h"
 #include "server/core/effects.h"
 #include "server/core/events.h"
 #include "server/core/flight_recorder.h"
@@ -26,7 +27,6 @@
 #include "server/core/pending_round.h"
 #include "server/core/round_statistics.h"
 #include "server/core/types.h"
-#include "server/core/vector_pool.h"
 #include "server/core/views.h"
 
 namespace syncbn::core {

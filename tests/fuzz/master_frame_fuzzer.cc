@@ -17,6 +17,7 @@
 #include "client/cc/frame_codec.h"
 #include "client/cc/session/session.h"
 #include "plumbing/check.h"
+#include "plumbing/vector_pool.h"
 #include "syncbn/v1/statistics.pb.h"
 #include "tests/fuzz/messages.h"
 #include "tests/fuzz/script.h"
@@ -201,7 +202,7 @@ class Client {
     if (absl::Status status = session_.CheckFrameLength(bytes.size()); !status.ok()) {
       return Apply(session_.OnBadFrame(std::move(status)));
     }
-    auto frame = DecodeFrame(parts);
+    auto frame = DecodeFrame(parts, &spare_);
     if (!frame.ok()) return Apply(session_.OnBadFrame(frame.status()));
     Apply(session_.OnFrame(*std::move(frame), now_));
   }
@@ -337,6 +338,7 @@ class Client {
   bool connecting_ = false;
   bool up_ = false;
   bool writing_ = false;
+  VectorPool spare_{size_t{64} << 10};
   bool ended_ = false;
   std::vector<std::shared_ptr<Round>> rounds_;
 };

@@ -60,7 +60,10 @@ void Draw(std::mt19937& random, v1::RoundResult* result) {
   result->set_digest(static_cast<uint64_t>(random()) << (random() % 33));
 }
 
-absl::StatusOr<session::ServerFrame> Decode(absl::string_view bytes) { return DecodeFrame({bytes}); }
+absl::StatusOr<session::ServerFrame> Decode(absl::string_view bytes) {
+  VectorPool none(0);
+  return DecodeFrame({bytes}, &none);
+}
 
 // Has protobuf read the bytes: it ignores a field that it does not know, and nothing else does.
 absl::StatusOr<session::ServerFrame> DecodeByProtobuf(const std::string& bytes) {
@@ -139,12 +142,37 @@ TEST(DecodeFrameTest, PartsAreOneFrame) {
     const std::string bytes = DrawFrame(random);
     const absl::string_view whole = bytes;
     const size_t cut = random() % (whole.size() + 1);
-    const auto frame = DecodeFrame({whole.substr(0, cut), "", whole.substr(cut)});
+    VectorPool spare(10000);
+    for (size_t size = 1; size < 40; size *= 2) spare.Keep(std::vector<double>(size, 7.0));
+    const auto frame = DecodeFrame({whole.substr(0, cut), "", whole.substr(cut)}, &spare);
     const auto expected = Decode(whole);
     ASSERT_TRUE(frame.ok() && expected.ok());
     ASSERT_EQ(frame->outcomes.size(), expected->outcomes.size());
     for (size_t j = 0; j < frame->outcomes.size(); ++j) ExpectEqual(frame->outcomes[j], expected->outcomes[j]);
   }
+}
+
+TEST(DecodeFrameTest, ResultsTakeTheMemoryOfThoseBefore) {
+  v1::MasterFrame message;
+  v1::RoundResult* const result = message.add_results();
+  result->mutable_key()->set_layer("bn");
+  result->mutable_key()->set_phase(v1::PHASE_FORWARD);
+  for (int i = 0; i < 100; ++i) result->mutable_moments()->add_mean(i);
+  for (int i = 0; i < 80; ++i) result->mutable_moments()->add_var(-i);
+  const std::string bytes = message.SerializeAsString();
+  std::vector<double> first(100, 7.0), second(100, 7.0);
+  const double* const memory = second.data();
+  VectorPool spare(10000);
+  spare.Keep(std::move(first));
+  spare.Keep(std::move(second));
+  auto frame = DecodeFrame({bytes}, &spare);
+  ASSERT_TRUE(frame.ok());
+  const RoundResult& read = frame->outcomes.at(0).result;
+  ASSERT_EQ(read.mean().size(), 100u);
+  ASSERT_EQ(read.var().size(), 80u);
+  for (int i = 0; i < 100; ++i) EXPECT_EQ(read.mean()[i], i);
+  for (int i = 0; i < 80; ++i) EXPECT_EQ(read.var()[i], -i);
+  EXPECT_EQ(read.mean().data(), memory);
 }
 
 }  // namespace

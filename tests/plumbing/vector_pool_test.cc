@@ -1,11 +1,11 @@
-#include "server/core/vector_pool.h"
+#include "plumbing/vector_pool.h"
 
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
-namespace syncbn::core {
+namespace syncbn {
 namespace {
 
 using ::testing::ElementsAre;
@@ -23,6 +23,29 @@ TEST(VectorPoolTest, AVectorOfTheSameLengthGetsTheSameMemory) {
   const std::vector<double> third = pool.Copy(std::vector<double>{5.0, 6.0});
   EXPECT_NE(third.data(), memory);
   EXPECT_THAT(second, ElementsAre(3.0, 4.0));
+}
+
+TEST(VectorPoolTest, AVectorToFillHasItsSizeAndTheMemoryOfOneBefore) {
+  VectorPool pool(kMostBytes);
+  std::vector<double> first = pool.Take(6);
+  ASSERT_EQ(first.size(), 6u);
+  const double* const memory = first.data();
+  pool.Keep(std::move(first));
+  std::vector<double> shorter = pool.Take(4);
+  EXPECT_EQ(shorter.size(), 4u);
+  EXPECT_EQ(shorter.data(), memory);
+  pool.Keep(std::move(shorter));
+  const std::vector<double> as_before = pool.Take(6);
+  EXPECT_EQ(as_before.size(), 6u);
+  EXPECT_EQ(as_before.data(), memory);
+}
+
+TEST(VectorPoolTest, AVectorWithoutRoomStaysTheCallers) {
+  VectorPool pool(kMostBytes);
+  std::vector<double> kept(64), left(1, 2.0);
+  pool.Keep(std::move(kept));
+  pool.Keep(std::move(left));
+  EXPECT_THAT(left, ElementsAre(2.0));
 }
 
 // Otherwise short vectors could hold much more memory than anything counts.
@@ -46,4 +69,4 @@ TEST(VectorPoolTest, KeepsNoMoreThanItsBytes) {
 }
 
 }  // namespace
-}  // namespace syncbn::core
+}  // namespace syncbn

@@ -1,7 +1,7 @@
 // Memory of vectors that are no longer needed, for those that come.
 
-#ifndef SYNCBN_SERVER_CORE_VECTOR_POOL_H_
-#define SYNCBN_SERVER_CORE_VECTOR_POOL_H_
+#ifndef SYNCBN_PLUMBING_VECTOR_POOL_H_
+#define SYNCBN_PLUMBING_VECTOR_POOL_H_
 
 #include <cstddef>
 #include <utility>
@@ -9,7 +9,7 @@
 
 #include "absl/types/span.h"
 
-namespace syncbn::core {
+namespace syncbn {
 
 // Rounds follow each other with vectors of the same lengths, and an allocation of some KiB costs more than to fill it.
 //
@@ -21,24 +21,33 @@ class VectorPool {
 
   // Returns a copy of the values.
   std::vector<double> Copy(absl::Span<const double> values) {
-    std::vector<double> copy;
-    if (!spare_.empty() && Fits(spare_.back(), values.size())) {
-      copy = std::move(spare_.back());
-      spare_.pop_back();
-      bytes_ -= BytesOf(copy);
-    }
+    std::vector<double> copy = TakeSpare(values.size());
     copy.assign(values.begin(), values.end());
     return copy;
   }
+  // Returns a vector of that size for the caller to fill: its values may be any.
+  std::vector<double> Take(size_t size) {
+    std::vector<double> vector = TakeSpare(size);
+    vector.resize(size);
+    return vector;
+  }
 
-  // Keeps the vector's memory, if there is room for it.
-  void Keep(std::vector<double> vector) {
+  // Takes the vector, if there is room for its memory; otherwise leaves it to the caller.
+  void Keep(std::vector<double>&& vector) {
     if (vector.capacity() == 0 || bytes_ + BytesOf(vector) > most_bytes_) return;
     bytes_ += BytesOf(vector);
     spare_.push_back(std::move(vector));
   }
 
  private:
+  // Returns an empty vector if there is none that fits.
+  std::vector<double> TakeSpare(size_t size) {
+    if (spare_.empty() || !Fits(spare_.back(), size)) return {};
+    std::vector<double> vector = std::move(spare_.back());
+    spare_.pop_back();
+    bytes_ -= BytesOf(vector);
+    return vector;
+  }
   static size_t BytesOf(const std::vector<double>& vector) { return vector.capacity() * sizeof(double); }
   // A short vector in the memory of a long one would take more than it counts for.
   static bool Fits(const std::vector<double>& spare, size_t size) {
@@ -50,6 +59,6 @@ class VectorPool {
   size_t bytes_ = 0;
 };
 
-}  // namespace syncbn::core
+}  // namespace syncbn
 
-#endif  // SYNCBN_SERVER_CORE_VECTOR_POOL_H_
+#endif  // SYNCBN_PLUMBING_VECTOR_POOL_H_
