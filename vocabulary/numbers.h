@@ -39,6 +39,29 @@ inline bool AllBetweenZeroAnd(double bound, absl::Span<const double> values) {
   return signs >= 0;
 }
 
+// A double's bits but for its sign.
+inline constexpr uint64_t kWithoutSign = std::numeric_limits<int64_t>::max();
+// A step of a double's exponent. Added to the bits without sign, it reaches the sign bit from infinity and NaN alone,
+// which have the greatest exponent.
+inline constexpr uint64_t kExponentStep = uint64_t{1} << 52;
+
+// Returns true if no value is infinite or NaN.
+inline bool AllFinite(absl::Span<const double> values) {
+  uint64_t signs = 0;
+  for (const double value : values) signs |= (static_cast<uint64_t>(BitsOf(value)) & kWithoutSign) + kExponentStep;
+  return static_cast<int64_t>(signs) >= 0;
+}
+
+// Returns true if all values are finite, and none has its sign bit set: -0 has.
+inline bool AllFinitePositive(absl::Span<const double> values) {
+  uint64_t signs = 0;
+  for (const double value : values) {
+    const auto bits = static_cast<uint64_t>(BitsOf(value));
+    signs |= bits | (bits + kExponentStep);
+  }
+  return static_cast<int64_t>(signs) >= 0;
+}
+
 // Returns true if no value has its sign bit set. False does not imply a negative value: -0 and NaN may have it too.
 inline bool AllPositive(absl::Span<const double> values) {
   int64_t signs = 0;

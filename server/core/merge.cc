@@ -1,7 +1,6 @@
 #include "server/core/merge.h"
 
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include "absl/hash/hash.h"
@@ -226,7 +225,7 @@ std::optional<Error> CheckMerged(const RoundOutcome& outcome, const LayerSpec& s
   if (Propagates(outcome.key.phase, spec)) return std::nullopt;
   const VectorNames names = NamesOf(outcome.key.phase);
   const auto overflow = [&](const std::vector<double>& vector, const char* name) -> std::optional<Error> {
-    if (AllWithin(vector, std::numeric_limits<double>::max())) return std::nullopt;
+    if (AllFinite(vector)) return std::nullopt;
     for (size_t channel = 0; channel < vector.size(); ++channel) {
       if (std::isfinite(vector[channel])) continue;
       return OverflowError(outcome.key, name, channel);

@@ -66,6 +66,16 @@ TEST(Numbers, ValuesBetweenZeroAndABound) {
   EXPECT_TRUE(AllBetweenZeroAnd(0.0, {}));
 }
 
+TEST(Numbers, FiniteValues) {
+  for (const double value : Corners()) {
+    const bool finite = std::isfinite(value);
+    ExpectEverywhere(finite, value, [](const std::vector<double>& values) { return AllFinite(values); });
+    ExpectEverywhere(finite && !std::signbit(value), value,
+                     [](const std::vector<double>& values) { return AllFinitePositive(values); });
+  }
+  EXPECT_TRUE(AllFinite({}) && AllFinitePositive({}));
+}
+
 TEST(Numbers, ValuesWithoutASign) {
   for (const double value : Corners()) {
     ExpectEverywhere(!std::signbit(value), value,

@@ -1,7 +1,6 @@
 #include "client/cc/session/results.h"
 
 #include <cmath>
-#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "vocabulary/numbers.h"
@@ -9,12 +8,10 @@
 namespace syncbn::session {
 namespace {
 
-constexpr double kLargest = std::numeric_limits<double>::max();
-
 // Checks means and variances. The channel to name is searched only after a check has failed.
 absl::Status CheckMoments(const RoundKey& key, bool must_be_finite, const RoundResult& result) {
-  const bool right = must_be_finite ? AllWithin(result.first, kLargest) && AllBetweenZeroAnd(kLargest, result.second)
-                                    : AllPositive(result.second);
+  const bool right =
+      must_be_finite ? AllFinite(result.first) && AllFinitePositive(result.second) : AllPositive(result.second);
   if (right) return absl::OkStatus();
   const auto bad = [&key](const char* what, double value, size_t channel) {
     return absl::InternalError(absl::StrCat("the master sent a ", what, " of ", value, " for channel ", channel,
