@@ -2,12 +2,19 @@
 
 #include "plumbing/bounded_file.h"
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
 #include "gtest/gtest.h"
 
 namespace syncbn {
@@ -35,6 +42,45 @@ TEST(BoundedFileTest, LongerThanTheLimit) {
     EXPECT_EQ(read.status().message(),
               absl::StrCat("the key \"", path, "\" is longer than 3 bytes, the most that are read"));
   }
+}
+
+// A named pipe; nobody writes to it at first.
+std::string NewPipe() {
+  const std::string path = absl::StrCat(std::getenv("TEST_TMPDIR"), "/pipe");
+  unlink(path.c_str());
+  EXPECT_EQ(mkfifo(path.c_str(), 0600), 0);
+  return path;
+}
+
+TEST(BoundedFileTest, PipeWithoutAWriterIsEmpty) {
+  const auto read = ReadBoundedFile("key", NewPipe(), 3, absl::InfiniteDuration());
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(*read, "");
+}
+
+TEST(BoundedFileTest, PipeIsReadToItsEnd) {
+  const std::string path = NewPipe();
+  const int reader = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);  // Keeps what is written before the read.
+  const int writer = open(path.c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_GE(writer, 0);
+  std::thread late([writer] {
+    for (const char* const part : {"ab", "c"}) EXPECT_GT(write(writer, part, std::strlen(part)), 0);
+    close(writer);
+  });
+  const auto read = ReadBoundedFile("key", path, 3, absl::Minutes(1));
+  late.join();
+  close(reader);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(*read, "abc");
+}
+
+TEST(BoundedFileTest, PipeThatDoesNotEndIsGivenUp) {
+  const std::string path = NewPipe();
+  const int writer = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  ASSERT_EQ(write(writer, "a", 1), 1);
+  const auto read = ReadBoundedFile("key", path, 3, absl::Milliseconds(1));
+  close(writer);
+  EXPECT_EQ(read.status().message(), absl::StrCat("cannot read the key \"", path, "\": connection timed out"));
 }
 
 TEST(BoundedFileTest, ErrorsSayWhy) {
