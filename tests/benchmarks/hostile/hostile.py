@@ -276,9 +276,13 @@ class HonestWorkers:
         rounds: List[float] = []
         for process in self._processes:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            told = json.loads(process.stdout.readline())
+            with contextlib.suppress(BrokenPipeError):  # One that has ended may have left a line that says why.
+                process.stdin.write("\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:  # Its traceback is on stderr.
+                raise SystemExit(f"an honest worker ended with code {process.wait()}")
+            told = json.loads(line)
             if isinstance(told, dict):
                 raise SystemExit(f"an honest worker failed: {told['error']}")
             rounds += told
@@ -334,11 +338,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="attacks whose name has this part")
     parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
     options = parser.parse_args()
+    chosen = {name: attack for name, attack in ATTACKS.items() if options.only in name}
+    if not chosen:
+        parser.error(f"--only {options.only!r} fits none of these attacks: {'; '.join(ATTACKS)}")
     provenance = report.provenance("tools/benchmark hostile")
     rows, all_hold = [], True
-    for name, attack in ATTACKS.items():
-        if options.only not in name:
-            continue
+    for name, attack in chosen.items():
         row, holds = measure(attack, options.workers, options.channels, options.seconds)
         rows.append([name, *row])
         all_hold = all_hold and holds
