@@ -13,10 +13,13 @@
 
 namespace syncbn {
 
+// Returns true for what can be added to a variance.
+inline bool IsEps(double eps) { return eps >= 0.0 && std::isfinite(eps); }
+
 // Returns a sentence about the first such number, or nothing. Limits and the name are not looked at.
 inline std::optional<std::string> FindBadNumber(const LayerSpec& spec) {
   if (spec.channels == 0) return absl::StrCat("layer \"", spec.name, "\" has 0 channels; at least 1 is needed");
-  if (!(spec.eps >= 0.0) || !std::isfinite(spec.eps)) {
+  if (!IsEps(spec.eps)) {
     return absl::StrCat("layer \"", spec.name, "\" has eps = ", spec.eps, "; it is finite and not negative");
   }
   if (spec.momentum.has_value() && !std::isfinite(*spec.momentum)) {

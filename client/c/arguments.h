@@ -43,7 +43,9 @@ absl::Status ReadOptions(const Options* given, Options* options) {
   std::memset(options, 0, sizeof(*options));
   if (given == nullptr) return absl::OkStatus();
   constexpr size_t kMostBytes = 4096;  // More is no later version's struct, but a size that was never set.
-  if (given->struct_size < sizeof(size_t) || given->struct_size > kMostBytes) {
+  // No version of a struct ends elsewhere: a compiler rounds its size up to its alignment.
+  const bool between_fields = given->struct_size % alignof(Options) == 0;
+  if (given->struct_size < sizeof(size_t) || given->struct_size > kMostBytes || !between_fields) {
     return absl::InvalidArgumentError(
         absl::StrCat("struct_size is ", given->struct_size, "; set it to the size of the struct"));
   }

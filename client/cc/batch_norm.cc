@@ -69,12 +69,10 @@ absl::Status BatchNorm::Forward(const TensorView& x, const TensorView& y) {
   if (x.device != Device::kCpu) {
     return absl::UnimplementedError("BatchNorm has its parameters in host memory; for CUDA tensors use ForwardPass");
   }
-  absl::Status status;
-  if (uses_batch_statistics()) {
-    status = ForwardOverBatch(x, y);
-  } else if (status = CheckAlike(y, x, "y"); status.ok()) {
-    status = Evaluate(x, Evaluation(), y.data);
-  }
+  // A round cannot be taken back, so what Finish would refuse is refused before.
+  absl::Status status = CheckAlike(y, x, "y");
+  if (status.ok()) status = CheckOverlap(x.shape, y.data, "y", x.data, "x");
+  if (status.ok()) status = uses_batch_statistics() ? ForwardOverBatch(x, y) : Evaluate(x, Evaluation(), y.data);
   has_forward_ = status.ok();
   return status;
 }

@@ -1,6 +1,7 @@
 #include "client/cc/batch_norm_pass.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include "client/cc/device_round.h"
 #include "kernels/finalize.h"
 #include "plumbing/check.h"
+#include "vocabulary/bad_number.h"
 
 namespace syncbn {
 namespace {
@@ -51,8 +53,21 @@ absl::Status CheckOutputs(const BackwardInputs& inputs, const BackwardOutputs& o
 }
 
 absl::Status CheckEvaluation(const EvaluateArguments& arguments) {
-  if (arguments.mean.present() && arguments.var.present()) return absl::OkStatus();
-  return absl::InvalidArgumentError("evaluation needs a mean and a variance");
+  if (!arguments.mean.present() || !arguments.var.present()) {
+    return absl::InvalidArgumentError("evaluation needs a mean and a variance");
+  }
+  if (IsEps(arguments.eps)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("eps is ", arguments.eps, "; it is finite and not negative"));
+}
+
+absl::Status CheckRunningStatistics(const ForwardArguments& arguments) {
+  if (arguments.cumulative && arguments.batches == nullptr) {
+    return absl::InvalidArgumentError("a cumulative average needs the number of batches");
+  }
+  const bool reads_momentum =
+      !arguments.cumulative && (arguments.running_mean.present() || arguments.running_var.present());
+  if (!reads_momentum || std::isfinite(arguments.momentum)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("momentum is ", arguments.momentum, "; it is finite"));
 }
 
 absl::Status NotWaitedFor() {
@@ -241,9 +256,7 @@ absl::Status ForwardPass::Finish(const TensorView& x, const ForwardArguments& ar
   if (absl::Status status = Check(x, "x"); !status.ok()) return status;
   if (absl::Status status = CheckAlike(arguments.y, x, "y"); !status.ok()) return status;
   if (absl::Status status = CheckOutput(x, arguments.residual, arguments.y.data); !status.ok()) return status;
-  if (arguments.cumulative && arguments.batches == nullptr) {
-    return absl::InvalidArgumentError("a cumulative average needs the number of batches");
-  }
+  if (absl::Status status = CheckRunningStatistics(arguments); !status.ok()) return status;
   if (absl::Status status = CheckChannels(x, statistics_->channels, layer_->name); !status.ok()) return status;
   if (absl::Status status = backend_->CheckPlace(x, "x"); !status.ok()) return status;
   const DeviceScope scope = backend_->Enter();

@@ -121,7 +121,7 @@ class ForwardPass {
   // Normalizes x, which has the values that the pass started with. May be called again, with x in other memory too: a
   // checkpoint computes its activations twice.
   // Errors: FAILED_PRECONDITION before a successful Wait, unless stream-ordered; INVALID_ARGUMENT, also for
-  // `cumulative` without `batches`; INTERNAL.
+  // `cumulative` without `batches`, and for running statistics with a momentum that is not finite; INTERNAL.
   absl::Status Finish(const TensorView& x, const ForwardArguments& arguments) const;
   bool stream_ordered() const { return statistics_ != nullptr && statistics_->stream_ordered; }
 

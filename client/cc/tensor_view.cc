@@ -5,13 +5,24 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/cc/device_runtime.h"
+#include "plumbing/check.h"
 
 namespace syncbn {
+namespace {
+
+// The addresses that a process on x86-64 can have. Sums of an address and a size below it do not overflow.
+constexpr int64_t kMostBytes = int64_t{1} << 56;
+
+}  // namespace
 
 absl::Status Check(const TensorView& tensor, const char* name) {
   if (const char* const wrong = kernels::Validate(tensor.shape)) {
     return absl::InvalidArgumentError(absl::StrCat(name, ": ", wrong, " (batch ", tensor.shape.batch, ", channels ",
                                                    tensor.shape.channels, ", spatial ", tensor.shape.spatial, ")"));
+  }
+  if (tensor.shape.size() > kMostBytes / static_cast<int64_t>(kernels::SizeOf(tensor.shape.type))) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, " has ", tensor.shape.size(), " elements, which are more than 2^56 bytes"));
   }
   if (tensor.device != Device::kCpu && DeviceRuntime::Get() == nullptr) {
     return absl::UnimplementedError(
@@ -44,6 +55,7 @@ absl::Status CheckOverlap(const kernels::TensorShape& shape, const void* output,
                           const void* input, const char* input_name) {
   if (output == input || output == nullptr || input == nullptr) return absl::OkStatus();
   const auto a = reinterpret_cast<uintptr_t>(output), b = reinterpret_cast<uintptr_t>(input);
+  SYNCBN_CHECK(shape.size() <= kMostBytes, "a shape of ", shape.size(), " elements that Check has not seen");
   const uint64_t bytes = static_cast<uint64_t>(shape.size()) * kernels::SizeOf(shape.type);
   if (std::max(a, b) - std::min(a, b) >= bytes) return absl::OkStatus();
   return absl::InvalidArgumentError(

@@ -24,7 +24,8 @@ struct TensorView {
   int device_index = 0;  // The CUDA device.
 };
 
-// OK if the view can be read: a valid shape, data where there are elements, a device that this build can use.
+// OK if the view can be read: a valid shape of 2^56 bytes at most, data where there are elements, a device that this
+// build can use.
 // INVALID_ARGUMENT or UNIMPLEMENTED otherwise, beginning with `name`.
 absl::Status Check(const TensorView& tensor, const char* name);
 

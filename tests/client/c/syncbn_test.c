@@ -240,6 +240,10 @@ static void TestBadInput(void) {
   ExpectError(syncbn_worker_join(&options, &none, &error), kInvalidArgument, &error,
               "struct_size is 1152921504606846976");
 
+  /* A size that ends within a field, whose other bytes would be taken for zeros. */
+  options.struct_size = offsetof(syncbn_worker_options, world_size) + 1;
+  ExpectError(syncbn_worker_join(&options, &none, &error), kInvalidArgument, &error, "struct_size is 37");
+
   syncbn_worker* const worker = Join("bad", 0, 1, 0);
   syncbn_layer_options layer = SYNCBN_LAYER_OPTIONS_INIT;
   layer.name = "odd";
@@ -259,6 +263,11 @@ static void TestBadInput(void) {
   x.type = SYNCBN_FLOAT64;
   x.data = NULL;
   ExpectError(StartForward(worker, "bn", &x, &error), kInvalidArgument, &error, "x has 4 elements and no data");
+  Declare(worker, "bn", 2);
+  x.data = data;
+  x.batch = (int64_t)1 << 61; /* 2^62 elements of 8 bytes: 0 bytes, modulo 2^64. */
+  ExpectError(StartForward(worker, "bn", &x, &error), kInvalidArgument, &error, "more than 2^56 bytes");
+  x.batch = 2;
   x.device = SYNCBN_DEVICE_CUDA;
   CHECK(StartForward(worker, "bn", &x, NULL) != 0);
   CHECK_OK(syncbn_worker_leave(worker, "done", &error));
@@ -345,6 +354,47 @@ static void TestEvaluation(void) {
   outputs.d_weight = (syncbn_vector){d_weight, SYNCBN_FLOAT64};
   CHECK_OK(syncbn_evaluate_backward(&inputs, &options, &outputs, &error));
   CHECK(dx[0] == 0 && dx[1] == 0 && dx[2] == 2 && d_weight[0] == 4);
+}
+
+/* Numbers that would make every output NaN, or every running statistic. */
+static void TestNumbersThatAreNotFinite(void) {
+  double data[2] = {1, 3}, y[2] = {0}, mean[1] = {0}, var[1] = {1};
+  const syncbn_tensor x = {data, 2, 1, 1, SYNCBN_FLOAT64, SYNCBN_CHANNELS_FIRST, SYNCBN_DEVICE_CPU, 0};
+  syncbn_evaluate_options evaluation = SYNCBN_EVALUATE_OPTIONS_INIT;
+  evaluation.mean = (syncbn_vector){mean, SYNCBN_FLOAT64};
+  evaluation.var = (syncbn_vector){var, SYNCBN_FLOAT64};
+  syncbn_backward_inputs inputs = SYNCBN_BACKWARD_INPUTS_INIT;
+  inputs.dy = x;
+  inputs.x = data;
+  syncbn_backward_outputs gradients = SYNCBN_BACKWARD_OUTPUTS_INIT;
+  gradients.dx = y;
+  syncbn_error* error = NULL;
+  const double bad_eps[] = {NAN, INFINITY, -1.0};
+  for (int i = 0; i < 3; ++i) {
+    evaluation.eps = bad_eps[i];
+    ExpectError(syncbn_evaluate(&x, &evaluation, y, &error), kInvalidArgument, &error, "eps is ");
+    ExpectError(syncbn_evaluate_backward(&inputs, &evaluation, &gradients, &error), kInvalidArgument, &error,
+                "eps is ");
+  }
+
+  syncbn_worker* const worker = Join("not_finite", 0, 1, 0);
+  Declare(worker, "bn", 1);
+  syncbn_forward* forward = NULL;
+  CHECK_OK(syncbn_forward_start(worker, "bn", &x, NULL, &forward, &error));
+  CHECK_OK(syncbn_forward_wait(forward, -1, &error));
+  syncbn_forward_outputs outputs = SYNCBN_FORWARD_OUTPUTS_INIT;
+  outputs.y = x;
+  outputs.y.data = y;
+  outputs.momentum = NAN;
+  CHECK_OK(syncbn_forward_finish(forward, &x, &outputs, &error)); /* Not read without running statistics. */
+  outputs.running_mean = (syncbn_vector){mean, SYNCBN_FLOAT64};
+  ExpectError(syncbn_forward_finish(forward, &x, &outputs, &error), kInvalidArgument, &error, "momentum is nan");
+  CHECK(mean[0] == 0);
+  outputs.momentum = 0.5;
+  CHECK_OK(syncbn_forward_finish(forward, &x, &outputs, &error));
+  CHECK(mean[0] == 1);
+  syncbn_forward_destroy(forward);
+  syncbn_worker_destroy(worker);
 }
 
 /* A forward pass has the sequence that its options give, if they give one. */
@@ -496,6 +546,7 @@ int main(void) {
   TestNullHandles();
   TestPassThatOutlivesItsWorker();
   TestEvaluation();
+  TestNumbersThatAreNotFinite();
   TestSequencesOfPasses();
   TestStreamOrder();
   TestLog();

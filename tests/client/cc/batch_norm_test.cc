@@ -132,6 +132,24 @@ TEST_F(BatchNormTest, DeclaresItselfAgainAfterAnotherModelOfTheName) {
   }
 }
 
+TEST_F(BatchNormTest, RefusesOutputsBeforeItsRound) {
+  absl::StatusOr<BatchNorm> norm = BatchNorm::Create(workers_[0].get(), OptionsOf(1));
+  ASSERT_TRUE(norm.ok()) << norm.status();
+  std::vector<double> x = {1, 3, 5}, shorter = {0};
+  TensorView across = View(x);  // Lies across x, from its second element on.
+  across.data = &x[1];
+  across.shape.batch = 2;
+  TensorView front = across;
+  front.data = x.data();
+  // The other worker has begun nothing, so that a round would not end.
+  EXPECT_EQ(norm->Forward(View(x), View(shorter)).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(norm->Forward(front, across).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(norm->num_batches_tracked(), 0);
+  const auto next = workers_[0]->NextRounds();
+  ASSERT_TRUE(next.ok()) << next.status();
+  EXPECT_EQ(next->size(), 1) << "a round of the layer has begun";
+}
+
 TEST(BatchNormAloneTest, EvaluatesWithoutAWorkerAndDoesNotTrain) {
   absl::StatusOr<BatchNorm> norm = BatchNorm::Create(nullptr, OptionsOf(1));
   ASSERT_TRUE(norm.ok()) << norm.status();
