@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8, help="honest ones")
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each attack, and of the time before it")
-    parser.add_argument("--only", default="", help="attacks whose name has this part")
+    parser.add_argument("--only", default="", help="attacks whose name has this part; printed, not written")
     parser.add_argument("--output", type=pathlib.Path, help="a Markdown file whose part between markers is rewritten")
     options = parser.parse_args()
     chosen = {name: attack for name, attack in ATTACKS.items() if options.only in name}
@@ -351,7 +351,7 @@ def main() -> None:
     head = ["attack", "bytes sent", "master, MiB at most", "before, ms", "during, ms", "p99 during / before",
             "within bounds"]
     setting = f"Honest workers: {options.workers}."
-    report.publish("hostile", [provenance, setting, "", *report.table(head, rows)], options.output)
+    report.publish("hostile", [provenance, setting, "", *report.table(head, rows)], None if options.only else options.output)
     if not all_hold:
         raise SystemExit(f"not within {_BOUND_MIB} MiB and {_BOUND_MS} ms more than undisturbed")
 
