@@ -145,6 +145,14 @@ def test_systemd_waits_longer_than_the_master_drains() -> None:
     assert seconds(stop) > float(drain)
 
 
+def test_systemd_goes_on_starting_a_master_that_fails_at_once() -> None:
+    """systemd's own limit is five starts in ten seconds; an address that is in use for longer would be the end."""
+    settings = unit()
+    [pause], [interval] = settings["RestartSec"], settings.get("StartLimitIntervalSec", ["10"])
+    [burst] = settings.get("StartLimitBurst", ["5"])
+    assert seconds(interval) == 0 or int(burst) * seconds(pause) > seconds(interval)
+
+
 def test_the_unit_and_the_config_agree_on_places() -> None:
     [state], [start], [credential] = unit()["StateDirectory"], unit()["ExecStart"], unit()["LoadCredential"]
     module = make_config()
