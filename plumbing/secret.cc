@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "plumbing/bounded_file.h"
 #include "plumbing/check.h"
@@ -20,7 +21,8 @@ absl::Status CheckToken(absl::string_view token) {
   if (std::all_of(token.begin(), token.end(), [](unsigned char c) { return absl::ascii_isgraph(c); })) {
     return absl::OkStatus();
   }
-  return absl::InvalidArgumentError("the token has a space or a character that is not printable ASCII; it has neither");
+  return absl::InvalidArgumentError(
+      "the token has a space or a character that is not printable ASCII; a token has neither");
 }
 
 absl::StatusOr<std::string> ReadTokenFile(const std::string& path) {
@@ -30,10 +32,12 @@ absl::StatusOr<std::string> ReadTokenFile(const std::string& path) {
   if (text->empty()) {
     return absl::InvalidArgumentError(absl::StrCat("cannot read a token from \"", path, "\": it is empty"));
   }
-  const std::string token = text->substr(0, text->find('\n'));
-  if (text->size() > token.size() + 1) {
+  const size_t end = std::min(text->find('\n'), text->size());
+  if (end + 1 < text->size()) {
     return absl::InvalidArgumentError(absl::StrCat("the token file \"", path, "\" has more than one line"));
   }
+  std::string token = text->substr(0, end);
+  if (end < text->size() && absl::EndsWith(token, "\r")) token.pop_back();
   if (const absl::Status status = CheckToken(token); !status.ok()) {
     return absl::InvalidArgumentError(absl::StrCat("token file \"", path, "\": ", status.message()));
   }

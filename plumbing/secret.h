@@ -20,7 +20,7 @@ inline constexpr size_t kMostTokenBytes = 1024;
 // header. Errors: INVALID_ARGUMENT, which does not quote the token.
 absl::Status CheckToken(absl::string_view token);
 
-// Reads a token from the first line of a file.
+// Reads a token from the first line of a file, without its line end, "\n" or "\r\n".
 //
 // Errors: INVALID_ARGUMENT, naming the file, if it cannot be read, has more than one line, or its line is no token.
 absl::StatusOr<std::string> ReadTokenFile(const std::string& path);

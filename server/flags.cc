@@ -537,8 +537,9 @@ std::string Explain(const CLI::App& app, const CLI::ParseError& error, const std
   if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr) return message;
   for (const std::string& argument : app.remaining()) {
     if (!absl::StartsWith(argument, "--")) continue;
-    return absl::StrCat(message, "; the nearest flag is --",
-                        Nearest(argument.substr(2, argument.find('=') - 2), names).first);
+    const std::string name = argument.substr(2, argument.find('=') - 2);
+    // Values stay out of it: a token may be among them.
+    return absl::StrCat("--", name, " is not a flag; the nearest flag is --", Nearest(name, names).first);
   }
   return message;
 }

@@ -23,9 +23,11 @@ namespace {
 // loopback under a name of its own, but not under these.
 bool IsLocalName(absl::string_view host) {
   if (host.empty()) return true;  // HTTP/1.0: no browser.
-  if (absl::StartsWith(host, "[::1]")) return true;
+  if (host == "[::1]" || absl::StartsWith(host, "[::1]:")) return true;
   host = host.substr(0, host.find(':'));
-  return host == "localhost" || absl::StartsWith(host, "127.");
+  // A name may begin as an address does, 127.example.org, but none has digits alone.
+  const bool is_address = host.find_first_not_of("0123456789.") == absl::string_view::npos;
+  return host == "localhost" || (is_address && absl::StartsWith(host, "127."));
 }
 
 }  // namespace

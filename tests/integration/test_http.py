@@ -114,8 +114,10 @@ def test_probes_and_unknown_paths(pages: HttpMaster) -> None:
     assert pages.get("/api/group?job=a&group=b")[0] == 404
     assert pages.get("/api/group?parts=everything")[0] == 400
     # A page of another site cannot read it under a name of its own.
-    assert pages.get("/statusz", Host="rebound.example")[0] == 421
-    assert pages.get("/statusz", Host="localhost:1")[0] == 200
+    for host in ("rebound.example", "127.rebound.example", "127.0.0.1.rebound.example:8080", "[::1]rebound.example"):
+        assert pages.get("/statusz", Host=host)[0] == 421, host
+    for host in ("localhost:1", "127.0.0.1", "127.8.9.10:8080", "[::1]", "[::1]:8080"):
+        assert pages.get("/statusz", Host=host)[0] == 200, host
 
 
 def test_readiness_follows_the_listeners(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:

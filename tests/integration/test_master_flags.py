@@ -164,8 +164,8 @@ def test_an_empty_variable_is_none(flag: str) -> None:
     "flags, texts",
     [
         (["--no-such-flag"], ["--no-such-flag"]),
-        (["--adress", "127.0.0.1:0"], ["--adress", "the nearest flag is --address"]),
-        (["--max-worker=3"], ["--max-worker=3", "the nearest flag is --max-workers"]),
+        (["--adress", "127.0.0.1:0"], ["--adress is not a flag", "the nearest flag is --address"]),
+        (["--max-worker=3"], ["--max-worker is not a flag", "the nearest flag is --max-workers"]),
         (["stray"], ["stray"]),
         (["--max-workers"], ["--max-workers"]),
         (["--address"], ["--address"]),
@@ -182,6 +182,14 @@ def test_an_empty_variable_is_none(flag: str) -> None:
 )
 def test_what_is_no_flag_is_refused(flags: List[str], texts: List[str]) -> None:
     expect_refusal(run(*flags), *texts)
+
+
+@pytest.mark.parametrize("flags", [["--token", "hush"], ["--token=hush"]])
+def test_a_token_given_as_a_flag_is_not_shown(flags: List[str]) -> None:
+    done = run(*flags)
+    assert done.returncode == 2
+    assert "--token is not a flag; the nearest flag is --token-file" in done.stderr
+    assert "hush" not in done.stderr
 
 
 # ---- Addresses -------------------------------------------------------------------------------------------------------

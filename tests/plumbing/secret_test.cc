@@ -50,9 +50,11 @@ TEST(SecretTest, TokensArePrintableAscii) {
 TEST(SecretTest, FilesHoldOneToken) {
   EXPECT_EQ(*ReadTokenFile(FileWith("plain", "abc")), "abc");
   EXPECT_EQ(*ReadTokenFile(FileWith("line", "abc\n")), "abc");
+  EXPECT_EQ(*ReadTokenFile(FileWith("line of Windows", "abc\r\n")), "abc");
   for (const auto& [name, text, words] : {std::tuple{"empty", "", "it is empty"},
                                           {"blank", "\n", "0 bytes"},
                                           {"two", "abc\ndef\n", "more than one line"},
+                                          {"return", "abc\r", "not printable ASCII"},
                                           {"spaces", "a secret\n", "a space"}}) {
     const auto token = ReadTokenFile(FileWith(name, text));
     EXPECT_EQ(token.status().code(), absl::StatusCode::kInvalidArgument);

@@ -117,7 +117,7 @@ def token(value: Any) -> Optional[str]:
     if not 1 <= len(value) <= MOST_TOKEN_CHARACTERS:
         raise refused(f"token has {len(value)} characters; it has 1 to {MOST_TOKEN_CHARACTERS}")
     if not all("!" <= character <= "~" for character in value):
-        raise refused("token has a space or a character that is not printable ASCII; it has neither")
+        raise refused("token has a space or a character that is not printable ASCII; a token has neither")
     return value
 
 
