@@ -30,6 +30,7 @@ struct Functions {
   int64_t (*long_as_long_long)(Object*);
   Object* (*long_from_long_long)(int64_t);
   int (*bytes_as_string_and_size)(Object*, char**, intptr_t*);
+  Object* (*bytes_from_string_and_size)(const char*, intptr_t);
   intptr_t (*list_size)(Object*);
   int (*list_append)(Object*, Object*);
   intptr_t (*tuple_size)(Object*);
@@ -64,6 +65,10 @@ class Reference {
 
   Object* get() const { return object_; }
   Object* release() { return std::exchange(object_, nullptr); }
+  void reset(Object* owned) {
+    if (object_ != nullptr) functions.dec_ref(object_);
+    object_ = owned;
+  }
 
  private:
   Object* object_;

@@ -23,6 +23,7 @@ _PYTHON = (
     "PyLong_AsLongLong",
     "PyLong_FromLongLong",
     "PyBytes_AsStringAndSize",
+    "PyBytes_FromStringAndSize",
     "PyList_Size",
     "PyList_Append",
     "PyTuple_Size",

@@ -5,6 +5,7 @@
 
 import atexit
 import ctypes
+import itertools
 import logging
 import os
 import pathlib
@@ -181,30 +182,45 @@ class EvaluateOptions(_Options):
 _FORMATS = {c_double: "d", c_int32: "i", c_int64: "q", c_size_t: "Q", c_uint64: "Q", c_void_p: "Q"}
 
 
-def _members(kind: Any, begin: int = 0) -> Iterator[Tuple[int, Any]]:
-    """Offset and type of a struct's members in memory, those of structs within it in their place."""
-    for name, member in kind._fields_:
-        offset = begin + getattr(kind, name).offset
-        if issubclass(member, ctypes.Structure):
-            yield from _members(member, offset)
-        else:
-            yield offset, member
+def _members(kind: Any) -> Iterator[Tuple[int, int, str]]:
+    """Offset, size and format of a struct's members in memory: see `_layout`."""
+    for are_vectors, fields in itertools.groupby(kind._fields_, lambda field: field[1] is Vector):
+        row = list(fields)
+        if are_vectors:
+            size = len(row) * ctypes.sizeof(Vector)
+            yield getattr(kind, row[0][0]).offset, size, f"{size}s"
+            continue
+        for name, member in row:
+            offset, size = getattr(kind, name).offset, ctypes.sizeof(member)
+            if member is Tensor:
+                address = ctypes.sizeof(c_void_p)
+                yield offset, address, _FORMATS[c_void_p]
+                yield offset + address, size - address, f"{size - address}s"
+            else:
+                yield offset, size, _FORMATS[member]
 
 
 def _layout(kind: Any) -> struct.Struct:
-    """Packs a struct from all its members in order, NULL as 0: several times as fast as to make the struct."""
+    """Packs a struct from its members in order, NULL as 0: several times as fast as to make the struct.
+
+    A row of Vectors counts as one member, their bytes; a Tensor as two, its address and the bytes of the rest.
+    """
     text, end = "=", 0
-    for offset, member in _members(kind):
-        text += "x" * (offset - end) + _FORMATS[member]
-        end = offset + ctypes.sizeof(member)
+    for offset, size, member in _members(kind):
+        text += "x" * (offset - end) + member
+        end = offset + size
     return struct.Struct(text + "x" * (ctypes.sizeof(kind) - end))
 
 
 TENSOR = _layout(Tensor)
+VECTOR = _layout(Vector)
 PASS_OPTIONS = _layout(PassOptions)
 FORWARD_OUTPUTS = _layout(ForwardOutputs)
 BACKWARD_INPUTS = _layout(BackwardInputs)
 BACKWARD_OUTPUTS = _layout(BackwardOutputs)
+EVALUATE_OPTIONS = _layout(EvaluateOptions)
+
+ADDRESS_SIZE = ctypes.sizeof(c_void_p)  # The first bytes of a struct Tensor; what follows is its form.
 
 _HANDLE = c_void_p  # syncbn_worker*, syncbn_round* and so on.
 _HANDLE_OUT = POINTER(c_void_p)
@@ -298,7 +314,8 @@ _PROTOTYPES: Dict[str, Tuple[Any, List[Any]]] = {
 }
 
 # Structs of passes, for which the functions take their bytes as well.
-_MAY_BE_PACKED = [POINTER(kind) for kind in (Tensor, PassOptions, ForwardOutputs, BackwardInputs, BackwardOutputs)]
+_PACKED = (Tensor, PassOptions, ForwardOutputs, BackwardInputs, BackwardOutputs, EvaluateOptions)
+_MAY_BE_PACKED = [POINTER(kind) for kind in _PACKED]
 
 
 def library_path() -> pathlib.Path:

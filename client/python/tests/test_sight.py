@@ -1,6 +1,8 @@
 """Tensors as a layer sees them at sight, and changes between its steps. The oracles are the close look, and
 torch's own layer in float64 under the same changes."""
 
+import ctypes
+import itertools
 import sys
 
 import pytest
@@ -8,7 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import syncbn.torch as sync
-from syncbn.torch import _tensors
+from syncbn import _library
+from syncbn.torch import _functions, _tensors
 
 SEED = 4111
 CHANNELS = 3
@@ -35,29 +38,39 @@ def vectors(dtype=torch.float64):
     return tuple(torch.linspace(low, 3.0, CHANNELS, dtype=dtype) for low in (1.0, 0.5, -1.0, 2.0))
 
 
+def packed_vectors(*given):
+    return b"".join(_tensors.readable_vector(v)[1] for v in given)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(), (5,), (4, 5), (2, 4, 5)], ids=lambda sizes: f"{2 + len(sizes)}D")
 def test_usual_tensors_are_described_as_by_the_close_look(dtype, sizes):
     x, given = batch(dtype, sizes), vectors(dtype)
-    _, channels_last, members = _tensors.described(x)
-    expected = sum((_tensors.readable_vector(v)[1] for v in given), ())
-    assert _tensors.at_sight(x, *given) == (channels_last, members, expected)
+    _, channels_last, packed = _tensors.described(x)
+    number = _tensors._TYPES[dtype]
+    types = (CHANNELS, number, number, _library.DEVICE_CPU, 0)
+    assert _tensors.at_sight(x, *given) == (channels_last, packed, packed_vectors(*given), types)
+    for seen, vector in zip(_tensors.vector_forms(types), given):
+        seen.check("the form", vector)
+    _tensors.tensor_form(x.shape, packed).check("the form", x)
 
 
 def test_channels_last_and_absent_vectors():
     x = batch().contiguous(memory_format=torch.channels_last)
     weight = torch.nn.Parameter(vectors()[0])
-    _, channels_last, members = _tensors.described(x)
+    _, channels_last, packed = _tensors.described(x)
     assert channels_last
-    seen = _tensors.at_sight(x, weight, None, None, None)
-    assert seen == (True, members, _tensors.readable_vector(weight)[1] + _tensors.NO_VECTOR * 3)
+    types = (CHANNELS, _library.FLOAT64, -1, _library.DEVICE_CPU, 0)
+    assert _tensors.at_sight(x, weight, None, None, None) == (True, packed, packed_vectors(weight, None, None, None), types)
+    assert _tensors.vector_forms(types)[1] is None
 
 
 def test_a_type_of_its_own_for_each_vector():
     kinds = [v.to(dtype) for v, dtype in zip(vectors(), DTYPES)]
     seen = _tensors.at_sight(batch(torch.bfloat16), *kinds)
     assert seen is not None
-    assert seen[2] == sum((_tensors.readable_vector(v)[1] for v in kinds), ())
+    assert seen[2] == packed_vectors(*kinds)
+    assert seen[3][1:3] == (_library.FLOAT32, _library.FLOAT64)
 
 
 UNUSUAL_INPUTS = {
@@ -122,23 +135,72 @@ def test_under_forward_mode_and_a_trace_nothing_is_usual():
     assert _tensors.at_sight(x, *given) is not None
 
 
-def backward_sight(dy, x, like, weight, weight_like):
-    channels_last = _tensors.is_channels_last(like)
-    shape, dtype = (None, None) if weight_like is None else (weight_like.shape, weight_like.dtype)
-    return _tensors.backward_sight(dy, x, like.shape, like.dtype, -1, channels_last, weight, shape, dtype)
+ALL = (True, True, True, True)
+
+
+def number_of(vector):
+    return -1 if vector is None else _tensors._TYPES[vector.dtype]
+
+
+def saved_pass(like, weight_like, bias_like, needed, gate=None):
+    """A pass over tensors of these forms, without its round."""
+    _, channels_last, packed = _tensors.described(like)
+    types = (like.shape[1], number_of(weight_like), number_of(bias_like), _library.DEVICE_CPU, 0)
+    saved = _functions.Pass(None, like.shape, packed, channels_last, types, (), gate)
+    saved.needed = needed
+    return saved
+
+
+def backward_sight(dy, x, like, weight, weight_like, bias_like=None, needed=ALL, gate=None):
+    saved = saved_pass(like, weight_like, bias_like, needed)
+    return _tensors.backward_sight(dy, x, weight, saved.shape, saved.packed, saved.types, needed, gate)
+
+
+def in_words(arguments):
+    """Arguments of a backward pass, without the addresses of new memory: who is there, and of what form."""
+    gradients, inputs, outputs, kept = arguments
+    forms = [None if g is None else (g.shape, g.dtype, g.stride(), type(g), g.requires_grad) for g in gradients]
+    written = _library.BackwardOutputs.from_buffer_copy(outputs)
+    types = [vector.type for vector in (written.d_weight, written.d_bias) if vector.data]
+    return forms, inputs, [bool(written.dx), bool(written.d_residual), types]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(), (5,), (4, 5), (2, 4, 5)], ids=lambda sizes: f"{2 + len(sizes)}D")
-@pytest.mark.parametrize("has_weight", [True, False], ids=["weight", "no weight"])
-def test_usual_gradients_are_where_they_are(dtype, sizes, has_weight):
-    x, weight = batch(dtype, sizes), torch.nn.Parameter(vectors()[0]) if has_weight else None
-    layouts = [torch.contiguous_format] + ([torch.channels_last] if len(sizes) == 2 else [])
-    for layout in layouts:
-        x = x.contiguous(memory_format=layout)
-        dy = x.clone(memory_format=torch.preserve_format)
-        expected = (dy.data_ptr(), x.data_ptr(), _tensors.readable_vector(weight)[1])
-        assert backward_sight(dy, x, x, weight, weight) == expected
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("affine", ["weight and bias", "weight", "neither"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "relu"])
+def test_usual_gradients_are_made_as_by_the_close_look(dtype, sizes, layout, affine, gated):
+    if layout == torch.channels_last and len(sizes) != 2:
+        sizes = (3, 2)
+    x = batch(dtype, sizes).contiguous(memory_format=layout)
+    dy = x.clone(memory_format=torch.preserve_format)
+    weight = torch.nn.Parameter(vectors()[0]) if "weight" in affine else None
+    bias = torch.nn.Parameter(vectors()[1]) if "bias" in affine else None
+    gate = torch.zeros((x.numel() + 7) // 8, dtype=torch.uint8) if gated else None
+    for needed in itertools.product((True, False), repeat=4):
+        found = backward_sight(dy, x, x, weight, weight, bias, needed, gate)
+        saved = saved_pass(x, weight, bias, needed, gate)
+        assert in_words(found) == in_words(_functions._looked_at(saved, dy, x, weight, gate)), needed
+        (dx, d_weight, d_bias, dz), _, outputs, kept = found
+        written = _library.BackwardOutputs.from_buffer_copy(outputs)
+        assert written.struct_size == len(outputs) == ctypes.sizeof(written)
+        if needed[3] and not gated:
+            assert dz is dy
+        for gradient, address in (
+            (dx if needed[0] else kept, written.dx),
+            (dz if gated else None, written.d_residual),
+            (d_weight, written.d_weight.data),
+            (d_bias, written.d_bias.data),
+        ):
+            assert address == (None if gradient is None else gradient.data_ptr())
+
+
+def test_a_bias_of_another_type_is_looked_at_closely():
+    x, weight = batch(), vectors()[0]
+    assert backward_sight(x, x, x, weight, weight, weight.float()) is None
+    assert backward_sight(x, x, x, weight, weight, weight.float(), (True, True, False, False)) is not None
+    assert backward_sight(x, x, x, None, None, weight) is None
 
 
 UNUSUAL_GRADIENTS = {
@@ -176,10 +238,11 @@ def test_an_interrupt_stays_one():
             raise KeyboardInterrupt
 
     x, given = batch(), vectors()
+    saved = saved_pass(x, None, None, ALL)
     with Interrupted(), pytest.raises(KeyboardInterrupt):
         _tensors.at_sight(x, *given)
     with Interrupted(), pytest.raises(KeyboardInterrupt):
-        _tensors.backward_sight(x, x, (6, CHANNELS, 4, 5), torch.float64, -1, False, None, None, None)
+        _tensors.backward_sight(x, x, None, saved.shape, saved.packed, saved.types, ALL, None)
 
 
 def test_wrong_arguments_are_refused():

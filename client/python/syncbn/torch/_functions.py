@@ -14,19 +14,18 @@ from typing import Any, List, Optional, Tuple
 import torch
 
 from syncbn import _passes
-from syncbn._library import BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS
+from syncbn._library import ADDRESS_SIZE, BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS
 from syncbn.torch import _running, _second, _tensors
 
 _NO_BATCHES = (0, False)  # The number of batches, as _count says of it.
 
-_Gradients4 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 _Gradients3 = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
 
 
-# Outputs of the forward half of a pass: y; the members of four structs Vector: weight, bias, and the running statistics
-# to be updated; these four if `readable` has made them, to be kept for as long, else nothing; and the step that counts the
-# batch and has the running statistics, if it is tracked.
-Outputs = Tuple[torch.Tensor, Tuple[int, ...], Tuple[Optional[torch.Tensor], ...], Any]
+# Outputs of the forward half of a pass: y; four structs Vector: weight, bias, and the running statistics to be updated;
+# these four if `readable` has made them, to be kept for as long, else nothing; and the step that counts the batch and has
+# the running statistics, if it is tracked.
+Outputs = Tuple[torch.Tensor, bytes, Tuple[Optional[torch.Tensor], ...], Any]
 
 
 class Pass:
@@ -35,29 +34,40 @@ class Pass:
     It keeps no output, and of the tensors that it reads only their forms: the others are autograd's to save.
     """
 
-    __slots__ = ("forward_pass", "x", "weight", "bias", "channels_last", "members", "packed", "open_gate", "needed")
+    __slots__ = ("forward_pass", "shape", "packed", "channels_last", "types", "_forms", "open_gate", "needed")
 
     def __init__(
         self,
         forward_pass: _passes.ForwardPass,
-        forms: Tuple[_tensors.Form, Optional[_tensors.Form], Optional[_tensors.Form]],
-        channels_last: bool,
-        members: Tuple[int, ...],
+        shape: torch.Size,
         packed: bytes,
+        channels_last: bool,
+        types: Optional[_tensors.Types],
+        forms: Tuple[Optional[_tensors.Form], ...],
         open_gate: Optional[torch.Tensor],
     ) -> None:
         """The round of `forward_pass` has begun, or has ended.
 
         Args:
-          forms: those of x, weight and bias.
-          members: of a struct Tensor that describes x, and `packed` the struct.
+          shape, packed: of x, and the struct Tensor that describes it.
+          types: those of the tensors, if they were described at sight; else `forms` are those of weight and bias.
           open_gate: with a ReLU: memory for a bit for each element of y, in memory order; 1: it is positive.
         """
         self.forward_pass = forward_pass
-        self.x, self.weight, self.bias = forms
-        self.channels_last, self.members, self.packed = channels_last, members, packed
+        self.shape, self.packed, self.channels_last = shape, packed, channels_last
+        self.types, self._forms = types, forms
         self.open_gate = open_gate
         self.needed: Tuple[bool, ...] = ()  # The gradients of x, weight, bias and z; known with the operation.
+
+    @property
+    def x(self) -> _tensors.Form:
+        """The form of x."""
+        return _tensors.tensor_form(self.shape, self.packed)
+
+    @property
+    def vectors(self) -> Tuple[Optional[_tensors.Form], ...]:
+        """The forms of weight and bias."""
+        return self._forms if self.types is None else _tensors.vector_forms(self.types)
 
     def wait(self) -> Optional[int]:
         """Values in each channel, over all workers. None: not known yet, but at least 2, since it is stream-ordered, and
@@ -72,7 +82,7 @@ class Pass:
     def _more_than_one(self, count: int) -> int:
         if count == 1:
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(self.x.shape)} "
+                f"Expected more than 1 value per channel when training, got input size {tuple(self.shape)} "
                 "and nothing from the other workers"
             )
         return count
@@ -100,22 +110,34 @@ class Pass:
         longer counted if nothing comes of it.
         """
         y, vectors, own, step = outputs
-        momentum, batches = (0.0, _NO_BATCHES) if step is None else self._count(step, y)
+        momentum, (address, cumulative) = (0.0, _NO_BATCHES) if step is None else self._count(step, y)
         gate, z_at = self.open_gate, 0
         if z is not None:
             z = _tensors.readable_as(z, self.channels_last)  # A copy lives until the library is through with it.
             z_at = _tensors.address(z, self.channels_last) or 0
         gate_at = 0 if gate is None else gate.data_ptr()
-        rest = (z_at, gate is not None, gate_at, y.data_ptr(), *self.members[1:])
-        size, pack = FORWARD_OUTPUTS.size, FORWARD_OUTPUTS.pack
+        written = FORWARD_OUTPUTS.pack(
+            FORWARD_OUTPUTS.size,
+            vectors,
+            momentum,
+            z_at,
+            gate is not None,
+            gate_at,
+            y.data_ptr(),
+            self.packed[ADDRESS_SIZE:],
+            address,
+            cumulative,
+        )
         taken: List[int] = []
         try:
-            self._end(pack(size, *vectors, momentum, *rest, *batches), taken)
+            self._end(written, taken)
         finally:
             if not taken and step is not None:
                 step._uncount_batch()
         if not taken:  # No worker has a value.
-            self.forward_pass.finish(self.packed, pack(size, *vectors[:4], *_tensors.NO_VECTOR, *_tensors.NO_VECTOR, 0.0, *rest, *_NO_BATCHES))
+            size, _, _, *rest, _, _ = FORWARD_OUTPUTS.unpack(written)
+            unchanged = FORWARD_OUTPUTS.pack(size, without_running(vectors), 0.0, *rest, *_NO_BATCHES)
+            self.forward_pass.finish(self.packed, unchanged)
         elif own and step is not None:
             _tensors.write_back(step.running_mean, own[2])
             _tensors.write_back(step.running_var, own[3])
@@ -132,81 +154,63 @@ class Pass:
         forward_pass.finish(self.packed, written)
         taken.append(2)  # It has two values at least.
 
-    def backward(self, inputs: bytes, outputs: bytes, x: torch.Tensor) -> None:
-        """A backward pass over x and what the structs say."""
-        threads, stream = _tensors.execution(x)
-        self.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
+
+def without_running(vectors: bytes) -> bytes:
+    """Four structs Vector, less the running statistics."""
+    return vectors[: len(vectors) // 2] + _tensors.NO_VECTOR * 2
 
 
-def form(tensor: Optional[torch.Tensor]) -> Optional[_tensors.Form]:
-    return None if tensor is None else _tensors.Form(tensor)
+def _buffer(form: Optional[_tensors.Form], needed: bool) -> Optional[torch.Tensor]:
+    """Memory for the gradient of a parameter of that form, if it has one."""
+    return torch.empty(form.shape, dtype=form.dtype, device=form.device) if form is not None and needed else None
 
 
-def _buffer(
-    form: Optional[_tensors.Form], needed: bool, weight: Optional[torch.Tensor], like: Optional[_tensors.Form]
-) -> Tuple[Optional[torch.Tensor], Tuple[int, int]]:
-    """Memory for the gradient of a parameter of that form, if it has one, and the members of a struct Vector for it.
-    `weight`, contiguous, has the form `like`: where it is the same, the memory is made twice as fast.
-    """
-    if form is None or not needed:
-        return None, _tensors.NO_VECTOR
-    if weight is not None and like is not None and (form is like or (form.shape, form.dtype) == (like.shape, like.dtype)):
-        made = torch.empty_like(weight)
-    else:
-        made = torch.empty(form.shape, dtype=form.dtype, device=form.device)
-    return made, _tensors.vector_members(made)
-
-
-def _given(
-    saved: Pass, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor]
-) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], _tensors.Addresses]:
-    """dy, x and weight as the library can take them, plain tensors, and where they are."""
-    form, like = saved.x, saved.weight
-    if not torch.is_grad_enabled():
-        kind = (None, None) if like is None else (like.shape, like.dtype)
-        device = form.device_number
-        found = _tensors.backward_sight(dy, x, form.shape, form.dtype, device, saved.channels_last, weight, *kind)
-        if found is not None:
-            return dy, x, weight, found
-    x = _tensors.given_back("the input", x, saved.x, saved.channels_last)
-    dy = _tensors.given_back("the output's gradient", dy, saved.x, saved.channels_last)
-    if weight is not None and saved.weight is not None:
-        saved.weight.check("the weight", weight)
+def _looked_at(
+    saved: Pass, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], gate: Optional[torch.Tensor]
+) -> _tensors.Backward:
+    """The arguments of a backward pass over tensors of any kind."""
+    form = saved.x
+    x = _tensors.given_back("the input", x, form, saved.channels_last)
+    dy = _tensors.given_back("the output's gradient", dy, form, saved.channels_last)
+    weight_form, bias_form = saved.vectors
+    if weight is not None and weight_form is not None:
+        weight_form.check("the weight", weight)
     weight, vector = _tensors.readable_vector(weight)
-    return dy, x, weight, (dy.data_ptr(), x.data_ptr(), vector)
-
-
-def _backward(
-    saved: Pass, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], gated: bool = True
-) -> _Gradients4:
-    """dx, d_weight, d_bias and d_z, those that are needed, by one backward pass. gated: a ReLU, if any, is part of it."""
-    dy, x, weight, (dy_at, x_at, vector) = _given(saved, dy, x, weight)
     needs_x, needs_weight, needs_bias, needs_z = saved.needed[:4]
-    gate = saved.open_gate if gated else None
-    gate_at, fused_dz = (0, False) if gate is None else (gate.data_ptr(), needs_z)
+    fused_dz = gate is not None and needs_z
     dx = torch.empty_like(x) if needs_x or fused_dz else None  # The library computes dz beside dx alone.
-    d_weight, d_weight_vector = _buffer(saved.weight, needs_weight, weight, saved.weight)
-    d_bias, d_bias_vector = _buffer(saved.bias, needs_bias, weight, saved.weight)
+    d_weight, d_bias = _buffer(weight_form, needs_weight), _buffer(bias_form, needs_bias)
     dz = None if not needs_z else torch.empty_like(x) if fused_dz else dy
     inputs = BACKWARD_INPUTS.pack(
         BACKWARD_INPUTS.size,
-        dy_at,
-        *saved.members[1:],  # dy is given back in the form of x.
-        x_at,
-        *vector,
-        *_tensors.NO_VECTOR,  # The bias: a gate is given instead.
+        dy.data_ptr(),
+        saved.packed[ADDRESS_SIZE:],  # dy is given back in the form of x.
+        x.data_ptr(),
+        vector + _tensors.NO_VECTOR,  # The bias: a gate is given instead.
         gate is not None,
-        gate_at,
+        0 if gate is None else gate.data_ptr(),
     )
     outputs = BACKWARD_OUTPUTS.pack(
         BACKWARD_OUTPUTS.size,
         0 if dx is None else dx.data_ptr(),
         dz.data_ptr() if fused_dz and dz is not None else 0,
-        *d_weight_vector,
-        *d_bias_vector,
+        _tensors.packed_vector(d_weight) + _tensors.packed_vector(d_bias),
     )
-    saved.backward(inputs, outputs, x)
-    return dx if needs_x else None, d_weight, d_bias, dz
+    return (dx if needs_x else None, d_weight, d_bias, dz), inputs, outputs, (dy, x, weight, dx)
+
+
+def _backward(
+    saved: Pass, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], gated: bool = True
+) -> _tensors.Gradients:
+    """dx, d_weight, d_bias and d_z, those that are needed, by one backward pass. gated: a ReLU, if any, is part of it."""
+    gate, found = saved.open_gate if gated else None, None
+    if saved.types is not None and not torch.is_grad_enabled():
+        found = _tensors.backward_sight(dy, x, weight, saved.shape, saved.packed, saved.types, saved.needed, gate)
+    gradients, inputs, outputs, kept = _looked_at(saved, dy, x, weight, gate) if found is None else found
+    threads, stream = _tensors.execution(x)
+    saved.forward_pass.backward(inputs, outputs, num_threads=threads, stream=stream)
+    del kept
+    return gradients
 
 
 def _opened(saved: Pass, dy: torch.Tensor) -> torch.Tensor:
@@ -217,7 +221,7 @@ def _opened(saved: Pass, dy: torch.Tensor) -> torch.Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     one = torch.ones((), dtype=torch.uint8, device=bits.device)
     flags = torch.bitwise_and(torch.bitwise_right_shift(bits.unsqueeze(1), places), one).reshape(-1)[: dy.numel()]
-    shape = saved.x.shape
+    shape = saved.shape
     if saved.channels_last:
         flags = flags.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return dy.masked_fill(flags.reshape(shape) == 0, 0.0)
@@ -293,14 +297,14 @@ def _second_backward(
         for cotangent, name, form, last in zip(
             cotangents,
             ("dx", "d_weight", "d_bias"),
-            (saved.x, saved.weight, saved.bias),
+            (saved.x, *saved.vectors),
             (saved.channels_last, False, False),
         )
     ]
     part = _second.Part(
         x=_tensors.given_back("the input", x, saved.x, saved.channels_last),
         dy=_tensors.given_back("the output's gradient", dy, saved.x, saved.channels_last),
-        weight=_tensors.vector_given_back("the weight", weight, saved.weight),
+        weight=_tensors.vector_given_back("the weight", weight, saved.vectors[0]),
         of_dx=given[0],
         of_d_weight=given[1],
         of_d_bias=given[2],

@@ -145,7 +145,7 @@ class _Normalize(torch.autograd.Function):
         anchor: Optional[torch.Tensor],
         state: _Pass,
     ) -> torch.Tensor:
-        forms: List[Any] = [None if v is None else _tensors.Form(v) for v in (x, counts, weight, bias)]
+        forms: List[Any] = [_tensors.form(v) for v in (x, counts, weight, bias)]
         needed = ctx.needs_input_grad
         ctx.saved = _Saved(state, forms[0], forms[1], forms[2], forms[3], (needed[0], needed[2], needed[3]))
         ctx.save_for_backward(x, counts, weight)

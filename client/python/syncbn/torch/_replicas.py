@@ -290,7 +290,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: _Pass, *tensors: Any) -> Tuple[torch.Tensor, ...]:
         n = state.size
-        state.forms = [None if tensor is None else _tensors.Form(tensor) for tensor in tensors[: 3 * n]]
+        state.forms = [_tensors.form(tensor) for tensor in tensors[: 3 * n]]
         state.needed = ctx.needs_input_grad[1 : 1 + 3 * n]
         ctx.state = state
         ctx.save_for_backward(*tensors[: 2 * n])

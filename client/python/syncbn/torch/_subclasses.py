@@ -75,7 +75,7 @@ class _Answers(TorchFunctionMode):
         self._place = _replicas.current()
         self._tracked = module.num_batches_tracked
         self._added: List[Any] = []  # The amounts that the forward has added to `num_batches_tracked`.
-        self._counted = False
+        self.counted = False  # The running statistics have taken the batch, or are about to.
         self._to_be_counted = False
         self._seen = False
         self._in_own_forward = False
@@ -123,28 +123,9 @@ class _Answers(TorchFunctionMode):
 
     def _step(self, call: _Call) -> _synchronized.Step:
         self._to_be_counted = True
+        return _Step(self, call)
 
-        def count_batch() -> float:
-            self._counted = True
-            return call.momentum
-
-        def uncount_batch() -> None:
-            self._counted = False
-
-        return _synchronized.Step(
-            self.module,
-            call.weight,
-            call.bias,
-            call.running_mean,
-            call.running_var,
-            call.eps,
-            True,
-            count_batch,
-            uncount_batch,
-            self._tracked_batches,
-        )
-
-    def _tracked_batches(self) -> Optional[torch.Tensor]:
+    def tracked_batches(self) -> Optional[torch.Tensor]:
         """The number of batches, where the forward has added 1 to it in its place."""
         in_place = self.module.num_batches_tracked is self._tracked
         return self._tracked if in_place and self._added == [1] else None
@@ -171,7 +152,7 @@ class _Answers(TorchFunctionMode):
 
     def uncount(self) -> None:
         """Takes back what the forward has counted, if the running statistics have not taken the batch."""
-        if self._counted or self._tracked is None or not self._to_be_counted:
+        if self.counted or self._tracked is None or not self._to_be_counted:
             return
         if self.module.num_batches_tracked is not self._tracked:
             self.module.num_batches_tracked = self._tracked
@@ -189,6 +170,27 @@ class _Answers(TorchFunctionMode):
             "without torch.nn.functional.batch_norm, or within torch.jit, so that it cannot be synchronized. Revert the "
             "layer, or let its forward call torch.nn.functional.batch_norm"
         )
+
+
+class _Step(_synchronized.Step):
+    """The normalization that a module's own forward has called for; the forward counts the batch by itself."""
+
+    __slots__ = ("_answers", "_momentum")
+
+    def __init__(self, answers: _Answers, call: _Call) -> None:
+        vectors = (call.weight, call.bias, call.running_mean, call.running_var)
+        super().__init__(answers.module, *vectors, call.eps, True)
+        self._answers, self._momentum = answers, call.momentum
+
+    def _count_batch(self) -> float:
+        self._answers.counted = True
+        return self._momentum
+
+    def _uncount_batch(self) -> None:
+        self._answers.counted = False
+
+    def _tracked_batches(self) -> Optional[torch.Tensor]:
+        return self._answers.tracked_batches()
 
 
 def run_forward(module: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

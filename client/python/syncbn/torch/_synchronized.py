@@ -1,7 +1,7 @@
 """The training of every synchronized layer: one round, and the normalization with its outcome."""
 
 import inspect
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch.fx.proxy import Proxy
@@ -28,6 +28,18 @@ class SizeMismatch(RuntimeError, ValueError):
 class Step:
     """One normalization: what a layer computes with this time. Anything else is the layer's."""
 
+    __slots__ = (
+        "module",
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "track_running_stats",
+        "eps",
+        "z",
+        "relu",
+    )
+
     def __init__(
         self,
         module: Any,
@@ -37,16 +49,11 @@ class Step:
         running_var: Optional[torch.Tensor],
         eps: float,
         tracked: bool,
-        count_batch: Callable[[], Optional[float]],
-        uncount_batch: Callable[[], None],
-        batches: Callable[[], Optional[torch.Tensor]],
         z: Optional[torch.Tensor] = None,
         relu: bool = False,
     ) -> None:
-        """The running statistics are those to be updated, if any. Where the step is `tracked`, `count_batch` is called before
-        they are, also if there are none, as in torch: it returns the new values' weight, or None for 1 / the number of
-        batches; and `uncount_batch` if the batch is not taken, after all. `batches` returns the number, if it is kept and
-        counts what `count_batch` counts. z is added to the result, and then `relu` applied to it.
+        """The running statistics are those to be updated, if any. Where the step is `tracked`, the batch is counted before they
+        are, also if there are none, as in torch. z is added to the result, and then `relu` applied to it.
         """
         self.module = module
         self.weight, self.bias = weight, bias
@@ -54,10 +61,23 @@ class Step:
         self.track_running_stats = tracked
         self.eps = eps
         self.z, self.relu = z, relu
-        self._count_batch, self._uncount_batch, self._tracked_batches = count_batch, uncount_batch, batches
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+    def _count_batch(self) -> Optional[float]:
+        """Counts the batch. Returns: the new values' weight in the running statistics; None for 1 / the number of batches."""
+        momentum: Optional[float] = self.module._count_batch()
+        return momentum
+
+    def _uncount_batch(self) -> None:
+        """The batch that was counted is not taken, after all."""
+        self.module._uncount_batch()
+
+    def _tracked_batches(self) -> Optional[torch.Tensor]:
+        """The number of batches, if it is kept and counts what `_count_batch` counts."""
+        batches: Optional[torch.Tensor] = self.module._tracked_batches()
+        return batches
 
     def check(self, x: torch.Tensor) -> None:
         """Refuses what x does not go with."""
@@ -186,12 +206,12 @@ class Synchronized(torch.nn.Module):
         """
         if sight is None:
             _tensors.check_supported(input, step.weight, step.bias, step.z)
-            x, channels_last, members = _tensors.described(input)
+            x, channels_last, packed = _tensors.described(input)
             make: Any = _tensors.empty_like
         else:
             if step.z is not None:
                 _tensors.check_supported(step.z)
-            x, (channels_last, members, _) = input, sight
+            x, (channels_last, packed, _, _) = input, sight
             make = torch.empty_like
         checkpoint = _checkpointing.context()
         place = _replicas.current()
@@ -200,7 +220,6 @@ class Synchronized(torch.nn.Module):
         # Memory comes before the round, so that no other worker waits for one that finds none.
         y = make(x)
         gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if step.relu else None
-        packed = _library.TENSOR.pack(*members)
         forward_pass = checkpoint.replay(self) if checkpoint.active else None
         update = forward_pass is None and step.track_running_stats
         follows = torch.is_grad_enabled()
@@ -208,8 +227,8 @@ class Synchronized(torch.nn.Module):
         if forward_pass is None:
             role = self._role(differentiable or checkpoint.gradient_follows, follows)
             forward_pass = self._begin_round(x, packed, _tensors.execution(x), step, role)
-        forms, vectors, own = self._vectors(x, step, sight, update)
-        made = _functions.Pass(forward_pass, forms, channels_last, members, packed, gate)
+        types, forms, vectors, own = self._vectors(step, sight, update)
+        made = _functions.Pass(forward_pass, x.shape, packed, channels_last, types, forms, gate)
         if checkpoint.active:
             made.wait()  # A round that has failed is not left with the segment.
             checkpoint.record(self, forward_pass)
@@ -218,20 +237,15 @@ class Synchronized(torch.nn.Module):
         return _functions.Normalize.apply(x, step.weight, step.bias, step.z, anchor, made, outputs)
 
     @staticmethod
-    def _vectors(x: torch.Tensor, step: Step, sight: Optional[_tensors.Sight], update: bool) -> Any:
-        """The forms of x, weight and bias, and `vectors` and `own` of _functions.Outputs."""
-        weight, bias = step.weight, step.bias
+    def _vectors(step: Step, sight: Optional[_tensors.Sight], update: bool) -> Any:
+        """`types` and `forms` of _functions.Pass, and `vectors` and `own` of its outputs."""
         if sight is not None:
-            _, members, vectors = sight
-            forms = (
-                _tensors.Form(x),
-                None if weight is None else _tensors.vector_form(members[2], vectors[1], *members[6:]),
-                None if bias is None else _tensors.vector_form(members[2], vectors[3], *members[6:]),
-            )
-            return forms, vectors if update else vectors[:4] + _tensors.NO_VECTOR * 2, ()
+            _, _, vectors, types = sight
+            return types, (), vectors if update else _functions.without_running(vectors), ()
+        weight, bias = step.weight, step.bias
         running = (step.running_mean, step.running_var) if update else (None, None)
         own, described = zip(*(_tensors.readable_vector(vector) for vector in (weight, bias, *running)))
-        return (_tensors.Form(x), _functions.form(weight), _functions.form(bias)), sum(described, ()), own
+        return None, (_tensors.form(weight), _tensors.form(bias)), b"".join(described), own
 
     def _begin_round(
         self, x: torch.Tensor, packed: bytes, execution: Tuple[int, Optional[int]], step: Step, role: int

@@ -1,6 +1,5 @@
 """torch tensors as the C interface sees them: addresses, without a copy where the memory is dense."""
 
-import functools
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -92,9 +91,13 @@ def _check_supported(x: torch.Tensor) -> None:
         raise UnsupportedTensor(text + _ADVICE)
 
 
-# The result of `at_sight`: whether x's channels are innermost, the members of a struct Tensor for x, and those of the
-# structs Vector for the other tensors, one after the other.
-Sight = Tuple[bool, Tuple[int, ...], Tuple[int, ...]]
+# The number of channels, the types of a layer's weight and bias, -1 for one that is absent, and where the input is: the
+# device of its struct Tensor, and the index.
+Types = Tuple[int, int, int, int, int]
+
+# The result of `at_sight`: whether x's channels are innermost, a struct Tensor for x, structs Vector for the other tensors,
+# one after the other, and types.
+Sight = Tuple[bool, bytes, bytes, Types]
 
 
 def at_sight(
@@ -114,8 +117,12 @@ def at_sight(
     return sight
 
 
-# The addresses of dy and x, and the members of a struct Vector for the weight.
-Addresses = Tuple[int, int, Tuple[int, int]]
+# dx, d_weight, d_bias and d_z, those that are needed.
+Gradients = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
+
+# Arguments of a backward pass: the gradients, in memory that is still to be written; the structs BackwardInputs and
+# BackwardOutputs; and what has to live until it is written.
+Backward = Tuple[Gradients, bytes, bytes, Any]
 
 # Objects that the functions of client/c/python_tensors.cc keep, in its order.
 _SIGHT = (
@@ -133,6 +140,7 @@ _SIGHT = (
     {"memory_format": _CHANNELS_LAST},
     "is_cuda",
     _torch.Tensor.get_device,
+    torch.empty_like,
 )
 
 
@@ -140,9 +148,9 @@ def _unseen(*given: Any) -> None:
     """Sees nothing, in an interpreter without the library's functions: every tensor is looked at closely."""
 
 
-# backward_sight(dy, x, shape, dtype, device, channels_last, weight, weight_shape, weight_dtype) returns the addresses of what
-# autograd hands to a backward pass, if all is as nearly every call has it: as `at_sight` says of the forward pass, and of
-# the shapes and types that it had then. None: look closely.
+# backward_sight(dy, x, weight, shape, tensor, types, needed, gate) returns the `Backward` of what autograd hands to a backward
+# pass, if all is as nearly every call has it: as `at_sight` says of the forward pass, of x's shape and struct Tensor then,
+# and of those types. needed: whether the gradients of x, weight, bias and z are. gate: of a ReLU. None: look closely.
 forward_sight: Any = _unseen
 backward_sight: Any = _unseen
 if _calls.function is not None:
@@ -212,13 +220,8 @@ class Form:
 
     __slots__ = ("shape", "dtype", "device", "on_cpu")
 
-    def __init__(self, x: torch.Tensor) -> None:
-        self.shape, self.dtype, self.device, self.on_cpu = x.shape, x.dtype, x.device, x.is_cpu
-
-    @property
-    def device_number(self) -> int:
-        """CUDA's index, or -1."""
-        return -1 if self.on_cpu else self.device.index or 0
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device, self.on_cpu = shape, dtype, device, device.type == "cpu"
 
     def is_of(self, x: torch.Tensor) -> bool:
         on_device = x.is_cpu if self.on_cpu else x.device == self.device  # A device is an object made anew each time.
@@ -232,12 +235,26 @@ class Form:
             )
 
 
-@functools.lru_cache(maxsize=256)  # A model has few.
-def vector_form(channels: int, kind: int, device: int, index: int) -> Form:
-    """Returns the form of a vector that `at_sight` has described so; one object for all that are alike."""
+def form(x: Optional[torch.Tensor]) -> Optional[Form]:
+    return None if x is None else Form(x.shape, x.dtype, x.device)
+
+
+def _form(shape: torch.Size, kind: int, device: int, index: int) -> Form:
+    """By the library's numbers."""
     dtype = next(dtype for dtype, number in _TYPES.items() if number == kind)
-    place = torch.device("cpu") if device == _library.DEVICE_CPU else torch.device("cuda", index)
-    return Form(torch.empty(channels, dtype=dtype, device=place))
+    return Form(shape, dtype, torch.device("cpu") if device == _library.DEVICE_CPU else torch.device("cuda", index))
+
+
+def tensor_form(shape: torch.Size, packed: bytes) -> Form:
+    """Returns the form of a tensor of that shape, which a struct Tensor describes."""
+    *_, kind, _, device, index = _library.TENSOR.unpack(packed)
+    return _form(shape, kind, device, index)
+
+
+def vector_forms(types: Types) -> Tuple[Optional[Form], ...]:
+    """Returns the forms of a weight and a bias that `at_sight` has described so."""
+    channels, *kinds, device, index = types
+    return tuple(None if kind < 0 else _form(torch.Size([channels]), kind, device, index) for kind in kinds)
 
 
 def given_back(name: str, x: torch.Tensor, form: Form, channels_last: bool) -> torch.Tensor:
@@ -268,15 +285,10 @@ def readable(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     return dense(_in_memory(x), False)
 
 
-def readable_vector(x: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], Tuple[int, int]]:
-    """Returns what `readable` does, and the members of a struct Vector for it."""
-    if x is None:
-        return None, NO_VECTOR
-    at = _address_at_sight(x, False)
-    if not at:
-        x = dense(_in_memory(x), False)
-        at = x.data_ptr()
-    return x, (at, _TYPES[x.dtype])
+def readable_vector(x: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], bytes]:
+    """Returns what `readable` does, and a struct Vector for it."""
+    x = readable(x)
+    return x, packed_vector(x)
 
 
 def count_address(count: Optional[torch.Tensor], x: torch.Tensor) -> int:
@@ -316,20 +328,15 @@ def address(x: torch.Tensor, channels_last: bool) -> Optional[int]:
     return x.data_ptr() or None
 
 
-def members(x: torch.Tensor, channels_last: bool) -> Tuple[int, ...]:
-    """Those of a struct Tensor for a dense x of [batch, channels, ...]."""
-    return _members(x, channels_last, address(x, channels_last) or 0)
-
-
-def described(x: torch.Tensor) -> Tuple[torch.Tensor, bool, Tuple[int, ...]]:
-    """x, or a copy that is dense; whether its channels are innermost; the members of a struct Tensor. Differentiable."""
+def described(x: torch.Tensor) -> Tuple[torch.Tensor, bool, bytes]:
+    """x, or a copy that is dense; whether its channels are innermost; a struct Tensor. Differentiable."""
     at = _address_at_sight(x, False)
     channels_last = False
     if not at:
         channels_last = is_channels_last(x)
         x = dense(x, channels_last)
         at = address(x, channels_last) or 0
-    return x, channels_last, _members(x, channels_last, at)
+    return x, channels_last, _library.TENSOR.pack(*_members(x, channels_last, at))
 
 
 def _members(x: torch.Tensor, channels_last: bool, at: int) -> Tuple[int, ...]:
@@ -352,15 +359,15 @@ def _members(x: torch.Tensor, channels_last: bool, at: int) -> Tuple[int, ...]:
 
 def describe(x: torch.Tensor, channels_last: bool) -> Tensor:
     """A dense x of [batch, channels, ...] for the C interface."""
-    return Tensor(*members(x, channels_last))
+    return Tensor(*_members(x, channels_last, address(x, channels_last) or 0))
 
 
-def vector_members(x: Optional[torch.Tensor]) -> Tuple[int, int]:
-    """Those of a struct Vector for a parameter or buffer that `readable` has returned, or a new one; None: absent."""
-    return NO_VECTOR if x is None else (x.data_ptr(), _TYPES[x.dtype])
+def packed_vector(x: Optional[torch.Tensor]) -> bytes:
+    """A struct Vector for a parameter or buffer that `readable` has returned, or a new one; None: absent."""
+    return NO_VECTOR if x is None else _library.VECTOR.pack(x.data_ptr(), _TYPES[x.dtype])
 
 
-NO_VECTOR = (0, _library.FLOAT32)
+NO_VECTOR = _library.VECTOR.pack(0, _library.FLOAT32)
 
 
 def vector(tensor: Optional[torch.Tensor], x: torch.Tensor) -> Vector:

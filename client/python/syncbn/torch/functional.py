@@ -19,6 +19,16 @@ class _Caller(_synchronized.Synchronized):
 
     momentum = 0.1
 
+    def _count_batch(self) -> float:
+        """Counts nothing: a function keeps no number of batches."""
+        return self.momentum
+
+    def _uncount_batch(self) -> None:
+        """Takes back nothing, since nothing was counted."""
+
+    def _tracked_batches(self) -> None:
+        """Returns None: there is no number."""
+
 
 def _caller(worker: Optional[Worker], layer: Any) -> _Caller:
     if not isinstance(layer, str) or not layer:
@@ -71,9 +81,7 @@ def batch_norm(
     _synchronized.check_options(worker, "add", numeric)
     caller = _caller(worker, layer)
     caller.momentum, caller.numeric = momentum, numeric
-    rest = (eps, True, lambda: momentum, lambda: None, lambda: None)
-    step = _synchronized.Step(caller, weight, bias, running_mean, running_var, *rest)
-    return _normalize(caller, input, step)
+    return _normalize(caller, input, _synchronized.Step(caller, weight, bias, running_mean, running_var, eps, True))
 
 
 @_synchronized.outside_of_graphs

@@ -196,9 +196,6 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
             var,
             self.eps,
             self.track_running_stats,
-            self._count_batch,
-            self._uncount_batch,
-            self._tracked_batches,
             z,
             self.activation == "relu",
         )
