@@ -4,7 +4,6 @@ Everything here goes by address: the caller keeps the memory alive for the lengt
 bytes.
 """
 
-import ctypes
 import functools
 import time
 from typing import Any, List, Optional
@@ -13,13 +12,7 @@ import numpy as np
 
 from syncbn import _library, errors
 from syncbn._calls import calls
-from syncbn._library import (
-    EvaluateOptions,
-    Tensor,
-    Vector,
-    call,
-    lib,
-)
+from syncbn._library import call, lib
 from syncbn._rounds import SLICE_NS, wait_in_slices
 from syncbn._worker import Worker
 
@@ -256,9 +249,9 @@ class ForwardPass(_library.Owned):
             worker._exit()
 
 
-def evaluate(x: Tensor, options: EvaluateOptions, y: Optional[int]) -> None:
-    """y, of x's shape, type and layout, from x with given statistics; no round."""
-    call(lib.syncbn_evaluate, ctypes.byref(x), ctypes.byref(options), y)
+def evaluate(x: bytes, options: bytes, y: int) -> None:
+    """y, of x's shape, type and layout, from x with given statistics; no round. x: a Tensor; options: EvaluateOptions."""
+    call(lib.syncbn_evaluate, x, options, y)
 
 
 def observed_variance(count: int, var: np.ndarray, biased: bool) -> Optional[np.ndarray]:
@@ -266,6 +259,3 @@ def observed_variance(count: int, var: np.ndarray, biased: bool) -> Optional[np.
     if biased:
         return var if count > 0 else None
     return var * (count / (count - 1)) if count > 1 else None
-
-
-NO_VECTOR = Vector(None, _library.FLOAT64)

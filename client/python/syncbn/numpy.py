@@ -9,12 +9,13 @@ Nothing is copied that is dense, with the channels innermost in memory or betwee
 are. Running statistics are updated in place, so they have to be contiguous NumPy arrays.
 """
 
+import math
 from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
 from syncbn import _arguments, _dlpack, _library, _numpy_masked, _passes
-from syncbn._library import BackwardInputs, BackwardOutputs, EvaluateOptions, ForwardOutputs, Tensor, Vector
+from syncbn._library import ADDRESS_SIZE, BACKWARD_INPUTS, BACKWARD_OUTPUTS, EVALUATE_OPTIONS, FORWARD_OUTPUTS, TENSOR, VECTOR
 from syncbn.core import Worker
 
 _TYPES = {
@@ -100,19 +101,23 @@ def _shape(array: np.ndarray, channels_last: bool) -> str:
     return f"{array.dtype}{list(_as_given(array, channels_last).shape)}"
 
 
-def _address(array: Optional[np.ndarray]) -> Optional[int]:
-    return None if array is None or array.size == 0 else array.ctypes.data
+def _address(array: Optional[np.ndarray]) -> int:
+    return 0 if array is None or array.size == 0 else array.ctypes.data
 
 
-def _vector(array: Optional[np.ndarray], channels: int, name: str) -> Vector:
+_NO_VECTOR = VECTOR.pack(0, _library.FLOAT64)
+
+
+def _vector(array: Optional[np.ndarray], channels: int, name: str) -> bytes:
+    """A struct Vector."""
     if array is None:
-        return _passes.NO_VECTOR
+        return _NO_VECTOR
     if array.shape != (channels,):
         raise ValueError(f"{name} has shape {array.shape}, and the layer {channels} channels")
-    return Vector(array.ctypes.data, _type_of(array))
+    return VECTOR.pack(array.ctypes.data, _type_of(array))
 
 
-def _running(value: Optional[np.ndarray], channels: int, name: str) -> Vector:
+def _running(value: Optional[np.ndarray], channels: int, name: str) -> bytes:
     if value is not None and not (isinstance(value, np.ndarray) and value.flags.c_contiguous and value.flags.writeable):
         raise ValueError(f"{name} is updated in place: it has to be a contiguous, writable NumPy array")
     return _vector(value, channels, name)
@@ -127,16 +132,17 @@ def _residual(value: Any, x: np.ndarray, channels_last: bool) -> Optional[np.nda
     return residual
 
 
-def _describe(x: np.ndarray) -> Tensor:
+def _describe(x: np.ndarray) -> bytes:
+    """A struct Tensor."""
     if x.ndim < 2:
         raise ValueError(f"expected [batch, channels, ...] or [batch, ..., channels], got {list(x.shape)}")
     if x.shape[1] == 0:
         raise ValueError("there are no channels")
-    return Tensor(
+    return TENSOR.pack(
         _address(x),
         x.shape[0],
         x.shape[1],
-        int(np.prod(x.shape[2:], dtype=np.int64)),
+        math.prod(x.shape[2:]),
         _type_of(x),
         _library.CHANNELS_LAST if _innermost(x) else _library.CHANNELS_FIRST,
         _library.DEVICE_CPU,
@@ -151,6 +157,8 @@ class Forward:
         self,
         passed: Union[_passes.ForwardPass, _numpy_masked.Pass],
         x: np.ndarray,
+        packed: bytes,
+        parameters: bytes,
         channels_last: bool,
         weight: Optional[np.ndarray],
         bias: Optional[np.ndarray],
@@ -159,7 +167,9 @@ class Forward:
         relu_mask: Optional[np.ndarray],
         num_threads: int,
     ) -> None:
+        """packed: the struct Tensor of x; parameters: the structs Vector of weight and bias."""
         self._pass, self._x, self._channels_last = passed, x, channels_last
+        self._packed, self._parameters = packed, parameters
         self._weight, self._bias, self._has_residual = weight, bias, has_residual
         self._relu, self._relu_mask, self._num_threads = relu, relu_mask, num_threads
         self._channels = x.shape[1]
@@ -201,21 +211,22 @@ class Forward:
         d_residual = np.empty_like(x) if self._has_residual else None
         d_weight = None if self._weight is None else np.empty_like(self._weight)
         d_bias = None if self._bias is None else np.empty_like(self._bias)
-        inputs = BackwardInputs(
-            dy=_describe(gradient),
-            x=_address(x),
-            weight=_vector(self._weight, self._channels, "weight"),
-            bias=_vector(self._bias, self._channels, "bias"),
-            relu=self._relu,
-            relu_mask=_address(self._relu_mask),
+        inputs = BACKWARD_INPUTS.pack(
+            BACKWARD_INPUTS.size,
+            _address(gradient),
+            self._packed[ADDRESS_SIZE:],
+            _address(x),
+            self._parameters,
+            self._relu,
+            _address(self._relu_mask),
         )
-        outputs = BackwardOutputs(
-            dx=_address(dx),
-            d_residual=_address(d_residual),
-            d_weight=_vector(d_weight, self._channels, "weight"),
-            d_bias=_vector(d_bias, self._channels, "bias"),
+        outputs = BACKWARD_OUTPUTS.pack(
+            BACKWARD_OUTPUTS.size,
+            _address(dx),
+            _address(d_residual),
+            _vector(d_weight, self._channels, "weight") + _vector(d_bias, self._channels, "bias"),
         )
-        self._pass.backward(bytes(inputs), bytes(outputs), num_threads=self._num_threads)
+        self._pass.backward(inputs, outputs, num_threads=self._num_threads)
         last = self._channels_last
         return Gradients(
             _as_given(dx, last), d_weight, d_bias, None if d_residual is None else _as_given(d_residual, last)
@@ -282,26 +293,29 @@ def forward(
     if not isinstance(worker, Worker):
         raise TypeError(f"worker is {worker!r}; it has to be a syncbn.Worker")
     momentum, eps = _arguments.fraction("momentum", momentum), _arguments.not_negative("eps", eps)
-    num_threads = _arguments.integer("num_threads", num_threads, 1, _MOST_THREADS)
+    num_threads, relu = _arguments.integer("num_threads", num_threads, 1, _MOST_THREADS), _arguments.truth("relu", relu)
     biased_running_variance = _arguments.truth("biased_running_variance", biased_running_variance)
     if sequence is not None:
         sequence = _arguments.integer("sequence", sequence, 0, _arguments.MOST_SEQUENCE)
     values = _tensor(x, channels_last)
-    tensor = _describe(values)
-    channels = tensor.channels
+    packed = _describe(values)
+    channels = values.shape[1]
     weights, biases, residuals = _parameter(weight), _parameter(bias), _residual(residual, values, channels_last)
     relu_mask = np.empty((values.size + 7) // 8, np.uint8) if relu and residuals is not None else None
     y = np.empty_like(values)
-    outputs = ForwardOutputs(
-        weight=_vector(weights, channels, "weight"),
-        bias=_vector(biases, channels, "bias"),
-        running_mean=_running(running_mean, channels, "running_mean"),
-        running_var=_running(running_var, channels, "running_var"),
-        momentum=momentum,
-        residual=_address(residuals),
-        relu=relu,
-        relu_mask=_address(relu_mask),
-        y=_describe(y),
+    parameters = _vector(weights, channels, "weight") + _vector(biases, channels, "bias")
+    running = _running(running_mean, channels, "running_mean") + _running(running_var, channels, "running_var")
+    written = FORWARD_OUTPUTS.pack(
+        FORWARD_OUTPUTS.size,
+        parameters + running,
+        momentum,
+        _address(residuals),
+        relu,
+        _address(relu_mask),
+        _address(y),
+        packed[ADDRESS_SIZE:],
+        0,
+        False,
     )
     counts = None if mask is None else _numpy_masked.positions(mask, values, channels_last)
     worker.declare_layer(
@@ -323,9 +337,8 @@ def forward(
         masked.update(running_mean, masked.mean(channels), momentum)
         if observed is not None:
             masked.update(running_var, observed, momentum)
-        state = Forward(masked, values, channels_last, weights, biases, has_residual, relu, None, num_threads)
+        state = Forward(masked, values, packed, parameters, channels_last, weights, biases, has_residual, relu, None, num_threads)
         return _as_given(y, channels_last), state
-    packed = bytes(tensor)
     passed = _passes.ForwardPass(
         worker,
         layer,
@@ -336,10 +349,9 @@ def forward(
         eps=eps,
         clamp=clamp,
     )
-    written = bytes(outputs)
     if passed.end(packed, written, []) < 2:
         passed.finish(packed, written)
-    state = Forward(passed, values, channels_last, weights, biases, has_residual, relu, relu_mask, num_threads)
+    state = Forward(passed, values, packed, parameters, channels_last, weights, biases, has_residual, relu, relu_mask, num_threads)
     return _as_given(y, channels_last), state
 
 
@@ -358,21 +370,14 @@ def evaluate(
 ) -> np.ndarray:
     """y = weight * (x - running_mean) / sqrt(running_var + eps) + bias: no worker, no round."""
     eps = _arguments.not_negative("eps", eps)
-    num_threads = _arguments.integer("num_threads", num_threads, 1, _MOST_THREADS)
+    num_threads, relu = _arguments.integer("num_threads", num_threads, 1, _MOST_THREADS), _arguments.truth("relu", relu)
     values = _tensor(x, channels_last)
-    tensor = _describe(values)
+    packed = _describe(values)
     mean, var, weights, biases = (_parameter(v) for v in (running_mean, running_var, weight, bias))
     residuals = _residual(residual, values, channels_last)
     y = np.empty_like(values)
-    options = EvaluateOptions(
-        num_threads=num_threads,
-        mean=_vector(mean, tensor.channels, "running_mean"),
-        var=_vector(var, tensor.channels, "running_var"),
-        weight=_vector(weights, tensor.channels, "weight"),
-        bias=_vector(biases, tensor.channels, "bias"),
-        eps=eps,
-        residual=_address(residuals),
-        relu=relu,
-    )
-    _passes.evaluate(tensor, options, _address(y))
+    named = (("running_mean", mean), ("running_var", var), ("weight", weights), ("bias", biases))
+    vectors = b"".join(_vector(vector, values.shape[1], name) for name, vector in named)
+    size, pack = EVALUATE_OPTIONS.size, EVALUATE_OPTIONS.pack
+    _passes.evaluate(packed, pack(size, num_threads, 0, vectors, eps, _address(residuals), relu, 0), _address(y))
     return _as_given(y, channels_last)

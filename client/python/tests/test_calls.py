@@ -163,10 +163,11 @@ def test_the_end_of_a_pass_leaves_small_batches_to_the_caller(group, calls, slic
         x, y = np.arange(2.0 * CHANNELS).reshape(2, CHANNELS)[:rows], np.full((rows, CHANNELS), 7.0)
         mean = np.full(CHANNELS, 7.0)
         worker.declare_layer("bn", CHANNELS)
-        tensor = bytes(sync._describe(x))
+        tensor = sync._describe(x)
         passed = _passes.ForwardPass(worker, "bn", tensor, eps=1e-5, clamp=False)
-        running = sync._running(mean, CHANNELS, "running_mean")
-        outputs = bytes(_library.ForwardOutputs(y=sync._describe(y), running_mean=running, momentum=1.0))
+        running = _library.Vector.from_buffer_copy(sync._running(mean, CHANNELS, "running_mean"))
+        described = _library.Tensor.from_buffer_copy(sync._describe(y))
+        outputs = bytes(_library.ForwardOutputs(y=described, running_mean=running, momentum=1.0))
         for _ in range(2):
             ended = []
             assert passed.end(tensor, outputs, ended) == count == passed.count
