@@ -1,20 +1,11 @@
 #include "server/flags.h"
 
-#include <stdlib.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
-#include <istream>
-#include <iterator>
-#include <limits>
-#include <map>
-#include <memory>
-#include <numeric>
 #include <optional>
 #include <utility>
 
@@ -24,13 +15,13 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/strings/str_replace.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "grpcpp/version_info.h"
 #include "plumbing/bounded_file.h"
 #include "plumbing/secret.h"
-#include "server/config_file.h"
+#include "server/flag_names.h"
+#include "server/flag_sources.h"
 #include "vocabulary/protocol_version.h"
 #include "vocabulary/revision.h"
 #include "vocabulary/version.h"
@@ -42,16 +33,6 @@ namespace {
 constexpr int64_t kMostSeconds = 1000000000;
 // An idle thread of the master gives a sign of life each second, so that less would end one that is well.
 constexpr int64_t kLeastWatchdogSeconds = 5;
-constexpr size_t kMostConfigBytes = 1 << 20;
-constexpr char kVariablePrefix[] = "SYNCBN_";
-
-std::string WithHyphens(absl::string_view name) { return absl::StrReplaceAll(name, {{"_", "-"}}); }
-
-std::string VariableOf(absl::string_view flag) {
-  std::string name = absl::StrCat(kVariablePrefix, absl::StrReplaceAll(absl::StripPrefix(flag, "--"), {{"-", "_"}}));
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
-  return name;
-}
 
 // Returns what a switch is set to by text, in any case of letters; nullopt if that is no word for it.
 std::optional<bool> TruthOf(absl::string_view text) {
@@ -65,77 +46,9 @@ std::optional<bool> TruthOf(absl::string_view text) {
   return std::nullopt;
 }
 
-// Returns the number of insertions, deletions and replacements that turn one text into the other.
-size_t EditDistance(absl::string_view a, absl::string_view b) {
-  std::vector<size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), size_t{0});
-  for (size_t i = 0; i < a.size(); ++i) {
-    size_t diagonal = std::exchange(row[0], i + 1);
-    for (size_t j = 0; j < b.size(); ++j) {
-      const size_t replaced = diagonal + (a[i] == b[j] ? 0 : 1);
-      diagonal = row[j + 1];
-      row[j + 1] = std::min({replaced, diagonal + 1, row[j] + 1});
-    }
-  }
-  return row.back();
-}
-
-// Returns the known name nearest to the given one, ignoring case, and its distance.
-std::pair<std::string, size_t> Nearest(absl::string_view name, const std::vector<std::string>& known) {
-  const std::string lower = absl::AsciiStrToLower(name);
-  std::pair<std::string, size_t> best = {"", std::numeric_limits<size_t>::max()};
-  for (const std::string& candidate : known) {
-    if (const size_t distance = EditDistance(lower, absl::AsciiStrToLower(candidate)); distance < best.second)
-      best = {candidate, distance};
-  }
-  return best;
-}
-
 [[noreturn]] void Refuse(const std::string& flag, absl::string_view value, absl::string_view is_not) {
   throw CLI::ValidationError(flag, absl::StrCat("\"", value, "\" is not ", is_not));
 }
-
-// Reads a config file whose keys are the flags' names. CLI11 would ignore unknown keys, close lists that are open, and
-// read a device without an end.
-class StrictConfig final : public CLI::ConfigTOML {
- public:
-  explicit StrictConfig(std::vector<std::string> known) : known_(std::move(known)) {}
-
-  std::vector<CLI::ConfigItem> from_config(std::istream& input) const override {
-    const auto entries = ParseConfigFile(ReadAll(input));
-    if (!entries.ok()) throw CLI::ConfigError(std::string(entries.status().message()));
-    std::vector<CLI::ConfigItem> items;
-    std::map<std::string, int> lines;
-    for (const ConfigEntry& entry : *entries) {
-      const std::string name = WithHyphens(entry.key);
-      if (std::find(known_.begin(), known_.end(), name) == known_.end()) {
-        throw CLI::ConfigError(absl::StrCat("the config file has an unknown key \"", entry.key, "\" in line ",
-                                            entry.line, "; the nearest is \"", Nearest(name, known_).first, "\""));
-      }
-      if (const auto [first, is_new] = lines.emplace(name, entry.line); !is_new) {
-        throw CLI::ConfigError(absl::StrCat("the config file has the key \"", entry.key, "\" twice, in the lines ",
-                                            first->second, " and ", entry.line, "; leave one of them"));
-      }
-      items.push_back({{}, name, entry.values});
-    }
-    return items;
-  }
-
- private:
-  static std::string ReadAll(std::istream& input) {
-    std::string text(kMostConfigBytes + 1, '\0');
-    input.read(text.data(), static_cast<std::streamsize>(text.size()));
-    if (input.bad()) throw CLI::FileError("the config file cannot be read");
-    text.resize(static_cast<size_t>(input.gcount()));
-    if (text.size() > kMostConfigBytes) {
-      throw CLI::ConfigError(
-          absl::StrCat("the config file is longer than ", kMostConfigBytes, " bytes, the most that are read"));
-    }
-    return text;
-  }
-
-  const std::vector<std::string> known_;
-};
 
 absl::Duration DurationOrForever(double seconds) {
   return seconds == 0.0 ? absl::InfiniteDuration() : absl::Seconds(seconds);
@@ -162,7 +75,7 @@ class Options {
     DefineLog();
     DefineLife();
     DefineGeneral();
-    app_->config_formatter(std::make_shared<StrictConfig>(names_));
+    app_->config_formatter(MakeStrictConfig(names_));
   }
 
   // The flags' names, without leading hyphens.
@@ -426,85 +339,6 @@ class Options {
   std::vector<std::string> names_;
 };
 
-// Variables that hold a token itself. There are no such flags, since other users see the command line.
-constexpr char kTokenVariable[] = "SYNCBN_TOKEN";
-constexpr char kInspectionTokenVariable[] = "SYNCBN_INSPECTION_TOKEN";
-// Variables of workers, which may be set for a whole host.
-constexpr const char* kVariablesOfWorkers[] = {"SYNCBN_CLIENT_CERT_FILE",
-                                               "SYNCBN_CLIENT_KEY_FILE",
-                                               "SYNCBN_CLIENT_TRUSTED_CA_FILE",
-                                               "SYNCBN_DESCRIPTION",
-                                               "SYNCBN_GENERATION",
-                                               "SYNCBN_GROUP",
-                                               "SYNCBN_JOB",
-                                               "SYNCBN_JOIN_TIMEOUT",
-                                               "SYNCBN_LIBRARY",
-                                               "SYNCBN_MIN_WORKERS",
-                                               "SYNCBN_ON_WORKER_LOST",
-                                               "SYNCBN_REJOIN_GRACE",
-                                               "SYNCBN_STREAM_ORDERED",
-                                               "SYNCBN_TARGET",
-                                               "SYNCBN_TIMEOUT"};
-
-void ReadTokenVariable(const char* variable, const char* flag, std::string* token) {
-  const char* const value = getenv(variable);
-  if (value == nullptr || *value == '\0') return;
-  if (!token->empty()) throw CLI::ValidationError(flag, absl::StrCat("is given, and so is the variable ", variable));
-  if (const absl::Status status = CheckToken(value); !status.ok()) {
-    throw CLI::ValidationError(variable, std::string(status.message()));
-  }
-  *token = value;
-}
-
-// Accepts SYNCBN_MAX-WORKERS for SYNCBN_MAX_WORKERS, and warns of variables that are almost known: they cannot be
-// refused, since workers have variables with the same prefix.
-void ReadEnvironment(const std::vector<std::string>& names, std::vector<std::string>* doubts) {
-  std::vector<std::string> known;
-  known.reserve(names.size() + 3 + std::size(kVariablesOfWorkers));
-  for (const std::string& name : names) known.push_back(VariableOf(name));
-  known.push_back(VariableOf("config-file"));
-  known.insert(known.end(), {kTokenVariable, kInspectionTokenVariable});
-  known.insert(known.end(), std::begin(kVariablesOfWorkers), std::end(kVariablesOfWorkers));
-  std::vector<std::string> entries;
-  for (char** entry = environ; entry != nullptr && *entry != nullptr; ++entry) entries.emplace_back(*entry);
-  for (const std::string& entry : entries) {
-    const std::string name = entry.substr(0, entry.find('='));
-    if (!absl::StartsWith(name, kVariablePrefix)) continue;
-    const std::string with_underscores = absl::StrReplaceAll(name, {{"-", "_"}});
-    if (std::find(known.begin(), known.end(), with_underscores) == known.end()) {
-      const auto [nearest, distance] = Nearest(with_underscores, known);
-      if (distance > 2) continue;
-      doubts->push_back(absl::StrCat("the variable ", name, " is not known; ", nearest, " is"));
-    } else if (with_underscores != name) {
-      setenv(with_underscores.c_str(), entry.c_str() + name.size() + 1, /*overwrite=*/0);
-    }
-  }
-}
-
-// Returns the arguments as CLI11 wants them: in reverse, names with hyphens, and the config file as an argument, since
-// CLI11 looks for its variable only after it has read the other arguments.
-std::vector<std::string> ReadArguments(int argc, char** argv) {
-  std::vector<std::string> arguments;
-  bool has_config = false;
-  for (int i = 1; i < argc; ++i) {
-    std::string argument = argv[i];
-    const size_t end = std::min(argument.find('='), argument.size());
-    if (absl::StartsWith(argument, "--")) argument = WithHyphens(argument.substr(0, end)) + argument.substr(end);
-    has_config = has_config || argument.substr(0, argument.find('=')) == "--config-file";
-    const bool empty = absl::StartsWith(argument, "--") && end + 1 == argument.size();
-    // "--flag=" has an empty value; CLI11 would report a missing one.
-    if (empty) argument.pop_back();
-    arguments.push_back(std::move(argument));
-    if (empty) arguments.emplace_back();
-  }
-  const char* const variable = getenv(VariableOf("config-file").c_str());
-  if (!has_config && variable != nullptr && *variable != '\0') {
-    arguments.push_back(absl::StrCat("--config-file=", variable));
-  }
-  std::reverse(arguments.begin(), arguments.end());
-  return arguments;
-}
-
 // Returns the text as one line.
 std::string OneLine(absl::string_view text) {
   std::string line(absl::StripSuffix(text, "\n"));
@@ -553,8 +387,7 @@ std::optional<int> ParseFlags(int argc, char** argv, Flags* flags) {
   ReadEnvironment(options.names(), &flags->doubts);
   try {
     app.parse(ReadArguments(argc, argv));
-    ReadTokenVariable(kTokenVariable, "--token-file", &flags->server.token);
-    ReadTokenVariable(kInspectionTokenVariable, "--inspection-token-file", &flags->server.inspection_token);
+    ReadTokenVariables(&flags->server.token, &flags->server.inspection_token);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version.
     std::fprintf(stderr, "syncbn-master: %s\n", Explain(app, error, options.names()).c_str());
