@@ -19,10 +19,12 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "grpcpp/ext/channelz_service_plugin.h"
 #include "plumbing/grpc_process.h"
 #include "plumbing/log.h"
+#include "server/expiry_notice.h"
 #include "server/flags.h"
 #include "server/http/http_server.h"
 #include "server/http/inspection_client.h"
@@ -107,13 +109,11 @@ sigset_t Signals() {
   return signals;
 }
 
-std::string Day(absl::Time time) { return absl::FormatTime("%Y-%m-%d %H:%M UTC", time, absl::UTCTimeZone()); }
-
 void Reload(syncbn::MasterServer& server) {
   const absl::Status status = server.ReloadCertificates();
   if (status.ok()) {
-    Log(LogLevel::kInfo,
-        absl::StrCat("reloaded the certificates; they are valid until ", Day(server.certificate_expiry())));
+    Log(LogLevel::kInfo, absl::StrCat("reloaded the certificates; they are valid until ",
+                                      syncbn::ExpiryText(server.certificate_expiry())));
   } else if (absl::IsFailedPrecondition(status)) {
     Log(LogLevel::kInfo, absl::StrCat("SIGHUP is ignored: ", status.message()));
   } else {
@@ -122,14 +122,17 @@ void Reload(syncbn::MasterServer& server) {
 }
 
 // Waits for SIGTERM or SIGINT, at most for `lifetime`; reloads the certificates at SIGHUP, and writes the newest rounds
-// to the log at SIGUSR1. Tells systemd's watchdog, if there is one, that the master answers. Returns the reason to end.
+// to the log at SIGUSR1. Tells systemd's watchdog, if there is one, that the master answers, and the log that the
+// certificate expires. Returns the reason to end.
 std::string AwaitEnd(syncbn::MasterServer& server, absl::Duration lifetime) {
-  constexpr absl::Duration kLongestWait = absl::Hours(24);
+  constexpr absl::Duration kLongestWait = absl::Hours(1);  // For the certificate's end.
   const sigset_t signals = Signals();
   const auto start = std::chrono::steady_clock::now();
   const InspectionClient client(server.InProcessChannel());
   syncbn::SystemdWatchdog watchdog;
+  syncbn::ExpiryNotice expiry;
   while (true) {
+    if (const auto line = expiry.Due(server.certificate_expiry(), absl::Now())) Log(line->level, line->text);
     const absl::Duration left = lifetime - absl::FromChrono(std::chrono::steady_clock::now() - start);
     if (left <= absl::ZeroDuration()) return "its lifetime has ended";
     watchdog.Poke([&client] { return client.GetMaster().ok(); });
@@ -166,7 +169,7 @@ std::string Describe(const syncbn::MasterServer& server, const syncbn::Flags& fl
   if (tls.cert_file.empty() && !tls.auto_tls) {
     absl::StrAppend(&text, "; no TLS");
   } else {
-    absl::StrAppend(&text, "; TLS, certificate valid until ", Day(server.certificate_expiry()),
+    absl::StrAppend(&text, "; TLS, certificate valid until ", syncbn::ExpiryText(server.certificate_expiry()),
                     tls.client_cert_auth ? ", workers authenticated" : ", workers not authenticated");
   }
   absl::StrAppend(&text, flags.server.token.empty() ? "; no token" : "; workers need the token");

@@ -252,6 +252,7 @@ def test_sighup_reloads_certificates(start: Callable[..., Any], tmp_path: pathli
     with log.open("w") as stderr:
         master = start(LimitedMaster, "--cert-file", str(cert), "--key-file", str(key), stderr=stderr)
     assert trusts("one") and not trusts("two")
+    wait_for(log, "warning the certificate expires on 20")  # In two days.
     install("two", "one")
     master.process.send_signal(signal.SIGHUP)
     wait_for(log, "the certificates stay as they were")
