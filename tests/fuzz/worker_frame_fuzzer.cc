@@ -215,8 +215,9 @@ class Master {
     if (stream.id == 0) stream.id = ++last_stream_;
     while (stream.frame != nullptr) Continue(stream);
     if (stream.id == 0) return;
-    const grpc::Slice slice(bytes);
-    stream.frame = std::make_unique<rpc::FrameReader>(grpc::ByteBuffer(&slice, 1), limits_);
+    const size_t cut = bytes.size() / 2;  // Frames come in pieces.
+    const grpc::Slice slices[] = {grpc::Slice(bytes.substr(0, cut)), grpc::Slice(bytes.substr(cut))};
+    stream.frame = std::make_unique<rpc::FrameReader>(grpc::ByteBuffer(slices, 2), limits_);
     if (const auto error = stream.frame->Open()) return Refuse(stream, *error);
     if (stream.frame->head().join.has_value()) {
       stream.joined = true;
