@@ -16,7 +16,7 @@ namespace syncbn {
 // Thread safety: none; pure.
 class VectorPool {
  public:
-  // Keeps at most so many bytes.
+  // Keeps at most so many bytes, of the newest vectors.
   explicit VectorPool(size_t most_bytes) : most_bytes_(most_bytes) {}
 
   // Returns a copy of the values.
@@ -32,19 +32,28 @@ class VectorPool {
     return vector;
   }
 
-  // Takes the vector, if there is room for its memory; otherwise leaves it to the caller.
+  // Takes the vector in place of the oldest ones, unless it is too long: then it stays the caller's.
   void Keep(std::vector<double>&& vector) {
-    if (vector.capacity() == 0 || bytes_ + BytesOf(vector) > most_bytes_) return;
+    if (vector.capacity() == 0 || BytesOf(vector) > most_bytes_) return;
     bytes_ += BytesOf(vector);
     spare_.push_back(std::move(vector));
+    while (bytes_ > most_bytes_ || spare_.size() > kMostVectors) Remove(spare_.begin());
   }
 
  private:
-  // Returns an empty vector if there is none that fits.
+  // Few enough to look at all of them.
+  static constexpr size_t kMostVectors = 32;
+
+  // Returns the newest vector that fits; an empty one if none does.
   std::vector<double> TakeSpare(size_t size) {
-    if (spare_.empty() || !Fits(spare_.back(), size)) return {};
-    std::vector<double> vector = std::move(spare_.back());
-    spare_.pop_back();
+    for (size_t i = spare_.size(); i > 0; --i) {
+      if (Fits(spare_[i - 1], size)) return Remove(spare_.begin() + static_cast<std::ptrdiff_t>(i - 1));
+    }
+    return {};
+  }
+  std::vector<double> Remove(std::vector<std::vector<double>>::iterator place) {
+    std::vector<double> vector = std::move(*place);
+    spare_.erase(place);
     bytes_ -= BytesOf(vector);
     return vector;
   }
@@ -55,7 +64,7 @@ class VectorPool {
   }
 
   const size_t most_bytes_;
-  std::vector<std::vector<double>> spare_;
+  std::vector<std::vector<double>> spare_;  // The newest last.
   size_t bytes_ = 0;
 };
 

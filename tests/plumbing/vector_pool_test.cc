@@ -40,12 +40,40 @@ TEST(VectorPoolTest, AVectorToFillHasItsSizeAndTheMemoryOfOneBefore) {
   EXPECT_EQ(as_before.data(), memory);
 }
 
-TEST(VectorPoolTest, AVectorWithoutRoomStaysTheCallers) {
-  VectorPool pool(kMostBytes);
-  std::vector<double> kept(64), left(1, 2.0);
-  pool.Keep(std::move(kept));
+TEST(VectorPoolTest, AVectorThatIsTooLongStaysTheCallers) {
+  VectorPool pool(sizeof(double));
+  std::vector<double> left{2.0, 3.0};
   pool.Keep(std::move(left));
-  EXPECT_THAT(left, ElementsAre(2.0));
+  EXPECT_THAT(left, ElementsAre(2.0, 3.0));
+}
+
+// The layers of a model have several sizes.
+TEST(VectorPoolTest, VectorsOfOtherLengthsAreNotInTheWay) {
+  VectorPool pool(kMostBytes);
+  std::vector<double> kept(32);
+  const double* const memory = kept.data();
+  pool.Keep(std::move(kept));
+  for (size_t size = 1; size < 5; ++size) pool.Keep(std::vector<double>(size));
+  EXPECT_EQ(pool.Copy(std::vector<double>(32)).data(), memory);
+}
+
+TEST(VectorPoolTest, TheOldestGoFirst) {
+  VectorPool pool(kMostBytes);
+  std::vector<double> kept(1);
+  const double* const memory = kept.data();
+  pool.Keep(std::vector<double>(32));
+  pool.Keep(std::vector<double>(32));
+  pool.Keep(std::move(kept));
+  EXPECT_EQ(pool.Take(1).data(), memory);
+  EXPECT_EQ(pool.Take(16).capacity(), 32u) << "one of the long ones is left";
+  EXPECT_EQ(pool.Take(16).capacity(), 16u);
+}
+
+TEST(VectorPoolTest, KeepsFewVectorsHoweverShort) {
+  VectorPool pool(size_t{1} << 20);
+  pool.Keep(std::vector<double>(100));
+  for (int i = 0; i < 32; ++i) pool.Keep(std::vector<double>(1));
+  EXPECT_EQ(pool.Take(50).capacity(), 50u) << "the long one was the 33rd newest";
 }
 
 // Otherwise short vectors could hold much more memory than anything counts.
@@ -61,11 +89,6 @@ TEST(VectorPoolTest, KeepsNoMoreThanItsBytes) {
   VectorPool pool(kMostBytes);
   pool.Keep(std::vector<double>(65));
   EXPECT_EQ(pool.Copy(std::vector<double>(64)).capacity(), 64u) << "too long to be kept";
-  std::vector<double> kept(64);
-  const double* const memory = kept.data();
-  pool.Keep(std::move(kept));
-  pool.Keep(std::vector<double>(1));
-  EXPECT_EQ(pool.Copy(std::vector<double>(64)).data(), memory) << "the newest is not above it";
 }
 
 }  // namespace
