@@ -23,6 +23,11 @@ inline constexpr size_t kMostVarintBytes = 10;
 
 // Takes a number from the front. Returns false if it is cut off, or longer than 64 bits take.
 inline bool TakeVarint(absl::string_view* bytes, uint64_t* value) {
+  if (!bytes->empty() && static_cast<uint8_t>(bytes->front()) < 0x80) {  // As most.
+    *value = static_cast<uint8_t>(bytes->front());
+    bytes->remove_prefix(1);
+    return true;
+  }
   const size_t most = std::min(bytes->size(), kMostVarintBytes);
   uint64_t bits = 0;
   for (size_t i = 0; i < most; ++i) {
