@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.interpreters import ad, batching, mlir
 
-from syncbn import _jax_modes, _names
+from syncbn import _jax_devices, _jax_modes, _names
 from syncbn.core import Worker
 
 try:
@@ -300,17 +300,24 @@ def merge(
     return tuple(_merge_p.bind(*arguments, layer=layer, positions=positions, wanted=wanted))
 
 
-def _call_merge(*arguments: Any, layer: Layer, positions: int, wanted: bool) -> Any:
+def _merge_body(layer: Layer, positions: int, wanted: bool) -> Callable[..., Any]:
+    return functools.partial(_on_host, functools.partial(_merge, layer, positions, wanted))
+
+
+def _call_merge(body: Callable[..., Any], *arguments: Any) -> Any:
     mean = arguments[-4]
     vectors = jax.ShapeDtypeStruct(mean.shape, mean.dtype)
     shapes = (vectors, vectors, vectors, jax.ShapeDtypeStruct((*mean.shape[:-1], 4), jnp.int32))
-    body = functools.partial(_on_host, functools.partial(_merge, layer, positions, wanted))
     return io_callback(body, shapes, *arguments, ordered=True)
 
 
 @_merge_p.def_impl
 def _evaluate_merge(*arguments: Any, **constants: Any) -> Any:
-    return _call_merge(*arguments, **constants)
+    return _jax_devices.outside_of_programs(_merge_body(**constants), _call_merge, arguments)
+
+
+def _merge_in_a_program(*arguments: Any, **constants: Any) -> Any:
+    return _call_merge(_merge_body(**constants), *arguments)
 
 
 @_merge_p.def_effectful_abstract_eval
@@ -332,7 +339,7 @@ def _lead(value: Any, axis: Any, size: int) -> Any:
     return jnp.broadcast_to(value, (size, *value.shape)) if axis is None else jnp.moveaxis(value, axis, 0)
 
 
-mlir.register_lowering(_merge_p, mlir.lower_fun(_call_merge, multiple_results=True))
+mlir.register_lowering(_merge_p, mlir.lower_fun(_merge_in_a_program, multiple_results=True))
 batching.primitive_batchers[_merge_p] = _batch_merge
 
 
@@ -341,8 +348,11 @@ def count_of(words: Any, dtype: Any) -> Any:
     return words[2].astype(dtype) * 2.0**31 + words[3].astype(dtype)
 
 
-def _call(words: Any, values: Any, *, layer: Layer, linear: bool) -> Any:
-    body = functools.partial(_on_host, functools.partial(_exchange, layer, linear))
+def _mean_body(layer: Layer, linear: bool) -> Callable[..., Any]:
+    return functools.partial(_on_host, functools.partial(_exchange, layer, linear))
+
+
+def _call_mean(body: Callable[..., Any], words: Any, values: Any) -> Any:
     return io_callback(body, jax.ShapeDtypeStruct(values.shape, values.dtype), words, values, ordered=True)
 
 
@@ -350,8 +360,12 @@ _mean_p = Primitive("syncbn_mean_over_workers")
 
 
 @_mean_p.def_impl
-def _evaluate(words: Any, values: Any, *, layer: Layer, linear: bool) -> Any:
-    return _call(words, values, layer=layer, linear=linear)
+def _evaluate_mean(words: Any, values: Any, **constants: Any) -> Any:
+    return _jax_devices.outside_of_programs(_mean_body(**constants), _call_mean, (words, values))
+
+
+def _mean_in_a_program(words: Any, values: Any, **constants: Any) -> Any:
+    return _call_mean(_mean_body(**constants), words, values)
 
 
 @_mean_p.def_effectful_abstract_eval
@@ -386,7 +400,7 @@ def _transpose(cotangent: Any, words: Any, values: Any, *, layer: Layer, linear:
     return None, _mean_p.bind(words, cotangent, layer=layer, linear=True)
 
 
-mlir.register_lowering(_mean_p, mlir.lower_fun(_call, multiple_results=False))
+mlir.register_lowering(_mean_p, mlir.lower_fun(_mean_in_a_program, multiple_results=False))
 batching.primitive_batchers[_mean_p] = _batch
 ad.primitive_jvps[_mean_p] = _derivative
 ad.primitive_transposes[_mean_p] = _transpose

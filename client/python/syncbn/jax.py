@@ -6,7 +6,7 @@ Moments and gradient sums are reduced on the device. Only those vectors go to th
 `jax.experimental.io_callback`, ordered: so the steps of one program meet the other workers' in the program's order.
 float64 gets through without jax_enable_x64, as pairs of float32.
 
-One process is one worker, on one device. An array that jit spreads over several devices of the process is one batch.
+One process is one worker, on one device. An array that lies on several devices of the process is one batch.
 pmap, shard_map over more than one device and forward mode are refused: there, rounds would have no order, or no partner
 at the other workers. Under jax.checkpoint, a round is not repeated: what came back from the workers is kept, whatever the
 policy, as are the results of the program's own ordered io_callbacks. One forward pass may be gone back through several

@@ -105,6 +105,16 @@ with syncbn.Worker(sys.argv[1], "jax devices", 0, 1) as worker:
     y = jax.jit(normalize)(jax.device_put(x, NamedSharding(mesh, parts)))
     expected = (x - x.mean((0, 1))) / jnp.sqrt(x.var((0, 1)) + 1e-5)
     np.testing.assert_allclose(y, expected, atol=1e-5)
+    # So does a call outside of jit, forward and backward, of an array that lies on several devices.
+    plain = lambda v: (v - v.mean((0, 1))) / jnp.sqrt(v.var((0, 1)) + 1e-5)
+    gradient = lambda function: jax.grad(lambda v: (function(v) ** 3).sum())
+    for spread in (parts, PartitionSpec()):
+        on_devices = jax.device_put(x, NamedSharding(mesh, spread))
+        y = normalize(on_devices)
+        assert y.sharding.device_set == set(devices)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+        np.testing.assert_allclose(gradient(normalize)(on_devices), gradient(plain)(x), rtol=1e-4, atol=1e-4)
+    begun = worker.synchronize("bn", 2, np.zeros(3), np.ones(3)).sequence
     for mapped in (jax.pmap(normalize), jax.jit(shard_map(normalize, mesh=mesh, in_specs=parts, out_specs=parts))):
         try:
             mapped(x)
@@ -113,7 +123,7 @@ with syncbn.Worker(sys.argv[1], "jax devices", 0, 1) as worker:
         else:
             raise AssertionError("not refused")
     # The refused calls have begun nothing.
-    assert worker.synchronize("bn", 2, np.zeros(3), np.ones(3)).sequence == 1
+    assert worker.synchronize("bn", 2, np.zeros(3), np.ones(3)).sequence == begun + 1
 """
 
 _INTERRUPTED = """
