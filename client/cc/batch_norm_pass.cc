@@ -190,6 +190,10 @@ absl::StatusOr<ForwardPass> ForwardPass::Start(Worker& worker, absl::string_view
   if (declared == nullptr) {
     return absl::FailedPreconditionError(absl::StrCat("layer \"", layer, "\" has not been declared"));
   }
+  if (declared->kind != LayerKind::kBatchNorm) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("\"", layer, "\" was used for a sum since the layer was declared; declare it again"));
+  }
   if (absl::Status status = CheckChannels(x, declared->channels, layer); !status.ok()) return status;
   if (absl::Status status = EarlierFailure(worker, x.device); !status.ok()) return status;
   auto backend = MakeBackend(x, options.num_threads, options.stream);

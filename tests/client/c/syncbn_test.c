@@ -268,6 +268,11 @@ static void TestBadInput(void) {
   x.batch = (int64_t)1 << 61; /* 2^62 elements of 8 bytes: 0 bytes, modulo 2^64. */
   ExpectError(StartForward(worker, "bn", &x, &error), kInvalidArgument, &error, "more than 2^56 bytes");
   x.batch = 2;
+  syncbn_round* sum = NULL;
+  CHECK_OK(syncbn_round_start_sum(worker, "bn", 0, data, 1, &sum, &error));
+  syncbn_round_destroy(sum);
+  ExpectError(StartForward(worker, "bn", &x, &error), kFailedPrecondition, &error, "was used for a sum");
+  Declare(worker, "bn", 2);
   x.device = SYNCBN_DEVICE_CUDA;
   CHECK(StartForward(worker, "bn", &x, NULL) != 0);
   CHECK_OK(syncbn_worker_leave(worker, "done", &error));
