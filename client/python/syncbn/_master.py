@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import weakref
+import zipimport
 from typing import Any, Dict, List, Optional
 
 from syncbn import _arguments, _forks, _library, _master_process, errors
@@ -32,12 +33,26 @@ def _interpreter() -> str:
     """Any Python will do; the program's own, unless it is packed into an executable."""
     own = None if getattr(sys, "frozen", False) else sys.executable
     found = own or shutil.which("python3")
-    if not found or not _SCRIPT.is_file():
+    if not found or not (_SCRIPT.is_file() or _is_zipped()):
         raise errors.make_error(
             "syncbn.Master needs a Python interpreter to start its process with, and finds none: start syncbn-master",
             errors.Code.FAILED_PRECONDITION,
         )
     return found
+
+
+def _is_zipped() -> bool:
+    loader: Any = getattr(_master_process.__spec__, "loader", None)
+    return isinstance(loader, zipimport.zipimporter)
+
+
+def _program() -> List[str]:
+    """The process's program, as an interpreter's arguments: a file, or a module of the zip archive that has the package."""
+    if not _is_zipped():
+        return [str(_SCRIPT)]
+    # The folder leaves the path again, since modules of the package have names that others have.
+    folder = str(_SCRIPT.parent)
+    return ["-c", f"import sys; sys.path.insert(0, {folder!r}); import _master_process; del sys.path[0]; _master_process.main()"]
 
 
 def _owner() -> Dict[str, Any]:
@@ -85,7 +100,7 @@ class _Process:
         self._reports, reports = os.pipe()
         try:
             return subprocess.Popen(
-                [_interpreter(), *isolation, str(_SCRIPT), argument],
+                [_interpreter(), *isolation, *_program(), argument],
                 stdin=control,
                 stdout=reports,
                 pass_fds=passed,

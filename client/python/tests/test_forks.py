@@ -7,10 +7,12 @@ import select
 import signal
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
 import syncbn
+from syncbn import _library
 
 import processes
 
@@ -262,6 +264,17 @@ def test_modules_of_the_programs_that_are_named_as_the_standard_librarys(tmp_pat
 def test_an_interpreter_that_is_packed_or_gone(tmp_path, executable):
     source = f"import sys; sys.frozen = True; sys.executable = {executable!r}\n{_SMALL}"
     code, output, errors = run(tmp_path, source)
+    assert (code, output) == (0, "2.0\n"), errors
+
+
+def test_a_package_in_a_zip_archive(tmp_path):
+    """An application that zipapp packs, for example. The library is a file beside it."""
+    archive, package = tmp_path / "application.pyz", pathlib.Path(syncbn.__file__).parent
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for module in package.rglob("*.py"):
+            zipped.write(module, module.relative_to(package.parent))
+    environment = {"PYTHONPATH": os.pathsep.join([str(archive), *sys.path]), "SYNCBN_LIBRARY": str(_library.PATH)}
+    code, output, errors = run(tmp_path, f"import syncbn\nassert '.pyz' in syncbn.__file__\n{_SMALL}", environment=environment)
     assert (code, output) == (0, "2.0\n"), errors
 
 
