@@ -204,6 +204,25 @@ def test_moments_of_nothing_are_nan(group):
         assert mean.isnan().all() and var.isnan().all() and mean.shape == (3,)
 
 
+@pytest.mark.parametrize("dims", [None, 1.0, "a", (0, None)])
+def test_dimensions_that_are_no_numbers(dims):
+    with pytest.raises(TypeError, match="dims is .*; it is the number of a dimension, or several"):
+        sync.moments(torch.ones(4, 3), dims, layer="moments")
+
+
+@pytest.mark.parametrize("dims", [{0, 1}, range(2), torch.Size([1, 0]), iter([0, 1])])
+def test_dimensions_in_any_collection(group, dims):
+    def run(worker):
+        return sync.moments(torch.arange(6.0).reshape(2, 3), dims, layer="moments", worker=worker)[0]
+
+    assert group(1, run) == [2.5]
+
+
+def test_an_input_without_dimensions():
+    with pytest.raises(ValueError, match="no dimensions to take moments over"):
+        sync.moments(torch.tensor(1.0), 0, layer="moments")
+
+
 @pytest.mark.parametrize(
     "dims, words", [(2, "dims has 2"), ((0, -3), "dims has -3"), ((), "at least one"), ((0, 0), "each once"), ((0, -2), "each once")]
 )

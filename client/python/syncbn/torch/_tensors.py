@@ -25,7 +25,7 @@ class _Types(Dict[torch.dtype, int]):
     """The library's numbers for torch's types; UnsupportedTensor for types that it does not take."""
 
     def __missing__(self, dtype: torch.dtype) -> int:
-        raise UnsupportedTensor(f"SyncBatchNorm takes float16, bfloat16, float32 and float64, not {dtype}")
+        raise UnsupportedTensor(f"syncbn.torch takes float16, bfloat16, float32 and float64, not {dtype}")
 
 
 _TYPES = _Types(
@@ -77,10 +77,10 @@ def _check_supported(x: torch.Tensor) -> None:
     if x.device.type not in ("cpu", "cuda"):
         if x.device.type == "meta":
             raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a meta tensor has not{_ADVICE}")
-        raise UnsupportedTensor(f"SyncBatchNorm takes tensors on cpu and cuda, not on {x.device}")
+        raise UnsupportedTensor(f"syncbn.torch takes tensors on cpu and cuda, not on {x.device}")
     _TYPES[x.dtype]
     if x.layout != torch.strided:
-        raise UnsupportedTensor(f"SyncBatchNorm takes dense tensors, not {x.layout}")
+        raise UnsupportedTensor(f"syncbn.torch takes dense tensors, not {x.layout}")
     if any(kind.__name__ in ("FakeTensor", "FunctionalTensor") for kind in type(x).__mro__):
         raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a {type(x).__name__} has not{_ADVICE}")
     if _transformed(x):

@@ -1,8 +1,9 @@
 """Functions below the layers: batch normalization with the caller's own parameters, and the moments alone."""
 
+import operator
 import threading
 import weakref
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -214,7 +215,12 @@ def moments(
 
 def _dimensions(input: torch.Tensor, dims: Union[int, Sequence[int]]) -> List[int]:
     """`dims` as numbers from 0 on, ascending."""
-    given = [dims] if isinstance(dims, int) else list(dims)
+    try:
+        given = [operator.index(dim) for dim in (dims if isinstance(dims, Iterable) else [dims])]
+    except TypeError:
+        raise TypeError(f"dims is {dims!r}; it is the number of a dimension, or several such numbers") from None
+    if input.dim() == 0:
+        raise ValueError("input of shape () has no dimensions to take moments over")
     for dim in given:
         if not -input.dim() <= dim < input.dim():
             raise ValueError(f"dims has {dim}; an input of shape {tuple(input.shape)} has the dimensions 0 .. {input.dim() - 1}")
