@@ -216,11 +216,13 @@ void Layer::Restore(const RoundKey& key, EndedRound round) {
   }
 }
 
-void Layer::NoteForgotten(Rank rank, const RoundKey& key) {
+std::optional<uint64_t> Layer::NoteForgotten(Rank rank, const RoundKey& key) {
   History& h = history(key.phase);
-  uint64_t& greatest = h.forgotten.emplace(rank, 0).first->second;
-  greatest = std::max(greatest, key.sequence);
   h.greatest_forgotten = std::max(h.greatest_forgotten, key.sequence);
+  const auto [greatest, first] = h.forgotten.emplace(rank, key.sequence);
+  if (first) return 0;
+  if (key.sequence <= greatest->second) return std::nullopt;
+  return std::exchange(greatest->second, key.sequence) + 1;
 }
 
 bool Layer::MayHaveForgotten(Rank rank, Phase phase, uint64_t sequence) const {

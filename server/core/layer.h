@@ -62,8 +62,9 @@ class Layer {
   void Restore(const RoundKey& key, EndedRound round);
 
   // Notes that the rank has contributed to a round, and forgotten it and those before it. Of backward rounds, it holds
-  // the forward rounds of those that have not ended for it: see EndedRound::holders.
-  void NoteForgotten(Rank rank, const RoundKey& key);
+  // the forward rounds of those that have not ended for it: see EndedRound::holders. Returns the least sequence that
+  // this is news about, up to the key's; nothing if it is none.
+  std::optional<uint64_t> NoteForgotten(Rank rank, const RoundKey& key);
   // Returns whether the rank may have forgotten its contribution to the round, and with it that the round has ended.
   bool MayHaveForgotten(Rank rank, Phase phase, uint64_t sequence) const;
   // Returns a rank that may have.

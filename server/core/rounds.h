@@ -134,6 +134,9 @@ class Rounds {
   // not what the rank contributed then. `round` may be pending_.end().
   bool Contradicts(Rank rank, const Contribution& contribution, const EndedRound* ended,
                    Pending::const_iterator round) const;
+  // Notes that the rank has forgotten the round and those of its layer and phase before it, and fails those in flight
+  // that it may have contributed to: it will not do so again.
+  void NoteForgotten(Rank rank, const RoundKey& key, absl::Time now, Effects& effects);
   // A member that catches up has contributed to the round.
   void NoteStraddling(const std::vector<Rank>& left_ranks, PendingRound* round) const;
   // Has the round, of which contributions have arrived, end as it ended before.

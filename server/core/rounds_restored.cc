@@ -54,7 +54,7 @@ std::optional<Error> Rounds::OnEnded(Rank rank, const EndedReport& report, absl:
   Roster roster = RosterOf(report, *layer);
   if (roster.empty()) {
     // Nobody has told of its forward round yet, so that the report is of no use; but the round has ended.
-    if (key.phase == Phase::kBackward) layer->NoteForgotten(rank, key);
+    if (key.phase == Phase::kBackward) NoteForgotten(rank, key, now, effects);
     return std::nullopt;
   }
   ended.restored = true;
@@ -99,6 +99,24 @@ Roster Rounds::RosterOf(const EndedReport& report, const Layer& layer) const {
 
 void Rounds::NoteHolder(Rank rank, EndedRound* ended) {
   if (!ended->holders.empty()) ended->holders.insert(rank);
+}
+
+void Rounds::NoteForgotten(Rank rank, const RoundKey& key, absl::Time now, Effects& effects) {
+  Layer* const layer = layers_.Find(key.layer);
+  if (layer == nullptr) return;
+  // Lesser sequences were looked at when they were forgotten, or when their rounds began.
+  const std::optional<uint64_t> least = layer->NoteForgotten(rank, key);
+  if (!least.has_value()) return;
+  auto round = pending_.lower_bound({key.layer, *least, Phase::kForward});
+  while (round != pending_.end() && round->first.layer == key.layer && round->first.sequence <= key.sequence) {
+    const auto next = std::next(round);
+    const PendingRound& pending = round->second;
+    const bool unknown = round->first.phase == key.phase && !pending.restored && pending.Expects(rank) &&
+                         !pending.payloads.contains(rank) &&
+                         layer->MayHaveForgotten(rank, key.phase, round->first.sequence);
+    if (unknown) Fail(round, OutcomeUnknownError(round->first, rank), now, effects);
+    round = next;
+  }
 }
 
 bool Rounds::Contradicts(Rank rank, const Contribution& contribution, const EndedRound* ended,
@@ -204,18 +222,7 @@ bool Rounds::FailRestored(const std::vector<RoundKey>& keys, absl::Time now, Eff
 void Rounds::OnCaughtUp(Rank rank, const std::vector<RoundKey>& forgotten, absl::Time now, Effects& effects) {
   if (!members_[rank].catching_up) return;
   members_.CatchUp(rank);
-  for (const RoundKey& key : forgotten) {
-    if (Layer* const layer = layers_.Find(key.layer)) layer->NoteForgotten(rank, key);
-  }
-  for (auto round = pending_.begin(); !forgotten.empty() && round != pending_.end();) {
-    const auto next = std::next(round);
-    const PendingRound& pending = round->second;
-    const Layer& layer = layers_.Get(round->first.layer);
-    const bool unknown = !pending.restored && pending.Expects(rank) && !pending.payloads.contains(rank) &&
-                         layer.MayHaveForgotten(rank, round->first.phase, round->first.sequence);
-    if (unknown) Fail(round, OutcomeUnknownError(round->first, rank), now, effects);
-    round = next;
-  }
+  for (const RoundKey& key : forgotten) NoteForgotten(rank, key, now, effects);
   // Under MISSING_POLICY_WAIT a worker may yet restart, and need them. Their deadlines drop them.
   const bool all_here = members_.present() + members_.left() == members_.world_size();
   if (members_.catching_up() == 0 && all_here && !waits()) DropIdle();

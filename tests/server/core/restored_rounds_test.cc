@@ -340,6 +340,20 @@ TEST_F(RestoredTest, ABackwardRoundThatWasReportedBeforeItsForwardRoundHasEnded)
   EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Backward("a", 4))), kOutcomeLost) << "it has ended with their numbers";
 }
 
+TEST_F(RestoredTest, AReportOfALaterBackwardRoundEndsTheWaitForEarlierOnes) {
+  const auto forward = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1), third = Return(2);
+  Send(third, {forward}, 2, {Backward("a", 4)});
+  Send(second, {forward}, 1);
+  EXPECT_THAT(engine_.Outcomes(third, Backward("a", 4)), IsEmpty());
+  FrameReceived report;  // Says nothing of what has been forgotten: that comes last, and the stream may break before.
+  report.stream = first;
+  report.ended = {ReportOf(*Told(Backward("a", 5), {0, 1, 2}))};
+  engine_.On(report);
+  EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Backward("a", 4))), kOutcomeLost);
+  EXPECT_THAT(engine_.Outcome(third, Backward("a", 4))->error->ranks, ElementsAre(0));
+}
+
 TEST_F(RestoredTest, BadNumbersAreNotThoseThatARoundCompletedWith) {
   const auto told = Told(Forward("a", 4), {0, 1, 2});
   const StreamId first = Return(0), reborn = Enter(engine_, 1, 0, 0), third = Return(2);
