@@ -24,6 +24,7 @@ void Model::Begin() {
   told_.clear();
   must_answer_.clear();
   ended_now_.clear();
+  settled_now_.clear();
   deadlock_now_ = diverged_now_ = all_caught_up_now_ = false;
   lost_now_.clear();
 }

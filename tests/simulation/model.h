@@ -92,6 +92,9 @@ class Model {
   // Returns false if the report is not what this master knows, so that the rank is dismissed.
   bool TakeReport(core::Rank rank, const core::EndedReport& report);
   void TakeRepeat(core::Rank rank, const Part& part, absl::Time now);
+  // Returns the repeat that the sender's frame has of a round which the report in the same frame has ended, and which
+  // then waits alone; null if it came before the end, or there is none.
+  const Part* RepeatBehind(const core::RoundEnded& ended, const Pending& round, absl::Time now) const;
   Pending& PendingRestored(const core::RoundKey& key, absl::Time now);
   void TakeRestored(core::Rank rank, const Part& part, absl::Time now);
   void NoteStraddling(core::Rank rank, Pending* round) const;
@@ -197,6 +200,7 @@ class Model {
   std::set<std::pair<core::StreamId, core::RoundKey>> told_;
   std::vector<core::RoundKey> must_answer_;
   std::set<core::RoundKey> ended_now_;
+  std::set<core::RoundKey> settled_now_;  // Rounds in flight that were reported to have ended before.
   bool deadlock_now_ = false;
   bool diverged_now_ = false;
   bool group_ends_now_ = false;

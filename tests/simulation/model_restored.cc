@@ -46,6 +46,7 @@ bool Model::TakeReport(Rank rank, const core::EndedReport& report) {
   Pending& round = pending->second;
   round.restored = true;
   round.expected = roster;
+  settled_now_.insert(report.key);
   for (auto part = round.parts.begin(); part != round.parts.end();) {
     if (std::count(roster.begin(), roster.end(), part->first)) {
       ++part;
@@ -61,6 +62,7 @@ void Model::TakeRepeat(Rank rank, const Part& part, absl::Time now) {
   const RestoredRound* const restored = history_.FindRestored(part.key);
   if (!members_[rank].catching_up || restored == nullptr) return;
   if (!std::count(restored->roster.begin(), restored->roster.end(), rank)) return;
+  if (IsBad(part, settings_.LayerOf(part.key))) return;  // The round completed, so it was not with these.
   Pending& round = PendingRestored(part.key, now);
   if (!round.parts.emplace(rank, Held{members_[rank].incarnation, part.numbers}).second) return;
   round.repeats.insert(rank);
@@ -76,6 +78,23 @@ Model::Pending& Model::PendingRestored(const RoundKey& key, absl::Time now) {
   }
   round->second.expected = history_.FindRestored(key)->roster;
   return round->second;
+}
+
+const Part* Model::RepeatBehind(const core::RoundEnded& ended, const Pending& round, absl::Time now) const {
+  const RoundKey& key = ended.outcome->key;
+  if (!round.restored || !ended.outcome->error.has_value() || frame_ == nullptr || !sender_.seated) return nullptr;
+  const auto repeat = std::find_if(frame_->parts.begin(), frame_->parts.end(), [&key](const Part& part) {
+    return part.key == key && part.report != nullptr && !part.report->error.has_value();
+  });
+  if (repeat == frame_->parts.end() || IsBad(*repeat, settings_.LayerOf(key))) return nullptr;
+  const Rank rank = sender_.rank;
+  if (round.repeats.count(rank) != 0) return ended.contributors < round.parts.size() ? &*repeat : nullptr;
+  // The sender had asked for the outcome before, perhaps with other numbers: then the report has ended the round if
+  // nobody could come any more.
+  const std::vector<Rank> missing = Missing(round);
+  const bool by_report = settled_now_.count(key) != 0 && round.parts.count(rank) != 0 &&
+                         std::none_of(missing.begin(), missing.end(), [&](Rank r) { return MayRepeat(r, now); });
+  return by_report ? &*repeat : nullptr;
 }
 
 void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {

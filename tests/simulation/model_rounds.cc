@@ -193,15 +193,11 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
     ended_now_.insert(outcome.key);
     history_.End(outcome.key, {ended.outcome, round.parts});
   }
-  // The report of a frame may end a round before the repeat that comes with it, which then waits alone.
-  const auto repeat = round.parts.find(sender_.rank);
-  const bool after = round.restored && outcome.error.has_value() && frame_ != nullptr && sender_.seated &&
-                     ended.contributors < round.parts.size() && round.repeats.count(sender_.rank) != 0;
-  const std::optional<Held> left_over = after ? std::optional<Held>(repeat->second) : std::nullopt;
+  const Part* const repeat = RepeatBehind(ended, round, now);
   pending_.erase(found);
-  if (!left_over.has_value()) return;
+  if (repeat == nullptr) return;
   Pending& again = PendingRestored(outcome.key, now);
-  again.parts.emplace(sender_.rank, *left_over);
+  again.parts.emplace(sender_.rank, Held{members_[sender_.rank].incarnation, repeat->numbers});
   again.repeats.insert(sender_.rank);
 }
 

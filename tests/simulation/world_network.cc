@@ -146,7 +146,12 @@ void World::LogFrame(const Item& item) {
       absl::StrCat("stream ", item.id, " (rank ", lives_[StreamOf(item.id).life].trainer.rank(), ") says");
   if (frame.join.has_value()) absl::StrAppend(&text, " join as ", frame.join->incarnation);
   for (const core::LayerSpec& spec : frame.layers) absl::StrAppend(&text, " ", spec.name, ":", spec.channels);
-  for (const Part& part : frame.parts) absl::StrAppend(&text, " ", Name(part.key));
+  for (const Part& part : frame.parts) {
+    absl::StrAppend(&text, part.report != nullptr ? " knows " : " ", Name(part.key));
+    if (!part.numbers->first.empty()) absl::StrAppend(&text, " (", part.numbers->first[0], ")");
+  }
+  if (frame.caught_up) absl::StrAppend(&text, " caught up");
+  for (const RoundKey& key : frame.forgotten) absl::StrAppend(&text, " forgot ", Name(key));
   if (!frame.blocked_on.empty()) absl::StrAppend(&text, " blocked on ", Name(frame.blocked_on[0]));
   if (frame.leave) absl::StrAppend(&text, " leave");
   Note(text);
