@@ -72,7 +72,7 @@ class BytePieces {
   void ForEach(const Visit& visit) const {
     for (BytePieces rest = *this; !rest.empty(); rest.RemovePrefix(rest.front_.size())) visit(rest.front_);
   }
-  // As RemovePrefix, where the first piece ends.
+  // RemovePrefix, where the first piece ends.
   ABSL_ATTRIBUTE_NOINLINE void RemovePieces(size_t size) {
     SYNCBN_CHECK(size <= size_, size, " of ", size_);
     size_ -= size;

@@ -173,7 +173,7 @@ Object* BadArguments() {
   return nullptr;
 }
 
-// What autograd hands to a backward pass, and the gradients that the pass writes.
+// The tensors that autograd hands to a backward pass, and the gradients that the pass writes.
 class BackwardTensors {
  public:
   // given: BackwardSight's arguments.

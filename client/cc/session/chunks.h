@@ -1,4 +1,4 @@
-// How a long vector is cut into chunks: proto/PROTOCOL.md, section 4, "Names of sums".
+// The lengths of the chunks that a long vector is cut into: proto/PROTOCOL.md, section 4, "Names of sums".
 
 #ifndef SYNCBN_CLIENT_CC_SESSION_CHUNKS_H_
 #define SYNCBN_CLIENT_CC_SESSION_CHUNKS_H_

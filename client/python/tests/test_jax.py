@@ -105,7 +105,7 @@ with syncbn.Worker(sys.argv[1], "jax devices", 0, 1) as worker:
     y = jax.jit(normalize)(jax.device_put(x, NamedSharding(mesh, parts)))
     expected = (x - x.mean((0, 1))) / jnp.sqrt(x.var((0, 1)) + 1e-5)
     np.testing.assert_allclose(y, expected, atol=1e-5)
-    # So does a call outside of jit, forward and backward, of an array that lies on several devices.
+    # A call outside of jit does so too, forward and backward, of an array that lies on several devices.
     plain = lambda v: (v - v.mean((0, 1))) / jnp.sqrt(v.var((0, 1)) + 1e-5)
     gradient = lambda function: jax.grad(lambda v: (function(v) ** 3).sum())
     for spread in (parts, PartitionSpec()):

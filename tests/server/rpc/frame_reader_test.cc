@@ -74,7 +74,7 @@ TEST(FrameReaderTest, TheMembershipThatWasReadComesWithTheLastSlice) {
   EXPECT_TRUE(last.caught_up);
 }
 
-// As protobuf has it: a field of another type than the message's is unknown.
+// Protobuf's rule: a field of another type than the message's is unknown.
 TEST(FrameReaderTest, BytesInPlaceOfANumberAreUnknown) {
   for (const int number : {v1::WorkerFrame::kCaughtUpFieldNumber, v1::WorkerFrame::kMembershipReadFieldNumber}) {
     v1::RoundKey key;

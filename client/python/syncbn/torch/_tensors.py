@@ -240,7 +240,7 @@ def form(x: Optional[torch.Tensor]) -> Optional[Form]:
 
 
 def _form(shape: torch.Size, kind: int, device: int, index: int) -> Form:
-    """By the library's numbers."""
+    """Returns the form with this shape, by the library's numbers of types and devices."""
     dtype = next(dtype for dtype, number in _TYPES.items() if number == kind)
     return Form(shape, dtype, torch.device("cpu") if device == _library.DEVICE_CPU else torch.device("cuda", index))
 
