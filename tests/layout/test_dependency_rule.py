@@ -23,7 +23,11 @@ RULES = [
     ("kernels", r"kernels/", rf"{GRPC}|{ABSL}"),
     ("vocabulary", r"vocabulary/|kernels/eps_mode\.h$", rf"{GRPC}|{CONCURRENCY}"),
     ("vocabulary/wire", r"vocabulary/|plumbing/|syncbn/v1/", r"$^"),
-    ("server/core", r"server/core/|vocabulary/|kernels/(moments|coefficients)\.h$|plumbing/check\.h$", rf"{GRPC}|{CONCURRENCY}|{SQLITE}"),
+    (
+        "server/core",
+        r"server/core/|vocabulary/|kernels/(moments|coefficients)\.h$|plumbing/(check|vector_pool)\.h$",
+        rf"{GRPC}|{CONCURRENCY}|{SQLITE}",
+    ),
     ("plumbing", r"plumbing/", r"$^"),
     ("server/log", r"server/(core|log)/|plumbing/", r"grpc(pp)?/|.*\.pb\.h$"),
     ("server/state", r"server/(core|log|state)/|vocabulary/|plumbing/|syncbn/v1/", r"grpc(pp)?/"),
