@@ -209,8 +209,8 @@ class Worker {
   // calls. The result is that of a backward round, bit for bit.
   absl::StatusOr<Round> StartBackwardAgain(absl::string_view layer, absl::Span<const double> sum_dy,
                                            absl::Span<const double> sum_dy_xmu);
-  // Begins the sum of a vector over all workers, of any length but 0. A vector of more than 2^14 elements
-  // travels in chunks, which are layers named NAME#0, NAME#1 and so on (PROTOCOL.md, section 4). Needs no declaration.
+  // Begins the sum of a vector over all workers, of any length but 0. A vector of more than 2^14 elements travels in
+  // chunks, which are layers named NAME#0, NAME#1 and so on (PROTOCOL.md, section 4). Needs no declaration.
   absl::StatusOr<Round> StartSum(absl::string_view name, uint64_t sequence, absl::Span<const double> value);
 
   // Sends one frame of what is ready, without waiting for answers. The next wait or flush sends the rest. What it sends

@@ -113,6 +113,15 @@ class RestoredTest : public ::testing::Test {
     engine_.On(frame);
   }
 
+  // Has a worker tell the end of a round, before it has sent all. It says nothing of what it has forgotten: that comes
+  // last, and the stream may break before.
+  void Report(StreamId stream, const RoundOutcome& told) {
+    FrameReceived frame;
+    frame.stream = stream;
+    frame.ended = {ReportOf(told)};
+    engine_.On(frame);
+  }
+
   // Has a worker say that it has sent all, and forgotten these rounds and those before.
   void Forget(StreamId stream, std::vector<RoundKey> keys) {
     FrameReceived frame;
@@ -317,10 +326,7 @@ TEST_F(RestoredTest, WhoHoldsAForwardRoundHasNotForgottenItsBackwardRound) {
   const StreamId first = Return(0), second = Return(1), third = Return(2);
   Send(first, {forward}, 0);
   Send(third, {forward}, 2, {Backward("a", 4)});
-  FrameReceived report;
-  report.stream = second;
-  report.ended = {ReportOf(*forward)};
-  engine_.On(report);
+  Report(second, *forward);
   Forget(second, {Forward("a", 9), Backward("a", 9)});
   EXPECT_THAT(engine_.Outcomes(third, Backward("a", 4)), IsEmpty());
   engine_.Contribute(first, Backward("a", 4), Of(0));
@@ -346,10 +352,7 @@ TEST_F(RestoredTest, AReportOfALaterBackwardRoundEndsTheWaitForEarlierOnes) {
   Send(third, {forward}, 2, {Backward("a", 4)});
   Send(second, {forward}, 1);
   EXPECT_THAT(engine_.Outcomes(third, Backward("a", 4)), IsEmpty());
-  FrameReceived report;  // Says nothing of what has been forgotten: that comes last, and the stream may break before.
-  report.stream = first;
-  report.ended = {ReportOf(*Told(Backward("a", 5), {0, 1, 2}))};
-  engine_.On(report);
+  Report(first, *Told(Backward("a", 5), {0, 1, 2}));
   EXPECT_EQ(ReasonOf(*engine_.Outcome(third, Backward("a", 4))), kOutcomeLost);
   EXPECT_THAT(engine_.Outcome(third, Backward("a", 4))->error->ranks, ElementsAre(0));
 }
