@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
 #include "client/c/syncbn.h"
 #include "client/cc/batch_norm_pass.h"
 #include "client/cc/errors.h"
@@ -24,8 +26,9 @@ struct syncbn_error {
 struct syncbn_master {
   std::unique_ptr<syncbn::MasterServer> server;
   std::string target;
-  std::unique_ptr<syncbn::http::HttpServer> http;  // Ends before the server.
-  std::string http_address;
+  mutable absl::Mutex mutex;
+  std::unique_ptr<syncbn::http::HttpServer> http ABSL_GUARDED_BY(mutex);  // Ends before the server.
+  std::string http_address ABSL_GUARDED_BY(mutex);                        // Set once, with `http`.
 };
 
 // Passes keep the worker that they belong to, so that one that outlives its handle fails instead of crashing.

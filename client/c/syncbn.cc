@@ -97,7 +97,10 @@ syncbn_code syncbn_master_start(const syncbn_master_options* given, syncbn_maste
   auto started = syncbn::MasterServer::Start(std::move(server));
   if (!started.ok()) return Report(started.status(), error);
   std::string target = (*started)->target();
-  *out = new syncbn_master{*std::move(started), std::move(target), nullptr, ""};
+  auto master = std::make_unique<syncbn_master>();
+  master->server = *std::move(started);
+  master->target = std::move(target);
+  *out = master.release();
   return 0;
 }
 
@@ -107,6 +110,7 @@ syncbn_code syncbn_master_serve_http(syncbn_master* master, const char* address,
                                      syncbn_error** error) {
   if (master == nullptr) return Report(Missing("master"), error);
   if (address == nullptr) return Report(Missing("address"), error);
+  const absl::MutexLock lock(&master->mutex);
   if (master->http != nullptr) {
     return Report(
         absl::FailedPreconditionError(absl::StrCat("the master serves HTTP on \"", master->http_address, "\" already")),
@@ -122,7 +126,10 @@ syncbn_code syncbn_master_serve_http(syncbn_master* master, const char* address,
   return 0;
 }
 
-const char* syncbn_master_http_address(const syncbn_master* master) { return master->http_address.c_str(); }
+const char* syncbn_master_http_address(const syncbn_master* master) {
+  const absl::MutexLock lock(&master->mutex);
+  return master->http_address.c_str();
+}
 
 size_t syncbn_master_workers(const syncbn_master* master) { return master->server->workers(); }
 

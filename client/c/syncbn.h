@@ -146,7 +146,7 @@ SYNCBN_API const char* syncbn_master_target(const syncbn_master* master);
 /* Serves the master's status page, metrics and probes by HTTP at `address`, HOST:PORT (port 0: any free one), until the
  * master is destroyed. Without TLS: beyond loopback, everybody who reaches the port can read them. Readers of all but
  * metrics and probes must bear `token`, as "Authorization: Bearer TOKEN" or as the password that a browser asks for;
- * NULL: nothing. A process that was forked meanwhile shares the port until it ends.
+ * NULL: nothing. A process that is forked meanwhile does not hold the port.
  *
  * Errors: INVALID_ARGUMENT for an address that is no HOST:PORT or does not exist, and for a token with other than
  * printable characters; UNAVAILABLE for an address that cannot be listened on; FAILED_PRECONDITION where it is served

@@ -33,16 +33,20 @@ struct HttpOptions {
 //   /statusz    text for a terminal
 //   /api/...    the answers of InspectionService as JSON: master, groups, group, layers, layer
 //
-// Answers come from the master by `channel`, so a request costs the master what a call of InspectionService costs. At
-// most eight requests are served at a time, requests have no bodies, and each must arrive within five seconds. A forked
-// child may destroy the object, which does nothing there; it shares the listening socket until it ends.
+// Answers come from the master by `channel`, so a request costs the master what a call of InspectionService costs. Four
+// requests are answered at a time, and a probe beside them. Requests have no bodies, each must arrive within five
+// seconds, and its answer must be read within thirty; a connection serves one of them. At most 256 connections are
+// open, fewer where the limit of descriptors is below 4,096: a further one takes the place of the oldest one of the
+// address that has most. A forked child holds neither the listening socket nor the connections, and may destroy the
+// object, which does nothing there.
 //
 // Thread safety: all methods may be called from any thread.
 class HttpServer {
  public:
   // Returns: the server, which serves already.
   // Errors: INVALID_ARGUMENT (an address that is no HOST:PORT, or that does not exist; a token that is none),
-  // UNAVAILABLE (the address cannot be bound, with the reason), FAILED_PRECONDITION (FORKED).
+  // UNAVAILABLE (the address cannot be bound, with the reason), RESOURCE_EXHAUSTED (no thread can be had),
+  // FAILED_PRECONDITION (FORKED).
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const HttpOptions& options,
                                                            std::shared_ptr<grpc::Channel> channel);
 

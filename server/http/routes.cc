@@ -68,24 +68,26 @@ Answer Readyz(const InspectionClient& client) {
   return {503, kText, absl::StrCat("not ready: ", std::string(status.message()), "\n")};
 }
 
-Answer Api(absl::string_view name, const Query& query, const InspectionClient& client) {
+Answer Api(absl::string_view name, const Request& request, const InspectionClient& client) {
   if (name == "master") return JsonAnswer(client.GetMaster());
   if (name == "groups") return JsonAnswer(client.ListGroups());
-  const std::string job = query("job"), group = query("group");
+  const std::string job = request.Parameter("job"), group = request.Parameter("group");
   if (name == "group") {
-    const std::string parts = query("parts");
+    const std::string parts = request.Parameter("parts");
     const absl::string_view wanted = parts.empty() ? "members,pending,recent,failures" : absl::string_view(parts);
     return JsonAnswer(client.GetGroup(job, group, absl::StrSplit(wanted, ',', absl::SkipEmpty())));
   }
   if (name == "layers") return JsonAnswer(client.ListLayers(job, group));
-  if (name == "layer") return JsonAnswer(client.GetLayer(job, group, query("layer")));
+  if (name == "layer") return JsonAnswer(client.GetLayer(job, group, request.Parameter("layer")));
   return {404, kText, absl::StrCat("there is no /api/", name, "; there are master, groups, group, layers and layer\n")};
 }
 
 }  // namespace
 
-Answer Route(absl::string_view path, const Query& query, const InspectionClient& client,
-             const MetricsOptions& metrics) {
+bool IsProbe(absl::string_view path) { return path == "/livez" || path == "/readyz" || path == "/healthz"; }
+
+Answer Route(const Request& request, const InspectionClient& client, const MetricsOptions& metrics) {
+  absl::string_view path = request.path;
   if (path == "/livez") return Livez(client);
   if (path == "/readyz" || path == "/healthz") return Readyz(client);
   if (path == "/metrics") {
@@ -95,7 +97,7 @@ Answer Route(absl::string_view path, const Query& query, const InspectionClient&
   if (path == "/") return {200, "text/html; charset=utf-8", kIndexHtml};
   if (path == "/style.css") return {200, "text/css; charset=utf-8", kStyleCss};
   if (path == "/page.js") return {200, "text/javascript; charset=utf-8", kPageJs};
-  if (absl::ConsumePrefix(&path, "/api/")) return Api(path, query, client);
+  if (absl::ConsumePrefix(&path, "/api/")) return Api(path, request, client);
   return {404, kText, "there are /, /metrics, /livez, /readyz, /statusz and /api\n"};
 }
 

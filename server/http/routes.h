@@ -3,22 +3,20 @@
 #ifndef SYNCBN_SERVER_HTTP_ROUTES_H_
 #define SYNCBN_SERVER_HTTP_ROUTES_H_
 
-#include <functional>
-#include <string>
-
 #include "absl/strings/string_view.h"
 #include "server/http/answer.h"
 #include "server/http/inspection_client.h"
 #include "server/http/metrics.h"
+#include "server/http/request.h"
 
 namespace syncbn::http {
 
-// Returns the value of a parameter of the query, decoded; "" if it is absent.
-using Query = std::function<std::string(const char* name)>;
+// Returns whether the path is that of a probe, whose answer depends on nothing but the master's state.
+bool IsProbe(absl::string_view path);
 
-// Returns: the answer to a GET of the path; 404 for unknown ones.
+// Returns: the answer to a GET of the request's path; 404 for unknown ones.
 // Thread safety: any thread may call it.
-Answer Route(absl::string_view path, const Query& query, const InspectionClient& client, const MetricsOptions& metrics);
+Answer Route(const Request& request, const InspectionClient& client, const MetricsOptions& metrics);
 
 }  // namespace syncbn::http
 

@@ -32,7 +32,7 @@ RULES = [
     ("server/log", r"server/(core|log)/|plumbing/", r"grpc(pp)?/|.*\.pb\.h$"),
     ("server/state", r"server/(core|log|state)/|vocabulary/|plumbing/|syncbn/v1/", r"grpc(pp)?/"),
     ("server/rpc", r"server/(core|log|rpc|state)/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
-    ("server/http", r"server/(http/|core/secret\.h$|rpc/(listen_address|secrets)\.h$)|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
+    ("server/http", r"server/(http/|core/secret\.h$|rpc/(listen_address|listener|secrets)\.h$)|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     ("server", r"server/|vocabulary/|plumbing/", r"$^"),
     ("client/cc", r"client/cc/|kernels/|vocabulary/|plumbing/|syncbn/v1/", r"$^"),
     (

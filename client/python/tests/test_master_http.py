@@ -74,7 +74,7 @@ def test_an_address_that_is_taken(monkeypatch, caplog):
         monkeypatch.setenv("SYNCBN_HTTP_ADDRESS", address)
         with syncbn.Master() as master:
             assert master.http_address is None and master.workers() == 0
-        assert f'no status page: cannot serve HTTP on "{address}"' in caplog.text
+        assert f'no status page: cannot serve HTTP: cannot listen on "{address}"' in caplog.text
 
 
 @pytest.mark.parametrize("address", ["8080", "127.0.0.1", "unix:page", "127.0.0.1:99999", ""])

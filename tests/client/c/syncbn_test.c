@@ -537,12 +537,39 @@ static void TestCloseDuringAWait(void) {
   }
 }
 
+/* ---- One of the threads that ask for a master's page at once serves it. ------------------------------------------ */
+
+static void* ServePage(void* master) {
+  syncbn_error* error = NULL;
+  const syncbn_code code = syncbn_master_serve_http(master, "127.0.0.1:0", NULL, &error);
+  if (code != 0) {
+    CHECK(code == kFailedPrecondition && strstr(syncbn_error_message(error), "serves HTTP on \"127.0.0.1:") != NULL);
+    syncbn_error_destroy(error);
+  }
+  CHECK(strlen(syncbn_master_http_address(master)) > strlen("127.0.0.1:"));
+  return code == 0 ? master : NULL;
+}
+
+static void TestPageForSeveralThreads(syncbn_master* master) {
+  CHECK(strcmp(syncbn_master_http_address(master), "") == 0);
+  pthread_t threads[8];
+  for (int i = 0; i < 8; ++i) CHECK(pthread_create(&threads[i], NULL, ServePage, master) == 0);
+  int served = 0;
+  for (int i = 0; i < 8; ++i) {
+    void* result = NULL;
+    CHECK(pthread_join(threads[i], &result) == 0);
+    served += result != NULL;
+  }
+  CHECK(served == 1);
+}
+
 int main(void) {
   CHECK(syncbn_api_version() == ((SYNCBN_API_VERSION_MAJOR << 16) | SYNCBN_API_VERSION_MINOR));
   CHECK(strlen(syncbn_version()) >= 5 && strstr(syncbn_build_info(), "cpu=") != NULL);
   syncbn_master* master = NULL;
   CHECK_OK(syncbn_master_start(NULL, &master, &error));
   g_target = syncbn_master_target(master);
+  TestPageForSeveralThreads(master);
   TestPasses();
   TestRounds();
   TestNoSequenceComesAfterTheGreatest();
@@ -560,6 +587,6 @@ int main(void) {
   TestCloseDuringAWait();
   syncbn_master_shutdown(master, 1000000000);
   syncbn_master_destroy(master);
-  puts("12 passed, 0 failed");
+  puts("16 passed, 0 failed");
   return 0;
 }

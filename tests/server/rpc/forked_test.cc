@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "client/cc/errors.h"
 #include "gtest/gtest.h"
+#include "server/http/http_server.h"
 #include "server/master_server.h"
 
 namespace syncbn::testing {
@@ -75,6 +76,33 @@ TEST(ForkedTest, AChildOfAProcessWithAnOpenMasterIsRefused) {
             }),
             "");
   EXPECT_TRUE(Start("127.0.0.1:0").ok());  // The parent is as free as before.
+}
+
+TEST(ForkedTest, AChildDoesNotHoldThePortOfThePages) {
+  auto server = Start("127.0.0.1:0");
+  ASSERT_TRUE(server.ok()) << server.status();
+  http::HttpOptions options;
+  options.address = "127.0.0.1:0";
+  auto pages = http::HttpServer::Start(options, (*server)->InProcessChannel());
+  ASSERT_TRUE(pages.ok()) << pages.status();
+  options.address = (*pages)->address();
+  int ends[2];
+  ASSERT_EQ(pipe(ends), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    char byte = 0;
+    pages->reset();  // Does nothing.
+    close(ends[1]);
+    _exit(static_cast<int>(read(ends[0], &byte, 1)));  // Lives until the parent has looked.
+  }
+  pages->reset();
+  pages = http::HttpServer::Start(options, (*server)->InProcessChannel());
+  EXPECT_TRUE(pages.ok()) << pages.status();
+  close(ends[1]);
+  close(ends[0]);
+  int status = 0;
+  EXPECT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST(ForkedTest, AChildOfAProcessThatHasClosedItsMasterIsRefused) {
