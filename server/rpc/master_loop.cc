@@ -283,13 +283,16 @@ void MasterLoop::Stop() {
   } else {
     Run();  // Takes back what the services have begun.
   }
-  if (!shared_thread_.joinable()) return;
-  {
-    const Turn turn(&turn_);
-    stopped_ = true;
+  if (shared_thread_.joinable()) {
+    {
+      const Turn turn(&turn_);
+      stopped_ = true;
+    }
+    sessions_.bell()->Ring();
+    shared_thread_.join();
   }
-  sessions_.bell()->Ring();
-  shared_thread_.join();
+  // Processes may end without destroying their master.
+  sessions_.HideBell();
 }
 
 void MasterLoop::OnListening(bool) {

@@ -95,6 +95,8 @@ class Sessions final : public WorkerStream::Handler {
 
   // Null as long as no worker shares memory; then the doorbell of all that do, until the end.
   Doorbell* bell() const { return memory_.bell(); }
+  // Takes the doorbell's name away, once there are no streams any more.
+  void HideBell() { memory_.HideBell(); }
   // Returns the number of streams that share memory.
   size_t sharing() const { return sharing_.size(); }
   // Looks at the memory of every stream that shares it. Returns whether there was anything to do.

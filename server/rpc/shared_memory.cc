@@ -74,6 +74,10 @@ std::unique_ptr<SharedSegment> SharedMemory::Accept(absl::string_view offer) {
   return nullptr;
 }
 
+void SharedMemory::HideBell() {
+  if (bell_.has_value()) bell_->Unlink();
+}
+
 bool SharedMemory::MakeBell(const std::string& directory) {
   SharedFile::RemoveAbandoned(directory);
   const SharedName name = SharedName::Draw();

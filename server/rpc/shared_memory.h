@@ -79,6 +79,8 @@ class SharedMemory {
   const std::string& answer() const { return answer_; }
   // Null before the first Accept that succeeded.
   Doorbell* bell() const { return bell_.has_value() ? reinterpret_cast<Doorbell*>(bell_->data()) : nullptr; }
+  // Takes the doorbell's name out of its directory. The doorbell itself stays as long as this object.
+  void HideBell();
 
  private:
   // Makes the doorbell, in the directory of the first segment. All others must be there as well.

@@ -184,6 +184,16 @@ def test_a_master_that_is_not_used_any_more_ends():
     wait_until_ended(pid)
 
 
+def test_a_master_that_has_ended_leaves_no_file_of_shared_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("SYNCBN_SHARED_MEMORY_DIR", str(tmp_path))
+    monkeypatch.setenv("SYNCBN_SHARED_MEMORY", "same-user")
+    with syncbn.Master() as master:
+        with syncbn.Worker(master.target, rank=0, world_size=1) as worker:
+            assert worker.all_reduce("sum", [2.0])[0] == 2.0
+        assert len(list(tmp_path.iterdir())) == 1, "the master's doorbell"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_launchers_signals_to_all_processes_are_for_the_program(number):
     with syncbn.Master() as master:

@@ -89,6 +89,15 @@ TEST_F(SharedMemoryTest, RoundsGoThroughMemoryUnlessItIsSaidOtherwise) {
   EXPECT_THAT(Files(), SizeIs(1)) << "the master's doorbell; segments have no names once they are shared";
 }
 
+TEST_F(SharedMemoryTest, AMasterThatIsShutDownLeavesNothingBehind) {
+  const auto master = Start();
+  const auto workers = JoinAll(master->target(), 2);
+  ExpectSums(workers, 10, 3.0);
+  EXPECT_THAT(Files(), SizeIs(1)) << "the master's doorbell";
+  master->Shutdown(absl::Seconds(1));
+  EXPECT_THAT(Files(), IsEmpty()) << "a process may end without destroying its master";
+}
+
 TEST_F(SharedMemoryTest, VectorsThatAreLongerThanTheSegmentGoPieceByPiece) {
   const auto master = Start();
   const auto workers = JoinAll(master->target(), 2);
