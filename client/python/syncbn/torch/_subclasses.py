@@ -6,6 +6,7 @@ synchronized operation. The object stays what it is; its class becomes a subclas
 each, so that `isinstance` holds and every attribute, hook and reference stays.
 """
 
+import abc
 import contextlib
 import copyreg
 import functools
@@ -259,6 +260,10 @@ def _dispatch(module: Any, function: Callable[..., Any], args: Any, kwargs: Any)
 class Subclass(_synchronized.Synchronized):
     """Mixed into the classes made here."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        if "_made_of" not in vars(cls):  # Programs hear of their own classes alone: they may register or refuse them.
+            super().__init_subclass__(**options)
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, patched(self, value) if name == "forward" else value)
 
@@ -312,6 +317,12 @@ def synchronized_class(kind: Any) -> Any:
         return _classes[kind]
 
 
+def _class_unseen(metaclass: Any, name: str, bases: Tuple[type, ...], namespace: Dict[str, Any]) -> Any:
+    """Makes a class of a program's metaclass, which may register or refuse what it makes, without asking it."""
+    maker: Any = abc.ABCMeta if issubclass(metaclass, abc.ABCMeta) else type
+    return maker.__new__(metaclass, name, bases, namespace)
+
+
 def _make(kind: Any) -> type:
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -330,7 +341,7 @@ def _make(kind: Any) -> type:
     }
     if issubclass(kind, _LazyNormBase):
         namespace["cls_to_become"] = _what_a_lazy_one_becomes(kind.cls_to_become)
-    return type(kind)(kind.__name__, bases, namespace)
+    return _class_unseen(type(kind), kind.__name__, bases, namespace)
 
 
 def _what_a_lazy_one_becomes(kind: Any) -> Any:
