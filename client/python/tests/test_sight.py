@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import syncbn.torch as sync
 from syncbn import _library
-from syncbn.torch import _functions, _tensors
+from syncbn.torch import _functions, _supported, _tensors
 
 SEED = 4111
 CHANNELS = 3
@@ -47,7 +47,7 @@ def packed_vectors(*given):
 def test_usual_tensors_are_described_as_by_the_close_look(dtype, sizes):
     x, given = batch(dtype, sizes), vectors(dtype)
     _, channels_last, packed = _tensors.described(x)
-    number = _tensors._TYPES[dtype]
+    number = _supported.TYPES[dtype]
     types = (CHANNELS, number, number, _library.DEVICE_CPU, 0)
     assert _tensors.at_sight(x, *given) == (channels_last, packed, packed_vectors(*given), types)
     for seen, vector in zip(_tensors.vector_forms(types), given):
@@ -139,7 +139,7 @@ ALL = (True, True, True, True)
 
 
 def number_of(vector):
-    return -1 if vector is None else _tensors._TYPES[vector.dtype]
+    return -1 if vector is None else _supported.TYPES[vector.dtype]
 
 
 def saved_pass(like, weight_like, bias_like, needed, gate=None):
@@ -264,7 +264,7 @@ def test_looking_keeps_nothing():
             backward_sight(x, x, x, given[0], given[0])
             backward_sight(sparse, x, x, given[0], given[0])
 
-    objects = (x, sparse, *given, x.dtype, None, torch.Tensor, RuntimeError, _tensors._TYPES, "shape", *_tensors._SIGHT)
+    objects = (x, sparse, *given, x.dtype, None, torch.Tensor, RuntimeError, _supported.TYPES, "shape", *_tensors._SIGHT)
     look()
     counts = [sys.getrefcount(value) for value in objects]
     look()

@@ -17,7 +17,7 @@ import torch
 
 from syncbn import _names
 from syncbn.core import Moments, Worker, default_worker
-from syncbn.torch import _checkpointing, _replicas, _running, _second, _tensors
+from syncbn.torch import _checkpointing, _replicas, _running, _second, _supported, _tensors
 from syncbn.torch._second import Statistics, others, spread
 
 _NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) + (
@@ -277,7 +277,7 @@ def forward(layer: Any, x: torch.Tensor, mask: Any) -> torch.Tensor:
 def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     if _replicas.current() is not None:
         raise RuntimeError("a mask does not go with replicas on threads: run a process for each")
-    _tensors.check_supported(x, layer.weight, layer.bias)
+    _supported.check_supported(x, layer.weight, layer.bias)
     checkpoint = _checkpointing.context()
     state = checkpoint.replay(layer)
     first_time = state is None

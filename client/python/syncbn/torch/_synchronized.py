@@ -8,7 +8,7 @@ from torch.fx.proxy import Proxy
 
 from syncbn import _library, _passes
 from syncbn.core import Worker, default_worker
-from syncbn.torch import _checkpointing, _functions, _naming, _replicas, _tensors
+from syncbn.torch import _checkpointing, _functions, _naming, _replicas, _supported, _tensors
 
 
 def outside_of_graphs(function: Any) -> Any:
@@ -205,12 +205,12 @@ class Synchronized(torch.nn.Module):
         of the tensors.
         """
         if sight is None:
-            _tensors.check_supported(input, step.weight, step.bias, step.z)
+            _supported.check_supported(input, step.weight, step.bias, step.running_mean, step.running_var, step.z)
             x, channels_last, packed = _tensors.described(input)
             make: Any = _tensors.empty_like
         else:
             if step.z is not None:
-                _tensors.check_supported(step.z)
+                _supported.check_supported(step.z)
             x, (channels_last, packed, _, _) = input, sight
             make = torch.empty_like
         checkpoint = _checkpointing.context()

@@ -1,95 +1,20 @@
 """torch tensors as the C interface sees them: addresses, without a copy where the memory is dense."""
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from torch.autograd import forward_ad
 
 from syncbn import _calls, _library
 from syncbn._library import Tensor, Vector
+from syncbn.torch._supported import PLAIN, TYPES, in_memory, is_zero_tensor, tracing_state
 
 _torch: Any = torch  # Where the hints of torch's versions differ.
 
-_STRIDED = torch.strided
 _CHANNELS_LAST = torch.channels_last
 
 # Below this many elements the threads cost more than they save.
 _ELEMENTS_PER_THREAD = 1 << 16
-
-
-class UnsupportedTensor(TypeError, RuntimeError):
-    """A tensor that a pass cannot read: a wrong argument, for which torch's own layers raise RuntimeError."""
-
-
-class _Types(Dict[torch.dtype, int]):
-    """The library's numbers for torch's types; UnsupportedTensor for types that it does not take."""
-
-    def __missing__(self, dtype: torch.dtype) -> int:
-        raise UnsupportedTensor(f"syncbn.torch takes float16, bfloat16, float32 and float64, not {dtype}")
-
-
-_TYPES = _Types(
-    {
-        torch.float32: _library.FLOAT32,
-        torch.float64: _library.FLOAT64,
-        torch.float16: _library.FLOAT16,
-        torch.bfloat16: _library.BFLOAT16,
-    }
-)
-
-
-# Tells a wrapper of torch.func (functorch, before torch 2).
-_transformed: Callable[[torch.Tensor], bool] = getattr(
-    getattr(_torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda x: False
-)
-_is_zero_tensor: Callable[[torch.Tensor], bool] = _torch.Tensor._is_zerotensor
-
-_tracing_state: Callable[[], Any] = _torch._C._get_tracing_state
-_ADVICE = "; put the layer into evaluation (eval()), which is local, or run it outside"
-
-# Classes whose objects have their elements in memory of their own, if their layout is strided.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-
-
-def check_supported(*tensors: Optional[torch.Tensor]) -> None:
-    """Raises UnsupportedTensor for an input or a parameter of a training layer that has no values, or not in memory of
-    its own, and within torch.jit.trace. Before the round, so that no other worker waits for one that cannot go on."""
-    if _tracing_state() is not None:
-        text = "SyncBatchNorm in training cannot be recorded by torch.jit.trace, which add_graph and exporters use as well"
-        raise UnsupportedTensor(text + _ADVICE)
-    differentiates_forward = getattr(forward_ad, "_current_level", -1) >= 0
-    for x in tensors:
-        if x is None:
-            continue
-        usual = (  # As nearly every tensor is.
-            not differentiates_forward
-            and type(x) in _PLAIN
-            and (x.is_cpu or x.is_cuda)
-            and x.dtype in _TYPES
-            and x.layout is _STRIDED
-            and not _transformed(x)
-        )
-        if not usual:
-            _check_supported(x)
-
-
-def _check_supported(x: torch.Tensor) -> None:
-    if x.device.type not in ("cpu", "cuda"):
-        if x.device.type == "meta":
-            raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a meta tensor has not{_ADVICE}")
-        raise UnsupportedTensor(f"syncbn.torch takes tensors on cpu and cuda, not on {x.device}")
-    _TYPES[x.dtype]
-    if x.layout != torch.strided:
-        raise UnsupportedTensor(f"syncbn.torch takes dense tensors, not {x.layout}")
-    if any(kind.__name__ in ("FakeTensor", "FunctionalTensor") for kind in type(x).__mro__):
-        raise UnsupportedTensor(f"SyncBatchNorm in training needs values, which a {type(x).__name__} has not{_ADVICE}")
-    if _transformed(x):
-        text = "SyncBatchNorm in training does not go with torch.func (vmap, grad, jvp, functionalize): a round with the "
-        raise UnsupportedTensor(text + f"other workers cannot be transformed. Use torch.autograd.grad{_ADVICE}")
-    if getattr(forward_ad, "_current_level", -1) >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        text = "SyncBatchNorm in training has no forward-mode derivative: use reverse mode (torch.autograd.grad)"
-        raise UnsupportedTensor(text + _ADVICE)
-
 
 # The number of channels, the types of a layer's weight and bias, -1 for one that is absent, and where the input is: the
 # device of its struct Tensor, and the index.
@@ -111,7 +36,7 @@ def at_sight(
     in memory of their own, and a vector an element of one dimension for each channel. None: `check_supported` and the layer
     have to look closely, and say what is wrong, if anything.
     """
-    if _tracing_state() is not None or getattr(forward_ad, "_current_level", -1) >= 0:
+    if tracing_state() is not None or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
     sight: Optional[Sight] = forward_sight(x, weight, bias, running_mean, running_var)
     return sight
@@ -130,7 +55,7 @@ _SIGHT = (
     RuntimeError,
     torch.Tensor,
     torch.nn.Parameter,
-    _TYPES,
+    TYPES,
     "shape",
     "dtype",
     "is_cpu",
@@ -175,7 +100,7 @@ def dense(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """x itself if it is dense in that layout, else a copy that is. Differentiable."""
     if x.is_neg():
         x = x.resolve_neg()
-    if _is_zero_tensor(x):  # It has no memory.
+    if is_zero_tensor(x):  # It has no memory.
         x = x.clone()
     if channels_last:
         return x if _is_dense(x, True) else x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -184,7 +109,7 @@ def dense(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 def _address_at_sight(x: torch.Tensor, channels_last: bool) -> int:
     """The address of a tensor's elements if the library can take it as it is, in that layout; 0: look at it closely."""
-    if type(x) not in _PLAIN or x.layout is not _STRIDED or x.is_neg():
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg():
         return 0
     if not (_is_dense(x, True) if channels_last else x.is_contiguous()):
         return 0
@@ -192,27 +117,6 @@ def _address_at_sight(x: torch.Tensor, channels_last: bool) -> int:
         return x.data_ptr()
     except RuntimeError:  # A wrapper without memory of its own, as torch.func and both kinds of vmap make them.
         return 0
-
-
-_BATCHED = (
-    "SyncBatchNorm cannot go back under vmap (is_grads_batched=True, vectorize=True), since a round with the other workers "
-    "is of one gradient: go back with the gradients one after another"
-)
-
-
-def _in_memory(x: torch.Tensor) -> torch.Tensor:
-    """The same values as a plain tensor with elements in memory; not differentiable."""
-    try:
-        x = x.detach()
-    except RuntimeError as error:  # As the batches of torch's first vmap are, they cannot be told by any attribute.
-        raise UnsupportedTensor(_BATCHED) from error
-    if _transformed(x):
-        raise UnsupportedTensor(_BATCHED)
-    if type(x) is not torch.Tensor:
-        x = x.as_subclass(torch.Tensor)
-    if x.layout != torch.strided:
-        x = x.to_dense()
-    return x
 
 
 class Form:
@@ -241,7 +145,7 @@ def form(x: Optional[torch.Tensor]) -> Optional[Form]:
 
 def _form(shape: torch.Size, kind: int, device: int, index: int) -> Form:
     """Returns the form with this shape, by the library's numbers of types and devices."""
-    dtype = next(dtype for dtype, number in _TYPES.items() if number == kind)
+    dtype = next(dtype for dtype, number in TYPES.items() if number == kind)
     return Form(shape, dtype, torch.device("cpu") if device == _library.DEVICE_CPU else torch.device("cuda", index))
 
 
@@ -267,7 +171,7 @@ def given_back(name: str, x: torch.Tensor, form: Form, channels_last: bool) -> t
         form.check(name, x)
     if not torch.is_grad_enabled() and _address_at_sight(x, channels_last):
         return x
-    return dense(_in_memory(x), channels_last)
+    return dense(in_memory(x), channels_last)
 
 
 def vector_given_back(name: str, x: Optional[torch.Tensor], form: Optional[Form]) -> Optional[torch.Tensor]:
@@ -282,7 +186,7 @@ def readable(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     """A parameter or a buffer, contiguous; a copy where it is not."""
     if x is None or _address_at_sight(x, False):
         return x
-    return dense(_in_memory(x), False)
+    return dense(in_memory(x), False)
 
 
 def readable_vector(x: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], bytes]:
@@ -300,7 +204,7 @@ def count_address(count: Optional[torch.Tensor], x: torch.Tensor) -> int:
 
 def readable_as(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """A tensor of [batch, channels, ...], dense in that layout; a copy where it is not."""
-    return dense(_in_memory(x), channels_last)
+    return dense(in_memory(x), channels_last)
 
 
 def write_back(buffer: Optional[torch.Tensor], updated: Optional[torch.Tensor]) -> None:
@@ -313,7 +217,7 @@ def write_back(buffer: Optional[torch.Tensor], updated: Optional[torch.Tensor]) 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """A plain tensor with the strides of x, which is dense."""
-    if type(x) in _PLAIN:
+    if type(x) in PLAIN:
         return torch.empty_like(x, requires_grad=False)
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
 
@@ -350,7 +254,7 @@ def _members(x: torch.Tensor, channels_last: bool, at: int) -> Tuple[int, ...]:
         batch,
         channels,
         spatial,
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         _library.CHANNELS_LAST if channels_last else _library.CHANNELS_FIRST,
         _library.DEVICE_CPU if on_cpu else _library.DEVICE_CUDA,
         0 if on_cpu else x.device.index or 0,
@@ -364,7 +268,7 @@ def describe(x: torch.Tensor, channels_last: bool) -> Tensor:
 
 def packed_vector(x: Optional[torch.Tensor]) -> bytes:
     """A struct Vector for a parameter or buffer that `readable` has returned, or a new one; None: absent."""
-    return NO_VECTOR if x is None else _library.VECTOR.pack(x.data_ptr(), _TYPES[x.dtype])
+    return NO_VECTOR if x is None else _library.VECTOR.pack(x.data_ptr(), TYPES[x.dtype])
 
 
 NO_VECTOR = _library.VECTOR.pack(0, _library.FLOAT32)
@@ -378,7 +282,7 @@ def vector(tensor: Optional[torch.Tensor], x: torch.Tensor) -> Vector:
         raise RuntimeError(f"a parameter has {tensor.numel()} elements, and the input {x.shape[1]} channels")
     if tensor.device != x.device:
         raise RuntimeError(f"the input is on {x.device}, and a parameter on {tensor.device}")
-    return Vector(address(tensor, False), _TYPES[tensor.dtype])
+    return Vector(address(tensor, False), TYPES[tensor.dtype])
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

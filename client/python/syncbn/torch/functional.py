@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 import torch
 
 from syncbn.core import Worker, default_worker
-from syncbn.torch import _checkpointing, _evaluation, _masked, _synchronized, _tensors
+from syncbn.torch import _checkpointing, _evaluation, _masked, _supported, _synchronized
 
 _lock = threading.Lock()
 _callers: Dict[str, "_Caller"] = {}
@@ -155,7 +155,7 @@ class _Sum(torch.autograd.Function):
 @_synchronized.outside_of_graphs
 def _merged_moments(values: torch.Tensor, caller: _Caller) -> Tuple[torch.Tensor, torch.Tensor]:
     """The moments of [positions, C]."""
-    _tensors.check_supported(values)
+    _supported.check_supported(values)
     checkpoint = _checkpointing.context()
     merged = checkpoint.replay(caller)
     if merged is None:
