@@ -290,6 +290,16 @@ def run(arguments: argparse.Namespace, target: str) -> Dict[str, Any]:
     return summary
 
 
+def next_steps() -> str:
+    """Names what to read next: pages of the source tree, or, from a wheel, which has none of them, the docstrings."""
+    if (_HERE.parents[1] / "python/README.md").is_file():
+        return (
+            "Next: client/python/README.md (your own model), client/examples/heterogeneous (PyTorch, JAX, NumPy and C++ in "
+            "one group), client/examples/resnet18 (step times)."
+        )
+    return "Next, your own model: help(syncbn.torch), help(syncbn.jax) or help(syncbn.numpy), after importing it in Python."
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
@@ -339,10 +349,7 @@ def main() -> int:
         arguments.json.write_text(json.dumps(summary, indent=2))
     curves = f"Loss curves: {arguments.plot}." if drawn else "No loss curves: matplotlib is not installed."
     console.print(f"\n{curves} Done in {time.monotonic() - started:.0f} s, and everything is stopped.")
-    console.print(
-        "Next: client/python/README.md (your own model), client/examples/heterogeneous (PyTorch, JAX, NumPy and C++ in "
-        "one group), client/examples/resnet18 (step times)."
-    )
+    console.print(next_steps())
     difference_at_end = summary["differences"]["synchronized"]["last"]["parameters"]
     if arguments.dtype == "float64" and difference_at_end > _TOLERANCE:
         console.print(f"[red]The parameters differ by {difference_at_end:.1e}, more than {_TOLERANCE:.0e}.[/red]")

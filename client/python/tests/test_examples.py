@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 def run(script, *options):
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *options], capture_output=True, text=True, timeout=700
+        [sys.executable, str(EXAMPLES / script), *map(str, options)], capture_output=True, text=True, timeout=700
     )
 
 
@@ -48,6 +50,17 @@ def test_quickstart(tmp_path, front):
     single = summary["float32_first_step"]
     assert 0 < max(single["outputs"], single["gradients"]) < single["bound"]
     assert (tmp_path / "p.png").stat().st_size > 1000
+    assert "client/python/README.md" in done.stdout
+
+
+def test_a_quickstart_of_a_wheel_names_no_file_of_the_source_tree(tmp_path):
+    for folder in ("quickstart", "data"):
+        shutil.copytree(EXAMPLES / folder, tmp_path / "_examples" / folder)
+    options = ("--front", "numpy", "--steps", "5", "--plot", tmp_path / "p.png")
+    done = run(tmp_path / "_examples/quickstart/quickstart.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "help(syncbn.numpy)" in done.stdout
+    assert not re.search(r"client/|tools/", done.stdout)
 
 
 def test_an_interrupted_quickstart_stops_what_it_started(tmp_path):
