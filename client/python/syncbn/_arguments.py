@@ -49,8 +49,8 @@ def truth(name: str, value: Any) -> bool:
 
 
 def number(name: str, value: Any) -> float:
-    """Any real number that is finite."""
-    if isinstance(value, (bool, np.bool_, str, bytes)):
+    """Any real number that is finite; True is 1 and False 0, as in the frameworks' own layers."""
+    if isinstance(value, (str, bytes)):
         raise TypeError(f"{name} is {value!r}; it has to be a number")
     try:
         found = float(value)
@@ -76,7 +76,9 @@ def not_negative(name: str, value: Any) -> float:
 
 
 def seconds(name: str, value: Any, *, zero: bool = True) -> float:
-    """A length of time, from 0 on, or above 0."""
+    """A length of time, from 0 on, or above 0. No bool, which would be a switch of a wait."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}; it has to be a number of seconds")
     found = number(name, value)
     if found < 0 or (found == 0 and not zero):
         raise refused(f"{name} is {found:g} seconds; it has to be {'at least' if zero else 'more than'} 0")

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -134,5 +135,36 @@ def test_an_epsilon_of_zero_and_one_below(group):
         with pytest.raises(ValueError, match="eps is -0.001; it has to be at least 0"):
             sync.functional.batch_norm(x, None, None, training=True, eps=-1e-3, layer="below", worker=worker)
         assert int(layer.num_batches_tracked) == 0
+
+    group(1, run)
+
+
+@pytest.mark.parametrize(
+    "number", [True, False, 1, np.float32(0.3), np.float16(0.25), np.int64(1), np.array(0.3), torch.tensor(0.3)], ids=repr
+)
+@pytest.mark.parametrize("make", [of_ours, converted, converted_subclass])
+def test_numbers_of_any_type(group, make, number):
+    """True is 1 and False 0, as for torch's layer."""
+
+    def run(worker):
+        layer = make(True, number).double()
+        layer.worker = worker
+        expected = torch.nn.BatchNorm1d(CHANNELS, momentum=float(number)).double()
+        for seed in range(2):
+            x = torch.randn(4, CHANNELS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 3
+            torch.testing.assert_close(layer(x), expected(x), rtol=1e-11, atol=1e-11)
+        for name in BUFFERS:
+            torch.testing.assert_close(getattr(layer, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
+
+    group(1, run)
+
+
+@pytest.mark.parametrize("eps", [True, np.float32(0.5)])
+def test_an_epsilon_of_any_type(group, eps):
+    def run(worker):
+        layer = sync.SyncBatchNorm(CHANNELS, eps=eps, worker=worker)
+        x = torch.randn(4, CHANNELS)
+        torch.testing.assert_close(layer(x), torch.nn.BatchNorm1d(CHANNELS, eps=float(eps))(x))
+        torch.testing.assert_close(layer.eval()(x[:0]), x[:0])
 
     group(1, run)
