@@ -2,9 +2,9 @@
 
 import ctypes
 import threading
-from typing import Any, List
+from typing import Any, List, Optional
 
-from syncbn import _environment, _library, _open, _places, errors
+from syncbn import _environment, _library, _open, _places, _settings, errors
 from syncbn._library import create, lib
 
 # Seconds for a join to end that is cancelled.
@@ -56,20 +56,39 @@ def _joined(options: _library.WorkerOptions) -> int:
     raise outcome[0]
 
 
-def join(options: _library.WorkerOptions, place: _places.Place) -> int:
+def join(options: _library.WorkerOptions, settings: _settings.Settings) -> int:
     """Joins. Returns: the handle, which is the caller's to destroy.
 
-    Errors: those of the join. One for a rank that is taken tells what may have led to it, by `place` and the environment.
+    Errors: those of the join. One for a rank that is taken tells what may have led to it.
     """
     try:
         return _joined(options)
     except errors.RankTaken as error:
-        launchers = None
-        if place.identity is None and place.rank is not None and place.world_size is not None:
-            launchers = _environment.launchers_around(place.rank, place.world_size)
-        if launchers is not None:
-            error.add_note_to_message(
-                f"two launchers have numbered this process ({launchers}): if each task of the outer one has started an inner "
-                "one, start all processes by one of the two, or pass rank and world_size of the whole"
-            )
+        for reason in (_own_worker(settings), _two_launchers(settings.place)):
+            if reason is not None:
+                error.add_note_to_message(reason)
         raise
+
+
+def _own_worker(settings: _settings.Settings) -> Optional[str]:
+    """A worker that this process has made before: a notebook's cell that runs again makes its second one first."""
+    held = _open.find(settings.job, settings.group, settings.rank)
+    if held is None or held.target != settings.target:
+        return None
+    return (
+        "it is an open worker of this process: end that one first, with leave() or close(), or at the end of a `with` block, or "
+        "go on with it"
+    )
+
+
+def _two_launchers(place: _places.Place) -> Optional[str]:
+    """Variables of the environment that number this process twice."""
+    if place.identity is not None or place.rank is None or place.world_size is None:
+        return None
+    launchers = _environment.launchers_around(place.rank, place.world_size)
+    if launchers is None:
+        return None
+    return (
+        f"two launchers have numbered this process ({launchers}): if each task of the outer one has started an inner one, start "
+        "all processes by one of the two, or pass rank and world_size of the whole"
+    )

@@ -179,7 +179,7 @@ class Worker:
             self.target = settings.target
             with _open.joining():
                 self._options = settings.options()  # The library may call a function that they point to.
-                self._handle = _joins.join(self._options, settings.place)
+                self._handle = _joins.join(self._options, settings)
                 _open.add(self)
             if self._meeting is not None:
                 self._meeting.joined()

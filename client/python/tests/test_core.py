@@ -344,6 +344,7 @@ def test_a_rank_that_is_taken_and_a_payload_that_changed_are_typed(master):
         with pytest.raises(syncbn.RankTaken, match="the holder") as caught:
             syncbn.Worker(master.target, "taken", 0, 1, join_timeout=0.5)
         assert (caught.value.code, caught.value.reason, caught.value.ranks) == (6, "RANK_TAKEN", (0,))
+        assert "an open worker of this process: end that one first" in caught.value.message
         worker.all_reduce("sum", [1.0], sequence=3)
         with pytest.raises(syncbn.AlreadyExists) as caught:
             worker.all_reduce("sum", [2.0], sequence=3)
