@@ -20,6 +20,8 @@ from syncbn import _library, _program
 _PACKAGES = ("numpy", "torch", "jax", "jaxlib", "flax", "keras", "tensorflow", "tensorflow-cpu", "lightning", "timm")
 _ROUNDS = 50
 _ROUND_SECONDS = 30.0
+# What a host has one of if it has NVIDIA's driver; the last is that of the Windows Subsystem for Linux.
+_DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
 
 
 def _version(package: str) -> Optional[str]:
@@ -40,6 +42,8 @@ def _cuda() -> str:
     try:
         _library.call(_library.lib.syncbn_stream_order_check, 0)
     except syncbn.Error as error:
+        if "cuda=no" not in syncbn.build_info() and not any(map(os.path.exists, _DRIVERS)):
+            return "this host has no NVIDIA driver"  # CUDA calls a driver that is absent one of an insufficient version.
         return f"none that the library uses ({error.message})"
     return "device 0 answers, and its streams can wait for rounds"
 

@@ -13,6 +13,7 @@ import pytest
 
 import processes
 import syncbn
+from syncbn import _doctor
 
 
 def run(*arguments, **variables):
@@ -29,6 +30,21 @@ def test_the_doctor_of_an_installation_that_works(master):
     assert re.search(r"^ok    a round with itself: 50 rounds, .* ms at the median", done.stdout, re.M)
     assert re.search(rf"^ok    the master at {re.escape(master.target)}: 50 rounds", done.stdout, re.M)
     assert done.stdout.endswith("All is well.\n") and "FAIL" not in done.stdout
+
+
+def test_the_doctor_tells_a_host_without_a_driver_from_a_gpu_that_cannot_be_used(monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise syncbn.FailedPrecondition("CUDA error 35", code=9)
+
+    monkeypatch.setattr(_doctor._library, "call", fail)
+    monkeypatch.setattr(syncbn, "build_info", lambda: "cpu=AVX2 cuda=13.0")
+    monkeypatch.setattr(_doctor, "_DRIVERS", (str(tmp_path / "absent"),))
+    assert _doctor._cuda() == "this host has no NVIDIA driver"
+    monkeypatch.setattr(_doctor, "_DRIVERS", (str(tmp_path / "absent"), str(tmp_path)))
+    assert _doctor._cuda() == "none that the library uses (CUDA error 35)"
+    monkeypatch.setattr(_doctor, "_DRIVERS", ())
+    monkeypatch.setattr(syncbn, "build_info", lambda: "cpu=AVX2 cuda=no")
+    assert _doctor._cuda() == "none that the library uses (CUDA error 35)"
 
 
 def test_the_doctor_of_a_target_that_does_not_answer():
