@@ -32,7 +32,7 @@ class SpinSystem {
   static void Yield() { sched_yield(); }
 
  private:
-  const size_t processors_ = std::thread::hardware_concurrency();
+  const size_t processors_ = std::max(1u, std::thread::hardware_concurrency());  // 0 is the system's "unknown".
 };
 
 // How much to skip after an attempt that was in vain: the more, the more such attempts there are.
@@ -65,7 +65,7 @@ class Backoff {
 // it yields the processor between its looks: those that it waits for run at once, and nobody has to be woken.
 //
 // A machine that does other work gives a processor that was yielded to that work, for milliseconds. One such yield
-// costs as much as hundreds of others save, so after each of them as many waits sleep at once instead.
+// costs as much as dozens of others save, so after each of them as many waits sleep at once instead.
 //
 // A wait spins if the waits of late, their sleeps included, were short enough to be replaced by spinning; and the more
 // of these attempts are in vain, the more waits sleep at once. A spin in vain costs three times what another one saves.
@@ -83,7 +83,9 @@ class BasicSpin {
   bool Until(Ready ready, size_t waiting_for) {
     begun_ = system_.Now();
     const bool yields = waiting_for >= system_.processors();
-    longest_ = yields ? kLongestYielding : kLongest;
+    const int crowd = yields ? Crowd(waiting_for) : 1;
+    longest_ = yields ? crowd * kLongestYielding : kLongest;
+    held_up_ = crowd * kHeldUp;
     if (usual_ > longest_ || (yields && yields_.Skip()) || spins_.Skip()) return Once(ready);
     bool yielded = false;
     do {
@@ -116,12 +118,19 @@ class BasicSpin {
   static constexpr int kLooks = 8;  // Between two looks at the clock.
   // Twice what it takes to wake a process up on a slow machine.
   static constexpr Duration kLongest = std::chrono::microseconds(100);
-  // A dozen processes on two processors answer each other in this time.
+  // Four processes on two processors answer each other in this time, and more of them in as much more.
   static constexpr Duration kLongestYielding = 4 * kLongest;
-  // A yield of this length has given the processor to something else than a process that answers.
+  // A yield of this length has given the processor to something else than processes that answer; longer, as above.
   static constexpr Duration kHeldUp = std::chrono::microseconds(200);
-  // Time that a wait saves if it need not sleep, or less.
-  static constexpr Duration kSaved = std::chrono::microseconds(10);
+  static constexpr size_t kUncrowded = 2;  // Processes for each processor to which the two times belong.
+  // More than four times as many processes gain nothing by yields: each has its turn too late.
+  static constexpr size_t kMostCrowded = 4;
+  // Time that a wait saves, its own sleep and its part in those of others, or less.
+  static constexpr Duration kSaved = std::chrono::microseconds(50);
+
+  int Crowd(size_t processes) const {
+    return static_cast<int>(std::clamp<size_t>(processes / system_.processors() / kUncrowded, 1, kMostCrowded));
+  }
 
   template <typename Ready>
   bool Once(Ready& ready) {
@@ -135,7 +144,7 @@ class BasicSpin {
     const auto before = system_.Now();
     system_.Yield();
     const Duration length = system_.Now() - before;
-    if (length < kHeldUp) return false;
+    if (length < held_up_) return false;
     yields_.OnFailure(static_cast<unsigned>(std::min<Duration>(length, std::chrono::seconds(1)) / kSaved));
     return true;
   }
@@ -143,9 +152,10 @@ class BasicSpin {
   System system_;
   typename Clock::time_point begun_;
   Duration longest_{0};  // The time that the wait may spin.
+  Duration held_up_{0};  // The least length of a yield that shows other work.
   Duration usual_{0};    // The mean length of the waits of late.
   Backoff spins_{1, 1023, 4};
-  Backoff yields_{127, 16383, 128};
+  Backoff yields_{31, 16383, 8};
 };
 
 using Spin = BasicSpin<SpinSystem>;

@@ -123,14 +123,14 @@ TEST_F(SpinTest, ManyWaitsSleepAtOnceAfterALongYield) {
   EXPECT_EQ(wait.yields, 1) << "one such yield is enough for a wait";
   EXPECT_TRUE(wait.found) << "what the wait was for came meanwhile";
   EXPECT_EQ(For(microseconds(20)).looks, 1);
-  EXPECT_EQ(WaitsWithoutYield(), 127 - 1);
+  EXPECT_EQ(WaitsWithoutYield(), 31 - 1);
 }
 
 TEST_F(SpinTest, ALongerYieldIsMadeUpForByMoreWaits) {
   machine_.yield = milliseconds(4);
   EXPECT_EQ(WaitsWithoutYield(), 0);
-  EXPECT_EQ(WaitsWithoutYield(), 400);
-  EXPECT_GE(WaitsWithoutYield(), 3 * 400) << "once more in vain";
+  EXPECT_EQ(WaitsWithoutYield(), 80);
+  EXPECT_GE(WaitsWithoutYield(), 3 * 80) << "once more in vain";
 }
 
 TEST_F(SpinTest, LongYieldsInARowMakeThemRare) {
@@ -148,13 +148,28 @@ TEST_F(SpinTest, LongYieldsInARowMakeThemRare) {
 TEST_F(SpinTest, ShortYieldsMakeUpForALongOne) {
   machine_.yield = milliseconds(1);
   EXPECT_EQ(WaitsWithoutYield(), 0);
-  EXPECT_EQ(WaitsWithoutYield(), 127);
+  EXPECT_EQ(WaitsWithoutYield(), 31);
   machine_.yield = microseconds(2);
-  EXPECT_EQ(WaitsWithoutYield(), 3 * 127);
-  for (int i = 0; i < 1000; ++i) EXPECT_TRUE(For(microseconds(20)).found);
+  EXPECT_EQ(WaitsWithoutYield(), 3 * 31);
+  for (int i = 0; i < 50; ++i) EXPECT_TRUE(For(microseconds(20)).found);
   machine_.yield = milliseconds(1);
   EXPECT_EQ(WaitsWithoutYield(), 0);
-  EXPECT_EQ(WaitsWithoutYield(), 127) << "as after the first one";
+  EXPECT_EQ(WaitsWithoutYield(), 31) << "as after the first one";
+}
+
+// Eight processes on two processors have their turns half as often as four.
+TEST_F(SpinTest, AWaitForMoreProcessesMayTakeLongerAndYieldForLonger) {
+  machine_.yield = microseconds(250);
+  const Wait wait = For(microseconds(700), /*waiting_for=*/8);
+  EXPECT_TRUE(wait.found);
+  EXPECT_EQ(wait.yields, 3);
+  spin_.emplace(FakeSystem(&machine_));
+  EXPECT_EQ(For(microseconds(700), /*waiting_for=*/4).yields, 1) << "something else has the processor";
+}
+
+TEST_F(SpinTest, AWaitForAHundredProcessesEndsAsOneForSixteen) {
+  EXPECT_TRUE(For(microseconds(1500), /*waiting_for=*/100).found);
+  EXPECT_FALSE(For(microseconds(1700), /*waiting_for=*/100).found);
 }
 
 }  // namespace
