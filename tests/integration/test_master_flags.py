@@ -12,6 +12,7 @@ from processes import MASTER, PATIENCE, Master, grpcurl
 
 from syncbn import _variables
 
+OPERATIONS = pathlib.Path(__file__).resolve().parents[2] / "docs/operations.md"
 FLAGS = [
     "address",
     "insecure",
@@ -89,6 +90,24 @@ def expect_refusal(done: "subprocess.CompletedProcess[str]", *texts: str, code: 
     assert lines[0].startswith("syncbn-master: ")
     for text in texts:
         assert text in lines[0]
+
+
+def test_the_page_has_every_flag_with_the_default_that_help_tells() -> None:
+    # A line of help is: --max-workers N=4096 (Env:SYNCBN_MAX_WORKERS); the last word before "(" of a flag that may repeat
+    # is "...".
+    told = {
+        flag: default or ""
+        for flag, default in re.findall(
+            r"^  --([a-z-]+)(?: [^=(\n]+(?:=(.+?))?(?: \.\.\.)?)? \(Env:", run("--help").stdout, re.M
+        )
+    }
+    rows = re.findall(r"^\| (`--[^|]+) \| ([^|]*) ?\|", OPERATIONS.read_text(), re.M)
+    page = {flag: default.strip() for flags, default in rows for flag in re.findall(r"--([a-z-]+)", flags)}
+    assert set(page) == set(told) - {"config-file"}  # The text above the table has that one.
+    in_words = {"4 MiB": str(4 << 20), "0 (never)": "0"}
+    defaults = {flag: in_words.get(default, default) for flag, default in page.items()}
+    assert {flag: defaults[flag] for flag in defaults if told[flag]} == {flag: told[flag] for flag in defaults if told[flag]}
+    assert {defaults[flag] for flag in defaults if not told[flag] and flag != "shared-memory-dir"} == {"", "off", "none"}
 
 
 def test_help_names_every_flag_and_its_variable() -> None:
