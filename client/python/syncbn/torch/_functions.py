@@ -15,7 +15,7 @@ import torch
 
 from syncbn import _passes
 from syncbn._library import ADDRESS_SIZE, BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS
-from syncbn.torch import _running, _second, _tensors
+from syncbn.torch import _graphs, _running, _second, _tensors
 
 _NO_BATCHES = (0, False)  # The number of batches, as _count says of it.
 
@@ -251,6 +251,7 @@ class Normalize(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
+    @_graphs.outside_of_graphs
     def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, weight = ctx.saved_tensors
         saved: Pass = ctx.saved
@@ -275,6 +276,7 @@ class _Gradients(torch.autograd.Function):
         return _backward(saved, dy, x, weight, gated=False)[:3]
 
     @staticmethod
+    @_graphs.outside_of_graphs
     def backward(ctx: Any, *cotangents: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
         function = functools.partial(_second_backward, ctx.saved, tuple(ctx.needs_input_grad[:3]))
         return (*_second.last(function, *ctx.saved_tensors, *cotangents), None)

@@ -17,7 +17,7 @@ import torch
 
 from syncbn import _names
 from syncbn.core import Moments, Worker, default_worker
-from syncbn.torch import _checkpointing, _replicas, _running, _second, _supported, _tensors
+from syncbn.torch import _checkpointing, _graphs, _replicas, _running, _second, _supported, _tensors
 from syncbn.torch._second import Statistics, others, spread
 
 _NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) + (
@@ -155,6 +155,7 @@ class _Normalize(torch.autograd.Function):
         return _tensors.rounded(y if bias is None else y + spread(bias, x), x.dtype)
 
     @staticmethod
+    @_graphs.outside_of_graphs
     def backward(ctx: Any, dy: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, counts, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph.
@@ -231,6 +232,7 @@ class _Gradients(torch.autograd.Function):
         return _gradients(saved, dy, x, counts, weight)
 
     @staticmethod
+    @_graphs.outside_of_graphs
     def backward(ctx: Any, *cotangents: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
         needed = ctx.needs_input_grad
         function = functools.partial(_second_backward, ctx.saved, (needed[0], needed[1], needed[3]))

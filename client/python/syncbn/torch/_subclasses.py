@@ -19,7 +19,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
-from syncbn.torch import _replicas, _synchronized
+from syncbn.torch import _graphs, _replicas, _synchronized
 
 _CALL = getattr(torch.nn.Module, "_call_impl").__code__
 _jit: Any = torch.jit  # Its hints name no classes.
@@ -211,7 +211,7 @@ def run_forward(module: Any, function: Callable[..., Any], args: Any, kwargs: An
         answers.uncount()
 
 
-_run_outside_of_graphs: Any = _synchronized.outside_of_graphs(run_forward)
+_run_outside_of_graphs: Any = _graphs.outside_of_graphs(run_forward)
 _local = threading.local()
 
 

@@ -1,6 +1,5 @@
 """The training of every synchronized layer: one round, and the normalization with its outcome."""
 
-import inspect
 from typing import Any, Optional, Tuple
 
 import torch
@@ -9,16 +8,6 @@ from torch.fx.proxy import Proxy
 from syncbn import _library, _passes
 from syncbn.core import Worker, default_worker
 from syncbn.torch import _checkpointing, _functions, _naming, _replicas, _supported, _tensors
-
-
-def outside_of_graphs(function: Any) -> Any:
-    """A decorator: torch.compile breaks its graph at the function, since a round is no operation that it could trace."""
-    disable: Any = getattr(getattr(torch, "compiler", None), "disable", None)
-    if disable is None:
-        return function
-    if "reason" not in inspect.signature(disable).parameters:
-        return disable(function)
-    return disable(function, reason="a synchronized layer in training waits for other workers; do not use fullgraph")
 
 
 class SizeMismatch(RuntimeError, ValueError):

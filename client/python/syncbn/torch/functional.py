@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 import torch
 
 from syncbn.core import Worker, default_worker
-from syncbn.torch import _checkpointing, _evaluation, _masked, _supported, _synchronized
+from syncbn.torch import _checkpointing, _evaluation, _graphs, _masked, _supported, _synchronized
 
 _lock = threading.Lock()
 _callers: Dict[str, "_Caller"] = {}
@@ -85,7 +85,7 @@ def batch_norm(
     return _normalize(caller, input, _synchronized.Step(caller, weight, bias, running_mean, running_var, eps, True))
 
 
-@_synchronized.outside_of_graphs
+@_graphs.outside_of_graphs
 def _normalize(caller: _Caller, input: torch.Tensor, step: _synchronized.Step) -> torch.Tensor:
     return caller._normalize_with_others(input, step)
 
@@ -127,6 +127,7 @@ class _Moments(torch.autograd.Function):
         return mean, var, exact
 
     @staticmethod
+    @_graphs.outside_of_graphs
     def backward(ctx: Any, *cotangents: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
         x, exact = ctx.saved_tensors
         zeros = torch.zeros(x.size(1), dtype=torch.float64, device=x.device)
@@ -147,12 +148,13 @@ class _Sum(torch.autograd.Function):
         return torch.stack([first, second]).to(vectors.device)
 
     @staticmethod
+    @_graphs.outside_of_graphs
     def backward(ctx: Any, cotangent: torch.Tensor) -> Tuple[torch.Tensor, None]:
         summed: torch.Tensor = _Sum.apply(cotangent, ctx.sums)
         return summed, None
 
 
-@_synchronized.outside_of_graphs
+@_graphs.outside_of_graphs
 def _merged_moments(values: torch.Tensor, caller: _Caller) -> Tuple[torch.Tensor, torch.Tensor]:
     """The moments of [positions, C]."""
     _supported.check_supported(values)

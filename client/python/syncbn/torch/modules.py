@@ -9,13 +9,13 @@ from torch.nn.parameter import is_lazy
 
 from syncbn import _arguments
 from syncbn.core import Worker
-from syncbn.torch import _evaluation, _masked, _naming, _subclasses, _synchronized
+from syncbn.torch import _evaluation, _graphs, _masked, _naming, _subclasses, _synchronized
 
 
 _ELSEWHERE: Any = object()
 
 
-@_synchronized.outside_of_graphs
+@_graphs.outside_of_graphs
 def _train(layer: Any, input: torch.Tensor, z: Optional[torch.Tensor]) -> torch.Tensor:
     context = _subclasses.in_own_forward(layer)
     if context is not None:
@@ -26,7 +26,7 @@ def _train(layer: Any, input: torch.Tensor, z: Optional[torch.Tensor]) -> torch.
     return normalized
 
 
-@_synchronized.outside_of_graphs
+@_graphs.outside_of_graphs
 def _masked_forward(layer: Any, input: torch.Tensor, mask: Any, z: Optional[torch.Tensor]) -> torch.Tensor:
     with _subclasses.in_own_forward(layer) or contextlib.nullcontext():
         step = layer._step(z)
