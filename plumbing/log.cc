@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "grpc/support/log.h"
 
@@ -81,7 +82,14 @@ std::string Printable(absl::string_view line) {
   return text;
 }
 
-void FromGrpc(gpr_log_func_args* arguments) { Log(LogLevel::kDebug, absl::StrCat("gRPC: ", arguments->message)); }
+// Tells why gRPC is about to end the process, for which a sink may have no time left.
+void FromGrpc(gpr_log_func_args* arguments) {
+  const absl::string_view message = arguments->message;
+  if (absl::StartsWith(message, "assertion failed")) {
+    WriteToStderr(LogLevel::kError, absl::StrCat("gRPC ends this process: ", Printable(message)));
+  }
+  Log(LogLevel::kDebug, absl::StrCat("gRPC: ", message));
+}
 
 }  // namespace
 

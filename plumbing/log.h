@@ -37,7 +37,8 @@ using LogRecordSink = std::function<void(const LogRecord&)>;
 // Replaces the sink; null restores the default, which writes warnings and errors to stderr, one line each. Returns once
 // no other thread is within the previous sink; called from within a sink, it returns at once.
 //
-// gRPC's log arrives at kDebug, whatever its severity: errors that concern a caller are returned by calls. The first
+// gRPC's log arrives at kDebug, whatever its severity: errors that concern a caller are returned by calls. A line with
+// which gRPC ends the process also goes to stderr, at once, whatever the sink. The first
 // worker, master or SetLogSink of a process redirects that log, and replaces a function that the program has given to
 // gpr_set_log_function before.
 //

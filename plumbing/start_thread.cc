@@ -2,8 +2,10 @@
 
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 
 namespace syncbn {
 
@@ -16,6 +18,21 @@ absl::Status StartThread(absl::string_view purpose, std::function<void()> run, s
                                                      "(ulimit -u, pids.max) may have been reached"));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckThreads(absl::string_view purpose, int count) {
+  absl::Notification all;
+  std::vector<std::thread> threads(static_cast<size_t>(count));
+  absl::Status status;
+  for (auto thread = threads.begin(); thread != threads.end() && status.ok(); ++thread) {
+    status = StartThread(
+        purpose, [&all] { all.WaitForNotification(); }, &*thread);
+  }
+  all.Notify();
+  for (std::thread& thread : threads) {
+    if (thread.joinable()) thread.join();
+  }
+  return status;
 }
 
 }  // namespace syncbn

@@ -357,6 +357,7 @@ absl::StatusOr<std::unique_ptr<MasterServer>> MasterServer::Start(Options option
   if (!tls.ok()) return tls.status();
   auto state_writer = OpenState(options.state_dir, &*loop);
   if (!state_writer.ok()) return state_writer.status();
+  if (absl::Status status = StartGrpc(); !status.ok()) return status;
   auto impl = std::make_unique<Impl>(*std::move(loop), *std::move(state_writer),
                                      options.max_connections != 0 ? options.max_connections : DefaultMaxConnections(),
                                      options.max_connections_per_address);

@@ -102,7 +102,7 @@ class MasterServer {
   // beyond loopback, a state directory that cannot be used); UNAVAILABLE (an address that cannot be bound, with the
   // reason; a state directory that another master uses); DATA_LOSS (a damaged state file, which stays as it is);
   // FAILED_PRECONDITION (a state file of a newer version, which stays as it is; FORKED in a process that was forked,
-  // directly or indirectly, from one that has or had a worker or master).
+  // directly or indirectly, from one that has or had a worker or master); RESOURCE_EXHAUSTED (no thread can be had).
   static absl::StatusOr<std::unique_ptr<MasterServer>> Start(Options options);
 
   // Shuts down without grace.

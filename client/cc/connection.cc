@@ -36,8 +36,8 @@ absl::Status CheckDescriptors() {
 }  // namespace
 
 absl::StatusOr<ChannelMaker> ChannelMaker::Make(const Worker::TlsOptions& tls) {
-  PrepareGrpc();
   if (absl::Status status = CheckDescriptors(); !status.ok()) return status;
+  if (absl::Status status = StartGrpc(); !status.ok()) return status;
   auto credentials = MakeCredentials(tls);
   if (!credentials.ok()) return credentials.status();
   return ChannelMaker(*std::move(credentials));

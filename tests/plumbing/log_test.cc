@@ -67,6 +67,14 @@ TEST_F(LogTest, GrpcSpeaksAtDebugLevel) {
   EXPECT_THAT(lines(), ElementsAre(Pair(LogLevel::kDebug, "gRPC: something of gRPC's")));
 }
 
+TEST_F(LogTest, GrpcTellsOnStderrWhyItEndsTheProcess) {
+  Collect();
+  ::testing::internal::CaptureStderr();
+  gpr_log(GPR_ERROR, "assertion failed: worker->created()");
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(),
+            "syncbn: error: gRPC ends this process: assertion failed: worker->created()\n");
+}
+
 TEST_F(LogTest, WithoutASinkWarningsAndErrorsGoToStderr) {
   SetLogSink(nullptr);
   ::testing::internal::CaptureStderr();

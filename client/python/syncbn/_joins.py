@@ -38,7 +38,15 @@ def _joined(options: _library.WorkerOptions) -> int:
         cancelled.value = 1
         done.wait(_MOST_CANCELLING)  # A function that finds targets may take its time.
 
-    threading.Thread(target=join, name="syncbn-join", daemon=True).start()
+    try:
+        threading.Thread(target=join, name="syncbn-join", daemon=True).start()
+    except RuntimeError as error:
+        _open.end_daemon()
+        raise errors.ResourceExhausted(
+            f"no thread can be had for the join: {error}; the limit of the user's or the container's processes (ulimit -u, "
+            "pids.max) may have been reached",
+            errors.Code.RESOURCE_EXHAUSTED,
+        ) from None
     try:
         with _open.cancelled_at_the_end(cancel):
             while not done.wait(0.1):

@@ -24,17 +24,36 @@ _answered = math.inf  # When a wait first ended for the newest SIGINT: what begi
 
 
 def listen() -> None:
-    """Begins to hear signals, if this is the main thread, and if nobody else has a wakeup descriptor."""
+    """Begins to hear signals, if this is the main thread, and if nobody else has a wakeup descriptor.
+
+    Does without, where the system grants no thread or descriptor for it: a worker that has joined is worth more.
+    """
     global _pipe
     if threading.current_thread() is not threading.main_thread():
         return
     if _pipe is None:
-        _pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        os.set_blocking(_pipe[0], True)
-        threading.Thread(target=_hear, args=(_pipe[0],), name="syncbn-signals", daemon=True).start()
+        _pipe = _start_to_hear()
+    if _pipe is None:
+        return
     before = signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
     if before not in (-1, _pipe[1]):
         signal.set_wakeup_fd(before)
+
+
+def _start_to_hear() -> Optional[Tuple[int, int]]:
+    """Returns the pipe that is heard, or None if the system grants none."""
+    try:
+        pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    os.set_blocking(pipe[0], True)
+    try:
+        threading.Thread(target=_hear, args=(pipe[0],), name="syncbn-signals", daemon=True).start()
+    except RuntimeError:
+        for descriptor in pipe:
+            os.close(descriptor)
+        return None
+    return pipe
 
 
 def _forget() -> None:
