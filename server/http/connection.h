@@ -37,6 +37,9 @@ class Connection {
   void Answer(std::string bytes, absl::Time now);
 
   State state() const { return state_; }
+  // Whether others should make room before this one; false at first.
+  bool precious() const { return precious_; }
+  void set_precious(bool precious) { precious_ = precious; }
   int descriptor() const { return descriptor_; }
   const std::string& address() const { return address_; }
   // The head of the request, once it has come; more if the peer has sent more.
@@ -56,6 +59,7 @@ class Connection {
   const int descriptor_;
   const std::string address_;
   State state_ = State::kHead;
+  bool precious_ = false;
   absl::Time deadline_;
   std::string bytes_;  // The head, then the answer.
   size_t written_ = 0;

@@ -63,19 +63,20 @@ class HttpServer::Impl {
  private:
   static bool HasBody(const Request& request) { return request.method != "HEAD"; }
 
-  // Returns the bytes of a refusal, or nothing if the request is given to a thread.
-  std::optional<std::string> Serve(uint64_t id, absl::string_view head) {
+  // Returns a refusal, or nothing if the request is given to a thread.
+  RequestLoop::Served Serve(uint64_t id, absl::string_view head) {
     const size_t length = HeadLength(head);
     if (length == 0 || length > kMaxHeadBytes) {
-      return WriteAnswer({431, kText, absl::StrCat("a request has at most ", kMaxHeadBytes, " bytes of headers\n")},
-                         true);
+      return {WriteAnswer({431, kText, absl::StrCat("a request has at most ", kMaxHeadBytes, " bytes of headers\n")},
+                          true)};
     }
     std::variant<Request, Answer> parsed = ParseRequest(head.substr(0, length));
-    if (const Answer* const refusal = std::get_if<Answer>(&parsed)) return WriteAnswer(*refusal, true);
+    if (const Answer* const refusal = std::get_if<Answer>(&parsed)) return {WriteAnswer(*refusal, true)};
     Request& request = std::get<Request>(parsed);
-    if (const auto refusal = Refuse(request)) return WriteAnswer(*refusal, HasBody(request));
+    if (const auto refusal = Refuse(request)) return {WriteAnswer(*refusal, HasBody(request))};
+    const bool precious = IsProbe(request.path);
     answerers_.Add(id, std::move(request));
-    return std::nullopt;
+    return {std::nullopt, precious};
   }
 
   std::optional<Answer> Refuse(const Request& request) const {

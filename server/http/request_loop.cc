@@ -164,7 +164,9 @@ void RequestLoop::Proceed(uint64_t id, Connection* connection, int events) {
   const bool had_come = connection->state() != Connection::State::kHead;
   connection->Proceed(events, clock_.Now());
   if (had_come || connection->state() != Connection::State::kServed) return;
-  if (auto answer = handlers_.serve(id, connection->head())) connection->Answer(*std::move(answer), clock_.Now());
+  Served served = handlers_.serve(id, connection->head());
+  connection->set_precious(served.precious);
+  if (served.answer.has_value()) connection->Answer(*std::move(served.answer), clock_.Now());
 }
 
 void RequestLoop::BoundUnreadBytes() {
@@ -178,10 +180,11 @@ void RequestLoop::BoundUnreadBytes() {
 }
 
 void RequestLoop::MakeRoom() {
-  // The oldest of those that compare equal is taken. A request that is being served has cost something.
+  // The oldest of those that compare equal is taken, whatever its state: the newest may only not have sent its request
+  // yet.
   const auto rank = [this](const Connections::value_type& entry) {
     const Connection& connection = *entry.second;
-    return std::make_pair(connection.state() != Connection::State::kServed, of_address_[connection.address()]);
+    return std::make_pair(!connection.precious(), of_address_[connection.address()]);
   };
   const auto victim = std::max_element(connections_.begin(), connections_.end(),
                                        [&rank](const auto& a, const auto& b) { return rank(a) < rank(b); });

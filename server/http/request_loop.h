@@ -29,15 +29,20 @@ namespace syncbn::http {
 
 // Accepts connections, reads a request from each, and writes its answer. No peer holds up another one: nothing blocks,
 // and a new connection at the limit takes the place of the oldest one of the address that has most. A request that
-// comes at once is therefore served, whatever others do with theirs.
+// comes at once is therefore read, whatever others do with theirs; while all wait for their answers, probes stay.
 //
 // Thread safety: Start and Stop from one thread, Answer from any.
 class RequestLoop {
  public:
+  struct Served {
+    std::optional<std::string> answer;  // Its bytes; absent if Answer() will give them.
+    bool precious = false;              // Others make room before this request, which waits for its answer.
+  };
+
   // Called on the loop's thread; they must not block.
   struct Handlers {
-    // The head of a request has come. Returns the bytes of the answer, or nothing if Answer() will give them.
-    std::function<std::optional<std::string>(uint64_t id, absl::string_view head)> serve;
+    // The head of a request has come.
+    std::function<Served(uint64_t id, absl::string_view head)> serve;
     // The connection has ended before Answer() was called for it.
     std::function<void(uint64_t id)> forget;
   };
