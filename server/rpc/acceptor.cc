@@ -29,6 +29,11 @@ constexpr absl::Duration kPause = absl::Milliseconds(50);
 constexpr absl::Duration kPauseAfterFlood = absl::Milliseconds(20);
 // Interval at which broken listeners are reopened and the others checked.
 constexpr absl::Duration kRepairInterval = absl::Seconds(1);
+// Shortest and longest interval at which connections are checked. A check takes two calls of the system for each, and
+// all checks a fiftieth of the time.
+constexpr absl::Duration kCheckInterval = absl::Milliseconds(100);
+constexpr absl::Duration kLongCheckInterval = absl::Seconds(1);
+constexpr int kTimeBetweenChecks = 50;
 // Time for which a peer may leave data unacknowledged, as gRPC sets it on sockets that it accepts.
 constexpr int kUserTimeoutMs = 20000;
 
@@ -114,9 +119,12 @@ void Acceptor::Run() {
       if (dead || !AcceptFrom(polled[i].fd)) Break(owners[i], "its socket does not work any more");
     }
     if (watch_.Look()) paused_until_ = clock_.Now() + kPauseAfterFlood;
-    if (clock_.Now() < repair_at_) continue;
-    Repair();
-    connections_->Check();
+    if (const absl::Time now = clock_.Now(); now >= check_at_) {
+      connections_->Check();
+      const absl::Duration taken = clock_.Now() - now;
+      check_at_ = now + std::clamp(kTimeBetweenChecks * taken, kCheckInterval, kLongCheckInterval);
+    }
+    if (clock_.Now() >= repair_at_) Repair();
   }
 }
 

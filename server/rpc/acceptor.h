@@ -75,6 +75,7 @@ class Acceptor {
   const Clock clock_;
   absl::Time paused_until_ = absl::InfinitePast();
   absl::Time repair_at_ = absl::InfinitePast();
+  absl::Time check_at_ = absl::InfinitePast();
   bool listening_ = true;
   std::atomic<bool> stopping_{false};
   std::atomic<uint64_t> turns_{0};

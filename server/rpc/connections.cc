@@ -34,6 +34,13 @@ constexpr double kBytesPerSecond = 64 << 10;
 // Bytes that a connection may have sent beyond its frames: calls, settings, and so much in each second for pings.
 constexpr double kOtherBytes = 1 << 20;
 constexpr double kOtherBytesPerSecond = 4 << 10;
+// The same for one that never had a worker: a handshake of TLS, settings, and a ping every now and then. Beside them,
+// it acknowledges what it reads, by an eighth of that at most.
+constexpr double kOtherBytesOfStranger = 4 << 10;
+constexpr double kOtherBytesOfStrangerPerSecond = 64;
+constexpr uint64_t kReadBytesPerOtherByte = 8;
+// Bytes that it may leave unfinished for any time.
+constexpr uint64_t kBytesWithoutEnd = 60 << 10;
 
 // A connection whose bytes take longer than this is a flood of small frames: a reset call takes 8 us and more for 28 to
 // 200 bytes. A message takes less than 1 us for each KiB, and less than 4 us with TLS.
@@ -102,11 +109,12 @@ std::string PeerName(absl::string_view uri) {
 }
 
 Connections::Connections(size_t max_connections, size_t max_of_address, size_t max_unfinished_bytes,
-                         absl::Duration patience)
+                         absl::Duration patience, size_t max_of_strangers)
     : max_connections_(max_connections),
       max_of_address_(max_of_address != 0 ? max_of_address : std::max<size_t>(max_connections / 2, 1)),
       local_too_(max_of_address != 0),
       max_unfinished_bytes_(max_unfinished_bytes),
+      max_of_strangers_(max_of_strangers),
       patience_(patience) {}
 
 std::string Connections::Add(int descriptor, const SocketAddress& peer) {
@@ -194,7 +202,10 @@ std::shared_ptr<Connections::Frames> Connections::FramesOf(absl::string_view pee
 
 void Connections::Joined(absl::string_view peer) {
   const absl::MutexLock lock(&mutex_);
-  if (Connection* const connection = Find(peer)) ++connection->workers;
+  Connection* const connection = Find(peer);
+  if (connection == nullptr) return;
+  ++connection->workers;
+  connection->had_worker = true;
 }
 
 void Connections::Left(absl::string_view peer) {
@@ -253,36 +264,50 @@ void Connections::CheckStrangers(absl::Time now) {
 
 void Connections::CheckUnfinished(absl::Time now) {
   std::vector<int> overdue;
-  int greediest = -1;
-  uint64_t of_greediest = 0;
-  uint64_t of_all = 0;
+  std::vector<std::pair<uint64_t, int>> of_workers;
+  std::vector<std::pair<uint64_t, int>> of_strangers;
   for (auto& [descriptor, connection] : connections_) {
-    if (connection.peer.empty() || connection.workers == 0) continue;
+    if (connection.peer.empty()) continue;
     const uint64_t unfinished = UnfinishedBytes(connection, now);
-    if (IsOverdue(unfinished, now, &connection)) {
+    const uint64_t endless = connection.had_worker ? 0 : std::min(unfinished, kBytesWithoutEnd);
+    if (IsOverdue(unfinished - endless, now, &connection)) {
       overdue.push_back(descriptor);
-      continue;
-    }
-    of_all += unfinished;
-    if (unfinished > of_greediest) {
-      of_greediest = unfinished;
-      greediest = descriptor;
+    } else {
+      (connection.workers > 0 ? of_workers : of_strangers).emplace_back(unfinished, descriptor);
     }
   }
   for (const int descriptor : overdue) {
     Shut(connections_.at(descriptor), "it does not finish the frames that it has begun", now);
   }
-  if (of_all > max_unfinished_bytes_) {
-    Shut(connections_.at(greediest), "unfinished frames take too much memory, and most of it is for this one", now);
+  ShutGreediest(max_unfinished_bytes_, std::move(of_workers), now);
+  ShutGreediest(max_of_strangers_, std::move(of_strangers), now);
+}
+
+void Connections::ShutGreediest(uint64_t most, std::vector<std::pair<uint64_t, int>> held, absl::Time now) {
+  uint64_t of_all = 0;
+  for (const auto& [bytes, descriptor] : held) of_all += bytes;
+  if (of_all <= most) return;
+  std::sort(held.rbegin(), held.rend());
+  for (const auto& [bytes, descriptor] : held) {
+    Shut(connections_.at(descriptor), "unfinished frames take too much memory, and most of it is for this one", now);
+    of_all -= bytes;
+    if (of_all <= most) return;
   }
 }
 
 uint64_t Connections::UnfinishedBytes(const Connection& connection, absl::Time now) {
   // In this order: frames that come meanwhile make it less, not more.
-  const uint64_t received = InfoOf(connection.descriptor).tcpi_bytes_received;
+  const tcp_info info = InfoOf(connection.descriptor);
+  const uint64_t received = info.tcpi_bytes_received;
   const uint64_t waiting = WaitingBytes(connection.descriptor);
-  const double others = kOtherBytes + kOtherBytesPerSecond * absl::ToDoubleSeconds(now - connection.since);
-  const uint64_t known = waiting + connection.frames->bytes() + static_cast<uint64_t>(others);
+  const double seconds = absl::ToDoubleSeconds(now - connection.since);
+  uint64_t known = waiting + connection.frames->bytes();
+  if (connection.had_worker) {
+    known += static_cast<uint64_t>(kOtherBytes + kOtherBytesPerSecond * seconds);
+  } else {
+    known += static_cast<uint64_t>(kOtherBytesOfStranger + kOtherBytesOfStrangerPerSecond * seconds);
+    known += WrittenBytes(info) / kReadBytesPerOtherByte;
+  }
   return received > known ? received - known : 0;
 }
 

@@ -11,6 +11,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
@@ -51,13 +53,15 @@ class Connections {
   };
 
   static constexpr size_t kMostUnfinishedBytes = size_t{1} << 30;
+  static constexpr size_t kMostOfStrangers = size_t{32} << 20;
   static constexpr absl::Duration kUnfinishedPatience = absl::Minutes(2);
 
   // At most `max_connections`, and `max_of_address` from one address. If the latter is 0, it is half of the former, and
-  // does not hold for addresses of this machine. Frames that have begun must have come after `patience`; they are kept
-  // up to `max_unfinished_bytes` in all.
+  // does not hold for addresses of this machine. Frames that have begun must have come after `patience`. In all, they
+  // are kept up to `max_unfinished_bytes` where a worker has joined, and up to `max_of_strangers` elsewhere: headers
+  // too are frames, which may have no end, and gRPC keeps twice their length.
   Connections(size_t max_connections, size_t max_of_address, size_t max_unfinished_bytes = kMostUnfinishedBytes,
-              absl::Duration patience = kUnfinishedPatience);
+              absl::Duration patience = kUnfinishedPatience, size_t max_of_strangers = kMostOfStrangers);
 
   size_t max_connections() const { return max_connections_; }
   // Returns whether there may be connections whose peers have names.
@@ -81,8 +85,8 @@ class Connections {
   // Shuts the connection of this peer, if there is one. `why` goes to the log.
   void End(absl::string_view peer, absl::string_view why);
 
-  // Ends connections without a worker that have sent too much, and those with one that do not finish their frames. To
-  // be called about once a second.
+  // Ends connections without a worker that have sent too much, and those that do not finish their frames. To be called
+  // several times in a second.
   void Check();
 
   // Notes how many bytes of each connection gRPC has read and written.
@@ -108,6 +112,7 @@ class Connections {
     bool local = false;
     absl::Time since;
     size_t workers = 0;  // Those that have joined.
+    bool had_worker = false;
     // Bytes, when CountBytes was called.
     uint64_t read = 0;
     uint64_t written = 0;
@@ -135,6 +140,9 @@ class Connections {
   bool IsOverdue(uint64_t unfinished, absl::Time now, Connection* connection) const;
   void CheckStrangers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void CheckUnfinished(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Shuts those that hold most, until the others hold `most` bytes together. `held`: bytes and descriptors.
+  void ShutGreediest(uint64_t most, std::vector<std::pair<uint64_t, int>> held, absl::Time now)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Breaks the connection off and forgets it. What has arrived by it is dropped.
   void Shut(const Connection& connection, absl::string_view why, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool IsFull(const Connection& connection) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -143,6 +151,7 @@ class Connections {
   const size_t max_of_address_;
   const bool local_too_;  // max_of_address_ holds for addresses of this machine.
   const size_t max_unfinished_bytes_;
+  const size_t max_of_strangers_;
   const absl::Duration patience_;
   const Clock clock_;
   mutable absl::Mutex mutex_;

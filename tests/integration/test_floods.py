@@ -147,3 +147,22 @@ def test_memory_goes_back_to_the_system_after_the_last_stream(master: Master) ->
         connection.close()
     while resident(master) > before + (grown - before) / 2:
         assert time.monotonic() < end, f"{resident(master)} MiB of {grown}, and {before} at first"
+
+
+def test_headers_without_an_end_take_little_memory(master: Master) -> None:
+    host, port = master.target.rsplit(":", 1)
+    header = b"".join(b"\x00\x05key%02d\x64" % number + b"v" * 100 for number in range(100))
+    more = wire.frame(wire.CONTINUATION, 0, 1, header) * 200
+    sent = 0
+    with syncbn.Worker(master.target, "honest", 0, 1) as worker:
+        connections = []
+        for _ in range(100):
+            connections.append(wire.Connection((host, int(port))))
+            connections[-1].send(wire.frame(wire.HEADERS, 0, 1, BLOCK))
+            connections[-1].send(more)
+            assert worker.all_reduce("rounds go on", [1.0]) == [1.0]
+        for connection in connections:
+            sent += connection.sent
+            connection.close()
+    assert sent > 64 * MIB
+    assert peak(master) < 200

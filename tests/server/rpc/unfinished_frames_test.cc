@@ -1,5 +1,6 @@
 // Frames that begin and do not end: how much of them may be kept, and for how long.
 
+#include <array>
 #include <memory>
 
 #include "gtest/gtest.h"
@@ -14,6 +15,7 @@ using testing::Pair;
 
 constexpr size_t kMiB = size_t{1} << 20;
 constexpr size_t kMostUnfinished = 7 * kMiB;
+constexpr size_t kMostOfStrangers = kMiB;
 
 class UnfinishedFramesTest : public ::testing::Test {
  protected:
@@ -24,7 +26,7 @@ class UnfinishedFramesTest : public ::testing::Test {
   }
 
   // Frames that have begun at one check are overdue at the next.
-  Connections connections_{1024, 0, kMostUnfinished, absl::ZeroDuration()};
+  Connections connections_{1024, 0, kMostUnfinished, absl::ZeroDuration(), kMostOfStrangers};
   Loopback loopback_{&connections_};
 };
 
@@ -86,6 +88,35 @@ TEST_F(UnfinishedFramesTest, TheGreediestConnectionEndsWhereAllTakeTooMuch) {
   connections_.Check();
   EXPECT_TRUE(some->open());
   EXPECT_FALSE(most->open());
+}
+
+TEST_F(UnfinishedFramesTest, StrangersMayHoldLessAndAllOfThemTogether) {
+  const auto worker = loopback_.AcceptWorker();
+  const std::array strangers = {loopback_.Accept(), loopback_.Accept(), loopback_.Accept()};
+  worker->Receive(3 * kMiB);
+  strangers[0]->Receive(kMiB / 2);
+  strangers[1]->Receive(3 * kMiB / 4);
+  strangers[2]->Receive(kMiB);
+  connections_.Check();
+  EXPECT_TRUE(worker->open());
+  EXPECT_TRUE(strangers[0]->open());
+  EXPECT_FALSE(strangers[1]->open());
+  EXPECT_FALSE(strangers[2]->open());
+}
+
+TEST_F(UnfinishedFramesTest, AStrangersHeadersEnd) {
+  const auto idle = loopback_.Accept(), endless = loopback_.Accept(), inspector = loopback_.Accept();
+  idle->Receive(32 << 10);  // The handshake of TLS.
+  endless->Receive(96 << 10);
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(endless->open(), i < 2);
+    Finish(*inspector, 32 << 10);
+    inspector->Send(kMiB);
+    inspector->Receive(kMiB / 16);  // It acknowledges what it reads.
+    connections_.Check();
+  }
+  EXPECT_TRUE(idle->open());
+  EXPECT_TRUE(inspector->open());
 }
 
 TEST_F(UnfinishedFramesTest, PeersWithoutNamesHaveNoCounter) { EXPECT_EQ(connections_.FramesOf(""), nullptr); }
