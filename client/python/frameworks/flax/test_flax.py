@@ -185,6 +185,23 @@ def test_nnx_names():
     assert [model.a.layer, model.b.layer, model.c.layer] == ["net.a", "net.b", "mine"]
 
 
+@pytest.mark.parametrize("momentum", [jnp.asarray(0.75), np.float32(0.75), 0, True], ids=repr)
+def test_momentum_of_any_type(master, momentum):
+    """An array too, in a function that JAX compiles."""
+    x, _, _ = problem()
+    name = f"momentum {momentum!r}"
+
+    def updated(norm):
+        variables = norm.init(jax.random.key(0), x)
+        return jax.jit(lambda v: norm.apply(v, x, mutable=["batch_stats"])[1])(variables)["batch_stats"]
+
+    wanted = updated(nn.BatchNorm(use_running_average=False, momentum=momentum))
+    with syncbn.Worker(master.target, name, 0, 1, timeout=300) as worker, syncbn.jax.typed_errors():
+        found = updated(syncbn.flax.BatchNorm(use_running_average=False, momentum=momentum, worker=worker, layer="norm"))
+    for statistic in ("mean", "var"):
+        near(found[statistic], wanted[statistic], 1e-6)
+
+
 def test_what_is_refused():
     x = jnp.zeros((4, C))
     with pytest.raises(ValueError, match="axis_index_groups is .*has to be None"):

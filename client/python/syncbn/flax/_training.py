@@ -4,6 +4,7 @@ from typing import Any, Optional, Tuple
 
 import jax.numpy as jnp
 
+from syncbn import _arguments
 from syncbn import jax as sync
 from syncbn.core import Worker
 
@@ -35,7 +36,7 @@ def normalize(
         sync.RunningStatistics(*statistics),
         layer=layer,
         worker=module.worker,
-        momentum=1.0 - module.momentum,
+        momentum=1.0 - _arguments.number("momentum", module.momentum),  # A number also where it is an array, under jit.
         eps=module.epsilon,
         axis=module.axis,
         mask=None if mask is None else jnp.asarray(mask).astype(bool),
