@@ -232,16 +232,15 @@ def show(summary: Dict[str, Any], dtype: str) -> None:
     console.print(f"Round latency, four workers: p50 {latency['p50']:.2f} ms, p99 {latency['p99']:.2f} ms.")
 
 
-def plot(summary: Dict[str, Any], path: pathlib.Path) -> bool:
-    """Draws the loss curves; without matplotlib it does not, and returns False."""
+def plot(summary: Dict[str, Any], path: pathlib.Path) -> str:
+    """Draws the loss curves. Returns a sentence that says where they are, or why there are none."""
     try:
         import matplotlib
     except ImportError:
-        return False
+        return "No loss curves: matplotlib is not installed."
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(7, 4))
     styles = {
         "whole": ("one process, whole batch", "-", 3.5),
@@ -254,9 +253,14 @@ def plot(summary: Dict[str, Any], path: pathlib.Path) -> bool:
     axes.set_ylabel("cross entropy, global batch of 16")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return True
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        return f"No loss curves: {path} cannot be written ({error.strerror})."
+    finally:
+        plt.close(figure)
+    return f"Loss curves: {path}."
 
 
 def devices_of(text: str) -> List[str]:
@@ -344,10 +348,9 @@ def main() -> int:
         console.print(answer["answer"], highlight=False, markup=False)
     if not summary["inspection"]:
         console.print("grpcurl was not found (set SYNCBN_GRPCURL): the live master was not asked.")
-    drawn = plot(summary, arguments.plot)
+    curves = plot(summary, arguments.plot)
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=2))
-    curves = f"Loss curves: {arguments.plot}." if drawn else "No loss curves: matplotlib is not installed."
     console.print(f"\n{curves} Done in {time.monotonic() - started:.0f} s, and everything is stopped.")
     console.print(next_steps())
     difference_at_end = summary["differences"]["synchronized"]["last"]["parameters"]
