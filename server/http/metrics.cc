@@ -84,6 +84,8 @@ class GroupFamilies {
     retained_bytes_.Add(id, static_cast<double>(statistics.retained_bytes()));
     if (summary.world_size() > max_ranks) return;
     for (const v1::Member& member : group.members()) {
+      // A rank that has never joined has no numbers, and a stranger's groups may have hundreds of them each.
+      if (member.state() == v1::MEMBER_STATE_ABSENT) continue;
       const Labels of_rank = with("rank", absl::StrCat(member.rank()));
       last_arrivals_.Add(of_rank, static_cast<double>(member.last_arrivals()));
       lateness_.Add(of_rank, Seconds(member.lateness().sum()));

@@ -167,6 +167,13 @@ def test_ranks_beyond_the_limit_have_no_series(start: Callable[..., Any], tmp_pa
     assert not [name for name in master.samples() if "rank=" in name]
 
 
+def test_ranks_that_never_joined_have_no_series(start: Callable[..., Any], pages: HttpMaster) -> None:
+    worker = start(WorkerProcess, pages.target, 1, 256, group="mostly absent")
+    assert worker.answer()["joined"] == 1
+    ranks = [name for name in pages.samples() if 'group="mostly absent"' in name and "rank=" in name]
+    assert len(ranks) == 2 and all('rank="1"' in name for name in ranks), ranks
+
+
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (tools/install_deps)")
 def test_promtool_finds_nothing_to_object_to(pages: HttpMaster) -> None:
     train(pages.target, 1)
