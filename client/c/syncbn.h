@@ -325,7 +325,9 @@ SYNCBN_API syncbn_code syncbn_worker_declare_layer(syncbn_worker* worker, const 
 /* ---- Rounds over plain vectors ---------------------------------------------------------------------------------- */
 
 /* Lets the worker count the sequences itself: 0, 1, 2, ... for each layer and phase. The greatest sequence is one less;
- * a round that would be counted after it fails with OUT_OF_RANGE. */
+ * a round that would be counted after it fails with OUT_OF_RANGE. After a deadlock, or a round that lacked a worker
+ * which waits elsewhere, it counts on from a number that is the same for all workers; so give a backward round the
+ * sequence of its forward round. */
 #define SYNCBN_NEXT_SEQUENCE UINT64_MAX
 
 enum { SYNCBN_BACKWARD_REQUIRED = 1, SYNCBN_BACKWARD_IF_REQUIRED = 2, SYNCBN_BACKWARD_NONE = 3 };

@@ -4,6 +4,7 @@
 
 #include "absl/strings/cord.h"
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "google/rpc/error_details.pb.h"
@@ -26,6 +27,11 @@ ErrorDetails DetailsOf(const absl::Status& status) {
   if (layer != info.metadata().end()) details.layer = layer->second;
   const auto limit = info.metadata().find("limit");
   if (limit != info.metadata().end()) details.limit = limit->second;
+  const auto resume_at = info.metadata().find("resume_at");
+  uint64_t sequence = 0;
+  if (resume_at != info.metadata().end() && absl::SimpleAtoi(resume_at->second, &sequence)) {
+    details.resume_at = sequence;
+  }
   const auto ranks = info.metadata().find("ranks");
   if (ranks == info.metadata().end()) return details;
   for (const absl::string_view text : absl::StrSplit(ranks->second, ',', absl::SkipEmpty())) {
@@ -41,6 +47,7 @@ absl::Status MakeStatus(absl::StatusCode code, absl::string_view message, const 
   info.set_domain("syncbn");
   if (!details.layer.empty()) (*info.mutable_metadata())["layer"] = details.layer;
   if (!details.limit.empty()) (*info.mutable_metadata())["limit"] = details.limit;
+  if (details.resume_at.has_value()) (*info.mutable_metadata())["resume_at"] = absl::StrCat(*details.resume_at);
   if (!details.ranks.empty()) (*info.mutable_metadata())["ranks"] = absl::StrJoin(details.ranks, ",");
   absl::Status status(code, message);
   status.SetPayload(kTypeUrl, absl::Cord(info.SerializeAsString()));

@@ -4,6 +4,7 @@
 #define SYNCBN_CLIENT_CC_ERRORS_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,8 @@ struct ErrorDetails {
   std::string layer;
   std::vector<uint32_t> ranks;  // To blame, ascending.
   std::string limit{};          // The name of the master's limit that was exceeded (PROTOCOL.md, section 13).
+  // The sequence at which the master has all contributors begin their next rounds (PROTOCOL.md, section 4).
+  std::optional<uint64_t> resume_at{};
 };
 
 // Returns the details of a status that this library returned; empty ones for others.

@@ -48,6 +48,7 @@ void ToProto(const session::Join& from, const Worker::Options& options, v1::Join
                 join->mutable_config());
   for (const auto& layer : from.layers) wire::ToProto(*layer, join->add_layers());
   join->set_without_outcome(from.without_outcome);
+  join->set_resumes(true);
   join->mutable_left_ranks()->Add(from.left_ranks.begin(), from.left_ranks.end());
 }
 

@@ -200,6 +200,10 @@ class Worker {
   // *Errors*: FAILED_PRECONDITION if the layer was not declared; INVALID_ARGUMENT if the vectors differ in length;
   // OUT_OF_RANGE if kGreatestSequence has been used and a sequence after it is asked for; ALREADY_EXISTS if a round
   // with this sequence is pending.
+  //
+  // After a deadlock, or a round that lacked a worker which waits elsewhere, a wait's error names the sequence at which
+  // all workers go on (ErrorDetails::resume_at), and kNextSequence counts from there in every layer and phase. So give
+  // a backward round the sequence of its forward round.
   absl::StatusOr<Round> StartForward(absl::string_view layer, uint64_t sequence, int64_t count,
                                      absl::Span<const double> mean, absl::Span<const double> m2, BackwardRole role);
   absl::StatusOr<Round> StartBackward(absl::string_view layer, uint64_t sequence, absl::Span<const double> sum_dy,

@@ -347,7 +347,10 @@ absl::Status WorkerImpl::WaitFor(const PendingRounds& rounds, absl::Duration tim
       const auto done = [&round] { return round->done; };
       if (absl::Status status = Await(done, now + timeout); !status.ok()) return status;
     }
-    if (!round->status.ok()) return round->status;
+    if (!round->status.ok()) {
+      session_.ResumeAfter(round->status);
+      return round->status;
+    }
     alone_ = !several_users_;
   }
   return absl::OkStatus();

@@ -73,6 +73,9 @@ struct Limits {
   // The greatest step by which a join may raise a group's generation. Requeued jobs raise it by 2^32 (client/python),
   // times in microseconds by less than this for years.
   uint64_t max_generation_jump = uint64_t{1} << 48;
+  // The furthest that a member's sequences may be beyond another's, and still count for the number at which all go on
+  // after some of them have failed.
+  uint64_t max_sequence_jump = uint64_t{1} << 40;
   // A leave is acknowledged once the others have read of it. If they do not read, it waits this long. Clients wait for
   // 2 s.
   absl::Duration max_leave_delay = absl::Seconds(1);

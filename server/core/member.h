@@ -53,8 +53,11 @@ struct Member {
   absl::Time grace_until;              // While lost: when it is given up.
   bool given_up = false;               // While lost.
   bool lags = false;                   // While present: has not read what it was sent.
+  bool resumes = false;                // Goes on at Error::resume_at.
   std::vector<RoundKey> blocked_on;    // While present: sends nothing until one of these rounds ends. Ascending.
   std::unique_ptr<Activity> activity;  // Null before the first contribution.
+  uint64_t beyond_used = 0;            // Greater than all sequences that the rank has ever contributed to.
+  uint32_t awaited = 0;                // Rounds in flight, restored ones aside, that the rank has contributed to.
 };
 
 // The members by rank. It takes memory for those of whom something is known: anyone can say that a group has thousands

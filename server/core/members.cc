@@ -94,6 +94,7 @@ Members::Seated Members::Seat(StreamId stream, const Join& join, absl::Time now)
   SetLeftBefore(join.rank, false);
   member.stream = stream;
   member.description = join.description;
+  member.resumes = join.resumes;
   member.joined_at = now;
   member.read_membership = 0;
   SetReturning(join.rank, join.incarnation != 0);
@@ -254,6 +255,7 @@ void Members::NoteContribution(Rank rank, const RoundKey& key, const Declaration
                                bool fresh) {
   Member& member = members_.At(rank);
   member.has_contributed = true;
+  NoteUsed(rank, key.sequence);
   if (!fresh) return;
   ++member.contributions;
   if (member.activity == nullptr) member.activity = std::make_unique<Activity>();
@@ -272,6 +274,33 @@ void Members::NoteLateness(Rank rank, absl::Duration lateness) {
 void Members::NoteOutcome(Rank rank, const RoundKey& key) {
   const Member& member = members_[rank];
   if (std::binary_search(member.blocked_on.begin(), member.blocked_on.end(), key)) Unblock(rank);
+}
+
+void Members::EndAwaiting(Rank rank) {
+  SYNCBN_CHECK(members_[rank].awaited != 0, "rank ", rank);
+  --members_.At(rank).awaited;
+}
+
+void Members::NoteUsed(Rank rank, uint64_t sequence) {
+  uint64_t& beyond = members_.At(rank).beyond_used;
+  beyond = std::max(beyond, sequence == UINT64_MAX ? sequence : sequence + 1);
+}
+
+std::optional<uint64_t> Members::BeyondUsed(uint64_t most_apart) const {
+  uint64_t least = UINT64_MAX;
+  for (Rank rank = 0; rank < world_size(); ++rank) {
+    const Member& member = members_[rank];
+    if (member.state == MemberState::kLeft) continue;
+    if (!member.resumes) return std::nullopt;
+    if (member.beyond_used != 0) least = std::min(least, member.beyond_used);
+  }
+  const uint64_t bound = least + std::min(most_apart, UINT64_MAX - least);
+  uint64_t beyond = 0;
+  for (Rank rank = 0; rank < world_size(); ++rank) {
+    if (members_[rank].beyond_used <= bound) beyond = std::max(beyond, members_[rank].beyond_used);
+  }
+  if (beyond == 0 || beyond == UINT64_MAX) return std::nullopt;
+  return beyond;
 }
 
 void Members::CheckInvariants() const {

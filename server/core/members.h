@@ -116,6 +116,15 @@ class Members {
   // The member is told how a round that it contributed to has ended.
   void NoteOutcome(Rank rank, const RoundKey& key);
   void NoteLastArrival(Rank rank) { ++members_.At(rank).last_arrivals; }
+  // The rank has contributed to a round in flight, which has not ended before. EndAwaiting takes one such round back.
+  void BeginAwaiting(Rank rank) { ++members_.At(rank).awaited; }
+  void EndAwaiting(Rank rank);
+  // The rank has contributed to a round of this sequence, here or under an earlier master.
+  void NoteUsed(Rank rank, uint64_t sequence);
+  // Returns the least sequence that is greater than all that the ranks have contributed to; nothing before the first
+  // contribution, if there is no such number, or unless every rank that has not left goes on at Error::resume_at. A
+  // rank that is `most_apart` beyond another one does not count, so that it drives nobody to the end of the range.
+  std::optional<uint64_t> BeyondUsed(uint64_t most_apart) const;
 
   // Aborts unless every counter and index agrees with the members.
   void CheckInvariants() const;

@@ -71,7 +71,7 @@ void Rounds::MaybeEnd(Pending::iterator round, absl::Time now, Effects& effects)
   Fate fate = FateOf(round->first, round->second, missing, now);
   if (!fate.decided) return;
   if (fate.error.has_value()) {
-    Fail(round, *std::move(fate.error), now, effects);
+    Fail(round, WithResumption(*std::move(fate.error), round->first.sequence), now, effects);
   } else {
     Complete(round, std::move(missing), now, effects);
   }
@@ -161,10 +161,12 @@ void Rounds::EndWithoutMissing(Pending::iterator round, absl::string_view when, 
     Fail(round, OutcomeLostError(round->first, missing), now, effects);
   } else if (!proceeds()) {
     Error error = RoundTimeoutError(round->first, awaited, when, DeclarationHint(round, awaited));
-    Fail(round, WithLastContributions(std::move(error), now), now, effects);
+    error = WithLastContributions(std::move(error), now);
+    Fail(round, WithResumption(std::move(error), round->first.sequence), now, effects);
   } else if (contributed < LeastWorkers(round->second)) {
     Error error = TooFewContributedError(round->first, contributed, when, config_.min_workers, awaited);
-    Fail(round, WithLastContributions(std::move(error), now), now, effects);
+    error = WithLastContributions(std::move(error), now);
+    Fail(round, WithResumption(std::move(error), round->first.sequence), now, effects);
   } else if (std::vector<Rank> gone = TakenAlong(round->second, missing); !gone.empty()) {
     Fail(round, OutcomeLostError(round->first, gone), now, effects);
   } else {
@@ -214,7 +216,8 @@ void Rounds::FailAwaiting(Rank rank, absl::Time now, Effects& effects) {
     const auto next = std::next(round);
     const PendingRound& pending = round->second;
     if (!pending.restored && pending.Expects(rank) && !pending.payloads.contains(rank)) {
-      Fail(round, WorkerRestartedError(round->first, rank), now, effects);
+      Error error = WithResumption(WorkerRestartedError(round->first, rank), round->first.sequence);
+      Fail(round, std::move(error), now, effects);
     }
     round = next;
   }
@@ -311,6 +314,7 @@ void Rounds::Erase(Pending::iterator round) {
   SYNCBN_CHECK(pending.bytes <= pending_bytes_, pending.bytes, " of ", pending_bytes_);
   pending_bytes_ -= pending.bytes;
   for (auto& [rank, payload] : pending.payloads) {
+    if (!pending.restored) members_.EndAwaiting(rank);
     spare_.Keep(std::move(payload.first));
     spare_.Keep(std::move(payload.second));
   }
@@ -376,10 +380,13 @@ void Rounds::FindDeadlock(absl::Time now, Effects& effects) {
   keys.erase(std::unique(keys.begin(), keys.end()), keys.end());
   if (FailRestored(keys, now, effects)) return;
   const std::string waiters = DescribeWaiters();
+  const std::optional<uint64_t> resume_at = ResumeAfter(UINT64_MAX);
   for (const RoundKey& key : keys) {
     const auto round = pending_.find(key);
     SYNCBN_CHECK(round != pending_.end(), "a member is blocked on the ", Describe(key));
-    Fail(round, DeadlockError(waiters, round->second.MissingRanks(members_.world_size())), now, effects);
+    Error error = DeadlockError(waiters, round->second.MissingRanks(members_.world_size()));
+    error.resume_at = resume_at;
+    Fail(round, std::move(error), now, effects);
   }
 }
 
@@ -442,8 +449,10 @@ PendingRoundView Rounds::ViewOf(Pending::const_iterator round, absl::Time now) c
 
 void Rounds::CheckInvariants() const {
   size_t bytes = 0, idle = 0;
+  std::vector<uint32_t> awaited(members_.world_size());
   for (const auto& [key, round] : pending_) {
     round.CheckInvariants(members_.world_size());
+    for (const auto& [rank, payload] : round.payloads) awaited[rank] += round.restored ? 0 : 1;
     SYNCBN_CHECK(alarms_.contains({round.alarm, key}), Describe(key));
     const Layer& layer = std::as_const(layers_).Get(key.layer);
     const EndedRound* const ended = layer.Find(key.phase, key.sequence);
@@ -462,6 +471,7 @@ void Rounds::CheckInvariants() const {
   SYNCBN_CHECK(alarms_.size() == pending_.size(), alarms_.size(), ", not ", pending_.size());
   SYNCBN_CHECK(pending_bytes_ <= limits_.max_pending_bytes && size() <= limits_.max_rounds_in_flight);
   for (Rank rank = 0; rank < members_.world_size(); ++rank) {
+    SYNCBN_CHECK(members_[rank].awaited == awaited[rank], "rank ", rank, " awaits ", awaited[rank], " rounds");
     for (const RoundKey& key : members_[rank].blocked_on) {
       const auto round = pending_.find(key);
       SYNCBN_CHECK(round != pending_.end() && round->second.Knows(rank), "rank ", rank, ", ", Describe(key));

@@ -215,6 +215,17 @@ class Rounds {
   std::string DescribeWaiters() const;
   PendingRoundView ViewOf(Pending::const_iterator round, absl::Time now) const;
 
+  // ---- Going on after a failure (rounds_resumed.cc)
+  // A member reports that it was told this error of a round of this sequence by an earlier master.
+  void NoteTold(Rank rank, uint64_t sequence, const Error& error);
+  // Returns the number at which those go on whose round of this sequence fails, or nothing; see PROTOCOL.md, section 4.
+  std::optional<uint64_t> ResumeAfter(uint64_t sequence);
+  // Returns whether this end of a round of this sequence shows that members have begun unequally many rounds: a rank
+  // that it lacks waits elsewhere, or its contributors are behind a number that others were told.
+  bool ShowsDivergence(const Error& error, uint64_t sequence) const;
+  // Adds the number to the error if it shows that.
+  Error WithResumption(Error error, uint64_t sequence);
+
   // ---- Turns
   // Returns whether steps that may complete many rounds wait for readers that lag. Steps that fail rounds do not wait:
   // errors are short.
@@ -243,6 +254,7 @@ class Rounds {
   // The key from which on rounds are still to be reviewed, and when that became due.
   std::optional<std::pair<RoundKey, absl::Time>> review_;
   std::array<std::shared_ptr<const Roster>, 3> newest_rosters_;  // By phase.
+  uint64_t resume_at_ = 0;  // The newest number at which members were told to go on.
   uint64_t completed_ = 0;
   uint64_t failed_ = 0;
   RoundStatistics statistics_;

@@ -235,6 +235,8 @@ bool Rounds::Accept(Rank rank, const Contribution& contribution, const Declarati
     pending.bytes -= bytes;
     pending_bytes_ -= bytes;
     pending.payloads.erase(before);
+  } else if (!pending.restored) {
+    members_.BeginAwaiting(rank);
   }
   if (pending.payloads.empty() && !pending.restored) pending.declaration = declaration;
   Payload payload;

@@ -13,6 +13,17 @@
 namespace syncbn::core {
 namespace {
 
+// Returns the error that a member reports, if any, without a number at which to go on that this master would not have
+// given.
+std::optional<Error> Believed(const EndedReport& report, const Limits& limits) {
+  if (!report.error.has_value()) return std::nullopt;
+  Error error = *report.error;
+  const uint64_t sequence = report.key.sequence;
+  const uint64_t most = sequence + std::min(limits.max_sequence_jump, UINT64_MAX - sequence);
+  if (error.resume_at.has_value() && *error.resume_at > most) error.resume_at.reset();
+  return error;
+}
+
 // Returns whether a report agrees with what is recorded.
 bool Agree(const EndedReport& report, const EndedRound& ended) {
   if (report.error.has_value() || ended.failed) return report.error.has_value() == ended.failed;
@@ -27,6 +38,9 @@ std::optional<Error> Rounds::OnEnded(Rank rank, const EndedReport& report, absl:
   const RoundKey& key = report.key;
   Layer* const layer = layers_.Find(key.layer);
   if (layer == nullptr || !members_[rank].catching_up) return std::nullopt;
+  members_.NoteUsed(rank, key.sequence);
+  const std::optional<Error> error = Believed(report, limits_);
+  if (error.has_value()) NoteTold(rank, key.sequence, *error);
   if (EndedRound* const ended = layer->Find(key.phase, key.sequence)) {
     if (!Agree(report, *ended)) return OutcomeChangedError(rank, key);
     NoteHolder(rank, ended);
@@ -34,17 +48,17 @@ std::optional<Error> Rounds::OnEnded(Rank rank, const EndedReport& report, absl:
   }
   if (layer->Expired(key.phase, key.sequence)) return std::nullopt;
   const auto round = pending_.find(key);
-  if (report.error.has_value() && round != pending_.end()) {
-    Fail(round, *report.error, now, effects);
+  if (error.has_value() && round != pending_.end()) {
+    Fail(round, *error, now, effects);
     return std::nullopt;
   }
   EndedRound ended;
   ended.declaration = DeclarationFor(rank, key, *layer, round);
   if ((ended.declaration->spec.kind == LayerKind::kSum) != (key.phase == Phase::kSum)) return std::nullopt;
-  if (report.error.has_value()) {
+  if (error.has_value()) {
     auto outcome = std::make_shared<RoundOutcome>();
     outcome->key = key;
-    outcome->error = report.error;
+    outcome->error = error;
     ended.failed = true;
     ended.outcome = std::move(outcome);
     ended.roster = Share(key.phase, {});
@@ -141,6 +155,7 @@ void Rounds::BeginRestored(const EndedRound& ended, PendingRound* round) const {
 void Rounds::Settle(Pending::iterator round, const EndedRound& ended) {
   PendingRound& pending = round->second;
   const absl::Time alarm = pending.alarm;
+  for (const auto& [rank, payload] : pending.payloads) members_.EndAwaiting(rank);
   BeginRestored(ended, &pending);
   pending.alarm = alarm;
   for (auto payload = pending.payloads.begin(); payload != pending.payloads.end();) {
@@ -222,7 +237,10 @@ bool Rounds::FailRestored(const std::vector<RoundKey>& keys, absl::Time now, Eff
 void Rounds::OnCaughtUp(Rank rank, const std::vector<RoundKey>& forgotten, absl::Time now, Effects& effects) {
   if (!members_[rank].catching_up) return;
   members_.CatchUp(rank);
-  for (const RoundKey& key : forgotten) NoteForgotten(rank, key, now, effects);
+  for (const RoundKey& key : forgotten) {
+    members_.NoteUsed(rank, key.sequence);
+    NoteForgotten(rank, key, now, effects);
+  }
   // Under MISSING_POLICY_WAIT a worker may yet restart, and need them. Their deadlines drop them.
   const bool all_here = members_.present() + members_.left() == members_.world_size();
   if (members_.catching_up() == 0 && all_here && !waits()) DropIdle();

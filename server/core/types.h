@@ -80,6 +80,7 @@ struct Join {
   Secret life_key;
   std::vector<Rank> left_ranks;  // As the worker has last heard from an earlier master.
   bool without_outcome = false;  // It has not been told the end of any round in its run.
+  bool resumes = false;          // It numbers its rounds from Error::resume_at on, once it has been told one.
   // The names of the connection that it came by and of the address of its other end, neither of which may begin too
   // many groups. Empty if that does not matter.
   std::string connection;
@@ -106,6 +107,8 @@ struct Error {
   std::vector<Rank> ranks;  // To blame, ascending; may be empty. Of many, the first kMostNamedRanks.
   uint32_t rank_count = 0;  // The number to blame.
   const char* limit = "";   // The name of the limit that was exceeded; static storage.
+  // The sequence at which its contributors begin their next rounds, whatever the layer and phase.
+  std::optional<uint64_t> resume_at{};
 };
 
 // The outcome of a round. Immutable and shared: the same object goes to every member, and serves replays.

@@ -79,6 +79,7 @@ std::optional<core::Error> FromProto(const v1::Join& message, core::Join* join) 
   join->generation = message.generation();
   join->description = message.description();
   join->without_outcome = message.without_outcome();
+  join->resumes = message.resumes();
   join->left_ranks.assign(message.left_ranks().begin(), message.left_ranks().end());
   constexpr size_t kMostLifeKeyBytes = 64;
   if (!message.token().empty()) {

@@ -17,6 +17,7 @@ google::rpc::ErrorInfo InfoOf(const core::Error& error) {
   info.set_domain("syncbn");
   if (!error.ranks.empty()) (*info.mutable_metadata())["ranks"] = absl::StrJoin(error.ranks, ",");
   if (*error.limit != '\0') (*info.mutable_metadata())["limit"] = error.limit;
+  if (error.resume_at.has_value()) (*info.mutable_metadata())["resume_at"] = absl::StrCat(*error.resume_at);
   if (error.rank_count > error.ranks.size()) (*info.mutable_metadata())["rank_count"] = absl::StrCat(error.rank_count);
   return info;
 }
@@ -75,6 +76,9 @@ core::Error FromProto(const google::rpc::Status& status) {
   if (count == info.metadata().end() || !absl::SimpleAtoi(count->second, &error.rank_count)) {
     error.rank_count = static_cast<uint32_t>(error.ranks.size());
   }
+  const auto resume_at = info.metadata().find("resume_at");
+  uint64_t sequence = 0;
+  if (resume_at != info.metadata().end() && absl::SimpleAtoi(resume_at->second, &sequence)) error.resume_at = sequence;
   return error;
 }
 

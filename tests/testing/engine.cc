@@ -60,8 +60,9 @@ core::Join MakeJoin(core::Rank rank, uint32_t world_size) {
 
 bool SameOutcome(const core::RoundOutcome& a, const core::RoundOutcome& b) {
   if (a.error.has_value() != b.error.has_value()) return false;
-  if (a.error.has_value() && (a.error->code != b.error->code || ReasonOf(a) != ReasonOf(b) ||
-                              a.error->message != b.error->message || a.error->ranks != b.error->ranks)) {
+  if (a.error.has_value() &&
+      (a.error->code != b.error->code || ReasonOf(a) != ReasonOf(b) || a.error->message != b.error->message ||
+       a.error->ranks != b.error->ranks || a.error->resume_at != b.error->resume_at)) {
     return false;
   }
   return a.key == b.key && a.count == b.count && SameBits(a.first, b.first) && SameBits(a.second, b.second) &&

@@ -184,6 +184,10 @@ class Session {
   // Every layer's next sequence, in every phase, becomes `sequence`. *Errors*: INVALID_ARGUMENT beyond
   // kGreatestSequence.
   absl::Status ResumeAt(uint64_t sequence);
+  // A caller has been told this error of a round. Begins the next round of every layer and phase at the sequence that
+  // the error names, or later; an error without a sequence changes nothing. Workers whose programs are alike call this
+  // at the same place in their programs, and so begin the same rounds.
+  void ResumeAfter(const absl::Status& error);
   // The layer's next sequence in this phase becomes `key.sequence`. *Errors*: as of ResumeAt; INVALID_ARGUMENT for a
   // name of other than 1 to 255 bytes.
   absl::Status ResumeLayerAt(const RoundKey& key);

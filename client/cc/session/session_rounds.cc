@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "client/cc/errors.h"
 #include "client/cc/session/chunks.h"
 #include "client/cc/session/results.h"
 #include "client/cc/session/session.h"
@@ -77,6 +79,15 @@ absl::Status Session::ResumeLayerAt(const RoundKey& key) {
   if (absl::Status status = CheckSequence(key.sequence); !status.ok()) return status;
   NextSequences(key.layer)[static_cast<size_t>(key.phase) - 1] = key.sequence;
   return absl::OkStatus();
+}
+
+void Session::ResumeAfter(const absl::Status& error) {
+  const std::optional<uint64_t> sequence = DetailsOf(error).resume_at;
+  if (!sequence.has_value() || *sequence > kGreatestSequence) return;
+  first_sequence_ = std::max(first_sequence_, *sequence);
+  for (auto& [layer, next] : next_sequence_) {
+    for (uint64_t& of_phase : next) of_phase = std::max(of_phase, *sequence);
+  }
 }
 
 std::vector<RoundKey> Session::NextRounds() const {

@@ -126,6 +126,7 @@ INSTANTIATE_TEST_SUITE_P(
                 Damage{"APresentMemberThatIsUnheard", [](auto& parts) { parts.member(1).unheard = true; }},
                 Damage{"ALostMemberLags", [](auto& parts) { parts.member(2).lags = true; }},
                 Damage{"AnErrorOfAPresentMember", [](auto& parts) { parts.layer_set_errors()[1] = Error(); }},
+                Damage{"AwaitedRounds", [](auto& parts) { ++parts.member(0).awaited; }},
                 Damage{"BlockedOnNoRound", [](auto& parts) { parts.member(0).blocked_on = {Forward("a", 7)}; }},
                 Damage{"PendingBytes", [](auto& parts) { parts.pending_bytes() += 8; }},
                 Damage{"BytesOfARound", [](auto& parts) { parts.round().bytes -= 8; }},

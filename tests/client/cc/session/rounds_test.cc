@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -154,6 +155,28 @@ TEST_F(RoundsTest, ACheckpointKeepsTheNextSequences) {
   EXPECT_EQ(successor.session().NextRounds(), next);
   EXPECT_EQ(successor.Sum("v")->key().sequence, 9u);
   EXPECT_EQ(successor.Sum("w")->key().sequence, 3u);
+}
+
+TEST_F(RoundsTest, AfterAnErrorWithANumberAllBeginThere) {
+  const auto failed = [](std::optional<uint64_t> resume_at) {
+    ErrorDetails details{"DEADLOCK", "v", {}};
+    details.resume_at = resume_at;
+    return MakeStatus(absl::StatusCode::kAborted, "all wait", details);
+  };
+  ASSERT_TRUE(harness_.session().Declare(BatchNorm("bn", 1)).ok());
+  harness_.Sum("v", 1, 8);
+  harness_.Begin({"bn", kNextSequence, Phase::kForward}, 1);
+  harness_.session().ResumeAfter(failed(5));
+  EXPECT_EQ(harness_.Begin({"bn", kNextSequence, Phase::kForward}, 1)->key().sequence, 5u);
+  EXPECT_EQ(harness_.Sum("v")->key().sequence, 9u) << "it is beyond";
+  EXPECT_EQ(harness_.Sum("w")->key().sequence, 5u) << "it has had no round";
+  EXPECT_EQ(harness_.Begin({"bn", 0, Phase::kBackward}, 1)->key().sequence, 0u) << "its forward round's";
+  EXPECT_EQ(harness_.session().NextRounds().front().sequence, 5u) << "for a checkpoint";
+  harness_.session().ResumeAfter(failed(3));
+  harness_.session().ResumeAfter(failed(std::nullopt));
+  harness_.session().ResumeAfter(failed(kNextSequence));
+  harness_.session().ResumeAfter(absl::InternalError("none of a master's"));
+  EXPECT_EQ(harness_.Sum("w")->key().sequence, 6u);
 }
 
 TEST_F(RoundsTest, WhatCannotBeResumedAtIsRefused) {
