@@ -177,6 +177,13 @@ void CheckedSession::Declare(const LayerOptions& layer) {
   all_said_ = false;
 }
 
+void CheckedSession::ResumeAfter(const absl::Status& error) {
+  const uint64_t sequence = DetailsOf(error).resume_at.value_or(0);
+  first_sequence_ = std::max(first_sequence_, sequence);
+  for (auto& [counter, next] : next_sequence_) next = std::max(next, sequence);
+  session_.ResumeAfter(error);
+}
+
 std::vector<ContributionRef> CheckedSession::Begin(const RoundKey& key, const NumbersPtr& numbers) {
   const bool sum = key.phase == syncbn::Phase::kSum;
   const size_t length = numbers->first.size();

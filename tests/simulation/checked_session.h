@@ -55,6 +55,7 @@ class CheckedSession {
   void Declare(const LayerOptions& layer);
   // Returns the contributions: one, or the chunks of a long vector.
   std::vector<ContributionRef> Begin(const RoundKey& key, const NumbersPtr& numbers);
+  void ResumeAfter(const absl::Status& error);
   session::Effects Send(absl::Time now);
   void Blocked(const ContributionRef& contribution, bool sure, absl::Time now);
   void Unblocked(bool retract);
@@ -167,7 +168,7 @@ class CheckedSession {
   // The order of the newest that was written to this stream; of each long vector's chunks, and of all others.
   std::map<std::string, uint64_t> last_written_;
   std::map<std::string, uint64_t> next_sequence_;  // By layer and phase.
-  const uint64_t first_sequence_;
+  uint64_t first_sequence_;
   std::map<std::string, uint32_t> declared_;  // Channels by layer, as the program has declared it,
   std::map<std::string, uint32_t> said_;      // and as the master has it from this stream.
   bool all_said_ = false;                     // Nothing has changed since they were found equal.

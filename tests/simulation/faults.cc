@@ -11,7 +11,7 @@ namespace syncbn::simulation {
 // ---- Faults ---------------------------------------------------------------------------------------------------------
 
 void World::Fault() {
-  if (lives_.empty()) return;
+  if (lives_.empty() || settings_.only_raises) return;
   const size_t index = random_.Below(lives_.size());
   Life& life = lives_[index];
   const uint64_t kind = random_.Below(14);

@@ -55,6 +55,7 @@ core::Join MakeJoin(const Settings& settings, core::Rank rank, uint64_t incarnat
   join.incarnation = incarnation;
   join.run_id = run_id;
   join.config = settings.config;
+  join.resumes = settings.Resumes(rank);
   if (settings.complete_set) join.layers = settings.layers;
   return join;
 }
@@ -105,13 +106,17 @@ core::FrameReceived ToEvent(core::StreamId stream, const Frame& frame) {
 }
 
 absl::Status ToStatus(const core::Error& error, const std::string& layer) {
-  return MakeStatus(error.code, error.message, {error.reason, layer, error.ranks});
+  ErrorDetails details{error.reason, layer, error.ranks};
+  details.resume_at = error.resume_at;
+  return MakeStatus(error.code, error.message, details);
 }
 
 core::Error ToError(const absl::Status& status) {
   const ErrorDetails details = DetailsOf(status);
-  return core::MakeError(status.code(), core::ReasonNamed(details.reason), std::string(status.message()),
-                         {details.ranks.begin(), details.ranks.end()});
+  core::Error error = core::MakeError(status.code(), core::ReasonNamed(details.reason), std::string(status.message()),
+                                      {details.ranks.begin(), details.ranks.end()});
+  error.resume_at = details.resume_at;
+  return error;
 }
 
 ServerFramePtr ToSession(const core::Effect& effect) {

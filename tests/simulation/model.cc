@@ -27,6 +27,7 @@ void Model::Begin() {
   settled_now_.clear();
   deadlock_now_ = diverged_now_ = all_caught_up_now_ = false;
   lost_now_.clear();
+  deadlock_number_.reset();
 }
 
 void Model::Violate(const std::string& what) {
@@ -37,6 +38,7 @@ void Model::BeforeFrame(StreamId stream, const Frame& frame, absl::Time now) {
   Begin();
   sender_.stream = stream;
   frame_ = &frame;
+  NoteSent(frame);
   if (frame.join.has_value()) {
     joining_[stream] = *frame.join;  // The rest of the frame counts once it is seated.
     const Rank rank = frame.join->rank;

@@ -124,6 +124,15 @@ class Model {
   bool FailureIsDue(const core::RoundOutcome& outcome, const Pending& round, absl::Time now);
   // The same for OUTCOME_LOST. `over`: nobody is awaited any more.
   bool LossIsDue(const core::RoundOutcome& outcome, const Pending& round, bool over, absl::Time now);
+  enum class Shown { kNot, kPerhaps, kSurely };
+  // Returns whether the end of a round that lacked ranks has shown that members have begun unequally many rounds.
+  Shown Divergence(const core::RoundOutcome& outcome) const;
+  // Takes note of the sequences that a frame has.
+  void NoteSent(const Frame& frame);
+  // Every rank that has not left is known to go on at a number that it is told.
+  bool AllResume() const;
+  // Checks the number at which the round's contributors are to go on.
+  void CheckResumption(const core::RoundOutcome& outcome, const Pending& round);
   void CheckCompletion(const core::RoundOutcome& outcome, const Pending& round, absl::Time now);
   void CheckRefusal(core::StreamId stream, const core::RoundOutcome& outcome);
   bool RefusalIsDue(core::Rank rank, const Part& part, const std::string& reason) const;
@@ -182,6 +191,12 @@ class Model {
   bool resumed_ = false;             // The run may have begun under another master,
   bool continues_ = false;           // and a round has ended there.
   size_t completions_ = 0;
+  // Greater than all sequences of the group's rounds, as far as is sure; than all that were sent; and the newest number
+  // at which members were to go on.
+  uint64_t used_beyond_ = 0;
+  uint64_t sent_beyond_ = 0;
+  uint64_t told_beyond_ = 0;
+  std::set<uint64_t> reported_;  // Such numbers that members say an earlier master has told.
   bool shutting_down_ = false;
 
   // The event that is being handled.
@@ -203,6 +218,7 @@ class Model {
   std::set<core::RoundKey> settled_now_;  // Rounds in flight that were reported to have ended before.
   bool deadlock_now_ = false;
   bool diverged_now_ = false;
+  std::optional<uint64_t> deadlock_number_;  // At which its members are to go on.
   bool group_ends_now_ = false;
   bool all_caught_up_now_ = false;
   std::map<core::RoundKey, const core::RoundOutcome*> lost_now_;  // Restored rounds that failed.

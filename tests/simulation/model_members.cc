@@ -242,6 +242,9 @@ void Model::Check(const core::GroupEnded&, absl::Time now) {
   run_id_ = 0;
   resumed_ = continues_ = false;
   completions_ = 0;
+  used_beyond_ = told_beyond_ = 0;
+  sent_beyond_ = 0;
+  reported_.clear();
   history_ = History(settings_.world_size);
   refused_.clear();
   members_.clear();

@@ -175,6 +175,7 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
   } else {
     ++tally_.completed;
     ++completions_;
+    used_beyond_ = std::max(used_beyond_, outcome.key.sequence + 1);
     if (round.restored && !round.idle()) ++tally_.restored;
     completed_.insert(outcome.key.layer);
     if (outcome.key.sequence >= settings_.redeclared_at.value_or(UINT64_MAX)) ++tally_.redeclared;
@@ -207,6 +208,7 @@ void Model::CheckFailure(const core::RoundOutcome& outcome, const Pending& round
       frame_ != nullptr && std::any_of(frame_->parts.begin(), frame_->parts.end(), [&](const Part& p) {
         return p.key == outcome.key && p.report != nullptr && p.report->error.has_value();
       });
+  if (!reported && !round.restored) CheckResumption(outcome, round);
   if (reported || FailureIsDue(outcome, round, now)) return;
   Violate(absl::StrCat(Name(outcome.key), " fails with ", outcome.error->reason, " (ranks ",
                        absl::StrJoin(outcome.error->ranks, ","), "), which is not due"));

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
@@ -18,6 +19,7 @@ using core::StreamId;
 core::Limits Mutant::LimitsWith(Bug bug) {
   core::Limits limits = SimulatedLimits();
   if (bug == Bug::kHastyLeave) limits.max_leave_delay = absl::ZeroDuration();
+  if (bug == Bug::kUsedNumber) limits.max_sequence_jump = 0;
   if (bug != Bug::kForgottenSteps) return limits;
   limits.max_retained_bytes_waiting = 0;
   limits.min_retained_outcomes = 1;
@@ -93,6 +95,19 @@ void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
   }
 }
 
+// The change is the same wherever the outcome is told.
+void Mutant::ChangeNumber(std::shared_ptr<const RoundOutcome>* outcome) const {
+  if (!(*outcome)->error.has_value()) return;
+  auto changed = std::make_shared<RoundOutcome>(**outcome);
+  const core::RoundKey& key = changed->key;
+  std::optional<uint64_t>& number = changed->error->resume_at;
+  if (number.has_value() && bug_ == Bug::kSplitNumber) *number += static_cast<uint64_t>(key.layer[0] - 'a');
+  if (number.has_value() && bug_ == Bug::kUntoldNumber) number.reset();
+  const bool late = changed->error->reason == std::string(core::kRoundTimeout);
+  if (!number.has_value() && late && bug_ == Bug::kNeedlessNumber) number = key.sequence + 1;
+  *outcome = std::move(changed);
+}
+
 core::Effects Mutant::Distort(core::Effects effects) {
   if (bug_ == Bug::kNone) return effects;
   for (core::Effect& effect : effects) {
@@ -112,6 +127,7 @@ core::Effects Mutant::Distort(core::Effects effects) {
     } else if (auto* results = std::get_if<core::SendResults>(&effect)) {
       Distort(*results);
     } else if (auto* ended = std::get_if<core::RoundEnded>(&effect)) {
+      ChangeNumber(&ended->outcome);
       if (bug_ != Bug::kWrongVariance || ended->outcome->key.phase != core::Phase::kForward) continue;
       auto wrong = std::make_shared<RoundOutcome>(*ended->outcome);
       for (double& var : wrong->second) var *= 1.0 + 1e-9;
@@ -125,6 +141,7 @@ void Mutant::Distort(core::SendResults& results) {
   if (bug_ == Bug::kSendAfterClose && !closed_.empty()) results.streams.push_back(*closed_.begin());
   if (bug_ == Bug::kLostOutcome && results.streams.size() > 1) results.streams.pop_back();
   for (auto& outcome : results.outcomes) {
+    ChangeNumber(&outcome);
     if (bug_ == Bug::kOpenEar && !outcome->refused) ended_.emplace(outcome->key, outcome);
     if (bug_ == Bug::kOpenEar && outcome->refused && outcome->error->reason == std::string(core::kNotAContributor)) {
       if (const auto ended = ended_.find(outcome->key); ended != ended_.end()) outcome = ended->second;

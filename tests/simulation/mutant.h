@@ -45,6 +45,10 @@ enum class Bug {
   kHastyLeave,       // A leave is acknowledged before others have read of it.
   kSmallerStep,      // A successor's contributions count less than its predecessor's.
   kOpenEar,          // Those who take no part in a round are told how it has ended.
+  kSplitNumber,      // Members are told numbers of their own at which to go on,
+  kUsedNumber,       // or one that is in use,
+  kUntoldNumber,     // or none where they have begun unequally many rounds,
+  kNeedlessNumber,   // or one where a rank is merely late.
   kLateJoin,         // A join alone makes a worker of a rank that had left, though its stream has broken.
 };
 
@@ -62,6 +66,7 @@ class Mutant {
 
  private:
   static core::Limits LimitsWith(Bug bug);
+  void ChangeNumber(std::shared_ptr<const core::RoundOutcome>* outcome) const;
   core::Effects Distort(core::Effects effects);
   void Distort(core::SendResults& results);
   void DistortFrame(core::StreamId stream, core::FrameReceived& event);

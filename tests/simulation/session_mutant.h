@@ -50,6 +50,7 @@ enum class SessionBug {
   kInventedLeaves,     // or it is told so of one who had not.
   kUnreadLeaves,       // It is told that leaves were read that are still on their way.
   kKeptBackward,       // It is not told which backward rounds have been forgotten.
+  kIgnoredNumber,      // The worker does not go on at the number that an error names.
 };
 
 // A session, and the part of its driver that keeps the events of earlier streams away from it.
@@ -76,6 +77,9 @@ class SessionMutant {
   absl::Status Declare(const LayerOptions& layer) { return session_.Declare(layer); }
   absl::Status Begin(RoundKey key, size_t length, session::Session::MakeContribution make);
   absl::Status ResumeAt(uint64_t sequence) { return session_.ResumeAt(sequence); }
+  void ResumeAfter(const absl::Status& error) {
+    if (bug_ != SessionBug::kIgnoredNumber) session_.ResumeAfter(error);
+  }
   session::Effects Send(absl::Time now);
   void Blocked(const session::ContributionPtr& contribution, bool sure, absl::Time now) {
     if (bug_ != SessionBug::kSilentBlock) session_.Blocked(contribution, sure, now);

@@ -41,6 +41,14 @@ struct Settings {
   // Masters die in it too. Then workers die one after the other: what two of them have taken along may be lost.
   bool masters_die = true;
 
+  // A rank whose worker does not go on at the number that an error names, if there is one.
+  std::optional<core::Rank> old_rank;
+  // Programs raise within their first steps, and nothing else goes wrong: their last steps succeed.
+  bool only_raises = false;
+
+  // The rank's worker goes on at the number that an error names. Nobody does where the number of a round tells how its
+  // layer is declared: programs declare them anew at a step, whatever its number.
+  bool Resumes(core::Rank rank) const { return rank != old_rank && !redeclared_at.has_value(); }
   const std::vector<core::LayerSpec>& LayersAt(uint64_t sequence) const {
     return redeclared_at.has_value() && sequence >= *redeclared_at ? later : layers;
   }
@@ -79,6 +87,8 @@ struct Tally {
   uint64_t outlived = 0;                   // Rounds that a rank had left before, under another master.
   uint64_t diverged = 0;                   // Workers that knew another outcome than their group.
   uint64_t left_again = 0;                 // Streams that ended behind the join of a rank that had left.
+  uint64_t resumed = 0;                    // Rounds that have failed and told where to go on,
+  uint64_t untold = 0;                     // or for missing ranks, where nobody had to be told.
   uint64_t succeeded = 0;                  // Workers that died where only deaths happen, and were told where all stand.
   std::map<std::string, uint64_t> failed;  // By reason.
   std::map<std::string, uint64_t> refused;  // To the sender alone.
@@ -92,6 +102,7 @@ struct Tally {
   uint64_t held_back = 0;                 // and checks that found one waiting for others.
   uint64_t blocked = 0;                   // The master was told so,
   uint64_t retracted = 0;                 // or the opposite.
+  uint64_t raised = 0;                    // Programs have left the rest of a step out.
   uint64_t not_found = 0;                 // Nobody knew where the master is.
   uint64_t silent = 0;                    // Masters that were given up.
   std::map<std::string, uint64_t> ended;  // By reason.
@@ -109,6 +120,8 @@ struct Tally {
     outlived += other.outlived;
     diverged += other.diverged;
     left_again += other.left_again;
+    resumed += other.resumed;
+    untold += other.untold;
     succeeded += other.succeeded;
     for (const auto& [reason, times] : other.failed) failed[reason] += times;
     for (const auto& [reason, times] : other.refused) refused[reason] += times;
@@ -121,6 +134,7 @@ struct Tally {
     held_back += other.held_back;
     blocked += other.blocked;
     retracted += other.retracted;
+    raised += other.raised;
     not_found += other.not_found;
     silent += other.silent;
     for (const auto& [reason, times] : other.ended) ended[reason] += times;

@@ -36,7 +36,8 @@ enum class Deaths {
   kAmongFaults,  // Anyone may, and other things go wrong.
   kMasters,      // Only masters, and nothing else goes wrong;
   kWorkers,      // the same with workers,
-  kBoth          // and with both.
+  kBoth,         // and with both.
+  kNobody        // Programs raise, and nothing else goes wrong.
 };
 
 struct Report {

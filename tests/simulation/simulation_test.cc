@@ -101,6 +101,9 @@ TEST_P(SchedulesTest, KeepEveryPromise) {
   EXPECT_GT(sum.tally.outlived, 0u);
   EXPECT_GT(sum.tally.left_again, 0u);
   EXPECT_GT(sum.tally.succeeded, 0u);
+  EXPECT_GT(sum.tally.raised, 0u);
+  EXPECT_GT(sum.tally.resumed, 0u);
+  EXPECT_GT(sum.tally.untold, 0u);
   EXPECT_GT(sum.tally.unanswered, 0u);
   EXPECT_GT(sum.tally.held_back, 0u);
   EXPECT_GT(sum.tally.blocked, 0u);
@@ -178,6 +181,8 @@ INSTANTIATE_TEST_SUITE_P(
                       OfMaster("UnknownLeaves", Bug::kUnknownLeaves), OfMaster("Impatience", Bug::kImpatience),
                       OfMaster("HastyLeave", Bug::kHastyLeave), OfMaster("ForgottenSteps", Bug::kForgottenSteps),
                       OfMaster("WrongPlace", Bug::kWrongPlace), OfMaster("SmallerStep", Bug::kSmallerStep),
+                      OfMaster("SplitNumber", Bug::kSplitNumber), OfMaster("UsedNumber", Bug::kUsedNumber),
+                      OfMaster("UntoldNumber", Bug::kUntoldNumber), OfMaster("NeedlessNumber", Bug::kNeedlessNumber),
                       OfMaster("LateJoin", Bug::kLateJoin), OfMaster("OpenEar", Bug::kOpenEar)),
     [](const auto& info) { return info.param.name; });
 
@@ -202,7 +207,8 @@ INSTANTIATE_TEST_SUITE_P(
         OfSession("IgnoredMemory", SessionBug::kIgnoredMemory), OfSession("ShortLog", SessionBug::kShortLog),
         OfSession("ForgottenLeaves", SessionBug::kForgottenLeaves),
         OfSession("UnknownLeaves", SessionBug::kUnknownLeaves), OfSession("UnreadLeaves", SessionBug::kUnreadLeaves),
-        OfSession("InventedLeaves", SessionBug::kInventedLeaves), OfSession("KeptBackward", SessionBug::kKeptBackward)),
+        OfSession("InventedLeaves", SessionBug::kInventedLeaves), OfSession("KeptBackward", SessionBug::kKeptBackward),
+        OfSession("IgnoredNumber", SessionBug::kIgnoredNumber)),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

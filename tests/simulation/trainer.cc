@@ -9,14 +9,19 @@ namespace syncbn::simulation {
 
 using core::BackwardRole;
 
-void Trainer::OnOutcome(const session::Complete& complete) {
+bool Trainer::OnOutcome(const session::Complete& complete) {
   const auto found = std::find(waiting_.begin(), waiting_.end(), complete.contribution);
-  if (found == waiting_.end()) return;
+  if (found == waiting_.end()) return false;
   waiting_.erase(found);
   has_waited_ = true;
   second_thread_at_ = absl::InfiniteFuture();
   const RoundKey& key = complete.contribution->key();
-  if (key.phase != syncbn::Phase::kForward || !complete.status.ok()) return;
+  if (!complete.status.ok()) {
+    failed_last_ = failed_last_ || sequence_ + 1 == Sequences();
+    if (habits_.gives_up && !leaving_) GiveUp();
+    return true;
+  }
+  if (key.phase != syncbn::Phase::kForward) return true;
   const testing::Numbers& numbers = *static_cast<const SimulatedContribution&>(*complete.contribution).numbers;
   const auto& missing = complete.result.missing_ranks;
   const bool counted = !std::count(missing.begin(), missing.end(), rank_);
@@ -26,10 +31,23 @@ void Trainer::OnOutcome(const session::Complete& complete) {
     const RoundKey backward{key.layer, key.sequence, syncbn::Phase::kBackward};
     backward_.push_back({backward, settings_.LayerOf(key).channels});
   }
+  return true;
+}
+
+void Trainer::GiveUp() {
+  plan_.clear();
+  backward_.clear();
+  waiting_.clear();
+  forward_planned_ = backward_planned_ = false;
+  ++sequence_;
 }
 
 std::optional<absl::Duration> Trainer::Act(CheckedSession& session, absl::Time now) {
   if (leaving_) return std::nullopt;
+  if (habits_.raises != 0.0 && sequence_ < 3 && raising_.Chance(habits_.raises)) {
+    GiveUp();
+    ++raised_;
+  }
   if (plan_.empty() && WaitsFor() == nullptr) PlanStage(session);
   if (plan_.empty() && waiting_.empty()) {
     leaving_ = true;

@@ -31,6 +31,9 @@ struct Habits {
   double bad_numbers = 0.0;    // A contribution has bad numbers.
   double odd_roles = 0.0;      // A forward contribution's role is not REQUIRED.
   double offset = 0.0;         // Added to means.
+  // Leave the rest of a step out, among the first three, before something that is to be done next;
+  double raises = 0.0;
+  bool gives_up = false;  // and once a round has failed that is waited for.
   // Contributions are a function of this number, their rank and their key: a step that is repeated has the same ones.
   std::optional<uint64_t> numbers_seed;
 };
@@ -38,7 +41,12 @@ struct Habits {
 class Trainer {
  public:
   Trainer(core::Rank rank, uint64_t first_sequence, const Settings* settings, const Habits* habits, uint64_t seed)
-      : rank_(rank), sequence_(first_sequence), settings_(*settings), habits_(*habits), random_(seed) {}
+      : rank_(rank),
+        sequence_(first_sequence),
+        settings_(*settings),
+        habits_(*habits),
+        random_(seed),
+        raising_(~seed) {}
 
   core::Rank rank() const { return rank_; }
   uint64_t sequence() const { return sequence_; }
@@ -47,7 +55,12 @@ class Trainer {
 
   // Does what comes next. Returns after how long it does more; nothing if it waits for an outcome, or has left.
   std::optional<absl::Duration> Act(CheckedSession& session, absl::Time now);
-  void OnOutcome(const session::Complete& complete);
+  // Returns whether it has waited for this round.
+  bool OnOutcome(const session::Complete& complete);
+  // How often it has left the rest of a step out of its own accord.
+  uint64_t raised() const { return raised_; }
+  // A round of its last step has failed.
+  bool failed_last() const { return failed_last_; }
 
  private:
   // A round that it begins; a long vector is one.
@@ -61,6 +74,8 @@ class Trainer {
   void PlanStage(CheckedSession& session);
   void PlanForward(CheckedSession& session);
   void Begin(CheckedSession& session, absl::Time now);
+  // Leaves the rest of the step out.
+  void GiveUp();
   std::optional<absl::Duration> Wait(CheckedSession& session, absl::Time now);
   // Returns the oldest contribution whose outcome it needs before it goes on; null if there is none.
   ContributionRef WaitsFor() const;
@@ -72,6 +87,9 @@ class Trainer {
   const Settings& settings_;
   const Habits& habits_;
   Random random_;
+  Random raising_;  // Apart, so that the rest of a schedule does not depend on it.
+  uint64_t raised_ = 0;
+  bool failed_last_ = false;
 
   bool forward_planned_ = false;
   bool backward_planned_ = false;

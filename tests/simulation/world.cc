@@ -10,7 +10,10 @@ constexpr uint64_t kMostEvents = 50'000;
 
 }  // namespace
 
-World::World(uint64_t seed, Bugs bugs, Log log) : random_(seed), bugs_(bugs), log_(log) { Draw(); }
+World::World(uint64_t seed, Bugs bugs, Log log) : random_(seed), bugs_(bugs), log_(log) {
+  Draw();
+  DrawRaises(Random(~seed));
+}
 
 // ---- What is drawn --------------------------------------------------------------------------------------------------
 
@@ -118,6 +121,29 @@ void World::Draw() {
        " sequences, timeout ", absl::FormatDuration(*settings_.config.round_timeout), ", grace ",
        absl::FormatDuration(*settings_.config.rejoin_grace), ", min_workers ", settings_.config.min_workers,
        ", join_timeout ", absl::FormatDuration(settings_.join_timeout));
+}
+
+// From numbers of its own: the rest of a schedule, and the schedules without it, do not depend on it.
+void World::DrawRaises(Random random) {
+  if (random.Chance(0.2)) settings_.old_rank = static_cast<core::Rank>(random.Below(settings_.world_size));
+  // The number of a round tells how its layer is declared, where that changes.
+  if (settings_.only_deaths || settings_.redeclared_at.has_value() || random.Chance(0.7)) return;
+  habits_.raises = random.Chance(0.5) ? 0.02 : 0.2;
+  habits_.gives_up = random.Chance(0.7);
+  if (!habits_.gives_up || random.Chance(0.3)) return;
+  settings_.only_raises = true;
+  report_.deaths = Deaths::kNobody;
+  settings_.old_rank.reset();
+  settings_.config.missing_policy = random.Chance(0.5) ? core::MissingPolicy::kFail : core::MissingPolicy::kWait;
+  settings_.config.min_workers = 0;
+  settings_.config.round_timeout = absl::Milliseconds(random.Between(100, 300));
+  settings_.join_timeout = absl::Seconds(10);
+  habits_.sequences = 12;
+  habits_.one_by_one = false;  // In orders of their own they wait for each other.
+  habits_.sums_overlap = false;
+  habits_.leaver.reset();
+  habits_.early_leave = habits_.bad_numbers = habits_.odd_roles = 0.0;
+  slow_ = echoes_ = changed_echoes_ = 0.0;
 }
 
 // ---- The course of events -------------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ class World {
   void DrawLayers();
   void DrawHabits();
   void DrawOnlyDeaths();
+  void DrawRaises(Random random);
   core::GroupConfig DrawConfig();
   template <typename... Args>
   void Note(const Args&... args) {

@@ -153,7 +153,8 @@ void World::Apply(size_t index, const session::Effects& effects) {
 
 void World::Apply(size_t index, const session::FindMaster&) {
   absl::StatusOr<std::string> targets = absl::StrJoin(settings_.targets, ",");
-  if (now_ < kFaultsEnd && random_.Chance(0.02)) targets = absl::NotFoundError("nobody knows where the master is");
+  if (now_ < kFaultsEnd && !settings_.only_raises && random_.Chance(0.02))
+    targets = absl::NotFoundError("nobody knows where the master is");
   Apply(index, lives_[index].session->OnMasterFound(targets, Now()));
 }
 
@@ -163,7 +164,8 @@ void World::Apply(size_t index, const session::Connect& connect) {
   streams_.back().life = index;
   streams_.back().master = up ? masters_ : 0;
   const core::StreamId id = lives_[index].stream = streams_.size();
-  const bool lost = now_ < kFaultsEnd && !settings_.only_deaths && random_.Chance(0.02);
+  const bool may_fail = now_ < kFaultsEnd && !settings_.only_deaths && !settings_.only_raises;
+  const bool lost = may_fail && random_.Chance(0.02);
   if (up && !lost) return Schedule(now_ + Delay(), Kind::kStreamUp, id);
   streams_.back().dead = true;
   using Cause = session::Break::Cause;
@@ -197,7 +199,7 @@ void World::Apply(size_t index, const session::Complete& complete) {
          " ends: ", complete.status.message());
   }
   CheckOutcome(complete);
-  lives_[index].trainer.OnOutcome(complete);
+  if (lives_[index].trainer.OnOutcome(complete)) lives_[index].session->ResumeAfter(complete.status);
   Schedule(now_ + random_.Between(10, 300), Kind::kAct, index);
 }
 
@@ -237,6 +239,10 @@ void World::Apply(size_t index, const session::Ended& ended) {
   if (settings_.only_deaths && !life.left) {
     NoteViolation(absl::StrCat("rank ", rank, " ends, though there were only deaths: ", ended.why.message()));
   }
+  if (settings_.only_raises && (!life.left || life.trainer.failed_last())) {
+    NoteViolation(absl::StrCat("rank ", rank, " has not come to agree with the others"));
+  }
+  report_.tally.raised += life.trainer.raised();
   EnsureLife(rank);
 }
 
