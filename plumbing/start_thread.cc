@@ -13,9 +13,10 @@ absl::Status StartThread(absl::string_view purpose, std::function<void()> run, s
   try {
     *thread = std::thread(std::move(run));
   } catch (const std::system_error& error) {
-    return absl::ResourceExhaustedError(absl::StrCat("no thread can be had for ", purpose, ": ", error.code().message(),
-                                                     "; the limit of the user's or the container's processes "
-                                                     "(ulimit -u, pids.max) may have been reached"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no thread can be had for ", purpose, ": ", error.code().message(),
+                     "; the limit of the user's or the container's processes "
+                     "(ulimit -u, pids.max), or of memory (ulimit -v), may have been reached"));
   }
   return absl::OkStatus();
 }
