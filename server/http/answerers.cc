@@ -53,7 +53,7 @@ void Answerers::Forget(uint64_t id) {
 void Answerers::Run(Queue* queue) {
   for (Queue taken = Take(queue); !taken.empty(); taken = Take(queue)) {
     const Answer answer = make_(taken.front().request);
-    for (const Waiting& waiting : taken) deliver_(waiting.id, waiting.request, answer);
+    for (const Waiting& waiting : taken) deliver_(waiting.id, answer);
   }
 }
 

@@ -27,7 +27,7 @@ class Answerers {
   // Returns the answer to a request. Called on several threads.
   using Make = std::function<Answer(const Request& request)>;
   // Takes the answer to the request of this number. Called on several threads.
-  using Deliver = std::function<void(uint64_t id, const Request& request, const Answer& answer)>;
+  using Deliver = std::function<void(uint64_t id, const Answer& answer)>;
 
   Answerers(Make make, Deliver deliver);
   // Stop() must have been called if Start() was.

@@ -1,117 +1,87 @@
 #include "server/http/connection.h"
 
-#include <poll.h>
-#include <sys/socket.h>
-#include <unistd.h>
-
-#include <array>
-#include <cerrno>
+#include <chrono>
 #include <utility>
+#include <variant>
 
-#include "absl/strings/string_view.h"
+#include "boost/asio/buffer.hpp"
+#include "boost/beast/http/read.hpp"
+#include "boost/beast/http/verb.hpp"
+#include "boost/beast/http/write.hpp"
 #include "plumbing/check.h"
-#include "server/http/request.h"
 
 namespace syncbn::http {
 namespace {
 
-constexpr absl::Duration kTimeForHead = absl::Seconds(5);
-// Time to read an answer: a megabyte takes 8 s where a link carries a megabit in a second.
-constexpr absl::Duration kTimeForAnswer = absl::Seconds(30);
-constexpr absl::Duration kTimeToClose = absl::Seconds(1);
-// Calls of recv() in a row, so that a peer that sends without a pause does not hold up the others.
-constexpr int kReadsAtOnce = 4;
+using boost::beast::error_code;
 
-bool IsLater(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
+constexpr std::chrono::seconds kTimeForHead(5);
+// Time to read an answer: a megabyte takes 8 s where a link carries a megabit in a second.
+constexpr std::chrono::seconds kTimeForAnswer(30);
+constexpr std::chrono::seconds kTimeToClose(1);
 
 }  // namespace
 
-Connection::Connection(int descriptor, std::string address, absl::Time now)
-    : descriptor_(descriptor), address_(std::move(address)), deadline_(now + kTimeForHead) {}
+Connection::Connection(boost::asio::ip::tcp::socket socket, std::string address, Handlers handlers)
+    : stream_(std::move(socket)), address_(std::move(address)), handlers_(std::move(handlers)) {}
 
-Connection::~Connection() { close(descriptor_); }
-
-int16_t Connection::events() const {
-  switch (state_) {
-    case State::kHead:
-    case State::kDrained:
-      return POLLIN;
-    case State::kAnswer:
-      return POLLOUT;
-    default:
-      return 0;  // poll() tells of a connection that is broken nevertheless.
-  }
+void Connection::Start() {
+  // The time is that of all reads together: it is not set anew before each.
+  stream_.expires_after(kTimeForHead);
+  boost::beast::http::async_read_header(
+      stream_, buffer_, parser_,
+      [self = shared_from_this()](const error_code& error, size_t /*bytes*/) { self->TakeHead(error); });
 }
 
-void Connection::Proceed(int events, absl::Time now) {
-  switch (state_) {
-    case State::kHead:
-      return Read();
-    case State::kServed:
-      if ((events & (POLLERR | POLLHUP | POLLNVAL)) != 0) state_ = State::kGone;
-      return;
-    case State::kAnswer:
-      return Write(now);
-    case State::kDrained:
-      return Drain();
-    case State::kGone:
-      return;
-  }
+void Connection::TakeHead(const error_code& error) {
+  if (state_ != State::kHead) return;
+  if (error && !IsRefusal(error)) return End();
+  state_ = State::kServed;
+  std::variant<Request, Answer> understood = Understand(parser_, error);
+  if (Answer* const refusal = std::get_if<Answer>(&understood)) return Respond(std::move(*refusal));
+  Served served = handlers_.serve(std::get<Request>(std::move(understood)));
+  precious_ = served.precious;
+  if (served.answer.has_value()) Respond(*std::move(served.answer));
 }
 
-void Connection::Answer(std::string bytes, absl::Time now) {
+void Connection::Respond(Answer answer) {
   SYNCBN_CHECK(state_ == State::kServed);
   state_ = State::kAnswer;
-  deadline_ = now + kTimeForAnswer;
-  bytes_ = std::move(bytes);
-  Write(now);
+  response_ = ToResponse(std::move(answer), parser_.get().method() != boost::beast::http::verb::head);
+  stream_.expires_after(kTimeForAnswer);
+  boost::beast::http::async_write(
+      stream_, response_,
+      [self = shared_from_this()](const error_code& error, size_t /*bytes*/) { self->HaveWritten(error); });
 }
 
-void Connection::Read() {
-  std::array<char, 2048> buffer;
-  for (int i = 0; i < kReadsAtOnce; ++i) {
-    const ssize_t count = recv(descriptor_, buffer.data(), buffer.size(), MSG_DONTWAIT);
-    if (count < 0 && IsLater(errno)) return;
-    if (count <= 0) {
-      state_ = State::kGone;
-      return;
-    }
-    const size_t searched = bytes_.size();
-    bytes_.append(buffer.data(), static_cast<size_t>(count));
-    // A head that is too long is one to answer, too.
-    if (HeadLength(bytes_, searched) == 0 && bytes_.size() <= kMaxHeadBytes) continue;
-    state_ = State::kServed;
-    deadline_ = absl::InfiniteFuture();
-    return;
-  }
-}
-
-void Connection::Write(absl::Time now) {
-  while (written_ < bytes_.size()) {
-    const absl::string_view rest = absl::string_view(bytes_).substr(written_);
-    const ssize_t count = send(descriptor_, rest.data(), rest.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (count < 0 && IsLater(errno)) return;
-    if (count < 0) {
-      state_ = State::kGone;
-      return;
-    }
-    written_ += static_cast<size_t>(count);
-  }
-  bytes_.clear();
-  bytes_.shrink_to_fit();
-  shutdown(descriptor_, SHUT_WR);
+void Connection::HaveWritten(const error_code& error) {
+  if (state_ != State::kAnswer) return;
+  if (error) return End();
   state_ = State::kDrained;
-  deadline_ = now + kTimeToClose;
+  response_ = {};
+  error_code gone;  // Reading tells the same.
+  stream_.socket().shutdown(boost::asio::ip::tcp::socket::shutdown_send, gone);
+  stream_.expires_after(kTimeToClose);
+  Drain();
 }
 
 void Connection::Drain() {
-  std::array<char, 2048> buffer;
-  for (int i = 0; i < kReadsAtOnce; ++i) {
-    const ssize_t count = recv(descriptor_, buffer.data(), buffer.size(), MSG_DONTWAIT);
-    if (count > 0) continue;
-    if (count == 0 || !IsLater(errno)) state_ = State::kGone;
-    return;
-  }
+  stream_.async_read_some(boost::asio::buffer(drained_),
+                          [self = shared_from_this()](const error_code& error, size_t /*bytes*/) {
+                            if (self->state_ != State::kDrained) return;
+                            if (error) return self->End();
+                            self->Drain();
+                          });
+}
+
+void Connection::Close() {
+  state_ = State::kGone;
+  stream_.close();
+}
+
+void Connection::End() {
+  Close();
+  handlers_.ended();
 }
 
 }  // namespace syncbn::http

@@ -3,66 +3,80 @@
 #ifndef SYNCBN_SERVER_HTTP_CONNECTION_H_
 #define SYNCBN_SERVER_HTTP_CONNECTION_H_
 
+#include <array>
 #include <cstddef>
-#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
 #include <string>
 
-#include "absl/time/time.h"
+#include "boost/asio/ip/tcp.hpp"
+#include "boost/beast/core/flat_buffer.hpp"
+#include "boost/beast/core/tcp_stream.hpp"
+#include "server/http/answer.h"
+#include "server/http/messages.h"
+#include "server/http/request.h"
 
 namespace syncbn::http {
 
-// Never blocks. Each of its states has a time by which it must end, however often the peer sends or reads a byte.
+// Never blocks. Each of its states has a time by which it must end, however often the peer sends or reads a byte. Reads
+// and writes that it has begun keep it alive until they end.
 //
-// Thread safety: none.
-class Connection {
+// Thread safety: none. All is called on the thread that runs the socket's io_context.
+class Connection : public std::enable_shared_from_this<Connection> {
  public:
   enum class State {
     kHead,     // The head has not come in full.
     kServed,   // The head is there, and its answer is being made.
     kAnswer,   // The answer is being written.
     kDrained,  // All is written. The socket stays open until the peer closes, which might lose the answer otherwise.
-    kGone,     // Nothing more can come of it.
+    kGone,     // The socket is closed.
+  };
+  // What is done with a request.
+  struct Served {
+    std::optional<Answer> answer;  // Absent if Respond() will give it.
+    bool precious = false;         // Whether others should make room before this connection.
+  };
+  // Called by the io_context, never from within a call of the connection's methods.
+  struct Handlers {
+    std::function<Served(Request request)> serve;
+    // The connection has ended by itself, and not by Close().
+    std::function<void()> ended;
   };
 
-  // Takes the descriptor of a non-blocking socket. `address`: the peer's, without its port.
-  Connection(int descriptor, std::string address, absl::Time now);
-  // Closes the socket.
-  ~Connection();
+  // `address`: the peer's, without its port.
+  Connection(boost::asio::ip::tcp::socket socket, std::string address, Handlers handlers);
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
 
-  // Reads or writes what the socket takes at once. To be called when poll() reports `events` for the descriptor.
-  void Proceed(int events, absl::Time now);
-  // Begins to write the answer, and writes what the socket takes at once. Needs the state kServed.
-  void Answer(std::string bytes, absl::Time now);
+  // Begins to read.
+  void Start();
+  // Begins to write the answer. Needs the state kServed.
+  void Respond(Answer answer);
+  void Close();
 
   State state() const { return state_; }
-  // Whether others should make room before this one; false at first.
+  // Returns whether others should make room before this one; false until its request has come.
   bool precious() const { return precious_; }
-  void set_precious(bool precious) { precious_ = precious; }
-  int descriptor() const { return descriptor_; }
   const std::string& address() const { return address_; }
-  // The head of the request, once it has come; more if the peer has sent more.
-  const std::string& head() const { return bytes_; }
-  // Returns the time by which the state must have ended.
-  absl::Time deadline() const { return deadline_; }
-  // Returns the events to wait for.
-  int16_t events() const;
-  // Returns the bytes of the answer that the socket has not taken.
-  size_t unread_bytes() const { return state_ == State::kAnswer ? bytes_.size() - written_ : 0; }
+  // Returns the bytes of the answer's body, until all of them are written.
+  size_t unread_bytes() const { return response_.body().size(); }
 
  private:
-  void Read();
-  void Write(absl::Time now);
+  void TakeHead(const boost::beast::error_code& error);
+  void HaveWritten(const boost::beast::error_code& error);
   void Drain();
+  void End();
 
-  const int descriptor_;
+  boost::beast::tcp_stream stream_;
   const std::string address_;
+  const Handlers handlers_;
   State state_ = State::kHead;
   bool precious_ = false;
-  absl::Time deadline_;
-  std::string bytes_;  // The head, then the answer.
-  size_t written_ = 0;
+  HeadParser parser_;
+  boost::beast::flat_buffer buffer_{kMaxHeadBytes};
+  Response response_;
+  std::array<char, 2048> drained_;
 };
 
 }  // namespace syncbn::http

@@ -2,7 +2,6 @@
 
 #include <optional>
 #include <utility>
-#include <variant>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -11,6 +10,7 @@
 #include "plumbing/secret.h"
 #include "server/http/access.h"
 #include "server/http/answerers.h"
+#include "server/http/connection.h"
 #include "server/http/inspection_client.h"
 #include "server/http/request.h"
 #include "server/http/request_loop.h"
@@ -35,45 +35,36 @@ bool IsLocalName(absl::string_view host) {
 
 class HttpServer::Impl {
  public:
-  Impl(rpc::Listener listener, std::shared_ptr<grpc::Channel> channel, const HttpOptions& options, bool local)
+  Impl(std::shared_ptr<grpc::Channel> channel, const HttpOptions& options, bool local)
       : client_(std::move(channel)),
         access_(options.token, options.pages_open),
         metrics_{options.metrics_max_ranks},
         local_(local),
-        loop_(std::move(listener), {[this](uint64_t id, absl::string_view head) { return Serve(id, head); },
-                                    [this](uint64_t id) { answerers_.Forget(id); }}),
         answerers_([this](const Request& request) { return Route(request, client_, metrics_); },
-                   [this](uint64_t id, const Request& request, const Answer& answer) {
-                     loop_.Answer(id, WriteAnswer(answer, HasBody(request)));
-                   }) {}
+                   [this](uint64_t id, const Answer& answer) { loop_->Respond(id, answer); }) {}
   ~Impl() {
-    loop_.Stop();
+    if (loop_ != nullptr) loop_->Stop();
     answerers_.Stop();
   }
 
-  absl::Status Start() {
+  absl::Status Start(rpc::Listener listener) {
+    auto loop = RequestLoop::Open(std::move(listener),
+                                  {[this](uint64_t id, Request request) { return Serve(id, std::move(request)); },
+                                   [this](uint64_t id) { answerers_.Forget(id); }});
+    if (!loop.ok()) return loop.status();
+    loop_ = *std::move(loop);
     if (absl::Status status = answerers_.Start(); !status.ok()) return status;
-    return loop_.Start();
+    return loop_->Start();
   }
 
-  std::string address() const { return loop_.target(); }
+  std::string address() const { return loop_->target(); }
   // Returns whether this is a forked child, which has none of the threads that this object waits for.
   bool IsForked() const { return open_.forked(); }
 
  private:
-  static bool HasBody(const Request& request) { return request.method != "HEAD"; }
-
   // Returns a refusal, or nothing if the request is given to a thread.
-  RequestLoop::Served Serve(uint64_t id, absl::string_view head) {
-    const size_t length = HeadLength(head);
-    if (length == 0 || length > kMaxHeadBytes) {
-      return {WriteAnswer({431, kText, absl::StrCat("a request has at most ", kMaxHeadBytes, " bytes of headers\n")},
-                          true)};
-    }
-    std::variant<Request, Answer> parsed = ParseRequest(head.substr(0, length));
-    if (const Answer* const refusal = std::get_if<Answer>(&parsed)) return {WriteAnswer(*refusal, true)};
-    Request& request = std::get<Request>(parsed);
-    if (const auto refusal = Refuse(request)) return {WriteAnswer(*refusal, HasBody(request))};
+  Connection::Served Serve(uint64_t id, Request request) {
+    if (auto refusal = Refuse(request)) return {std::move(refusal)};
     const bool precious = IsProbe(request.path);
     answerers_.Add(id, std::move(request));
     return {std::nullopt, precious};
@@ -94,7 +85,7 @@ class HttpServer::Impl {
   const Access access_;
   const MetricsOptions metrics_;
   const bool local_;
-  RequestLoop loop_;
+  std::unique_ptr<RequestLoop> loop_;  // Is there before the threads that use it.
   Answerers answerers_;
 };
 
@@ -113,8 +104,8 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const HttpOptions&
   if (!listener.ok()) {
     return absl::UnavailableError(absl::StrCat("cannot serve HTTP: ", listener.status().message()));
   }
-  auto impl = std::make_unique<Impl>(*std::move(listener), std::move(channel), options, address->is_local());
-  if (absl::Status status = impl->Start(); !status.ok()) return status;
+  auto impl = std::make_unique<Impl>(std::move(channel), options, address->is_local());
+  if (absl::Status status = impl->Start(*std::move(listener)); !status.ok()) return status;
   return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
 }
 

@@ -1,16 +1,18 @@
 #include "server/http/request_loop.h"
 
-#include <poll.h>
-#include <sys/eventfd.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
+#include <chrono>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "boost/asio/ip/tcp.hpp"
+#include "boost/asio/post.hpp"
+#include "boost/system/system_error.hpp"
 #include "plumbing/fork_sockets.h"
 #include "plumbing/start_thread.h"
 #include "server/rpc/listen_address.h"
@@ -18,12 +20,13 @@
 namespace syncbn::http {
 namespace {
 
+using boost::asio::ip::tcp;
+using boost::system::error_code;
+
 constexpr size_t kMostConnections = 256;
 constexpr size_t kLeastConnections = 4;
-// Connections accepted before the others' turn.
-constexpr int kMostAtOnce = 64;
-// Pause after the system has refused a connection, or memory for poll().
-constexpr absl::Duration kPause = absl::Milliseconds(50);
+// Pause after the system has refused a connection.
+constexpr std::chrono::milliseconds kPause(50);
 // Bytes of answers that all peers together may leave unread.
 constexpr size_t kMaxUnreadBytes = size_t{64} << 20;
 
@@ -40,133 +43,113 @@ std::string HostOf(const rpc::SocketAddress& peer) {
   return text.substr(0, text.rfind(':'));
 }
 
+absl::Status NoDescriptor(const error_code& error) {
+  return absl::ResourceExhaustedError(absl::StrCat("no descriptor can be had for the status page: ", error.message()));
+}
+
+bool IsLack(int error) { return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM; }
+
+// Returns whether an error of accept() is of the network that the peer is in, or of the socket itself, and may last.
+bool MayLast(int error) { return error != 0 && error != EAGAIN && error != ECONNABORTED && error != EINTR; }
+
 }  // namespace
+
+absl::StatusOr<std::unique_ptr<RequestLoop>> RequestLoop::Open(rpc::Listener listener, Handlers handlers) {
+  try {
+    return std::unique_ptr<RequestLoop>(new RequestLoop(std::move(listener), std::move(handlers)));
+  } catch (const boost::system::system_error& error) {
+    return NoDescriptor(error.code());
+  }
+}
 
 RequestLoop::RequestLoop(rpc::Listener listener, Handlers handlers)
     : listener_(std::move(listener)),
       handlers_(std::move(handlers)),
       max_connections_(MaxConnections()),
-      wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+      context_(/*concurrency_hint=*/1) {
+  for (const int descriptor : listener_.descriptors()) {
+    listening_.push_back(
+        {descriptor, boost::asio::posix::stream_descriptor(context_), boost::asio::steady_timer(context_)});
+  }
+}
 
 RequestLoop::~RequestLoop() {
-  if (wake_ >= 0) close(wake_);
+  for (Listening& listening : listening_) listening.socket.release();
 }
 
 absl::Status RequestLoop::Start() {
-  if (wake_ < 0) return absl::ResourceExhaustedError(absl::StrCat("no descriptor can be had: ", std::strerror(errno)));
+  for (Listening& listening : listening_) {
+    error_code error;
+    listening.socket.assign(listening.descriptor, error);
+    if (error) return NoDescriptor(error);
+    AwaitConnection(&listening);
+  }
   return StartThread(
-      "the status page's connections", [this] { Run(); }, &thread_);
+      "the status page's connections", [this] { context_.run(); }, &thread_);
 }
 
 void RequestLoop::Stop() {
   if (!thread_.joinable()) return;
-  stopping_ = true;
-  eventfd_write(wake_, 1);
+  context_.stop();
   thread_.join();
 }
 
-void RequestLoop::Answer(uint64_t id, std::string bytes) {
-  {
-    const absl::MutexLock lock(&mutex_);
-    answers_.emplace_back(id, std::move(bytes));
-  }
-  eventfd_write(wake_, 1);
-}
-
-void RequestLoop::Run() {
-  std::vector<pollfd> polled;
-  std::vector<uint64_t> owners;  // Of the connections among `polled`.
-  while (!stopping_) {
-    polled.assign(1, {wake_, POLLIN, 0});
-    owners.clear();
-    for (const auto& [id, connection] : connections_) {
-      polled.push_back({connection->descriptor(), connection->events(), 0});
-      owners.push_back(id);
-    }
-    if (clock_.Now() >= paused_until_) {
-      for (const int listener : listener_.descriptors()) polled.push_back({listener, POLLIN, 0});
-    }
-    const int64_t timeout_ms = absl::ToInt64Milliseconds(Timeout()) + 1;
-    if (poll(polled.data(), polled.size(), static_cast<int>(timeout_ms)) < 0) {
-      if (errno != EINTR) absl::SleepFor(kPause);  // The system lacks memory.
-      continue;
-    }
-    eventfd_t count = 0;
-    if (polled[0].revents != 0) eventfd_read(wake_, &count);
-    for (size_t i = 0; i < owners.size(); ++i) {
-      const int events = polled[i + 1].revents;
-      if (events != 0) Proceed(owners[i], connections_.at(owners[i]).get(), events);
-    }
-    WriteAnswers();
-    DropEnded();
-    for (size_t i = 1 + owners.size(); i < polled.size(); ++i) {
-      if (polled[i].revents != 0) AcceptFrom(polled[i].fd);
-    }
-  }
-  connections_.clear();
-}
-
-absl::Duration RequestLoop::Timeout() const {
-  const absl::Time now = clock_.Now();
-  absl::Time due = now + absl::Minutes(1);
-  if (now < paused_until_) due = std::min(due, paused_until_);
-  for (const auto& [id, connection] : connections_) due = std::min(due, connection->deadline());
-  return std::max(absl::ZeroDuration(), due - now);
-}
-
-void RequestLoop::WriteAnswers() {
-  std::vector<std::pair<uint64_t, std::string>> answers;
-  {
-    const absl::MutexLock lock(&mutex_);
-    answers.swap(answers_);
-  }
-  for (auto& [id, bytes] : answers) {
+void RequestLoop::Respond(uint64_t id, Answer answer) {
+  boost::asio::post(context_, [this, id, answer = std::move(answer)]() mutable {
     const auto it = connections_.find(id);
-    if (it == connections_.end() || it->second->state() != Connection::State::kServed) continue;
-    it->second->Answer(std::move(bytes), clock_.Now());
-  }
-  if (!answers.empty()) BoundUnreadBytes();
+    if (it == connections_.end() || it->second->state() != Connection::State::kServed) return;
+    it->second->Respond(std::move(answer));
+    BoundUnreadBytes();
+  });
 }
 
-void RequestLoop::AcceptFrom(int listener) {
-  for (int i = 0; i < kMostAtOnce; ++i) {
-    int error = -AcceptOne(listener);
-    const auto is_lack = [](int e) { return e == EMFILE || e == ENFILE || e == ENOBUFS || e == ENOMEM; };
-    if (is_lack(error) && !connections_.empty()) {
-      MakeRoom();
-      error = -AcceptOne(listener);
-    }
-    if (error <= 0 || error == ECONNABORTED || error == EINTR) continue;
-    // Other errors are of the network that the peer is in, or of the socket itself, and may last.
-    if (error != EAGAIN) paused_until_ = clock_.Now() + kPause;
-    return;
-  }
+void RequestLoop::AwaitConnection(Listening* listening) {
+  // An error of the wait is one of accept(), too.
+  listening->socket.async_wait(boost::asio::posix::stream_descriptor::wait_read,
+                               [this, listening](const error_code& /*unused*/) { AcceptFrom(listening); });
 }
 
+// One connection is accepted at a time, since its request may be there: that is read before later connections could
+// take its place.
+void RequestLoop::AcceptFrom(Listening* listening) {
+  int error = AcceptOne(listening->descriptor);
+  if (IsLack(error) && !connections_.empty()) {
+    MakeRoom();
+    error = AcceptOne(listening->descriptor);
+  }
+  if (!MayLast(error)) return AwaitConnection(listening);
+  listening->pause.expires_after(kPause);
+  listening->pause.async_wait([this, listening](const error_code& /*unused*/) { AwaitConnection(listening); });
+}
+
+// Asio's own accept() has no SOCK_CLOEXEC.
 int RequestLoop::AcceptOne(int listener) {
   rpc::SocketAddress peer;
   peer.length = sizeof(peer.storage);
   const int descriptor =
       accept4(listener, reinterpret_cast<sockaddr*>(&peer.storage), &peer.length, SOCK_CLOEXEC | SOCK_NONBLOCK);
-  if (descriptor < 0) return -errno;
+  if (descriptor < 0) return errno;
   GiveUpInForkedChildren(descriptor);
-  if (connections_.size() >= max_connections_) MakeRoom();
-  const uint64_t id = next_id_++;
-  auto added = std::make_unique<Connection>(descriptor, HostOf(peer), clock_.Now());
-  ++of_address_[added->address()];
-  Connection* const connection = connections_.emplace(id, std::move(added)).first->second.get();
-  // Its request may be there, and is served before later connections could take its place.
-  Proceed(id, connection, POLLIN);
+  tcp::socket socket(context_);
+  error_code error;
+  socket.assign(peer.family() == AF_INET6 ? tcp::v6() : tcp::v4(), descriptor, error);
+  if (error) {
+    close(descriptor);
+    return error.value();
+  }
+  Add(std::move(socket), HostOf(peer));
   return 0;
 }
 
-void RequestLoop::Proceed(uint64_t id, Connection* connection, int events) {
-  const bool had_come = connection->state() != Connection::State::kHead;
-  connection->Proceed(events, clock_.Now());
-  if (had_come || connection->state() != Connection::State::kServed) return;
-  Served served = handlers_.serve(id, connection->head());
-  connection->set_precious(served.precious);
-  if (served.answer.has_value()) connection->Answer(*std::move(served.answer), clock_.Now());
+void RequestLoop::Add(tcp::socket socket, std::string address) {
+  if (connections_.size() >= max_connections_) MakeRoom();
+  const uint64_t id = next_id_++;
+  ++of_address_[address];
+  Connection::Handlers handlers = {[this, id](Request request) { return handlers_.serve(id, std::move(request)); },
+                                   [this, id] { Drop(connections_.find(id)); }};
+  auto added = std::make_shared<Connection>(std::move(socket), std::move(address), std::move(handlers));
+  added->Start();
+  connections_.emplace(id, std::move(added));
 }
 
 void RequestLoop::BoundUnreadBytes() {
@@ -192,19 +175,12 @@ void RequestLoop::MakeRoom() {
 }
 
 RequestLoop::Connections::iterator RequestLoop::Drop(Connections::iterator dropped) {
-  const Connection& connection = *dropped->second;
+  Connection& connection = *dropped->second;
   if (connection.state() == Connection::State::kServed) handlers_.forget(dropped->first);
+  connection.Close();
   const auto count = of_address_.find(connection.address());
   if (--count->second == 0) of_address_.erase(count);
   return connections_.erase(dropped);
-}
-
-void RequestLoop::DropEnded() {
-  const absl::Time now = clock_.Now();
-  for (auto it = connections_.begin(); it != connections_.end();) {
-    const bool ended = it->second->state() == Connection::State::kGone || it->second->deadline() <= now;
-    it = ended ? Drop(it) : std::next(it);
-  }
 }
 
 }  // namespace syncbn::http

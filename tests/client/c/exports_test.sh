@@ -3,7 +3,7 @@
 set -eu
 library=$1
 header=$2
-nm -D --defined-only "$library" | awk '{print $3}' | sort -u > exported
+nm -D --defined-only --extern-only "$library" | awk '{print $3}' | sort -u > exported
 sed -n 's/^SYNCBN_API [^(]*[ *]\(syncbn_[a-z0-9_]*\)(.*/\1/p' "$header" | sort -u > declared
 test "$(wc -l < declared)" -gt 40
 diff declared exported
