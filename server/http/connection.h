@@ -32,7 +32,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
     kDrained,  // All is written. The socket stays open until the peer closes, which might lose the answer otherwise.
     kGone,     // The socket is closed.
   };
-  // What is done with a request.
+  // The fate of a request.
   struct Served {
     std::optional<Answer> answer;  // Absent if Respond() will give it.
     bool precious = false;         // Whether others should make room before this connection.

@@ -10,7 +10,7 @@
 
 namespace syncbn::http {
 
-// What is needed of a request.
+// The parts of a request that answers need.
 struct Request {
   std::string method;
   std::string path;           // As it was sent: our paths need no escapes.

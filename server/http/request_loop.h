@@ -60,7 +60,7 @@ class RequestLoop {
   std::string target() const { return listener_.target(); }
 
  private:
-  // By number, and so by age.
+  // Connections by their number, and so by age.
   using Connections = std::map<uint64_t, std::shared_ptr<Connection>>;
   struct Listening {
     int descriptor;                                // The listener's.

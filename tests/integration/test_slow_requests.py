@@ -57,7 +57,7 @@ def test_a_probe_does_not_wait_for_two_hundred_unfinished_requests(pages: HttpMa
     slow = send_each(pages, 200, UNFINISHED)
     for path in ("/livez", "/readyz"):
         assert pages.get(path)[0] == 200
-    # They would have ended with their time, had the probe waited for it.
+    # Slow requests would have ended with their time, had the probe waited for it.
     assert not readable(slow)
     for connection in slow:
         connection.close()

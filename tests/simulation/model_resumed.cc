@@ -42,7 +42,7 @@ Model::Shown Model::Divergence(const core::RoundOutcome& outcome) const {
     if (pending.restored || key == outcome.key) continue;
     for (const Rank rank : outcome.error->ranks) {
       if (pending.parts.count(rank) == 0) continue;
-      // What a frame has added may have come after this end.
+      // A contribution of this frame may have come after this end.
       if (added_.count(key) == 0 || rank != sender_.rank) return Shown::kSurely;
       shown = Shown::kPerhaps;
     }

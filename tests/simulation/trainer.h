@@ -57,7 +57,7 @@ class Trainer {
   std::optional<absl::Duration> Act(CheckedSession& session, absl::Time now);
   // Returns whether it has waited for this round.
   bool OnOutcome(const session::Complete& complete);
-  // How often it has left the rest of a step out of its own accord.
+  // The number of steps whose rest it has left out of its own accord.
   uint64_t raised() const { return raised_; }
   // A round of its last step has failed.
   bool failed_last() const { return failed_last_; }

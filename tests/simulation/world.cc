@@ -123,7 +123,7 @@ void World::Draw() {
        ", join_timeout ", absl::FormatDuration(settings_.join_timeout));
 }
 
-// From numbers of its own: the rest of a schedule, and the schedules without it, do not depend on it.
+// Draws from numbers of its own, so that the rest of a schedule, and schedules without raises, stay as they are.
 void World::DrawRaises(Random random) {
   if (random.Chance(0.2)) settings_.old_rank = static_cast<core::Rank>(random.Below(settings_.world_size));
   // The number of a round tells how its layer is declared, where that changes.

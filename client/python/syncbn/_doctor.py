@@ -20,7 +20,7 @@ from syncbn import _library, _program
 _PACKAGES = ("numpy", "torch", "jax", "jaxlib", "flax", "keras", "tensorflow", "tensorflow-cpu", "lightning", "timm")
 _ROUNDS = 50
 _ROUND_SECONDS = 30.0
-# What a host has one of if it has NVIDIA's driver; the last is that of the Windows Subsystem for Linux.
+# Files of NVIDIA's driver, of which a host with it has one; the last is that of the Windows Subsystem for Linux.
 _DRIVERS = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
 
 

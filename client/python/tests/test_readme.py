@@ -34,7 +34,7 @@ class Case(NamedTuple):
     after: str
 
 
-# What the text supposes: a network, its optimizer, one batch. `before` is what training has to change.
+# The text supposes these: a network, its optimizer, one batch. `before` is what training has to change.
 NETWORK = """
 import os, pathlib, torch, torch.distributed
 import numpy as np
@@ -108,7 +108,7 @@ def train(step):"""
     ),
 ]
 
-# What stands for the reader's own: the address of the master and the number of workers, which is 1 here.
+# Values in place of the reader's own: the address of the master and the number of workers, which is 1 here.
 OWN = {'"10.0.0.1:50051"': "None", "world_size=4": "world_size=1", "    ...\n": "    loss = model(images).sum()\n"}
 
 

@@ -372,7 +372,7 @@ std::vector<Program> RunApart(Engine* engine, const std::vector<StreamId>& worke
   std::vector<Program> programs;
   for (const StreamId stream : workers) programs.emplace_back(engine, stream);
   for (Program& program : programs) program.Begin(0);
-  // Only the first layer of the first step completes: those who raise do not begin the second.
+  // The first layer of the first step alone completes: those who raise do not begin the second.
   for (size_t i = raising; i < programs.size(); ++i) programs[i].Look();
   for (size_t i = 0; i < raising; ++i) {
     engine->Advance(apart);
