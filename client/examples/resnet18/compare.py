@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from typing import Dict, List, NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ def where(load: float) -> str:
 
 def markdown(title: str, load: float, rows: List[Row]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, *rows)]
-    return "\n".join([f"{title}. {where(load)}.", "", lines[0], "|---|--:|--:|--:|--:|", *lines[1:], "", NOTE])
+    head, note = (textwrap.fill(text, 120, break_on_hyphens=False) for text in (f"{title}. {where(load)}.", NOTE))
+    return "\n".join([head, "", lines[0], "|---|--:|--:|--:|--:|", *lines[1:], "", note])
 
 
 def run(mode: str, workers: int, options: List[str], target: str) -> List[Dict[str, List[float]]]:
