@@ -115,6 +115,7 @@ void World::Deliver(StreamId id, Item item) {
 void World::Send(StreamId id, FramePtr frame) {
   Stream& stream = StreamOf(id);
   for (const core::LayerSpec& spec : frame->layers) stream.said[spec.name] = spec.channels;
+  stream.caught_up = stream.caught_up || frame->caught_up;
   stream.last_to_master = std::max(stream.last_to_master, now_ + Delay());
   Push({stream.last_to_master, 0, Kind::kToMaster, id, std::move(frame), nullptr, nullptr});
 }
@@ -128,8 +129,9 @@ void World::Break(StreamId id, bool worker_knows) {
   stream.drops = random_.Chance(0.5);
   const bool late = random_.Chance(0.5);
   if (late) stream.late_until = now_ + random_.Between(0, 50'000);
-  // Other numbers are more than a death: a restarted master could take them for the round's, before the right ones.
-  if (late && random_.Chance(0.3)) Echo(id, settings_.only_deaths ? 0.0 : 0.5);
+  // A restarted master could take other numbers for the round's, before the right ones: that is more than a death.
+  const bool has_all = masters_ == 1 || stream.caught_up;
+  if (late && random_.Chance(0.3)) Echo(id, settings_.only_deaths || !has_all ? 0.0 : 0.5);
   const Micros seen = late ? stream.late_until + random_.Between(0, 30'000) : now_ + Delay();
   Schedule(seen, Kind::kMasterSeesClose, id);
   if (worker_knows) return;
