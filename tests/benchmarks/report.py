@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
@@ -40,8 +40,21 @@ def provenance(command: str) -> str:
     )
 
 
+def split(page: str, name: str) -> Tuple[str, str, str]:
+    """A page before, within and after the part that a benchmark has written, which stands between
+    `<!-- begin NAME -->` and `<!-- end NAME -->`. The marks belong to what is before and after.
+
+    Raises: ValueError if the page has no such part.
+    """
+    found = re.fullmatch(f"(.*<!-- begin {name} -->\n)(.*)(<!-- end {name} -->.*)", page, re.DOTALL)
+    if found is None:
+        raise ValueError(f"the page has no part {name}")
+    before, part, after = found.groups()
+    return before, part, after
+
+
 def publish(name: str, lines: List[str], output: Optional[pathlib.Path]) -> None:
-    """Prints the lines; puts them between `<!-- begin NAME -->` and `<!-- end NAME -->` of `output`, if given.
+    """Prints the lines; puts them into the benchmark's part of `output`, if given.
 
     Wraps those that belong to no table to the width of a page.
     """
@@ -50,9 +63,5 @@ def publish(name: str, lines: List[str], output: Optional[pathlib.Path]) -> None
     print(text)
     if output is None:
         return
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    before, found_begin, rest = output.read_text().partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not (found_begin and found_end):
-        raise SystemExit(f"{output} has no part between {begin} and {end}")
-    output.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    before, _, after = split(output.read_text(), name)
+    output.write_text(f"{before}{text}\n{after}")

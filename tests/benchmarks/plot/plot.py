@@ -8,7 +8,12 @@ The page is the only source: what it does not say is not drawn.
 import argparse
 import pathlib
 import re
+import sys
 from typing import Callable, Dict, List, NamedTuple, Sequence
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import report  # noqa: E402
 
 Row = Dict[str, str]  # A row of a table, by the titles of its columns.
 
@@ -21,17 +26,6 @@ class Point(NamedTuple):
 class Comparison(NamedTuple):
     name: str
     points: List[Point]
-
-
-def part(page: str, name: str) -> str:
-    """The part that a benchmark has written.
-
-    Raises: ValueError if the page has no such part.
-    """
-    found = re.search(f"<!-- begin {name} -->\n(.*?)<!-- end {name} -->", page, re.DOTALL)
-    if found is None:
-        raise ValueError(f"the page has no part {name}")
-    return found.group(1)
 
 
 def tables(text: str) -> List[List[Row]]:
@@ -58,12 +52,12 @@ def comparisons(page: str) -> List[Comparison]:
 
     Raises: ValueError or KeyError if the page lacks a part or a column.
     """
-    rounds = [row for row in tables(part(page, "round"))[0] if row["C"] == "256" and row["W"] != "1"]
+    rounds = [row for row in tables(report.split(page, "round")[1])[0] if row["C"] == "256" and row["W"] != "1"]
 
     def of_rounds(column: str) -> List[Point]:
         return points(rounds, column, lambda row: f"{row['W']}: ")
 
-    cells = tables(part(page, "kernels"))[0]
+    cells = tables(report.split(page, "kernels")[1])[0]
 
     def of_kernels(kind: str, order: str) -> List[Point]:
         chosen = [row for row in cells if row["type"] == kind and row["channels"] == order]
