@@ -37,12 +37,6 @@ size_t MaxConnections() {
   return std::clamp<size_t>(limit.rlim_cur / 16, kLeastConnections, kMostConnections);
 }
 
-// Returns the address without its port.
-std::string HostOf(const rpc::SocketAddress& peer) {
-  const std::string text = peer.ToString();
-  return text.substr(0, text.rfind(':'));
-}
-
 absl::Status NoDescriptor(const error_code& error) {
   return absl::ResourceExhaustedError(absl::StrCat("no descriptor can be had for the status page: ", error.message()));
 }
@@ -137,7 +131,7 @@ int RequestLoop::AcceptOne(int listener) {
     close(descriptor);
     return error.value();
   }
-  Add(std::move(socket), HostOf(peer));
+  Add(std::move(socket), rpc::WithoutPort(peer.ToString()));
   return 0;
 }
 

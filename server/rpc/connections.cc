@@ -127,7 +127,7 @@ std::string Connections::Add(int descriptor, const SocketAddress& peer) {
   added.local = plain.is_local();
   if (HasName(plain)) {
     added.peer = plain.ToString();
-    added.address = added.peer.substr(0, added.peer.rfind(':'));
+    added.address = WithoutPort(added.peer);
   }
   const absl::MutexLock lock(&mutex_);
   Forget(descriptor);  // gRPC has closed the connection that had it before.

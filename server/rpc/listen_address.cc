@@ -155,6 +155,8 @@ std::string SocketAddress::ToString() const {
   return "a unix socket";
 }
 
+std::string WithoutPort(absl::string_view address) { return std::string(address.substr(0, address.rfind(':'))); }
+
 bool ListenAddress::is_local() const {
   return std::all_of(sockets.begin(), sockets.end(), [](const SocketAddress& socket) { return socket.is_local(); });
 }

@@ -32,6 +32,9 @@ struct SocketAddress {
   std::string ToString() const;
 };
 
+// Returns such a text without its port, "127.0.0.1" or "[::1]"; an empty one if it is empty.
+std::string WithoutPort(absl::string_view address);
+
 struct ListenAddress {
   std::string text;  // As it was written.
   // The host of HOST:PORT, with the brackets of an IPv6 address; empty for unix sockets.

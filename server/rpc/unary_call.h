@@ -13,6 +13,7 @@
 #include "grpcpp/support/async_unary_call.h"
 #include "server/rpc/connections.h"
 #include "server/rpc/event_loop.h"
+#include "server/rpc/listen_address.h"
 #include "server/rpc/unary_calls.h"
 
 namespace syncbn::rpc {
@@ -70,10 +71,7 @@ class UnaryCall final : public Tag, public UnaryCalls::Call {
   }
 
   // The caller's, without its port; empty for a unix socket.
-  std::string Address() const {
-    const std::string peer = PeerName(context_.peer());
-    return peer.substr(0, peer.rfind(':'));
-  }
+  std::string Address() const { return WithoutPort(PeerName(context_.peer())); }
 
   Service* const service_;
   const Method method_;
