@@ -1,7 +1,8 @@
 """ResNet-18 on CPU workers: the step time of synchronized batch normalization beside that of none, and of one process.
 
-Every run trains ten steps on the same batch; with synchronization the loss is the whole batch's, step by step. With
---write the table goes into client/examples/README.md.
+Every run trains ten steps on the same batch; with synchronization the loss is the whole batch's, step by step. The
+lockstep runs synchronize nothing, but wait where synchronized layers do. Runs take turns, --repeats times. With --write
+the table goes into client/examples/README.md.
 """
 
 import argparse
@@ -34,15 +35,32 @@ class Row(NamedTuple):
     run: str
     step: str  # [ms]
     range: str  # [ms]
-    last_loss: str
+    ratio: str  # Of the step to that of DDP with as many workers: median, least and greatest of the starts.
+    cpu: str  # [ms]
     difference: str
 
 
-HEADER = Row("run", "step [ms]", "steps from - to [ms]", "last loss", "loss difference")
+HEADER = Row("workers", "step [ms]", "from - to", "step / DDP's", "CPU [ms]", "difference")
 NOTE = (
-    "Median step time without the first step, and the fastest and the slowest step; the largest difference of a step's "
-    "mean loss from that of one process. DDP over gloo."
+    "Median step time without the first step, and the fastest and the slowest step; the median step over that of DDP "
+    "with as many workers (median, least and greatest of the starts); a worker's median CPU time of a step; the largest "
+    "difference of a step's mean loss from that of one process. All but one process train by DDP over gloo; lockstep "
+    "workers synchronize nothing, and wait for each other where synchronized layers do."
 )
+
+
+class Run(NamedTuple):
+    """What is run, and beside which run of DDP its steps stand."""
+
+    mode: str
+    workers: int
+
+    @property
+    def label(self) -> str:
+        return "1" if self.mode == "whole" else f"{self.workers}, {self.mode.replace('ddp', 'DDP')}"
+
+
+Result = Dict[str, List[float]]  # What one process prints.
 
 
 def where(load: float) -> str:
@@ -59,17 +77,20 @@ def where(load: float) -> str:
 def markdown(title: str, load: float, rows: List[Row]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, *rows)]
     head, note = (textwrap.fill(text, 120, break_on_hyphens=False) for text in (f"{title}. {where(load)}.", NOTE))
-    return "\n".join([head, "", lines[0], "|---|--:|--:|--:|--:|", *lines[1:], "", note])
+    return "\n".join([head, "", lines[0], "|---|--:|--:|--:|--:|--:|", *lines[1:], "", note])
 
 
-def run(mode: str, workers: int, options: List[str], target: str) -> List[Dict[str, List[float]]]:
-    """The printed numbers of each process of one run."""
+def train(mode: str, workers: int, options: List[str], target: str) -> List[Result]:
+    """Starts one run's processes, and returns what each has printed."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         processes = []
+        barrier = pathlib.Path(folder, "barrier")
+        barrier.write_bytes(bytes(64 * workers))
         for rank in range(workers):
             command = [sys.executable, str(_HERE / "train.py"), "--mode", mode, "--rank", str(rank)]
             command += ["--world-size", str(workers), "--rendezvous", f"{folder}/rendezvous", "--target", target]
-            command += ["--group", f"resnet18-{os.getpid()}-{workers}", *options]
+            command += ["--barrier", str(barrier)]
+            command += ["--group", f"resnet18-{pathlib.Path(folder).name}", *options]
             processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             stack.callback(stop, processes[-1])
         results = []
@@ -84,11 +105,55 @@ def run(mode: str, workers: int, options: List[str], target: str) -> List[Dict[s
         return results
 
 
+def steady(results: List[Result], key: str) -> List[float]:
+    """Milliseconds of each step of each process but the first, which also allocates and connects."""
+    return [1e3 * value for result in results for value in result[key][1:] or result[key]]
+
+
+def losses_of(results: List[Result]) -> List[float]:
+    """The mean loss of each step."""
+    return [statistics.fmean(step) for step in zip(*(result["losses"] for result in results))]
+
+
+def summarize(run: Run, starts: Dict[Run, List[List[Result]]]) -> Row:
+    """One line of the table, from every start of every run."""
+    mine = starts[run]
+    times, cpu = ([value for results in mine for value in steady(results, key)] for key in ("seconds", "cpu_seconds"))
+    ratio = ""
+    if run.mode not in ("whole", "ddp"):
+        pairs = zip(mine, starts[Run("ddp", run.workers)])
+        ratios = [
+            statistics.median(steady(results, "seconds")) / statistics.median(steady(beside, "seconds"))
+            for results, beside in pairs
+        ]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    expected = losses_of(starts[Run("whole", 1)][0])
+    difference = max(abs(a - b) for results in mine for a, b in zip(losses_of(results), expected))
+    return Row(
+        run.label,
+        f"{statistics.median(times):.0f}",
+        f"{min(times):.0f}-{max(times):.0f}",
+        ratio,
+        f"{statistics.median(cpu):.0f}",
+        f"{difference:.1e}",
+    )
+
+
+def measure(runs: List[Run], repeats: int, options: List[str], target: str) -> List[Row]:
+    """Trains all runs in turns, in both directions, since the load of a machine drifts."""
+    starts: Dict[Run, List[List[Result]]] = {run: [] for run in runs}
+    for repeat in range(repeats):
+        for run in runs[:: -1 if repeat % 2 else 1]:
+            starts[run].append(train(run.mode, run.workers, options, target))
+    return [summarize(run, starts) for run in runs]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=1, help="starts of each run")
     parser.add_argument("--double", action="store_true", help="in float64, where rounding hides nothing")
     parser.add_argument("--master", metavar="TARGET", help="use a running master")
     parser.add_argument("--write", action="store_true", help="put the table into client/examples/README.md")
@@ -96,39 +161,31 @@ def main() -> int:
     console = Console()
     if any(arguments.batch % workers for workers in arguments.workers):
         parser.error("the batch has to divide by each number of workers")
+    if arguments.repeats < 1:
+        parser.error(f"--repeats {arguments.repeats}: at least 1")
     options = ["--batch", str(arguments.batch), "--steps", str(arguments.steps), *["--double"] * arguments.double]
     load = os.getloadavg()[0]
     title = f"ResNet-18, 32 x 32, global batch {arguments.batch}, {'float64, ' * arguments.double}one thread a worker"
-    table, done = Table(title=f"{title}, {os.cpu_count()} cores"), []
-    for column in HEADER:
-        table.add_column(column)
+    if arguments.repeats > 1:
+        title += f", {arguments.repeats} starts"
+    runs = [Run("whole", 1)]
+    runs += [Run(mode, workers) for workers in arguments.workers for mode in ("ddp", "lockstep", "syncbn")]
     try:
         with contextlib.nullcontext(arguments.master) if arguments.master else running_master(900) as target:
-            rows = [("one process", "whole", 1)]
-            for workers in arguments.workers:
-                rows.append((f"{workers} workers, DDP", "ddp", workers))
-                rows.append((f"{workers} workers, DDP, syncbn", "syncbn", workers))
-            expected: List[float] = []
-            for label, mode, workers in rows:
-                results = run(mode, workers, options, target)
-                # The first step also allocates and connects.
-                times = [1e3 * s for result in results for s in result["seconds"][1:] or result["seconds"]]
-                losses = [statistics.fmean(step) for step in zip(*(result["losses"] for result in results))]
-                expected = expected or losses
-                difference = max(abs(a - b) for a, b in zip(losses, expected))
-                spread = f"{min(times):.0f} - {max(times):.0f}"
-                done.append(
-                    Row(label, f"{statistics.median(times):.0f}", spread, f"{losses[-1]:.6f}", f"{difference:.1e}")
-                )
-                table.add_row(*done[-1])
+            rows = measure(runs, arguments.repeats, options, target)
     except Failure as failure:
         console.print(f"resnet18: {failure}")
         return 1
+    table = Table(title=f"{title}, {os.cpu_count()} cores")
+    for column in HEADER:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     console.print(NOTE)
     if arguments.write:
         before, rest = README.read_text().split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{markdown(title, load, done)}\n{END}{rest.split(END)[1]}")
+        README.write_text(f"{before}{BEGIN}\n{markdown(title, load, rows)}\n{END}{rest.split(END)[1]}")
     return 0
 
 

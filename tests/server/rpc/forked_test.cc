@@ -86,15 +86,22 @@ TEST(ForkedTest, AChildDoesNotHoldThePortOfThePages) {
   auto pages = http::HttpServer::Start(options, (*server)->InProcessChannel());
   ASSERT_TRUE(pages.ok()) << pages.status();
   options.address = (*pages)->address();
-  int ends[2];
+  int ends[2], begun[2];
   ASSERT_EQ(pipe(ends), 0);
+  ASSERT_EQ(pipe(begun), 0);
   const pid_t child = fork();
   if (child == 0) {
     char byte = 0;
     pages->reset();  // Does nothing.
     close(ends[1]);
+    if (write(begun[1], &byte, 1) != 1) _exit(2);
     _exit(static_cast<int>(read(ends[0], &byte, 1)));  // Lives until the parent has looked.
   }
+  close(begun[1]);
+  // A child closes its copies as its first act, which fork() does not wait for.
+  char byte = 0;
+  ASSERT_EQ(read(begun[0], &byte, 1), 1);
+  close(begun[0]);
   pages->reset();
   pages = http::HttpServer::Start(options, (*server)->InProcessChannel());
   EXPECT_TRUE(pages.ok()) << pages.status();
