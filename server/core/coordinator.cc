@@ -384,8 +384,9 @@ void Coordinator::CheckInvariants() const {
   SYNCBN_CHECK(alarms_.size() == alarms, alarms_.size(), ", not ", alarms);
   SYNCBN_CHECK(retained_ == retained, retained_, ", not ", retained);
   SYNCBN_CHECK(streams_.size() == streams, streams_.size(), ", not ", streams);
+  auto slot = groups_.end();  // Of the stream before: most have the same.
   for (const auto& [stream, id] : streams_) {
-    const auto slot = groups_.find(id);
+    if (slot == groups_.end() || !(slot->first == id)) slot = groups_.find(id);
     SYNCBN_CHECK(slot != groups_.end() && slot->second.group->Owns(stream), "stream ", stream);
   }
 }

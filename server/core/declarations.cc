@@ -103,12 +103,12 @@ void Declarations::AdoptUnanimous() {
 void Declarations::CheckInvariants() const {
   size_t ranks = 0;
   for (const Side& side : sides_) {
-    const std::vector<Rank> on_this_side = side.ranks.ToVector();
-    SYNCBN_CHECK(side.size == on_this_side.size() && side.size != 0, side.size, ", not ", on_this_side.size());
-    for (const Rank rank : on_this_side) SYNCBN_CHECK(Of(rank) == side.declaration, "rank ", rank, " is on two sides");
+    SYNCBN_CHECK(side.size == side.ranks.size() && side.size != 0, side.size, ", not ", side.ranks.size());
+    side.ranks.ForEach(
+        [&](Rank rank) { SYNCBN_CHECK(Of(rank) == side.declaration, "rank ", rank, " is on two sides"); });
     ranks += side.size;
   }
-  SYNCBN_CHECK(ranks_.ToVector().size() == ranks, ranks_.ToVector().size(), ", not ", ranks);
+  SYNCBN_CHECK(ranks_.size() == ranks, ranks_.size(), ", not ", ranks);
   SYNCBN_CHECK(current_ != nullptr && past_.size() <= kPast);
   SYNCBN_CHECK(sides_.size() != 1 || (!sides_[0].disputed && current_ == sides_[0].declaration));
 }

@@ -36,15 +36,21 @@ class RankSet {
     return ranks;
   }
 
+  // Calls `visit` with each rank, ascending.
+  template <typename Visit>
+  void ForEach(const Visit& visit) const {
+    for (size_t i = 0; i < words_.size(); ++i) {
+      for (uint64_t left = words_[i]; left != 0; left &= left - 1) {
+        visit(static_cast<Rank>(i * 64 + __builtin_ctzll(left)));
+      }
+    }
+  }
+
   // Ascending.
   std::vector<Rank> ToVector() const {
     std::vector<Rank> ranks;
     ranks.reserve(size());
-    for (size_t i = 0; i < words_.size(); ++i) {
-      for (uint64_t left = words_[i]; left != 0; left &= left - 1) {
-        ranks.push_back(static_cast<Rank>(i * 64 + __builtin_ctzll(left)));
-      }
-    }
+    ForEach([&ranks](Rank rank) { ranks.push_back(rank); });
     return ranks;
   }
 

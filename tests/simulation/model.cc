@@ -175,8 +175,10 @@ void Model::CheckTold() {
 void Model::CheckWaiting(absl::Time now) {
   for (const auto& [key, round] : pending_) {
     if (round.idle()) continue;
+    const std::vector<Rank> missing = Missing(round);
+    const bool taken_along = !TakenAlong(round).empty();
     if (round.restored) {
-      for (const Rank rank : Missing(round)) {
+      for (const Rank rank : missing) {
         if (!MayRepeat(rank, now - absl::Nanoseconds(1))) {
           Violate(absl::StrCat(Name(key), " waits for rank ", rank, ", which cannot repeat its contribution"));
         }
@@ -184,7 +186,7 @@ void Model::CheckWaiting(absl::Time now) {
     }
     size_t awaited = 0;
     size_t lost = 0;
-    for (const Rank rank : Missing(round)) {
+    for (const Rank rank : missing) {
       if (Left(rank)) continue;
       // The worker that a restored round waits for may still come, whoever has claimed its rank in between.
       const bool in_vain_for = refused_.count(rank) != 0 && !proceeds() && !round.restored;
@@ -192,14 +194,14 @@ void Model::CheckWaiting(absl::Time now) {
       // On the stroke of the grace or the deadline, its alarm may be the next event.
       (GivenUp(rank, now - absl::Nanoseconds(1)) ? lost : awaited) += 1;
     }
-    for (const Rank rank : Missing(round)) {
+    for (const Rank rank : missing) {
       if (round.restored || !history_.MayHaveForgotten(rank, key)) continue;
       Violate(absl::StrCat(Name(key), " waits for rank ", rank, ", which may have forgotten its end"));
     }
     // One that has taken its part along may come back.
-    const bool hopes = !TakenAlong(round).empty() && LeaversMayReturn(now);
+    const bool hopes = taken_along && LeaversMayReturn(now);
     const bool in_vain = (awaited == 0 && !hopes) || (lost != 0 && !proceeds()) ||
-                         (proceeds() && TakenAlong(round).empty() && round.parts.size() + awaited < Least(round));
+                         (proceeds() && !taken_along && round.parts.size() + awaited < Least(round));
     if (in_vain && !round.restored) {
       Violate(absl::StrCat(Name(key), " waits for nobody who could come"));
     }
@@ -207,8 +209,7 @@ void Model::CheckWaiting(absl::Time now) {
     const absl::Duration late = std::min(SimulatedLimits().late_round_after, *settings_.config.round_timeout);
     if (!round.told_late && now > round.begun + late) Violate(absl::StrCat(Name(key), " waits, and nobody is told"));
     for (const auto& [rank, held] : round.parts) {
-      if (IsBad({key, held.numbers}, settings_.LayerOf(key)))
-        Violate(absl::StrCat(Name(key), " waits with bad numbers"));
+      if (HasBadNumbers(key, *held.numbers)) Violate(absl::StrCat(Name(key), " waits with bad numbers"));
       if (!std::count(round.expected.begin(), round.expected.end(), rank)) {
         Violate(absl::StrCat(Name(key), " takes numbers of rank ", rank, ", which is no contributor"));
       }

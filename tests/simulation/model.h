@@ -167,6 +167,9 @@ class Model {
   bool waits() const { return settings_.config.missing_policy == core::MissingPolicy::kWait; }
   size_t Least(const Pending& round) const;
   std::vector<core::Rank> Missing(const Pending& round) const;
+  bool HasBadNumbers(const core::RoundKey& key, const testing::Numbers& numbers) const {
+    return IsBad(key.phase, numbers, settings_.LayerOf(key));
+  }
 
   const Settings& settings_;
   Incarnations& incarnations_;

@@ -62,7 +62,7 @@ void Model::TakeRepeat(Rank rank, const Part& part, absl::Time now) {
   const RestoredRound* const restored = history_.FindRestored(part.key);
   if (!members_[rank].catching_up || restored == nullptr) return;
   if (!std::count(restored->roster.begin(), restored->roster.end(), rank)) return;
-  if (IsBad(part, settings_.LayerOf(part.key))) return;  // The round completed, so it was not with these.
+  if (HasBadNumbers(part.key, *part.numbers)) return;  // The round completed, so it was not with these.
   Pending& round = PendingRestored(part.key, now);
   if (!round.parts.emplace(rank, Held{members_[rank].incarnation, part.numbers}).second) return;
   round.repeats.insert(rank);
@@ -86,7 +86,7 @@ const Part* Model::RepeatBehind(const core::RoundEnded& ended, const Pending& ro
   const auto repeat = std::find_if(frame_->parts.begin(), frame_->parts.end(), [&key](const Part& part) {
     return part.key == key && part.report != nullptr && !part.report->error.has_value();
   });
-  if (repeat == frame_->parts.end() || IsBad(*repeat, settings_.LayerOf(key))) return nullptr;
+  if (repeat == frame_->parts.end() || HasBadNumbers(key, *repeat->numbers)) return nullptr;
   const Rank rank = sender_.rank;
   if (round.repeats.count(rank) != 0) return ended.contributors < round.parts.size() ? &*repeat : nullptr;
   // The sender had asked for the outcome before, perhaps with other numbers: then the report has ended the round if
@@ -107,7 +107,7 @@ void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
   const RestoredRound& restored = *history_.FindRestored(part.key);
   const bool counts = std::count(restored.roster.begin(), restored.roster.end(), rank) != 0;
   // The round has completed, so these are not the numbers that it completed with.
-  if (counts && IsBad(part, settings_.LayerOf(part.key))) return must_answer_.push_back(part.key);
+  if (counts && HasBadNumbers(part.key, *part.numbers)) return must_answer_.push_back(part.key);
   Pending& round = PendingRestored(part.key, now);
   const auto before = round.parts.find(rank);
   const bool repeated = counts && before != round.parts.end();
@@ -132,10 +132,11 @@ void Model::NoteStraddling(Rank rank, Pending* round) const {
 
 std::vector<Rank> Model::TakenAlong(const Pending& round) const {
   std::vector<Rank> ranks;
+  if (!round.straddles) return ranks;
   for (const Rank rank : Missing(round)) {
     const auto member = members_.find(rank);
     if (member == members_.end() || !member->second.left_before) continue;
-    if (round.straddles && round.left.count(rank) == 0) ranks.push_back(rank);
+    if (round.left.count(rank) == 0) ranks.push_back(rank);
   }
   return ranks;
 }

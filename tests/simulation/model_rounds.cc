@@ -134,7 +134,7 @@ void Model::CheckRefusal(StreamId stream, const core::RoundOutcome& outcome) {
 bool Model::RefusalIsDue(Rank rank, const Part& part, const std::string& reason) const {
   if (reason == "OUTCOME_LOST") return history_.MayBeForgotten(part.key);
   if (reason == "PAYLOAD_CHANGED") {
-    if (history_.FindRestored(part.key) != nullptr && IsBad(part, settings_.LayerOf(part.key))) return true;
+    if (history_.FindRestored(part.key) != nullptr && HasBadNumbers(part.key, *part.numbers)) return true;
     const EndedRound* const ended = history_.FindEnded(part.key);
     const auto round = pending_.find(part.key);
     if (ended == nullptr && round == pending_.end()) return false;
@@ -250,7 +250,7 @@ bool Model::FailureIsDue(const core::RoundOutcome& outcome, const Pending& round
   }
   if (reason == "NOT_FINITE" || reason == "INVALID_CONTRIBUTION") {
     const auto part = error.ranks.size() == 1 ? round.parts.find(error.ranks[0]) : round.parts.end();
-    return part != round.parts.end() && IsBad({outcome.key, part->second.numbers}, settings_.LayerOf(outcome.key));
+    return part != round.parts.end() && HasBadNumbers(outcome.key, *part->second.numbers);
   }
   if (reason != "GROUP_ENDED") return false;
   return std::none_of(members_.begin(), members_.end(), [](const auto& entry) { return entry.second.stream != 0; });
@@ -300,7 +300,7 @@ void Model::CheckCompletion(const core::RoundOutcome& outcome, const Pending& ro
   }
   bool required = false;
   for (const auto& [rank, held] : round.parts) {
-    if (IsBad({outcome.key, held.numbers}, settings_.LayerOf(outcome.key))) {
+    if (HasBadNumbers(outcome.key, *held.numbers)) {
       return Violate(absl::StrCat(Name(outcome.key), " completes with bad numbers"));
     }
     required = required || held.numbers->role == core::BackwardRole::kRequired;
@@ -347,6 +347,7 @@ size_t Model::Least(const Pending& round) const {
 
 std::vector<Rank> Model::Missing(const Pending& round) const {
   std::vector<Rank> missing;
+  missing.reserve(round.expected.size() - std::min(round.expected.size(), round.parts.size()));
   for (const Rank rank : round.expected) {
     if (round.parts.count(rank) == 0) missing.push_back(rank);
   }

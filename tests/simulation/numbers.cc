@@ -64,16 +64,14 @@ bool SameNumbers(const testing::Numbers& a, const testing::Numbers& b) {
   return a.count == b.count && a.role == b.role && SameBits(a.first, b.first) && SameBits(a.second, b.second);
 }
 
-bool IsBad(const Part& part, const core::LayerSpec& spec) {
-  const testing::Numbers& numbers = *part.numbers;
-  const bool may_be_empty =
-      part.key.phase == core::Phase::kBackward || (part.key.phase == core::Phase::kForward && numbers.count == 0);
-  const size_t second = part.key.phase == core::Phase::kSum ? 0 : spec.channels;
+bool IsBad(core::Phase phase, const testing::Numbers& numbers, const core::LayerSpec& spec) {
+  const bool may_be_empty = phase == core::Phase::kBackward || (phase == core::Phase::kForward && numbers.count == 0);
+  const size_t second = phase == core::Phase::kSum ? 0 : spec.channels;
   const auto fits = [&](const std::vector<double>& vector, size_t length) {
     return vector.size() == length || (vector.empty() && may_be_empty);
   };
   if (!fits(numbers.first, spec.channels) || !fits(numbers.second, second) || numbers.count < 0) return true;
-  if (part.key.phase != core::Phase::kForward) return false;  // They take any value.
+  if (phase != core::Phase::kForward) return false;  // They take any value.
   for (const double value : numbers.first) {
     if (!std::isfinite(value)) return true;
   }

@@ -22,8 +22,8 @@ using HeldParts = std::map<core::Rank, Held>;
 
 // Returns true if a replay with these numbers is the same contribution, bit for bit.
 bool SameNumbers(const testing::Numbers& a, const testing::Numbers& b);
-// Returns true if a master must refuse the contribution to a layer of this declaration.
-bool IsBad(const Part& part, const core::LayerSpec& spec);
+// Returns true if a master must refuse these numbers for a round of this phase, of a layer of this declaration.
+bool IsBad(core::Phase phase, const testing::Numbers& numbers, const core::LayerSpec& spec);
 
 // The merge of a round's contributions, as it should be.
 struct Merged {

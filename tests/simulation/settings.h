@@ -64,10 +64,13 @@ inline constexpr char kMaster[] = "master:1";
 
 // The engine's, but for a wait after which rounds are late that is within the schedules' deadlines, and turns that the
 // rounds of a group do not fit into.
-inline core::Limits SimulatedLimits() {
-  core::Limits limits;
-  limits.late_round_after = absl::Milliseconds(25);
-  limits.max_turn_bytes = 1'500;  // Two or three rounds.
+inline const core::Limits& SimulatedLimits() {
+  static const core::Limits limits = [] {
+    core::Limits simulated;
+    simulated.late_round_after = absl::Milliseconds(25);
+    simulated.max_turn_bytes = 1'500;  // Two or three rounds.
+    return simulated;
+  }();
   return limits;
 }
 

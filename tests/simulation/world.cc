@@ -172,15 +172,23 @@ void World::PutOff(Item item, Micros at) {
 }
 
 void World::Queue(Item item) {
-  queue_.push_back(std::move(item));
+  if (free_items_.empty()) {
+    free_items_.push_back(items_.size());
+    items_.emplace_back();
+  }
+  const size_t place = free_items_.back();
+  free_items_.pop_back();
+  queue_.push_back({item.at, item.order, place});
+  items_[place] = std::move(item);
   std::push_heap(queue_.begin(), queue_.end());
 }
 
 World::Item World::Pop() {
   std::pop_heap(queue_.begin(), queue_.end());
-  Item item = std::move(queue_.back());
+  const size_t place = queue_.back().item;
   queue_.pop_back();
-  return item;
+  free_items_.push_back(place);
+  return std::move(items_[place]);
 }
 
 bool World::Settled() const {

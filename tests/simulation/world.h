@@ -66,8 +66,15 @@ class World {
     FramePtr to_master;
     ServerFramePtr to_worker;
     std::shared_ptr<const session::Break> why;
+  };
 
-    friend bool operator<(const Item& a, const Item& b) {  // The greatest comes first.
+  // When an item's turn comes; the item itself does not move while its turn changes places in the heap.
+  struct Turn {
+    Micros at = 0;
+    uint64_t order = 0;
+    size_t item = 0;  // Its place in items_.
+
+    friend bool operator<(const Turn& a, const Turn& b) {  // The greatest comes first.
       return std::tie(b.at, b.order) < std::tie(a.at, a.order);
     }
   };
@@ -210,7 +217,9 @@ class World {
 
   Micros now_ = 0;
   uint64_t pushed_ = 0;
-  std::vector<Item> queue_;  // A heap; the item that is next is its front.
+  std::vector<Turn> queue_;  // A heap; the turn that is next is its front.
+  std::vector<Item> items_;
+  std::vector<size_t> free_items_;  // Places in items_ of no turn.
   Incarnations incarnations_;
   std::unique_ptr<Mutant> master_;  // Null while it is down.
   std::unique_ptr<Model> model_;
