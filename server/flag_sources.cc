@@ -65,10 +65,13 @@ class StrictConfig final : public CLI::ConfigTOML {
 
  private:
   static std::string ReadAll(std::istream& input) {
-    std::string text(kMostConfigBytes + 1, '\0');
-    input.read(text.data(), static_cast<std::streamsize>(text.size()));
+    std::string text;
+    char piece[4096];
+    do {
+      input.read(piece, sizeof(piece));
+      text.append(piece, static_cast<size_t>(input.gcount()));
+    } while (input.good() && text.size() <= kMostConfigBytes);
     if (input.bad()) throw CLI::FileError("the config file cannot be read");
-    text.resize(static_cast<size_t>(input.gcount()));
     if (text.size() > kMostConfigBytes) {
       throw CLI::ConfigError(
           absl::StrCat("the config file is longer than ", kMostConfigBytes, " bytes, the most that are read"));

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -56,8 +55,10 @@ GroupState SmallGroup() {
 // ---- Files ----------------------------------------------------------------------------------------------------------
 
 std::string ReadFile(const std::string& name) {
-  std::ifstream stream(name, std::ios::binary);
-  return std::string((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
+  std::ifstream stream(name, std::ios::binary | std::ios::ate);
+  std::string bytes(stream.good() ? static_cast<size_t>(stream.tellg()) : 0, '\0');
+  stream.seekg(0).read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  return bytes;
 }
 
 void WriteFile(const std::string& name, const std::string& bytes) {
