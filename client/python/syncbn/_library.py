@@ -451,12 +451,13 @@ class Owned:
     __slots__ = ("value", "_destroy", "_process", "_generation")
 
     def __init__(self, value: int, destroy: Callable[[int], None]) -> None:
-        self.value: Optional[int] = value
         self._destroy = destroy
         self._process = _forks.here  # A module's names may be gone when the last handles go.
         self._generation = self._process.generation
+        self.value: Optional[int] = value
 
     def __del__(self) -> None:
-        value, self.value = self.value, None
+        value = getattr(self, "value", None)  # Ctrl-C may come before it has one.
+        self.value = None
         if value is not None and self._process.generation == self._generation:
             self._destroy(value)

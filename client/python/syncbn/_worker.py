@@ -1,7 +1,9 @@
 """Workers: members of a group."""
 
+import contextlib
 import ctypes
 import logging
+import sys
 import threading
 import warnings
 from threading import get_ident
@@ -10,12 +12,13 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Type
 
 import numpy as np
 
-from syncbn import _arguments, _forks, _joins, _layers, _library, _meeting, _open, _places, _rounds, _settings, _signals
-from syncbn import _stats, errors
+from syncbn import _arguments, _forks, _joins, _layers, _library, _meeting, _open, _places, _presence, _rounds
+from syncbn import _settings, _signals, _stats, errors
 from syncbn._library import call, create, lib, text
 from syncbn._rounds import GradientSums, Moments, Round, wait
 
 _logger = logging.getLogger("syncbn")
+_LOOK_AGAIN_SECONDS = 0.1
 _BACKWARD_ROLES = {
     True: _library.BACKWARD_REQUIRED,
     None: _library.BACKWARD_IF_REQUIRED,
@@ -49,13 +52,15 @@ class _Held:
     signal's handler calls, within the block on the same thread, leaves the handle for the block to destroy.
     """
 
-    __slots__ = ("_worker",)
+    __slots__ = ("_worker", "_user")
 
     def __init__(self, worker: "Worker") -> None:
         self._worker = worker
+        self._user: Optional[_presence.User] = None
 
     def __enter__(self) -> int:
-        return self._worker._enter()
+        self._user = (get_ident(), sys._getframe(1).f_code)
+        return self._worker._enter(self._user)
 
     def __exit__(
         self,
@@ -63,7 +68,7 @@ class _Held:
         error: Optional[BaseException],
         traceback: Optional[TracebackType],
     ) -> None:
-        self._worker._exit()
+        self._worker._exit(self._user)
         if error is not None:
             self._worker._note(error)
 
@@ -136,7 +141,7 @@ class Worker(_layers.Declares):
         self._handle: Optional[int] = None
         self._generation = _forks.here.generation
         self._explained: Set[int] = set()
-        self._users: List[int] = []  # The threads within `handle` blocks, one for each block.
+        self._users: List[_presence.User] = []  # The threads within `handle` blocks, one for each block.
         self._abandoned: Optional[int] = None  # A handle that is closed, and to be destroyed with the last of these.
         self._interrupts = 0
         self._lock = threading.RLock()
@@ -205,14 +210,15 @@ class Worker(_layers.Declares):
         """The C handle, kept alive for the length of a `with` block."""
         return _Held(self)
 
-    def _enter(self) -> int:
+    def _enter(self, user: Optional[_presence.User] = None) -> int:
         """The C handle, which is kept alive until `_exit`, on the same thread. There is none to be called after an error.
 
+        user: the thread within the function that has the handle; None: the calling one, whose caller is of this package.
         Neither takes a lock, in a worker that is open: to append to a list and to remove from one are single steps.
         """
         if self._generation != _forks.here.generation:
             raise _forks.error()
-        users, own = self._users, get_ident()
+        users, own = self._users, user or get_ident()
         try:
             users.append(own)  # First: a close looks here once it has taken the handle away.
             handle = self._handle
@@ -221,11 +227,11 @@ class Worker(_layers.Declares):
             _open.end_daemon()
             raise errors.make_error("the worker has been closed", errors.Code.FAILED_PRECONDITION, "LEFT")
         except BaseException:  # Ctrl-C too.
-            self._exit()
+            self._exit(own)
             raise
 
-    def _exit(self) -> None:
-        self._users.remove(get_ident())
+    def _exit(self, user: Optional[_presence.User] = None) -> None:
+        self._users.remove(user or get_ident())
         if self._handle is not None:
             return
         abandoned = None
@@ -379,8 +385,10 @@ class Worker(_layers.Declares):
             lib.syncbn_worker_close(handle)  # Ends what other threads wait for.
             own = threading.get_ident()
             with self._idle:
-                while any(user != own for user in self._users):
-                    self._idle.wait()
+                while any(_presence.thread_of(user) != own for user in self._users):
+                    if not self._idle.wait(_LOOK_AGAIN_SECONDS):
+                        self._forget_absent()
+                self._forget_absent()
                 if self._users:
                     self._abandoned, handle = handle, None
             if handle is not None:
@@ -388,6 +396,12 @@ class Worker(_layers.Declares):
             self._log_summary()
         if self._meeting is not None:
             self._meeting.leave()
+
+    def _forget_absent(self) -> None:
+        """Takes back the notes that Ctrl-C has kept their threads from taking back."""
+        for user in _presence.absent(list(self._users)):
+            with contextlib.suppress(ValueError):  # The thread has just done so.
+                self._users.remove(user)
 
     def _log_summary(self) -> None:
         if not _logger.isEnabledFor(logging.INFO):
