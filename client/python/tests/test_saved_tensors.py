@@ -453,9 +453,31 @@ class OwnForward(torch.nn.BatchNorm1d):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("kind", ["layer", "subclass", "moments"])
-def test_traces_of_training(master, kind):
-    """torch.jit.trace, which TensorBoard's add_graph and the older ONNX exporter use too."""
+class Masked(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, mask=torch.ones(4, dtype=torch.bool))
+
+
+def traced_by_jit(function, x):
+    torch.jit.trace(function, x)
+
+
+def traced_by_make_fx(function, x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    make_fx(function)(x)
+
+
+@pytest.mark.parametrize("tracer, named", [(traced_by_jit, "torch.jit.trace"), (traced_by_make_fx, "make_fx")])
+@pytest.mark.parametrize("kind", ["layer", "subclass", "moments", "masked"])
+def test_traces_of_training(master, kind, tracer, named):
+    """torch.jit.trace, which TensorBoard's add_graph and the older ONNX exporter use too. And make_fx, over tensors with values:
+    its graph had uninitialized memory for the layer's output.
+    """
 
     def trace(layer):
         traced = layer
@@ -466,11 +488,26 @@ def test_traces_of_training(master, kind):
             def traced(x):
                 return sync.moments(x, 0, worker=layer.worker, layer="moments")
 
-        torch.jit.trace(traced, torch.randn(4, CHANNELS))
+        elif kind == "masked":
+            traced = Masked(layer)
 
-    refused(master, f"trace-{kind}", trace, "torch.jit.trace")
+        tracer(traced, torch.randn(4, CHANNELS))
+
+    refused(master, f"trace-{kind}-{named}", trace, named)
     model, x = sync.convert_sync_batchnorm(OwnForward(CHANNELS)).eval(), torch.randn(4, CHANNELS)
     torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+def test_a_trace_of_a_backward_pass_alone(group):
+    def run(worker):
+        layer = sync.SyncBatchNorm(CHANNELS, worker=worker, layer="bn")
+        x = torch.randn(4, CHANNELS, requires_grad=True)
+        y = layer(x)
+        with pytest.raises(RuntimeError, match="make_fx"):
+            traced_by_make_fx(lambda dy: torch.autograd.grad(y, x, dy, retain_graph=True), torch.ones(4, CHANNELS))
+        y.sum().backward()
+
+    group(1, run)
 
 
 # ---- Subclasses of Tensor ----

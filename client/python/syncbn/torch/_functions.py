@@ -15,7 +15,7 @@ import torch
 
 from syncbn import _passes
 from syncbn._library import ADDRESS_SIZE, BACKWARD_INPUTS, BACKWARD_OUTPUTS, FORWARD_OUTPUTS
-from syncbn.torch import _graphs, _running, _second, _tensors
+from syncbn.torch import _graphs, _running, _second, _supported, _tensors
 
 _NO_BATCHES = (0, False)  # The number of batches, as _count says of it.
 
@@ -203,6 +203,7 @@ def _backward(
     saved: Pass, dy: torch.Tensor, x: torch.Tensor, weight: Optional[torch.Tensor], gated: bool = True
 ) -> _tensors.Gradients:
     """dx, d_weight, d_bias and d_z, those that are needed, by one backward pass. gated: a ReLU, if any, is part of it."""
+    _supported.check_modes()
     gate, found = saved.open_gate if gated else None, None
     if saved.types is not None and not torch.is_grad_enabled():
         found = _tensors.backward_sight(dy, x, weight, saved.shape, saved.packed, saved.types, saved.needed, gate)

@@ -96,6 +96,7 @@ class BackwardSums:
 
     def merge(self, first: torch.Tensor, second: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The sums of two vectors, on the host. The protocol has one backward round; later passes send one vector, in turn."""
+        _supported.check_modes()
         if self._worker is None:
             return first, second
         self._passes += 1

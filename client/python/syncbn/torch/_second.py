@@ -37,7 +37,7 @@ import torch
 
 from syncbn import _names
 from syncbn.core import Worker
-from syncbn.torch import _tensors
+from syncbn.torch import _supported, _tensors
 
 NO_THIRD = "SyncBatchNorm has first and second derivatives, and no third: call the second backward without create_graph"
 
@@ -56,6 +56,7 @@ class _Last(torch.autograd.Function):
 
 def last(function: Callable[..., Any], *tensors: Optional[torch.Tensor]) -> Any:
     """function(*tensors), a tuple; an error to whoever differentiates it."""
+    _supported.check_modes()
     return _Last.apply(function, *tensors) if torch.is_grad_enabled() else function(*tensors)
 
 

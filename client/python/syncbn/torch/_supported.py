@@ -38,6 +38,8 @@ _transformed: Callable[[torch.Tensor], bool] = getattr(
 is_zero_tensor: Callable[[torch.Tensor], bool] = _torch.Tensor._is_zerotensor
 
 tracing_state: Callable[[], Any] = _torch._C._get_tracing_state
+# The number of modes that see each operation, such as make_fx's, a counter of operations or a checkpoint's.
+dispatch_modes: Callable[[], int] = getattr(_torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _ADVICE = "; put the layer into evaluation (eval()), which is local, or run it outside"
 
 # Classes whose objects have their elements in memory of their own, if their layout is strided.
@@ -46,7 +48,10 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 def check_supported(*tensors: Optional[torch.Tensor]) -> None:
     """Raises UnsupportedTensor for an input or a parameter of a training layer that has no values, or not in memory of
-    its own, and within torch.jit.trace. Before the round, so that no other worker waits for one that cannot go on."""
+    its own, and within torch.jit.trace and make_fx. Before the round, so that no other worker waits for one that cannot go
+    on.
+    """
+    check_modes()
     if tracing_state() is not None:
         text = "SyncBatchNorm in training cannot be recorded by torch.jit.trace, which add_graph and exporters use as well"
         raise UnsupportedTensor(text + _ADVICE)
@@ -65,6 +70,16 @@ def check_supported(*tensors: Optional[torch.Tensor]) -> None:
         )
         if not usual:
             _check_supported(x)
+
+
+def check_modes() -> None:
+    """Refuses make_fx over tensors with values: its graph would have the memory of y without what a round writes there. To be
+    called in backward passes too, which may be recorded alone.
+    """
+    for i in range(dispatch_modes()):
+        mode: Any = _torch._C._get_dispatch_stack_at(i)
+        if any(kind.__name__ == "ProxyTorchDispatchMode" for kind in type(mode).__mro__):
+            raise UnsupportedTensor(f"SyncBatchNorm in training cannot be recorded by make_fx{_ADVICE}")
 
 
 def _check_supported(x: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 
 from syncbn import _calls, _library
 from syncbn._library import Tensor, Vector
-from syncbn.torch._supported import PLAIN, TYPES, in_memory, is_zero_tensor, tracing_state
+from syncbn.torch._supported import PLAIN, TYPES, dispatch_modes, in_memory, is_zero_tensor, tracing_state
 
 _torch: Any = torch  # Where the hints of torch's versions differ.
 
@@ -36,7 +36,7 @@ def at_sight(
     in memory of their own, and a vector an element of one dimension for each channel. None: `check_supported` and the layer
     have to look closely, and say what is wrong, if anything.
     """
-    if tracing_state() is not None or getattr(forward_ad, "_current_level", -1) >= 0:
+    if tracing_state() is not None or dispatch_modes() or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
     sight: Optional[Sight] = forward_sight(x, weight, bias, running_mean, running_var)
     return sight
