@@ -19,6 +19,11 @@ bool PendingRound::Knows(Rank rank) const {
   return payloads.contains(rank) || std::find(latecomers.begin(), latecomers.end(), rank) != latecomers.end();
 }
 
+bool PendingRound::Awaits(Rank rank) const {
+  const auto payload = payloads.find(rank);
+  return Knows(rank) && (payload == payloads.end() || !payload->second.repeats);
+}
+
 std::vector<Rank> PendingRound::MissingRanks(uint32_t world_size) const {
   std::vector<Rank> missing;
   SYNCBN_CHECK(payloads.size() <= needed, payloads.size(), " of ", needed);

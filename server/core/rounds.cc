@@ -358,7 +358,7 @@ void Rounds::OnBlocked(Rank rank, const std::vector<RoundKey>& keys) {
   if (keys.size() > pending_.size()) return;  // They cannot all be in flight.
   for (const RoundKey& key : keys) {
     const auto round = pending_.find(key);
-    if (round == pending_.end() || !round->second.Knows(rank)) return;
+    if (round == pending_.end() || !round->second.Awaits(rank)) return;
   }
   members_.Block(rank, keys);
 }
@@ -474,7 +474,7 @@ void Rounds::CheckInvariants() const {
     SYNCBN_CHECK(members_[rank].awaited == awaited[rank], "rank ", rank, " awaits ", awaited[rank], " rounds");
     for (const RoundKey& key : members_[rank].blocked_on) {
       const auto round = pending_.find(key);
-      SYNCBN_CHECK(round != pending_.end() && round->second.Knows(rank), "rank ", rank, ", ", Describe(key));
+      SYNCBN_CHECK(round != pending_.end() && round->second.Awaits(rank), "rank ", rank, ", ", Describe(key));
     }
   }
 }

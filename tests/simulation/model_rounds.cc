@@ -325,8 +325,9 @@ bool Model::Blocked(Rank rank) const {
   const std::vector<RoundKey>& keys = members_.at(rank).blocked_on;
   return !keys.empty() && std::all_of(keys.begin(), keys.end(), [&](const RoundKey& key) {
     const auto round = pending_.find(key);
-    return round != pending_.end() &&
-           (round->second.parts.count(rank) != 0 || round->second.latecomers.count(rank) != 0);
+    if (round == pending_.end()) return false;
+    const bool awaits = round->second.parts.count(rank) != 0 && round->second.repeats.count(rank) == 0;
+    return awaits || round->second.latecomers.count(rank) != 0;
   });
 }
 

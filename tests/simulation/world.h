@@ -94,6 +94,7 @@ class World {
     bool caught_up = false;                        // Its worker has given this master all that it keeps.
     std::map<core::RoundKey, int> changed_echoes;  // Echoes with other numbers that wait for their refusal.
     std::map<std::string, uint32_t> said;          // Channels of the layers, as they were declared last.
+    std::vector<core::RoundKey> forgotten;         // As its worker has said: these, and those before.
   };
 
   // One process of a worker.

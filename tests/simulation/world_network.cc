@@ -116,6 +116,7 @@ void World::Send(StreamId id, FramePtr frame) {
   Stream& stream = StreamOf(id);
   for (const core::LayerSpec& spec : frame->layers) stream.said[spec.name] = spec.channels;
   stream.caught_up = stream.caught_up || frame->caught_up;
+  stream.forgotten.insert(stream.forgotten.end(), frame->forgotten.begin(), frame->forgotten.end());
   stream.last_to_master = std::max(stream.last_to_master, now_ + Delay());
   Push({stream.last_to_master, 0, Kind::kToMaster, id, std::move(frame), nullptr, nullptr});
 }

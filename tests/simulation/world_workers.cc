@@ -198,7 +198,9 @@ void World::Apply(size_t index, const session::Complete& complete) {
     Note("rank ", lives_[index].trainer.rank(), ": ", Name(complete.contribution->key()),
          " ends: ", complete.status.message());
   }
-  CheckOutcome(complete);
+  // A worker that leaves has not waited for what it is still told: the second case that remains in PROTOCOL.md,
+  // section 6.
+  if (lives_[index].session->LeaveDue() == absl::InfiniteFuture()) CheckOutcome(complete);
   if (lives_[index].trainer.OnOutcome(complete)) lives_[index].session->ResumeAfter(complete.status);
   Schedule(now_ + random_.Between(10, 300), Kind::kAct, index);
 }

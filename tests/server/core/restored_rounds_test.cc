@@ -177,6 +177,20 @@ TEST_F(RestoredTest, WhatNobodyWaitsForIsSilentAndFreed) {
   EXPECT_FALSE(engine_.log(first).closed);
 }
 
+TEST_F(RestoredTest, NobodyIsBlockedOnARoundThatItOnlyRepeats) {
+  const auto told = Told(Forward("a", 4), {0, 1, 2});
+  const StreamId first = Return(0), second = Return(1);
+  Send(first, {told}, 0);
+  FrameReceived frame;
+  frame.stream = first;
+  frame.blocked_on = {Forward("a", 4)};
+  engine_.On(frame);
+  EXPECT_THAT(engine_.View().members[0].blocked_on, IsEmpty());
+  Send(second, {told}, 1);
+  Send(Return(2), {told}, 2);  // All have caught up, so that the round is dropped.
+  EXPECT_THAT(engine_.log(first).outcomes, IsEmpty());
+}
+
 TEST_F(RestoredTest, ARosterStaysAsItWas) {
   // Rank 2 had left before; its late contribution does not count now either.
   const auto told = Told(Forward("a", 4), {0, 1});
