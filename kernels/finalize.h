@@ -123,7 +123,9 @@ SYNCBN_HOST_DEVICE inline void FinalizeBackwardChannel(const FinalizeBackwardArg
   const double local_dy = arguments.bias_gradient.present() ? arguments.local_sum_dy[c] : 0.0;
   const uint64_t weight_bits = arguments.weight.BitsOrNone(c);
   const int64_t count = arguments.pending_forward.CountOr(arguments.count);
-  const bool failed = arguments.pending_forward.HasFailed() | arguments.pending_backward.HasFailed();
+  const bool forward_failed = arguments.pending_forward.HasFailed();
+  const bool backward_failed = arguments.pending_backward.HasFailed();
+  const bool failed = forward_failed || backward_failed;
   const double var = arguments.var.Value(var_bits);
   const bool constant = !has_sums || count == 0;
   const double nan = __builtin_nan("");

@@ -17,7 +17,7 @@ folder=$(dirname "$header")
 } > modes.c
 cp modes.c modes.cc
 test "$(grep -c '^  CHECK_' modes.c)" -gt 6
-flags="-pedantic-errors -Wall -Wextra -Werror -I$folder"
+flags="-pedantic-errors -Wall -Wextra -Wconversion -Wsign-conversion -Wshadow -Werror -I$folder"
 count=0
 try() { # compiler, mode, source
   command -v "$1" >/dev/null || return 0
