@@ -15,13 +15,10 @@ bool PendingRound::Idle() const {
          std::all_of(payloads.begin(), payloads.end(), [](const auto& entry) { return entry.second.repeats; });
 }
 
-bool PendingRound::Knows(Rank rank) const {
-  return payloads.contains(rank) || std::find(latecomers.begin(), latecomers.end(), rank) != latecomers.end();
-}
-
-bool PendingRound::Awaits(Rank rank) const {
+bool PendingRound::AwaitedBy(Rank rank) const {
   const auto payload = payloads.find(rank);
-  return Knows(rank) && (payload == payloads.end() || !payload->second.repeats);
+  if (payload != payloads.end()) return !payload->second.repeats;
+  return std::find(latecomers.begin(), latecomers.end(), rank) != latecomers.end();
 }
 
 std::vector<Rank> PendingRound::MissingRanks(uint32_t world_size) const {

@@ -39,10 +39,9 @@ struct PendingRound {
   bool Expects(Rank rank) const;
   // Returns whether nobody waits for the outcome.
   bool Idle() const;
-  // Returns whether the rank has sent a contribution, be it one that does not count.
-  bool Knows(Rank rank) const;
-  // Returns whether the rank is to be told the outcome: it has contributed, and not only repeated what it has had.
-  bool Awaits(Rank rank) const;
+  // Returns whether the rank is to be told the outcome: it has sent a contribution, be it one that does not count, and
+  // has not only repeated its part of a round whose outcome it has had.
+  bool AwaitedBy(Rank rank) const;
   // Returns the ranks that are to contribute and have not, ascending. Ranks that have left are among them.
   std::vector<Rank> MissingRanks(uint32_t world_size) const;
 

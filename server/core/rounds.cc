@@ -358,7 +358,8 @@ void Rounds::OnBlocked(Rank rank, const std::vector<RoundKey>& keys) {
   if (keys.size() > pending_.size()) return;  // They cannot all be in flight.
   for (const RoundKey& key : keys) {
     const auto round = pending_.find(key);
-    if (round == pending_.end() || !round->second.Awaits(rank)) return;
+    // A round that nobody awaits may be dropped at any time, without an outcome that would free the rank.
+    if (round == pending_.end() || !round->second.AwaitedBy(rank)) return;
   }
   members_.Block(rank, keys);
 }
@@ -474,7 +475,7 @@ void Rounds::CheckInvariants() const {
     SYNCBN_CHECK(members_[rank].awaited == awaited[rank], "rank ", rank, " awaits ", awaited[rank], " rounds");
     for (const RoundKey& key : members_[rank].blocked_on) {
       const auto round = pending_.find(key);
-      SYNCBN_CHECK(round != pending_.end() && round->second.Awaits(rank), "rank ", rank, ", ", Describe(key));
+      SYNCBN_CHECK(round != pending_.end() && round->second.AwaitedBy(rank), "rank ", rank, ", ", Describe(key));
     }
   }
 }

@@ -183,7 +183,7 @@ void Rounds::NoteStraddling(const std::vector<Rank>& left_ranks, PendingRound* r
 // ---- Those who wait -------------------------------------------------------------------------------------------------
 
 void Rounds::AddLatecomer(Rank rank, PendingRound* round) {
-  if (!round->Knows(rank)) round->latecomers.push_back(rank);
+  if (!round->AwaitedBy(rank)) round->latecomers.push_back(rank);
 }
 
 void Rounds::NoteWaiter(Pending::iterator round, absl::Time now) {
