@@ -152,7 +152,7 @@ void World::Echo(core::StreamId id, double changed) {
   const bool declared =
       settings_.complete_set || (said != stream.said.end() && said->second == settings_.LayerOf(part.key).channels);
   if (!declared) return;
-  // What a worker has said to have forgotten it does not send again: a master would think that it still has it.
+  // No worker sends again what it has said to have forgotten: the master would think that the worker still has it.
   const bool forgotten =
       std::any_of(stream.forgotten.begin(), stream.forgotten.end(), [&part](const core::RoundKey& key) {
         return key.layer == part.key.layer && key.phase == part.key.phase && part.key.sequence <= key.sequence;

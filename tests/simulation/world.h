@@ -68,7 +68,7 @@ class World {
     std::shared_ptr<const session::Break> why;
   };
 
-  // When an item's turn comes; the item itself does not move while its turn changes places in the heap.
+  // The turn of an item, which itself does not move while its turn changes places in the heap.
   struct Turn {
     Micros at = 0;
     uint64_t order = 0;
