@@ -168,16 +168,16 @@ def test_a_close_waits_for_those_who_are_within(master):
     def use():
         with worker.handle():
             inside.set()
-            go_on.wait()
+            go_on.wait(timeout=60)  # A close that does not look has to fail the test, not to hang it.
             order.append("used")
 
     def close():
         worker.close()
         order.append("closed")
 
-    threads = [threading.Thread(target=function) for function in (use, close)]
+    threads = [threading.Thread(target=function, daemon=True) for function in (use, close)]
     threads[0].start()
-    inside.wait()
+    assert inside.wait(timeout=60)
     looks = []
     absent = _presence.absent
 
@@ -191,5 +191,5 @@ def test_a_close_waits_for_those_who_are_within(master):
         patch.setattr(_presence, "absent", look)
         threads[1].start()
         for thread in threads:
-            thread.join()
+            thread.join(timeout=120)
     assert (order, looks[:3]) == (["used", "closed"], [[]] * 3)
