@@ -130,9 +130,7 @@ void World::Break(StreamId id, bool worker_knows) {
   stream.drops = random_.Chance(0.5);
   const bool late = random_.Chance(0.5);
   if (late) stream.late_until = now_ + random_.Between(0, 50'000);
-  // A restarted master could take other numbers for the round's, before the right ones: that is more than a death.
-  const bool has_all = masters_ == 1 || stream.caught_up;
-  if (late && random_.Chance(0.3)) Echo(id, settings_.only_deaths || !has_all ? 0.0 : 0.5);
+  if (late && random_.Chance(0.3)) Echo(id, settings_.only_deaths ? 0.0 : 0.5);
   const Micros seen = late ? stream.late_until + random_.Between(0, 30'000) : now_ + Delay();
   Schedule(seen, Kind::kMasterSeesClose, id);
   if (worker_knows) return;
