@@ -50,7 +50,7 @@ NOTE = (
 
 
 class Run(NamedTuple):
-    """What is run, and beside which run of DDP its steps stand."""
+    """What is run. Its steps stand beside those of DDP with as many workers."""
 
     mode: str
     workers: int
