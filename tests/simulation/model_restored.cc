@@ -89,11 +89,11 @@ const Part* Model::RepeatBehind(const core::RoundEnded& ended, const Pending& ro
   if (repeat == frame_->parts.end() || HasBadNumbers(key, *repeat->numbers)) return nullptr;
   const Rank rank = sender_.rank;
   if (round.repeats.count(rank) != 0) return ended.contributors < round.parts.size() ? &*repeat : nullptr;
-  // The sender had asked for the outcome before, perhaps with other numbers: then the report has ended the round if
-  // nobody could come any more.
+  // The sender had asked for the outcome before, perhaps with other numbers: then the report has ended the round if a
+  // part was missing that could not come any more.
   const std::vector<Rank> missing = Missing(round);
   const bool by_report = settled_now_.count(key) != 0 && round.parts.count(rank) != 0 &&
-                         std::none_of(missing.begin(), missing.end(), [&](Rank r) { return MayRepeat(r, now); });
+                         std::any_of(missing.begin(), missing.end(), [&](Rank r) { return !MayRepeat(r, now); });
   return by_report ? &*repeat : nullptr;
 }
 
