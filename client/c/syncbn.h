@@ -385,18 +385,19 @@ SYNCBN_API void syncbn_round_destroy(syncbn_round* round);
  * first such pass and ended with the worker, begins the round when the reduction is complete and releases the stream
  * when the round has ended. A backward pass is stream-ordered if its forward pass is.
  *  - The stream always goes on. After a failure, a deadline, syncbn_worker_interrupt or syncbn_worker_destroy, y, dx
- * and the gradients of weight and bias are NaN, running statistics stay unchanged, and the worker's passes whose rounds
- *    have not begun fail as well. The error that a wait would return is returned once, by the worker's next
+ *    and the gradients of weight and bias are NaN, running statistics stay unchanged, and the worker's passes whose
+ *    rounds have not begun fail as well. The error that a wait would return is returned once, by the worker's next
  *    syncbn_forward_start or syncbn_backward_start of CUDA tensors, syncbn_round_start_sum, syncbn_worker_settle or
- *    syncbn_worker_leave. Until then the program computes NaN, an optimizer's step included. To recover from failures,
- *    call syncbn_worker_settle before keeping any result.
+ *    syncbn_worker_leave. Until then the program computes NaN, an optimizer's step included. To recover from
+ *    failures, call syncbn_worker_settle before keeping any result.
  *  - Functions that need a wait to have an answer still need one, and that wait blocks the host.
- *  - Some passes are host-driven nevertheless, as syncbn_forward_stream_ordered tells: those of a batch with fewer than
- * two values per channel (so that a global count of 0 or 1 is known before anything depends on it), those with the role
- *    IF_REQUIRED, those of a worker with the policy PROCEED, and those on a device for which syncbn_stream_order_check
+ *  - Some passes are host-driven nevertheless, as syncbn_forward_stream_ordered tells: passes of a batch with fewer
+ *    than two values per channel (so that a global count of 0 or 1 is known before anything depends on it), with the
+ *    role IF_REQUIRED, of a worker with the policy PROCEED, and on a device for which syncbn_stream_order_check
  *    fails.
  *  - Deadlocks are found by their deadline, not at once. Two workers of one group that share a GPU in one process
- * should not both be stream-ordered: the GPU may queue the work of one behind the other's wait, until the deadline. */
+ *    should not both be stream-ordered: the GPU may queue the work of one behind the other's wait, until the
+ *    deadline. */
 
 enum { SYNCBN_FLOAT32 = 0, SYNCBN_FLOAT64 = 1, SYNCBN_FLOAT16 = 2, SYNCBN_BFLOAT16 = 3 };
 enum { SYNCBN_CHANNELS_FIRST = 0, SYNCBN_CHANNELS_LAST = 1 };
