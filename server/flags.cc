@@ -112,9 +112,10 @@ class Options {
   void DefineTls() {
     group_ = "TLS";
     MasterServer::TlsOptions& tls = flags_->server.tls;
-    Text("--cert-file", &tls.cert_file, "PEM certificate: with it and its key, TLS alone is spoken");
+    Text("--cert-file", &tls.cert_file, "PEM certificate; with it and its key, the master accepts TLS only");
     Text("--key-file", &tls.key_file, "PEM key of the certificate");
-    Text("--trusted-ca-file", &tls.trusted_ca_file, "PEM certificates that sign the workers'; with --client-cert-auth");
+    Text("--trusted-ca-file", &tls.trusted_ca_file,
+         "PEM certificates of the CA that signs the workers' certificates; needs --client-cert-auth");
     Switch("--client-cert-auth", &tls.client_cert_auth, "refuse workers without a trusted certificate");
     const std::string name = "--identity-template";
     Named(app_->add_option(name, tls.identity_templates,
@@ -132,7 +133,7 @@ class Options {
     OnOff("--inspection", &server.inspection, "serve InspectionService; off: no status page either")
         ->default_str("on if only this host can connect");
     TokenFile("--inspection-token-file", &server.inspection_token,
-              "a file with the token that callers of InspectionService, and readers of the status page, must bear")
+              "a file with the token that callers of InspectionService and readers of the status page need")
         ->default_str("the workers' token");
     OnOff("--reflection", &server.reflection, "serve gRPC's reflection and channelz")
         ->default_str("on if only this host can connect");
@@ -180,7 +181,7 @@ class Options {
           }
           flags_->server.shared_memory_dir = text;
         },
-        "where workers make the memory that they share");
+        "the directory of the memory that workers share");
     Named(option, name)->type_name("DIR");
   }
 
@@ -206,14 +207,14 @@ class Options {
 
   void DefineLife() {
     group_ = "Start and end";
-    Text("--state-dir", &flags_->server.state_dir,
-         "keep running statistics in this directory, for the master after this one", "DIR", "the name of a directory");
-    Seconds("--exit-timeout", "seconds that workers are given to drain at a signal", "5",
+    Text("--state-dir", &flags_->server.state_dir, "keep running statistics in this directory, for the next master",
+         "DIR", "the name of a directory");
+    Seconds("--exit-timeout", "seconds that workers have to drain after a signal", "5",
             [this](double seconds) { flags_->exit_timeout = absl::Seconds(seconds); });
     Seconds("--max-lifetime", "exit after this many seconds; 0: never", "0",
             [this](double seconds) { flags_->max_lifetime = DurationOrForever(seconds); });
     Seconds(
-        "--watchdog", "exit if the master does not answer its own probes for so many seconds; 0: never", "60",
+        "--watchdog", "exit if the master has not answered its own probes for this many seconds; 0: never", "60",
         [this](double seconds) { flags_->watchdog = DurationOrForever(seconds); }, kLeastWatchdogSeconds);
   }
 
@@ -241,7 +242,7 @@ class Options {
           }
           Refuse(name, text, "debug, info, warning or error");
         },
-        "what goes to stderr: debug, info, warning or error");
+        "the lowest level that goes to stderr: debug, info, warning or error");
     Named(option, name)->type_name("LEVEL")->default_str("info");
   }
 
