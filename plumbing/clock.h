@@ -19,11 +19,14 @@ class Clock {
  public:
   absl::Time Now() const { return wall_ + absl::FromChrono(std::chrono::steady_clock::now() - steady_); }
 
-  // Returns `time`, which is one of this clock's, as a completion queue or an alarm takes it.
+  // Returns `time`, which is one of this clock's, as a completion queue or an alarm takes it. A time that has come is
+  // the infinite past: gRPC rounds others up to whole milliseconds, and would sleep until then.
   gpr_timespec QueueDeadline(absl::Time time) const {
     if (time == absl::InfiniteFuture()) return gpr_inf_future(GPR_CLOCK_MONOTONIC);
+    const absl::Duration left = time - Now();
+    if (left <= absl::ZeroDuration()) return gpr_inf_past(GPR_CLOCK_MONOTONIC);
     return gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
-                        gpr_time_from_nanos(absl::ToInt64Nanoseconds(time - Now()), GPR_TIMESPAN));
+                        gpr_time_from_nanos(absl::ToInt64Nanoseconds(left), GPR_TIMESPAN));
   }
 
  private:
