@@ -242,11 +242,12 @@ bool SharedMemoryTransport::Nap(uint32_t seen, absl::Time begun, absl::Time dead
   const absl::Time now = Now();
   // The master ends the stream, or the frame that was written to it is about to be told of.
   const bool expecting = stream_writes_ || layout.closing.load(std::memory_order_seq_cst) != 0;
+  if ((expecting || now - looked_at_stream_ > kLongestNeglect) && LookAtStream(now)) return true;
   absl::Duration nap = now - begun < kLongWait ? kShortNap : kLongNap;
   if (expecting) nap = kShortestNap;
-  if ((expecting || now - looked_at_stream_ >= nap) && LookAtStream(now)) return true;
   layout.worker_bell.Sleep(seen, absl::ToChronoNanoseconds(std::min(deadline - now, nap)));
-  return false;
+  // A master that has rung was alive. A look costs more than the rest of a short round, where a processor serves many.
+  return layout.worker_bell.rings() == seen && LookAtStream(now);
 }
 
 void SharedMemoryTransport::Take(absl::FunctionRef<void(const Event&)> handle) {

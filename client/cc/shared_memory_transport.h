@@ -25,8 +25,8 @@ namespace syncbn {
 // memory"). If the master takes it, every frame but each side's first goes through the segment; if not, the stream goes
 // on as it began. The gRPC stream stays, for its end.
 //
-// The waiting thread looks at the segment for some microseconds, then sleeps on the segment's doorbell, with a look at
-// the gRPC stream every few milliseconds.
+// The waiting thread looks at the segment for some microseconds, then sleeps on the segment's doorbell. After every few
+// milliseconds without a ring it looks at the gRPC stream.
 class SharedMemoryTransport final : public Transport {
  public:
   // `world_size`: the workers of the group, all of which may run on this machine.
@@ -92,8 +92,8 @@ class SharedMemoryTransport final : public Transport {
   bool Look();
   // Looks at the stream, until `deadline`. Returns whether there is something for Take.
   bool LookAtStream(absl::Time deadline);
-  // Looks at the stream if it is time to, and sleeps for a while, or until the master has rung. Returns whether there
-  // is something for Take.
+  // Sleeps for a while, or until the master has rung, and looks at the stream if it has not, or it is time to. Returns
+  // whether there is something for Take.
   bool Nap(uint32_t seen, absl::Time begun, absl::Time deadline);
 
   const SharedMemoryOptions options_;
