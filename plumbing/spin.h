@@ -86,7 +86,7 @@ class BasicSpin {
     const int crowd = yields ? Crowd(waiting_for) : 1;
     longest_ = yields ? crowd * kLongestYielding : kLongest;
     held_up_ = crowd * kHeldUp;
-    if (usual_ > longest_ || (yields && yields_.Skip()) || spins_.Skip()) return Once(ready);
+    if (crowd > kMostCrowded || usual_ > longest_ || (yields && yields_.Skip()) || spins_.Skip()) return Once(ready);
     bool yielded = false;
     do {
       for (int i = 0; i < kLooks; ++i) {
@@ -123,13 +123,14 @@ class BasicSpin {
   // A yield of this length has given the processor to something else than processes that answer; longer, as above.
   static constexpr Duration kHeldUp = std::chrono::microseconds(200);
   static constexpr size_t kUncrowded = 2;  // Processes for each processor to which the two times belong.
-  // More than four times as many processes gain nothing by yields: each has its turn too late.
-  static constexpr size_t kMostCrowded = 4;
+  // Waits of more than four times as many processes sleep at once, since each would have its turn too late.
+  static constexpr int kMostCrowded = 4;
   // Time that a wait saves, its own sleep and its part in those of others, or less.
   static constexpr Duration kSaved = std::chrono::microseconds(50);
 
+  // Beyond kMostCrowded the number does not matter.
   int Crowd(size_t processes) const {
-    return static_cast<int>(std::clamp<size_t>(processes / system_.processors() / kUncrowded, 1, kMostCrowded));
+    return static_cast<int>(std::clamp<size_t>(processes / system_.processors() / kUncrowded, 1, kMostCrowded + 1));
   }
 
   template <typename Ready>

@@ -167,9 +167,14 @@ TEST_F(SpinTest, AWaitForMoreProcessesMayTakeLongerAndYieldForLonger) {
   EXPECT_EQ(For(microseconds(700), /*waiting_for=*/4).yields, 1) << "something else has the processor";
 }
 
-TEST_F(SpinTest, AWaitForAHundredProcessesEndsAsOneForSixteen) {
-  EXPECT_TRUE(For(microseconds(1500), /*waiting_for=*/100).found);
-  EXPECT_FALSE(For(microseconds(1700), /*waiting_for=*/100).found);
+TEST_F(SpinTest, SixteenProcessesAreTheMostThatAWaitYieldsFor) {
+  EXPECT_TRUE(For(microseconds(1500), /*waiting_for=*/16).found);
+  EXPECT_FALSE(For(microseconds(1700), /*waiting_for=*/16).found);
+  spin_.emplace(FakeSystem(&machine_));
+  const Wait wait = For(microseconds(50), /*waiting_for=*/100);
+  EXPECT_FALSE(wait.found);
+  EXPECT_EQ(wait.looks, 1);
+  EXPECT_EQ(wait.yields, 0);
 }
 
 }  // namespace
