@@ -1,4 +1,5 @@
-"""The Markdown pages: their links and paths lead somewhere, their lines fit, and the index of decisions is complete."""
+"""The Markdown pages: their links and paths lead somewhere, their lines fit and read as they are meant, and the index of
+decisions is complete."""
 
 import pathlib
 import re
@@ -57,7 +58,17 @@ def long_lines(page: pathlib.Path, text: str) -> List[str]:
     ]
 
 
-@pytest.mark.parametrize("check", [broken_links, unknown_paths, long_lines])
+def accidental_lists(page: pathlib.Path, text: str) -> List[str]:
+    """Lines of a paragraph that begin like an item, such as a number and a full stop: Markdown makes a list of them."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", without_code(text)):
+        first, *rest = paragraph.strip("\n").splitlines() or [""]
+        if not re.match(r"\s|[-+*] |\d+[.)] |[|#]", first):
+            found += [line for line in rest if re.match(r" {0,3}([-+*]|1[.)]) ", line)]
+    return [f"{page.relative_to(ROOT)} has text that becomes a list: {line}" for line in found]
+
+
+@pytest.mark.parametrize("check", [broken_links, unknown_paths, long_lines, accidental_lists])
 def test_pages(check) -> None:
     found = [fault for page in pages() for fault in check(page, page.read_text())]
     assert found == [], "\n".join(found)
@@ -71,6 +82,8 @@ def test_pages(check) -> None:
         (broken_links, "See [the section](#no-such-heading)."),
         (unknown_paths, "It is in `server/core/missing.cc`."),
         (long_lines, "x" * (COLUMNS + 1)),
+        (accidental_lists, "Statistics start from mean 0 and variance\n1. In each step, they change."),
+        (accidental_lists, "The result is the sum\n+ the bias."),
     ],
 )
 def test_faults_are_found(check, text: str) -> None:
@@ -84,6 +97,8 @@ def test_faults_are_found(check, text: str) -> None:
         (broken_links, "```\n[this](missing.md)\n```\n"),
         (unknown_paths, "It is in `server/core/merge.cc`."),
         (long_lines, "|" + "x" * COLUMNS),
+        (accidental_lists, "Two things:\n\n- one, which is\n  long;\n- another.\n\n1. First\n2. Second\n"),
+        (accidental_lists, "A number at the start of a line is harmless,\n10. among others, and so is\n-5."),
     ],
 )
 def test_good_text_passes(check, text: str) -> None:
