@@ -22,7 +22,7 @@ namespace syncbn {
 // Thread safety: none.
 class Narrator {
  public:
-  // `peer_of` returns the address of a stream's worker, or "" if the stream has gone.
+  // `peer_of` returns where a stream's worker is, such as its address, or "" if the stream has gone.
   explicit Narrator(std::function<std::string(core::StreamId)> peer_of) : peer_of_(std::move(peer_of)) {}
 
   // A worker has joined, come back, been lost, or left.

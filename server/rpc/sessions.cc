@@ -391,7 +391,9 @@ void Sessions::CutOff(Session& session) {
 
 std::string Sessions::PeerOf(core::StreamId id) const {
   const auto it = sessions_.find(id);
-  return it == sessions_.end() ? "" : it->second->stream->peer();
+  if (it == sessions_.end()) return "";
+  const std::string& peer = it->second->stream->peer();
+  return peer.empty() ? "a unix socket" : peer;
 }
 
 size_t Sessions::most_unread_bytes() const {

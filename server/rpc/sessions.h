@@ -68,7 +68,7 @@ class Sessions final : public WorkerStream::Handler {
   // Returns the number of streams that have asked to join and have not ended. Any thread.
   size_t joined() const { return joined_.load(std::memory_order_relaxed); }
 
-  // Returns the address of the stream's worker; "" if the stream has gone.
+  // Returns the address of the stream's worker, or "a unix socket", which has none; "" if the stream has gone.
   std::string PeerOf(core::StreamId id) const;
   // The calls that are being served, and the most bytes that one of them leaves unread.
   size_t streams() const { return sessions_.size() - (awaiting_ ? 1 : 0); }

@@ -1,5 +1,7 @@
 // The lines of a master's log about its groups.
 
+#include <unistd.h>
+
 #include <memory>
 #include <string>
 #include <utility>
@@ -15,9 +17,9 @@ namespace {
 
 class EventLogTest : public ::testing::Test {
  protected:
-  void Start(core::Limits limits = core::Limits()) {
+  void Start(core::Limits limits = core::Limits(), const std::string& address = "127.0.0.1:0") {
     MasterServer::Options options;
-    options.addresses = {"127.0.0.1:0"};
+    options.addresses = {address};
     options.limits = limits;
     auto server = MasterServer::Start(std::move(options));
     ASSERT_TRUE(server.ok()) << server.status();
@@ -52,6 +54,12 @@ TEST_F(EventLogTest, ALateRoundNamesWhomItWaitsFor) {
   ASSERT_TRUE(first->Write(Sum(7, 1)));
   EXPECT_TRUE(log_.Sees("layer \"loss\", sum 7 has waited for"));
   EXPECT_TRUE(log_.Sees("for ranks 1, 2"));
+}
+
+TEST_F(EventLogTest, AWorkerOnAUnixSocketIsSaidToBeThere) {
+  Start(core::Limits(), absl::StrCat("unix-abstract:syncbn-event-log-", getpid()));
+  const auto worker = Join(0, 1);
+  EXPECT_TRUE(log_.Sees("has joined from a unix socket")) << log_.Text();
 }
 
 TEST_F(EventLogTest, RoundsThatFailAreToldAtABoundedRate) {
