@@ -374,7 +374,8 @@ SYNCBN_API void syncbn_round_destroy(syncbn_round* round);
 /* CUDA tensors: every vector of parameters is in device memory too, and all work is enqueued in the caller's stream.
  * Start and finish return once their kernels are enqueued. A pass stays with one device and one stream, from the
  * forward pass's start to the backward pass's finish. Errors: FAILED_PRECONDITION for an unusable device, and for a
- * stream that is being captured into a graph; INTERNAL for errors of CUDA; UNIMPLEMENTED in a build without CUDA.
+ * stream that is being captured into a graph (evaluations are captured); INTERNAL for errors of CUDA; UNIMPLEMENTED in
+ * a build without CUDA.
  *
  * Host-driven passes, the default: the waiting functions wait for the GPU's reduction and for the round, without
  * synchronizing the stream. A round begins within a wait or a flush that finds its reduction complete. No failure
@@ -524,7 +525,11 @@ SYNCBN_API syncbn_code syncbn_backward_finish(syncbn_backward* backward, const s
 SYNCBN_API void syncbn_backward_destroy(syncbn_backward* backward);
 
 /* Evaluation computes y from x with given statistics, without a worker or a round. It adds eps to the variance in both
- * modes: CLAMP adds it in evaluation, as the original module does. */
+ * modes: CLAMP adds it in evaluation, as the original module does.
+ *
+ * CUDA tensors: a stream that is being captured into a CUDA graph takes evaluations and their gradients. Replays read
+ * tensors, statistics and parameters anew, at the same addresses. The graph allocates a little memory, so it is one of
+ * those that CUDA instantiates once at a time and takes for no child graph. */
 typedef struct syncbn_evaluate_options {
   size_t struct_size;
   int32_t num_threads;

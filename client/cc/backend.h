@@ -92,8 +92,13 @@ class Backend {
 // errors.
 absl::StatusOr<std::shared_ptr<Backend>> MakeBackend(const TensorView& x, int num_threads, void* stream);
 
+// The same for an evaluation, which has no round: a stream that is being captured into a graph is not refused. The
+// graph then allocates the vectors and frees them where the backend ends, which is where the evaluation returns.
+absl::StatusOr<std::shared_ptr<Backend>> MakeEvaluationBackend(const TensorView& x, int num_threads, void* stream);
+
 std::shared_ptr<Backend> MakeCpuBackend(int64_t channels, int num_threads);
 absl::StatusOr<std::shared_ptr<Backend>> MakeCudaBackend(int device, int64_t channels, void* stream);
+absl::StatusOr<std::shared_ptr<Backend>> MakeCudaEvaluationBackend(int device, int64_t channels, void* stream);
 
 }  // namespace syncbn
 

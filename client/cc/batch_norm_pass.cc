@@ -353,7 +353,7 @@ absl::Status Evaluate(const TensorView& x, const EvaluateArguments& arguments, v
   if (x.shape.size() == 0) return absl::OkStatus();
   if (y == nullptr) return absl::InvalidArgumentError("y has no data");
   if (absl::Status status = CheckOutput(x, arguments.residual, y); !status.ok()) return status;
-  const auto backend = MakeBackend(x, arguments.num_threads, arguments.stream);
+  const auto backend = MakeEvaluationBackend(x, arguments.num_threads, arguments.stream);
   if (!backend.ok()) return backend.status();
   const DeviceScope scope = (*backend)->Enter();
   if (!scope.status().ok()) return scope.status();
@@ -368,7 +368,7 @@ absl::Status EvaluateBackward(const BackwardInputs& inputs, const EvaluateArgume
   if (absl::Status status = CheckBackward(inputs, arguments.num_threads); !status.ok()) return status;
   if (absl::Status status = CheckEvaluation(arguments); !status.ok()) return status;
   if (absl::Status status = CheckOutputs(inputs, outputs); !status.ok()) return status;
-  const auto made = MakeBackend(inputs.dy, arguments.num_threads, arguments.stream);
+  const auto made = MakeEvaluationBackend(inputs.dy, arguments.num_threads, arguments.stream);
   if (!made.ok()) return made.status();
   Backend& backend = **made;
   const DeviceScope scope = backend.Enter();

@@ -3,8 +3,8 @@
 //
 // A pass over CPU tensors computes within the calls. A pass over CUDA tensors enqueues all its work in the caller's
 // stream and returns as soon as its kernels are enqueued; it stays on the device and stream where it started, its
-// backward passes included. A stream that is being captured into a graph is refused (FAILED_PRECONDITION); CUDA's
-// errors are INTERNAL.
+// backward passes included. A stream that is being captured into a graph is refused (FAILED_PRECONDITION) by all but
+// evaluations; CUDA's errors are INTERNAL.
 //
 // Host-driven passes over CUDA tensors, the default:
 //  - Only Wait waits for the GPU. The round begins within the first Wait (of this pass, or of one that was started
@@ -186,6 +186,11 @@ class BackwardPass {
 
 // The arguments of an evaluation: given statistics, no worker, no round. invstd = 1/sqrt(var + eps) in both epsilon
 // modes, as the original has it.
+//
+// Over CUDA tensors, a stream that is being captured into a graph takes evaluations and their backward passes. Replays
+// read tensors, statistics and parameters anew, at the same addresses. The graph allocates memory for a few vectors of
+// the channels, and for a backward pass's gradients of weight and bias a workspace; so it is one of those that CUDA
+// instantiates once at a time and takes for no child graph.
 struct EvaluateArguments {
   int num_threads = 1;
   void* stream = nullptr;  // As in PassOptions.

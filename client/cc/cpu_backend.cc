@@ -91,4 +91,9 @@ absl::StatusOr<std::shared_ptr<Backend>> MakeBackend(const TensorView& x, int nu
   return MakeCudaBackend(x.device_index, x.shape.channels, stream);
 }
 
+absl::StatusOr<std::shared_ptr<Backend>> MakeEvaluationBackend(const TensorView& x, int num_threads, void* stream) {
+  if (x.device == Device::kCpu) return MakeCpuBackend(x.shape.channels, num_threads);
+  return MakeCudaEvaluationBackend(x.device_index, x.shape.channels, stream);
+}
+
 }  // namespace syncbn

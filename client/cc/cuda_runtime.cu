@@ -183,6 +183,10 @@ class Runtime : public DeviceRuntime {
   Error ZeroDevice(Stream stream, void* memory, size_t bytes) override {
     return Checked(cudaMemsetAsync(memory, 0, bytes, stream));
   }
+  Error AllocateInStream(Stream stream, size_t bytes, void** memory) override {
+    return Checked(cudaMallocAsync(memory, bytes, stream));
+  }
+  Error FreeInStream(Stream stream, void* memory) override { return Checked(cudaFreeAsync(memory, stream)); }
   void FreePinned(void* memory) override {
     const BesideCaptures beside;
     Checked(cudaFreeHost(memory));

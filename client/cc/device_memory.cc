@@ -200,12 +200,6 @@ absl::Status StreamMemory::Reduce(const kernels::TensorShape& shape,
   return DeviceStatus(runtime_, launch(&context), what);
 }
 
-kernels::cuda::Context SlotLease::context() const {
-  kernels::cuda::Context context;
-  context.stream = memory_->stream();
-  return context;
-}
-
 absl::StatusOr<std::shared_ptr<SlotLease>> LeaseSlot(DeviceRuntime* runtime, int device, Stream stream,
                                                      int64_t channels) {
   bool capturing = false;

@@ -145,8 +145,6 @@ class SlotLease {
   StreamMemory& memory() const { return *memory_; }
   const DeviceSlot& slot() const { return *slot_; }
   DeviceRuntime* runtime() const { return memory_->runtime(); }
-  // The stream without a workspace, for launches other than reductions.
-  kernels::cuda::Context context() const;
 
  private:
   const std::shared_ptr<StreamMemory> memory_;

@@ -56,6 +56,9 @@ class DeviceRuntime {
   virtual Error AllocatePinned(size_t bytes, void** memory) = 0;
   virtual Error AllocateDevice(size_t bytes, void** memory) = 0;
   virtual Error ZeroDevice(Stream stream, void* memory, size_t bytes) = 0;
+  // Memory of a stream's own work, which a graph that is being captured there allocates and frees with each replay.
+  virtual Error AllocateInStream(Stream stream, size_t bytes, void** memory) = 0;
+  virtual Error FreeInStream(Stream stream, void* memory) = 0;
   // Both wait for the device's earlier work.
   virtual void FreePinned(void* memory) = 0;
   virtual void FreeDevice(void* memory) = 0;

@@ -229,6 +229,50 @@ def check_capture(worker):
     layer(x)
 
 
+def check_captured_evaluation(_):
+    """An evaluation by the C interface, with all its gradients, in a graph: replays read everything anew."""
+    library = syncbn._library
+    x, y, dx = (torch.empty(8, 6, 5, 5, device=DEVICE) for _ in range(3))
+    mean, var, weight, bias, d_weight, d_bias = (torch.empty(6, device=DEVICE) for _ in range(6))
+
+    def tensor(of):
+        return library.Tensor(of.data_ptr(), 8, 6, 25, 0, 0, int(of.is_cuda), of.device.index or 0)
+
+    def vector(of):
+        return library.Vector(of.data_ptr(), 0)
+
+    def evaluate():
+        stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else None
+        options = library.EvaluateOptions(
+            num_threads=1, stream=stream, mean=vector(mean), var=vector(var), weight=vector(weight), bias=vector(bias),
+            eps=0.25, relu=1)
+        inputs = library.BackwardInputs(
+            dy=tensor(x), x=x.data_ptr(), weight=vector(weight), bias=vector(bias), relu=1)
+        outputs = library.BackwardOutputs(dx=dx.data_ptr(), d_weight=vector(d_weight), d_bias=vector(d_bias))
+        library.call(library.lib.syncbn_evaluate, bytes(tensor(x)), bytes(options), y.data_ptr())
+        library.call(library.lib.syncbn_evaluate_backward, bytes(inputs), bytes(options), bytes(outputs))
+
+    replay = evaluate
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            evaluate()
+        replay = graph.replay
+    torch.manual_seed(SEED)
+    for _ in range(3):
+        for values in (x, mean, weight, bias):
+            values.normal_()
+        var.uniform_(0.5, 2)
+        replay()
+        synchronize()
+        wanted = [values.double().requires_grad_() for values in (x, weight, bias)]
+        out = torch.relu(torch.nn.functional.batch_norm(wanted[0], mean.double(), var.double(), *wanted[1:], eps=0.25))
+        out.backward(x.double())
+        for got, want in zip([y, dx, d_weight, d_bias], [out] + [values.grad for values in wanted]):
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
 def check_master_gone(_):
     """A round whose master has ended raises in time, and leaves a stream that goes on."""
     with syncbn.Master(address="127.0.0.1:0") as master:
@@ -490,6 +534,7 @@ def check():
     failures = 0
     print(f"{syncbn._library.lib.syncbn_build_info().decode()}; torch {torch.__version__}; GPU: {device_name()}")
     checks = [check_types_and_layouts, check_streams, check_autocast, check_capture, check_missing_worker]
+    checks += [check_captured_evaluation]
     checks += [check_master_gone, check_strides, check_empty_batch, check_evaluation, check_backward_twice]
     checks += stream_order_checks()
     with syncbn.Master(address="127.0.0.1:0") as master:

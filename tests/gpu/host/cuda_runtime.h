@@ -98,6 +98,15 @@ inline cudaError_t cudaFree(void* memory) {
 }
 inline cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) { return cudaMalloc(memory, bytes); }
 inline cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
+inline cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
+  syncbn::testing::host_cuda::DriverState::Get().Use();
+  *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+  syncbn::testing::host_cuda::DriverState::Get().Use();
+  return syncbn::testing::host_cuda::Enqueue(stream, [=] { std::free(memory); });
+}
 inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
   std::memset(memory, value, bytes);
   return cudaSuccess;

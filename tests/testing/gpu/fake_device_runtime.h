@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -62,13 +64,26 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
     const std::lock_guard<std::mutex> lock(mutex_);
     return has_context_[device];
   }
+  // Begins or ends the capture of a stream. What is enqueued in between runs with each Replay.
   void Capture(Stream stream, bool capturing) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (capturing) {
       capturing_.insert(stream);
+      graphs_[stream].clear();
     } else {
       capturing_.erase(stream);
     }
+  }
+  Error Replay(Stream stream) {
+    std::vector<std::function<void()>> graph;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      graph = graphs_[stream];
+    }
+    for (const auto& work : graph) {
+      if (const Error error = Launch(stream, work); error != kSuccess) return error;
+    }
+    return kSuccess;
   }
   // Makes every launch from here on, and StreamState if `sticky`, return this error.
   void Fail(Error error, bool sticky) {
@@ -127,6 +142,35 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
   Error AllocateDevice(size_t bytes, void** memory) override { return Allocate(bytes, 0xff, memory); }
   Error ZeroDevice(Stream stream, void* memory, size_t bytes) override {
     return Launch(stream, [=] { std::memset(memory, 0, bytes); });
+  }
+  // Memory of a graph: NaN where a replay reads it before it has written it, or after it has freed it.
+  Error AllocateInStream(Stream stream, size_t bytes, void** memory) override {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (capturing_.count(stream) == 0) return kNotSupported;
+      graph_memory_.push_back(std::make_unique<std::vector<double>>((bytes + sizeof(double) - 1) / sizeof(double)));
+      *memory = graph_memory_.back()->data();
+      graph_bytes_[*memory] = bytes;
+    }
+    return Launch(stream, [memory = *memory, bytes] { std::memset(memory, 0xff, bytes); });
+  }
+  Error FreeInStream(Stream stream, void* memory) override {
+    size_t bytes = 0;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto known = graph_bytes_.find(memory);
+      if (known == graph_bytes_.end()) return cuda::kInvalidValue;
+      bytes = known->second;
+      graph_bytes_.erase(known);
+    }
+    return Launch(stream, [=] { std::memset(memory, 0xff, bytes); });
+  }
+  // The memory that graphs have allocated and not freed.
+  size_t graph_bytes() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t bytes = 0;
+    for (const auto& [memory, size] : graph_bytes_) bytes += size;
+    return bytes;
   }
   void FreePinned(void* memory) override { Free(memory); }
   void FreeDevice(void* memory) override { Free(memory); }
@@ -221,6 +265,14 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
       if (launch_error_ != kSuccess) return launch_error_;
     }
     if (device_of(stream) != current_device_) return kWrongDevice;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (capturing_.count(stream) != 0) {
+        if (ready != nullptr) return kNotSupported;
+        graphs_[stream].push_back(std::move(run));
+        return kSuccess;
+      }
+    }
     return Enqueue(stream, std::move(run), std::move(ready)) ? kSuccess : kNotSupported;
   }
 
@@ -231,6 +283,9 @@ class FakeDeviceRuntime : public DeviceRuntime, public FakeGpu {
   mutable std::mutex mutex_;     // Guards the rest.
   std::set<std::thread::id> callers_;
   std::set<Stream> capturing_;
+  std::map<Stream, std::vector<std::function<void()>>> graphs_;
+  std::vector<std::unique_ptr<std::vector<double>>> graph_memory_;  // For replays, until the end.
+  std::map<void*, size_t> graph_bytes_;
   int allocations_ = 0;
   int preloads_[kDevices] = {};
   bool has_context_[kDevices] = {};

@@ -366,5 +366,62 @@ TEST_F(CudaPassTest, EvaluationAgreesWithTheCpu) {
   ExpectNear(steps[1].d_bias, steps[0].d_bias, "d_bias");
 }
 
+// Evaluations of a step, with given statistics.
+struct EvaluatedStep : Step {
+  EvaluatedStep(int64_t rows, Device where) : Step(rows, 3, where) {}
+  EvaluateArguments Arguments() {
+    EvaluateArguments arguments;
+    arguments.stream = stream;
+    arguments.mean = Vector(mean);
+    arguments.var = Vector(var);
+    arguments.weight = Vector(weight);
+    arguments.bias = Vector(bias);
+    arguments.eps = kEps;
+    arguments.relu = relu;
+    return arguments;
+  }
+  absl::Status Forward() { return Evaluate(View(x, device), Arguments(), y.data()); }
+  absl::Status Backward() {
+    BackwardOutputs outputs;
+    outputs.dx = dx.data();
+    outputs.d_weight = Vector(d_weight);
+    outputs.d_bias = Vector(d_bias);
+    return EvaluateBackward(Inputs(), Arguments(), outputs);
+  }
+
+  Doubles mean = {1.0, -0.5, 2.0}, var = {0.5, 2.0, 0.0};
+};
+
+// The graph has memory of its own: its replays are right after other passes have had the stream's, and read tensors and
+// statistics anew.
+TEST_F(CudaPassTest, EvaluationCanBeCaptured) {
+  auto worker = Join(0, 1);
+  Declare(*worker, "bn");
+  EvaluatedStep cpu(6, Device::kCpu), captured(6, Device::kCuda);
+  captured.stream = Gpu().MakeStream(0);
+  const Doubles before = captured.y;
+  Gpu().Capture(captured.stream, true);
+  ASSERT_TRUE(captured.Forward().ok());
+  ASSERT_TRUE(captured.Backward().ok());
+  Gpu().Capture(captured.stream, false);
+  EXPECT_EQ(captured.y, before) << "computed by the capture";
+  EXPECT_EQ(Gpu().graph_bytes(), 0u) << "not freed";
+  for (int replay = 0; replay < 3; ++replay) {
+    SCOPED_TRACE(replay);
+    Step training(4, replay, Device::kCuda);
+    training.stream = captured.stream;
+    ASSERT_TRUE(training.Run(*worker, "bn").ok());
+    captured.x = cpu.x = Values(6, 20 + replay);
+    captured.var[1] = cpu.var[1] = 0.5 + replay;
+    ASSERT_EQ(Gpu().Replay(captured.stream), DeviceRuntime::kSuccess);
+    ASSERT_TRUE(cpu.Forward().ok());
+    ASSERT_TRUE(cpu.Backward().ok());
+    ExpectNear(captured.y, cpu.y, "y");
+    ExpectNear(captured.dx, cpu.dx, "dx");
+    ExpectNear(captured.d_weight, cpu.d_weight, "d_weight");
+    ExpectNear(captured.d_bias, cpu.d_bias, "d_bias");
+  }
+}
+
 }  // namespace
 }  // namespace syncbn::testing
