@@ -44,6 +44,10 @@ class Declarations {
 
   // Returns the rank's declaration; null if it has made none.
   DeclarationPtr Of(Rank rank) const;
+  // Returns true if no member has another declaration than this.
+  bool AllDeclare(const DeclarationPtr& declaration) const {
+    return sides_.empty() || (sides_.size() == 1 && sides_.front().declaration == declaration);
+  }
   // The declaration that all members last agreed on.
   const DeclarationPtr& current() const { return current_; }
   // Returns true if a member declares this, or replaced this declaration not long ago.

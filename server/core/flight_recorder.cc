@@ -1,6 +1,7 @@
 #include "server/core/flight_recorder.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "plumbing/check.h"
 #include "server/core/error.h"
@@ -41,28 +42,43 @@ void FlightRecorder::Record(const DeclarationPtr& declaration, const Payloads& p
   for (const auto& [rank, payload] : payloads) first[rank] = ToMicroseconds(payload.arrived - begun);
   if (!outcome->error.has_value()) return;
   if (failures_.size() == kMostFailures) failures_.pop_back();
-  failures_.push_front(View(slot));
+  // The payloads are as many as have come, of a group that may have thousands of ranks.
+  std::vector<Arrival> arrivals;
+  arrivals.reserve(payloads.size());
+  for (const auto& [rank, payload] : payloads) arrivals.push_back({rank, absl::Microseconds(first[rank])});
+  failures_.push_front(WithoutArrivals(entry));
+  SetArrivals(std::move(arrivals), &failures_.front());
   failures_.front().error = outcome->error;
 }
 
-RecordedRound FlightRecorder::View(size_t slot) const {
-  const Entry& entry = entries_[slot];
+RecordedRound FlightRecorder::WithoutArrivals(const Entry& entry) {
   RecordedRound round;
   round.key = {entry.declaration->spec.name, entry.sequence, entry.phase};
   round.reason = entry.reason;
   round.begun = entry.begun;
   round.duration = entry.duration;
-  const uint32_t* const arrivals = &arrivals_[slot * world_size_];
-  for (Rank rank = 0; rank < world_size_; ++rank) {
-    if (arrivals[rank] != kNotArrived) round.arrivals.push_back({rank, absl::Microseconds(arrivals[rank])});
-  }
-  round.arrived = round.arrivals.size();
+  return round;
+}
+
+void FlightRecorder::SetArrivals(std::vector<Arrival> arrivals, RecordedRound* round) {
+  round->arrived = arrivals.size();
   // The latest first: they are the ones that the others have waited for.
-  const size_t shown = std::min(round.arrivals.size(), kMostNamedRanks);
+  const size_t shown = std::min(arrivals.size(), kMostNamedRanks);
   std::partial_sort(
-      round.arrivals.begin(), round.arrivals.begin() + static_cast<ptrdiff_t>(shown), round.arrivals.end(),
+      arrivals.begin(), arrivals.begin() + static_cast<ptrdiff_t>(shown), arrivals.end(),
       [](const Arrival& a, const Arrival& b) { return a.after > b.after || (a.after == b.after && a.rank < b.rank); });
-  round.arrivals.resize(shown);
+  arrivals.resize(shown);
+  round->arrivals = std::move(arrivals);
+}
+
+RecordedRound FlightRecorder::View(size_t slot) const {
+  RecordedRound round = WithoutArrivals(entries_[slot]);
+  std::vector<Arrival> arrivals;
+  const uint32_t* const after = &arrivals_[slot * world_size_];
+  for (Rank rank = 0; rank < world_size_; ++rank) {
+    if (after[rank] != kNotArrived) arrivals.push_back({rank, absl::Microseconds(after[rank])});
+  }
+  SetArrivals(std::move(arrivals), &round);
   return round;
 }
 

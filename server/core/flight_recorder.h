@@ -50,6 +50,10 @@ class FlightRecorder {
     absl::Duration duration;
   };
 
+  // Returns the round without its arrivals.
+  static RecordedRound WithoutArrivals(const Entry& entry);
+  // Adds the arrivals, of which the latest are kept.
+  static void SetArrivals(std::vector<Arrival> arrivals, RecordedRound* round);
   RecordedRound View(size_t slot) const;
 
   const uint32_t world_size_;

@@ -73,7 +73,7 @@ class MemberTable {
   const Member& operator[](Rank rank) const {
     SYNCBN_CHECK(rank < world_size_, "rank ", rank, " of ", world_size_);
     const std::unique_ptr<Block>& block = blocks_[rank / kBlock];
-    return block == nullptr ? Nobody() : (*block)[rank % kBlock];
+    return block == nullptr ? *nobody_ : (*block)[rank % kBlock];
   }
   // Returns the member, to be changed.
   Member& At(Rank rank) {
@@ -87,12 +87,13 @@ class MemberTable {
   static constexpr uint32_t kBlock = 16;
   using Block = std::array<Member, kBlock>;
 
-  static const Member& Nobody() {
+  static const Member* Nobody() {
     static const auto* const nobody = new Member();
-    return *nobody;
+    return nobody;
   }
 
   const uint32_t world_size_;
+  const Member* const nobody_ = Nobody();
   std::vector<std::unique_ptr<Block>> blocks_;
 };
 

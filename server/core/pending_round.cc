@@ -1,6 +1,7 @@
 #include "server/core/pending_round.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "plumbing/check.h"
 
@@ -24,23 +25,33 @@ bool PendingRound::AwaitedBy(Rank rank) const {
 std::vector<Rank> PendingRound::MissingRanks(uint32_t world_size) const {
   std::vector<Rank> missing;
   SYNCBN_CHECK(payloads.size() <= needed, payloads.size(), " of ", needed);
+  SYNCBN_CHECK(needed == (expected.empty() ? world_size : expected.size()), needed);
   if (payloads.size() == needed) return missing;
-  missing.reserve(needed - payloads.size());
-  // Contributors are a subset of the expected ranks, and both are ascending.
-  auto contributed = payloads.begin();
-  const auto visit = [&](Rank rank) {
-    if (contributed != payloads.end() && contributed->first == rank) {
-      ++contributed;
-    } else {
-      missing.push_back(rank);
-    }
-  };
+  // Contributors are a subset of the expected ranks, and both are ascending: the ranks between them are missing. Such a
+  // stretch can have thousands, and rounds by the thousand may lack the same.
+  missing.resize(needed - payloads.size());
+  auto end = missing.begin();
   if (expected.empty()) {
-    for (Rank rank = 0; rank < world_size; ++rank) visit(rank);
+    Rank next = 0;
+    const auto add_until = [&](Rank rank) {
+      SYNCBN_CHECK(next <= rank && rank <= world_size, "rank ", rank);
+      std::iota(end, end + (rank - next), next);
+      end += rank - next;
+      next = rank + 1;
+    };
+    for (const auto& [rank, payload] : payloads) add_until(rank);
+    add_until(world_size);
   } else {
-    for (const Rank rank : expected) visit(rank);
+    auto next = expected.begin();
+    for (const auto& [rank, payload] : payloads) {
+      const auto contributor = std::lower_bound(next, expected.end(), rank);
+      SYNCBN_CHECK(contributor != expected.end() && *contributor == rank, "rank ", rank);
+      end = std::copy(next, contributor, end);
+      next = contributor + 1;
+    }
+    end = std::copy(next, expected.end(), end);
   }
-  SYNCBN_CHECK(missing.size() + payloads.size() == needed, missing.size(), " missing of ", needed);
+  SYNCBN_CHECK(end == missing.end(), missing.end() - end, " too few missing of ", needed);
   return missing;
 }
 

@@ -31,13 +31,14 @@ bool Rounds::MayBeDecided(const PendingRound& round) const {
 Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, const std::vector<Rank>& missing,
                             absl::Time now) const {
   if (round.restored) return FateOfRestored(key, round, missing);
+  const bool layer_set_errors = members_.any_layer_set_errors() && !proceeds();
   std::vector<Rank> lost;
   size_t awaited = 0;
   for (const Rank rank : missing) {
     const Member& member = members_[rank];
     if (member.state == MemberState::kLeft) continue;
-    const Error* const layer_set_error = members_.LayerSetErrorOf(rank);
-    if (layer_set_error != nullptr && !proceeds()) return {true, *layer_set_error};
+    const Error* const layer_set_error = layer_set_errors ? members_.LayerSetErrorOf(rank) : nullptr;
+    if (layer_set_error != nullptr) return {true, *layer_set_error};
     if (member.given_up) {
       lost.push_back(rank);
     } else {
@@ -58,8 +59,9 @@ Rounds::Fate Rounds::FateOf(const RoundKey& key, const PendingRound& round, cons
 
 std::vector<Rank> Rounds::TakenAlong(const PendingRound& round, const std::vector<Rank>& missing) const {
   std::vector<Rank> ranks;
+  if (!round.straddles) return ranks;
   for (const Rank rank : missing) {
-    if (round.straddles && members_[rank].left_before && !round.left.contains(rank)) ranks.push_back(rank);
+    if (members_[rank].left_before && !round.left.contains(rank)) ranks.push_back(rank);
   }
   return ranks;
 }
@@ -120,6 +122,7 @@ void Rounds::OnTimePassed(absl::Time now, Effects& effects) {
 }
 
 std::vector<Rank> Rounds::WithoutLeft(std::vector<Rank> ranks) const {
+  if (members_.left() == 0) return ranks;
   const auto left = [this](Rank rank) { return members_[rank].state == MemberState::kLeft; };
   ranks.erase(std::remove_if(ranks.begin(), ranks.end(), left), ranks.end());
   return ranks;
@@ -191,6 +194,7 @@ Error Rounds::WithLastContributions(Error error, absl::Time now) const {
 
 std::string Rounds::DeclarationHint(Pending::const_iterator round, const std::vector<Rank>& missing) const {
   const Declarations& declarations = std::as_const(layers_).Get(round->first.layer).declarations();
+  if (declarations.AllDeclare(round->second.declaration)) return "";
   for (const Rank rank : missing) {
     const DeclarationPtr declared = declarations.Of(rank);
     if (declared == nullptr || declared == round->second.declaration) continue;

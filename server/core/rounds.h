@@ -236,8 +236,8 @@ class Rounds {
   bool proceeds() const { return config_.missing_policy == MissingPolicy::kProceed; }
   bool waits() const { return config_.missing_policy == MissingPolicy::kWait; }
   void Spend(size_t bytes) { turn_ -= std::min(turn_, bytes); }
-  // The cost of a look at all ranks.
-  size_t RanksCost() const { return 512 + sizeof(Rank) * members_.world_size(); }
+  // The cost of a look at all ranks, and of a short outcome: the time of so many bytes of a long one.
+  size_t RanksCost() const { return 2048 + sizeof(Rank) * members_.world_size(); }
 
   const GroupId& id_;
   const GroupConfig& config_;

@@ -49,11 +49,11 @@ size_t AddResults(const core::SendResults& results, size_t begin, v1::MasterFram
   return end;
 }
 
-// Bounds the results of an event to far less than a reader may leave unread before its group waits for it: 2 MiB by
-// default, which take a few milliseconds.
+// Bounds the results of an event to far less than a reader may leave unread before its group waits for it: 512 KiB by
+// default, which take a millisecond.
 LoopOptions Fitting(LoopOptions options) {
   size_t& turn = options.limits.max_turn_bytes;
-  turn = std::max<size_t>(std::min(turn, options.max_unread_bytes / 32), 1);
+  turn = std::max<size_t>(std::min(turn, options.max_unread_bytes / 128), 1);
   return options;
 }
 
@@ -111,7 +111,7 @@ void MasterLoop::Run() {
       calls_.store(sessions_.started(), std::memory_order_relaxed);
       EndTurn(event == grpc::CompletionQueue::TIMEOUT);
       EndIfIdle();
-      deadline = sessions_.has_backlog() || !sessions_.awaits_call() ? now_ : NextWakeUp();
+      deadline = has_backlog() || !sessions_.awaits_call() ? now_ : NextWakeUp();
     }
     turns_.fetch_add(1, std::memory_order_relaxed);
   }
@@ -138,7 +138,7 @@ void MasterLoop::ReadShared() {
       now_ = clock_.Now();
       const bool any = sessions_.PollShared();
       EndTurn(!any);
-      if (any || sessions_.has_backlog()) continue;
+      if (any || has_backlog()) continue;
       workers = sessions_.sharing();
       if (workers > 0) pause = NextWakeUp() - now_;
     }
@@ -149,7 +149,7 @@ void MasterLoop::ReadShared() {
 }
 
 void MasterLoop::EndTurn(bool quiet) {
-  if (coordinator_.NextDeadline() <= now_) Deliver(core::TimePassed{});
+  if (!overdue_) ServeDeadlines();
   sessions_.RunTimers();
   unary_calls_.RunTimers();
   quiet_polls_ = quiet ? quiet_polls_ + 1 : 0;
@@ -165,11 +165,18 @@ absl::Time MasterLoop::NextWakeUp() const {
                    state_saver_.NextTurn(), trim_at_});
 }
 
+void MasterLoop::ServeDeadlines() {
+  if (coordinator_.NextDeadline() > now_) return;
+  Deliver(core::TimePassed{});
+  overdue_ = coordinator_.NextDeadline() <= now_;
+}
+
 void MasterLoop::ServeBacklog(bool idle) {
   if (!idle && now_ - backlog_served_ <= kLongestBacklogPause) return;
   quiet_polls_ = 0;
-  if (!sessions_.has_backlog()) return;
-  sessions_.ServeBacklog();
+  if (!has_backlog()) return;
+  if (std::exchange(overdue_, false)) ServeDeadlines();
+  if (sessions_.has_backlog()) sessions_.ServeBacklog();
   backlog_served_ = clock_.Now();
 }
 

@@ -67,6 +67,11 @@ class MasterLoop {
   // Does what is due after an event, or without one. `quiet`: there was none.
   void EndTurn(bool quiet);
   absl::Time NextWakeUp() const;
+  // Tells the engine the time, if something is due. What is left of it belongs to the backlog: rounds by the thousand
+  // may end at one time, and others should not wait for all of them.
+  void ServeDeadlines();
+  // Returns whether there is work that waits until nothing else is to be done, or for a while.
+  bool has_backlog() const { return overdue_ || sessions_.has_backlog(); }
   // Gives the backlog its turn, if it is time. `idle`: nothing else is to be done.
   void ServeBacklog(bool idle);
   // Returns memory to the system a while after the last stream has gone.
@@ -111,6 +116,7 @@ class MasterLoop {
   absl::Time trim_at_ = absl::InfiniteFuture();
   bool trimmed_ = true;  // Since there last was a stream.
   int quiet_polls_ = 0;
+  bool overdue_ = false;  // The last turn of deadlines left some that had come.
   MethodTag<MasterLoop> shutdown_tag_, stop_tag_, listening_tag_, probe_tag_;
   grpc::Alarm shutdown_alarm_, stop_alarm_, listening_alarm_, probe_alarm_;
   std::atomic<bool> listening_{true};

@@ -25,7 +25,7 @@ constexpr size_t kMostCalls = 32;
 // The pause after many calls or results, where the queue is never empty.
 constexpr absl::Duration kLongestPause = absl::Milliseconds(10);
 // Results that are a few: less than this part of those that one turn may bring forth.
-constexpr size_t kPartOfTurn = 16;
+constexpr size_t kPartOfTurn = 4;
 // A contribution with so many bytes more than the layers' numbers take is not yet malformed.
 constexpr size_t kShortest = size_t{64} << 10;
 

@@ -68,7 +68,7 @@ inline const core::Limits& SimulatedLimits() {
   static const core::Limits limits = [] {
     core::Limits simulated;
     simulated.late_round_after = absl::Milliseconds(25);
-    simulated.max_turn_bytes = 1'500;  // Two or three rounds.
+    simulated.max_turn_bytes = 6'000;  // Two or three rounds.
     return simulated;
   }();
   return limits;

@@ -398,6 +398,28 @@ TEST(TurnTest, RoundsThatALeaveCompletesComeInTurns) {
   }
 }
 
+// Errors are short, and each takes time nevertheless.
+TEST(TurnTest, RoundsThatALossFailsComeInTurns) {
+  Limits limits;
+  limits.max_turn_bytes = 20'000;
+  limits.default_rejoin_grace = absl::ZeroDuration();
+  Engine engine(limits);
+  const StreamId a = engine.Join(0, 2, {BatchNormLayer("narrow", 1)});
+  const StreamId b = engine.Join(1, 2);
+  for (uint64_t sequence = 0; sequence < 50; ++sequence) {
+    engine.Contribute(a, Forward("narrow", sequence), {0, {}, {}, BackwardRole::kNone});
+  }
+  engine.Close(b);
+  const size_t first = engine.ended().size();
+  EXPECT_GT(first, 0u);
+  EXPECT_LE(first, 10u);
+  engine.Advance(absl::ZeroDuration());
+  EXPECT_EQ(engine.ended().size(), 50u);
+  for (uint64_t sequence = 0; sequence < 50; ++sequence) {
+    EXPECT_EQ(ReasonOf(*engine.Outcome(a, Forward("narrow", sequence))), kWorkerLost);
+  }
+}
+
 TEST(TurnTest, ResultsWaitForAReaderThatLagsAndErrorsDoNot) {
   Limits limits;
   limits.max_turn_bytes = 20'000;

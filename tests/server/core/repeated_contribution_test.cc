@@ -165,5 +165,20 @@ TEST(MissingRanksTest, OfABackwardRoundAreContributorsOfItsForwardRound) {
   EXPECT_THAT(engine.Outcome(workers[0], testing::Backward("bn", 0))->missing_ranks, ::testing::ElementsAre(1));
 }
 
+TEST(MissingRanksTest, AreAllButTheContributors) {
+  Engine engine;
+  std::vector<StreamId> workers;
+  for (Rank rank = 0; rank < 6; ++rank) workers.push_back(engine.Join(rank, 6, {BatchNormLayer("bn", 1)}));
+  const auto missing_from = [&](uint64_t sequence, const std::vector<Rank>& contributors) {
+    for (const Rank rank : contributors) engine.Contribute(workers[rank], Forward("bn", sequence), {0, {}, {}});
+    engine.Advance(*engine.View().config.round_timeout);
+    return engine.Outcome(workers[contributors.front()], Forward("bn", sequence))->error->ranks;
+  };
+  EXPECT_THAT(missing_from(0, {0}), ::testing::ElementsAre(1, 2, 3, 4, 5));
+  EXPECT_THAT(missing_from(1, {2, 3}), ::testing::ElementsAre(0, 1, 4, 5));
+  EXPECT_THAT(missing_from(2, {5, 1}), ::testing::ElementsAre(0, 2, 3, 4));
+  EXPECT_THAT(missing_from(3, {0, 1, 3, 4, 5}), ::testing::ElementsAre(2));
+}
+
 }  // namespace
 }  // namespace syncbn::core
