@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "plumbing/clock.h"
 #include "plumbing/start_thread.h"
 
 namespace syncbn {
@@ -23,6 +24,7 @@ Watchdog::~Watchdog() {
   {
     const absl::MutexLock lock(&mutex_);
     stopping_ = true;
+    changed_.SignalAll();
   }
   thread_.join();
 }
@@ -38,8 +40,11 @@ void Watchdog::Run() {
 }
 
 bool Watchdog::Sleep() {
+  const Clock clock;
+  const absl::Time end = clock.Now() + interval_;
   const absl::MutexLock lock(&mutex_);
-  return !mutex_.AwaitWithTimeout(absl::Condition(&stopping_), interval_);
+  while (!stopping_ && clock.Now() < end) changed_.WaitFor(&mutex_, end - clock.Now());
+  return !stopping_;
 }
 
 }  // namespace syncbn

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "plumbing/monotonic_condition.h"
 
 namespace syncbn {
 
@@ -45,6 +46,7 @@ class Watchdog {
   const std::function<bool()> probe_;
   const std::function<void()> on_dead_;
   absl::Mutex mutex_;
+  MonotonicCondition changed_;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;
 };

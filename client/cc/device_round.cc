@@ -236,7 +236,7 @@ absl::Status DeviceRounds::Await(Watch watch, absl::FunctionRef<absl::optional<a
       if (watch == Watch::kFlags) BeginReady();
       absl::optional<absl::Status> status = answer();
       if (!status.has_value() && watch == Watch::kThread && now < deadline) {
-        changed_.WaitWithTimeout(&mutex_, std::min(deadline - now, kBetweenQueries));
+        changed_.WaitFor(&mutex_, std::min(deadline - now, kBetweenQueries));
         status = answer();
       }
       if (status.has_value()) return *std::move(status);

@@ -40,6 +40,7 @@
 #include "client/cc/device_memory.h"
 #include "client/cc/worker.h"
 #include "client/cc/worker_internal.h"
+#include "plumbing/monotonic_condition.h"
 
 namespace syncbn {
 
@@ -167,7 +168,7 @@ class DeviceRounds : public WorkerAttachment, public std::enable_shared_from_thi
   std::atomic<uint64_t> changes_{0};  // Counts the changes that the background thread has to look at.
 
   mutable absl::Mutex mutex_;
-  absl::CondVar changed_;
+  MonotonicCondition changed_;
   Worker* worker_ ABSL_GUARDED_BY(mutex_);  // Null once it is closed.
   std::deque<std::shared_ptr<DeviceRound>> waiting_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::shared_ptr<DeviceRound>> in_flight_ ABSL_GUARDED_BY(mutex_);  // Stream-ordered.

@@ -122,7 +122,7 @@ absl::Status WorkerImpl::Await(absl::FunctionRef<bool()> done, absl::Time deadli
 void WorkerImpl::SleepOnce(absl::Time deadline) {
   Pump();  // The thread that drives may wait for long, and for something else.
   const absl::Time until = std::min(deadline, session_.NextCheck());
-  changed_.WaitWithTimeout(&mutex_, until - Now());
+  changed_.WaitFor(&mutex_, until - Now());
   const absl::Time now = Now();
   session_.OnAttended(until, now);
   Apply(session_.CheckMaster(now));

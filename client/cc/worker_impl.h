@@ -29,6 +29,7 @@
 #include "client/cc/transport.h"
 #include "client/cc/worker.h"
 #include "plumbing/forked.h"
+#include "plumbing/monotonic_condition.h"
 #include "plumbing/vector_pool.h"
 
 namespace syncbn {
@@ -140,7 +141,7 @@ class WorkerImpl {
   const std::string life_key_;
 
   mutable absl::Mutex mutex_;
-  absl::CondVar changed_;  // Something that a sleeping thread may wait for.
+  MonotonicCondition changed_;  // Something that a sleeping thread may wait for.
   session::Session session_ ABSL_GUARDED_BY(mutex_);
   const std::unique_ptr<Transport> transport_;            // Guarded by mutex_, but for Wait.
   std::vector<Buffer> outgoing_ ABSL_GUARDED_BY(mutex_);  // Empty but within a write.

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "plumbing/check.h"
 #include "plumbing/fork_sockets.h"
 #include "plumbing/log.h"
 #include "plumbing/start_thread.h"
@@ -25,15 +26,8 @@ namespace {
 constexpr int kMostAtOnce = 64;
 // Pause when the process has no descriptor left, not even the spare one.
 constexpr absl::Duration kPause = absl::Milliseconds(50);
-// Pause after a flood, at least. It goes on while the loop takes the calls that the flood has left behind.
-constexpr absl::Duration kPauseAfterFlood = absl::Milliseconds(20);
 // Interval at which broken listeners are reopened and the others checked.
 constexpr absl::Duration kRepairInterval = absl::Seconds(1);
-// Shortest and longest interval at which connections are checked. A check takes two calls of the system for each, and
-// all checks a fiftieth of the time.
-constexpr absl::Duration kCheckInterval = absl::Milliseconds(100);
-constexpr absl::Duration kLongCheckInterval = absl::Seconds(1);
-constexpr int kTimeBetweenChecks = 50;
 // Time for which a peer may leave data unacknowledged, as gRPC sets it on sockets that it accepts.
 constexpr int kUserTimeoutMs = 20000;
 
@@ -66,7 +60,7 @@ Acceptor::Acceptor(std::vector<Listener> listeners, Connections* connections, st
                    std::function<void(bool)> on_listening)
     : listeners_(std::move(listeners)),
       connections_(connections),
-      watch_(connections, std::move(turn)),
+      watch_(connections, std::move(turn), [this] { return handover(); }),
       on_listening_(std::move(on_listening)),
       broken_(listeners_.size()),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
@@ -79,8 +73,19 @@ Acceptor::~Acceptor() {
 
 absl::Status Acceptor::Start(std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink) {
   sink_ = std::move(sink);
-  return StartThread(
+  absl::Status started = StartThread(
       "accepting connections", [this] { Run(); }, &thread_);
+  if (!started.ok()) return started;
+  SYNCBN_CHECK(pthread_getcpuclockid(thread_.native_handle(), &cpu_clock_) == 0, "a thread has no clock");
+  started = watch_.Start();
+  if (!started.ok()) Stop();
+  return started;
+}
+
+Handover Acceptor::handover() const {
+  timespec cpu = {};
+  clock_gettime(cpu_clock_, &cpu);
+  return {handovers_, handed_over_, absl::DurationFromTimespec(cpu)};
 }
 
 void Acceptor::Stop() {
@@ -90,6 +95,7 @@ void Acceptor::Stop() {
   const ssize_t written = write(wake_, &one, sizeof(one));
   (void)written;
   thread_.join();
+  watch_.Stop();  // After the thread, which only the watch frees from a flood.
   listeners_.clear();
 }
 
@@ -100,7 +106,7 @@ void Acceptor::Run() {
     ++turns_;
     polled.assign(1, {wake_, POLLIN, 0});
     owners.assign(1, 0);
-    const bool paused = clock_.Now() < paused_until_;
+    const bool paused = clock_.Now() < paused_until_ || connections_->flooded();
     for (size_t i = 0; i < listeners_.size() && !paused; ++i) {
       for (const int descriptor : listeners_[i].descriptors()) {
         polled.push_back({descriptor, POLLIN, 0});
@@ -112,17 +118,11 @@ void Acceptor::Run() {
       paused_until_ = clock_.Now() + kPause;  // The system lacks memory.
       continue;
     }
-    for (size_t i = 1; i < polled.size() && !stopping_; ++i) {
+    for (size_t i = 1; i < polled.size() && !stopping_ && !connections_->flooded(); ++i) {
       if (polled[i].revents == 0) continue;
       // A unix socket that was shut down must be recognized here: accept() reports no error for it, only EAGAIN.
       const bool dead = (polled[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0;
       if (dead || !AcceptFrom(polled[i].fd)) Break(owners[i], "its socket does not work any more");
-    }
-    if (watch_.Look()) paused_until_ = clock_.Now() + kPauseAfterFlood;
-    if (const absl::Time now = clock_.Now(); now >= check_at_) {
-      connections_->Check();
-      const absl::Duration taken = clock_.Now() - now;
-      check_at_ = now + std::clamp(kTimeBetweenChecks * taken, kCheckInterval, kLongCheckInterval);
     }
     if (clock_.Now() >= repair_at_) Repair();
   }
@@ -132,12 +132,12 @@ absl::Duration Acceptor::Timeout() const {
   const absl::Time now = clock_.Now();
   absl::Time due = repair_at_;
   if (now < paused_until_) due = std::min(due, paused_until_);
-  if (connections_->any()) due = std::min(due, now + FloodWatch::kInterval);
+  if (connections_->flooded()) due = std::min(due, now + ConnectionWatch::kInterval);
   return std::max(absl::ZeroDuration(), due - now);
 }
 
 bool Acceptor::AcceptFrom(int descriptor) {
-  for (int i = 0; i < kMostAtOnce && !stopping_; ++i) {
+  for (int i = 0; i < kMostAtOnce && !stopping_ && !connections_->flooded(); ++i) {
     const int connection = accept4(descriptor, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (connection >= 0) {
       Take(descriptor, connection);
@@ -177,7 +177,11 @@ void Acceptor::Take(int listener, int connection) {
   grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters parameters;
   parameters.listener_fd = listener;
   parameters.fd = connection;
+  watch_.Wake();
+  ++handovers_;
+  handed_over_ = connection;
   sink_->HandleNewConnection(&parameters);
+  handed_over_ = -1;
 }
 
 void Acceptor::Shed(int descriptor, int error) {

@@ -4,6 +4,8 @@
 #ifndef SYNCBN_SERVER_RPC_ACCEPTOR_H_
 #define SYNCBN_SERVER_RPC_ACCEPTOR_H_
 
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -17,8 +19,9 @@
 #include "grpcpp/server_builder.h"
 #include "plumbing/clock.h"
 #include "server/log/throttle.h"
+#include "server/rpc/connection_watch.h"
 #include "server/rpc/connections.h"
-#include "server/rpc/flood_watch.h"
+#include "server/rpc/handover_watch.h"
 #include "server/rpc/listener.h"
 #include "server/rpc/loop_turn.h"
 
@@ -62,10 +65,12 @@ class Acceptor {
   // Reopens the listeners that do not work.
   void Repair();
   absl::Duration Timeout() const;
+  // Returns the progress of the thread. Any thread, from Start to Stop.
+  Handover handover() const;
 
   std::vector<Listener> listeners_;
   Connections* const connections_;
-  FloodWatch watch_;
+  ConnectionWatch watch_;
   const std::function<void(bool)> on_listening_;
   std::vector<bool> broken_;  // By listener: to be reopened.
   std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> sink_;
@@ -75,10 +80,12 @@ class Acceptor {
   const Clock clock_;
   absl::Time paused_until_ = absl::InfinitePast();
   absl::Time repair_at_ = absl::InfinitePast();
-  absl::Time check_at_ = absl::InfinitePast();
   bool listening_ = true;
   std::atomic<bool> stopping_{false};
   std::atomic<uint64_t> turns_{0};
+  std::atomic<uint64_t> handovers_{0};
+  std::atomic<int> handed_over_{-1};  // The connection that gRPC is being given.
+  clockid_t cpu_clock_ = 0;           // The thread's.
   std::thread thread_;
 };
 

@@ -223,7 +223,7 @@ void Connections::Strayed(absl::string_view peer) {
   const double back = kStraysPerSecond * absl::ToDoubleSeconds(now - std::exchange(strays.as_of, now));
   strays.left = std::min(strays.left + back, kMostStrays) - 1.0;
   if (strays.left >= 0.0) return;
-  flooded_ = true;
+  ++floods_;
   Shut(*connection, "too many calls ended before a worker had joined by them", now);
 }
 
@@ -362,7 +362,7 @@ void Connections::EndFlood(absl::Duration spent) {
   if (culprit->workers != 0) return;
   const absl::Time now = clock_.Now();
   const std::string address = culprit->address;
-  flooded_ = true;
+  ++floods_;
   Shut(*culprit, "it floods the master with small frames", now);
   std::vector<int> others;
   for (const auto& [descriptor, connection] : connections_) {
@@ -372,9 +372,38 @@ void Connections::EndFlood(absl::Duration spent) {
     Shut(connections_.at(descriptor), "another of its address floods the master", now);
 }
 
-bool Connections::ExchangeFlooded() {
+uint64_t Connections::ReadBytes(int descriptor) const {
   const absl::MutexLock lock(&mutex_);
-  return std::exchange(flooded_, false);
+  if (!connections_.contains(descriptor)) return 0;
+  const uint64_t waiting = WaitingBytes(descriptor);
+  return InfoOf(descriptor).tcpi_bytes_received - waiting;
+}
+
+void Connections::EndHandover(int descriptor, uint64_t read, absl::Duration spent) {
+  const absl::MutexLock lock(&mutex_);
+  const auto found = connections_.find(descriptor);
+  if (found == connections_.end()) return;
+  const uint64_t received = InfoOf(descriptor).tcpi_bytes_received;
+  const auto since = static_cast<int64_t>(received - WaitingBytes(descriptor) - read);
+  if (since < kLeastFloodBytes) return;
+  if (static_cast<double>(since) > kFloodBytesPerMs * absl::ToDoubleMilliseconds(spent)) return;
+  ++floods_;
+  Shut(found->second, "it floods the master with small frames", clock_.Now());
+}
+
+uint64_t Connections::floods() const {
+  const absl::MutexLock lock(&mutex_);
+  return floods_;
+}
+
+bool Connections::flooded() const {
+  const absl::MutexLock lock(&mutex_);
+  return settled_floods_ != floods_;
+}
+
+void Connections::SettleFloods(uint64_t floods) {
+  const absl::MutexLock lock(&mutex_);
+  settled_floods_ = floods;
 }
 
 void Connections::Shut(const Connection& connection, absl::string_view why, absl::Time now) {

@@ -95,8 +95,18 @@ class Connections {
   // it has read of all, and written to the others; and with it those of the same address that have no worker. A
   // connection by which a worker has joined stays.
   void EndFlood(absl::Duration spent);
-  // Returns whether a connection has been ended for its calls, or for EndFlood, since the last call.
-  bool ExchangeFlooded();
+  // Returns how many bytes of a connection gRPC has read; 0 if there is no such connection.
+  uint64_t ReadBytes(int descriptor) const;
+  // Ends a connection that is being handed to gRPC, and of which `read` bytes had been read when `spent` of CPU time
+  // began, if that is far too much for what has been read since.
+  void EndHandover(int descriptor, uint64_t read, absl::Duration spent);
+  // Returns how many connections have been ended for their calls, or as floods.
+  uint64_t floods() const;
+  // Returns whether new connections should wait, for what a flood has left behind: from before its peer can know of the
+  // end, until SettleFloods.
+  bool flooded() const;
+  // Tells that what so many floods have left behind is gone.
+  void SettleFloods(uint64_t floods);
 
  private:
   // The amount of something that a peer may still do; it comes back with time.
@@ -159,7 +169,8 @@ class Connections {
   absl::flat_hash_map<int, Connection> connections_ ABSL_GUARDED_BY(mutex_);   // By descriptor.
   absl::flat_hash_map<std::string, int> descriptors_ ABSL_GUARDED_BY(mutex_);  // By peer.
   absl::flat_hash_map<std::string, size_t> of_address_ ABSL_GUARDED_BY(mutex_);
-  bool flooded_ ABSL_GUARDED_BY(mutex_) = false;
+  uint64_t floods_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t settled_floods_ ABSL_GUARDED_BY(mutex_) = 0;
   Throttle throttle_ ABSL_GUARDED_BY(mutex_);
 };
 

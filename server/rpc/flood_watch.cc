@@ -5,26 +5,22 @@
 namespace syncbn::rpc {
 namespace {
 
-// CPU time in one call of gRPC after which bytes are counted.
-constexpr absl::Duration kLongCall = absl::Milliseconds(4);
-// CPU time over which they are counted.
-constexpr absl::Duration kObserved = absl::Milliseconds(8);
-
 // Calls of Look without a new call after which the loop has taken all that a flood has left behind.
 constexpr int kClearance = 5;
 
 }  // namespace
 
-bool FloodWatch::Look() {
+void FloodWatch::Look() {
   const LoopTurn turn = turn_();
   EndFlood(turn);
   const bool calls_came = turn.calls != std::exchange(calls_, turn.calls);
-  if (connections_->ExchangeFlooded()) {
+  const uint64_t floods = connections_->floods();
+  if (floods != std::exchange(floods_, floods)) {
     clearing_ = kClearance;
   } else if (clearing_ > 0) {
     clearing_ = calls_came ? kClearance : clearing_ - 1;
+    if (clearing_ == 0) connections_->SettleFloods(floods);
   }
-  return clearing_ > 0;
 }
 
 void FloodWatch::EndFlood(const LoopTurn& turn) {

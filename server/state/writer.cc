@@ -40,12 +40,14 @@ void Writer::Write(core::StateChanges changes) {
   const absl::MutexLock lock(&mutex_);
   SYNCBN_CHECK(!closing_);
   queue_.push_back(std::move(changes));
+  changed_.SignalAll();
 }
 
 void Writer::Close() {
   {
     const absl::MutexLock lock(&mutex_);
     closing_ = true;
+    changed_.SignalAll();
   }
   if (thread_.joinable()) thread_.join();
 }
@@ -59,27 +61,32 @@ void Writer::Run() {
   absl::Duration pause = kFirstPause;
   absl::MutexLock lock(&mutex_);
   while (true) {
-    mutex_.Await(absl::Condition(this, &Writer::MayProceed));
+    while (!closing_ && queue_.empty()) changed_.Wait(&mutex_);
     if (queue_.empty()) return;
     // Elements of a deque stay where they are while others are added behind them.
     const core::StateChanges& changes = queue_.front();
     mutex_.Unlock();
-    const absl::Time begun = absl::Now();
+    const absl::Time begun = clock_.Now();
     const absl::Status saved = store_->Save(changes);
-    const absl::Duration rest = std::min(kRest * (absl::Now() - begun), kLongestRest);
+    const absl::Duration rest = std::min(kRest * (clock_.Now() - begun), kLongestRest);
     Report(saved);
     mutex_.Lock();
     if (saved.ok()) {
       pause = kFirstPause;
-      mutex_.AwaitWithTimeout(absl::Condition(this, &Writer::closing), rest);
+      Rest(rest);
       queue_.pop_front();
     } else if (closing_) {
       return;
     } else {
-      mutex_.AwaitWithTimeout(absl::Condition(this, &Writer::closing), pause);
+      Rest(pause);
       pause = std::min(2 * pause, kLongestPause);
     }
   }
+}
+
+void Writer::Rest(absl::Duration duration) {
+  const absl::Time end = clock_.Now() + duration;
+  while (!closing_ && clock_.Now() < end) changed_.WaitFor(&mutex_, end - clock_.Now());
 }
 
 void Writer::Report(const absl::Status& saved) {

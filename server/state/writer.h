@@ -12,6 +12,8 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "plumbing/clock.h"
+#include "plumbing/monotonic_condition.h"
 #include "server/core/state.h"
 #include "server/log/throttle.h"
 #include "server/state/store.h"
@@ -52,15 +54,17 @@ class Writer {
   Writer(std::unique_ptr<Store> store, std::string where) : store_(std::move(store)), where_(std::move(where)) {}
 
   void Run();
-  bool MayProceed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return closing_ || !queue_.empty(); }
-  bool closing() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return closing_; }
+  // Waits for so long, or until the writer is closed.
+  void Rest(absl::Duration duration) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Reports the outcome of an attempt.
   void Report(const absl::Status& saved);
 
   const std::unique_ptr<Store> store_;  // Used by the thread alone.
   const std::string where_;
   Throttle throttle_;  // Likewise.
+  const Clock clock_;
   mutable absl::Mutex mutex_;
+  MonotonicCondition changed_;
   std::deque<core::StateChanges> queue_ ABSL_GUARDED_BY(mutex_);  // The first one is being stored.
   Status status_ ABSL_GUARDED_BY(mutex_);
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;

@@ -48,6 +48,23 @@ TEST_F(FloodWatchTest, FewBytesThatKeepTheThreadBusyAreAFlood) {
   EXPECT_FALSE(flood->open());
 }
 
+// From before the peer knows of the end until the loop has taken all that has come.
+TEST_F(FloodWatchTest, NewConnectionsWaitForWhatAFloodHasLeftBehind) {
+  const auto flood = loopback_.Accept();
+  BeginToObserve();
+  EXPECT_FALSE(connections_.flooded());
+  flood->Receive(64 * kKiB);
+  Spend(10);
+  EXPECT_TRUE(connections_.flooded());
+  for (int i = 0; i < 20; ++i) {
+    ++turn_.calls;
+    watch_.Look();
+    EXPECT_TRUE(connections_.flooded());
+  }
+  for (int i = 0; i < 20; ++i) watch_.Look();
+  EXPECT_FALSE(connections_.flooded());
+}
+
 TEST_F(FloodWatchTest, AFloodOfPingsIsOneThoughItIsAnswered) {
   const auto flood = loopback_.Accept();
   BeginToObserve();

@@ -38,6 +38,8 @@ class Pair {
   Pair& operator=(const Pair&) = delete;
 
   const std::string& peer() const { return peer_; }
+  // Returns the server's end.
+  int descriptor() const { return server_; }
   // The client sends, and the server reads it all.
   void Receive(size_t bytes) { Move(client_.descriptor(), server_, bytes); }
   // The server sends, and the client reads it all.

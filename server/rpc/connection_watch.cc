@@ -1,0 +1,71 @@
+#include "server/rpc/connection_watch.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "plumbing/start_thread.h"
+
+namespace syncbn::rpc {
+namespace {
+
+// Longest interval at which connections are checked. A check takes a few calls of the system for each, and all checks a
+// fiftieth of the time.
+constexpr absl::Duration kLongCheckInterval = absl::Seconds(1);
+constexpr int kTimeBetweenChecks = 50;
+
+}  // namespace
+
+ConnectionWatch::ConnectionWatch(Connections* connections, std::function<LoopTurn()> turn,
+                                 std::function<Handover()> handover)
+    : connections_(connections),
+      flood_watch_(connections, std::move(turn)),
+      handover_watch_(connections, std::move(handover)) {}
+
+absl::Status ConnectionWatch::Start() {
+  return StartThread(
+      "watching connections", [this] { Run(); }, &thread_);
+}
+
+void ConnectionWatch::Stop() {
+  if (!thread_.joinable()) return;
+  {
+    const absl::MutexLock lock(&mutex_);
+    stopping_ = true;
+    changed_.SignalAll();
+  }
+  thread_.join();
+}
+
+void ConnectionWatch::Wake() {
+  const absl::MutexLock lock(&mutex_);
+  if (!std::exchange(woken_, true)) changed_.SignalAll();
+}
+
+void ConnectionWatch::Run() {
+  while (true) {
+    {
+      const absl::MutexLock lock(&mutex_);
+      if (connections_->any() || connections_->flooded()) {
+        const absl::Time end = clock_.Now() + kInterval;
+        while (!stopping_ && clock_.Now() < end) changed_.WaitFor(&mutex_, end - clock_.Now());
+      } else {
+        while (!stopping_ && !woken_) changed_.Wait(&mutex_);
+      }
+      woken_ = false;
+      if (stopping_) return;
+    }
+    Look();
+  }
+}
+
+void ConnectionWatch::Look() {
+  handover_watch_.Look();
+  flood_watch_.Look();
+  const absl::Time now = clock_.Now();
+  if (now < check_at_) return;
+  connections_->Check();
+  const absl::Duration taken = clock_.Now() - now;
+  check_at_ = now + std::min(kTimeBetweenChecks * taken, kLongCheckInterval);
+}
+
+}  // namespace syncbn::rpc

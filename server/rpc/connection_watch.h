@@ -1,0 +1,65 @@
+// Looks at the master's connections, and ends those that keep others from going on.
+
+#ifndef SYNCBN_SERVER_RPC_CONNECTION_WATCH_H_
+#define SYNCBN_SERVER_RPC_CONNECTION_WATCH_H_
+
+#include <functional>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "plumbing/clock.h"
+#include "plumbing/monotonic_condition.h"
+#include "server/rpc/connections.h"
+#include "server/rpc/flood_watch.h"
+#include "server/rpc/handover_watch.h"
+#include "server/rpc/loop_turn.h"
+
+namespace syncbn::rpc {
+
+// Runs on a thread of its own: both the loop's thread and the acceptor's read connections by gRPC, and either may be
+// kept by one for as long as its peer likes.
+//
+// Thread safety: Start and Stop from one thread; the others from any.
+class ConnectionWatch {
+ public:
+  // `turn` and `handover` tell the progress of the loop's thread and of the acceptor's, from Start to Stop.
+  // `connections` must outlive this object.
+  ConnectionWatch(Connections* connections, std::function<LoopTurn()> turn, std::function<Handover()> handover);
+  // Stop() must have been called if Start() was.
+  ~ConnectionWatch() = default;
+  ConnectionWatch(const ConnectionWatch&) = delete;
+  ConnectionWatch& operator=(const ConnectionWatch&) = delete;
+
+  // The interval at which connections are looked at while there are any.
+  static constexpr absl::Duration kInterval = absl::Milliseconds(10);
+
+  // Begins to look. Errors: RESOURCE_EXHAUSTED if the system grants no thread.
+  absl::Status Start();
+  // Does nothing unless Start() has succeeded.
+  void Stop();
+
+  // Tells that there is a new connection.
+  void Wake();
+
+ private:
+  void Run();
+  void Look();
+
+  Connections* const connections_;
+  FloodWatch flood_watch_;
+  HandoverWatch handover_watch_;
+  const Clock clock_;
+  absl::Time check_at_ = absl::InfinitePast();
+  absl::Mutex mutex_;
+  MonotonicCondition changed_;
+  bool woken_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::thread thread_;
+};
+
+}  // namespace syncbn::rpc
+
+#endif  // SYNCBN_SERVER_RPC_CONNECTION_WATCH_H_
