@@ -54,7 +54,7 @@ def test_a_flood_is_ended_whenever_it_begins(master: Master, make: Callable[[int
     with syncbn.Worker(master.target, "honest", 0, 1) as worker:
         sent = 0
         for _ in range(6):
-            connection = wire.Connection((host, int(port)))
+            connection = wire.Connection(wire.Target(host, int(port)))
             for part in flood:
                 if not connection.send(part):
                     break
@@ -64,6 +64,18 @@ def test_a_flood_is_ended_whenever_it_begins(master: Master, make: Callable[[int
         size = sum(map(len, flood))
         assert make is ping or sent < 6 * min(size, 16 * MIB), "nobody has ended it"
     assert peak(master) < 200
+
+
+def test_a_flood_that_leaves_no_connection_keeps_nobody_out(master: Master) -> None:
+    host, port = master.target.rsplit(":", 1)
+    flood = b"".join(reset(stream) for stream in range(1, 20_000, 2))
+    for group in range(3):
+        connection = wire.Connection(wire.Target(host, int(port)))
+        while connection.send(flood):
+            pass
+        connection.close()
+        with syncbn.Worker(master.target, f"honest {group}", 0, 1) as worker:
+            assert worker.all_reduce("rounds go on", [1.0]) == [1.0]
 
 
 class Burner:
@@ -114,7 +126,7 @@ def test_many_calls_at_once_are_no_flood(start: Callable[..., Any], tmp_path: pa
     master = start(LoggedMaster, tmp_path / "log")
     calls = 200
     host, port = master.target.rsplit(":", 1)
-    connection = wire.Connection((host, int(port)))
+    connection = wire.Connection(wire.Target(host, int(port)))
     try:
         connection.send(
             b"".join(
@@ -134,7 +146,7 @@ def test_memory_goes_back_to_the_system_after_the_last_stream(master: Master) ->
     host, port = master.target.rsplit(":", 1)
     before = resident(master)
     cut_short = wire.message(wire.join("held", 1))[:-1]  # Each call waits for the rest.
-    connections = [wire.Connection((host, int(port))) for _ in range(100)]
+    connections = [wire.Connection(wire.Target(host, int(port))) for _ in range(100)]
     for connection in connections:
         for stream in range(1, 61, 2):
             call = wire.frame(wire.HEADERS, wire.END_HEADERS, stream, BLOCK)
@@ -157,7 +169,7 @@ def test_headers_without_an_end_take_little_memory(master: Master) -> None:
     with syncbn.Worker(master.target, "honest", 0, 1) as worker:
         connections = []
         for _ in range(100):
-            connections.append(wire.Connection((host, int(port))))
+            connections.append(wire.Connection(wire.Target(host, int(port))))
             connections[-1].send(wire.frame(wire.HEADERS, 0, 1, BLOCK))
             connections[-1].send(more)
             assert worker.all_reduce("rounds go on", [1.0]) == [1.0]

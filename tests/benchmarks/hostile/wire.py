@@ -1,12 +1,20 @@
 """Bytes on the wire to a master, made by hand: protobuf fields, gRPC messages, HTTP/2 frames. Needs no library."""
 
+import contextlib
+import selectors
 import socket
 import struct
 import threading
-from typing import List, Optional, Tuple
+from typing import List, Optional, Tuple, Union
+
+import tls
+
+Target = tls.Target
+Socket = Union[socket.socket, tls.Socket]
 
 SYNCHRONIZE = "/syncbn.v1.StatisticsService/Synchronize"
 GET_LAYER = "/syncbn.v1.InspectionService/GetLayer"
+WATCH_ROUNDS = "/syncbn.v1.InspectionService/WatchRounds"
 
 # Values of protobuf's enums.
 FORWARD, REQUIRED, NO_BACKWARD, BATCH_NORM = 1, 1, 3, 1
@@ -42,13 +50,17 @@ def layer_spec(name: bytes, channels: int) -> bytes:
     return piece(2, piece(1, name) + number(2, channels) + number(3, BATCH_NORM))
 
 
-def join(group: str, world_size: int, round_timeout: float = 0.0, rank: int = 0) -> bytes:
+def _optional(field: int, text: str) -> bytes:
+    return piece(field, text.encode()) if text else b""
+
+
+def join(group: str, world_size: int, round_timeout: float = 0.0, rank: int = 0, token: str = "") -> bytes:
     config = b""
     if round_timeout:
         nanoseconds = round(round_timeout * 1e9)
         config = piece(10, piece(1, number(1, nanoseconds // 10**9) + number(2, nanoseconds % 10**9)))
     versions = number(1, 1) + number(2, 1)
-    return piece(1, versions + piece(4, group.encode()) + number(5, rank) + number(6, world_size) + config)
+    return piece(1, versions + piece(4, group.encode()) + number(5, rank) + number(6, world_size) + config + _optional(13, token))
 
 
 def message(content: bytes, compressed: bool = False) -> bytes:
@@ -66,12 +78,12 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def _text(text: str) -> bytes:
+def text(text: str) -> bytes:
     assert len(text) < 127
     return bytes([len(text)]) + text.encode()
 
 
-def header_block(path: str, encoding: str = "") -> bytes:
+def header_block(path: str, encoding: str = "", token: str = "") -> bytes:
     """The headers of a gRPC call: literal fields that are not indexed, HPACK without its tables."""
     headers: List[Tuple[str, str]] = [
         (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost"),
@@ -79,23 +91,65 @@ def header_block(path: str, encoding: str = "") -> bytes:
     ]
     if encoding:
         headers.append(("grpc-encoding", encoding))
-    return b"".join(b"\x00" + _text(name) + _text(value) for name, value in headers)
+    if token:
+        headers.append(("authorization", f"Bearer {token}"))
+    return b"".join(b"\x00" + text(name) + text(value) for name, value in headers)
+
+
+def request(stream: int, headers: bytes, content: bytes) -> bytes:
+    """A call with one message, after which the caller sends no more."""
+    return frame(HEADERS, END_HEADERS, stream, headers) + frame(DATA, END_STREAM, stream, message(content))
+
+
+class Drain:
+    """Reads and drops all that comes by any number of connections, on one thread: an attack should cost its victim."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._thread: Optional[threading.Thread] = None
+
+    def add(self, connection: socket.socket) -> None:
+        # Reading waits for nothing; what is written by another descriptor of the same connection still may.
+        self._selector.register(connection.dup(), selectors.EVENT_READ)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                with contextlib.suppress(OSError):
+                    if connection.recv(1 << 16, socket.MSG_DONTWAIT):
+                        continue
+                self._selector.unregister(connection)
+                connection.close()
+
+
+_DRAIN = Drain()
 
 
 class Connection:
     """A connection on which an attack writes what frames it likes. Reads and drops all that comes, or reads nothing."""
 
-    def __init__(self, target: Tuple[str, int], reads: bool = True, window: int = 65535) -> None:
+    def __init__(self, target: Target, reads: bool = True, window: int = 65535) -> None:
         self.sent = 0
-        self._socket = socket.create_connection(target, timeout=60)
+        self._socket: Socket = tls.connect(target)
+        self._drains = reads and target.context is not None
         self.send(_PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HIHI", 2, 0, 4, window)))
-        if reads:
-            threading.Thread(target=self._drain, daemon=True).start()
+        if reads and isinstance(self._socket, socket.socket):
+            _DRAIN.add(self._socket)
 
-    def send(self, data: bytes) -> bool:
-        """False: the peer has closed the connection."""
+    def send(self, data: bytes, wait: bool = True) -> bool:
+        """False: the peer has closed the connection; or it has no room for all of the data and `wait` is false."""
         try:
-            self._socket.sendall(data)
+            if wait:
+                self._socket.sendall(data)
+            elif self._socket.send(data, socket.MSG_DONTWAIT) < len(data):
+                return False
+            if self._drains:
+                self._socket.drain()
         except OSError:
             return False
         self.sent += len(data)
@@ -115,28 +169,20 @@ class Connection:
             pass
         self._socket.close()
 
-    def _drain(self) -> None:
-        try:
-            while self._socket.recv(1 << 16):
-                pass
-        except OSError:
-            pass
-
 
 class Call:
     """One gRPC call on a connection of its own, which reads and drops all answers, or reads nothing."""
 
     _CHUNK = 16384  # HTTP/2's longest frame unless the peer allows more.
 
-    def __init__(self, target: Tuple[str, int], path: str = SYNCHRONIZE, reads: bool = True, encoding: str = "") -> None:
+    def __init__(self, target: Target, path: str = SYNCHRONIZE, reads: bool = True, encoding: str = "") -> None:
         self.sent = 0
         self._window = 65535
         self._stream_window = 65535
         self._changed = threading.Condition()
         self._closed = False
         self._initial_window = 65535
-        self._socket = socket.create_connection(target, timeout=60)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket: Socket = tls.connect(target)
         window = 2**31 - 1 if reads else 0
         settings = struct.pack(">HIHI", 2, 0, 4, window)  # No pushes; the window of each stream.
         self._send(_PREFACE + frame(SETTINGS, 0, 0, settings))
