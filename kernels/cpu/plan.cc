@@ -7,12 +7,11 @@ namespace syncbn::kernels::cpu {
 namespace {
 
 constexpr int64_t kLanes = 8;                    // Lanes of the logical vector.
-constexpr int64_t kChunkValues = 2048;           // Values of one channel, channels first.
+constexpr int64_t kChunkValues = 8192;           // Values of one channel, channels first.
 constexpr int64_t kChunkElements = 1024;         // Elements of a block of channels, channels last.
 constexpr int64_t kSingleLanes = 16;             // Lanes of the logical vector, and elements of such a block, where
 constexpr int64_t kSingleChunkElements = 32768;  // a reduction adds up in float32.
 constexpr int64_t kSingleValues = 256;           // The fewest values of a channel that it does so for.
-constexpr int64_t kMaxBlock = 128;               // Channels abreast, channels last.
 constexpr int64_t kUnitElements = int64_t{1} << 15;
 constexpr int64_t kUnits = 256;  // The most units where they would be small: enough for any host's cores.
 
@@ -35,10 +34,9 @@ ReductionPlan PlanChannelsFirst(int64_t batch, int64_t channels, int64_t spatial
   const int64_t pieces = CeilDiv(plan.columns, kChunkValues);
   plan.chunk_columns = std::min(plan.columns, CeilDiv(CeilDiv(plan.columns, pieces), kLanes) * kLanes);
   plan.chunk_rows = std::max<int64_t>(1, std::min(plan.rows, kChunkValues / plan.chunk_columns));
-  const int64_t chunk_elements = plan.chunk_rows * plan.chunk_columns;
-  // Whole channels of a short batch are joined into one unit.
-  const int64_t channel_elements = plan.chunks() * chunk_elements;
-  plan.block = std::clamp<int64_t>(channel_elements == 0 ? channels : kUnitElements / channel_elements, 1, channels);
+  // As many channels as lie side by side in a unit's memory: one channel's rows lie far apart.
+  const int64_t row_elements = plan.chunk_rows * plan.columns;
+  plan.block = std::clamp<int64_t>(kUnitElements / row_elements, 1, channels);
   ChooseSplits(&plan);
   return plan;
 }
@@ -115,7 +113,7 @@ Reduction PlanReduction(const TensorShape& shape) {
 }
 
 bool ReducesInFloat32(const TensorShape& shape) {
-  return SizeOf(shape.type) == 2 && shape.values_per_channel() >= kSingleValues;
+  return shape.type != DataType::kFloat64 && shape.values_per_channel() >= kSingleValues;
 }
 
 Range ElementwisePlan::ElementsOf(int64_t unit) const {
