@@ -51,8 +51,10 @@ class Tables {
 // FloatForward asks for.
 class FloatTables {
  public:
-  FloatTables(int64_t channels, int64_t period)
-      : channels_(static_cast<size_t>(channels)), length_(static_cast<size_t>(period + FloatForward::kPadding)) {}
+  FloatTables(int64_t channels, const ElementwisePlan& plan, bool pairs)
+      : channels_(static_cast<size_t>(channels)),
+        length_(static_cast<size_t>(plan.period + FloatForward::kPadding)),
+        even_first_(pairs && plan.repeat == 1) {}
 
   const float* Of(const double* vector) {
     if (vector == nullptr) return nullptr;
@@ -61,6 +63,7 @@ class FloatTables {
     for (size_t i = 0; i < length_; ++i) {
       table[i] = i < channels_ ? static_cast<float>(vector[i]) : table[i - channels_];
     }
+    if (even_first_) PutEvenFirst(table);
     return table;
   }
 
@@ -75,8 +78,22 @@ class FloatTables {
     float entries[kLine];
   };
 
+  // Reorders each 32 entries.
+  void PutEvenFirst(float* table) const {
+    constexpr size_t kPairs = 16;
+    for (size_t i = 0; i + 2 * kPairs <= length_; i += 2 * kPairs) {
+      float entries[2 * kPairs];
+      std::copy_n(table + i, 2 * kPairs, entries);
+      for (size_t j = 0; j < kPairs; ++j) {
+        table[i + j] = entries[2 * j];
+        table[i + kPairs + j] = entries[2 * j + 1];
+      }
+    }
+  }
+
   const size_t channels_;
   const size_t length_;
+  const bool even_first_;
   std::vector<std::vector<Line>> tables_;
 };
 
@@ -148,14 +165,16 @@ void BatchNormElemt(const Context& context, const TensorShape& shape, const void
   const ElementwisePlan plan = PlanElementwise(shape);
   const RoundedForward rounded(shape, coefficients);
   if (rounded.single()) {
-    FloatTables tables(shape.channels, plan.period);
+    const bool pairs = HasPairs(shape.type, plan, epilogue.relu_mask);
+    FloatTables tables(shape.channels, plan, pairs);
     const HalfForwardArgs args = {
-        shape.type, plan, Bytes(x), tables.Of(rounded.coefficients()), epilogue, static_cast<uint8_t*>(y)};
+        shape.type, plan, Bytes(x), tables.Of(rounded.coefficients()), epilogue, static_cast<uint8_t*>(y), pairs};
     ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { HalfForwardUnit(args, unit); });
     return;
   }
   Tables tables(shape.channels, plan.period);
-  const ForwardArgs args = {shape.type, plan, Bytes(x), tables.Of(coefficients), epilogue, static_cast<uint8_t*>(y)};
+  const ForwardArgs args = {
+      shape.type, plan, Bytes(x), tables.Of(rounded.coefficients()), epilogue, static_cast<uint8_t*>(y)};
   ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { ForwardUnit(args, unit); });
 }
 
@@ -186,8 +205,9 @@ void BatchNormBackwardElemt(const Context& context, const TensorShape& shape, co
   const RoundedBackward backward(shape, coefficients);
   const bool recomputes = KindOf(gate) == Gate::kRecompute;
   if (backward.single() && (!recomputes || forward.single())) {
-    FloatTables tables(shape.channels, plan.period);
     HalfBackwardArgs args;
+    args.pairs = HasPairs(shape.type, plan, gate.mask);
+    FloatTables tables(shape.channels, plan, args.pairs);
     args.type = shape.type;
     args.plan = plan;
     args.dy = Bytes(dy);
@@ -208,7 +228,7 @@ void BatchNormBackwardElemt(const Context& context, const TensorShape& shape, co
   args.dx = static_cast<uint8_t*>(dx);
   args.d_residual = static_cast<uint8_t*>(d_residual);
   Tables tables(shape.channels, plan.period);
-  args.coefficients = tables.Of(coefficients);
+  args.coefficients = tables.Of(shape.type == DataType::kFloat32 ? backward.coefficients() : coefficients);
   args.gate = tables.Of({gate.mask, forward.coefficients()});
   args.single_gate = forward.single();
   ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { BackwardUnit(args, unit); });

@@ -94,10 +94,10 @@ class Coefficient {
   Lanes all_;
 };
 
-template <bool residual, bool relu>
+template <DataType type, bool residual, bool relu>
 HWY_INLINE Lanes Normalize(const Lanes& x, const Lanes& mean, const Lanes& scale, const Lanes& shift,
                            const Lanes& added) {
-  Lanes y = (x - mean) * scale + shift;
+  Lanes y = ForwardOutput<type>(x, {mean, scale, shift, false});
   if constexpr (residual) y = y + added;
   if constexpr (relu) y = Relu(y);
   return y;
@@ -116,7 +116,7 @@ HWY_INLINE void ForwardSegment(const ForwardArgs& args, const Segment& segment) 
   for (; i + kLanes <= segment.size; i += kLanes) {
     Lanes added = Zero();
     if constexpr (residual) added = Load<type>(r + i * kSize);
-    Store<type>(Normalize<residual, relu>(Load<type>(x + i * kSize), mean.At(i), scale.At(i), shift.At(i), added),
+    Store<type>(Normalize<type, residual, relu>(Load<type>(x + i * kSize), mean.At(i), scale.At(i), shift.At(i), added),
                 y + i * kSize);
   }
   const int64_t n = segment.size - i;
@@ -124,7 +124,8 @@ HWY_INLINE void ForwardSegment(const ForwardArgs& args, const Segment& segment) 
   Lanes added = Zero();
   if constexpr (residual) added = LoadPart<type>(r + i * kSize, n, segment.CanRead(i));
   const Lanes last = LoadPart<type>(x + i * kSize, n, segment.CanRead(i));
-  Store<type>(Normalize<residual, relu>(last, mean.At(i, n), scale.At(i, n), shift.At(i, n), added), y + i * kSize, n);
+  Store<type>(Normalize<type, residual, relu>(last, mean.At(i, n), scale.At(i, n), shift.At(i, n), added),
+              y + i * kSize, n);
 }
 
 // Taken from the stored outputs: a positive value may have been rounded to 0.
@@ -230,9 +231,14 @@ class BackwardSegment {
     } else if constexpr (gate == Gate::kMask) {
       dy = PassGate<type, gate>(dy, x, {x, x, x, false}, args_.gate.mask, index, n);
     }
-    const Lanes x_minus_mean = x - At<whole>(mean_, i, n);
-    const Lanes dx =
-        At<whole>(scale_, i, n) * (dy - At<whole>(mean_dy_, i, n) - x_minus_mean * At<whole>(projection_, i, n));
+    const Lanes mean = At<whole>(mean_, i, n), scale = At<whole>(scale_, i, n);
+    const Lanes mean_dy = At<whole>(mean_dy_, i, n), projection = At<whole>(projection_, i, n);
+    Lanes dx;
+    if constexpr (type == DataType::kFloat32) {
+      dx = MulAddExact(dy, scale, MulAddExact(x, projection, mean_dy));
+    } else {
+      dx = scale * (dy - mean_dy - (x - mean) * projection);
+    }
     Write<whole>(dx, args_.dx + offset, n);
     if (args_.d_residual != nullptr) Write<whole>(dy, args_.d_residual + offset, n);
   }

@@ -86,14 +86,17 @@ struct Half<DataType::kBFloat16> {
   static HWY_INLINE hn::Vec<Floats> Widen(hn::Vec<Halves> v) {
     return hn::BitCast(Floats(), hn::ShiftLeft<16>(hn::PromoteTo(FloatBits(), v)));
   }
+  // Returns the rounded number in the upper half of the bits; the lower half has no meaning.
   // A NaN's lower half must be 0, lest the addition carry into its sign: that holds for those that come from bfloat16,
   // from rounded coefficients, and from the processor.
-  static HWY_INLINE hn::Vec<Halves> Narrow(hn::Vec<Floats> v) {
+  static HWY_INLINE hn::Vec<FloatBits> Round(hn::Vec<Floats> v) {
     const FloatBits du;
     const auto bits = hn::BitCast(du, v);
     const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
-    const auto rounded = hn::Add(hn::Add(bits, hn::Set(du, 0x7FFF)), odd);
-    return hn::TruncateTo(Halves(), hn::ShiftRight<16>(rounded));
+    return hn::Add(hn::Add(bits, hn::Set(du, 0x7FFF)), odd);
+  }
+  static HWY_INLINE hn::Vec<Halves> Narrow(hn::Vec<Floats> v) {
+    return hn::TruncateTo(Halves(), hn::ShiftRight<16>(Round(v)));
   }
 };
 
@@ -131,26 +134,36 @@ struct Half<DataType::kFloat16> {
 };
 
 template <DataType type>
-HWY_INLINE FloatLanes LoadHalves(const uint8_t* p) {
+HWY_INLINE FloatLanes LoadAsFloats(const uint8_t* p) {
   FloatLanes r;
-  SYNCBN_FOR_FLOATS(i) r.part[i] = Half<type>::Widen(LoadBytes<Halves>(p + i * kFloatsWide * 2));
+  SYNCBN_FOR_FLOATS(i) {
+    if constexpr (type == DataType::kFloat32) {
+      r.part[i] = LoadBytes<Floats>(p + i * kFloatsWide * 4);
+    } else {
+      r.part[i] = Half<type>::Widen(LoadBytes<Halves>(p + i * kFloatsWide * 2));
+    }
+  }
   return r;
 }
 
 // The first n of sixteen elements; the other lanes are 0 and their memory is not touched.
 template <DataType type>
-HWY_INLINE FloatLanes LoadHalves(const uint8_t* p, int64_t n) {
-  alignas(64) uint8_t buffer[kFloatLanes * 2] = {};
-  CopyFew<2>(buffer, p, n);
-  return LoadHalves<type>(buffer);
+HWY_INLINE FloatLanes LoadAsFloats(const uint8_t* p, int64_t n) {
+  alignas(64) uint8_t buffer[kFloatLanes * SizeOf(type)] = {};
+  CopyFew<SizeOf(type)>(buffer, p, n);
+  return LoadAsFloats<type>(buffer);
 }
 
 // Rounds to the type.
 template <DataType type>
-HWY_INLINE FloatLanes ToHalf(const FloatLanes& v) {
-  FloatLanes r;
-  SYNCBN_FOR_FLOATS(i) r.part[i] = Half<type>::Widen(Half<type>::Narrow(v.part[i]));
-  return r;
+HWY_INLINE FloatLanes RoundFloats(const FloatLanes& v) {
+  if constexpr (type == DataType::kFloat32) {
+    return v;
+  } else {
+    FloatLanes r;
+    SYNCBN_FOR_FLOATS(i) r.part[i] = Half<type>::Widen(Half<type>::Narrow(v.part[i]));
+    return r;
+  }
 }
 
 template <DataType type>
@@ -163,6 +176,32 @@ HWY_INLINE void StoreHalves(const FloatLanes& v, uint8_t* p, int64_t n) {
   alignas(64) uint8_t buffer[kFloatLanes * 2];
   StoreHalves<type>(v, buffer);
   CopyFew<2>(p, buffer, n);
+}
+
+// The lanes of 32 adjacent bfloat16: the even elements, and the odd ones. A pair of elements is a 32-bit word, so this
+// takes half the instructions of two groups of adjacent elements, which are spread out and packed.
+struct FloatLanePair {
+  FloatLanes even, odd;
+};
+
+HWY_INLINE FloatLanePair LoadPairs(const uint8_t* p) {
+  const FloatBits du;
+  FloatLanePair r;
+  SYNCBN_FOR_FLOATS(i) {
+    const auto words = LoadBytes<FloatBits>(p + i * kFloatsWide * 4);
+    r.even.part[i] = hn::BitCast(Floats(), hn::ShiftLeft<16>(words));
+    r.odd.part[i] = hn::BitCast(Floats(), hn::And(words, hn::Set(du, 0xFFFF0000)));
+  }
+  return r;
+}
+
+HWY_INLINE void StorePairs(const FloatLanePair& v, uint8_t* p) {
+  const FloatBits du;
+  SYNCBN_FOR_FLOATS(i) {
+    const auto even = hn::ShiftRight<16>(Half<DataType::kBFloat16>::Round(v.even.part[i]));
+    const auto odd = Half<DataType::kBFloat16>::Round(v.odd.part[i]);
+    StoreBytes<FloatBits>(hn::OrAnd(even, odd, hn::Set(du, 0xFFFF0000)), p + i * kFloatsWide * 4);
+  }
 }
 
 // Returns the forward pass's output before a residual and a ReLU. The coefficients are those of RoundedForward.

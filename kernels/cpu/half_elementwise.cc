@@ -1,6 +1,7 @@
 #include "kernels/cpu/half_elementwise.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels/gate.h"
 
@@ -16,6 +17,8 @@
 HWY_BEFORE_NAMESPACE();
 namespace syncbn::kernels::cpu::HWY_NAMESPACE {
 namespace {
+
+constexpr int64_t kPairLanes = 2 * kFloatLanes;
 
 // kTables coefficients of sixteen elements.
 template <int kTables>
@@ -39,6 +42,12 @@ HWY_INLINE CoefficientLanes<kTables> EqualAt(const float* const* tables, int64_t
   return r;
 }
 
+// The entries of the even and of the odd ones of 32 elements.
+template <int kTables>
+struct CoefficientPair {
+  CoefficientLanes<kTables> even, odd;
+};
+
 // An operation has its pointers in members of its own: what it stores are bytes, after which the compiler takes nothing
 // behind a pointer for unchanged.
 
@@ -57,8 +66,26 @@ HWY_INLINE void EachGroupAdjacent(const ElementwisePlan& plan, const Range& elem
   if (i < elements.end) op.Part(i, elements.end - i, AdjacentAt<Op::kTables>(op.tables, entry));
 }
 
-// The same for planes of plan.repeat elements with equal coefficients. A group may meet several planes.
+// The same for 32 elements at a time: op.Pairs(i, coefficients). An operation's last elements are copied, so that
+// there are always 32 of them.
 template <class Op>
+HWY_INLINE void EachPairAdjacent(const ElementwisePlan& plan, const Range& elements, const Op& op) {
+  const int64_t period = plan.period;
+  int64_t entry = elements.begin % period;
+  int64_t i = elements.begin;
+  for (; i + kPairLanes <= elements.end; i += kPairLanes) {
+    op.Pairs(i, {AdjacentAt<Op::kTables>(op.tables, entry), AdjacentAt<Op::kTables>(op.tables, entry + kFloatLanes)});
+    entry += kPairLanes;
+    if (entry == period) entry = 0;
+  }
+  if (i < elements.end) {
+    op.LastPairs(i, elements.end - i,
+                 {AdjacentAt<Op::kTables>(op.tables, entry), AdjacentAt<Op::kTables>(op.tables, entry + kFloatLanes)});
+  }
+}
+
+// The same for planes of plan.repeat elements with equal coefficients. A group may meet several planes.
+template <bool kPairs, class Op>
 HWY_INLINE void EachGroupOfPlanes(const ElementwisePlan& plan, const Range& elements, const Op& op) {
   int64_t entry = elements.begin / plan.repeat % plan.period;
   int64_t left = plan.repeat - elements.begin % plan.repeat;  // Elements of this plane.
@@ -67,6 +94,9 @@ HWY_INLINE void EachGroupOfPlanes(const ElementwisePlan& plan, const Range& elem
     auto lanes = EqualAt<Op::kTables>(op.tables, entry);
     const int64_t end = i + std::min(left, elements.end - i) / kFloatLanes * kFloatLanes;
     left -= end - i;
+    if (kPairs) {
+      for (; i + kPairLanes <= end; i += kPairLanes) op.Pairs(i, {lanes, lanes});
+    }
     for (; i < end; i += kFloatLanes) op.Group(i, lanes);
     const int64_t n = std::min(kFloatLanes, elements.end - i);
     if (n == 0) break;
@@ -88,18 +118,31 @@ HWY_INLINE void EachGroupOfPlanes(const ElementwisePlan& plan, const Range& elem
 }
 
 template <class Op>
-HWY_INLINE void EachGroup(const ElementwisePlan& plan, int64_t unit, const Op& op) {
+HWY_INLINE void EachGroup(const ElementwisePlan& plan, int64_t unit, const Op& op, bool pairs) {
   const Range elements = plan.ElementsOf(unit);
+  if constexpr (Op::kHasPairs) {
+    if (pairs && plan.repeat == 1) return EachPairAdjacent(plan, elements, op);
+    if (pairs) return EachGroupOfPlanes<true>(plan, elements, op);
+  }
   if (plan.repeat == 1) {
     EachGroupAdjacent(plan, elements, op);
   } else {
-    EachGroupOfPlanes(plan, elements, op);
+    EachGroupOfPlanes<false>(plan, elements, op);
   }
 }
+
+// Fewer than 32 elements, and zeros.
+struct FewPairs {
+  alignas(64) uint8_t bytes[kPairLanes * 2] = {};
+
+  FewPairs() = default;
+  FewPairs(const uint8_t* from, int64_t n) { std::memcpy(bytes, from, static_cast<size_t>(n) * 2); }
+};
 
 template <DataType type, bool residual, bool relu>
 struct ForwardOp {
   static constexpr int kTables = 3;
+  static constexpr bool kHasPairs = type == DataType::kBFloat16;
 
   const float* const tables[kTables];
   const uint8_t* const x;
@@ -115,7 +158,8 @@ struct ForwardOp {
         y(args.y),
         mask(relu ? args.epilogue.relu_mask : nullptr) {}
 
-  HWY_INLINE FloatLanes Output(const FloatLanes& in, const FloatLanes& more, const CoefficientLanes<kTables>& c) const {
+  static HWY_INLINE FloatLanes Output(const FloatLanes& in, const FloatLanes& more,
+                                      const CoefficientLanes<kTables>& c) {
     FloatLanes out = Affine(in, c.of[0], c.of[1], c.of[2]);
     if constexpr (residual) out = out + more;
     if constexpr (relu) out = Relu(out);
@@ -132,33 +176,54 @@ struct ForwardOp {
 
   HWY_INLINE void Group(int64_t i, const CoefficientLanes<kTables>& c) const {
     FloatLanes more = BroadcastFloat(0);
-    if constexpr (residual) more = LoadHalves<type>(added + i * 2);
-    const FloatLanes out = Output(LoadHalves<type>(x + i * 2), more, c);
+    if constexpr (residual) more = LoadAsFloats<type>(added + i * 2);
+    const FloatLanes out = Output(LoadAsFloats<type>(x + i * 2), more, c);
     StoreHalves<type>(out, y + i * 2);
     WriteMask(out, i, kFloatLanes);
   }
 
   HWY_INLINE void Part(int64_t i, int64_t n, const CoefficientLanes<kTables>& c) const {
     FloatLanes more = BroadcastFloat(0);
-    if constexpr (residual) more = LoadHalves<type>(added + i * 2, n);
-    const FloatLanes out = Output(LoadHalves<type>(x + i * 2, n), more, c);
+    if constexpr (residual) more = LoadAsFloats<type>(added + i * 2, n);
+    const FloatLanes out = Output(LoadAsFloats<type>(x + i * 2, n), more, c);
     StoreHalves<type>(out, y + i * 2, n);
     WriteMask(out, i, n);
+  }
+
+  HWY_INLINE void Pairs(int64_t i, const CoefficientPair<kTables>& c) const {
+    PairsAt(x + i * 2, residual ? added + i * 2 : nullptr, c, y + i * 2);
+  }
+
+  HWY_INLINE void LastPairs(int64_t i, int64_t n, const CoefficientPair<kTables>& c) const {
+    const FewPairs in(x + i * 2, n), more(residual ? added + i * 2 : x + i * 2, n);
+    FewPairs out;
+    PairsAt(in.bytes, more.bytes, c, out.bytes);
+    std::memcpy(y + i * 2, out.bytes, static_cast<size_t>(n) * 2);
+  }
+
+ private:
+  static HWY_INLINE void PairsAt(const uint8_t* from, const uint8_t* residuals, const CoefficientPair<kTables>& c,
+                                 uint8_t* to) {
+    FloatLanePair more = {BroadcastFloat(0), BroadcastFloat(0)};
+    if constexpr (residual) more = LoadPairs(residuals);
+    const FloatLanePair in = LoadPairs(from);
+    StorePairs({Output(in.even, more.even, c.even), Output(in.odd, more.odd, c.odd)}, to);
   }
 };
 
 template <DataType type>
 void ForwardOf(const HalfForwardArgs& args, int64_t unit) {
   const bool residual = args.epilogue.residual != nullptr;
-  if (residual && args.epilogue.relu) return EachGroup(args.plan, unit, ForwardOp<type, true, true>(args));
-  if (residual) return EachGroup(args.plan, unit, ForwardOp<type, true, false>(args));
-  if (args.epilogue.relu) return EachGroup(args.plan, unit, ForwardOp<type, false, true>(args));
-  return EachGroup(args.plan, unit, ForwardOp<type, false, false>(args));
+  if (residual && args.epilogue.relu) return EachGroup(args.plan, unit, ForwardOp<type, true, true>(args), args.pairs);
+  if (residual) return EachGroup(args.plan, unit, ForwardOp<type, true, false>(args), args.pairs);
+  if (args.epilogue.relu) return EachGroup(args.plan, unit, ForwardOp<type, false, true>(args), args.pairs);
+  return EachGroup(args.plan, unit, ForwardOp<type, false, false>(args), args.pairs);
 }
 
 template <DataType type, Gate gate>
 struct BackwardOp {
   static constexpr int kTables = gate == Gate::kRecompute ? 7 : 4;
+  static constexpr bool kHasPairs = type == DataType::kBFloat16 && gate != Gate::kMask;
 
   // The last three are not read unless the gate needs them.
   const float* const tables[7];
@@ -194,25 +259,49 @@ struct BackwardOp {
   }
 
   HWY_INLINE void Group(int64_t i, const CoefficientLanes<kTables>& c) const {
-    const FloatLanes in = LoadHalves<type>(x + i * 2);
-    const FloatLanes gradient = PassGate(LoadHalves<type>(dy + i * 2), in, i, kFloatLanes, c);
+    const FloatLanes in = LoadAsFloats<type>(x + i * 2);
+    const FloatLanes gradient = PassGate(LoadAsFloats<type>(dy + i * 2), in, i, kFloatLanes, c);
     StoreHalves<type>(Output(gradient, in, c), dx + i * 2);
     if (d_residual != nullptr) StoreHalves<type>(gradient, d_residual + i * 2);
   }
 
   HWY_INLINE void Part(int64_t i, int64_t n, const CoefficientLanes<kTables>& c) const {
-    const FloatLanes in = LoadHalves<type>(x + i * 2, n);
-    const FloatLanes gradient = PassGate(LoadHalves<type>(dy + i * 2, n), in, i, n, c);
+    const FloatLanes in = LoadAsFloats<type>(x + i * 2, n);
+    const FloatLanes gradient = PassGate(LoadAsFloats<type>(dy + i * 2, n), in, i, n, c);
     StoreHalves<type>(Output(gradient, in, c), dx + i * 2, n);
     if (d_residual != nullptr) StoreHalves<type>(gradient, d_residual + i * 2, n);
+  }
+
+  HWY_INLINE void Pairs(int64_t i, const CoefficientPair<kTables>& c) const {
+    PairsAt(dy + i * 2, x + i * 2, c, dx + i * 2, d_residual == nullptr ? nullptr : d_residual + i * 2);
+  }
+
+  HWY_INLINE void LastPairs(int64_t i, int64_t n, const CoefficientPair<kTables>& c) const {
+    const FewPairs gradients(dy + i * 2, n), in(x + i * 2, n);
+    FewPairs out, passed;
+    PairsAt(gradients.bytes, in.bytes, c, out.bytes, passed.bytes);
+    std::memcpy(dx + i * 2, out.bytes, static_cast<size_t>(n) * 2);
+    if (d_residual != nullptr) std::memcpy(d_residual + i * 2, passed.bytes, static_cast<size_t>(n) * 2);
+  }
+
+ private:
+  HWY_INLINE void PairsAt(const uint8_t* gradients, const uint8_t* inputs, const CoefficientPair<kTables>& c,
+                          uint8_t* to, uint8_t* passed) const {
+    const FloatLanePair in = LoadPairs(inputs);
+    FloatLanePair gradient = LoadPairs(gradients);
+    gradient.even = PassGate(gradient.even, in.even, 0, kFloatLanes, c.even);
+    gradient.odd = PassGate(gradient.odd, in.odd, 0, kFloatLanes, c.odd);
+    StorePairs({Output(gradient.even, in.even, c.even), Output(gradient.odd, in.odd, c.odd)}, to);
+    if (passed != nullptr) StorePairs(gradient, passed);
   }
 };
 
 template <DataType type>
 void BackwardOf(const HalfBackwardArgs& args, int64_t unit) {
-  if (args.mask != nullptr) return EachGroup(args.plan, unit, BackwardOp<type, Gate::kMask>(args));
-  if (args.forward.mean != nullptr) return EachGroup(args.plan, unit, BackwardOp<type, Gate::kRecompute>(args));
-  return EachGroup(args.plan, unit, BackwardOp<type, Gate::kNone>(args));
+  if (args.mask != nullptr) return EachGroup(args.plan, unit, BackwardOp<type, Gate::kMask>(args), args.pairs);
+  if (args.forward.mean != nullptr)
+    return EachGroup(args.plan, unit, BackwardOp<type, Gate::kRecompute>(args), args.pairs);
+  return EachGroup(args.plan, unit, BackwardOp<type, Gate::kNone>(args), args.pairs);
 }
 
 }  // namespace

@@ -26,6 +26,13 @@ struct FloatBackward {
   const float* projection = nullptr;
 };
 
+// Tells whether the adjacent entries of tables are read 32 at a time, even ones first: each 32 must lie in that order.
+// So it is for bfloat16 where no bit mask is read or written, which has the order of the elements, and where all units
+// begin at a multiple of 32 entries.
+inline bool HasPairs(DataType type, const ElementwisePlan& plan, const void* mask) {
+  return type == DataType::kBFloat16 && mask == nullptr && (plan.repeat != 1 || plan.period % 32 == 0);
+}
+
 // Pointers to whole tensors and to tables; the caller owns all of them. `type` is kFloat16 or kBFloat16.
 struct HalfForwardArgs {
   DataType type = DataType::kBFloat16;
@@ -34,6 +41,7 @@ struct HalfForwardArgs {
   FloatForward coefficients;
   Epilogue epilogue;
   uint8_t* y = nullptr;
+  bool pairs = false;  // HasPairs().
 };
 
 struct HalfBackwardArgs {
@@ -46,6 +54,7 @@ struct HalfBackwardArgs {
   FloatForward forward;           // the pass whose output opens it; or neither.
   uint8_t* dx = nullptr;
   uint8_t* d_residual = nullptr;
+  bool pairs = false;  // HasPairs().
 };
 
 void HalfForwardUnit(const HalfForwardArgs& args, int64_t unit);

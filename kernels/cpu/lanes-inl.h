@@ -72,6 +72,31 @@ HWY_INLINE LanesOf<Tag> operator*(const LanesOf<Tag>& a, const LanesOf<Tag>& b) 
   return r;
 }
 
+// Returns a - b by the units of multiplication: where every other operation is an addition, those would be idle. The
+// product by 1 is exact.
+template <class Tag>
+HWY_INLINE hn::Vec<Tag> Minus(Tag /*tag*/, hn::Vec<Tag> a, hn::Vec<Tag> b) {
+#if HWY_NATIVE_FMA
+  return hn::MulSub(a, hn::Set(Tag(), 1), b);
+#else
+  return hn::Sub(a, b);
+#endif
+}
+
+template <class Tag>
+HWY_INLINE LanesOf<Tag> Minus(const LanesOf<Tag>& a, const LanesOf<Tag>& b) {
+  LanesOf<Tag> r;
+  SYNCBN_FOR_PARTS_OF(Tag, i) r.part[i] = Minus(Tag(), a.part[i], b.part[i]);
+  return r;
+}
+
+// Returns a * b + c. The product must be exact: a fused operation then has the bits of two.
+HWY_INLINE Lanes MulAddExact(const Lanes& a, const Lanes& b, const Lanes& c) {
+  Lanes r;
+  SYNCBN_FOR_PARTS(i) r.part[i] = hn::MulAdd(a.part[i], b.part[i], c.part[i]);
+  return r;
+}
+
 HWY_INLINE Lanes operator/(const Lanes& a, const Lanes& b) {
   Lanes r;
   SYNCBN_FOR_PARTS(i) r.part[i] = hn::Div(a.part[i], b.part[i]);
@@ -423,7 +448,8 @@ HWY_INLINE Lanes ToSingle(const Lanes& v) {
   return r;
 }
 
-// The forward pass's coefficients of eight elements. `single`: they are float32, and so was the pass's arithmetic.
+// The forward pass's coefficients of eight elements, as RoundedForward has them. `single`: they are float32, and so was
+// the pass's arithmetic.
 struct ForwardLanes {
   Lanes mean, scale, shift;
   bool single;
@@ -433,6 +459,7 @@ struct ForwardLanes {
 // bits in float64 with a rounding after it: 53 bits are more than twice 24 and two.
 template <DataType type>
 HWY_INLINE Lanes ForwardOutput(const Lanes& x, const ForwardLanes& forward) {
+  if constexpr (type == DataType::kFloat32) return MulAddExact(x, forward.scale, forward.shift);
   if constexpr (SizeOf(type) == 2) {
     if (forward.single) {
       return ToSingle(ToSingle(ToSingle(x - forward.mean) * forward.scale) + forward.shift);

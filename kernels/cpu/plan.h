@@ -11,6 +11,9 @@
 
 namespace syncbn::kernels::cpu {
 
+// The most counters of a unit, channels last.
+constexpr int64_t kMaxBlock = 128;
+
 // Half-open.
 struct Range {
   int64_t begin = 0;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/lanes-inl.h"
@@ -253,6 +254,19 @@ Run GroupRun(const ReductionPlan& plan, const Range& rows, int64_t counter, int6
   run.lanes = std::min(lanes, end - counter);
   run.readable = run.first + (run.groups - 1) * run.stride + lanes <= plan.end_element();
   return run;
+}
+
+// Calls add(std::integral_constant<int, abreast>(), first group, first row, rows) for a few rows at a time, and for
+// each of `groups` groups of counters in them, `kAbreast` at once where there are as many of the first `whole`. A group
+// alone would take a part of each row, and the next one come back for more of it.
+template <int kAbreast, class Add>
+HWY_INLINE void EachBlockOfRows(const Range& rows, int64_t block, int64_t whole, int64_t groups, const Add& add) {
+  for (int64_t row = 0; row < rows.size(); row += block) {
+    const int64_t n = std::min(block, rows.size() - row);
+    int64_t group = 0;
+    for (; group + kAbreast <= whole; group += kAbreast) add(std::integral_constant<int, kAbreast>(), group, row, n);
+    for (; group < groups; ++group) add(std::integral_constant<int, 1>(), group, row, n);
+  }
 }
 
 template <DataType type>

@@ -7,8 +7,9 @@
 // clang-format on
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
-#include "kernels/cpu/half_reduce-inl.h"
+#include "kernels/cpu/float_stats-inl.h"
 #include "kernels/cpu/reduce-inl.h"
+#include "kernels/cpu/single_reduce-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace syncbn::kernels::cpu::HWY_NAMESPACE {
@@ -22,10 +23,15 @@ void StatsOf(const ReduceArgs& args, int64_t unit) {
   const Range chunks = plan.ChunksOf(split);
   double* mean = args.first + split * plan.width;
   double* m2 = args.second + split * plan.width;
-  if constexpr (SizeOf(type) == 2) {
+  if constexpr (type == DataType::kFloat32) {
     if (args.single) {
-      if (plan.counters_adjacent) return HalfStatsChannelsLast<type>(args, counters, chunks, mean, m2);
-      return HalfStatsChannelsFirst<type>(args, counters, chunks, mean, m2);
+      if (plan.counters_adjacent) return FloatStatsChannelsLast(args, counters, chunks, mean, m2);
+      return FloatStatsChannelsFirst(args, counters, chunks, mean, m2);
+    }
+  } else if constexpr (SizeOf(type) == 2) {
+    if (args.single) {
+      if (plan.counters_adjacent) return SingleStatsChannelsLast<type>(args, counters, chunks, mean, m2);
+      return SingleStatsChannelsFirst<type>(args, counters, chunks, mean, m2);
     }
   }
   if (plan.counters_adjacent) return StatsChannelsLast<type>(args, counters, chunks, mean, m2);
@@ -40,10 +46,10 @@ void BackwardOf(const ReduceArgs& args, int64_t unit) {
   const Range chunks = plan.ChunksOf(split);
   double* first = args.first + split * plan.width;
   double* second = args.second + split * plan.width;
-  if constexpr (SizeOf(type) == 2) {
+  if constexpr (SizeOf(type) == 2 || (type == DataType::kFloat32 && gate != Gate::kRecompute)) {
     if (args.single) {
-      if (plan.counters_adjacent) return HalfBackwardChannelsLast<type, gate>(args, counters, chunks, first, second);
-      return HalfBackwardChannelsFirst<type, gate>(args, counters, chunks, first, second);
+      if (plan.counters_adjacent) return SingleBackwardChannelsLast<type, gate>(args, counters, chunks, first, second);
+      return SingleBackwardChannelsFirst<type, gate>(args, counters, chunks, first, second);
     }
   }
   if (plan.counters_adjacent) return BackwardChannelsLast<type, gate>(args, counters, chunks, first, second);

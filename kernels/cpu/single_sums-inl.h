@@ -1,11 +1,11 @@
 // Sums in float32 of groups of sixteen elements of the two 16-bit types, for their reductions: the terms, the sums, and
 // the findings about what float32 lost.
 
-#if defined(SYNCBN_KERNELS_CPU_HALF_SUMS_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef SYNCBN_KERNELS_CPU_HALF_SUMS_INL_H_
-#undef SYNCBN_KERNELS_CPU_HALF_SUMS_INL_H_
+#if defined(SYNCBN_KERNELS_CPU_SINGLE_SUMS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SYNCBN_KERNELS_CPU_SINGLE_SUMS_INL_H_
+#undef SYNCBN_KERNELS_CPU_SINGLE_SUMS_INL_H_
 #else
-#define SYNCBN_KERNELS_CPU_HALF_SUMS_INL_H_
+#define SYNCBN_KERNELS_CPU_SINGLE_SUMS_INL_H_
 #endif
 
 #include <algorithm>
@@ -55,51 +55,76 @@ struct WideSums {
   }
 };
 
-// Two sums at once, of terms that are added eight groups at a time, then four times that, then in float64: a long sum
-// in float32 would lose the digits that a variance in float32 has.
-struct FloatPairSums {
-  FloatLanes first, second;  // Of fewer than eight groups.
-  FloatLanes batch_first, batch_second;
-  int64_t groups = 0;  // In both.
-  WideSums wide_first, wide_second;
+// Two terms of each lane of a group, or their sums over some groups.
+struct FloatPair {
+  FloatLanes first, second;
+};
 
-  HWY_INLINE FloatPairSums() : first(BroadcastFloat(0)), second(first), batch_first(first), batch_second(first) {}
+HWY_INLINE FloatPair operator+(const FloatPair& a, const FloatPair& b) {
+  return {a.first + b.first, a.second + b.second};
+}
 
-  static constexpr int64_t kEight = 8;
+// Two sums at once, of blocks: sums in float32 of the terms of some groups. Blocks are added in float32 until they have
+// some 32 groups, then in float64: a long sum in float32 would lose the digits that a variance in float32 has.
+struct BlockSums {
   static constexpr int64_t kBatch = 32;
 
-  // Returns the number of groups of `left` to be added before Added() must be called.
-  HWY_INLINE int64_t Room(int64_t left) const { return std::min(left, kEight - groups % kEight); }
+  FloatLanes batch_first, batch_second;
+  int64_t groups = 0;  // In both.
+  WideSums first, second;
 
-  HWY_INLINE void Added(int64_t more) {
+  HWY_INLINE BlockSums() : batch_first(BroadcastFloat(0)), batch_second(batch_first) {}
+
+  HWY_INLINE void Add(int64_t more, const FloatPair& block) {
+    batch_first = batch_first + block.first;
+    batch_second = batch_second + block.second;
     groups += more;
-    if (groups % kEight != 0) return;
-    batch_first = batch_first + first;
-    batch_second = batch_second + second;
-    first = second = BroadcastFloat(0);
-    if (groups == kBatch) Widen();
+    if (groups >= kBatch) Finish();
   }
 
-  // Must be called after the last group.
+  // Must be called after the last block.
   HWY_INLINE void Finish() {
-    batch_first = batch_first + first;
-    batch_second = batch_second + second;
-    Widen();
-  }
-
- private:
-  HWY_INLINE void Widen() {
-    wide_first.Add(batch_first);
-    wide_second.Add(batch_second);
+    first.Add(batch_first);
+    second.Add(batch_second);
     batch_first = batch_second = BroadcastFloat(0);
     groups = 0;
   }
 };
 
+// A block that grows by a few groups at a time, and the blocks before it.
+struct GrowingSums {
+  static constexpr int64_t kBlock = 8;
+
+  FloatPair block;
+  int64_t groups = 0;
+  BlockSums blocks;
+
+  HWY_INLINE GrowingSums() : block{BroadcastFloat(0), BroadcastFloat(0)}, blocks() {}
+
+  HWY_INLINE void Add(int64_t more, const FloatPair& terms) {
+    block = block + terms;
+    groups += more;
+    if (groups >= kBlock) EndBlock();
+  }
+
+  // Must be called after the last group.
+  HWY_INLINE void Finish() {
+    EndBlock();
+    blocks.Finish();
+  }
+
+ private:
+  HWY_INLINE void EndBlock() {
+    blocks.Add(groups, block);
+    block = {BroadcastFloat(0), BroadcastFloat(0)};
+    groups = 0;
+  }
+};
+
 template <DataType type, bool whole>
-HWY_INLINE FloatLanes LoadHalfGroup(const uint8_t* p, const Run& run) {
-  if constexpr (whole) return LoadHalves<type>(p);
-  return run.readable ? LoadHalves<type>(p) : LoadHalves<type>(p, run.lanes);
+HWY_INLINE FloatLanes LoadFloatGroup(const uint8_t* p, const Run& run) {
+  if constexpr (whole) return LoadAsFloats<type>(p);
+  return run.readable ? LoadAsFloats<type>(p) : LoadAsFloats<type>(p, run.lanes);
 }
 
 template <bool whole>
@@ -108,53 +133,60 @@ HWY_INLINE FloatLanes ClipFloats(const FloatLanes& v, int64_t lanes) {
   return FirstOf(lanes, v, BroadcastFloat(0));
 }
 
-// Adds the terms of kGroups groups, 1, 2 or 4. They are added to each other first, which loses less and waits less.
+// Returns the sums over kGroups groups, 1 to 4. Adding them to each other first loses less and waits less.
 template <int kGroups, class Terms>
-HWY_INLINE void AddGroups(const Terms& terms, int64_t at, int64_t stride, FloatPairSums* sums) {
-  FloatLanes first[kGroups], second[kGroups];
-  _Pragma("GCC unroll 4") for (int j = 0; j < kGroups; ++j) terms.At(at + j * stride, &first[j], &second[j]);
-  if constexpr (kGroups == 4) {
-    first[0] = first[0] + first[2];
-    first[1] = first[1] + first[3];
-    second[0] = second[0] + second[2];
-    second[1] = second[1] + second[3];
-  }
-  if constexpr (kGroups >= 2) {
-    first[0] = first[0] + first[1];
-    second[0] = second[0] + second[1];
-  }
-  sums->first = sums->first + first[0];
-  sums->second = sums->second + second[0];
+HWY_INLINE FloatPair SumOfGroups(const Terms& terms, int64_t at, int64_t stride) {
+  if constexpr (kGroups == 1) return terms.At(at);
+  if constexpr (kGroups == 2) return terms.At(at) + terms.At(at + stride);
+  if constexpr (kGroups == 3) return SumOfGroups<2>(terms, at, stride) + terms.At(at + 2 * stride);
+  return SumOfGroups<2>(terms, at, stride) + SumOfGroups<2>(terms, at + 2 * stride, stride);
 }
 
-// Adds the terms of a run's groups: terms.At(at, &first, &second) sets those of the group at an element.
+template <int kGroups, class Terms>
+HWY_INLINE void AddGroups(const Terms& terms, int64_t at, int64_t stride, GrowingSums* sums) {
+  sums->Add(kGroups, SumOfGroups<kGroups>(terms, at, stride));
+}
+
+// Adds the terms of a run's groups: terms.At(at) returns those of the group at an element.
 template <class Terms>
-HWY_INLINE void AddRun(const Run& run, const Terms& terms, FloatPairSums* sums) {
+HWY_INLINE void AddRun(const Run& run, const Terms& terms, GrowingSums* sums) {
   const int64_t stride = run.stride;
   int64_t at = run.first;
-  for (int64_t left = run.groups; left > 0;) {
-    const int64_t groups = sums->Room(left);
-    int64_t i = groups;
-    for (; i >= 4; i -= 4, at += 4 * stride) AddGroups<4>(terms, at, stride, sums);
-    if (i >= 2) {
-      AddGroups<2>(terms, at, stride, sums);
-      at += 2 * stride;
-    }
-    if (i % 2 != 0) {
-      AddGroups<1>(terms, at, stride, sums);
-      at += stride;
-    }
-    sums->Added(groups);
-    left -= groups;
+  int64_t left = run.groups;
+  for (; left >= 4; left -= 4, at += 4 * stride) AddGroups<4>(terms, at, stride, sums);
+  if (left == 3) {
+    AddGroups<3>(terms, at, stride, sums);
+  } else if (left == 2) {
+    AddGroups<2>(terms, at, stride, sums);
+  } else if (left == 1) {
+    AddGroups<1>(terms, at, stride, sums);
   }
 }
 
 // The same for a row's last group.
 template <class Terms>
-HWY_INLINE void AddTail(const Run& run, const Terms& terms, FloatPairSums* sums) {
-  if (run.groups == 0) return;
-  AddGroups<1>(terms, run.first, run.stride, sums);
-  sums->Added(1);
+HWY_INLINE void AddTail(const Run& run, const Terms& terms, GrowingSums* sums) {
+  if (run.groups != 0) AddGroups<1>(terms, run.first, run.stride, sums);
+}
+
+// Adds n rows of kAbreast adjacent groups: terms(g) are those of a group, and `at` is the first one's first element.
+template <int kAbreast, class TermsOf>
+HWY_INLINE void AddRows(const TermsOf& terms, int64_t at, int64_t stride, int64_t n, BlockSums* const* sums) {
+  FloatPair block[kAbreast];
+  _Pragma("GCC unroll 4") for (int g = 0; g < kAbreast; ++g) block[g] = {BroadcastFloat(0), BroadcastFloat(0)};
+  int64_t left = n;
+  for (; left >= 2; left -= 2, at += 2 * stride) {
+    _Pragma("GCC unroll 4") for (int g = 0; g < kAbreast; ++g) {
+      const int64_t i = at + g * kFloatLanes;
+      block[g] = block[g] + (terms(g).At(i) + terms(g).At(i + stride));
+    }
+  }
+  if (left > 0) {
+    _Pragma("GCC unroll 4") for (int g = 0; g < kAbreast; ++g) {
+      block[g] = block[g] + terms(g).At(at + g * kFloatLanes);
+    }
+  }
+  _Pragma("GCC unroll 4") for (int g = 0; g < kAbreast; ++g) sums[g]->Add(n, block[g]);
 }
 
 // x - center, and its square.
@@ -167,9 +199,10 @@ struct DeviationTerms {
   HWY_INLINE DeviationTerms(const uint8_t* x_, const Run& run_, const FloatLanes& center_)
       : x(x_), run(run_), center(center_) {}
 
-  HWY_INLINE void At(int64_t at, FloatLanes* first, FloatLanes* second) const {
-    *first = ClipFloats<whole>(LoadHalfGroup<type, whole>(x + at * 2, run) - center, run.lanes);
-    *second = *first * *first;
+  HWY_INLINE FloatPair At(int64_t at) const {
+    const FloatLanes deviation =
+        ClipFloats<whole>(Minus(LoadFloatGroup<type, whole>(x + at * Element<type>::kSize, run), center), run.lanes);
+    return {deviation, deviation * deviation};
   }
 };
 
@@ -179,8 +212,13 @@ HWY_INLINE FloatLanes FloatOf(double value) { return BroadcastFloat(static_cast<
 // thousands of times the other. Its roundings would be the same for values of one binade, and add up.
 template <DataType type>
 double CenterOf(double value) {
-  return type == DataType::kFloat16 ? Float16ToDouble(Float16FromDouble(value))
-                                    : BFloat16ToDouble(BFloat16FromDouble(value));
+  if constexpr (type == DataType::kFloat16) {
+    return Float16ToDouble(Float16FromDouble(value));
+  } else if constexpr (type == DataType::kBFloat16) {
+    return BFloat16ToDouble(BFloat16FromDouble(value));
+  } else {
+    return static_cast<double>(static_cast<float>(value));
+  }
 }
 
 // The first n of sixteen entries; the other lanes are 0.
@@ -205,17 +243,16 @@ struct GradientTerms {
   HWY_INLINE GradientTerms(const ReduceArgs& args_, const Run& run_, const FloatChannelLanes& channel_)
       : args(args_), run(run_), channel(channel_) {}
 
-  HWY_INLINE void At(int64_t at, FloatLanes* first, FloatLanes* second) const {
-    const FloatLanes x = LoadHalfGroup<type, whole>(args.x + at * 2, run);
-    FloatLanes dy = LoadHalfGroup<type, whole>(args.dy + at * 2, run);
+  HWY_INLINE FloatPair At(int64_t at) const {
+    const FloatLanes x = LoadFloatGroup<type, whole>(args.x + at * Element<type>::kSize, run);
+    FloatLanes dy = LoadFloatGroup<type, whole>(args.dy + at * Element<type>::kSize, run);
     if constexpr (gate == Gate::kMask) {
       dy = KeepWhereSet(MaskBits(args.gate.mask, at, run.lanes), dy);
     } else if constexpr (gate == Gate::kRecompute) {
       dy = KeepWhereAbove(Affine(x, channel.forward_mean, channel.forward_scale, channel.forward_shift),
                           Half<type>::kRoundsToZero, dy);
     }
-    *first = ClipFloats<whole>(dy, run.lanes);
-    *second = ClipFloats<whole>(dy * (x - channel.mean), run.lanes);
+    return {ClipFloats<whole>(dy, run.lanes), ClipFloats<whole>(dy * Minus(x, channel.mean), run.lanes)};
   }
 };
 
