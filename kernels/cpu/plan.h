@@ -66,8 +66,8 @@ struct Reduction {
 
 Reduction PlanReduction(const TensorShape& shape);
 
-// Tells whether a reduction adds up in float32: of 16-bit types, where each channel has so many values that the
-// rounding errors of the sums, of which there are hundreds then, cancel.
+// Tells whether a reduction computes in float32: of all types but float64, where each channel has so many values that
+// the rounding errors, of which there are hundreds then, cancel. Of float32 statistics these are differences alone.
 bool ReducesInFloat32(const TensorShape& shape);
 
 // An elementwise operation over a tensor of `size` elements: units are runs of elements in memory order that begin at

@@ -15,13 +15,14 @@ namespace syncbn::kernels::cpu {
 struct ReduceArgs {
   DataType type = DataType::kFloat32;
   const ReductionPlan* plan = nullptr;
-  bool single = false;  // Adds up in float32: ReducesInFloat32(), and a gate that is computed again is RoundedForward.
+  // Computes in float32: ReducesInFloat32(), and a gate that is computed again is single_gate.
+  bool single = false;
   // The whole tensors.
   const uint8_t* x = nullptr;
   const uint8_t* dy = nullptr;  // In a backward reduction only, like mean and gate.
   const double* mean = nullptr;
   ReluGate gate;
-  bool single_gate = false;  // The gate's coefficients are those of RoundedForward.
+  bool single_gate = false;  // RoundedForward::single() of the gate's coefficients.
   // Partial results, [splits, width]: mean and m2, or sum_dy and sum_dy_xmu.
   double* first = nullptr;
   double* second = nullptr;
