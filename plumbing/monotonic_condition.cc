@@ -7,6 +7,8 @@
 
 #include <climits>
 
+#include "plumbing/clock.h"
+
 namespace syncbn {
 
 void MonotonicCondition::WaitFor(absl::Mutex* mutex, absl::Duration timeout) {
@@ -21,6 +23,13 @@ void MonotonicCondition::WaitFor(absl::Mutex* mutex, absl::Duration timeout) {
   syscall(SYS_futex, &signals_, FUTEX_WAIT_PRIVATE, seen, limit, nullptr, 0);
   mutex->Lock();
   waiters_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+bool MonotonicCondition::SleepUnless(absl::Mutex* mutex, const bool& ended, absl::Duration timeout) {
+  const Clock clock;
+  const absl::Time end = clock.Now() + timeout;
+  while (!ended && clock.Now() < end) WaitFor(mutex, end - clock.Now());
+  return ended;
 }
 
 void MonotonicCondition::SignalAll() {

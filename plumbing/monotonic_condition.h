@@ -23,6 +23,8 @@ class MonotonicCondition {
   // Gives the mutex up until SignalAll is called, for at most `timeout`.
   void WaitFor(absl::Mutex* mutex, absl::Duration timeout) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
   void Wait(absl::Mutex* mutex) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) { WaitFor(mutex, absl::InfiniteDuration()); }
+  // Waits for `timeout`, whoever calls SignalAll meanwhile, or until `ended`, which the mutex guards. Returns `ended`.
+  bool SleepUnless(absl::Mutex* mutex, const bool& ended, absl::Duration timeout) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex);
   // Wakes all that wait. What they wait for has been changed with the mutex held.
   void SignalAll();
 

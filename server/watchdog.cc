@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include "plumbing/clock.h"
 #include "plumbing/start_thread.h"
 
 namespace syncbn {
@@ -40,11 +39,8 @@ void Watchdog::Run() {
 }
 
 bool Watchdog::Sleep() {
-  const Clock clock;
-  const absl::Time end = clock.Now() + interval_;
   const absl::MutexLock lock(&mutex_);
-  while (!stopping_ && clock.Now() < end) changed_.WaitFor(&mutex_, end - clock.Now());
-  return !stopping_;
+  return !changed_.SleepUnless(&mutex_, stopping_, interval_);
 }
 
 }  // namespace syncbn

@@ -46,8 +46,7 @@ void ConnectionWatch::Run() {
     {
       const absl::MutexLock lock(&mutex_);
       if (connections_->any() || connections_->flooded()) {
-        const absl::Time end = clock_.Now() + kInterval;
-        while (!stopping_ && clock_.Now() < end) changed_.WaitFor(&mutex_, end - clock_.Now());
+        changed_.SleepUnless(&mutex_, stopping_, kInterval);
       } else {
         while (!stopping_ && !woken_) changed_.Wait(&mutex_);
       }

@@ -73,20 +73,15 @@ void Writer::Run() {
     mutex_.Lock();
     if (saved.ok()) {
       pause = kFirstPause;
-      Rest(rest);
+      changed_.SleepUnless(&mutex_, closing_, rest);
       queue_.pop_front();
     } else if (closing_) {
       return;
     } else {
-      Rest(pause);
+      changed_.SleepUnless(&mutex_, closing_, pause);
       pause = std::min(2 * pause, kLongestPause);
     }
   }
-}
-
-void Writer::Rest(absl::Duration duration) {
-  const absl::Time end = clock_.Now() + duration;
-  while (!closing_ && clock_.Now() < end) changed_.WaitFor(&mutex_, end - clock_.Now());
 }
 
 void Writer::Report(const absl::Status& saved) {

@@ -54,8 +54,6 @@ class Writer {
   Writer(std::unique_ptr<Store> store, std::string where) : store_(std::move(store)), where_(std::move(where)) {}
 
   void Run();
-  // Waits for so long, or until the writer is closed.
-  void Rest(absl::Duration duration) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Reports the outcome of an attempt.
   void Report(const absl::Status& saved);
 

@@ -42,6 +42,27 @@ TEST(MonotonicConditionTest, NoSignalIsLost) {
   EXPECT_EQ(turn, kThreads * kTurns);
 }
 
+TEST(MonotonicConditionTest, ASleepEndsByTimeOrByWhatEndsIt) {
+  absl::Mutex mutex;
+  MonotonicCondition condition;
+  bool ended = false;
+  {
+    const absl::MutexLock lock(&mutex);
+    EXPECT_FALSE(condition.SleepUnless(&mutex, ended, absl::Milliseconds(1)));
+  }
+  std::thread sleeper([&] {
+    const absl::MutexLock lock(&mutex);
+    EXPECT_TRUE(condition.SleepUnless(&mutex, ended, absl::Hours(1)));
+  });
+  condition.SignalAll();  // Ends no sleep by itself.
+  {
+    const absl::MutexLock lock(&mutex);
+    ended = true;
+    condition.SignalAll();
+  }
+  sleeper.join();
+}
+
 TEST(MonotonicConditionTest, ItMayBeDestroyedAsSoonAsTheWaiterHasTheMutex) {
   for (int i = 0; i < 200; ++i) {
     absl::Mutex mutex;

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
-from typing import Callable, Dict, List, NamedTuple
+from typing import Callable, Dict, Iterator, List, NamedTuple
 
 import wire
 
@@ -21,6 +21,18 @@ TOKEN = "the-token-of-the-honest-workers"
 Attack = Callable[[wire.Target, float], int]
 
 
+def _wait_until(end: float) -> None:
+    time.sleep(max(0.0, end - time.monotonic()))
+
+
+def _paced(seconds: float, per_second: int) -> Iterator[int]:
+    """Counts from 0, each number at its time."""
+    begin = time.monotonic()
+    for index in range(int(seconds * per_second) + 1):
+        _wait_until(begin + index / per_second)
+        yield index
+
+
 def _send(target: wire.Target, seconds: float, *contents: bytes, reads: bool = True, encoding: str = "") -> int:
     """Writes the messages on one call, then keeps it for the rest of the time. Bytes sent."""
     end = time.monotonic() + seconds
@@ -28,7 +40,7 @@ def _send(target: wire.Target, seconds: float, *contents: bytes, reads: bool = T
     try:
         for content in contents:
             call.write(content)
-        time.sleep(max(0.0, end - time.monotonic()))
+        _wait_until(end)
         return call.sent
     finally:
         call.close()
@@ -103,7 +115,7 @@ def _joined_and_deaf(target: wire.Target, seconds: float) -> int:
         for index in range(1000):
             if not connection.call(2 * index + 1, wire.SYNCHRONIZE, wire.join(f"deaf {index}", 1) + layer + rounds):
                 break
-        time.sleep(max(0.0, end - time.monotonic()))
+        _wait_until(end)
         return connection.sent
     finally:
         connection.close()
@@ -112,35 +124,27 @@ def _joined_and_deaf(target: wire.Target, seconds: float) -> int:
 def _joins(target: wire.Target, seconds: float) -> int:
     """500 workers a second join, each alone in its group, and leave."""
     connection = wire.Connection(target)
-    begin = time.monotonic()
     try:
-        for index in itertools.count():
-            if index / 500 > seconds:
-                return connection.sent
-            time.sleep(max(0.0, begin + index / 500 - time.monotonic()))
+        for index in _paced(seconds, 500):
             content = wire.join(f"joins {index % 500}", 1) + wire.piece(5, b"")
             connection.call(2 * index + 1, wire.SYNCHRONIZE, content, ends=True)
+        return connection.sent
     finally:
         connection.close()
-    return 0
 
 
 def _taken_seats(target: wire.Target, seconds: float) -> int:
     """500 joins a second of a rank that an honest worker has, with the group's token, each of which is refused."""
     connection = wire.Connection(target)
-    begin = time.monotonic()
     try:
-        for index in itertools.count():
-            if index / 500 > seconds:
-                return connection.sent
-            time.sleep(max(0.0, begin + index / 500 - time.monotonic()))
+        for index in _paced(seconds, 500):
             content = wire.join("honest", 8, rank=index % 8, token=TOKEN)
             if not connection.call(2 * (index % 2**29) + 1, wire.SYNCHRONIZE, content, ends=True):
                 connection.close()
                 connection = wire.Connection(target)
+        return connection.sent
     finally:
         connection.close()
-    return 0
 
 
 def _watchers(target: wire.Target, seconds: float) -> int:
@@ -152,7 +156,7 @@ def _watchers(target: wire.Target, seconds: float) -> int:
             connection = connections[index % 10]
             headers = wire.header_block(wire.WATCH_ROUNDS, token=TOKEN)
             connection.send(wire.request(2 * (index // 10) + 1, headers, wire.piece(2, b"honest")))
-        time.sleep(max(0.0, end - time.monotonic()))
+        _wait_until(end)
         return sum(connection.sent for connection in connections)
     finally:
         for connection in connections:
@@ -227,7 +231,7 @@ def _unread_answers(target: wire.Target, seconds: float) -> int:
         for index in range(1000):
             if not connection.call(2 * index + 1, wire.GET_LAYER, request, ends=True):
                 break
-        time.sleep(max(0.0, end - time.monotonic()))
+        _wait_until(end)
         return worker.sent + connection.sent
     finally:
         connection.close()
@@ -270,7 +274,7 @@ def _long_headers(target: wire.Target, seconds: float) -> int:
         for stream in range(1, 181, 2):
             if not connection.send(wire.frame(wire.HEADERS, wire.END_HEADERS, stream, _BLOCK + value)):
                 break
-    time.sleep(max(0.0, end - time.monotonic()))
+    _wait_until(end)
     for connection in connections:
         sent += connection.sent
         connection.close()
