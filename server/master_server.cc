@@ -262,8 +262,8 @@ class MasterServer::Impl {
     server_ = builder.BuildAndStart();
     if (server_ == nullptr) return absl::UnavailableError("the server cannot be started");
     acceptor_ = std::make_unique<rpc::Acceptor>(
-        std::move(listeners), &connections_, [this] { return loop_.turn(); },
-        [this](bool listening) { loop_.SetListening(listening); });
+        std::move(listeners), &connections_, [this] { return loop_.progress(); },
+        [this](bool add) { loop_.Relieve(add); }, [this](bool listening) { loop_.SetListening(listening); });
     absl::Status started = loop_.Start();
     if (started.ok()) started = acceptor_->Start(std::move(sink));
     const absl::MutexLock lock(&mutex_);

@@ -56,11 +56,11 @@ void CloseIfOpen(int& descriptor) {
 
 }  // namespace
 
-Acceptor::Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<LoopTurn()> turn,
-                   std::function<void(bool)> on_listening)
+Acceptor::Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<LoopProgress()> progress,
+                   std::function<void(bool add)> relieve, std::function<void(bool)> on_listening)
     : listeners_(std::move(listeners)),
       connections_(connections),
-      watch_(connections, std::move(turn), [this] { return handover(); }),
+      watch_(connections, std::move(progress), std::move(relieve), [this] { return handover(); }),
       on_listening_(std::move(on_listening)),
       broken_(listeners_.size()),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),

@@ -23,7 +23,7 @@
 #include "server/rpc/connections.h"
 #include "server/rpc/handover_watch.h"
 #include "server/rpc/listener.h"
-#include "server/rpc/loop_turn.h"
+#include "server/rpc/loop_progress.h"
 
 namespace syncbn::rpc {
 
@@ -36,9 +36,9 @@ class Acceptor {
  public:
   // Connections for which `connections` has no room are refused; it must outlive this object. `on_listening` is called
   // on the acceptor's thread: with false when a listener has stopped working, with true when all of them work again.
-  // `turn` tells the progress of the loop's thread, from Start to Stop.
-  Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<LoopTurn()> turn,
-           std::function<void(bool)> on_listening);
+  // `progress` and `relieve` are as ConnectionWatch has them, and called from Start to Stop.
+  Acceptor(std::vector<Listener> listeners, Connections* connections, std::function<LoopProgress()> progress,
+           std::function<void(bool add)> relieve, std::function<void(bool)> on_listening);
   // Stop() must have been called if Start() was.
   ~Acceptor();
   Acceptor(const Acceptor&) = delete;

@@ -15,10 +15,12 @@ constexpr int kTimeBetweenChecks = 50;
 
 }  // namespace
 
-ConnectionWatch::ConnectionWatch(Connections* connections, std::function<LoopTurn()> turn,
-                                 std::function<Handover()> handover)
+ConnectionWatch::ConnectionWatch(Connections* connections, std::function<LoopProgress()> progress,
+                                 std::function<void(bool add)> relieve, std::function<Handover()> handover)
     : connections_(connections),
-      flood_watch_(connections, std::move(turn)),
+      progress_(std::move(progress)),
+      relief_watch_(std::move(relieve)),
+      flood_watch_(connections),
       handover_watch_(connections, std::move(handover)) {}
 
 absl::Status ConnectionWatch::Start() {
@@ -59,7 +61,9 @@ void ConnectionWatch::Run() {
 
 void ConnectionWatch::Look() {
   handover_watch_.Look();
-  flood_watch_.Look();
+  const LoopProgress progress = progress_();
+  relief_watch_.Look(progress);
+  flood_watch_.Look(progress);
   const absl::Time now = clock_.Now();
   if (now < check_at_) return;
   connections_->Check();

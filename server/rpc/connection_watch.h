@@ -1,4 +1,4 @@
-// Looks at the master's connections, and ends those that keep others from going on.
+// Looks at the master's connections, and ends those that keep others from going on; adds threads meanwhile.
 
 #ifndef SYNCBN_SERVER_RPC_CONNECTION_WATCH_H_
 #define SYNCBN_SERVER_RPC_CONNECTION_WATCH_H_
@@ -15,19 +15,21 @@
 #include "server/rpc/connections.h"
 #include "server/rpc/flood_watch.h"
 #include "server/rpc/handover_watch.h"
-#include "server/rpc/loop_turn.h"
+#include "server/rpc/loop_progress.h"
+#include "server/rpc/relief_watch.h"
 
 namespace syncbn::rpc {
 
-// Runs on a thread of its own: both the loop's thread and the acceptor's read connections by gRPC, and either may be
+// Runs on a thread of its own: both the loop's threads and the acceptor's read connections by gRPC, and each may be
 // kept by one for as long as its peer likes.
 //
 // Thread safety: Start and Stop from one thread; the others from any.
 class ConnectionWatch {
  public:
-  // `turn` and `handover` tell the progress of the loop's thread and of the acceptor's, from Start to Stop.
-  // `connections` must outlive this object.
-  ConnectionWatch(Connections* connections, std::function<LoopTurn()> turn, std::function<Handover()> handover);
+  // `progress` and `handover` tell the progress of the loop's threads and of the acceptor's, and `relieve` is as
+  // QueueThreads::Relieve; called from Start to Stop. `connections` must outlive this object.
+  ConnectionWatch(Connections* connections, std::function<LoopProgress()> progress,
+                  std::function<void(bool add)> relieve, std::function<Handover()> handover);
   // Stop() must have been called if Start() was.
   ~ConnectionWatch() = default;
   ConnectionWatch(const ConnectionWatch&) = delete;
@@ -49,6 +51,8 @@ class ConnectionWatch {
   void Look();
 
   Connections* const connections_;
+  const std::function<LoopProgress()> progress_;
+  ReliefWatch relief_watch_;
   FloodWatch flood_watch_;
   HandoverWatch handover_watch_;
   const Clock clock_;

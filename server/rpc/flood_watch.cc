@@ -1,5 +1,6 @@
 #include "server/rpc/flood_watch.h"
 
+#include <cstddef>
 #include <utility>
 
 namespace syncbn::rpc {
@@ -10,10 +11,15 @@ constexpr int kClearance = 5;
 
 }  // namespace
 
-void FloodWatch::Look() {
-  const LoopTurn turn = turn_();
-  EndFlood(turn);
-  const bool calls_came = turn.calls != std::exchange(calls_, turn.calls);
+void FloodWatch::Look(const LoopProgress& progress) {
+  for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
+    Call& call = calls_of_grpc_[i];
+    const LoopTurn& turn = progress.turns[i];
+    if (turn.there != call.seen.there || turn.number != call.seen.number) call = {turn, std::nullopt};
+  }
+  EndFlood(progress);
+  BeginToObserve(progress);
+  const bool calls_came = progress.calls != std::exchange(calls_, progress.calls);
   const uint64_t floods = connections_->floods();
   if (floods != std::exchange(floods_, floods)) {
     clearing_ = kClearance;
@@ -23,23 +29,31 @@ void FloodWatch::Look() {
   }
 }
 
-void FloodWatch::EndFlood(const LoopTurn& turn) {
-  if (turn.number != seen_.number) {
-    seen_ = turn;
-    counted_.reset();
-    return;
+void FloodWatch::EndFlood(const LoopProgress& progress) {
+  absl::Duration spent;
+  for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
+    const std::optional<absl::Duration>& observed = calls_of_grpc_[i].observed;
+    if (observed.has_value()) spent += progress.turns[i].cpu - *observed;
   }
-  if (!turn.in_grpc) return;
-  if (turn.cpu - seen_.cpu < kLongCall) return;
-  if (!counted_.has_value()) {
-    connections_->CountBytes();
-    counted_ = turn.cpu;
-    return;
-  }
-  const absl::Duration spent = turn.cpu - *counted_;
   if (spent < kObserved) return;
-  counted_.reset();
+  for (Call& call : calls_of_grpc_) call.observed.reset();
   connections_->EndFlood(spent);
+}
+
+void FloodWatch::BeginToObserve(const LoopProgress& progress) {
+  const auto is_long = [&](size_t i) {
+    return progress.turns[i].in_grpc && progress.turns[i].cpu - calls_of_grpc_[i].seen.cpu >= kLongCall;
+  };
+  bool begins = false;
+  for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
+    begins = begins || (is_long(i) && !calls_of_grpc_[i].observed.has_value());
+  }
+  if (!begins) return;
+  // The time of all begins anew, since the bytes of all do.
+  connections_->CountBytes();
+  for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
+    if (is_long(i)) calls_of_grpc_[i].observed = progress.turns[i].cpu;
+  }
 }
 
 }  // namespace syncbn::rpc

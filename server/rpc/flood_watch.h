@@ -1,15 +1,15 @@
-// Ends connections that keep the loop's thread inside gRPC.
+// Ends connections that keep the loop's threads inside gRPC.
 
 #ifndef SYNCBN_SERVER_RPC_FLOOD_WATCH_H_
 #define SYNCBN_SERVER_RPC_FLOOD_WATCH_H_
 
+#include <array>
 #include <cstdint>
-#include <functional>
 #include <optional>
 
 #include "absl/time/time.h"
 #include "server/rpc/connections.h"
-#include "server/rpc/loop_turn.h"
+#include "server/rpc/loop_progress.h"
 
 namespace syncbn::rpc {
 
@@ -19,7 +19,8 @@ constexpr absl::Duration kObserved = absl::Milliseconds(8);
 
 // gRPC reads a connection for as long as it has bytes, without returning to the loop. A peer that sends small HTTP/2
 // frames faster than gRPC handles them (calls that it resets, settings, pings) keeps the thread for as long as it
-// likes: no round proceeds meanwhile, and each reset call stays in memory until the loop has taken it.
+// likes: no round proceeds unless there is another thread, and each reset call stays in memory until the loop has taken
+// it.
 //
 // Time is CPU time, so that a busy machine makes nobody a culprit, and gRPC's alone: while the loop merges long
 // vectors, nobody keeps it from anything. Bytes of messages take a hundredth of the time that is suspicious here, and
@@ -28,26 +29,31 @@ constexpr absl::Duration kObserved = absl::Milliseconds(8);
 // Thread safety: none.
 class FloodWatch {
  public:
-  // `turn` may be called on the thread that calls Look. `connections` must outlive this object.
-  FloodWatch(Connections* connections, std::function<LoopTurn()> turn)
-      : connections_(connections), turn_(std::move(turn)) {}
+  // `connections` must outlive this object.
+  explicit FloodWatch(Connections* connections) : connections_(connections) {}
 
-  // Ends the connection that the loop's thread has been reading, at a high price for each byte, since an earlier call.
-  // Settles floods once the loop has taken the calls that they have left behind: a new connection would only bring more
-  // of them. To be called every few milliseconds while there are connections: see ConnectionWatch.
-  void Look();
+  // Ends the connection that the loop's threads have been reading, at a high price for each byte, since an earlier
+  // call. Settles floods once the loop has taken the calls that they have left behind: a new connection would only
+  // bring more of them. To be called every few milliseconds while there are connections: see ConnectionWatch.
+  void Look(const LoopProgress& progress);
 
  private:
-  // Ends a connection, if the turn has been too long for what it has read.
-  void EndFlood(const LoopTurn& turn);
+  // A thread in a long call of gRPC.
+  struct Call {
+    LoopTurn seen;                           // When its number was first seen.
+    std::optional<absl::Duration> observed;  // The thread's CPU time when the connections' bytes were counted.
+  };
+
+  // Ends a connection, if calls have been too long for what they have read.
+  void EndFlood(const LoopProgress& progress);
+  // Counts the connections' bytes if one of the calls has become long since they were counted.
+  void BeginToObserve(const LoopProgress& progress);
 
   Connections* const connections_;
-  const std::function<LoopTurn()> turn_;
-  LoopTurn seen_;                          // When its number was first seen.
-  uint64_t calls_ = 0;                     // At the last call.
-  uint64_t floods_ = 0;                    // At the last call.
-  int clearing_ = 0;                       // Calls of Look until the loop has taken all calls of a flood.
-  std::optional<absl::Duration> counted_;  // The thread's CPU time when the connections' bytes were counted.
+  std::array<Call, LoopProgress::kMostThreads> calls_of_grpc_;  // One for each thread.
+  uint64_t calls_ = 0;                                          // Workers' calls, at the last call of Look.
+  uint64_t floods_ = 0;                                         // At the last call.
+  int clearing_ = 0;  // Calls of Look until the loop has taken all calls of a flood.
 };
 
 }  // namespace syncbn::rpc

@@ -1,7 +1,6 @@
 #include "server/rpc/master_loop.h"
 
 #include <malloc.h>
-#include <pthread.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -72,7 +71,10 @@ MasterLoop::MasterLoop(LoopOptions options)
       shutdown_tag_(this, &MasterLoop::OnShutdown),
       stop_tag_(this, &MasterLoop::OnStop),
       listening_tag_(this, &MasterLoop::OnListening),
-      probe_tag_(this, &MasterLoop::OnProbe) {
+      probe_tag_(this, &MasterLoop::OnProbe),
+      handed_on_tag_(this, &MasterLoop::OnHandedOn),
+      threads_(
+          &clock_, [this](Tag* tag, bool ok) { return OnQueue(tag, ok); }, [this] { OnThreadLeft(); }) {
   if (options_.state_writer != nullptr) coordinator_.Restore(options_.restored, now_);
 }
 
@@ -89,32 +91,22 @@ absl::Status MasterLoop::Start() {
   sessions_.Serve(queue_.get());
   inspection_.Serve(queue_.get(), &unary_calls_);
   health_.Serve(queue_.get(), &unary_calls_);
-  absl::Status started = StartThread(
-      "serving workers", [this] { Run(); }, &thread_);
-  if (!started.ok()) return started;
-  SYNCBN_CHECK(pthread_getcpuclockid(thread_.native_handle(), &cpu_clock_) == 0, "a thread has no clock");
-  return absl::OkStatus();
+  return threads_.Start(queue_.get());
 }
 
-void MasterLoop::Run() {
-  void* tag = nullptr;
-  bool ok = false;
-  absl::Time deadline = absl::InfinitePast();
-  while (true) {
-    const auto event = queue_->AsyncNext(&tag, &ok, clock_.QueueDeadline(deadline));
-    if (event == grpc::CompletionQueue::SHUTDOWN) return;
-    turns_.fetch_add(1, std::memory_order_relaxed);
-    {
-      const Turn turn(&turn_);
-      now_ = clock_.Now();
-      if (event == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->Proceed(ok);
-      calls_.store(sessions_.started(), std::memory_order_relaxed);
-      EndTurn(event == grpc::CompletionQueue::TIMEOUT);
-      EndIfIdle();
-      deadline = has_backlog() || !sessions_.awaits_call() ? now_ : NextWakeUp();
-    }
-    turns_.fetch_add(1, std::memory_order_relaxed);
-  }
+absl::Time MasterLoop::OnQueue(Tag* tag, bool ok) {
+  const Turn turn(&turn_);
+  now_ = clock_.Now();
+  if (tag != nullptr) tag->Proceed(ok);
+  calls_.store(sessions_.started(), std::memory_order_relaxed);
+  EndTurn(/*quiet=*/tag == nullptr);
+  EndIfIdle();
+  return has_backlog() || !sessions_.awaits_call() ? now_ : NextWakeUp();
+}
+
+void MasterLoop::OnThreadLeft() {
+  const Turn turn(&turn_);
+  if (!queue_ended_ && !std::exchange(handing_on_, true)) Wake(handed_on_alarm_, handed_on_tag_);
 }
 
 bool MasterLoop::StartReadingShared() {
@@ -200,6 +192,7 @@ void MasterLoop::TrimMemory() {
 void MasterLoop::EndIfIdle() {
   if (!stopping_ || !sessions_.idle() || !inspection_.idle() || !health_.idle() || !unary_calls_.idle()) return;
   stopping_ = false;
+  queue_ended_ = true;
   queue_->Shutdown();
 }
 
@@ -268,13 +261,6 @@ void MasterLoop::SetListening(bool listening) {
   if (listening_told_.exchange(false)) Wake(listening_alarm_, listening_tag_);
 }
 
-LoopTurn MasterLoop::turn() const {
-  timespec cpu = {};
-  clock_gettime(cpu_clock_, &cpu);
-  const uint64_t turns = turns_.load(std::memory_order_relaxed);
-  return {turns, turns % 2 == 0, calls_.load(std::memory_order_relaxed), absl::DurationFromTimespec(cpu)};
-}
-
 bool MasterLoop::Probe() {
   const bool answered = probe_answered_.exchange(false);
   if (answered) Wake(probe_alarm_, probe_tag_);
@@ -285,11 +271,7 @@ void MasterLoop::BeginShutdown() { Wake(shutdown_alarm_, shutdown_tag_); }
 
 void MasterLoop::Stop() {
   Wake(stop_alarm_, stop_tag_);
-  if (thread_.joinable()) {
-    thread_.join();
-  } else {
-    Run();  // Takes back what the services have begun.
-  }
+  threads_.Join();  // Takes back what the services have begun.
   if (shared_thread_.joinable()) {
     {
       const Turn turn(&turn_);

@@ -1,5 +1,5 @@
-// The thread of a master: it drives the completion queue, and the engine inline. Where workers share memory, a second
-// thread takes turns with it.
+// The loop of a master: a thread drives the completion queue, and the engine inline. Where workers share memory, a
+// second thread takes turns with it; where gRPC keeps it, others.
 
 #ifndef SYNCBN_SERVER_RPC_MASTER_LOOP_H_
 #define SYNCBN_SERVER_RPC_MASTER_LOOP_H_
@@ -20,7 +20,8 @@
 #include "server/rpc/health.h"
 #include "server/rpc/inspection.h"
 #include "server/rpc/loop_options.h"
-#include "server/rpc/loop_turn.h"
+#include "server/rpc/loop_progress.h"
+#include "server/rpc/queue_threads.h"
 #include "server/rpc/sessions.h"
 #include "server/rpc/state_saver.h"
 #include "server/rpc/turn_lock.h"
@@ -49,16 +50,20 @@ class MasterLoop {
   // Asks the loop for a sign of life. Returns whether it has given the one that the call before asked for. One thread,
   // between Start and Stop.
   bool Probe();
-  // Returns the progress of the thread that reads connections. Any thread, between Start and Stop.
-  LoopTurn turn() const;
+  // Returns the progress of the threads that read connections. Any thread, between Start and Stop.
+  LoopProgress progress() const { return {calls_.load(std::memory_order_relaxed), threads_.turns()}; }
+  // Adds a thread for a while, as QueueThreads::Relieve has it. Any thread, between Start and Stop.
+  void Relieve(bool add) { threads_.Relieve(add); }
   // Tells every worker that the master is going away. Any thread; the server's own Shutdown follows.
   void BeginShutdown();
-  // Ends the thread. After the server's Shutdown.
+  // Ends the threads. After the server's Shutdown.
   void Stop();
 
  private:
-  // Drives the completion queue.
-  void Run();
+  // Handles an event of the completion queue; null if there is none. Returns when to look again without one.
+  absl::Time OnQueue(Tag* tag, bool ok);
+  // A thread that drove the queue has gone. Lets another one find out when time has to pass.
+  void OnThreadLeft();
   // Starts the thread of ReadShared, unless it runs. Returns false if no thread can be had.
   bool StartReadingShared();
   // Looks at shared memory. A thread of its own, since one thread cannot wait for the queue and for a doorbell; it is
@@ -98,6 +103,7 @@ class MasterLoop {
   void OnStop(bool ok);
   void OnListening(bool ok);
   void OnProbe(bool ok);
+  void OnHandedOn(bool) { handing_on_ = false; }
 
   const LoopOptions options_;
   const Clock clock_;
@@ -117,17 +123,17 @@ class MasterLoop {
   bool trimmed_ = true;  // Since there last was a stream.
   int quiet_polls_ = 0;
   bool overdue_ = false;  // The last turn of deadlines left some that had come.
-  MethodTag<MasterLoop> shutdown_tag_, stop_tag_, listening_tag_, probe_tag_;
-  grpc::Alarm shutdown_alarm_, stop_alarm_, listening_alarm_, probe_alarm_;
+  MethodTag<MasterLoop> shutdown_tag_, stop_tag_, listening_tag_, probe_tag_, handed_on_tag_;
+  grpc::Alarm shutdown_alarm_, stop_alarm_, listening_alarm_, probe_alarm_, handed_on_alarm_;
   std::atomic<bool> listening_{true};
   std::atomic<bool> listening_told_{true};  // No alarm is on its way.
   std::atomic<bool> probe_answered_{true};
+  bool handing_on_ = false;  // An alarm is on its way.
   bool stopping_ = false;
+  bool queue_ended_ = false;
   bool stopped_ = false;
-  std::atomic<uint64_t> turns_{0};  // Even while the thread is in gRPC.
   std::atomic<uint64_t> calls_{0};
-  clockid_t cpu_clock_ = 0;  // The thread's.
-  std::thread thread_;
+  QueueThreads threads_;
   std::thread shared_thread_;  // Not before a worker shares memory.
 };
 

@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 import time
 from typing import Any, Callable, List
 
@@ -45,6 +46,10 @@ def reset(stream: int) -> bytes:
 
 def ping(_: int) -> bytes:
     return wire.frame(wire.PING, 0, 0, bytes(8))
+
+
+def priority(_: int) -> bytes:
+    return wire.frame(wire.PRIORITY, 0, 1, bytes([0, 0, 0, 0, 1]))
 
 
 @pytest.mark.parametrize("make", [reset, ping])
@@ -95,6 +100,42 @@ class LoggedMaster(Master):
 
     def log(self) -> str:
         return self._log.read_text()
+
+
+# The connection of a worker is not ended, however much it sends: others are served by another thread.
+@pytest.mark.parametrize("make", [reset, ping, priority])
+def test_rounds_go_on_beside_a_worker_that_floods(
+    start: Callable[..., Any], tmp_path: pathlib.Path, make: Callable[[int], bytes]
+) -> None:
+    master = start(LoggedMaster, tmp_path / "log")
+    host, port = master.target.rsplit(":", 1)
+    parts = [b"".join(make(stream) for stream in range(begin, begin + 4000, 2)) for begin in range(3, 400_003, 4000)]
+    ended = threading.Event()
+    sent = []
+
+    def flood() -> None:
+        while not ended.is_set():
+            connection = wire.Connection(wire.Target(host, int(port)))
+            connection.call(1, wire.SYNCHRONIZE, wire.join("flooding", 1))
+            while all(not ended.is_set() and connection.send(part) for part in parts):
+                pass
+            sent.append(connection.sent)
+            connection.close()
+
+    thread = threading.Thread(target=flood)
+    with syncbn.Worker(master.target, "honest", 0, 1, timeout=PATIENCE) as worker:
+        assert worker.all_reduce("before", [1.0]) == [1.0]
+        thread.start()
+        try:
+            for _ in range(300):
+                assert worker.all_reduce("rounds go on", [1.0]) == [1.0]
+        finally:
+            ended.set()
+            thread.join()
+    # Otherwise each round waits until the flood pauses: 1 to 5 GiB of PING or PRIORITY frames, or of resets a few
+    # hundred MiB of calls that nobody takes.
+    assert sum(sent) < 1024 * MIB
+    assert peak(master) < 200
 
 
 def test_long_vectors_under_load_are_no_flood(start: Callable[..., Any], tmp_path: pathlib.Path) -> None:

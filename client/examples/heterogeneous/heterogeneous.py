@@ -46,8 +46,8 @@ def command_of(kind: str) -> Kind:
         return Kind("NumPy (no JAX here)", script("numpy"))
     if kind == "cpp":
         built = _REPOSITORY / "bazel-bin/client/examples/heterogeneous/cpp_worker"
-        binary = os.environ.get("SYNCBN_CPP_WORKER") or (str(built) if built.exists() else None)
-        return Kind("C++", [binary]) if binary else Kind("NumPy (no C++ worker built)", script("numpy"))
+        binary = pathlib.Path(os.environ.get("SYNCBN_CPP_WORKER") or built)
+        return Kind("C++", [str(binary)]) if binary.exists() else Kind("NumPy (no C++ worker built)", script("numpy"))
     return Kind({"torch": "PyTorch", "numpy": "NumPy"}[kind], script(kind))
 
 

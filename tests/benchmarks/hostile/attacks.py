@@ -135,14 +135,15 @@ def _joins(target: wire.Target, seconds: float) -> int:
 
 def _taken_seats(target: wire.Target, seconds: float) -> int:
     """500 joins a second of a rank that an honest worker has, with the group's token, each of which is refused."""
-    connection = wire.Connection(target)
+    connection, sent = wire.Connection(target), 0
     try:
         for index in _paced(seconds, 500):
             content = wire.join("honest", 8, rank=index % 8, token=TOKEN)
             if not connection.call(2 * (index % 2**29) + 1, wire.SYNCHRONIZE, content, ends=True):
                 connection.close()
+                sent += connection.sent
                 connection = wire.Connection(target)
-        return connection.sent
+        return sent + connection.sent
     finally:
         connection.close()
 

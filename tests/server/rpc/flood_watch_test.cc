@@ -1,4 +1,4 @@
-// Connections that are taken for a flood, by the CPU time that the loop's thread spends in gRPC and the bytes that move
+// Connections that are taken for a flood, by the CPU time that the loop's threads spend in gRPC and the bytes that move
 // meanwhile.
 
 #include "server/rpc/flood_watch.h"
@@ -17,14 +17,16 @@ constexpr size_t kKiB = size_t{1} << 10;
 
 class FloodWatchTest : public ::testing::Test {
  protected:
+  FloodWatchTest() { turn_.there = turn_.in_grpc = true; }
+
   // The thread spends so much time where it is, and the watch looks.
   void Spend(int ms) {
     turn_.cpu += absl::Milliseconds(ms);
-    watch_.Look();
+    watch_.Look(progress_);
   }
   // The thread has been where it is for long enough to be observed from here on.
   void BeginToObserve() {
-    watch_.Look();
+    watch_.Look(progress_);
     Spend(5);
   }
   // It goes elsewhere.
@@ -35,8 +37,9 @@ class FloodWatchTest : public ::testing::Test {
 
   Connections connections_{1024, 0};
   testing::Loopback loopback_{&connections_};
-  LoopTurn turn_;
-  FloodWatch watch_{&connections_, [this] { return turn_; }};
+  LoopProgress progress_;
+  LoopTurn& turn_ = progress_.turns[0];
+  FloodWatch watch_{&connections_};
 };
 
 TEST_F(FloodWatchTest, FewBytesThatKeepTheThreadBusyAreAFlood) {
@@ -57,11 +60,11 @@ TEST_F(FloodWatchTest, NewConnectionsWaitForWhatAFloodHasLeftBehind) {
   Spend(10);
   EXPECT_TRUE(connections_.flooded());
   for (int i = 0; i < 20; ++i) {
-    ++turn_.calls;
-    watch_.Look();
+    ++progress_.calls;
+    watch_.Look(progress_);
     EXPECT_TRUE(connections_.flooded());
   }
-  for (int i = 0; i < 20; ++i) watch_.Look();
+  for (int i = 0; i < 20; ++i) watch_.Look(progress_);
   EXPECT_FALSE(connections_.flooded());
 }
 
@@ -122,11 +125,57 @@ TEST_F(FloodWatchTest, ShortCallsOfGrpcAreNoFloodHoweverManyThereAre) {
   const auto busy = loopback_.Accept();
   for (int i = 0; i < 20; ++i) {
     BeginTurn(/*in_grpc=*/true);
-    watch_.Look();
+    watch_.Look(progress_);
     busy->Receive(16 * kKiB);
     Spend(3);
   }
   EXPECT_TRUE(busy->open());
+}
+
+// Whichever of the threads reads it.
+TEST_F(FloodWatchTest, EachOfTheThreadsMayReadAFlood) {
+  LoopTurn& other = progress_.turns[2];
+  other = turn_;
+  BeginTurn(/*in_grpc=*/false);
+  const auto flood = loopback_.Accept();
+  watch_.Look(progress_);
+  other.cpu += absl::Milliseconds(5);
+  watch_.Look(progress_);
+  flood->Receive(64 * kKiB);
+  other.cpu += absl::Milliseconds(10);
+  watch_.Look(progress_);
+  EXPECT_FALSE(flood->open());
+}
+
+// The times of both count together, as the bytes that they read do.
+TEST_F(FloodWatchTest, TwoThreadsMayReadFloodsAtOnce) {
+  LoopTurn& other = progress_.turns[1];
+  other = turn_;
+  const auto flood = loopback_.Accept();
+  watch_.Look(progress_);
+  other.cpu += absl::Milliseconds(5);
+  Spend(5);
+  flood->Receive(64 * kKiB);
+  other.cpu += absl::Milliseconds(5);
+  Spend(5);
+  EXPECT_FALSE(flood->open());
+}
+
+// A thread whose long call began later is observed from then on, for no more than its own bytes.
+TEST_F(FloodWatchTest, TimeBeforeTheBytesWereCountedIsNotCounted) {
+  const auto flood = loopback_.Accept(), long_frames = loopback_.Accept();
+  BeginToObserve();
+  LoopTurn& other = progress_.turns[1];
+  other = turn_;
+  watch_.Look(progress_);
+  flood->Receive(2 * kKiB);
+  other.cpu += absl::Milliseconds(5);
+  Spend(5);
+  long_frames->Receive(1024 * kKiB);
+  other.cpu += absl::Milliseconds(5);
+  Spend(5);
+  EXPECT_TRUE(flood->open());
+  EXPECT_TRUE(long_frames->open());
 }
 
 }  // namespace
