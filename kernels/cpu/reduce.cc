@@ -26,16 +26,16 @@ void StatsOf(const ReduceArgs& args, int64_t unit) {
   if constexpr (type == DataType::kFloat32) {
     if (args.single) {
       if (plan.counters_adjacent) return FloatStatsChannelsLast(args, counters, chunks, mean, m2);
-      return FloatStatsChannelsFirst(args, counters, chunks, mean, m2);
+      return StatsChannelsFirst<FloatStatistics>(args, counters, chunks, mean, m2);
     }
   } else if constexpr (SizeOf(type) == 2) {
     if (args.single) {
       if (plan.counters_adjacent) return SingleStatsChannelsLast<type>(args, counters, chunks, mean, m2);
-      return SingleStatsChannelsFirst<type>(args, counters, chunks, mean, m2);
+      return StatsChannelsFirst<SingleStatistics<type>>(args, counters, chunks, mean, m2);
     }
   }
   if (plan.counters_adjacent) return StatsChannelsLast<type>(args, counters, chunks, mean, m2);
-  StatsChannelsFirst<type>(args, counters, chunks, mean, m2);
+  StatsChannelsFirst<WideStatistics<type>>(args, counters, chunks, mean, m2);
 }
 
 template <DataType type, Gate gate>

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/floats-inl.h"
@@ -23,19 +24,44 @@
 HWY_BEFORE_NAMESPACE();
 namespace syncbn::kernels::cpu::HWY_NAMESPACE {
 
-// The pivot of the first chunk: the mean of the first values of a row, sixteen at most. One value would be far from the
-// mean more often, and the squares about it would lose digits of the variance.
+// The statistics in float32, for StatsChannelsFirst().
 template <DataType type>
-double FirstPivot(const ReduceArgs& args, int64_t chunk, int64_t counter) {
-  const ReductionPlan& plan = *args.plan;
-  const RowRuns runs = RunsOf<kFloatLanes>(plan, plan.RowsOf(chunk).begin, counter, plan.ColumnsOf(chunk));
-  const Run& run = runs.whole.groups > 0 ? runs.whole : runs.tail;
-  WideSums sums;
-  sums.Add(ClipFloats<false>(LoadFloatGroup<type, false>(args.x + run.first * Element<type>::kSize, run), run.lanes));
-  return Sum(sums) / static_cast<double>(run.lanes);
-}
+struct SingleStatistics {
+  static constexpr DataType kType = type;
 
-// The same for the channels of a run's groups: of up to eight rows.
+  // The pivot of the first chunk: the mean of the first values of a row, sixteen at most. One value would be far from
+  // the mean more often, and the squares about it would lose digits of the variance.
+  static double FirstPivot(const ReduceArgs& args, int64_t chunk, int64_t counter) {
+    const ReductionPlan& plan = *args.plan;
+    const RowRuns runs = RunsOf<kFloatLanes>(plan, plan.RowsOf(chunk).begin, counter, plan.ColumnsOf(chunk));
+    const Run& run = runs.whole.groups > 0 ? runs.whole : runs.tail;
+    WideSums sums;
+    sums.Add(ClipFloats<false>(LoadFloatGroup<type, false>(args.x + run.first * Element<type>::kSize, run), run.lanes));
+    return Sum(sums) / static_cast<double>(run.lanes);
+  }
+
+  static double NextPivot(const Moments& before) { return before.mean; }
+
+  static HWY_INLINE ShiftedSums SumsAbout(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
+    const ReductionPlan& plan = *args.plan;
+    const Range rows = plan.RowsOf(chunk);
+    const double about = CenterOf<type>(pivot);
+    const FloatLanes center = FloatOf(about);
+    GrowingSums sums;
+    RowRuns runs = RunsOf<kFloatLanes>(plan, rows.begin, counter, plan.ColumnsOf(chunk));
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      AddRun(runs.whole, DeviationTerms<type, true>(args.x, runs.whole, center), &sums);
+      AddTail(runs.tail, DeviationTerms<type, false>(args.x, runs.tail, center), &sums);
+      NextRow<kFloatLanes>(plan, &runs);
+    }
+    sums.Finish();
+    return {plan.CountOf(chunk), about, Sum(sums.blocks.first), Sum(sums.blocks.second)};
+  }
+
+  static bool Holds(const ShiftedSums& sums, bool is_first) { return HoldsDeviations(sums, is_first); }
+};
+
+// The pivots of a run's groups in the first chunk: the means of up to eight rows' values.
 template <DataType type, bool whole>
 HWY_INLINE FloatLanes FirstPivots(const ReduceArgs& args, const Run& run) {
   const int64_t rows = std::min<int64_t>(run.groups, 8);
@@ -44,51 +70,6 @@ HWY_INLINE FloatLanes FirstPivots(const ReduceArgs& args, const Run& run) {
     sum = sum + LoadFloatGroup<type, whole>(args.x + (run.first + i * run.stride) * Element<type>::kSize, run);
   }
   return sum * BroadcastFloat(1.0f / static_cast<float>(rows));
-}
-
-// The sums of a counter's values in a chunk about a pivot.
-template <DataType type>
-HWY_INLINE ShiftedSums SumsAbout(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
-  const ReductionPlan& plan = *args.plan;
-  const Range rows = plan.RowsOf(chunk);
-  const FloatLanes center = FloatOf(pivot);
-  GrowingSums sums;
-  RowRuns runs = RunsOf<kFloatLanes>(plan, rows.begin, counter, plan.ColumnsOf(chunk));
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    AddRun(runs.whole, DeviationTerms<type, true>(args.x, runs.whole, center), &sums);
-    AddTail(runs.tail, DeviationTerms<type, false>(args.x, runs.tail, center), &sums);
-    NextRow<kFloatLanes>(plan, &runs);
-  }
-  sums.Finish();
-  return {plan.CountOf(chunk), pivot, Sum(sums.blocks.first), Sum(sums.blocks.second)};
-}
-
-// Some counters at a time go through each step together: the steps of one would wait for each other.
-template <DataType type>
-void SingleStatsChannelsFirst(const ReduceArgs& args, const Range& counters, const Range& chunks, double* mean,
-                              double* m2) {
-  constexpr int64_t kAbreast = 16;
-  double pivot[kAbreast];
-  ShiftedSums about[kAbreast];
-  int64_t count = 0;
-  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    for (int64_t first = counters.begin; first < counters.end; first += kAbreast) {
-      const int64_t n = std::min(kAbreast, counters.end - first);
-      for (int64_t i = 0; i < n; ++i)
-        pivot[i] = count == 0 ? FirstPivot<type>(args, chunk, first + i) : mean[first + i];
-      for (int64_t i = 0; i < n; ++i) about[i] = SumsAbout<type>(args, chunk, first + i, CenterOf<type>(pivot[i]));
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t c = first + i;
-        const Moments moments = HWY_LIKELY(HoldsDeviations(about[i], count == 0))
-                                    ? ToMoments(about[i])
-                                    : ChunkMoments<type>(args, chunk, c, pivot[i]);
-        const Moments merged = Merge({count, mean[c], m2[c]}, moments);
-        mean[c] = merged.mean;
-        m2[c] = merged.m2;
-      }
-    }
-    count += args.plan->CountOf(chunk);
-  }
 }
 
 // Two results of sixteen counters, or of as many as there are.
@@ -141,6 +122,29 @@ constexpr int64_t kMaxGroups = kMaxBlock / kFloatLanes;
 constexpr int kFloatsAbreast = LanesOf<Floats>::kCount == 1 ? 4 : LanesOf<Floats>::kCount == 2 ? 2 : 1;
 constexpr int64_t kBlockRows = 8;
 
+inline int64_t GroupsOf(const Range& counters) { return (counters.size() + kFloatLanes - 1) / kFloatLanes; }
+
+// Adds a chunk's rows to the sums of groups of counters, of which the first have all sixteen. terms(whole, run, g)
+// makes those of a group; `whole` says whether all of its lanes count.
+template <class TermsOf>
+HWY_INLINE void SumGroups(const Range& rows, const Range& counters, const TermsOf& terms, GroupSums* sums) {
+  const int64_t groups = GroupsOf(counters);
+  EachBlockOfRows<kFloatsAbreast>(
+      rows, kBlockRows, counters.size() / kFloatLanes, groups,
+      [&](auto abreast, int64_t g, int64_t row, int64_t n) HWY_ATTR {
+        const Run& run = sums[g].run;
+        const int64_t at = run.first + row * run.stride;
+        BlockSums* to[abreast];
+        for (int i = 0; i < abreast; ++i) to[i] = &sums[g + i].sums;
+        if (HWY_LIKELY(run.lanes == kFloatLanes)) {
+          AddRows<abreast>([&](int i) HWY_ATTR { return terms(std::true_type(), run, g + i); }, at, run.stride, n, to);
+        } else {
+          AddRows<1>([&](int) HWY_ATTR { return terms(std::false_type(), run, g); }, at, run.stride, n, to);
+        }
+      });
+  for (int64_t g = 0; g < groups; ++g) sums[g].sums.Finish();
+}
+
 // Merges the statistics of a group's rows into those of `count` rows before.
 template <DataType type>
 HWY_INLINE void MergeGroup(const ReduceArgs& args, const Range& rows, const GroupSums& group, const FloatLanes& center,
@@ -174,7 +178,7 @@ template <DataType type>
 void SingleStatsChannelsLast(const ReduceArgs& args, const Range& counters, const Range& chunks, double* mean,
                              double* m2) {
   const ReductionPlan& plan = *args.plan;
-  const int64_t groups = (counters.size() + kFloatLanes - 1) / kFloatLanes;
+  const int64_t groups = GroupsOf(counters);
   int64_t count = 0;
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const Range rows = plan.RowsOf(chunk);
@@ -187,24 +191,13 @@ void SingleStatsChannelsLast(const ReduceArgs& args, const Range& counters, cons
       center[g] = RoundFloats<type>(pivot);
       sums[g].run = run;
     }
-    EachBlockOfRows<kFloatsAbreast>(
-        rows, kBlockRows, counters.size() / kFloatLanes, groups,
-        [&](auto abreast, int64_t g, int64_t row, int64_t n) HWY_ATTR {
-          const Run& run = sums[g].run;
-          const int64_t at = run.first + row * run.stride;
-          BlockSums* to[abreast];
-          for (int i = 0; i < abreast; ++i) to[i] = &sums[g + i].sums;
-          if (HWY_LIKELY(run.lanes == kFloatLanes)) {
-            AddRows<abreast>([&](int i) HWY_ATTR { return DeviationTerms<type, true>(args.x, run, center[g + i]); }, at,
-                             run.stride, n, to);
-          } else {
-            AddRows<1>([&](int) HWY_ATTR { return DeviationTerms<type, false>(args.x, run, center[g]); }, at,
-                       run.stride, n, to);
-          }
-        });
+    SumGroups(
+        rows, counters,
+        [&](auto whole, const Run& run, int64_t g)
+            HWY_ATTR { return DeviationTerms<type, decltype(whole)::value>(args.x, run, center[g]); },
+        sums);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t c = counters.begin + g * kFloatLanes;
-      sums[g].sums.Finish();
       MergeGroup<type>(args, rows, sums[g], center[g], c, count, mean + c, m2 + c);
     }
     count += rows.size();
@@ -285,7 +278,7 @@ template <DataType type, Gate gate>
 void SingleBackwardChannelsLast(const ReduceArgs& args, const Range& counters, const Range& chunks, double* first,
                                 double* second) {
   const ReductionPlan& plan = *args.plan;
-  const int64_t groups = (counters.size() + kFloatLanes - 1) / kFloatLanes;
+  const int64_t groups = GroupsOf(counters);
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const Range rows = plan.RowsOf(chunk);
     GroupSums sums[kMaxGroups];
@@ -297,24 +290,13 @@ void SingleBackwardChannelsLast(const ReduceArgs& args, const Range& counters, c
           args, [c, &run](const double* vector) HWY_ATTR { return FloatsOf(vector + c, run.lanes); });
       sums[g].run = run;
     }
-    EachBlockOfRows<kFloatsAbreast>(
-        rows, kBlockRows, counters.size() / kFloatLanes, groups,
-        [&](auto abreast, int64_t g, int64_t row, int64_t n) HWY_ATTR {
-          const Run& run = sums[g].run;
-          const int64_t at = run.first + row * run.stride;
-          BlockSums* to[abreast];
-          for (int i = 0; i < abreast; ++i) to[i] = &sums[g + i].sums;
-          if (HWY_LIKELY(run.lanes == kFloatLanes)) {
-            AddRows<abreast>([&](int i) HWY_ATTR { return GradientTerms<type, gate, true>(args, run, channel[g + i]); },
-                             at, run.stride, n, to);
-          } else {
-            AddRows<1>([&](int) HWY_ATTR { return GradientTerms<type, gate, false>(args, run, channel[g]); }, at,
-                       run.stride, n, to);
-          }
-        });
+    SumGroups(
+        rows, counters,
+        [&](auto whole, const Run& run, int64_t g)
+            HWY_ATTR { return GradientTerms<type, gate, decltype(whole)::value>(args, run, channel[g]); },
+        sums);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t c = counters.begin + g * kFloatLanes;
-      sums[g].sums.Finish();
       AddGroup<type, gate>(args, rows, sums[g], channel[g].mean, c, first + c, second + c);
     }
   }
