@@ -46,7 +46,7 @@ void BackwardOf(const ReduceArgs& args, int64_t unit) {
   const Range chunks = plan.ChunksOf(split);
   double* first = args.first + split * plan.width;
   double* second = args.second + split * plan.width;
-  if constexpr (SizeOf(type) == 2 || (type == DataType::kFloat32 && gate != Gate::kRecompute)) {
+  if constexpr (type != DataType::kFloat64) {
     if (args.single) {
       if (plan.counters_adjacent) return SingleBackwardChannelsLast<type, gate>(args, counters, chunks, first, second);
       return SingleBackwardChannelsFirst<type, gate>(args, counters, chunks, first, second);

@@ -1,5 +1,5 @@
-// The reductions of the two 16-bit types in float32, a chunk of a plan at a time. A chunk whose sums float32 could not
-// hold is summed again in float64.
+// The reductions in float32, of the 16-bit types and of gradients in float32, a chunk of a plan at a time. A chunk
+// whose sums float32 could not hold is summed again in float64.
 
 #if defined(SYNCBN_KERNELS_CPU_SINGLE_REDUCE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SYNCBN_KERNELS_CPU_SINGLE_REDUCE_INL_H_
@@ -9,6 +9,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -215,11 +216,18 @@ HWY_INLINE FloatChannelLanes ChannelOf(const ReduceArgs& args, const Floats& flo
   FloatChannelLanes channel;
   channel.mean = RoundFloats<type>(floats(args.mean));
   if constexpr (gate == Gate::kRecompute) {
-    channel.forward_mean = floats(args.gate.forward.mean);
+    if constexpr (type != DataType::kFloat32) channel.forward_mean = floats(args.gate.forward.mean);
     channel.forward_scale = floats(args.gate.forward.scale);
     channel.forward_shift = floats(args.gate.forward.shift);
   }
   return channel;
+}
+
+// Returns the smallest lane.
+HWY_INLINE double Least(const FloatLanes& v) {
+  alignas(64) float lanes[kFloatLanes];
+  StoreFloats(v, lanes);
+  return static_cast<double>(*std::min_element(lanes, lanes + kFloatLanes));
 }
 
 template <DataType type, Gate gate>
@@ -234,16 +242,21 @@ void SingleBackwardChannelsFirst(const ReduceArgs& args, const Range& counters, 
       const FloatChannelLanes channel =
           ChannelOf<type, gate>(args, [c](const double* vector) HWY_ATTR { return FloatOf(vector[c]); });
       GrowingSums sums;
+      FloatLanes least = BroadcastFloat(HUGE_VALF);
       RowRuns runs = RunsOf<kFloatLanes>(plan, rows.begin, c, columns);
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        AddRun(runs.whole, GradientTerms<type, gate, true>(args, runs.whole, channel), &sums);
-        AddTail(runs.tail, GradientTerms<type, gate, false>(args, runs.tail, channel), &sums);
+        AddRun(runs.whole, GradientTerms<type, gate, true>(args, runs.whole, channel, &least), &sums);
+        AddTail(runs.tail, GradientTerms<type, gate, false>(args, runs.tail, channel, &least), &sums);
         NextRow<kFloatLanes>(plan, &runs);
       }
       sums.Finish();
       const double sum_dy = Sum(sums.blocks.first);
       const double sum_dy_xmu = Sum(sums.blocks.second);
-      if (HWY_LIKELY(HoldsGradients(sum_dy, sum_dy_xmu))) {
+      bool held = HoldsGradients(sum_dy, sum_dy_xmu);
+      if constexpr (gate == Gate::kRecompute && type == DataType::kFloat32) {
+        held = held && GateIsSure(args.gate.forward.scale[c], args.gate.forward.shift[c], Least(least));
+      }
+      if (HWY_LIKELY(held)) {
         first[c] += sum_dy;
         second[c] += AboutMean(args.mean[c], center, sum_dy, sum_dy_xmu);
       } else {
@@ -256,13 +269,21 @@ void SingleBackwardChannelsFirst(const ReduceArgs& args, const Range& counters, 
 // Adds the sums of a group's rows to those of the rows before.
 template <DataType type, Gate gate>
 HWY_INLINE void AddGroup(const ReduceArgs& args, const Range& rows, const GroupSums& group, const FloatLanes& mean,
-                         int64_t c, double* first, double* second) {
+                         const FloatLanes& least, int64_t c, double* first, double* second) {
   const Run& run = group.run;
   alignas(64) float center[kFloatLanes];
   StoreFloats(mean, center);
   const PairOfSixteen own(group.sums.first, group.sums.second);
   uint32_t lost = 0;
   for (int64_t i = 0; i < run.lanes; ++i) lost |= (HoldsGradients(own.first[i], own.second[i]) ? 0u : 1u) << i;
+  if constexpr (gate == Gate::kRecompute && type == DataType::kFloat32) {
+    const ForwardCoefficients& forward = args.gate.forward;
+    alignas(64) float sizes[kFloatLanes];
+    StoreFloats(least, sizes);
+    for (int64_t i = 0; i < run.lanes; ++i) {
+      if (!GateIsSure(forward.scale[c + i], forward.shift[c + i], static_cast<double>(sizes[i]))) lost |= 1u << i;
+    }
+  }
   PairOfSixteen wide(first, second, run.lanes);
   if (HWY_UNLIKELY(lost != 0)) WideGradients<type, gate>(args, rows, c, run.lanes, &wide);
   for (int64_t i = 0; i < run.lanes; ++i) {
@@ -283,21 +304,23 @@ void SingleBackwardChannelsLast(const ReduceArgs& args, const Range& counters, c
     const Range rows = plan.RowsOf(chunk);
     GroupSums sums[kMaxGroups];
     FloatChannelLanes channel[kMaxGroups];
+    FloatLanes least[kMaxGroups];
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t c = counters.begin + g * kFloatLanes;
       const Run run = GroupRun<kFloatLanes>(plan, rows, c, counters.end);
       channel[g] = ChannelOf<type, gate>(
           args, [c, &run](const double* vector) HWY_ATTR { return FloatsOf(vector + c, run.lanes); });
+      least[g] = BroadcastFloat(HUGE_VALF);
       sums[g].run = run;
     }
     SumGroups(
         rows, counters,
         [&](auto whole, const Run& run, int64_t g)
-            HWY_ATTR { return GradientTerms<type, gate, decltype(whole)::value>(args, run, channel[g]); },
+            HWY_ATTR { return GradientTerms<type, gate, decltype(whole)::value>(args, run, channel[g], &least[g]); },
         sums);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t c = counters.begin + g * kFloatLanes;
-      AddGroup<type, gate>(args, rows, sums[g], channel[g].mean, c, first + c, second + c);
+      AddGroup<type, gate>(args, rows, sums[g], channel[g].mean, least[g], c, first + c, second + c);
     }
   }
 }
