@@ -61,7 +61,8 @@ void ConnectionWatch::Run() {
 
 void ConnectionWatch::Look() {
   handover_watch_.Look();
-  const LoopProgress progress = progress_();
+  LoopProgress progress = progress_();
+  progress.executors = executor_threads_.turns();
   relief_watch_.Look(progress);
   flood_watch_.Look(progress);
   const absl::Time now = clock_.Now();

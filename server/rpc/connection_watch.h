@@ -13,6 +13,7 @@
 #include "plumbing/clock.h"
 #include "plumbing/monotonic_condition.h"
 #include "server/rpc/connections.h"
+#include "server/rpc/executor_threads.h"
 #include "server/rpc/flood_watch.h"
 #include "server/rpc/handover_watch.h"
 #include "server/rpc/loop_progress.h"
@@ -52,6 +53,7 @@ class ConnectionWatch {
 
   Connections* const connections_;
   const std::function<LoopProgress()> progress_;
+  ExecutorThreads executor_threads_;
   ReliefWatch relief_watch_;
   FloodWatch flood_watch_;
   HandoverWatch handover_watch_;

@@ -45,6 +45,9 @@ constexpr uint64_t kBytesWithoutEnd = 60 << 10;
 // A connection whose bytes take longer than this is a flood of small frames: a reset call takes 8 us and more for 28 to
 // 200 bytes. A message takes less than 1 us for each KiB, and less than 4 us with TLS.
 constexpr double kFloodBytesPerMs = 32 << 10;
+// Of what a worker sends, at least such a part becomes frames, sooner or later: gRPC reads the longest frame in far
+// less CPU time than kMostSuspected.
+constexpr int64_t kReadBytesPerFrameByte = 4;
 // A flood sends at least so much while it is observed. Handshakes of TLS take as long, for much less.
 constexpr int64_t kLeastFloodBytes = 8 << 10;
 
@@ -92,6 +95,12 @@ uint64_t WrittenBytes(const tcp_info& info) {
 uint64_t WaitingBytes(int descriptor) {
   int bytes = 0;
   return ioctl(descriptor, SIOCINQ, &bytes) == 0 && bytes > 0 ? static_cast<uint64_t>(bytes) : 0;
+}
+
+// Returns how many bytes gRPC has read, or more: those that arrive meanwhile.
+uint64_t ReadBytesOf(int descriptor) {
+  const uint64_t waiting = WaitingBytes(descriptor);
+  return InfoOf(descriptor).tcpi_bytes_received - waiting;
 }
 
 // Ends the connection for its peer and for gRPC. After shutdown() alone, gRPC would read what has arrived: megabytes,
@@ -330,36 +339,51 @@ void Connections::CountBytes() {
   const absl::MutexLock lock(&mutex_);
   for (auto& [descriptor, connection] : connections_) {
     if (connection.peer.empty()) continue;
-    const uint64_t waiting = WaitingBytes(descriptor);
     const tcp_info info = InfoOf(descriptor);
-    connection.read = info.tcpi_bytes_received - waiting;
+    connection.read = ReadBytesOf(descriptor);
     connection.written = WrittenBytes(info);
+    connection.come = connection.frames->bytes();
   }
+}
+
+bool Connections::Suspect(absl::Duration spent, Connection* connection) {
+  Suspicion& suspicion = connection->suspicion;
+  if (suspicion.spent == absl::ZeroDuration()) suspicion = {absl::ZeroDuration(), connection->read, connection->come};
+  suspicion.spent += spent;
+  const auto read = static_cast<int64_t>(ReadBytesOf(connection->descriptor) - suspicion.read);
+  const auto come = static_cast<int64_t>(connection->frames->bytes() - suspicion.come);
+  if (come >= read / kReadBytesPerFrameByte) suspicion = {};
+  return suspicion.spent >= kMostSuspected;
 }
 
 void Connections::EndFlood(absl::Duration spent) {
   const absl::MutexLock lock(&mutex_);
-  const Connection* culprit = nullptr;
+  Connection* culprit = nullptr;
   int64_t of_culprit = kLeastFloodBytes - 1;
   int64_t written_to_culprit = 0;
+  int64_t read_of_all = 0;
   int64_t of_all = 0;
-  for (const auto& [descriptor, connection] : connections_) {
+  for (auto& [descriptor, connection] : connections_) {
     if (connection.peer.empty()) continue;
     const tcp_info info = InfoOf(descriptor);
     const auto read = static_cast<int64_t>(info.tcpi_bytes_received - WaitingBytes(descriptor) - connection.read);
     const auto written = static_cast<int64_t>(WrittenBytes(info) - connection.written);
+    read_of_all += std::max<int64_t>(read, 0);
     of_all += std::max<int64_t>(read, 0) + std::max<int64_t>(written, 0);
     if (read <= of_culprit) continue;
     culprit = &connection;
     of_culprit = read;
     written_to_culprit = std::max<int64_t>(written, 0);
   }
-  // A flood of PINGs is answered in kind: what it makes gRPC write is not to its credit.
-  of_all -= written_to_culprit;
-  const double most = kFloodBytesPerMs * absl::ToDoubleMilliseconds(spent);
-  if (culprit == nullptr || static_cast<double>(of_all) > most) return;
-  // Long vectors on a busy machine look alike: a worker that has joined is not cut off on suspicion.
-  if (culprit->workers != 0) return;
+  if (culprit == nullptr) return;
+  if (culprit->workers != 0) {
+    // Long vectors on a busy machine look alike: a worker that has joined is not cut off on a first suspicion.
+    if (of_culprit < read_of_all / 2 || !Suspect(spent, culprit)) return;
+  } else {
+    // A flood of PINGs is answered in kind: what it makes gRPC write is not to its credit.
+    of_all -= written_to_culprit;
+    if (static_cast<double>(of_all) > kFloodBytesPerMs * absl::ToDoubleMilliseconds(spent)) return;
+  }
   const absl::Time now = clock_.Now();
   const std::string address = culprit->address;
   ++floods_;
@@ -374,9 +398,7 @@ void Connections::EndFlood(absl::Duration spent) {
 
 uint64_t Connections::ReadBytes(int descriptor) const {
   const absl::MutexLock lock(&mutex_);
-  if (!connections_.contains(descriptor)) return 0;
-  const uint64_t waiting = WaitingBytes(descriptor);
-  return InfoOf(descriptor).tcpi_bytes_received - waiting;
+  return connections_.contains(descriptor) ? ReadBytesOf(descriptor) : 0;
 }
 
 void Connections::EndHandover(int descriptor, uint64_t read, absl::Duration spent) {

@@ -55,6 +55,7 @@ class Connections {
   static constexpr size_t kMostUnfinishedBytes = size_t{1} << 30;
   static constexpr size_t kMostOfStrangers = size_t{32} << 20;
   static constexpr absl::Duration kUnfinishedPatience = absl::Minutes(2);
+  static constexpr absl::Duration kMostSuspected = absl::Milliseconds(500);
 
   // At most `max_connections`, and `max_of_address` from one address. If the latter is 0, it is half of the former, and
   // does not hold for addresses of this machine. Frames that have begun must have come after `patience`. In all, they
@@ -93,7 +94,8 @@ class Connections {
   void CountBytes();
   // Ends the connection of which gRPC has read most since CountBytes, if `spent` of CPU time is far too much for what
   // it has read of all, and written to the others; and with it those of the same address that have no worker. A
-  // connection by which a worker has joined stays.
+  // connection by which a worker has joined stays, unless most of what gRPC reads is its for kMostSuspected of CPU
+  // time, and hardly any of that becomes frames.
   void EndFlood(absl::Duration spent);
   // Returns how many bytes of a connection gRPC has read; 0 if there is no such connection.
   uint64_t ReadBytes(int descriptor) const;
@@ -114,6 +116,12 @@ class Connections {
     double left = 0.0;
     absl::Time as_of;
   };
+  // What a connection by which a worker has joined has cost since it came under suspicion.
+  struct Suspicion {
+    absl::Duration spent;
+    uint64_t read = 0;  // Bytes that had been read at its beginning,
+    uint64_t come = 0;  // and bytes of frames.
+  };
   struct Connection {
     int descriptor = -1;
     ino_t inode = 0;
@@ -126,6 +134,8 @@ class Connections {
     // Bytes, when CountBytes was called.
     uint64_t read = 0;
     uint64_t written = 0;
+    uint64_t come = 0;  // Of frames.
+    Suspicion suspicion;
     Budget strays;
     std::shared_ptr<Frames> frames = std::make_shared<Frames>();
     // The count of `frames` once those have come that were unfinished at the time due_since.
@@ -142,6 +152,9 @@ class Connections {
   bool IsBounded(const Connection& connection) const {
     return !connection.peer.empty() && (!connection.local || local_too_);
   }
+  // Takes note that most of what gRPC has read since CountBytes, for `spent` of CPU time, is of a connection by which a
+  // worker has joined. Returns whether it has been so for too long.
+  static bool Suspect(absl::Duration spent, Connection* connection);
   // Shuts the oldest connection without a worker. Returns whether there was one that has had some time to join.
   bool MakeRoom(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Returns how many bytes of unfinished frames gRPC holds for the connection, or less.

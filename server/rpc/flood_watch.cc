@@ -9,12 +9,17 @@ namespace {
 // Calls of Look without a new call after which the loop has taken all that a flood has left behind.
 constexpr int kClearance = 5;
 
+const LoopTurn& TurnOf(const LoopProgress& progress, size_t thread) {
+  return thread < LoopProgress::kMostThreads ? progress.turns[thread]
+                                             : progress.executors[thread - LoopProgress::kMostThreads];
+}
+
 }  // namespace
 
 void FloodWatch::Look(const LoopProgress& progress) {
   for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
     Call& call = calls_of_grpc_[i];
-    const LoopTurn& turn = progress.turns[i];
+    const LoopTurn& turn = TurnOf(progress, i);
     if (turn.there != call.seen.there || turn.number != call.seen.number) call = {turn, std::nullopt};
   }
   EndFlood(progress);
@@ -33,7 +38,7 @@ void FloodWatch::EndFlood(const LoopProgress& progress) {
   absl::Duration spent;
   for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
     const std::optional<absl::Duration>& observed = calls_of_grpc_[i].observed;
-    if (observed.has_value()) spent += progress.turns[i].cpu - *observed;
+    if (observed.has_value()) spent += TurnOf(progress, i).cpu - *observed;
   }
   if (spent < kObserved) return;
   for (Call& call : calls_of_grpc_) call.observed.reset();
@@ -42,7 +47,7 @@ void FloodWatch::EndFlood(const LoopProgress& progress) {
 
 void FloodWatch::BeginToObserve(const LoopProgress& progress) {
   const auto is_long = [&](size_t i) {
-    return progress.turns[i].in_grpc && progress.turns[i].cpu - calls_of_grpc_[i].seen.cpu >= kLongCall;
+    return TurnOf(progress, i).in_grpc && TurnOf(progress, i).cpu - calls_of_grpc_[i].seen.cpu >= kLongCall;
   };
   bool begins = false;
   for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
@@ -52,7 +57,7 @@ void FloodWatch::BeginToObserve(const LoopProgress& progress) {
   // The time of all begins anew, since the bytes of all do.
   connections_->CountBytes();
   for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
-    if (is_long(i)) calls_of_grpc_[i].observed = progress.turns[i].cpu;
+    if (is_long(i)) calls_of_grpc_[i].observed = TurnOf(progress, i).cpu;
   }
 }
 

@@ -1,4 +1,4 @@
-// Ends connections that keep the loop's threads inside gRPC.
+// Ends connections that keep the loop's threads, or gRPC's own, inside gRPC.
 
 #ifndef SYNCBN_SERVER_RPC_FLOOD_WATCH_H_
 #define SYNCBN_SERVER_RPC_FLOOD_WATCH_H_
@@ -32,9 +32,9 @@ class FloodWatch {
   // `connections` must outlive this object.
   explicit FloodWatch(Connections* connections) : connections_(connections) {}
 
-  // Ends the connection that the loop's threads have been reading, at a high price for each byte, since an earlier
-  // call. Settles floods once the loop has taken the calls that they have left behind: a new connection would only
-  // bring more of them. To be called every few milliseconds while there are connections: see ConnectionWatch.
+  // Ends the connection that the threads have been reading, at a high price for each byte, since an earlier call.
+  // Settles floods once the loop has taken the calls that they have left behind: a new connection would only bring more
+  // of them. To be called every few milliseconds while there are connections: see ConnectionWatch.
   void Look(const LoopProgress& progress);
 
  private:
@@ -50,10 +50,11 @@ class FloodWatch {
   void BeginToObserve(const LoopProgress& progress);
 
   Connections* const connections_;
-  std::array<Call, LoopProgress::kMostThreads> calls_of_grpc_;  // One for each thread.
-  uint64_t calls_ = 0;                                          // Workers' calls, at the last call of Look.
-  uint64_t floods_ = 0;                                         // At the last call.
-  int clearing_ = 0;  // Calls of Look until the loop has taken all calls of a flood.
+  // One for each thread, gRPC's own last.
+  std::array<Call, LoopProgress::kMostThreads + LoopProgress::kMostExecutors> calls_of_grpc_;
+  uint64_t calls_ = 0;   // Workers' calls, at the last call of Look.
+  uint64_t floods_ = 0;  // At the last call.
+  int clearing_ = 0;     // Calls of Look until the loop has taken all calls of a flood.
 };
 
 }  // namespace syncbn::rpc

@@ -21,9 +21,11 @@ struct LoopTurn {
 
 struct LoopProgress {
   static constexpr size_t kMostThreads = 4;
+  static constexpr size_t kMostExecutors = 4;
 
   uint64_t calls = 0;  // Workers' calls that have come.
   std::array<LoopTurn, kMostThreads> turns;
+  std::array<LoopTurn, kMostExecutors> executors;  // gRPC's own threads, which handle no events.
 };
 
 }  // namespace syncbn::rpc

@@ -51,7 +51,7 @@ class MasterLoop {
   // between Start and Stop.
   bool Probe();
   // Returns the progress of the threads that read connections. Any thread, between Start and Stop.
-  LoopProgress progress() const { return {calls_.load(std::memory_order_relaxed), threads_.turns()}; }
+  LoopProgress progress() const { return {calls_.load(std::memory_order_relaxed), threads_.turns(), {}}; }
   // Adds a thread for a while, as QueueThreads::Relieve has it. Any thread, between Start and Stop.
   void Relieve(bool add) { threads_.Relieve(add); }
   // Tells every worker that the master is going away. Any thread; the server's own Shutdown follows.

@@ -22,6 +22,10 @@ constexpr absl::Duration kLagTimeout = absl::Seconds(5);
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
 // Calls in a row. They take a millisecond.
 constexpr size_t kMostCalls = 32;
+// Calls by which nobody has asked to join. Beyond that, further calls come in a row only after a pause: if all of these
+// end at once, the queue has several events for each, and gRPC reads no socket until they have been handled. Calls that
+// end before they are taken cost nothing here.
+constexpr size_t kMostCallers = 64;
 // The pause after many calls or results, where the queue is never empty.
 constexpr absl::Duration kLongestPause = absl::Milliseconds(10);
 // Results that are a few: less than this part of those that one turn may bring forth.
@@ -60,7 +64,7 @@ void Sessions::AwaitStream() {
 }
 
 void Sessions::EndTurn(bool quiet, bool idle) {
-  calls_.EndTurn(quiet, *now_);
+  calls_.EndTurn(quiet && streams() < joined() + kMostCallers, *now_);
   results_.EndTurn(idle, *now_);
   if (!awaits_call() && !calls_.spent()) AwaitStream();
 }

@@ -102,7 +102,7 @@ class LoggedMaster(Master):
         return self._log.read_text()
 
 
-# The connection of a worker is not ended, however much it sends: others are served by another thread.
+# The connection of a worker is ended late: others are served by another thread.
 @pytest.mark.parametrize("make", [reset, ping, priority])
 def test_rounds_go_on_beside_a_worker_that_floods(
     start: Callable[..., Any], tmp_path: pathlib.Path, make: Callable[[int], bytes]

@@ -96,6 +96,63 @@ TEST_F(FloodWatchTest, ConnectionsOfWorkersAreNone) {
   EXPECT_TRUE(joins->open());
 }
 
+// Nothing of what it sends becomes a frame, for far longer than the longest frame takes.
+TEST_F(FloodWatchTest, AWorkerThatSendsNoFramesIsOneAfterAWhile) {
+  const auto worker = loopback_.AcceptWorker();
+  BeginToObserve();
+  for (int spent = 0; spent < 480; spent += 10) {
+    worker->Receive(1024 * kKiB);  // PING frames take so little time.
+    Spend(10);
+    ASSERT_TRUE(worker->open()) << spent;
+  }
+  for (int i = 0; i < 2; ++i) {
+    worker->Receive(1024 * kKiB);
+    Spend(10);
+  }
+  EXPECT_FALSE(worker->open());
+}
+
+TEST_F(FloodWatchTest, AWorkerWhoseFramesComeIsNoneHoweverLongTheyAre) {
+  const auto worker = loopback_.AcceptWorker();
+  const auto frames = connections_.FramesOf(worker->peer());
+  BeginToObserve();
+  for (int frame = 0; frame < 8; ++frame) {
+    for (int spent = 0; spent < 250; spent += 10) {
+      worker->Receive(256 * kKiB);
+      Spend(10);
+    }
+    frames->Add(25 * 256 * kKiB);
+  }
+  EXPECT_TRUE(worker->open());
+}
+
+// Their frames take the longer, the more are on their way.
+TEST_F(FloodWatchTest, WorkersThatSendLongFramesAtOnceAreNone) {
+  std::vector<std::unique_ptr<testing::Pair>> workers;
+  for (int i = 0; i < 3; ++i) workers.push_back(loopback_.AcceptWorker());
+  BeginToObserve();
+  for (int spent = 0; spent < 1000; spent += 10) {
+    for (const auto& worker : workers) worker->Receive(64 * kKiB);
+    Spend(10);
+  }
+  for (const auto& worker : workers) EXPECT_TRUE(worker->open());
+}
+
+// gRPC's own threads read, too.
+TEST_F(FloodWatchTest, AThreadOfGrpcsMayReadAFlood) {
+  LoopTurn& executor = progress_.executors[1];
+  executor = turn_;
+  BeginTurn(/*in_grpc=*/false);
+  const auto flood = loopback_.Accept();
+  watch_.Look(progress_);
+  executor.cpu += absl::Milliseconds(5);
+  watch_.Look(progress_);
+  flood->Receive(64 * kKiB);
+  executor.cpu += absl::Milliseconds(10);
+  watch_.Look(progress_);
+  EXPECT_FALSE(flood->open());
+}
+
 // The workers of a large group have their results, of a megabyte each, while another one joins.
 TEST_F(FloodWatchTest, WhoeverJoinsWhileLongResultsAreWrittenIsNone) {
   std::vector<std::unique_ptr<testing::Pair>> workers;

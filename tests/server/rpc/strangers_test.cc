@@ -182,6 +182,23 @@ TEST(StrangersTest, AConnectionThatResetsItsCallsIsClosed) {
   EXPECT_TRUE(Worker(server->target(), "later").joined());
 }
 
+// More than are taken in a row before some of them have joined.
+TEST(StrangersTest, CallersThatSayNothingKeepNobodyOut) {
+  const auto server = Start();
+  ASSERT_NE(server, nullptr);
+  std::vector<std::unique_ptr<RawStream>> silent;
+  for (int connection = 0; connection < 8; ++connection) {
+    const auto channel = Connect(server->target());
+    for (int call = 0; call < 50; ++call) silent.push_back(std::make_unique<RawStream>(channel));
+  }
+  Worker worker(server->target());
+  ASSERT_TRUE(worker.joined());
+  EXPECT_TRUE(worker.CompletesARound());
+  silent.clear();
+  EXPECT_TRUE(worker.CompletesARound());
+  EXPECT_TRUE(Worker(server->target(), "later").joined());
+}
+
 class BytesTest : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(BytesTest, AreLimitedForAConnectionWithoutAWorkerAlone) {
