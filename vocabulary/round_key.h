@@ -22,7 +22,8 @@ struct RoundKey {
     return a.sequence == b.sequence && a.phase == b.phase && a.layer == b.layer;
   }
   friend bool operator<(const RoundKey& a, const RoundKey& b) {
-    return std::tie(a.layer, a.sequence, a.phase) < std::tie(b.layer, b.sequence, b.phase);
+    const int layers = a.layer.compare(b.layer);
+    return layers != 0 ? layers < 0 : std::tie(a.sequence, a.phase) < std::tie(b.sequence, b.phase);
   }
   template <typename H>
   friend H AbslHashValue(H h, const RoundKey& key) {

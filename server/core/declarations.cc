@@ -104,10 +104,10 @@ void Declarations::CheckInvariants() const {
   size_t ranks = 0;
   for (const Side& side : sides_) {
     SYNCBN_CHECK(side.size == side.ranks.size() && side.size != 0, side.size, ", not ", side.ranks.size());
-    side.ranks.ForEach(
-        [&](Rank rank) { SYNCBN_CHECK(Of(rank) == side.declaration, "rank ", rank, " is on two sides"); });
+    side.ranks.ForEach([&](Rank rank) { SYNCBN_CHECK(ranks_.contains(rank), "rank ", rank, " is not counted"); });
     ranks += side.size;
   }
+  // Ranks that are all counted are as many as are counted only if none is on two sides.
   SYNCBN_CHECK(ranks_.size() == ranks, ranks_.size(), ", not ", ranks);
   SYNCBN_CHECK(current_ != nullptr && past_.size() <= kPast);
   SYNCBN_CHECK(sides_.size() != 1 || (!sides_[0].disputed && current_ == sides_[0].declaration));

@@ -254,10 +254,12 @@ size_t Layer::CheckInvariants() const {
     for (const Records* list : {&h.rounds, &h.awaited}) {
       for (const auto& [sequence, retained] : *list) {
         const EndedRound& round = *retained.round;
-        SYNCBN_CHECK(retained.handle->round == &round && retained.handle->sequence == sequence, name(), " ", sequence);
+        const OutcomeBudget::Entry& entry = *retained.handle;
+        SYNCBN_CHECK(entry.layer == this && entry.phase == phase && entry.sequence == sequence, name(), " ", sequence);
+        SYNCBN_CHECK(entry.round == &round, name(), " ", sequence);
         SYNCBN_CHECK(sequence <= h.greatest && retained.number <= h.ended, name(), " ", sequence);
         SYNCBN_CHECK(!round.awaited || (phase == Phase::kForward && round.backward_required), name(), " ", sequence);
-        SYNCBN_CHECK(round.awaited || list == &h.rounds, name(), " ", sequence);
+        SYNCBN_CHECK(list == &h.rounds || (round.awaited && !h.rounds.contains(sequence)), name(), " ", sequence);
       }
       records += list->size();
     }

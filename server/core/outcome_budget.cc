@@ -69,7 +69,6 @@ void OutcomeBudget::CheckInvariants(size_t records) const {
     for (const Entry& entry : *list) {
       SYNCBN_CHECK(entry.forgotten == (list == &forgotten_), "sequence ", entry.sequence);
       SYNCBN_CHECK((entry.round->outcome == nullptr) == entry.forgotten, "sequence ", entry.sequence);
-      SYNCBN_CHECK(entry.layer->Find(entry.phase, entry.sequence) == entry.round, "sequence ", entry.sequence);
       if (!entry.forgotten) bytes += entry.bytes;
       record_bytes += entry.record_bytes;
     }

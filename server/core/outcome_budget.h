@@ -52,7 +52,8 @@ class OutcomeBudget {
   // Returns whether outcomes were last forgotten by ForgetOldest, and not for max_bytes().
   bool forgot_for_others() const { return forgot_for_others_; }
 
-  // Aborts unless `records` records are counted and the totals are their sums.
+  // Aborts unless `records` records are counted and the totals are their sums. Layers check that each of their records
+  // has an entry of its own.
   void CheckInvariants(size_t records) const;
 
  private:

@@ -139,7 +139,7 @@ void Model::Take(Rank rank, const Part& part, absl::Time now) {
     }
   }
   added_[part.key] = before == round->second.parts.end() ? std::nullopt : std::optional<Held>(before->second);
-  round->second.parts[rank] = Held{incarnation, part.numbers};
+  round->second.parts[rank] = Hold(rank, part);
   NoteStraddling(rank, &round->second);
 }
 
@@ -209,7 +209,7 @@ void Model::CheckWaiting(absl::Time now) {
     const absl::Duration late = std::min(SimulatedLimits().late_round_after, *settings_.config.round_timeout);
     if (!round.told_late && now > round.begun + late) Violate(absl::StrCat(Name(key), " waits, and nobody is told"));
     for (const auto& [rank, held] : round.parts) {
-      if (HasBadNumbers(key, *held.numbers)) Violate(absl::StrCat(Name(key), " waits with bad numbers"));
+      if (held.bad) Violate(absl::StrCat(Name(key), " waits with bad numbers"));
       if (!std::count(round.expected.begin(), round.expected.end(), rank)) {
         Violate(absl::StrCat(Name(key), " takes numbers of rank ", rank, ", which is no contributor"));
       }

@@ -167,6 +167,10 @@ class Model {
   bool waits() const { return settings_.config.missing_policy == core::MissingPolicy::kWait; }
   size_t Least(const Pending& round) const;
   std::vector<core::Rank> Missing(const Pending& round) const;
+  // Returns the rank's contribution, as it is held from now on.
+  Held Hold(core::Rank rank, const Part& part) const {
+    return {members_.at(rank).incarnation, part.numbers, HasBadNumbers(part.key, *part.numbers)};
+  }
   bool HasBadNumbers(const core::RoundKey& key, const testing::Numbers& numbers) const {
     return IsBad(key.phase, numbers, settings_.LayerOf(key));
   }

@@ -64,7 +64,7 @@ void Model::TakeRepeat(Rank rank, const Part& part, absl::Time now) {
   if (!std::count(restored->roster.begin(), restored->roster.end(), rank)) return;
   if (HasBadNumbers(part.key, *part.numbers)) return;  // The round completed, so it was not with these.
   Pending& round = PendingRestored(part.key, now);
-  if (!round.parts.emplace(rank, Held{members_[rank].incarnation, part.numbers}).second) return;
+  if (!round.parts.emplace(rank, Hold(rank, part)).second) return;
   round.repeats.insert(rank);
 }
 
@@ -120,7 +120,7 @@ void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
     round.repeats.erase(rank);
   } else {
     added_[part.key] = std::nullopt;
-    round.parts[rank] = Held{members_[rank].incarnation, part.numbers};
+    round.parts[rank] = Hold(rank, part);
   }
 }
 

@@ -198,7 +198,7 @@ void Model::Check(const core::RoundEnded& ended, absl::Time now) {
   pending_.erase(found);
   if (repeat == nullptr) return;
   Pending& again = PendingRestored(outcome.key, now);
-  again.parts.emplace(sender_.rank, Held{members_[sender_.rank].incarnation, repeat->numbers});
+  again.parts.emplace(sender_.rank, Hold(sender_.rank, *repeat));
   again.repeats.insert(sender_.rank);
 }
 

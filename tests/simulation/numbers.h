@@ -17,6 +17,7 @@ namespace syncbn::simulation {
 struct Held {
   uint64_t incarnation = 0;
   NumbersPtr numbers;
+  bool bad = false;  // A master must refuse the numbers.
 };
 using HeldParts = std::map<core::Rank, Held>;
 

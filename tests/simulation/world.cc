@@ -158,10 +158,10 @@ Report World::Run() {
 Micros World::ToMicros(absl::Time time) const {
   if (time == absl::InfiniteFuture()) return kNever;
   if (time <= Now()) return now_;
-  return absl::ToUnixMicros(time + absl::Nanoseconds(999)) - kEpochSeconds * 1'000'000;
+  return absl::ToInt64Microseconds(time - kEpoch + absl::Nanoseconds(999));
 }
 
-void World::Push(Item item) {
+void World::Push(Item&& item) {
   item.order = ++pushed_;
   Queue(std::move(item));
 }
@@ -171,7 +171,7 @@ void World::PutOff(Item item, Micros at) {
   Queue(std::move(item));
 }
 
-void World::Queue(Item item) {
+void World::Queue(Item&& item) {
   if (free_items_.empty()) {
     free_items_.push_back(items_.size());
     items_.emplace_back();
@@ -214,7 +214,7 @@ bool World::Step() {
     report_.violation = "workers wait, and nothing is due";
     return false;
   }
-  now_ = std::max(now_, std::min({alarm, due, next}));
+  SetNow(std::max(now_, std::min({alarm, due, next})));
   if (alarm <= std::min(due, next)) {
     PassTime();
   } else if (next <= due) {
@@ -239,7 +239,7 @@ void World::End() {
       model_->CheckStatistics(master_->coordinator());
       checked = true;
     }
-    now_ = ToMicros(master_->NextDeadline());
+    SetNow(ToMicros(master_->NextDeadline()));
     PassTime();
   }
   model_->CheckEmpty(master_->coordinator());

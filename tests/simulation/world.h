@@ -33,7 +33,7 @@ namespace syncbn::simulation {
 using Micros = int64_t;
 inline constexpr Micros kNever = INT64_MAX;
 inline constexpr Micros kFaultsEnd = 100'000;
-inline constexpr int64_t kEpochSeconds = 1'700'000'000;
+inline constexpr absl::Time kEpoch = absl::FromUnixSeconds(1'700'000'000);
 
 class World {
  public:
@@ -127,17 +127,22 @@ class World {
     if (log_ == Log::kPrint) std::fprintf(stderr, "%s\n", line.c_str());
     if (log_ == Log::kKeep) report_.log.push_back(std::move(line));
   }
-  absl::Time Now() const { return absl::FromUnixSeconds(kEpochSeconds) + absl::Microseconds(now_); }
+  absl::Time Now() const { return time_; }
+  void SetNow(Micros now) {
+    if (now == now_) return;
+    now_ = now;
+    time_ = kEpoch + absl::Microseconds(now);
+  }
   // The first microsecond at or after `time`.
   Micros ToMicros(absl::Time time) const;
   Micros Delay() {
     const bool slow = now_ < kFaultsEnd && random_.Chance(slow_);
     return slow ? random_.Between(2'000, 120'000) : random_.Between(50, 1'500);
   }
-  void Push(Item item);
+  void Push(Item&& item);
   // Moves an item to a later time. It stays before what was pushed after it, as in a stream.
   void PutOff(Item item, Micros at);
-  void Queue(Item item);
+  void Queue(Item&& item);
   Item Pop();
   void Schedule(Micros at, Kind kind, uint64_t id) { Push({at, 0, kind, id, nullptr, nullptr, nullptr}); }
   bool Settled() const;
@@ -217,6 +222,7 @@ class World {
   double changed_echoes_ = 0.0;  // and that has other numbers.
 
   Micros now_ = 0;
+  absl::Time time_ = kEpoch;  // The same.
   uint64_t pushed_ = 0;
   std::vector<Turn> queue_;  // A heap; the turn that is next is its front.
   std::vector<Item> items_;

@@ -148,9 +148,18 @@ INSTANTIATE_TEST_SUITE_P(
                 Damage{"AForgottenOutcome",
                        [](auto& parts) { parts.layer().Find(Phase::kForward, 0)->outcome.reset(); }},
                 Damage{"ALostRecord", [](auto& parts) { parts.history().rounds.clear(); }},
+                Damage{"ARecordOfAnotherLayer",
+                       [](auto& parts) { parts.history().rounds.begin()->second.handle->layer = nullptr; }},
+                Damage{"ARecordOfAnotherPhase",
+                       [](auto& parts) { parts.history().rounds.begin()->second.handle->phase = Phase::kSum; }},
                 Damage{"AGreatestSequenceTooSmall", [](auto& parts) { parts.history().newest = 9; }},
                 Damage{"LongestResult", [](auto& parts) { parts.longest_result() = 0; }},
-                Damage{"ASideTooSmall", [](auto& parts) { --parts.side().size; }}),
+                Damage{"ASideTooSmall", [](auto& parts) { --parts.side().size; }},
+                Damage{"ASideWithARankThatIsNotCounted",
+                       [](auto& parts) {
+                         parts.side().ranks.erase(0);
+                         parts.side().ranks.insert(7);
+                       }}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
