@@ -189,7 +189,8 @@ void BatchNormBackwardReduce(const Context& context, const TensorShape& shape, c
   const RoundedForward forward(shape, gate.forward);
   args.gate = {gate.mask, forward.coefficients()};
   args.single_gate = forward.single();
-  args.single = ReducesInFloat32(shape) && (KindOf(gate) != Gate::kRecompute || forward.single());
+  args.single = ReducesInFloat32(shape) &&
+                (shape.type == DataType::kFloat32 || KindOf(gate) != Gate::kRecompute || forward.single());
   std::fill_n(sum_dy, shape.channels, 0.0);
   std::fill_n(sum_dy_xmu, shape.channels, 0.0);
   for (const ReductionPlan* plan : {&reduction.body, &reduction.rest}) {

@@ -88,89 +88,67 @@ struct DeviationSums {
   }
 };
 
-// Tells whether the differences in float32 will do for a chunk. Sums in float64 are finite unless a value, or its
-// distance from the pivot in float32, is not. If no chunk came before, the pivot must not lie so far off that most of a
-// difference is its distance from the mean. Later it may: the distance then makes the merged m2 as large.
-inline bool HoldsDifferences(int64_t count, double sum, double sum_squares, bool is_first) {
-  if (!std::isfinite(sum_squares)) return false;
-  return !is_first || sum * sum <= 0.9 * static_cast<double>(count) * sum_squares;
-}
-
 // As many values give a first pivot, which needs only be some deviations from the mean.
 constexpr int64_t kFirstValues = 4;
 
-// The pivot of a counter's first chunk: near the mean of its first values.
-HWY_INLINE double FirstFloatPivot(const ReduceArgs& args, int64_t chunk, int64_t counter) {
-  const ReductionPlan& plan = *args.plan;
-  const Range columns = plan.ColumnsOf(chunk);
-  const int64_t first =
-      plan.first_element + (plan.RowsOf(chunk).begin * plan.width + counter) * plan.columns + columns.begin;
-  const int64_t n = std::min(columns.size(), kFirstValues);
-  float values[kFirstValues];
-  std::memcpy(values, args.x + first * 4, static_cast<size_t>(n) * 4);
-  double sum = 0, squares = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double deviation = static_cast<double>(values[i]) - static_cast<double>(values[0]);
-    sum += deviation;
-    squares += deviation * deviation;
-  }
-  const double shift = sum / static_cast<double>(n);
-  return PivotNear(static_cast<double>(values[0]) + shift, squares / static_cast<double>(n) - shift * shift);
-}
+// The statistics by differences in float32, for StatsChannelsFirst().
+struct FloatStatistics {
+  static constexpr DataType kType = DataType::kFloat32;
 
-HWY_INLINE ShiftedSums FloatSumsAbout(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot_value) {
-  const ReductionPlan& plan = *args.plan;
-  const Range rows = plan.RowsOf(chunk);
-  const RowRuns runs = RunsOf<kLanes>(plan, rows.begin, counter, plan.ColumnsOf(chunk));
-  const Singles pivot = BroadcastSingle(pivot_value);
-  const int64_t step = plan.width * plan.columns;
-  const int64_t n = runs.tail.lanes;
-  int64_t tail = runs.tail.first;
-  const uint8_t* row = args.x + runs.whole.first * 4;
-  DeviationSums even, odd;
-  for (int64_t i = 0; i < rows.size(); ++i, row += step * 4, tail += step) {
-    const uint8_t* p = row;
-    int64_t left = runs.whole.groups;
-    for (; left >= 2; left -= 2, p += 2 * kLanes * 4) {
-      even.Add(p, pivot);
-      odd.Add(p + kLanes * 4, pivot);
+  // The pivot of a counter's first chunk: near the mean of its first values.
+  static HWY_INLINE double FirstPivot(const ReduceArgs& args, int64_t chunk, int64_t counter) {
+    const ReductionPlan& plan = *args.plan;
+    const Range columns = plan.ColumnsOf(chunk);
+    const int64_t first =
+        plan.first_element + (plan.RowsOf(chunk).begin * plan.width + counter) * plan.columns + columns.begin;
+    const int64_t n = std::min(columns.size(), kFirstValues);
+    float values[kFirstValues];
+    std::memcpy(values, args.x + first * 4, static_cast<size_t>(n) * 4);
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double deviation = static_cast<double>(values[i]) - static_cast<double>(values[0]);
+      sum += deviation;
+      squares += deviation * deviation;
     }
-    if (left > 0) even.Add(p, pivot);
-    if (n > 0) odd.AddFirst(n, args.x + tail * 4, tail + kLanes <= plan.end_element(), pivot);
+    const double shift = sum / static_cast<double>(n);
+    return PivotNear(static_cast<double>(values[0]) + shift, squares / static_cast<double>(n) - shift * shift);
   }
-  return {plan.CountOf(chunk), pivot_value, Sum(even.sum + odd.sum), Sum(even.squares + odd.squares)};
-}
 
-// Some counters at a time go through each step together: the steps of one would wait for each other.
-inline void FloatStatsChannelsFirst(const ReduceArgs& args, const Range& counters, const Range& chunks, double* mean,
-                                    double* m2) {
-  constexpr int64_t kAbreast = 16;
-  double pivot[kAbreast];
-  ShiftedSums about[kAbreast];
-  int64_t count = 0;
-  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    for (int64_t first = counters.begin; first < counters.end; first += kAbreast) {
-      const int64_t n = std::min(kAbreast, counters.end - first);
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t c = first + i;
-        pivot[i] =
-            count == 0 ? FirstFloatPivot(args, chunk, c) : PivotNear(mean[c], m2[c] / static_cast<double>(count));
-      }
-      for (int64_t i = 0; i < n; ++i) about[i] = FloatSumsAbout(args, chunk, first + i, pivot[i]);
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t c = first + i;
-        const Moments moments =
-            HWY_LIKELY(HoldsDifferences(about[i].count, about[i].sum, about[i].sum_squares, count == 0))
-                ? ToMoments(about[i])
-                : ChunkMoments<DataType::kFloat32>(args, chunk, c, pivot[i]);
-        const Moments merged = Merge({count, mean[c], m2[c]}, moments);
-        mean[c] = merged.mean;
-        m2[c] = merged.m2;
-      }
-    }
-    count += args.plan->CountOf(chunk);
+  static HWY_INLINE double NextPivot(const Moments& before) {
+    return PivotNear(before.mean, before.m2 / static_cast<double>(before.count));
   }
-}
+
+  static HWY_INLINE ShiftedSums SumsAbout(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot_value) {
+    const ReductionPlan& plan = *args.plan;
+    const Range rows = plan.RowsOf(chunk);
+    const RowRuns runs = RunsOf<kLanes>(plan, rows.begin, counter, plan.ColumnsOf(chunk));
+    const Singles pivot = BroadcastSingle(pivot_value);
+    const int64_t step = plan.width * plan.columns;
+    const int64_t n = runs.tail.lanes;
+    int64_t tail = runs.tail.first;
+    const uint8_t* row = args.x + runs.whole.first * 4;
+    DeviationSums even, odd;
+    for (int64_t i = 0; i < rows.size(); ++i, row += step * 4, tail += step) {
+      const uint8_t* p = row;
+      int64_t left = runs.whole.groups;
+      for (; left >= 2; left -= 2, p += 2 * kLanes * 4) {
+        even.Add(p, pivot);
+        odd.Add(p + kLanes * 4, pivot);
+      }
+      if (left > 0) even.Add(p, pivot);
+      if (n > 0) odd.AddFirst(n, args.x + tail * 4, tail + kLanes <= plan.end_element(), pivot);
+    }
+    return {plan.CountOf(chunk), pivot_value, Sum(even.sum + odd.sum), Sum(even.squares + odd.squares)};
+  }
+
+  // Sums in float64 are finite unless a value, or its distance from the pivot in float32, is not. If no chunk came
+  // before, the pivot must not lie so far off that most of a difference is its distance from the mean. Later it may:
+  // the distance then makes the merged m2 as large.
+  static bool Holds(const ShiftedSums& sums, bool is_first) {
+    if (!std::isfinite(sums.sum_squares)) return false;
+    return !is_first || sums.sum * sums.sum <= 0.9 * static_cast<double>(sums.count) * sums.sum_squares;
+  }
+};
 
 // As many groups abreast as the processor's registers hold sums of; a result does not depend on it.
 constexpr int kGroupsAbreast = kParts == 1 ? 8 : kParts == 2 ? 2 : 1;
@@ -216,7 +194,7 @@ HWY_INLINE void MergeFloatGroup(const ReduceArgs& args, const FloatGroup& group,
   bool held[kLanes] = {};
   bool all = true;
   for (int64_t i = 0; i < run.lanes; ++i) {
-    held[i] = HoldsDifferences(run.groups, sum[i], squares[i], count == 0);
+    held[i] = FloatStatistics::Holds({run.groups, 0, sum[i], squares[i]}, count == 0);
     all = all && held[i];
   }
   if (HWY_LIKELY(all)) {

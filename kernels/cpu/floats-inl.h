@@ -54,6 +54,13 @@ HWY_INLINE FloatLanes FirstOf(int64_t n, const FloatLanes& a, const FloatLanes& 
   return r;
 }
 
+// Returns the smaller of |v| and `least` in each lane; which one beside a NaN is not said.
+HWY_INLINE FloatLanes LeastSize(const FloatLanes& v, const FloatLanes& least) {
+  FloatLanes r;
+  SYNCBN_FOR_FLOATS(i) r.part[i] = hn::Min(hn::Abs(v.part[i]), least.part[i]);
+  return r;
+}
+
 // Returns a mask whose bit i is set if lane i is above the threshold.
 HWY_INLINE uint32_t BitsAbove(const FloatLanes& v, float threshold) {
   uint32_t bits = 0;

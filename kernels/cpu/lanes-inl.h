@@ -38,8 +38,17 @@ struct LanesOf {
 
 using Lanes = LanesOf<D>;
 
+// Unrolls loops over vectors, but not over single lanes: the kernels for processors without vectors had more code than
+// all others together, and were no faster.
+#undef SYNCBN_UNROLL
+#if HWY_TARGET == HWY_SCALAR
+#define SYNCBN_UNROLL
+#else
+#define SYNCBN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 #define SYNCBN_FOR_PARTS(i) SYNCBN_FOR_PARTS_OF(D, i)
-#define SYNCBN_FOR_PARTS_OF(Tag, i) _Pragma("GCC unroll 16") for (size_t i = 0; (i) < LanesOf<Tag>::kCount; ++(i))
+#define SYNCBN_FOR_PARTS_OF(Tag, i) SYNCBN_UNROLL for (size_t i = 0; (i) < LanesOf<Tag>::kCount; ++(i))
 
 template <class Tag>
 HWY_INLINE LanesOf<Tag> BroadcastTo(hn::TFromD<Tag> value) {

@@ -154,11 +154,9 @@ RowRuns RunsOf(const ReductionPlan& plan, int64_t row, int64_t counter, const Ra
   return runs;
 }
 
-// Squares are summed about the mean of all chunks before; about the first value where there are none. The error of
-// rounding is then some 2^-53 * n * d^2, for n values whose mean is d from the pivot, and a large d
-// makes the merged m2 large too: the distance alone adds at least n * d^2 / 2 to it (for a first value, d^2).
+// The sums of a counter's values in a chunk about a pivot.
 template <DataType type>
-Moments ChunkMoments(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
+ShiftedSums ChunkSums(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
   const ReductionPlan& plan = *args.plan;
   const Range rows = plan.RowsOf(chunk);
   const Range columns = plan.ColumnsOf(chunk);
@@ -169,32 +167,56 @@ Moments ChunkMoments(const ReduceArgs& args, int64_t chunk, int64_t counter, dou
     AddDeviations<type, true>(args.x, runs.whole, center, &sums);
     AddDeviations<type, false>(args.x, runs.tail, center, &sums);
   }
-  ShiftedSums about;
-  about.count = plan.CountOf(chunk);
-  about.pivot = pivot;
-  about.sum = Sum(sums.first_a + sums.first_b);
-  about.sum_squares = Sum(sums.second_a + sums.second_b);
-  return ToMoments(about);
+  return {plan.CountOf(chunk), pivot, Sum(sums.first_a + sums.first_b), Sum(sums.second_a + sums.second_b)};
 }
 
+// Statistics in float64. Squares are summed about the mean of all chunks before; about the first value where there are
+// none. The error of rounding is then some 2^-53 * n * d^2, for n values whose mean is d from the pivot, and a large d
+// makes the merged m2 large too: the distance alone adds at least n * d^2 / 2 to it (for a first value, d^2).
 template <DataType type>
-double FirstValue(const ReduceArgs& args, int64_t chunk, int64_t counter) {
-  const ReductionPlan& plan = *args.plan;
-  const Run run = RunsOf<kLanes>(plan, plan.RowsOf(chunk).begin, counter, plan.ColumnsOf(chunk)).whole;
-  double lanes[kLanes];
-  StoreDoubles(Load<type>(args.x + run.first * Element<type>::kSize, 1), lanes);
-  return lanes[0];
-}
+struct WideStatistics {
+  static constexpr DataType kType = type;
 
-template <DataType type>
+  static double FirstPivot(const ReduceArgs& args, int64_t chunk, int64_t counter) {
+    const ReductionPlan& plan = *args.plan;
+    const Run run = RunsOf<kLanes>(plan, plan.RowsOf(chunk).begin, counter, plan.ColumnsOf(chunk)).whole;
+    double lanes[kLanes];
+    StoreDoubles(Load<type>(args.x + run.first * Element<type>::kSize, 1), lanes);
+    return lanes[0];
+  }
+  static double NextPivot(const Moments& before) { return before.mean; }
+  static ShiftedSums SumsAbout(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
+    return ChunkSums<type>(args, chunk, counter, pivot);
+  }
+  static bool Holds(const ShiftedSums& /*sums*/, bool /*is_first*/) { return true; }
+};
+
+// A method chooses the pivot of a counter's first chunk and of the next ones, sums a chunk's values about it, and tells
+// whether the sums will do; where they do not, the chunk is summed again in float64. Some counters at a time go through
+// each step together: the steps of one would wait for each other.
+template <class Method>
 void StatsChannelsFirst(const ReduceArgs& args, const Range& counters, const Range& chunks, double* mean, double* m2) {
+  constexpr int64_t kAbreast = 16;
+  double pivot[kAbreast];
+  ShiftedSums about[kAbreast];
   int64_t count = 0;
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    for (int64_t c = counters.begin; c < counters.end; ++c) {
-      const double pivot = count == 0 ? FirstValue<type>(args, chunk, c) : mean[c];
-      const Moments merged = Merge({count, mean[c], m2[c]}, ChunkMoments<type>(args, chunk, c, pivot));
-      mean[c] = merged.mean;
-      m2[c] = merged.m2;
+    for (int64_t first = counters.begin; first < counters.end; first += kAbreast) {
+      const int64_t n = std::min(kAbreast, counters.end - first);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t c = first + i;
+        pivot[i] = count == 0 ? Method::FirstPivot(args, chunk, c) : Method::NextPivot(Moments{count, mean[c], m2[c]});
+      }
+      for (int64_t i = 0; i < n; ++i) about[i] = Method::SumsAbout(args, chunk, first + i, pivot[i]);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t c = first + i;
+        if (HWY_UNLIKELY(!Method::Holds(about[i], count == 0))) {
+          about[i] = ChunkSums<Method::kType>(args, chunk, c, pivot[i]);
+        }
+        const Moments merged = Merge({count, mean[c], m2[c]}, ToMoments(about[i]));
+        mean[c] = merged.mean;
+        m2[c] = merged.m2;
+      }
     }
     count += args.plan->CountOf(chunk);
   }

@@ -26,16 +26,16 @@ void StatsOf(const ReduceArgs& args, int64_t unit) {
   if constexpr (type == DataType::kFloat32) {
     if (args.single) {
       if (plan.counters_adjacent) return FloatStatsChannelsLast(args, counters, chunks, mean, m2);
-      return FloatStatsChannelsFirst(args, counters, chunks, mean, m2);
+      return StatsChannelsFirst<FloatStatistics>(args, counters, chunks, mean, m2);
     }
   } else if constexpr (SizeOf(type) == 2) {
     if (args.single) {
       if (plan.counters_adjacent) return SingleStatsChannelsLast<type>(args, counters, chunks, mean, m2);
-      return SingleStatsChannelsFirst<type>(args, counters, chunks, mean, m2);
+      return StatsChannelsFirst<SingleStatistics<type>>(args, counters, chunks, mean, m2);
     }
   }
   if (plan.counters_adjacent) return StatsChannelsLast<type>(args, counters, chunks, mean, m2);
-  StatsChannelsFirst<type>(args, counters, chunks, mean, m2);
+  StatsChannelsFirst<WideStatistics<type>>(args, counters, chunks, mean, m2);
 }
 
 template <DataType type, Gate gate>
@@ -46,7 +46,7 @@ void BackwardOf(const ReduceArgs& args, int64_t unit) {
   const Range chunks = plan.ChunksOf(split);
   double* first = args.first + split * plan.width;
   double* second = args.second + split * plan.width;
-  if constexpr (SizeOf(type) == 2 || (type == DataType::kFloat32 && gate != Gate::kRecompute)) {
+  if constexpr (type != DataType::kFloat64) {
     if (args.single) {
       if (plan.counters_adjacent) return SingleBackwardChannelsLast<type, gate>(args, counters, chunks, first, second);
       return SingleBackwardChannelsFirst<type, gate>(args, counters, chunks, first, second);

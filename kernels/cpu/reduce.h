@@ -15,7 +15,7 @@ namespace syncbn::kernels::cpu {
 struct ReduceArgs {
   DataType type = DataType::kFloat32;
   const ReductionPlan* plan = nullptr;
-  // Computes in float32: ReducesInFloat32(), and a gate that is computed again is single_gate.
+  // Computes in float32: ReducesInFloat32(), and a 16-bit tensor's gate that is computed again is single_gate.
   bool single = false;
   // The whole tensors.
   const uint8_t* x = nullptr;

@@ -1,5 +1,5 @@
-// The reductions of the two 16-bit types in float32, a chunk of a plan at a time. A chunk whose sums float32 could not
-// hold is summed again in float64.
+// The reductions in float32, of the 16-bit types and of gradients in float32, a chunk of a plan at a time. A chunk
+// whose sums float32 could not hold is summed again in float64.
 
 #if defined(SYNCBN_KERNELS_CPU_SINGLE_REDUCE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SYNCBN_KERNELS_CPU_SINGLE_REDUCE_INL_H_
@@ -9,7 +9,9 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/floats-inl.h"
@@ -23,19 +25,44 @@
 HWY_BEFORE_NAMESPACE();
 namespace syncbn::kernels::cpu::HWY_NAMESPACE {
 
-// The pivot of the first chunk: the mean of the first values of a row, sixteen at most. One value would be far from the
-// mean more often, and the squares about it would lose digits of the variance.
+// The statistics in float32, for StatsChannelsFirst().
 template <DataType type>
-double FirstPivot(const ReduceArgs& args, int64_t chunk, int64_t counter) {
-  const ReductionPlan& plan = *args.plan;
-  const RowRuns runs = RunsOf<kFloatLanes>(plan, plan.RowsOf(chunk).begin, counter, plan.ColumnsOf(chunk));
-  const Run& run = runs.whole.groups > 0 ? runs.whole : runs.tail;
-  WideSums sums;
-  sums.Add(ClipFloats<false>(LoadFloatGroup<type, false>(args.x + run.first * Element<type>::kSize, run), run.lanes));
-  return Sum(sums) / static_cast<double>(run.lanes);
-}
+struct SingleStatistics {
+  static constexpr DataType kType = type;
 
-// The same for the channels of a run's groups: of up to eight rows.
+  // The pivot of the first chunk: the mean of the first values of a row, sixteen at most. One value would be far from
+  // the mean more often, and the squares about it would lose digits of the variance.
+  static double FirstPivot(const ReduceArgs& args, int64_t chunk, int64_t counter) {
+    const ReductionPlan& plan = *args.plan;
+    const RowRuns runs = RunsOf<kFloatLanes>(plan, plan.RowsOf(chunk).begin, counter, plan.ColumnsOf(chunk));
+    const Run& run = runs.whole.groups > 0 ? runs.whole : runs.tail;
+    WideSums sums;
+    sums.Add(ClipFloats<false>(LoadFloatGroup<type, false>(args.x + run.first * Element<type>::kSize, run), run.lanes));
+    return Sum(sums) / static_cast<double>(run.lanes);
+  }
+
+  static double NextPivot(const Moments& before) { return before.mean; }
+
+  static HWY_INLINE ShiftedSums SumsAbout(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
+    const ReductionPlan& plan = *args.plan;
+    const Range rows = plan.RowsOf(chunk);
+    const double about = CenterOf<type>(pivot);
+    const FloatLanes center = FloatOf(about);
+    GrowingSums sums;
+    RowRuns runs = RunsOf<kFloatLanes>(plan, rows.begin, counter, plan.ColumnsOf(chunk));
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      AddRun(runs.whole, DeviationTerms<type, true>(args.x, runs.whole, center), &sums);
+      AddTail(runs.tail, DeviationTerms<type, false>(args.x, runs.tail, center), &sums);
+      NextRow<kFloatLanes>(plan, &runs);
+    }
+    sums.Finish();
+    return {plan.CountOf(chunk), about, Sum(sums.blocks.first), Sum(sums.blocks.second)};
+  }
+
+  static bool Holds(const ShiftedSums& sums, bool is_first) { return HoldsDeviations(sums, is_first); }
+};
+
+// The pivots of a run's groups in the first chunk: the means of up to eight rows' values.
 template <DataType type, bool whole>
 HWY_INLINE FloatLanes FirstPivots(const ReduceArgs& args, const Run& run) {
   const int64_t rows = std::min<int64_t>(run.groups, 8);
@@ -44,51 +71,6 @@ HWY_INLINE FloatLanes FirstPivots(const ReduceArgs& args, const Run& run) {
     sum = sum + LoadFloatGroup<type, whole>(args.x + (run.first + i * run.stride) * Element<type>::kSize, run);
   }
   return sum * BroadcastFloat(1.0f / static_cast<float>(rows));
-}
-
-// The sums of a counter's values in a chunk about a pivot.
-template <DataType type>
-HWY_INLINE ShiftedSums SumsAbout(const ReduceArgs& args, int64_t chunk, int64_t counter, double pivot) {
-  const ReductionPlan& plan = *args.plan;
-  const Range rows = plan.RowsOf(chunk);
-  const FloatLanes center = FloatOf(pivot);
-  GrowingSums sums;
-  RowRuns runs = RunsOf<kFloatLanes>(plan, rows.begin, counter, plan.ColumnsOf(chunk));
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    AddRun(runs.whole, DeviationTerms<type, true>(args.x, runs.whole, center), &sums);
-    AddTail(runs.tail, DeviationTerms<type, false>(args.x, runs.tail, center), &sums);
-    NextRow<kFloatLanes>(plan, &runs);
-  }
-  sums.Finish();
-  return {plan.CountOf(chunk), pivot, Sum(sums.blocks.first), Sum(sums.blocks.second)};
-}
-
-// Some counters at a time go through each step together: the steps of one would wait for each other.
-template <DataType type>
-void SingleStatsChannelsFirst(const ReduceArgs& args, const Range& counters, const Range& chunks, double* mean,
-                              double* m2) {
-  constexpr int64_t kAbreast = 16;
-  double pivot[kAbreast];
-  ShiftedSums about[kAbreast];
-  int64_t count = 0;
-  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    for (int64_t first = counters.begin; first < counters.end; first += kAbreast) {
-      const int64_t n = std::min(kAbreast, counters.end - first);
-      for (int64_t i = 0; i < n; ++i)
-        pivot[i] = count == 0 ? FirstPivot<type>(args, chunk, first + i) : mean[first + i];
-      for (int64_t i = 0; i < n; ++i) about[i] = SumsAbout<type>(args, chunk, first + i, CenterOf<type>(pivot[i]));
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t c = first + i;
-        const Moments moments = HWY_LIKELY(HoldsDeviations(about[i], count == 0))
-                                    ? ToMoments(about[i])
-                                    : ChunkMoments<type>(args, chunk, c, pivot[i]);
-        const Moments merged = Merge({count, mean[c], m2[c]}, moments);
-        mean[c] = merged.mean;
-        m2[c] = merged.m2;
-      }
-    }
-    count += args.plan->CountOf(chunk);
-  }
 }
 
 // Two results of sixteen counters, or of as many as there are.
@@ -141,6 +123,29 @@ constexpr int64_t kMaxGroups = kMaxBlock / kFloatLanes;
 constexpr int kFloatsAbreast = LanesOf<Floats>::kCount == 1 ? 4 : LanesOf<Floats>::kCount == 2 ? 2 : 1;
 constexpr int64_t kBlockRows = 8;
 
+inline int64_t GroupsOf(const Range& counters) { return (counters.size() + kFloatLanes - 1) / kFloatLanes; }
+
+// Adds a chunk's rows to the sums of groups of counters, of which the first have all sixteen. terms(whole, run, g)
+// makes those of a group; `whole` says whether all of its lanes count.
+template <class TermsOf>
+HWY_INLINE void SumGroups(const Range& rows, const Range& counters, const TermsOf& terms, GroupSums* sums) {
+  const int64_t groups = GroupsOf(counters);
+  EachBlockOfRows<kFloatsAbreast>(
+      rows, kBlockRows, counters.size() / kFloatLanes, groups,
+      [&](auto abreast, int64_t g, int64_t row, int64_t n) HWY_ATTR {
+        const Run& run = sums[g].run;
+        const int64_t at = run.first + row * run.stride;
+        BlockSums* to[abreast];
+        for (int i = 0; i < abreast; ++i) to[i] = &sums[g + i].sums;
+        if (HWY_LIKELY(run.lanes == kFloatLanes)) {
+          AddRows<abreast>([&](int i) HWY_ATTR { return terms(std::true_type(), run, g + i); }, at, run.stride, n, to);
+        } else {
+          AddRows<1>([&](int) HWY_ATTR { return terms(std::false_type(), run, g); }, at, run.stride, n, to);
+        }
+      });
+  for (int64_t g = 0; g < groups; ++g) sums[g].sums.Finish();
+}
+
 // Merges the statistics of a group's rows into those of `count` rows before.
 template <DataType type>
 HWY_INLINE void MergeGroup(const ReduceArgs& args, const Range& rows, const GroupSums& group, const FloatLanes& center,
@@ -174,7 +179,7 @@ template <DataType type>
 void SingleStatsChannelsLast(const ReduceArgs& args, const Range& counters, const Range& chunks, double* mean,
                              double* m2) {
   const ReductionPlan& plan = *args.plan;
-  const int64_t groups = (counters.size() + kFloatLanes - 1) / kFloatLanes;
+  const int64_t groups = GroupsOf(counters);
   int64_t count = 0;
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const Range rows = plan.RowsOf(chunk);
@@ -187,24 +192,13 @@ void SingleStatsChannelsLast(const ReduceArgs& args, const Range& counters, cons
       center[g] = RoundFloats<type>(pivot);
       sums[g].run = run;
     }
-    EachBlockOfRows<kFloatsAbreast>(
-        rows, kBlockRows, counters.size() / kFloatLanes, groups,
-        [&](auto abreast, int64_t g, int64_t row, int64_t n) HWY_ATTR {
-          const Run& run = sums[g].run;
-          const int64_t at = run.first + row * run.stride;
-          BlockSums* to[abreast];
-          for (int i = 0; i < abreast; ++i) to[i] = &sums[g + i].sums;
-          if (HWY_LIKELY(run.lanes == kFloatLanes)) {
-            AddRows<abreast>([&](int i) HWY_ATTR { return DeviationTerms<type, true>(args.x, run, center[g + i]); }, at,
-                             run.stride, n, to);
-          } else {
-            AddRows<1>([&](int) HWY_ATTR { return DeviationTerms<type, false>(args.x, run, center[g]); }, at,
-                       run.stride, n, to);
-          }
-        });
+    SumGroups(
+        rows, counters,
+        [&](auto whole, const Run& run, int64_t g)
+            HWY_ATTR { return DeviationTerms<type, decltype(whole)::value>(args.x, run, center[g]); },
+        sums);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t c = counters.begin + g * kFloatLanes;
-      sums[g].sums.Finish();
       MergeGroup<type>(args, rows, sums[g], center[g], c, count, mean + c, m2 + c);
     }
     count += rows.size();
@@ -222,11 +216,18 @@ HWY_INLINE FloatChannelLanes ChannelOf(const ReduceArgs& args, const Floats& flo
   FloatChannelLanes channel;
   channel.mean = RoundFloats<type>(floats(args.mean));
   if constexpr (gate == Gate::kRecompute) {
-    channel.forward_mean = floats(args.gate.forward.mean);
+    if constexpr (type != DataType::kFloat32) channel.forward_mean = floats(args.gate.forward.mean);
     channel.forward_scale = floats(args.gate.forward.scale);
     channel.forward_shift = floats(args.gate.forward.shift);
   }
   return channel;
+}
+
+// Returns the smallest lane.
+HWY_INLINE double Least(const FloatLanes& v) {
+  alignas(64) float lanes[kFloatLanes];
+  StoreFloats(v, lanes);
+  return static_cast<double>(*std::min_element(lanes, lanes + kFloatLanes));
 }
 
 template <DataType type, Gate gate>
@@ -241,16 +242,21 @@ void SingleBackwardChannelsFirst(const ReduceArgs& args, const Range& counters, 
       const FloatChannelLanes channel =
           ChannelOf<type, gate>(args, [c](const double* vector) HWY_ATTR { return FloatOf(vector[c]); });
       GrowingSums sums;
+      FloatLanes least = BroadcastFloat(HUGE_VALF);
       RowRuns runs = RunsOf<kFloatLanes>(plan, rows.begin, c, columns);
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        AddRun(runs.whole, GradientTerms<type, gate, true>(args, runs.whole, channel), &sums);
-        AddTail(runs.tail, GradientTerms<type, gate, false>(args, runs.tail, channel), &sums);
+        AddRun(runs.whole, GradientTerms<type, gate, true>(args, runs.whole, channel, &least), &sums);
+        AddTail(runs.tail, GradientTerms<type, gate, false>(args, runs.tail, channel, &least), &sums);
         NextRow<kFloatLanes>(plan, &runs);
       }
       sums.Finish();
       const double sum_dy = Sum(sums.blocks.first);
       const double sum_dy_xmu = Sum(sums.blocks.second);
-      if (HWY_LIKELY(HoldsGradients(sum_dy, sum_dy_xmu))) {
+      bool held = HoldsGradients(sum_dy, sum_dy_xmu);
+      if constexpr (gate == Gate::kRecompute && type == DataType::kFloat32) {
+        held = held && GateIsSure(args.gate.forward.scale[c], args.gate.forward.shift[c], Least(least));
+      }
+      if (HWY_LIKELY(held)) {
         first[c] += sum_dy;
         second[c] += AboutMean(args.mean[c], center, sum_dy, sum_dy_xmu);
       } else {
@@ -263,13 +269,21 @@ void SingleBackwardChannelsFirst(const ReduceArgs& args, const Range& counters, 
 // Adds the sums of a group's rows to those of the rows before.
 template <DataType type, Gate gate>
 HWY_INLINE void AddGroup(const ReduceArgs& args, const Range& rows, const GroupSums& group, const FloatLanes& mean,
-                         int64_t c, double* first, double* second) {
+                         const FloatLanes& least, int64_t c, double* first, double* second) {
   const Run& run = group.run;
   alignas(64) float center[kFloatLanes];
   StoreFloats(mean, center);
   const PairOfSixteen own(group.sums.first, group.sums.second);
   uint32_t lost = 0;
   for (int64_t i = 0; i < run.lanes; ++i) lost |= (HoldsGradients(own.first[i], own.second[i]) ? 0u : 1u) << i;
+  if constexpr (gate == Gate::kRecompute && type == DataType::kFloat32) {
+    const ForwardCoefficients& forward = args.gate.forward;
+    alignas(64) float sizes[kFloatLanes];
+    StoreFloats(least, sizes);
+    for (int64_t i = 0; i < run.lanes; ++i) {
+      if (!GateIsSure(forward.scale[c + i], forward.shift[c + i], static_cast<double>(sizes[i]))) lost |= 1u << i;
+    }
+  }
   PairOfSixteen wide(first, second, run.lanes);
   if (HWY_UNLIKELY(lost != 0)) WideGradients<type, gate>(args, rows, c, run.lanes, &wide);
   for (int64_t i = 0; i < run.lanes; ++i) {
@@ -285,37 +299,28 @@ template <DataType type, Gate gate>
 void SingleBackwardChannelsLast(const ReduceArgs& args, const Range& counters, const Range& chunks, double* first,
                                 double* second) {
   const ReductionPlan& plan = *args.plan;
-  const int64_t groups = (counters.size() + kFloatLanes - 1) / kFloatLanes;
+  const int64_t groups = GroupsOf(counters);
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const Range rows = plan.RowsOf(chunk);
     GroupSums sums[kMaxGroups];
     FloatChannelLanes channel[kMaxGroups];
+    FloatLanes least[kMaxGroups];
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t c = counters.begin + g * kFloatLanes;
       const Run run = GroupRun<kFloatLanes>(plan, rows, c, counters.end);
       channel[g] = ChannelOf<type, gate>(
           args, [c, &run](const double* vector) HWY_ATTR { return FloatsOf(vector + c, run.lanes); });
+      least[g] = BroadcastFloat(HUGE_VALF);
       sums[g].run = run;
     }
-    EachBlockOfRows<kFloatsAbreast>(
-        rows, kBlockRows, counters.size() / kFloatLanes, groups,
-        [&](auto abreast, int64_t g, int64_t row, int64_t n) HWY_ATTR {
-          const Run& run = sums[g].run;
-          const int64_t at = run.first + row * run.stride;
-          BlockSums* to[abreast];
-          for (int i = 0; i < abreast; ++i) to[i] = &sums[g + i].sums;
-          if (HWY_LIKELY(run.lanes == kFloatLanes)) {
-            AddRows<abreast>([&](int i) HWY_ATTR { return GradientTerms<type, gate, true>(args, run, channel[g + i]); },
-                             at, run.stride, n, to);
-          } else {
-            AddRows<1>([&](int) HWY_ATTR { return GradientTerms<type, gate, false>(args, run, channel[g]); }, at,
-                       run.stride, n, to);
-          }
-        });
+    SumGroups(
+        rows, counters,
+        [&](auto whole, const Run& run, int64_t g)
+            HWY_ATTR { return GradientTerms<type, gate, decltype(whole)::value>(args, run, channel[g], &least[g]); },
+        sums);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t c = counters.begin + g * kFloatLanes;
-      sums[g].sums.Finish();
-      AddGroup<type, gate>(args, rows, sums[g], channel[g].mean, c, first + c, second + c);
+      AddGroup<type, gate>(args, rows, sums[g], channel[g].mean, least[g], c, first + c, second + c);
     }
   }
 }

@@ -1,5 +1,5 @@
-// Sums in float32 of groups of sixteen elements of the two 16-bit types, for their reductions: the terms, the sums, and
-// the findings about what float32 lost.
+// Sums in float32 of groups of sixteen elements, for the reductions: the terms, the sums, and the findings about what
+// float32 lost.
 
 #if defined(SYNCBN_KERNELS_CPU_SINGLE_SUMS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SYNCBN_KERNELS_CPU_SINGLE_SUMS_INL_H_
@@ -233,21 +233,29 @@ struct FloatChannelLanes {
   FloatLanes forward_mean, forward_scale, forward_shift;
 };
 
-// dy where the gate is open, and dy * (x - mean).
+// dy where the gate is open, and dy * (x - mean). The gate of a float32 tensor, whose outputs are computed in float64,
+// is taken from an output in float32; `least` gets the smallest of these in size, for GateIsSure().
 template <DataType type, Gate gate, bool whole>
 struct GradientTerms {
   const ReduceArgs& args;
   const Run& run;
   FloatChannelLanes channel;
+  FloatLanes* least;
 
-  HWY_INLINE GradientTerms(const ReduceArgs& args_, const Run& run_, const FloatChannelLanes& channel_)
-      : args(args_), run(run_), channel(channel_) {}
+  HWY_INLINE GradientTerms(const ReduceArgs& args_, const Run& run_, const FloatChannelLanes& channel_,
+                           FloatLanes* least_)
+      : args(args_), run(run_), channel(channel_), least(least_) {}
 
   HWY_INLINE FloatPair At(int64_t at) const {
     const FloatLanes x = LoadFloatGroup<type, whole>(args.x + at * Element<type>::kSize, run);
     FloatLanes dy = LoadFloatGroup<type, whole>(args.dy + at * Element<type>::kSize, run);
     if constexpr (gate == Gate::kMask) {
       dy = KeepWhereSet(MaskBits(args.gate.mask, at, run.lanes), dy);
+    } else if constexpr (gate == Gate::kRecompute && type == DataType::kFloat32) {
+      const FloatLanes output = x * channel.forward_scale + channel.forward_shift;
+      dy = KeepWhereAbove(output, 0, dy);
+      const FloatLanes size = LeastSize(output, *least);
+      *least = whole ? size : FirstOf(run.lanes, size, *least);
     } else if constexpr (gate == Gate::kRecompute) {
       dy = KeepWhereAbove(Affine(x, channel.forward_mean, channel.forward_scale, channel.forward_shift),
                           Half<type>::kRoundsToZero, dy);
@@ -270,6 +278,15 @@ inline bool HoldsDeviations(const ShiftedSums& sums, bool is_first) {
 inline bool HoldsGradients(double first, double second) {
   if (first == 0 && second == 0) return true;
   return std::abs(second) >= 1e-28 && std::abs(second) <= 1e36 && std::abs(first) <= 1e36;
+}
+
+// Tells whether outputs that were computed in float32, none of them smaller than `least` in size, have the sign of
+// those in float64, given a channel's factor and constant term. The roundings of both numbers, of the product and of
+// the sum change an output by less than 2^-22 of itself and of the term, unless a product leaves float32's range.
+inline bool GateIsSure(double scale, double shift, double least) {
+  const double factor = std::abs(scale), term = std::abs(shift);
+  if (!(factor == 0 || (factor >= 0x1p-100 && factor <= 0x1p100)) || !(term <= 0x1p100)) return false;
+  return least > 0x1p-20 * term + 0x1p-100;
 }
 
 // Moves to the same columns of the next row: a small plane takes little longer than RunsOf().

@@ -142,6 +142,42 @@ TEST(CpuFloat, OutputsAreSumsOfExactProducts) {
   }
 }
 
+// Outputs next to 0, and such as float32 cannot compute: the sums' gate must be the forward pass's, which is in
+// float64.
+TEST(CpuFloat, TheGateOfSumsIsTheForwardPasss) {
+  std::mt19937_64 rng(kSeed + 25);
+  constexpr double kScales[] = {0x1.8p0, -0x1p30, 0x1p-140, 0x1p110, 0x1p-100, 0x1p300};
+  for (int64_t batch : {3, 300}) {
+    for (Layout layout : kLayouts) {
+      Case c = MakeCase(Float(batch, 43, 7, layout), 0, &rng);
+      SCOPED_TRACE(Describe(c.shape));
+      for (size_t i = 0; i < c.channels(); ++i) {
+        c.scale[i] = kScales[i % 6] * (1 + 0x1p-28 * static_cast<double>(rng() % 9));
+        c.mean[i] = 1 + 0x1p-23 * static_cast<double>(rng() % 3);
+        c.shift[i] = i % 7 == 0 ? 0 : c.scale[i] * 0x1p-26 * static_cast<double>(rng() % 9);
+        if (i % 11 == 0) c.shift[i] = c.scale[i] * 0x1p90;
+      }
+      for (double& x : c.x) {
+        const double close = 1 + 0x1p-23 * static_cast<double>(rng() % 7) - 0x1p-24 * static_cast<double>(rng() % 3);
+        x = rng() % 50 == 0 ? 0x1p-140 * static_cast<double>(rng() % 5) : close;
+      }
+      for (double& dy : c.dy) dy = static_cast<double>(1 + rng() % 8);
+      const Tensor x(c.shape.type, c.x), dy(c.shape.type, c.dy);
+      Tensor y(c.shape.type, c.size());
+      cpu::BatchNormElemt({1}, c.shape, x.data(), c.forward(), {nullptr, true, nullptr}, y.data());
+      Doubles want(c.channels()), sum_dy(c.channels()), sum_dy_xmu(c.channels());
+      const Doubles outputs = y.values();
+      for (size_t i = 0; i < c.size(); ++i) want[c.oracle().ChannelOf(i)] += outputs[i] > 0 ? c.dy[i] : 0;
+      for (int64_t target : hwy::SupportedAndGeneratedTargets()) {
+        const testing::OnTarget on_target(target);
+        cpu::BatchNormBackwardReduce({1}, c.shape, dy.data(), x.data(), c.mean.data(), {nullptr, c.forward()},
+                                     sum_dy.data(), sum_dy_xmu.data());
+        EXPECT_EQ(sum_dy, want) << hwy::TargetName(target);
+      }
+    }
+  }
+}
+
 // A factor beyond all others must neither fail nor depend on the instruction set.
 TEST(CpuFloat, TakesAnyFactor) {
   const TensorShape shape = Float(1, 1, 3, Layout::kChannelsFirst);

@@ -61,9 +61,10 @@ def _place(rank: Any, world_size: Any, has_target: bool, found: Optional[Place])
     if rank is None and world_size == 1:
         rank = 0
     if rank is None or world_size is None:
-        missing = " and ".join(name for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)) if value is None)
+        missing = [name for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)) if value is None]
+        absent = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
         raise Missing(
-            f"Worker needs rank and world_size, and in the environment {missing} is not set: pass them, call "
+            f"Worker needs rank and world_size, and in the environment {absent}: pass them, call "
             "torch.distributed.init_process_group first, or start the program with a launcher such as torchrun"
         )
     if rank >= world_size:

@@ -172,6 +172,14 @@ class Ordered(collections.OrderedDict):
     pass
 
 
+class Encoded(collections.UserDict):
+    """A dictionary as the batches of tokenizers are, with an attribute beside its items."""
+
+    def __init__(self, data, encoding=None):
+        super().__init__(data)
+        self.encoding = encoding
+
+
 class Attributes(dict):
     """A dictionary whose items are also attributes, as in configuration libraries."""
 
@@ -214,6 +222,8 @@ STRUCTURES = {
     "OrderedDict": lambda y: collections.OrderedDict(b=y, a=y + 1),
     "subclass of OrderedDict": lambda y: Ordered(b=y, a={"c": (y,)}),
     "defaultdict": default,
+    "UserDict": lambda y: collections.UserDict(y=y, same="same"),
+    "subclass of UserDict": lambda y: Encoded({"y": y, "z": [y * 2]}, encoding="utf-8"),
     "dictionary with attributes": lambda y: Attributes(y=y),
     "dictionary that is its attributes": lambda y: Itself(y=y),
     "namespace": lambda y: types.SimpleNamespace(y=y, name="same"),
@@ -239,6 +249,8 @@ def plainly(value):
     """A value's type and contents, with tensors as lists."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return type(value), value.tolist()
+    if isinstance(value, collections.UserDict):
+        return type(value), plainly(vars(value))
     if isinstance(value, dict):
         factory = value.default_factory if isinstance(value, collections.defaultdict) else None
         return type(value), [(key, plainly(item)) for key, item in value.items()], factory

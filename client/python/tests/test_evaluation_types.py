@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 
@@ -76,6 +77,17 @@ def test_differentiated_twice():
 def test_traced_for_another_place(dtype):
     layer, (x, _) = make(torch.float32), batch(dtype)
     traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_a_trace_has_no_warning_that_torchs_own_layer_has_not():
+    x, _ = batch(torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch.jit itself.
+        layer = sync.convert_sync_batchnorm(torch.nn.BatchNorm2d(3)).eval()
+        traced = torch.jit.trace(layer, x)
     torch.testing.assert_close(traced(x), layer(x))
 
 

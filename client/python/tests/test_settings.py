@@ -154,6 +154,20 @@ def test_a_bad_integer_in_the_environment_is_named(master, monkeypatch, name, va
         syncbn.default_worker()
 
 
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK and WORLD_SIZE are not set"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+    ],
+)
+def test_what_a_launch_has_left_out_is_named(master, monkeypatch, variables, said):
+    environment(monkeypatch, SYNCBN_TARGET=master.target, **variables)
+    with pytest.raises(syncbn.InvalidArgument, match=said):
+        syncbn.Worker()
+
+
 @pytest.mark.parametrize("name", ["SYNCBN_TIMEOUT", "SYNCBN_JOIN_TIMEOUT", "SYNCBN_REJOIN_GRACE"])
 @pytest.mark.parametrize("value", ["soon", "nan", "inf", "-1", "1e300", "10s"])
 def test_a_bad_time_in_the_environment_is_named(master, monkeypatch, name, value):

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 
 
+# Tokenizers return a UserDict as a batch.
+_DICTIONARIES = (dict, collections.UserDict)
+
+
 def _is_named_tuple(value: Any) -> bool:
     return isinstance(value, tuple) and hasattr(type(value), "_make")
 
@@ -31,7 +35,7 @@ def _rebuilt(values: Sequence[Any], function: Callable[[List[Any], str], Any]) -
     Elements are put into a copy, since nothing is known of the constructors of people's own types.
     """
     first = values[0]
-    if isinstance(first, dict):
+    if isinstance(first, _DICTIONARIES):
         # A dictionary whose attributes are its items has itself for its attributes, which a copy would take apart.
         kind: Any = type(first)
         made = kind(first) if getattr(first, "__dict__", None) is first else copy.copy(first)
@@ -61,7 +65,7 @@ def _rebuilt(values: Sequence[Any], function: Callable[[List[Any], str], Any]) -
 
 def _shape(value: Any) -> Any:
     """The properties that values share if they can be joined element by element."""
-    if isinstance(value, dict):
+    if isinstance(value, _DICTIONARIES):
         return type(value), list(value)
     if isinstance(value, (list, tuple, collections.deque)):
         return type(value), len(value)

@@ -11,16 +11,27 @@ again in the outer one's second half, so what is taken from there is left with t
     first      CheckpointFunction.forward    _checkpoint_without_reentrant       whichever has the generator `gen`
     second     CheckpointFunction.backward   unpack                              unpack_hook
     shared     ctx                           storage                             the _CheckpointFrame
+
+torch.distributed._composable.checkpoint starts such a generator in a hook, so that no frame of it is left while the first
+half runs: it is found with the modules on the stack.
 """
 
+import contextlib
 import sys
 from types import FrameType
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, ContextManager, Dict, List, NamedTuple, Optional
 
 import torch
+from torch.utils import _python_dispatch
+
+from syncbn.torch import _supported
 
 _MODULE = "torch.utils.checkpoint"
+_COMPOSABLE_MODULE = "torch.distributed._composable.checkpoint_activation"
 _ATTRIBUTE = "_syncbn_segment"
+_CALL = getattr(torch.nn.Module, "_call_impl").__code__
+# The hooks through which autograd saves tensors, None where there are none.
+_saving_hooks: Any = getattr(getattr(getattr(torch, "_C"), "_autograd"), "_top_saved_tensors_default_hooks", lambda _: ())
 _graph_task_id = getattr(getattr(torch, "_C"), "_current_graph_task_id", lambda: None)
 
 
@@ -64,12 +75,25 @@ def _site(frame: FrameType) -> Optional[_Site]:
         return _Site(values["storage"], False, False)
     if name == "unpack" and "storage" in values:
         return _Site(values["storage"], True, False)
-    if getattr(values.get("gen"), "gi_frame", None) is not None:
-        owner = values["gen"].gi_frame.f_locals.get("new_frame")
-        return None if owner is None else _Site(owner, False, False)
+    if "gen" in values:
+        return _generators_site(values["gen"])
     if name == "unpack_hook" and "frame" in values:
         return _Site(values["frame"], True, False)
     return None
+
+
+def _generators_site(generator: Any) -> Optional[_Site]:
+    """The first half of the segment that a generator of torch.utils.checkpoint goes around."""
+    frame = getattr(generator, "gi_frame", None)
+    owner = None if frame is None else frame.f_locals.get("new_frame")
+    return None if owner is None else _Site(owner, False, False)
+
+
+def _composed_site(composable: Any, module: torch.nn.Module) -> Optional[_Site]:
+    """The first half of the segment that a running module is, by torch.distributed._composable.checkpoint."""
+    if not module._forward_pre_hooks:
+        return None
+    return _generators_site(getattr(composable.checkpoint.state(module), "_ac_generator", None))
 
 
 class Context:
@@ -112,11 +136,36 @@ def context() -> Context:
     if module is None:  # Nobody has imported it: no frame is of it.
         return _NO_CHECKPOINT
     namespace, sites = module.__dict__, []
+    composable = sys.modules.get(_COMPOSABLE_MODULE)
+    if composable is not None and _saving_hooks(False) is None:  # Its segments save tensors by hooks.
+        composable = None
     frame: Optional[FrameType] = sys._getframe(1)
     while frame is not None:
+        site = None
         if frame.f_globals is namespace:
             site = _site(frame)
-            if site is not None:
-                sites.append(site)
+        elif composable is not None and frame.f_code is _CALL:
+            site = _composed_site(composable, frame.f_locals["self"])
+        if site is not None:
+            sites.append(site)
         frame = frame.f_back
     return Context(sites) if sites else _NO_CHECKPOINT
+
+
+# None in torch before 2, which has no selective checkpointing.
+_disabled_modes: Any = getattr(_python_dispatch, "_disable_current_modes", None)
+
+
+def unseen() -> ContextManager[Any]:
+    """A context for operations that only one half of a segment makes, or that write to memory.
+
+    Selective checkpointing (create_selective_checkpoint_contexts) hands the results of the first half's operations to those
+    of the second half: the n-th of an operation to the n-th. Operations that only one half makes would shift the numbers, so
+    that others get wrong results; and memory that is written later is no result.
+    """
+    for i in range(_supported.dispatch_modes()):
+        mode: Any = getattr(torch, "_C")._get_dispatch_stack_at(i)
+        if type(mode).__module__ == _MODULE and _disabled_modes is not None:
+            disabled: ContextManager[Any] = _disabled_modes()
+            return disabled
+    return contextlib.nullcontext()

@@ -281,6 +281,11 @@ def _train(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     if _replicas.current() is not None:
         raise RuntimeError("a mask does not go with replicas on threads: run a process for each")
     _supported.check_supported(x, layer.weight, layer.bias)
+    with _checkpointing.unseen():
+        return _train_supported(layer, x, counts)
+
+
+def _train_supported(layer: Any, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     checkpoint = _checkpointing.context()
     state = checkpoint.replay(layer)
     first_time = state is None

@@ -19,7 +19,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
-from syncbn.torch import _graphs, _replicas, _synchronized
+from syncbn.torch import _checkpointing, _graphs, _replicas, _synchronized
 
 _CALL = getattr(torch.nn.Module, "_call_impl").__code__
 _jit: Any = torch.jit  # Its hints name no classes.
@@ -97,6 +97,8 @@ class _Answers(TorchFunctionMode):
             if self._place is not None:
                 return self._count_with_replicas(self._place, func, args, kwargs)
             self._added.append(args[1])
+            with _checkpointing.unseen():  # `uncount` takes it back in the second half alone.
+                return func(*args, **kwargs)
         elif func in _STATISTICS and self._is_own_call():
             self._other_statistics = True
         return func(*args, **kwargs)
@@ -157,7 +159,7 @@ class _Answers(TorchFunctionMode):
             return
         if self.module.num_batches_tracked is not self._tracked:
             self.module.num_batches_tracked = self._tracked
-        with torch.no_grad():
+        with torch.no_grad(), _checkpointing.unseen():
             for added in self._added:
                 self._tracked.sub_(added)
 

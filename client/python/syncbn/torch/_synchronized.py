@@ -193,21 +193,25 @@ class Synchronized(torch.nn.Module):
         """As an operation under __torch_function__, by which a subclass of Tensor keeps its class. sight: what `at_sight` says
         of the tensors.
         """
-        if sight is None:
-            _supported.check_supported(input, step.weight, step.bias, step.running_mean, step.running_var, step.z)
-            x, channels_last, packed = _tensors.described(input)
-            make: Any = _tensors.empty_like
-        else:
+        if sight is not None:
             if step.z is not None:
                 _supported.check_supported(step.z)
-            x, (channels_last, packed, _, _) = input, sight
-            make = torch.empty_like
+            return self._normalize_dense(input, step, sight[0], sight[1], sight)
+        _supported.check_supported(input, step.weight, step.bias, step.running_mean, step.running_var, step.z)
+        with _checkpointing.unseen():
+            x, channels_last, packed = _tensors.described(input)
+            return self._normalize_dense(x, step, channels_last, packed, None)
+
+    def _normalize_dense(
+        self, x: torch.Tensor, step: Step, channels_last: bool, packed: bytes, sight: Optional[_tensors.Sight]
+    ) -> torch.Tensor:
+        """x is dense in the layout that `channels_last` tells, and `packed` describes it."""
         checkpoint = _checkpointing.context()
         place = _replicas.current()
         if place is not None:
             return step.activate(self._normalize_with_replicas(x, step, place, checkpoint))
         # Memory comes before the round, so that no other worker waits for one that finds none.
-        y = make(x)
+        y = torch.empty_like(x) if sight is not None else _tensors.empty_like(x)
         gate = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device=x.device) if step.relu else None
         forward_pass = checkpoint.replay(self) if checkpoint.active else None
         update = forward_pass is None and step.track_running_stats

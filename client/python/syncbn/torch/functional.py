@@ -158,6 +158,11 @@ class _Sum(torch.autograd.Function):
 def _merged_moments(values: torch.Tensor, caller: _Caller) -> Tuple[torch.Tensor, torch.Tensor]:
     """The moments of [positions, C]."""
     _supported.check_supported(values)
+    with _checkpointing.unseen():
+        return _moments_of_supported(values, caller)
+
+
+def _moments_of_supported(values: torch.Tensor, caller: _Caller) -> Tuple[torch.Tensor, torch.Tensor]:
     checkpoint = _checkpointing.context()
     merged = checkpoint.replay(caller)
     if merged is None:

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from syncbn import _arguments
 from syncbn.core import Worker
-from syncbn.torch import _evaluation, _graphs, _masked, _naming, _subclasses, _synchronized
+from syncbn.torch import _evaluation, _graphs, _masked, _naming, _subclasses, _supported, _synchronized
 
 
 _ELSEWHERE: Any = object()
@@ -133,7 +133,8 @@ class SyncBatchNorm(_synchronized.Synchronized, _BatchNorm):
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-        if input.size(1) == 0:
+        # A trace would take the number for a tensor, and warn of the comparison.
+        if _supported.tracing_state() is None and input.size(1) == 0:
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
     def forward(
