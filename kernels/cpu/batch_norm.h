@@ -38,7 +38,7 @@ void BatchNormBackwardReduce(const Context& context, const TensorShape& shape, c
 void BatchNormBackwardElemt(const Context& context, const TensorShape& shape, const void* dy, const void* x,
                             const BackwardCoefficients& coefficients, const ReluGate& gate, void* dx, void* d_residual);
 
-// The instruction set that the operations run with on this machine: "AVX2", "AVX3", "SSE4" and so on.
+// The instruction set that the operations run with on this machine: "AVX2", "AVX3", "SSSE3" and so on.
 const char* InstructionSet();
 
 }  // namespace syncbn::kernels::cpu
