@@ -219,7 +219,7 @@ class BackwardSegment {
   }
 
   template <bool whole>
-  HWY_INLINE void Group(int64_t i, int64_t n) const {
+  SYNCBN_INLINE void Group(int64_t i, int64_t n) const {
     const int64_t index = segment_.first + i;
     const int64_t offset = index * kSize;
     const Lanes x = Read<whole>(args_.x + offset, n, segment_.CanRead(i));

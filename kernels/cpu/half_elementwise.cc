@@ -174,7 +174,7 @@ struct ForwardOp {
     if (n > 8) mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
   }
 
-  HWY_INLINE void Group(int64_t i, const CoefficientLanes<kTables>& c) const {
+  SYNCBN_INLINE void Group(int64_t i, const CoefficientLanes<kTables>& c) const {
     FloatLanes more = BroadcastFloat(0);
     if constexpr (residual) more = LoadAsFloats<type>(added + i * 2);
     const FloatLanes out = Output(LoadAsFloats<type>(x + i * 2), more, c);
@@ -182,7 +182,7 @@ struct ForwardOp {
     WriteMask(out, i, kFloatLanes);
   }
 
-  HWY_INLINE void Part(int64_t i, int64_t n, const CoefficientLanes<kTables>& c) const {
+  SYNCBN_INLINE void Part(int64_t i, int64_t n, const CoefficientLanes<kTables>& c) const {
     FloatLanes more = BroadcastFloat(0);
     if constexpr (residual) more = LoadAsFloats<type>(added + i * 2, n);
     const FloatLanes out = Output(LoadAsFloats<type>(x + i * 2, n), more, c);
@@ -202,8 +202,8 @@ struct ForwardOp {
   }
 
  private:
-  static HWY_INLINE void PairsAt(const uint8_t* from, const uint8_t* residuals, const CoefficientPair<kTables>& c,
-                                 uint8_t* to) {
+  static SYNCBN_INLINE void PairsAt(const uint8_t* from, const uint8_t* residuals, const CoefficientPair<kTables>& c,
+                                    uint8_t* to) {
     FloatLanePair more = {BroadcastFloat(0), BroadcastFloat(0)};
     if constexpr (residual) more = LoadPairs(residuals);
     const FloatLanePair in = LoadPairs(from);
@@ -258,14 +258,14 @@ struct BackwardOp {
     return c.of[1] * (gradient - c.of[2] - (in - c.of[0]) * c.of[3]);
   }
 
-  HWY_INLINE void Group(int64_t i, const CoefficientLanes<kTables>& c) const {
+  SYNCBN_INLINE void Group(int64_t i, const CoefficientLanes<kTables>& c) const {
     const FloatLanes in = LoadAsFloats<type>(x + i * 2);
     const FloatLanes gradient = PassGate(LoadAsFloats<type>(dy + i * 2), in, i, kFloatLanes, c);
     StoreHalves<type>(Output(gradient, in, c), dx + i * 2);
     if (d_residual != nullptr) StoreHalves<type>(gradient, d_residual + i * 2);
   }
 
-  HWY_INLINE void Part(int64_t i, int64_t n, const CoefficientLanes<kTables>& c) const {
+  SYNCBN_INLINE void Part(int64_t i, int64_t n, const CoefficientLanes<kTables>& c) const {
     const FloatLanes in = LoadAsFloats<type>(x + i * 2, n);
     const FloatLanes gradient = PassGate(LoadAsFloats<type>(dy + i * 2, n), in, i, n, c);
     StoreHalves<type>(Output(gradient, in, c), dx + i * 2, n);
@@ -285,8 +285,8 @@ struct BackwardOp {
   }
 
  private:
-  HWY_INLINE void PairsAt(const uint8_t* gradients, const uint8_t* inputs, const CoefficientPair<kTables>& c,
-                          uint8_t* to, uint8_t* passed) const {
+  SYNCBN_INLINE void PairsAt(const uint8_t* gradients, const uint8_t* inputs, const CoefficientPair<kTables>& c,
+                             uint8_t* to, uint8_t* passed) const {
     const FloatLanePair in = LoadPairs(inputs);
     FloatLanePair gradient = LoadPairs(gradients);
     gradient.even = PassGate(gradient.even, in.even, 0, kFloatLanes, c.even);

@@ -38,13 +38,16 @@ struct LanesOf {
 
 using Lanes = LanesOf<D>;
 
-// Unrolls loops over vectors, but not over single lanes: the kernels for processors without vectors had more code than
-// all others together, and were no faster.
+// Unrolling of loops over vectors, and inlining of what such loops make long. Processors without vectors get neither:
+// their kernels would have more code than all others together, and be no faster.
 #undef SYNCBN_UNROLL
+#undef SYNCBN_INLINE
 #if HWY_TARGET == HWY_SCALAR
 #define SYNCBN_UNROLL
+#define SYNCBN_INLINE inline HWY_NOINLINE
 #else
 #define SYNCBN_UNROLL _Pragma("GCC unroll 16")
+#define SYNCBN_INLINE HWY_INLINE
 #endif
 
 #define SYNCBN_FOR_PARTS(i) SYNCBN_FOR_PARTS_OF(D, i)

@@ -32,7 +32,7 @@ struct Run {
 };
 
 template <DataType type, bool whole>
-HWY_INLINE Lanes LoadGroup(const uint8_t* p, const Run& run) {
+SYNCBN_INLINE Lanes LoadGroup(const uint8_t* p, const Run& run) {
   if constexpr (whole) {
     return Load<type>(p);
   } else {
@@ -59,7 +59,7 @@ struct PairSums {
 };
 
 // Adds x - center and its square.
-HWY_INLINE void AddDeviation(const Lanes& deviation, Lanes* first, Lanes* second) {
+SYNCBN_INLINE void AddDeviation(const Lanes& deviation, Lanes* first, Lanes* second) {
   *first = *first + deviation;
   *second = *second + deviation * deviation;
 }
@@ -101,8 +101,8 @@ struct ChannelLanes {
 
 // Adds dy and dy * (x - mean) of the group at element `at`.
 template <DataType type, Gate gate, bool whole>
-HWY_INLINE void AddGradient(const ReduceArgs& args, int64_t at, const Run& run, const ChannelLanes& channel,
-                            Lanes* first, Lanes* second) {
+SYNCBN_INLINE void AddGradient(const ReduceArgs& args, int64_t at, const Run& run, const ChannelLanes& channel,
+                               Lanes* first, Lanes* second) {
   const int64_t offset = at * Element<type>::kSize;
   const Lanes x = LoadGroup<type, whole>(args.x + offset, run);
   const Lanes dy = PassGate<type, gate>(LoadGroup<type, whole>(args.dy + offset, run), x, channel.forward,
@@ -223,8 +223,8 @@ void StatsChannelsFirst(const ReduceArgs& args, const Range& counters, const Ran
 }
 
 // syncbn::ToMoments and syncbn::Merge, operation for operation, on eight counters with equal counts.
-HWY_INLINE void MergeLanes(int64_t count, int64_t chunk_count, const Lanes& pivot, const Lanes& sum,
-                           const Lanes& sum_squares, int64_t lanes, double* mean, double* m2) {
+SYNCBN_INLINE void MergeLanes(int64_t count, int64_t chunk_count, const Lanes& pivot, const Lanes& sum,
+                              const Lanes& sum_squares, int64_t lanes, double* mean, double* m2) {
   const double na = static_cast<double>(count);
   const double nb = static_cast<double>(chunk_count);
   const double n = na + nb;

@@ -75,7 +75,7 @@ struct BlockSums {
 
   HWY_INLINE BlockSums() : batch_first(BroadcastFloat(0)), batch_second(batch_first) {}
 
-  HWY_INLINE void Add(int64_t more, const FloatPair& block) {
+  SYNCBN_INLINE void Add(int64_t more, const FloatPair& block) {
     batch_first = batch_first + block.first;
     batch_second = batch_second + block.second;
     groups += more;
@@ -199,7 +199,7 @@ struct DeviationTerms {
   HWY_INLINE DeviationTerms(const uint8_t* x_, const Run& run_, const FloatLanes& center_)
       : x(x_), run(run_), center(center_) {}
 
-  HWY_INLINE FloatPair At(int64_t at) const {
+  SYNCBN_INLINE FloatPair At(int64_t at) const {
     const FloatLanes deviation =
         ClipFloats<whole>(Minus(LoadFloatGroup<type, whole>(x + at * Element<type>::kSize, run), center), run.lanes);
     return {deviation, deviation * deviation};
@@ -246,7 +246,7 @@ struct GradientTerms {
                            FloatLanes* least_)
       : args(args_), run(run_), channel(channel_), least(least_) {}
 
-  HWY_INLINE FloatPair At(int64_t at) const {
+  SYNCBN_INLINE FloatPair At(int64_t at) const {
     const FloatLanes x = LoadFloatGroup<type, whole>(args.x + at * Element<type>::kSize, run);
     FloatLanes dy = LoadFloatGroup<type, whole>(args.dy + at * Element<type>::kSize, run);
     if constexpr (gate == Gate::kMask) {

@@ -5,8 +5,8 @@
 
 // Vectors of unknown length cannot be members of an array.
 //
-// Code for SSE4 beside that for SSSE3 would be a quarter of the kernels' and little faster. SSSE3 reaches more machines:
-// Highway asks for AES and carry-less multiplication besides SSE4.2, which a virtual machine may not show.
+// Code for SSE4 beside that for SSSE3 would be a quarter of the kernels' and little faster. SSSE3 reaches more
+// machines: Highway asks for AES and carry-less multiplication besides SSE4.2, which a virtual machine may not show.
 #define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV | HWY_SSE4)
 
 #endif  // SYNCBN_KERNELS_CPU_TARGETS_H_
