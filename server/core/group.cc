@@ -363,12 +363,14 @@ absl::Time Group::NextDeadline() const {
 
 void Group::End(const Error& why, absl::Time now, Effects& effects) {
   rounds_.FailAll(why, now, effects);
+  Acknowledge(departures_.TakeAll(), effects);
   ShutDown(why, effects);
 }
 
 void Group::ShutDown(const Error& why, Effects& effects) {
   for (const StreamId stream : members_.Streams()) effects.push_back(CloseStream{stream, why});
-  Acknowledge(departures_.TakeAll(), effects);
+  // The next master may need what those hold that leave.
+  for (const StreamId stream : departures_.TakeAll()) effects.push_back(CloseStream{stream, why});
   effects.push_back(GroupEnded{id_});
 }
 

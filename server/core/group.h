@@ -70,7 +70,7 @@ class Group {
   void OnTimePassed(absl::Time now, Effects& effects);
   // Ends the group: every round fails with GROUP_ENDED, and every stream is closed with `why`.
   void End(const Error& why, absl::Time now, Effects& effects);
-  // Closes every stream with `why`, and leaves the rounds to the next master.
+  // Closes every stream with `why`, and leaves the rounds to the next master, and the leaves that are not acknowledged.
   void ShutDown(const Error& why, Effects& effects);
 
   // Returns when OnTimePassed is next due.

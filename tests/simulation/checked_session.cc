@@ -144,8 +144,10 @@ void CheckedSession::OnWritten() {
 }
 
 Effects CheckedSession::OnStreamBroken(const session::Break& why, absl::Time now) {
-  const bool left = leave_written_ && (why.status.ok() || !DetailsOf(why.status).reason.empty());
-  const bool over = !IsPassing(DetailsOf(why.status).reason);
+  // A master that goes away acknowledges no leave by that.
+  const std::string reason = DetailsOf(why.status).reason;
+  const bool left = leave_written_ && (why.status.ok() || (!reason.empty() && reason != "SHUTTING_DOWN"));
+  const bool over = !IsPassing(reason);
   NoteBreak(joined_, now);
   open_ = up_ = join_written_ = joined_ = writing_ = must_retract_ = leave_written_ = false;
   said_.clear();
@@ -161,6 +163,8 @@ Effects CheckedSession::OnStreamBroken(const session::Break& why, absl::Time now
   Effects effects = session_.OnStreamBroken(why, now);
   const Done done = Check(effects, now, why.status);
   if ((left || over) && !done.ended.has_value()) Violate("the master has dismissed it, and it goes on");
+  const bool takes_leave = done.ended.has_value() && DetailsOf(*done.ended).reason == "LEFT";
+  if (takes_leave && !left) Violate("nobody has acknowledged its leave, and it ends");
   return effects;
 }
 

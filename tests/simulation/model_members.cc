@@ -100,8 +100,10 @@ void Model::Check(const core::CloseStream& close, absl::Time now) {
   const auto rank = SeatOf(close.stream);
   if (!closed_.insert(close.stream).second) return;
   if (const auto departure = departures_.find(close.stream); departure != departures_.end()) {
-    if (close.error.has_value()) Violate("a worker that leaves is told an error");
-    CheckDeparture(departure->second, now);
+    const bool left_to_the_next =
+        shutting_down_ && close.error.has_value() && close.error->reason == std::string("SHUTTING_DOWN");
+    if (close.error.has_value() && !left_to_the_next) Violate("a worker that leaves is told an error");
+    if (!left_to_the_next) CheckDeparture(departure->second, now);
     departures_.erase(departure);
     return;
   }
@@ -156,7 +158,9 @@ void Model::NoteDeparture(absl::Time now) {
 }
 
 void Model::CheckDeparture(const Departure& departure, absl::Time now) {
-  if (group_ends_now_ || now >= departure.since + SimulatedLimits().max_leave_delay) return;
+  // A group that a shutdown ends goes on at the next master.
+  if (group_ends_now_ && !shutting_down_) return;
+  if (now >= departure.since + SimulatedLimits().max_leave_delay) return;
   for (const auto& [rank, member] : members_) {
     if (Left(rank)) continue;
     const bool lost = member.stream == 0 && member.lost_at.has_value() && !GivenUp(rank, now);

@@ -70,6 +70,7 @@ void Mutant::DistortFrame(StreamId stream, core::FrameReceived& event) {
   }
   const auto rank = rank_of_.find(stream);
   if (rank == rank_of_.end()) return;
+  if (event.leave.has_value()) left_.insert(stream);
   if (bug_ == Bug::kEarlyCatchUp) event.caught_up = true;
   if (bug_ == Bug::kUnknownLeaves) event.left_ranks.clear();
   if (bug_ == Bug::kChangedRoster) {
@@ -122,6 +123,8 @@ core::Effects Mutant::Distort(core::Effects effects) {
       }
     } else if (auto* close = std::get_if<core::CloseStream>(&effect)) {
       closed_.insert(close->stream);
+      const bool left = left_.count(close->stream) != 0;
+      if (bug_ == Bug::kLightShutdown && left) close->error.reset();
     } else if (auto* late = std::get_if<core::SendLateRounds>(&effect)) {
       if (bug_ == Bug::kSilentLate) late->rounds.clear();
     } else if (auto* results = std::get_if<core::SendResults>(&effect)) {

@@ -49,6 +49,7 @@ enum class Bug {
   kUsedNumber,       // or one that is in use,
   kUntoldNumber,     // or none where they have begun unequally many rounds,
   kNeedlessNumber,   // or one where a rank is merely late.
+  kLightShutdown,    // A master that is shut down acknowledges leaves.
   kLateJoin,         // A join alone makes a worker of a rank that had left, though its stream has broken.
 };
 
@@ -77,6 +78,7 @@ class Mutant {
   std::map<core::Rank, core::StreamId> seats_;
   std::map<core::Rank, uint64_t> incarnations_;
   std::set<core::StreamId> closed_;
+  std::set<core::StreamId> left_;  // Streams whose workers have said that they leave.
   std::set<core::RoundKey> told_;
   std::map<core::RoundKey, std::shared_ptr<const core::RoundOutcome>> ended_;
   std::map<core::RoundKey, core::StreamId> first_stream_;   // For rank 0's contributions.

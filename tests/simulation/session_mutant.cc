@@ -4,7 +4,10 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <variant>
+
+#include "client/cc/errors.h"
 
 namespace syncbn::simulation {
 namespace {
@@ -49,6 +52,10 @@ Effects SessionMutant::OnFrame(session::ServerFrame frame, bool stale, absl::Tim
 
 Effects SessionMutant::OnStreamBroken(session::Break why, absl::Time now) {
   if (bug_ == SessionBug::kForgottenResend) lost_ = sent_;
+  const bool left = std::exchange(leave_written_, false);
+  if (bug_ == SessionBug::kTakenForGranted && left && DetailsOf(why.status).reason == "SHUTTING_DOWN") {
+    why.status = absl::OkStatus();
+  }
   return Distort(session_.OnStreamBroken(std::move(why), now));
 }
 

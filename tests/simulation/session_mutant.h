@@ -51,6 +51,7 @@ enum class SessionBug {
   kUnreadLeaves,       // It is told that leaves were read that are still on their way.
   kKeptBackward,       // It is not told which backward rounds have been forgotten.
   kIgnoredNumber,      // The worker does not go on at the number that an error names.
+  kTakenForGranted,    // A master that goes away is taken to have acknowledged a leave.
 };
 
 // A session, and the part of its driver that keeps the events of earlier streams away from it.

@@ -183,7 +183,8 @@ INSTANTIATE_TEST_SUITE_P(
                       OfMaster("WrongPlace", Bug::kWrongPlace), OfMaster("SmallerStep", Bug::kSmallerStep),
                       OfMaster("SplitNumber", Bug::kSplitNumber), OfMaster("UsedNumber", Bug::kUsedNumber),
                       OfMaster("UntoldNumber", Bug::kUntoldNumber), OfMaster("NeedlessNumber", Bug::kNeedlessNumber),
-                      OfMaster("LateJoin", Bug::kLateJoin), OfMaster("OpenEar", Bug::kOpenEar)),
+                      OfMaster("LateJoin", Bug::kLateJoin), OfMaster("LightShutdown", Bug::kLightShutdown),
+                      OfMaster("OpenEar", Bug::kOpenEar)),
     [](const auto& info) { return info.param.name; });
 
 INSTANTIATE_TEST_SUITE_P(
@@ -208,7 +209,8 @@ INSTANTIATE_TEST_SUITE_P(
         OfSession("ForgottenLeaves", SessionBug::kForgottenLeaves),
         OfSession("UnknownLeaves", SessionBug::kUnknownLeaves), OfSession("UnreadLeaves", SessionBug::kUnreadLeaves),
         OfSession("InventedLeaves", SessionBug::kInventedLeaves), OfSession("KeptBackward", SessionBug::kKeptBackward),
-        OfSession("IgnoredNumber", SessionBug::kIgnoredNumber)),
+        OfSession("IgnoredNumber", SessionBug::kIgnoredNumber),
+        OfSession("TakenForGranted", SessionBug::kTakenForGranted)),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace

@@ -59,6 +59,11 @@ class Trainer {
   bool OnOutcome(const session::Complete& complete);
   // The number of steps whose rest it has left out of its own accord.
   uint64_t raised() const { return raised_; }
+  // It has done all, and leaves next.
+  bool finished() const {
+    const bool last = sequence_ >= Sequences() || (forward_planned_ && sequence_ + 1 == Sequences());
+    return last && !leaving_ && plan_.empty() && backward_.empty() && waiting_.empty();
+  }
   // A round of its last step has failed.
   bool failed_last() const { return failed_last_; }
 

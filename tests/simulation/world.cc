@@ -10,7 +10,7 @@ constexpr uint64_t kMostEvents = 50'000;
 
 }  // namespace
 
-World::World(uint64_t seed, Bugs bugs, Log log) : random_(seed), bugs_(bugs), log_(log) {
+World::World(uint64_t seed, Bugs bugs, Log log) : random_(seed), shutdowns_(seed ^ 0x5d0b), bugs_(bugs), log_(log) {
   Draw();
   DrawRaises(Random(~seed));
 }

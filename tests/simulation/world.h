@@ -170,6 +170,9 @@ class World {
   // Returns whether a master that dies now is missed where workers die, too: a successor cannot ask one that leaves or
   // has left.
   bool IsMissed() const;
+  // Returns whether a worker has all outcomes, and has not begun to leave. Told that the master goes away, it would not
+  // wait for another to leave there: a case that remains in PROTOCOL.md, section 6.
+  bool SomeoneIsAboutToLeave() const;
   void LogFrame(const Item& item);
   void LogEffect(const core::Effect& effect);
 
@@ -212,6 +215,7 @@ class World {
   session::ServerFrame WithoutEchoes(Stream& stream, const session::ServerFrame& frame);
 
   Random random_;
+  Random shutdowns_;  // Decides which deaths of masters are orderly where only deaths happen.
   const Bugs bugs_;
   const Log log_;
   Report report_;

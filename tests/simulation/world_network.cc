@@ -24,7 +24,7 @@ bool World::RestartMaster() {
   if (settings_.workers_die && IsMissed()) return false;
   ++report_.master_restarts;
   model_->CheckStatistics(master_->coordinator());
-  const bool orderly = !settings_.only_deaths && random_.Chance(0.5);
+  const bool orderly = settings_.only_deaths ? shutdowns_.Chance(0.5) && !SomeoneIsAboutToLeave() : random_.Chance(0.5);
   Note(orderly ? "the master shuts down" : "the master crashes");
   if (orderly) {
     model_->BeforeShutdown();
@@ -37,6 +37,12 @@ bool World::RestartMaster() {
   }
   Schedule(now_ + random_.Between(1'000, 30'000), Kind::kMasterUp, 0);
   return true;
+}
+
+bool World::SomeoneIsAboutToLeave() const {
+  return std::any_of(lives_.begin(), lives_.end(), [](const Life& life) {
+    return life.alive && life.session->LeaveDue() == absl::InfiniteFuture() && life.trainer.finished();
+  });
 }
 
 bool World::IsMissed() const {

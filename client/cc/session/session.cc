@@ -110,11 +110,16 @@ Effects Session::OnStreamBroken(Break why, absl::Time now) {
   writing_ = false;
   if (state_ == State::kEnded) return {};
   const ErrorDetails details = DetailsOf(why.status);
-  // A master that has died while the leave was on its way may need, when it is back, what this worker holds.
-  if (leave_sent_ && (why.status.ok() || !details.reason.empty())) return End(LeftError());
+  // A master that has died or goes away while the leave is on its way has not acknowledged it. The next one may need
+  // what this worker holds, and would wait for it.
+  const bool goes_away = details.reason == "SHUTTING_DOWN";
+  if (leave_sent_ && (why.status.ok() || (!details.reason.empty() && !goes_away))) return End(LeftError());
   leave_sent_ = false;
+  const bool leaves_next = goes_away && leaving_.has_value() && (state_ == State::kJoined || !dismissed_);
   const bool first = run_id_ == 0;
-  if (state_ == State::kJoined || !details.reason.empty()) dismissed_ = !details.reason.empty();
+  if (state_ == State::kJoined || !details.reason.empty()) {
+    dismissed_ = !details.reason.empty() && !leaves_next;
+  }
   if (details.reason.empty()) {
     const TargetTurn& targets = attempts_.targets();
     if (first && why.cause == Break::Cause::kRefusedByTls && !targets.has_several()) {

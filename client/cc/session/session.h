@@ -117,7 +117,8 @@ class Session {
   // Returns the error that the session has ended with; OK before.
   const absl::Status& end() const { return end_; }
   // The stream has broken without a word, so that the same master or another may soon be there. False once a master has
-  // said that it goes away, or that another worker has the rank.
+  // said that another worker has the rank, or that it goes away. But if this worker was leaving then, it has to leave
+  // at the next master, which would wait for it.
   bool may_come_back() const {
     return (state_ == State::kWaiting || state_ == State::kConnecting) && run_id_ != 0 && !dismissed_;
   }
@@ -278,7 +279,7 @@ class Session {
   absl::Status end_;
 
   Attempts attempts_;
-  bool dismissed_ = false;    // The newest stream ended with a reason.
+  bool dismissed_ = false;    // The newest stream ended with a reason for which a worker that leaves seeks no other.
   bool stream_open_ = false;  // From Connect to OnStreamBroken.
   bool writing_ = false;
   uint64_t incarnation_ = 0;

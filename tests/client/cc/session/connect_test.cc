@@ -380,17 +380,60 @@ TEST(LeaveTest, AnOutcomeMayComeBeforeTheEnd) {
   EXPECT_TRUE(harness.completed.at(round.get()).status.ok());
 }
 
-TEST(LeaveTest, AfterABreakItLeavesAgain) {
+const absl::Status& GoingAway() {
+  static const auto* const status =
+      new absl::Status(MakeStatus(absl::StatusCode::kUnavailable, "going away", {"SHUTTING_DOWN", "", {}}));
+  return *status;
+}
+
+// The next master may need what it holds, and others would wait for it there until the deadline.
+TEST(LeaveTest, AfterABreakOrAShutdownItLeavesAgain) {
+  for (const absl::Status& why : {absl::UnavailableError("gone"), GoingAway()}) {
+    Harness harness;
+    harness.Join();
+    harness.session().Leave("finished");
+    EXPECT_THAT(harness.Send(), ElementsAre("leave"));
+    harness.Break(why);
+    EXPECT_FALSE(harness.ended.has_value()) << why;
+    EXPECT_TRUE(harness.session().may_come_back()) << why;
+    harness.Join();
+    EXPECT_THAT(harness.Send(), ElementsAre("leave"));
+    harness.Break(absl::OkStatus());
+    EXPECT_EQ(Reason(*harness.ended), "LEFT");
+  }
+}
+
+TEST(LeaveTest, MastersThatGoAwayAtOnceDoNotTakeIt) {
   Harness harness;
   harness.Join();
   harness.session().Leave("finished");
-  EXPECT_THAT(harness.Send(), ElementsAre("leave"));
+  harness.Send();
   harness.Break();
-  EXPECT_FALSE(harness.ended.has_value());
-  EXPECT_TRUE(harness.session().may_come_back());
+  for (int masters = 0; masters < 3; ++masters) {
+    harness.Advance(std::max(harness.session().NextTimer() - harness.now(), absl::ZeroDuration()));
+    harness.Up();
+    harness.Break(GoingAway());
+    EXPECT_TRUE(harness.session().may_come_back());
+  }
   harness.Join();
   EXPECT_THAT(harness.Send(), ElementsAre("leave"));
-  harness.Break(MakeStatus(absl::StatusCode::kUnavailable, "going away", {"SHUTTING_DOWN", "", {}}));
+}
+
+TEST(LeaveTest, NobodyWaitsForAnotherMasterIfNoLeaveWasSent) {
+  Harness harness;
+  harness.Join();
+  harness.Break(GoingAway());
+  EXPECT_FALSE(harness.session().may_come_back());
+  harness.session().Leave("finished");
+  EXPECT_FALSE(harness.session().may_come_back());
+}
+
+TEST(LeaveTest, AnotherReasonEndsIt) {
+  Harness harness;
+  harness.Join();
+  harness.session().Leave("finished");
+  harness.Send();
+  harness.Break(MakeStatus(absl::StatusCode::kAborted, "fenced", {"FENCED", "", {}}));
   EXPECT_EQ(Reason(*harness.ended), "LEFT");
 }
 
