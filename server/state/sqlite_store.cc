@@ -48,6 +48,19 @@ absl::Status MakeDirectory(const std::string& directory) {
   return S_ISDIR(found.st_mode) ? absl::OkStatus() : unusable("it is not a directory");
 }
 
+// A file, whatever its path.
+struct Identity {
+  dev_t device = 0;
+  ino_t inode = 0;
+};
+
+// Returns nothing if there is no file at the path.
+std::optional<Identity> IdentityOf(const std::string& path) {
+  struct stat found = {};
+  if (stat(path.c_str(), &found) != 0) return std::nullopt;
+  return Identity{found.st_dev, found.st_ino};
+}
+
 // SQLite would begin anew with a file that is shorter than its header.
 absl::Status CheckSize(const std::string& file) {
   constexpr off_t kLeast = 512;
@@ -144,7 +157,10 @@ absl::Status Prepare(sqlite3* database) {
 
 class SqliteStore final : public Store {
  public:
-  SqliteStore(Database database, std::string file) : database_(std::move(database)), file_(std::move(file)) {}
+  SqliteStore(Database database, const std::string& file)
+      : database_(std::move(database)),
+        file_{file, IdentityOf(file)},
+        log_{absl::StrCat(file_.path, "-wal"), std::nullopt} {}
 
   absl::Status PrepareStatements() {
     for (const auto& [statement, sql] : {std::pair{&delete_group_, "DELETE FROM groups WHERE job = ? AND name = ?"},
@@ -162,7 +178,7 @@ class SqliteStore final : public Store {
     std::map<core::GroupId, core::GroupState> groups;
     absl::Status status = LoadGroups(&groups);
     if (status.ok()) status = LoadLayers(&groups);
-    if (!status.ok()) return Explain(status, file_);
+    if (!status.ok()) return Explain(status, file_.path);
     // It is ours, and in order. From here on a close tidies it.
     sqlite3_db_config(database_.get(), SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0, nullptr);
     std::vector<core::GroupState> loaded;
@@ -179,10 +195,28 @@ class SqliteStore final : public Store {
     if (!status.ok() && sqlite3_get_autocommit(database_.get()) == 0) {
       (void)Execute(database_.get(), "ROLLBACK");
     }
+    if (status.ok()) status = CheckPlace(&file_);
+    if (status.ok()) status = CheckPlace(&log_);
     return status;
   }
 
  private:
+  struct Place {
+    std::string path;
+    std::optional<Identity> file;  // That is there; nothing before that is known.
+  };
+
+  // Returns an error if another file is there now, or none: what was stored is not where the next master looks for it.
+  // SQLite does not notice.
+  static absl::Status CheckPlace(Place* place) {
+    const std::optional<Identity> found = IdentityOf(place->path);
+    if (!place->file.has_value()) place->file = found;
+    const bool same = found.has_value() && found->device == place->file->device && found->inode == place->file->inode;
+    if (same) return absl::OkStatus();
+    return absl::NotFoundError(absl::StrCat("\"", place->path, "\" was moved or removed while this master used it; ",
+                                            "put it back, or restart the master, which begins a new file"));
+  }
+
   // An update in place, so that the index of names stays as it is.
   static constexpr char kPutLayer[] =
       "INSERT INTO layers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12) "
@@ -306,7 +340,8 @@ class SqliteStore final : public Store {
   }
 
   Database database_;  // Before the statements, which must be gone before it is closed.
-  const std::string file_;
+  Place file_;
+  Place log_;  // SQLite's, of what is not in the file yet.
   std::optional<Statement> delete_group_;
   std::optional<Statement> delete_layers_;
   std::optional<Statement> put_group_;

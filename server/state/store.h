@@ -24,7 +24,8 @@ class Store {
 
   // Stores the changes, all of them or none, whatever happens meanwhile: a group's layers that are not among them stay.
   //
-  // Errors: why nothing was stored, such as a full disk. The same call may be tried again.
+  // Errors: why nothing was stored where the next master looks for it, such as a full disk. The same call may be tried
+  // again.
   virtual absl::Status Save(const core::StateChanges& changes) = 0;
 };
 

@@ -93,7 +93,7 @@ void Writer::Report(const absl::Status& saved) {
     if (saved.ok()) status_.saved_at = absl::Now();
   }
   if (!saved.ok()) {
-    throttle_.Log(LogLevel::kError, "state", absl::Now(),
+    throttle_.Log(LogLevel::kError, "state", clock_.Now(),
                   absl::StrCat("the running statistics cannot be stored in ", where_, ": ", saved.message(),
                                "; training goes on, and if the master ends, they are as they were when last stored"));
   } else if (!before.error.empty()) {

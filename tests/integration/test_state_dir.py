@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -193,6 +194,29 @@ def test_a_disk_that_fills_up_stops_no_round(start: Callable[..., Any], tmp_path
     # The statistics that had been stored before are whole.
     master = start(Master, "--state-dir", str(tmp_path / "state"))
     assert int(statistics(master.target)["bn1"]["updates"]) > 0
+
+
+def test_a_directory_that_is_removed_is_told_and_stops_no_round(
+    start: Callable[..., Any], tmp_path: pathlib.Path
+) -> None:
+    log, state = tmp_path / "log", tmp_path / "state"
+    with log.open("w") as stderr:
+        master = start(Master, "--state-dir", str(state), stderr=stderr)
+    worker = Worker()
+    worker.train(master.target, 3)
+    await_stored(master.target)
+    shutil.rmtree(state)
+    end = time.monotonic() + PATIENCE
+    while "was moved or removed" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        worker.train(master.target, 8)
+    assert "was moved or removed" in inspect(master.target, "ListGroups")["state"]["error"]
+    worker.train(master.target, 2 * KEPT)
+    master.kill()
+    # The next master begins anew, and shows that rounds are missing which nobody gives again.
+    master = start(Master, "--state-dir", str(state))
+    worker.train(master.target, 1)
+    assert statistics(master.target)["bn1"]["missing"]
 
 
 class LimitedMaster(Master):

@@ -231,6 +231,23 @@ void Tamper(const std::string& directory, const std::string& sql) {
   sqlite3_close(database);
 }
 
+// The file system keeps a file that is open, wherever it is gone, and SQLite goes on writing to it.
+TEST(SqliteStoreTest, AFileThatIsGoneIsTold) {
+  const StateChanges changes{{}, {MakeGroup("g", {MakeLayer("a", 4, 1)})}};
+  for (const char* gone : {"", "/state.db", "/state.db-wal"}) {
+    const TemporaryDirectory parent;
+    const std::string directory = parent.path() + "/state", elsewhere = parent.path() + "/elsewhere";
+    const Opened opened = Open(directory);
+    ASSERT_TRUE(opened.store->Save(changes).ok());
+    std::filesystem::rename(directory + gone, elsewhere);
+    EXPECT_THAT(std::string(opened.store->Save(changes).message()), HasSubstr("was moved or removed")) << gone;
+    std::filesystem::rename(elsewhere, directory + gone);
+    EXPECT_TRUE(opened.store->Save(changes).ok()) << gone;
+    std::filesystem::remove_all(directory + gone);
+    EXPECT_FALSE(opened.store->Save(changes).ok()) << gone;
+  }
+}
+
 TEST(SqliteStoreTest, ANewerVersionIsRefusedAndKept) {
   const TemporaryDirectory directory;
   ASSERT_TRUE(Open(directory.path()).store->Save({{}, {MakeGroup("g", {MakeLayer("a", 3, 1)})}}).ok());
