@@ -155,3 +155,53 @@ assert done.returncode == 1 and "usage: python -m syncbn.torch" in done.stderr
 """
     (output,) = processes.run(source, 1, tmp_path)
     assert output.splitlines() == ["syncbn.torch.modules ['--steps', '3'] 7"] * 2, output
+
+
+_SPAWNING = """
+import multiprocessing, sys
+from torch.nn import SyncBatchNorm
+def kind(_):
+    return SyncBatchNorm(2).__class__.__module__
+if __name__ == "__main__":
+    for method in ("fork", "spawn", "forkserver"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            print(method, *pool.map(kind, [0]))
+    sys.modules["syncbn"].torch.uninstall()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print("uninstalled", *pool.map(kind, [0]))
+"""
+
+
+@pytest.mark.parametrize("program", ["train.py", "-m train"])
+def test_processes_that_the_program_starts_have_the_same_class(tmp_path, program):
+    (tmp_path / "train.py").write_text(_SPAWNING)
+    source = """
+import os, subprocess, sys
+os.chdir(sys.argv[3])
+print(subprocess.check_output([sys.executable, "-m", "syncbn.torch", *sys.argv[4].split()], text=True).strip())
+"""
+    (output,) = processes.run(source, 1, tmp_path, program)
+    ours = [f"{method} syncbn.torch.modules" for method in ("fork", "spawn", "forkserver")]
+    assert output.splitlines() == [*ours, "uninstalled torch.nn.modules.batchnorm"], output
+
+
+def test_a_program_that_has_the_package_on_a_path_of_its_own_starts_processes(tmp_path):
+    (tmp_path / "train.py").write_text(_FOLDER + _SPAWNING)
+    source = """
+import os, pathlib, subprocess, sys
+import syncbn
+os.environ["FOLDER"] = str(pathlib.Path(syncbn.__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(p for p in os.environ["PYTHONPATH"].split(os.pathsep) if p != os.environ["FOLDER"])
+print(subprocess.check_output([sys.executable, sys.argv[3] + "/train.py"], text=True).strip())
+"""
+    (output,) = processes.run(source, 1, tmp_path)
+    assert "spawn syncbn.torch.modules" in output.splitlines(), output
+
+
+_FOLDER = """
+import os, sys
+if __name__ == "__main__":
+    sys.path.insert(0, os.environ["FOLDER"])
+    import syncbn.torch
+    syncbn.torch.install()
+"""

@@ -4,8 +4,7 @@
     python -m syncbn.torch -m its.module --its arguments
     torchrun --nproc-per-node 4 -m syncbn.torch train.py --its arguments
 
-Processes that the program starts by multiprocessing's spawn method run its script anew, and not this: let the script itself
-call `syncbn.torch.install()` there.
+Processes that the program starts by multiprocessing have it done too.
 """
 
 import os

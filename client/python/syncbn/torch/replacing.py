@@ -1,8 +1,10 @@
-"""Putting SyncBatchNorm where programs look for torch.nn.SyncBatchNorm."""
+"""Putting SyncBatchNorm where programs look for torch.nn.SyncBatchNorm, in this process and in those that it spawns."""
 
+import multiprocessing.spawn
+import pathlib
 import sys
 import warnings
-from typing import Any, List
+from typing import Any, Dict, List
 
 import torch
 
@@ -10,6 +12,23 @@ from syncbn.torch.modules import SyncBatchNorm
 
 # torch.nn.modules keeps it: DistributedDataParallel looks there for layers that it refuses on a CPU.
 _TORCHS: Any = torch.nn.modules.SyncBatchNorm
+
+
+_spawn: Any = multiprocessing.spawn
+_get_preparation_data: Any = _spawn.get_preparation_data
+
+
+class _Installing:
+    """Installs where it is unpickled. Only built-in functions can be called there: no path is set yet."""
+
+    def __reduce__(self) -> Any:
+        folder = str(pathlib.Path(__file__).resolve().parents[2])
+        return exec, (f"import sys; sys.path.append({folder!r}); import syncbn.torch; syncbn.torch.install()",)
+
+
+def _preparation_data_that_installs(name: str) -> Dict[str, Any]:
+    """What multiprocessing hands to a new process of its spawn and forkserver methods, before that runs the script again."""
+    return {**_get_preparation_data(name), "syncbn": _Installing()}
 
 
 def _holders() -> List[str]:
@@ -22,7 +41,8 @@ def _holders() -> List[str]:
 
 
 def install() -> None:
-    """Makes `torch.nn.SyncBatchNorm` this package's class, in this process, until `uninstall`.
+    """Makes `torch.nn.SyncBatchNorm` this package's class until `uninstall`, in this process and in those that
+    multiprocessing starts from it meanwhile.
 
         import syncbn.torch
         syncbn.torch.install()
@@ -34,6 +54,7 @@ def install() -> None:
     harmless. `python -m syncbn.torch SCRIPT` does this before it runs a script.
     """
     setattr(torch.nn, "SyncBatchNorm", SyncBatchNorm)
+    _spawn.get_preparation_data = _preparation_data_that_installs
     holders = _holders()
     if holders:
         warnings.warn(
@@ -47,3 +68,5 @@ def install() -> None:
 def uninstall() -> None:
     """Undoes `install`: torch.nn.SyncBatchNorm is torch's class again. Layers that were made meanwhile stay as they are."""
     setattr(torch.nn, "SyncBatchNorm", _TORCHS)
+    if _spawn.get_preparation_data is _preparation_data_that_installs:
+        _spawn.get_preparation_data = _get_preparation_data
