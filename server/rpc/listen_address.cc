@@ -80,6 +80,8 @@ absl::StatusOr<uint16_t> ParsePort(absl::string_view text, absl::string_view por
 }
 
 absl::StatusOr<ListenAddress> ParseTcp(absl::string_view text) {
+  if (absl::StrContains(text, "://")) return Malformed(text, "is a URL; an address is HOST:PORT or unix:PATH");
+  if (absl::StrContains(text, ",")) return Malformed(text, "has a comma; each address is given by itself");
   const size_t colon = text.rfind(':');
   if (colon == absl::string_view::npos || colon == 0 || colon + 1 == text.size()) return NotAnAddress(text);
   const absl::string_view host = text.substr(0, colon);

@@ -110,6 +110,8 @@ TEST(ListeningTest, RefusesMalformedAddresses) {
            {"127.0.0.1:", "neither HOST:PORT nor unix:PATH"},
            {":50051", "neither HOST:PORT nor unix:PATH"},
            {"unix", "neither HOST:PORT nor unix:PATH"},
+           {"http://127.0.0.1:50051", "is a URL; an address is HOST:PORT or unix:PATH"},
+           {"127.0.0.1:50051,[::1]:50051", "each address is given by itself"},
            {"unix:", "neither HOST:PORT nor unix:PATH"},
            {"unix-abstract:", "neither HOST:PORT nor unix:PATH"},
            {"127.0.0.1:65536", "port 65536 is not in 0 .. 65535"},
