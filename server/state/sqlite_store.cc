@@ -1,6 +1,7 @@
 #include "server/state/sqlite_store.h"
 
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstdint>
@@ -45,7 +46,9 @@ absl::Status MakeDirectory(const std::string& directory) {
   if (errno != EEXIST) return unusable(std::strerror(errno));
   struct stat found = {};
   if (stat(directory.c_str(), &found) != 0) return unusable(std::strerror(errno));
-  return S_ISDIR(found.st_mode) ? absl::OkStatus() : unusable("it is not a directory");
+  if (!S_ISDIR(found.st_mode)) return unusable("it is not a directory");
+  // SQLite would call it an I/O error.
+  return access(directory.c_str(), W_OK) == 0 ? absl::OkStatus() : unusable(std::strerror(errno));
 }
 
 // A file, whatever its path.

@@ -188,6 +188,14 @@ TEST(SqliteStoreTest, DirectoriesThatCannotBeUsed) {
   }
 }
 
+TEST(SqliteStoreTest, ADirectoryThatIsReadOnlyIsToldAsSuch) {
+  const std::string directory = "/usr";  // In a sandbox it is read-only; elsewhere it is another user's.
+  if (access(directory.c_str(), W_OK) == 0) GTEST_SKIP() << "this user may write everywhere";
+  const absl::Status refused = Open(directory).status;
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(refused.message()), AnyOf(HasSubstr("Permission denied"), HasSubstr("Read-only")));
+}
+
 TEST(SqliteStoreTest, OneMasterAtATime) {
   const TemporaryDirectory directory;
   Opened first = Open(directory.path());
