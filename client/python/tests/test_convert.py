@@ -16,6 +16,7 @@ import syncbn
 import syncbn.torch as sync
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize, prune
+import torch.utils.checkpoint
 
 SEED = 5150
 CHANNELS = 3
@@ -275,6 +276,55 @@ def test_checkpointing_counts_and_synchronizes_once(group, reentrant):
         return y.detach(), x.grad
 
     as_on_the_whole_batch(group, make, call=call)
+
+
+class Frugal(Activated):
+    """Keeps its input alone, and normalizes again during backward."""
+
+    frugal = True
+
+    def forward(self, x):
+        if not (self.frugal and x.requires_grad):
+            return super().forward(x)
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_forward_that_checkpoints_a_part_of_itself(group, reentrant, patched):
+    torch_has_a_place = reentrant or hasattr(torch.utils.checkpoint, "_CheckpointFrame")
+
+    def make():
+        layers = [Frugal(CHANNELS, 0.2, momentum=None), torch.nn.Linear(CHANNELS, CHANNELS)]
+        model = filled(torch.nn.Sequential(*layers, Frugal(CHANNELS, 0.5)))
+        for layer in (model[0], model[2]):
+            layer.reentrant = reentrant
+            if patched:
+                layer.forward = functools.partial(Frugal.forward, layer)
+        return model
+
+    def call(model, x, dy):
+        for layer in (model[0], model[2]):
+            layer.frugal = hasattr(layer, "layer")  # The oracle would update its running statistics twice.
+        return step(model, x, dy)
+
+    if torch_has_a_place:
+        as_on_the_whole_batch(group, make, call=call)
+    else:
+        with pytest.raises(RuntimeError, match="checkpoints a part of itself"):
+            as_on_the_whole_batch(group, make, call=call)
+
+
+def test_a_forward_that_a_program_gives_torchs_class(group, monkeypatch):
+    original = torch.nn.BatchNorm1d.forward
+
+    @functools.wraps(original)
+    def forward(self, x):
+        return original(self, x.sin()) * 2
+
+    monkeypatch.setattr(torch.nn.BatchNorm1d, "forward", forward, raising=False)
+    models = as_on_the_whole_batch(group, lambda: filled(torch.nn.Sequential(torch.nn.BatchNorm1d(CHANNELS))))
+    assert all(isinstance(model[0], torch.nn.BatchNorm1d) for model in models)
 
 
 def test_autocast_reaches_the_subclass(group):

@@ -19,7 +19,7 @@ half runs: it is found with the modules on the stack.
 import contextlib
 import sys
 from types import FrameType
-from typing import Any, ContextManager, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional
 
 import torch
 from torch.utils import _python_dispatch
@@ -29,6 +29,7 @@ from syncbn.torch import _supported
 _MODULE = "torch.utils.checkpoint"
 _COMPOSABLE_MODULE = "torch.distributed._composable.checkpoint_activation"
 _ATTRIBUTE = "_syncbn_segment"
+_AROUND = "_syncbn_around"
 _CALL = getattr(torch.nn.Module, "_call_impl").__code__
 # The hooks through which autograd saves tensors, None where there are none.
 _saving_hooks: Any = getattr(getattr(getattr(torch, "_C"), "_autograd"), "_top_saved_tensors_default_hooks", lambda _: ())
@@ -118,6 +119,22 @@ class Context:
             if not site.second_half:
                 self._segment(site).record(layer, forward)
 
+    def run_second_halves_by(self, around: Callable[[Any], Any]) -> None:
+        """Lets `around(function)` take the place of the function that the second half of each segment calls, once for each.
+
+        Errors: RuntimeError where torch leaves no place for that.
+        """
+        for site in self._sites:
+            if not site.second_half and not getattr(site.owner, _AROUND, False):
+                name = next((name for name in ("run_function", "recompute_fn") if hasattr(site.owner, name)), None)
+                if name is None:
+                    raise RuntimeError(
+                        "a layer's own forward checkpoints a part of itself, which needs use_reentrant=True in this version of "
+                        "torch; or checkpoint the call of the layer, from outside"
+                    )
+                setattr(site.owner, name, around(getattr(site.owner, name)))
+                setattr(site.owner, _AROUND, True)
+
     @staticmethod
     def _segment(site: _Site) -> _Segment:
         segment = getattr(site.owner, _ATTRIBUTE, None)
@@ -130,8 +147,8 @@ class Context:
 _NO_CHECKPOINT = Context([])
 
 
-def context() -> Context:
-    """The caller's."""
+def context(within: Any = None) -> Context:
+    """The caller's. within: the code of a function: the segments that have begun since its innermost call."""
     module = sys.modules.get(_MODULE)
     if module is None:  # Nobody has imported it: no frame is of it.
         return _NO_CHECKPOINT
@@ -140,7 +157,7 @@ def context() -> Context:
     if composable is not None and _saving_hooks(False) is None:  # Its segments save tensors by hooks.
         composable = None
     frame: Optional[FrameType] = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not within:
         site = None
         if frame.f_globals is namespace:
             site = _site(frame)

@@ -92,6 +92,7 @@ class _Answers(TorchFunctionMode):
             if self._is_own_size(call.input):
                 self._seen = True
                 if call.training:
+                    _checkpointing.context(run_forward.__code__).run_second_halves_by(self._again)
                     return self.module._normalize_with_others(call.input, self._step(call))
         elif func in _COUNTS and args and args[0] is self._tracked and self._tracked is not None:
             if self._place is not None:
@@ -102,6 +103,11 @@ class _Answers(TorchFunctionMode):
         elif func in _STATISTICS and self._is_own_call():
             self._other_statistics = True
         return func(*args, **kwargs)
+
+    def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of the forward that is checkpointed: torch runs it again during backward, when this mode has ended."""
+        module = self.module
+        return lambda *args, **kwargs: run_forward(module, function, args, kwargs)
 
     def _count_with_replicas(self, place: _replicas.Place, func: Any, args: Any, kwargs: Dict[str, Any]) -> Any:
         """Adds to the count once, since the replicas of one step are one batch, and before any of them reads it."""

@@ -140,6 +140,12 @@ def _adopt(module: Any, name: str, prefix: str, options: Dict[str, Any]) -> Chan
     return Change(module, type(module), {**options, "layer": own})
 
 
+def _has_its_own_forward(kind: Any) -> bool:
+    """Returns False for a class of torch's that the program has given another forward."""
+    found: Any = getattr(kind.forward, "__globals__", {})  # `__module__` of a decorated function may be that of the original.
+    return str(found.get("__name__")).startswith(("torch.", "syncbn."))
+
+
 def _convert(module: Any, path: str, name: str, options: Dict[str, Any], kinds: Dict[Any, Any]) -> Change:
     """A batch normalization becomes a synchronized one."""
     group = getattr(module, "process_group", None)
@@ -149,7 +155,7 @@ def _convert(module: Any, path: str, name: str, options: Dict[str, Any], kinds: 
     attributes = {"worker": None, "eps_mode": "add", "numeric": "refuse", "original_class": kind}
     attributes.update(options, layer=_naming.PlaceName(name))
     own_forward = vars(module).get("forward")
-    if own_forward is None and kind in _KINDS:
+    if own_forward is None and kind in _KINDS and _has_its_own_forward(kind):
         target = kinds.get(kind, _KINDS[kind])
         attributes.update(process_group=None, _original_process_group=_Kept(group))
     else:
