@@ -183,6 +183,25 @@ class CustomPickle(torch.nn.BatchNorm1d):
         return super().forward(x) + 1
 
 
+class OfAnOperation(torch.nn.BatchNorm1d):
+    """Names torch's operation, and its overload."""
+
+    overload = False
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        function = torch.ops.aten.batch_norm.default if self.overload else torch.ops.aten.batch_norm
+        statistics = (self.running_mean, self.running_var)
+        return function(x, self.weight, self.bias, *statistics, self.training, self.momentum, self.eps, False)
+
+
+def of_an_overload():
+    layer = OfAnOperation(CHANNELS)
+    layer.overload = True
+    return layer
+
+
 def _custom(channels):
     return CustomPickle(channels)
 
@@ -200,6 +219,8 @@ KINDS = {
     "without parameters": lambda: Activated(CHANNELS, 0.2, affine=False),
     "around super": lambda: AroundSuper(CHANNELS),
     "torch.batch_norm": lambda: OfTorch(CHANNELS),
+    "torch.ops.aten.batch_norm": lambda: OfAnOperation(CHANNELS),
+    "torch.ops.aten.batch_norm.default": of_an_overload,
     "frozen": lambda: Frozen(CHANNELS),
     "frozen half way": lambda: FrozenHalfWay(CHANNELS),
     "slots": slotted,
@@ -313,6 +334,50 @@ def test_a_forward_that_checkpoints_a_part_of_itself(group, reentrant, patched):
     else:
         with pytest.raises(RuntimeError, match="checkpoints a part of itself"):
             as_on_the_whole_batch(group, make, call=call)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.save_for_backward(x)
+        return torch.nn.functional.batch_norm(x, layer.running_mean, layer.running_var, training=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = torch.nn.functional.batch_norm(x, None, None, training=True)
+        return torch.autograd.grad(y, x, dy)[0], None
+
+
+class OfAFunction(torch.nn.BatchNorm1d):
+    def forward(self, x):
+        return _Fused.apply(x, self)
+
+
+class WithoutGradients(torch.nn.BatchNorm1d):
+    """Normalizes for the running statistics alone."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            super().forward(x)
+        return x * self.running_mean
+
+
+def test_a_forward_with_a_backward_pass_of_its_own_is_refused(group):
+    def run(worker):
+        layer = sync.convert_sync_batchnorm(OfAFunction(CHANNELS), worker)
+        with pytest.raises(RuntimeError, match="within a torch.autograd.Function"):
+            layer(torch.ones(2, CHANNELS, requires_grad=True))
+        assert worker.stats().rounds == 0
+        with torch.no_grad():  # Without gradients there is no backward pass.
+            return layer(values((2, CHANNELS), worker.rank).float())
+
+    found = torch.cat(group(2, run))
+    whole = torch.cat([values((2, CHANNELS), rank).float() for rank in range(2)])
+    close(found, torch.nn.functional.batch_norm(whole, None, None, training=True), 1e-5)
+    as_on_the_whole_batch(group, lambda: filled(torch.nn.Sequential(WithoutGradients(CHANNELS))))
 
 
 def test_a_forward_that_a_program_gives_torchs_class(group, monkeypatch):
@@ -617,7 +682,14 @@ class OtherChannels(torch.nn.BatchNorm1d):
         return y.view(x.shape) * self.running_mean.copy_(mean.view(2, -1).mean(0))
 
 
-@pytest.mark.parametrize("kind", [Formula, OtherChannels])
+class NativeFormula(torch.nn.BatchNorm1d):
+    """Names the operation of torch's that is below all others."""
+
+    def forward(self, x):
+        return torch.ops.aten.native_batch_norm.default(x, self.weight, self.bias, None, None, True, 0.0, self.eps)[0]
+
+
+@pytest.mark.parametrize("kind", [Formula, OtherChannels, NativeFormula])
 def test_a_forward_that_cannot_be_synchronized_says_so(group, kind):
     def run(worker):
         model = sync.convert_sync_batchnorm(torch.nn.Sequential(kind(CHANNELS)), worker)

@@ -16,6 +16,7 @@ from types import FunctionType
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.overrides import TorchFunctionMode
 
@@ -55,15 +56,19 @@ def _of_torch(
     return _Call(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-_BATCH_NORMS: Dict[Any, Callable[..., _Call]] = {torch.nn.functional.batch_norm: _Call, torch.batch_norm: _of_torch}
+_aten: Any = getattr(torch, "ops").aten  # Unknown to the hints of some versions.
+_BATCH_NORMS: Dict[Any, Callable[..., _Call]] = {
+    torch.nn.functional.batch_norm: _Call,
+    torch.batch_norm: _of_torch,
+    _aten.batch_norm: _of_torch,
+    _aten.batch_norm.default: _of_torch,
+}
 _COUNTS = (torch.Tensor.add_, torch.Tensor.__iadd__)
 
 # A forward that takes statistics of its own with one of these would stay a local one.
+_NAMES = ("mean", "var", "std", "var_mean", "std_mean", "sum", "native_batch_norm", "batch_norm_stats")
 _STATISTICS = {
-    getattr(owner, name)
-    for owner in (torch, torch.Tensor)
-    for name in ("mean", "var", "std", "var_mean", "std_mean", "sum", "native_batch_norm", "batch_norm_stats")
-    if hasattr(owner, name)
+    getattr(owner, name) for owner in (torch, torch.Tensor, _aten) for name in _NAMES if hasattr(owner, name)
 }
 
 
@@ -82,6 +87,7 @@ class _Answers(TorchFunctionMode):
         self._in_own_forward = False
         self._other_statistics = False
         self._versions = self._buffer_versions()
+        self._records = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Optional[Dict[str, Any]] = None) -> Any:
         kwargs = kwargs or {}
@@ -92,6 +98,7 @@ class _Answers(TorchFunctionMode):
             if self._is_own_size(call.input):
                 self._seen = True
                 if call.training:
+                    self._refuse_functions()
                     _checkpointing.context(run_forward.__code__).run_second_halves_by(self._again)
                     return self.module._normalize_with_others(call.input, self._step(call))
         elif func in _COUNTS and args and args[0] is self._tracked and self._tracked is not None:
@@ -100,9 +107,25 @@ class _Answers(TorchFunctionMode):
             self._added.append(args[1])
             with _checkpointing.unseen():  # `uncount` takes it back in the second half alone.
                 return func(*args, **kwargs)
-        elif func in _STATISTICS and self._is_own_call():
+        elif getattr(func, "overloadpacket", func) in _STATISTICS and self._is_own_call():
             self._other_statistics = True
         return func(*args, **kwargs)
+
+    def _refuse_functions(self) -> None:
+        """Refuses a normalization within a torch.autograd.Function, which has a backward pass of its own."""
+        if not self._records or torch.is_grad_enabled():  # Within a Function, autograd records nothing.
+            return
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code is not run_forward.__code__:
+            names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+            context = frame.f_locals.get(names[0]) if names else None
+            if isinstance(context, FunctionCtx) and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+                raise RuntimeError(
+                    f"layer {self.module.layer!r}: its forward normalizes within a torch.autograd.Function, whose backward "
+                    "knows of no other worker. Let the forward call torch.nn.functional.batch_norm outside of it, or revert "
+                    "the layer"
+                )
+            frame = frame.f_back  # type: ignore[assignment]
 
     def _again(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A part of the forward that is checkpointed: torch runs it again during backward, when this mode has ended."""
