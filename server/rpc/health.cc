@@ -39,7 +39,7 @@ class HealthService::Watch final
   void OnStart() override {
     called_ = true;
     const size_t watching = owner_->watches_.size();
-    owner_->AwaitWatch();
+    owner_->calls_->Take([owner = owner_] { owner->AwaitWatch(); });
     Update();
     if (watching <= owner_->max_watches_) return;
     Close(ToGrpc(core::LimitError(watching, "watchers of health", "max_watchers", owner_->max_watches_)));
@@ -64,6 +64,7 @@ void HealthService::Register(grpc::ServerBuilder* builder) { builder->RegisterSe
 
 void HealthService::Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* calls) {
   queue_ = queue;
+  calls_ = calls;
   ServeUnary(&service_, &grpc::health::v1::Health::AsyncService::RequestCheck, queue, calls,
              [this](const grpc::ServerContext&, const HealthCheckRequest& request, HealthCheckResponse* response) {
                response->set_status(StatusOf(request.service()));

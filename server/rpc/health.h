@@ -27,7 +27,7 @@ class HealthService {
   ~HealthService();
 
   void Register(grpc::ServerBuilder* builder);
-  // Waits for calls. `calls` keeps account of the unary ones.
+  // Waits for calls. `calls` keeps account of them.
   void Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* calls);
   // Returns whether no Watch call is being served or waited for.
   bool idle() const { return watches_.empty(); }
@@ -47,7 +47,8 @@ class HealthService {
   absl::flat_hash_set<std::string> services_;
   grpc::health::v1::Health::AsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
-  absl::flat_hash_map<Watch*, std::unique_ptr<Watch>> watches_;  // One of them waits for its call.
+  UnaryCalls* calls_ = nullptr;
+  absl::flat_hash_map<Watch*, std::unique_ptr<Watch>> watches_;  // One of them may wait for its call.
   bool serving_ = true;
   bool listening_ = true;
 };

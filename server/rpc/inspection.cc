@@ -1,5 +1,6 @@
 #include "server/rpc/inspection.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -100,6 +101,7 @@ InspectionService::~InspectionService() = default;
 
 void InspectionService::Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* calls) {
   queue_ = queue;
+  calls_ = calls;
   const auto serve = [&](auto method, auto answer) {
     ServeUnary(&service_, method, queue, calls,
                [this, answer](const grpc::ServerContext& context, const auto& request, auto* response) {
@@ -139,7 +141,7 @@ grpc::Status InspectionService::CheckCaller(const grpc::ServerContext& context) 
 
 void InspectionService::Admit(Watcher& watcher) {
   const size_t watching = watchers_.size();
-  AwaitWatcher();
+  calls_->Take([this] { AwaitWatcher(); });
   if (grpc::Status allowed = CheckCaller(watcher.caller()); !allowed.ok()) {
     watcher.Close(allowed);
   } else if (absl::Status found = coordinator_.GetGroup(watcher.group(), clock_.Now()).status(); !found.ok()) {
@@ -150,7 +152,8 @@ void InspectionService::Admit(Watcher& watcher) {
 }
 
 void InspectionService::OnRoundEnded(const core::RoundEnded& ended, absl::Time now) {
-  if (watchers_.size() <= 1) return;  // The one that waits for its call.
+  const auto watches = [&ended](const auto& watcher) { return watcher.first->Watches(ended.group); };
+  if (std::none_of(watchers_.begin(), watchers_.end(), watches)) return;
   v1::WatchRoundsResponse event;
   ToProto(ended, now, &event);
   for (auto& [address, watcher] : watchers_) {

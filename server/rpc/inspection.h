@@ -31,7 +31,7 @@ class InspectionService {
   InspectionService& operator=(const InspectionService&) = delete;
 
   void Register(grpc::ServerBuilder* builder) { builder->RegisterService(&service_); }
-  // Waits for calls. `calls` keeps account of the unary ones.
+  // Waits for calls. `calls` keeps account of them.
   void Serve(grpc::ServerCompletionQueue* queue, UnaryCalls* calls);
   // Waits for no further watcher.
   void EndServing() { serving_ = false; }
@@ -68,7 +68,8 @@ class InspectionService {
   const absl::Time started_at_ = clock_.Now();
   AsyncService service_;
   grpc::ServerCompletionQueue* queue_ = nullptr;
-  absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;  // One of them waits for its call.
+  UnaryCalls* calls_ = nullptr;
+  absl::flat_hash_map<Watcher*, std::unique_ptr<Watcher>> watchers_;  // One of them may wait for its call.
   bool serving_ = true;
   bool listening_ = true;
 };

@@ -101,7 +101,8 @@ absl::Time MasterLoop::OnQueue(Tag* tag, bool ok) {
   calls_.store(sessions_.started(), std::memory_order_relaxed);
   EndTurn(/*quiet=*/tag == nullptr);
   EndIfIdle();
-  return has_backlog() || !sessions_.awaits_call() ? now_ : NextWakeUp();
+  const bool pausing = !sessions_.awaits_call() || unary_calls_.pausing();
+  return has_backlog() || pausing ? now_ : NextWakeUp();
 }
 
 void MasterLoop::OnThreadLeft() {
@@ -148,6 +149,7 @@ void MasterLoop::EndTurn(bool quiet) {
   const bool idle = quiet_polls_ >= kQuietPolls;
   ServeBacklog(idle);
   sessions_.EndTurn(quiet, idle);
+  unary_calls_.EndTurn(quiet, idle);
   TrimMemory();
   state_saver_.OnTurn(now_);
 }

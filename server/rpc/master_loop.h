@@ -117,7 +117,7 @@ class MasterLoop {
   Sessions sessions_;
   InspectionService inspection_;
   HealthService health_;
-  UnaryCalls unary_calls_{&now_, options_.connections};
+  UnaryCalls unary_calls_{&now_, options_.connections, options_.limits.max_turn_bytes};
   absl::Time backlog_served_ = now_;
   absl::Time trim_at_ = absl::InfiniteFuture();
   bool trimmed_ = true;  // Since there last was a stream.

@@ -40,11 +40,14 @@ class UnaryCall final : public Tag, public UnaryCalls::Call {
       delete this;
       return;
     }
-    Await(service_, method_, queue_, calls_, answer_);
+    calls_->Take([service = service_, method = method_, queue = queue_, calls = calls_, answer = answer_] {
+      Await(service, method, queue, calls, answer);
+    });
     answered_ = true;
     calls_->NoteRequest(PeerName(context_.peer()), request_.ByteSizeLong());
     Response response;
-    grpc::Status status = answer_(context_, request_, &response);
+    grpc::Status status = calls_->CheckRoom(Address());
+    if (status.ok()) status = answer_(context_, request_, &response);
     if (status.ok()) status = calls_->Admit(this, Address(), response.ByteSizeLong());
     if (status.ok()) {
       writer_.Finish(response, status, static_cast<Tag*>(this));
