@@ -9,6 +9,11 @@
 
 namespace syncbn::rpc {
 
+// Calls that are taken in a row, of each kind. They take a millisecond.
+inline constexpr size_t kMostCallsInARow = 32;
+// The pause after many calls or long answers, where the queue is never empty.
+inline constexpr absl::Duration kLongestPause = absl::Milliseconds(10);
+
 // gRPC reads no socket while its queue has an event. Work that brings more such events (calls that are taken, frames
 // that came with them) would go on until all of it is done, however much there is.
 //

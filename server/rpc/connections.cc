@@ -45,8 +45,8 @@ constexpr uint64_t kBytesWithoutEnd = 60 << 10;
 // A connection whose bytes take longer than this is a flood of small frames: a reset call takes 8 us and more for 28 to
 // 200 bytes. A message takes less than 1 us for each KiB, and less than 4 us with TLS.
 constexpr double kFloodBytesPerMs = 32 << 10;
-// Of what a worker sends, at least such a part becomes frames, sooner or later: gRPC reads the longest frame in far
-// less CPU time than kMostSuspected.
+// Bytes that a worker sends for each byte of its frames, at most: gRPC reads the longest frame in far less CPU time
+// than kMostSuspected.
 constexpr int64_t kReadBytesPerFrameByte = 4;
 // A flood sends at least so much while it is observed. Handshakes of TLS take as long, for much less.
 constexpr int64_t kLeastFloodBytes = 8 << 10;

@@ -116,7 +116,7 @@ class Connections {
     double left = 0.0;
     absl::Time as_of;
   };
-  // What a connection by which a worker has joined has cost since it came under suspicion.
+  // The cost of a connection by which a worker has joined, since it came under suspicion.
   struct Suspicion {
     absl::Duration spent;
     uint64_t read = 0;  // Bytes that had been read at its beginning,

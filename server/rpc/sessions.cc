@@ -20,14 +20,10 @@ constexpr absl::Duration kLongestSilence = absl::Milliseconds(20);
 constexpr absl::Duration kLagTimeout = absl::Seconds(5);
 // Time within which a closed stream's last frames and status must be read.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(5);
-// Calls in a row. They take a millisecond.
-constexpr size_t kMostCalls = 32;
 // Calls by which nobody has asked to join. Beyond that, further calls come in a row only after a pause: if all of these
 // end at once, the queue has several events for each, and gRPC reads no socket until they have been handled. Calls that
 // end before they are taken cost nothing here.
 constexpr size_t kMostCallers = 64;
-// The pause after many calls or results, where the queue is never empty.
-constexpr absl::Duration kLongestPause = absl::Milliseconds(10);
 // Results that are a few: less than this part of those that one turn may bring forth.
 constexpr size_t kPartOfTurn = 4;
 // A contribution with so many bytes more than the layers' numbers take is not yet malformed.
@@ -47,7 +43,7 @@ Sessions::Sessions(const LoopOptions& options, const core::Coordinator& coordina
       log_(log),
       now_(now),
       memory_(options.memory_sharing, options.memory_directories, options.max_frame_bytes),
-      calls_(kMostCalls, kLongestPause),
+      calls_(kMostCallsInARow, kLongestPause),
       results_(options.limits.max_turn_bytes, kLongestPause) {}
 
 void Sessions::Serve(grpc::ServerCompletionQueue* queue) {

@@ -12,10 +12,6 @@ namespace {
 constexpr size_t kMostBytes = size_t{64} << 20;
 constexpr size_t kMostBytesOfAddress = size_t{16} << 20;
 constexpr absl::Duration kPatience = absl::Seconds(5);
-// Calls in a row. They take a millisecond, beside their answers.
-constexpr size_t kMostCalls = 32;
-// The pause after many calls or answers, where the queue is never empty.
-constexpr absl::Duration kLongestPause = absl::Milliseconds(10);
 
 // Returns the part of a limit above which there is hardly room.
 constexpr size_t AlmostAllOf(size_t limit) { return limit / 4 * 3; }
@@ -34,7 +30,7 @@ grpc::Status TooMuchOfAll(size_t bytes) {
 UnaryCalls::UnaryCalls(const absl::Time* now, Connections* connections, size_t max_turn_bytes)
     : now_(now),
       connections_(connections),
-      taken_(kMostCalls, kLongestPause),
+      taken_(kMostCallsInARow, kLongestPause),
       made_(std::max<size_t>(max_turn_bytes, 1), kLongestPause) {}
 
 void UnaryCalls::Take(std::function<void()> await) {

@@ -38,7 +38,7 @@ using testing::TypeRange;
 
 constexpr int kGates = 3;  // Open, by a mask, and computed again.
 
-// What an epilogue of a forward pass has.
+// Tells which parts the epilogue of a forward pass has.
 struct Choices {
   bool residual, relu, mask;
 };
