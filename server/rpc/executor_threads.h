@@ -29,7 +29,7 @@ class ExecutorThreads {
   // Looks for new threads of that name.
   void Find();
 
-  const Clock clock_;
+  const Clock clock_{};
   absl::Time found_at_ = absl::InfinitePast();
   std::array<pid_t, LoopProgress::kMostExecutors> threads_ = {};  // 0: none.
   Turns turns_;
