@@ -1,17 +1,21 @@
 #include "server/rpc/connection_watch.h"
 
-#include <algorithm>
+#include <time.h>
+
 #include <utility>
 
+#include "plumbing/check.h"
 #include "plumbing/start_thread.h"
 
 namespace syncbn::rpc {
 namespace {
 
-// Longest interval at which connections are checked. A check takes a few calls of the system for each, and all checks a
-// fiftieth of the time.
-constexpr absl::Duration kLongCheckInterval = absl::Seconds(1);
-constexpr int kTimeBetweenChecks = 50;
+// Returns the CPU time of this thread.
+absl::Duration CpuTime() {
+  timespec cpu = {};
+  SYNCBN_CHECK(clock_gettime(CLOCK_THREAD_CPUTIME_ID, &cpu) == 0, "a thread has no clock");
+  return absl::DurationFromTimespec(cpu);
+}
 
 }  // namespace
 
@@ -66,10 +70,10 @@ void ConnectionWatch::Look() {
   relief_watch_.Look(progress);
   flood_watch_.Look(progress);
   const absl::Time now = clock_.Now();
-  if (now < check_at_) return;
+  if (!check_schedule_.IsDue(now, resident_memory_.bytes())) return;
+  const absl::Duration before = CpuTime();
   connections_->Check();
-  const absl::Duration taken = clock_.Now() - now;
-  check_at_ = now + std::min(kTimeBetweenChecks * taken, kLongCheckInterval);
+  check_schedule_.Checked(now, CpuTime() - before);
 }
 
 }  // namespace syncbn::rpc

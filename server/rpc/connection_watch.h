@@ -12,12 +12,14 @@
 #include "absl/time/time.h"
 #include "plumbing/clock.h"
 #include "plumbing/monotonic_condition.h"
+#include "server/rpc/check_schedule.h"
 #include "server/rpc/connections.h"
 #include "server/rpc/executor_threads.h"
 #include "server/rpc/flood_watch.h"
 #include "server/rpc/handover_watch.h"
 #include "server/rpc/loop_progress.h"
 #include "server/rpc/relief_watch.h"
+#include "server/rpc/resident_memory.h"
 
 namespace syncbn::rpc {
 
@@ -58,7 +60,8 @@ class ConnectionWatch {
   FloodWatch flood_watch_;
   HandoverWatch handover_watch_;
   const Clock clock_;
-  absl::Time check_at_ = absl::InfinitePast();
+  CheckSchedule check_schedule_;
+  ResidentMemory resident_memory_;
   absl::Mutex mutex_;
   MonotonicCondition changed_;
   bool woken_ ABSL_GUARDED_BY(mutex_) = false;

@@ -273,38 +273,57 @@ void Connections::CheckStrangers(absl::Time now) {
 
 void Connections::CheckUnfinished(absl::Time now) {
   std::vector<int> overdue;
-  std::vector<std::pair<uint64_t, int>> of_workers;
-  std::vector<std::pair<uint64_t, int>> of_strangers;
+  std::vector<Unfinished> of_workers;
+  std::vector<Unfinished> of_strangers;
   for (auto& [descriptor, connection] : connections_) {
     if (connection.peer.empty()) continue;
-    const uint64_t unfinished = UnfinishedBytes(connection, now);
-    const uint64_t endless = connection.had_worker ? 0 : std::min(unfinished, kBytesWithoutEnd);
-    if (IsOverdue(unfinished - endless, now, &connection)) {
+    const Unfinished unfinished = UnfinishedOf(connection, now);
+    const uint64_t endless = connection.had_worker ? 0 : std::min(unfinished.read, kBytesWithoutEnd);
+    if (IsOverdue(unfinished.read - endless, now, &connection)) {
       overdue.push_back(descriptor);
     } else {
-      (connection.workers > 0 ? of_workers : of_strangers).emplace_back(unfinished, descriptor);
+      (connection.workers > 0 ? of_workers : of_strangers).push_back(unfinished);
     }
   }
   for (const int descriptor : overdue) {
     Shut(connections_.at(descriptor), "it does not finish the frames that it has begun", now);
   }
+  ShutBehindEnded(of_strangers, now);
   ShutGreediest(max_unfinished_bytes_, std::move(of_workers), now);
   ShutGreediest(max_of_strangers_, std::move(of_strangers), now);
 }
 
-void Connections::ShutGreediest(uint64_t most, std::vector<std::pair<uint64_t, int>> held, absl::Time now) {
-  uint64_t of_all = 0;
-  for (const auto& [bytes, descriptor] : held) of_all += bytes;
-  if (of_all <= most) return;
-  std::sort(held.rbegin(), held.rend());
-  for (const auto& [bytes, descriptor] : held) {
-    Shut(connections_.at(descriptor), "unfinished frames take too much memory, and most of it is for this one", now);
-    of_all -= bytes;
-    if (of_all <= most) return;
+void Connections::ShutGreediest(uint64_t most, std::vector<Unfinished> all, absl::Time now) {
+  uint64_t held = 0;
+  for (const Unfinished& one : all) held += one.read;
+  if (held <= most) return;
+  std::sort(all.begin(), all.end(), [](const Unfinished& a, const Unfinished& b) { return a.read > b.read; });
+  for (const Unfinished& one : all) {
+    if (held <= most) return;
+    held -= one.read;
+    const auto found = connections_.find(one.descriptor);
+    if (found != connections_.end()) {
+      Shut(found->second, "unfinished frames take too much memory, and most of it is for this one", now);
+    }
   }
 }
 
-uint64_t Connections::UnfinishedBytes(const Connection& connection, absl::Time now) {
+void Connections::ShutBehindEnded(const std::vector<Unfinished>& strangers, absl::Time now) {
+  const auto is_closed = [](const Ended& ended) { return SocketInode(ended.descriptor) != ended.inode; };
+  ended_.erase(std::remove_if(ended_.begin(), ended_.end(), is_closed), ended_.end());
+  if (ended_.empty()) return;
+  uint64_t held = 0;
+  for (const Ended& ended : ended_) held += ended.unfinished;
+  for (const Unfinished& one : strangers) held += one.read;
+  if (held <= max_of_strangers_) return;
+  for (const Unfinished& one : strangers) {
+    if (one.read + one.waiting <= kBytesWithoutEnd) continue;
+    Shut(connections_.at(one.descriptor), "those that have just ended still take too much memory, and it would too",
+         now);
+  }
+}
+
+Connections::Unfinished Connections::UnfinishedOf(const Connection& connection, absl::Time now) {
   // In this order: frames that come meanwhile make it less, not more.
   const tcp_info info = InfoOf(connection.descriptor);
   const uint64_t received = info.tcpi_bytes_received;
@@ -317,7 +336,7 @@ uint64_t Connections::UnfinishedBytes(const Connection& connection, absl::Time n
     known += static_cast<uint64_t>(kOtherBytesOfStranger + kOtherBytesOfStrangerPerSecond * seconds);
     known += WrittenBytes(info) / kReadBytesPerOtherByte;
   }
-  return received > known ? received - known : 0;
+  return {received > known ? received - known : 0, waiting, connection.descriptor};
 }
 
 // Unfinished frames are due after a while, however many others come before them: a connection that wants to keep some
@@ -431,7 +450,13 @@ void Connections::SettleFloods(uint64_t floods) {
 void Connections::Shut(const Connection& connection, absl::string_view why, absl::Time now) {
   throttle_.Log(LogLevel::kWarning, why, now, absl::StrCat("closed a connection from ", connection.peer, ": ", why));
   // The descriptor is another file if gRPC has closed the socket meanwhile, and stays as it is.
-  if (SocketInode(connection.descriptor) == connection.inode) Break(connection.descriptor);
+  if (SocketInode(connection.descriptor) == connection.inode) {
+    const uint64_t unfinished = UnfinishedOf(connection, now).read;
+    if (connection.workers == 0 && unfinished > 0) {
+      ended_.push_back({connection.descriptor, connection.inode, unfinished});
+    }
+    Break(connection.descriptor);
+  }
   Forget(connection.descriptor);
 }
 

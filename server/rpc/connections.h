@@ -53,7 +53,7 @@ class Connections {
   };
 
   static constexpr size_t kMostUnfinishedBytes = size_t{1} << 30;
-  static constexpr size_t kMostOfStrangers = size_t{32} << 20;
+  static constexpr size_t kMostOfStrangers = size_t{16} << 20;
   static constexpr absl::Duration kUnfinishedPatience = absl::Minutes(2);
   static constexpr absl::Duration kMostSuspected = absl::Milliseconds(500);
 
@@ -142,6 +142,19 @@ class Connections {
     std::optional<uint64_t> due;
     absl::Time due_since;
   };
+  // Bytes of unfinished frames that a connection has sent.
+  struct Unfinished {
+    uint64_t read = 0;     // By gRPC, or less: it holds them.
+    uint64_t waiting = 0;  // They wait to be read.
+    int descriptor = -1;
+  };
+  // A connection without a worker that was broken off. gRPC holds the unfinished bytes until it has closed the
+  // descriptor.
+  struct Ended {
+    int descriptor = -1;
+    ino_t inode = 0;
+    uint64_t unfinished = 0;
+  };
 
   // Forgets connections that gRPC has closed, which it does not tell; their descriptors may be other files by now. Does
   // nothing shortly after it has done so.
@@ -157,15 +170,16 @@ class Connections {
   static bool Suspect(absl::Duration spent, Connection* connection);
   // Shuts the oldest connection without a worker. Returns whether there was one that has had some time to join.
   bool MakeRoom(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Returns how many bytes of unfinished frames gRPC holds for the connection, or less.
-  static uint64_t UnfinishedBytes(const Connection& connection, absl::Time now);
+  static Unfinished UnfinishedOf(const Connection& connection, absl::Time now);
   // Returns whether frames that had begun long ago have not come yet.
   bool IsOverdue(uint64_t unfinished, absl::Time now, Connection* connection) const;
   void CheckStrangers(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void CheckUnfinished(absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Shuts those that hold most, until the others hold `most` bytes together. `held`: bytes and descriptors.
-  void ShutGreediest(uint64_t most, std::vector<std::pair<uint64_t, int>> held, absl::Time now)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Shuts those of which gRPC holds most, until it holds `most` bytes together for the others.
+  void ShutGreediest(uint64_t most, std::vector<Unfinished> all, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Shuts strangers that hold much, or would if gRPC read on, as long as it holds too much for them and for those that
+  // have ended.
+  void ShutBehindEnded(const std::vector<Unfinished>& strangers, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Breaks the connection off and forgets it. What has arrived by it is dropped.
   void Shut(const Connection& connection, absl::string_view why, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool IsFull(const Connection& connection) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -182,6 +196,7 @@ class Connections {
   absl::flat_hash_map<int, Connection> connections_ ABSL_GUARDED_BY(mutex_);   // By descriptor.
   absl::flat_hash_map<std::string, int> descriptors_ ABSL_GUARDED_BY(mutex_);  // By peer.
   absl::flat_hash_map<std::string, size_t> of_address_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Ended> ended_ ABSL_GUARDED_BY(mutex_);
   uint64_t floods_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t settled_floods_ ABSL_GUARDED_BY(mutex_) = 0;
   Throttle throttle_ ABSL_GUARDED_BY(mutex_);

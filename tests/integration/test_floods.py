@@ -219,3 +219,21 @@ def test_headers_without_an_end_take_little_memory(master: Master) -> None:
             connection.close()
     assert sent > 64 * MIB
     assert peak(master) < 200
+
+
+def test_calls_with_long_headers_take_little_memory(master: Master) -> None:
+    host, port = master.target.rsplit(":", 1)
+    long_header = b"\x00" + wire.text("x") + b"\x7f" + wire.varint(6600 - 127) + bytes(6600)
+    calls = b"".join(wire.frame(wire.HEADERS, wire.END_HEADERS, stream, BLOCK + long_header) for stream in range(1, 181, 2))
+    sent = 0
+    with syncbn.Worker(master.target, "honest", 0, 1) as worker:
+        connections = []
+        for _ in range(112):  # They begin 90 calls each, and end none.
+            connections.append(wire.Connection(wire.Target(host, int(port))))
+            connections[-1].send(calls)
+            assert worker.all_reduce("rounds go on", [1.0]) == [1.0]
+        for connection in connections:
+            sent += connection.sent
+            connection.close()
+    assert sent > 48 * MIB
+    assert peak(master) < 200

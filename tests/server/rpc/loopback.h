@@ -42,6 +42,11 @@ class Pair {
   int descriptor() const { return server_; }
   // The client sends, and the server reads it all.
   void Receive(size_t bytes) { Move(client_.descriptor(), server_, bytes); }
+  // The client sends, and the server reads nothing. No more than a connection's buffers take.
+  void Arrive(size_t bytes) {
+    const std::vector<char> sent(bytes);
+    ASSERT_EQ(send(client_.descriptor(), sent.data(), bytes, 0), static_cast<ssize_t>(bytes));
+  }
   // The server sends, and the client reads it all.
   void Send(size_t bytes) { Move(server_, client_.descriptor(), bytes); }
   // Returns whether the connection was left alone.

@@ -104,6 +104,48 @@ TEST_F(UnfinishedFramesTest, StrangersMayHoldLessAndAllOfThemTogether) {
   EXPECT_FALSE(strangers[2]->open());
 }
 
+// gRPC frees what it holds of a connection some time after that has ended, and others must not fill memory meanwhile.
+TEST_F(UnfinishedFramesTest, AnEndedConnectionCountsUntilItIsClosed) {
+  auto ended = loopback_.Accept();
+  ended->Receive(3 * kMiB / 2);
+  connections_.Check();
+  ASSERT_FALSE(ended->open());
+  const auto next = loopback_.Accept(), little = loopback_.Accept(), worker = loopback_.AcceptWorker();
+  next->Receive(kMiB / 2);
+  little->Receive(48 << 10);
+  worker->Receive(3 * kMiB);
+  connections_.Check();
+  EXPECT_FALSE(next->open());
+  EXPECT_TRUE(little->open());
+  EXPECT_TRUE(worker->open());
+}
+
+// It would hold all of it by the next check.
+TEST_F(UnfinishedFramesTest, WhatWaitsToBeReadCountsThenToo) {
+  const auto ended = loopback_.Accept(), next = loopback_.Accept(), worker = loopback_.AcceptWorker();
+  next->Arrive(96 << 10);
+  worker->Arrive(96 << 10);
+  connections_.Check();
+  ASSERT_TRUE(next->open());
+  ended->Receive(3 * kMiB / 2);
+  connections_.Check();
+  ASSERT_FALSE(ended->open());
+  connections_.Check();
+  EXPECT_FALSE(next->open());
+  EXPECT_TRUE(worker->open());
+}
+
+TEST_F(UnfinishedFramesTest, AnEndedConnectionCountsNoMoreOnceItIsClosed) {
+  auto ended = loopback_.Accept();
+  ended->Receive(3 * kMiB / 2);
+  connections_.Check();
+  ended.reset();
+  const auto next = loopback_.Accept();
+  next->Receive(kMiB / 2);
+  connections_.Check();
+  EXPECT_TRUE(next->open());
+}
+
 TEST_F(UnfinishedFramesTest, AStrangersHeadersEnd) {
   const auto idle = loopback_.Accept(), endless = loopback_.Accept(), inspector = loopback_.Accept();
   idle->Receive(32 << 10);  // The handshake of TLS.
