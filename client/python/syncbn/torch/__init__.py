@@ -9,6 +9,7 @@
 
 import importlib
 
+from syncbn.torch._synchronized import NotSynchronized
 from syncbn.torch.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.torch.functional import moments
 from syncbn.torch.gradients import all_reduce_gradients
@@ -21,6 +22,7 @@ importlib.import_module("syncbn.functional")  # It is there after `import syncbn
 
 __all__ = [
     "LazySyncBatchNorm",
+    "NotSynchronized",
     "SyncBatchNorm",
     "all_reduce_gradients",
     "convert_sync_batchnorm",

@@ -62,11 +62,14 @@ class Group:
         self._condition = threading.Condition()
         self._calls: Dict[Tuple[int, str], int] = {}
         self._meetings: Dict[Tuple[str, int], _Meeting] = {}
+        self._afterwards: List[Callable[[], None]] = []
         self._ended = 0
         self._failure: Optional[BaseException] = None
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> List[Any]:
-        """Each on a thread, as the replica of its index. Raises what went wrong first."""
+        """Each on a thread, as the replica of its index; then what they leave for `afterwards`, here. Raises what went wrong
+        first.
+        """
         results: List[Any] = [None] * self.size
         gradients, autocast = torch.is_grad_enabled(), [_autocast() for _ in functions]
 
@@ -98,7 +101,14 @@ class Group:
             raise
         if self._failure is not None:
             raise self._failure
+        for function in self._afterwards:
+            function()
         return results
+
+    def afterwards(self, function: Callable[[], None]) -> None:
+        """Leaves something to be done once all replicas have ended."""
+        with self._condition:
+            self._afterwards.append(function)
 
     def _join(self, threads: List[threading.Thread], interrupt: bool = False) -> None:
         for thread in threads:

@@ -7,11 +7,15 @@ from torch.fx.proxy import Proxy
 
 from syncbn import _library, _passes
 from syncbn.core import Worker, default_worker
-from syncbn.torch import _checkpointing, _functions, _naming, _replicas, _supported, _tensors
+from syncbn.torch import _checkpointing, _functions, _naming, _replicas, _supported, _tensors, _trials
 
 
 class SizeMismatch(RuntimeError, ValueError):
     """A parameter, buffer or input of another number of channels: torch's layers raise a RuntimeError."""
+
+
+class NotSynchronized(RuntimeError):
+    """A converted layer whose own forward takes statistics of the local batch, by means that cannot be synchronized."""
 
 
 class Step:
@@ -178,6 +182,9 @@ class Synchronized(torch.nn.Module):
 
     def _normalize_with_others(self, input: torch.Tensor, step: Step) -> torch.Tensor:
         """One normalization in training. The caller is outside of graphs."""
+        trial = _trials.current()
+        if trial is not None:
+            return step.activate(trial.normalize(input, step.weight, step.bias, step.eps))
         sight = _tensors.at_sight(input, step.weight, step.bias, step.running_mean, step.running_var)
         if sight is None:
             step.check(input)
@@ -262,7 +269,8 @@ class Synchronized(torch.nn.Module):
         )
 
     def _declare(self, worker: Worker, channels: int, eps: float) -> str:
-        """Makes the layer known to the master; returns its name."""
+        """Makes the layer known to the master; returns its name. The first thing of any round."""
+        _trials.refuse_rounds()
         layer = self.layer
         if layer is None:
             layer = self.layer = _naming.number(worker)

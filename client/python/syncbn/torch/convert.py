@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from syncbn import _names
 from syncbn.core import Worker
-from syncbn.torch import _naming, _subclasses, _synchronized, dimensions
+from syncbn.torch import _naming, _subclasses, _synchronized, _trials, dimensions
 from syncbn.torch.modules import BatchNorm, LazyBatchNorm, LazySyncBatchNorm, SyncBatchNorm
 
 # Targets of the classes whose forward is torch's own.
@@ -30,7 +30,7 @@ _QUANTIZED = tuple(f"torch.{package}.quantized." for package in ("nn", "ao.nn", 
 _PUT_OVER = ("Parametrized", "FSDP", "Replicate", "DDP")
 # Attributes that a synchronized layer has beyond what its own class gives it.
 _OWN = ["worker", "layer", "eps_mode", "numeric", "biased_running_variance", "original_class"]
-_OWN += ["process_group", "_original_process_group"]
+_OWN += ["process_group", "_original_process_group", "_verdicts"]
 
 
 class Change(NamedTuple):
@@ -166,6 +166,7 @@ def _convert(module: Any, path: str, name: str, options: Dict[str, Any], kinds: 
                 "synchronized: let it call torch.nn.functional.batch_norm outside of torch.jit.script"
             )
         target = _subclasses.synchronized_class(kind)
+        attributes["_verdicts"] = _trials.Verdicts()  # Replicas of the layer share it.
         if own_forward is not None:
             attributes["forward"] = _subclasses.PatchedForward(module, own_forward)
     return Change(module, _put_over(target, over), attributes)
@@ -236,7 +237,8 @@ def convert_sync_batchnorm(
     A torch.nn.BatchNorm*d becomes a layer that is both a SyncBatchNorm and what it was, a LazyBatchNorm*d one that is
     both a LazySyncBatchNorm and what it was, a torch.nn.SyncBatchNorm a SyncBatchNorm. Any other subclass keeps its
     class, as the base of one made for it, and its forward, whose calls of torch.nn.functional.batch_norm are
-    synchronized in training. So `isinstance` goes on finding every layer. Layers stay the same objects, with the same
+    synchronized in training. A forward that takes statistics by other means raises NotSynchronized when it is called, or
+    warns of a part that stays local beside a synchronized one. So `isinstance` goes on finding every layer. Layers stay the same objects, with the same
     parameters, buffers, hooks, parametrizations and attributes, so an optimizer made before goes on.
 
     Layers are named by their path in the model, without what wrappers add (`module`, `_orig_mod`,

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from syncbn import _arguments
 from syncbn.core import Worker
-from syncbn.torch import _evaluation, _graphs, _masked, _naming, _subclasses, _supported, _synchronized
+from syncbn.torch import _answers, _evaluation, _graphs, _masked, _naming, _subclasses, _supported, _synchronized
 
 
 _ELSEWHERE: Any = object()
@@ -17,7 +17,7 @@ _ELSEWHERE: Any = object()
 
 @_graphs.outside_of_graphs
 def _train(layer: Any, input: torch.Tensor, z: Optional[torch.Tensor]) -> torch.Tensor:
-    context = _subclasses.in_own_forward(layer)
+    context = _answers.in_own_forward(layer)
     if context is not None:
         with context:
             inner: torch.Tensor = layer._normalize_with_others(input, layer._step(z))
@@ -28,7 +28,7 @@ def _train(layer: Any, input: torch.Tensor, z: Optional[torch.Tensor]) -> torch.
 
 @_graphs.outside_of_graphs
 def _masked_forward(layer: Any, input: torch.Tensor, mask: Any, z: Optional[torch.Tensor]) -> torch.Tensor:
-    with _subclasses.in_own_forward(layer) or contextlib.nullcontext():
+    with _answers.in_own_forward(layer) or contextlib.nullcontext():
         step = layer._step(z)
         step.check(input)
         activated: torch.Tensor = step.activate(_masked.forward(layer, input, mask))
