@@ -3,9 +3,11 @@
 #include "kernels/cpu/batch_norm.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
+#include "kernels/cpu/cache_size.h"
 #include "kernels/cpu/elementwise.h"
 #include "kernels/cpu/half_elementwise.h"
 #include "kernels/cpu/parallel.h"
@@ -97,6 +99,20 @@ class FloatTables {
   std::vector<std::vector<Line>> tables_;
 };
 
+// Tells whether outputs should not go into the caches: they would be out of them again before anybody reads them, and
+// without them the inputs stay there for the next operation. Tensors may be null.
+bool PassesCaches(const Context& context, const TensorShape& shape, std::initializer_list<const void*> inputs,
+                  std::initializer_list<const void*> outputs) {
+  int64_t tensors = 0;
+  for (const void* const input : inputs) tensors += input != nullptr ? 1 : 0;
+  for (const void* const output : outputs) {
+    tensors += output != nullptr ? 1 : 0;
+    if (output != nullptr && std::find(inputs.begin(), inputs.end(), output) != inputs.end()) return false;
+  }
+  const int64_t bytes = context.cache_bytes != 0 ? context.cache_bytes : LargestCacheBytes();
+  return tensors * shape.size() * static_cast<int64_t>(SizeOf(shape.type)) > bytes;
+}
+
 // The partial results of one plan, [splits, width] each.
 struct Partials {
   explicit Partials(const ReductionPlan& plan)
@@ -173,8 +189,13 @@ void BatchNormElemt(const Context& context, const TensorShape& shape, const void
     return;
   }
   Tables tables(shape.channels, plan.period);
-  const ForwardArgs args = {
-      shape.type, plan, Bytes(x), tables.Of(rounded.coefficients()), epilogue, static_cast<uint8_t*>(y)};
+  const ForwardArgs args = {shape.type,
+                            plan,
+                            Bytes(x),
+                            tables.Of(rounded.coefficients()),
+                            epilogue,
+                            static_cast<uint8_t*>(y),
+                            epilogue.relu_mask == nullptr && PassesCaches(context, shape, {x, epilogue.residual}, {y})};
   ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { ForwardUnit(args, unit); });
 }
 
@@ -232,6 +253,7 @@ void BatchNormBackwardElemt(const Context& context, const TensorShape& shape, co
   args.coefficients = tables.Of(shape.type == DataType::kFloat32 ? backward.coefficients() : coefficients);
   args.gate = tables.Of({gate.mask, forward.coefficients()});
   args.single_gate = forward.single();
+  args.around_caches = PassesCaches(context, shape, {dy, x}, {dx, d_residual});
   ParallelFor(context.num_threads, plan.units(), [&args](int64_t unit) { BackwardUnit(args, unit); });
 }
 

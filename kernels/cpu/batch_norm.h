@@ -5,6 +5,8 @@
 #ifndef SYNCBN_KERNELS_CPU_BATCH_NORM_H_
 #define SYNCBN_KERNELS_CPU_BATCH_NORM_H_
 
+#include <cstdint>
+
 #include "kernels/batch_norm.h"
 
 namespace syncbn::kernels::cpu {
@@ -13,6 +15,9 @@ namespace syncbn::kernels::cpu {
 // process, which starts with its first use. 1 never touches the pool.
 struct Context {
   int num_threads = 1;
+  // Outputs of operations whose inputs and outputs are longer together do not go into the caches. 0: the size of this
+  // machine's largest cache.
+  int64_t cache_bytes = 0;
 };
 
 // Per channel: mean and sum of squared deviations from it, over values_per_channel() values. With no values: zeros. NaN

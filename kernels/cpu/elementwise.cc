@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "hwy/cache_control.h"
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/elementwise.cc"
 // clang-format off
@@ -103,7 +105,13 @@ HWY_INLINE Lanes Normalize(const Lanes& x, const Lanes& mean, const Lanes& scale
   return y;
 }
 
-template <DataType type, bool adjacent, bool residual, bool relu>
+// Tells whether streams may go to both: vectors are stored around the caches at whole vectors' addresses alone.
+bool BothCanStream(const uint8_t* a, const uint8_t* b) {
+  const auto addresses = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b);
+  return addresses % kStreamAlignment == 0;
+}
+
+template <DataType type, bool adjacent, bool residual, bool relu, bool streams>
 HWY_INLINE void ForwardSegment(const ForwardArgs& args, const Segment& segment) {
   constexpr int64_t kSize = Element<type>::kSize;
   const Coefficient<adjacent> mean(args.coefficients.mean, segment);
@@ -116,8 +124,9 @@ HWY_INLINE void ForwardSegment(const ForwardArgs& args, const Segment& segment) 
   for (; i + kLanes <= segment.size; i += kLanes) {
     Lanes added = Zero();
     if constexpr (residual) added = Load<type>(r + i * kSize);
-    Store<type>(Normalize<type, residual, relu>(Load<type>(x + i * kSize), mean.At(i), scale.At(i), shift.At(i), added),
-                y + i * kSize);
+    const Lanes in = Load<type>(x + i * kSize);
+    const Lanes out = Normalize<type, residual, relu>(in, mean.At(i), scale.At(i), shift.At(i), added);
+    StoreOrStream<type, streams>(out, y + i * kSize);
   }
   const int64_t n = segment.size - i;
   if (n == 0) return;
@@ -147,9 +156,18 @@ void ForwardLoop(const ForwardArgs& args, int64_t unit) {
   while (segments.at() < elements.end) {
     const int64_t begin = segments.at();
     const int64_t end = std::min(begin + tile, elements.end);
-    while (segments.at() < end) ForwardSegment<type, adjacent, residual, relu>(args, segments.Next(end));
+    while (segments.at() < end) {
+      const Segment segment = segments.Next(end);
+      const uint8_t* const y = args.y + segment.first * Element<type>::kSize;
+      if (kCanStream<type> && args.around_caches && BothCanStream(y, y)) {
+        ForwardSegment<type, adjacent, residual, relu, kCanStream<type>>(args, segment);
+      } else {
+        ForwardSegment<type, adjacent, residual, relu, false>(args, segment);
+      }
+    }
     if (masks) WriteMask<type>(args.y, {begin, end}, args.epilogue.relu_mask);
   }
+  if (kCanStream<type> && args.around_caches) hwy::FlushStream();
 }
 
 template <DataType type, bool adjacent>
@@ -167,7 +185,7 @@ void ForwardOf(const ForwardArgs& args, int64_t unit) {
   return ForwardEpilogue<type, false>(args, unit);
 }
 
-template <DataType type, bool adjacent, Gate gate>
+template <DataType type, bool adjacent, Gate gate, bool streams>
 class BackwardSegment {
  public:
   HWY_INLINE BackwardSegment(const BackwardArgs& args, const Segment& segment)
@@ -203,7 +221,7 @@ class BackwardSegment {
   template <bool whole>
   static HWY_INLINE void Write(const Lanes& v, uint8_t* p, int64_t n) {
     if constexpr (whole) {
-      Store<type>(v, p);
+      StoreOrStream<type, streams>(v, p);
     } else {
       Store<type>(v, p, n);
     }
@@ -254,8 +272,16 @@ void BackwardLoop(const BackwardArgs& args, int64_t unit) {
   const Range elements = args.plan.ElementsOf(unit);
   Segments segments(args.plan, elements.begin);
   while (segments.at() < elements.end) {
-    BackwardSegment<type, adjacent, gate>(args, segments.Next(elements.end)).Run();
+    const Segment segment = segments.Next(elements.end);
+    const int64_t offset = segment.first * Element<type>::kSize;
+    const uint8_t* const d_residual = args.d_residual != nullptr ? args.d_residual + offset : nullptr;
+    if (kCanStream<type> && args.around_caches && BothCanStream(args.dx + offset, d_residual)) {
+      BackwardSegment<type, adjacent, gate, kCanStream<type>>(args, segment).Run();
+    } else {
+      BackwardSegment<type, adjacent, gate, false>(args, segment).Run();
+    }
   }
+  if (kCanStream<type> && args.around_caches) hwy::FlushStream();
 }
 
 template <DataType type, Gate gate>

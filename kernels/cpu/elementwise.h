@@ -18,6 +18,7 @@ struct ForwardArgs {
   ForwardCoefficients coefficients;
   Epilogue epilogue;
   uint8_t* y = nullptr;
+  bool around_caches = false;  // y need not be in a cache afterwards; it is no input, and there is no mask.
 };
 
 struct BackwardArgs {
@@ -30,6 +31,7 @@ struct BackwardArgs {
   bool single_gate = false;  // The gate's coefficients are those of RoundedForward.
   uint8_t* dx = nullptr;
   uint8_t* d_residual = nullptr;
+  bool around_caches = false;  // The outputs need not be in a cache afterwards, and are no inputs.
 };
 
 void ForwardUnit(const ForwardArgs& args, int64_t unit);

@@ -436,6 +436,21 @@ HWY_INLINE void Store(const Lanes& v, uint8_t* p) {
   SYNCBN_FOR_PARTS(i) Element<type>::Store(v.part[i], p + i * kWide * Element<type>::kSize);
 }
 
+// Types whose vectors can be stored around the caches, and where. Types of 16 bits take as long to compute as to store.
+template <DataType type>
+constexpr bool kCanStream = type == DataType::kFloat32 && (HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3);
+constexpr uintptr_t kStreamAlignment = 32;
+
+// Stores around the caches if `streams`. Another thread may read what it stores after hwy::FlushStream.
+template <DataType type, bool streams>
+HWY_INLINE void StoreOrStream(const Lanes& v, uint8_t* p) {
+  if constexpr (streams) {
+    SYNCBN_FOR_PARTS(i) hn::Stream(ToFloat(v.part[i]), DF(), reinterpret_cast<float*>(p) + i * kWide);
+  } else {
+    Store<type>(v, p);
+  }
+}
+
 template <DataType type>
 HWY_INLINE void Store(const Lanes& v, uint8_t* p, int64_t n) {
   alignas(64) uint8_t buffer[kLanes * Element<type>::kSize];
