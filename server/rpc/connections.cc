@@ -44,7 +44,7 @@ constexpr uint64_t kBytesWithoutEnd = 60 << 10;
 
 // A connection whose bytes take longer than this is a flood of small frames: a reset call takes 8 us and more for 28 to
 // 200 bytes. A message takes less than 1 us for each KiB, and less than 4 us with TLS.
-constexpr double kFloodBytesPerMs = 32 << 10;
+constexpr double kFloodBytesPerMs = 64 << 10;
 // Bytes that a worker sends for each byte of its frames, at most: gRPC reads the longest frame in far less CPU time
 // than kMostSuspected.
 constexpr int64_t kReadBytesPerFrameByte = 4;
@@ -103,6 +103,19 @@ uint64_t ReadBytesOf(int descriptor) {
   return InfoOf(descriptor).tcpi_bytes_received - waiting;
 }
 
+// Bounds what the system holds of a connection that is not being read. gRPC reads all of it in a row, and a stranger's
+// should keep nobody waiting for long. Linux doubles the number. A first frame that is longer takes a few round trips.
+void BoundBuffer(int descriptor) {
+  constexpr int kBytes = 64 << 10;
+  setsockopt(descriptor, SOL_SOCKET, SO_RCVBUF, &kBytes, sizeof(kBytes));
+}
+
+// Lets the system choose the length again. Returns false if it cannot: before Linux 5.14, a bound is for ever.
+bool UnboundBuffer(int descriptor) {
+  constexpr int kNoLocks = 0;
+  return setsockopt(descriptor, SOL_SOCKET, SO_BUF_LOCK, &kNoLocks, sizeof(kNoLocks)) == 0;
+}
+
 // Ends the connection for its peer and for gRPC. After shutdown() alone, gRPC would read what has arrived: megabytes,
 // and calls in them by the ten thousand.
 void Break(int descriptor) {
@@ -148,6 +161,7 @@ std::string Connections::Add(int descriptor, const SocketAddress& peer) {
     return absl::StrCat(max_connections_, " are open, the limit max_connections");
   }
   if (!added.peer.empty()) {
+    if (UnboundBuffer(descriptor)) BoundBuffer(descriptor);
     descriptors_[added.peer] = descriptor;
     ++of_address_[added.address];
   }
@@ -214,7 +228,7 @@ void Connections::Joined(absl::string_view peer) {
   Connection* const connection = Find(peer);
   if (connection == nullptr) return;
   ++connection->workers;
-  connection->had_worker = true;
+  if (!std::exchange(connection->had_worker, true)) UnboundBuffer(connection->descriptor);
 }
 
 void Connections::Left(absl::string_view peer) {

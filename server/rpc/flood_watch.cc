@@ -50,14 +50,18 @@ void FloodWatch::BeginToObserve(const LoopProgress& progress) {
     return TurnOf(progress, i).in_grpc && TurnOf(progress, i).cpu - calls_of_grpc_[i].seen.cpu >= kLongCall;
   };
   bool begins = false;
+  bool observes = false;
   for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
     begins = begins || (is_long(i) && !calls_of_grpc_[i].observed.has_value());
+    observes = observes || calls_of_grpc_[i].observed.has_value();
   }
   if (!begins) return;
-  // The time of all begins anew, since the bytes of all do.
-  connections_->CountBytes();
+  // A call that becomes long later is observed from then on, and what was counted before stands: a flood that keeps
+  // thread after thread would begin anew with each of them.
+  if (!observes) connections_->CountBytes();
   for (size_t i = 0; i < calls_of_grpc_.size(); ++i) {
-    if (is_long(i)) calls_of_grpc_[i].observed = TurnOf(progress, i).cpu;
+    Call& call = calls_of_grpc_[i];
+    if (is_long(i) && !call.observed.has_value()) call.observed = TurnOf(progress, i).cpu;
   }
 }
 

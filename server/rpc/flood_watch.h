@@ -46,7 +46,7 @@ class FloodWatch {
 
   // Ends a connection, if calls have been too long for what they have read.
   void EndFlood(const LoopProgress& progress);
-  // Counts the connections' bytes if one of the calls has become long since they were counted.
+  // Counts the connections' bytes if a call has become long and none is observed.
   void BeginToObserve(const LoopProgress& progress);
 
   Connections* const connections_;

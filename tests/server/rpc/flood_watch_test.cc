@@ -235,5 +235,23 @@ TEST_F(FloodWatchTest, TimeBeforeTheBytesWereCountedIsNotCounted) {
   EXPECT_TRUE(long_frames->open());
 }
 
+// It is known as soon as one of them has been observed for long enough.
+TEST_F(FloodWatchTest, AFloodThatKeepsThreadAfterThreadIsOne) {
+  const auto flood = loopback_.Accept();
+  BeginToObserve();
+  LoopTurn& second = progress_.turns[1];
+  LoopTurn& third = progress_.turns[2];
+  second = third = turn_;
+  watch_.Look(progress_);
+  flood->Receive(64 * kKiB);
+  second.cpu += absl::Milliseconds(5);
+  Spend(3);
+  third.cpu += absl::Milliseconds(5);
+  Spend(3);
+  EXPECT_TRUE(flood->open());
+  Spend(3);
+  EXPECT_FALSE(flood->open());
+}
+
 }  // namespace
 }  // namespace syncbn::rpc

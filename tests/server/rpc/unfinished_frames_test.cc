@@ -1,5 +1,7 @@
 // Frames that begin and do not end: how much of them may be kept, and for how long.
 
+#include <sys/socket.h>
+
 #include <array>
 #include <memory>
 
@@ -159,6 +161,23 @@ TEST_F(UnfinishedFramesTest, AStrangersHeadersEnd) {
   }
   EXPECT_TRUE(idle->open());
   EXPECT_TRUE(inspector->open());
+}
+
+// gRPC reads all that the system holds of one in a row.
+TEST_F(UnfinishedFramesTest, TheSystemHoldsLittleOfAStranger) {
+  constexpr int kReceiveLock = 2;  // SOCK_RCVBUF_LOCK
+  const auto connection = loopback_.Accept();
+  const auto option = [&connection](int name) {
+    int value = -1;
+    socklen_t length = sizeof(value);
+    getsockopt(connection->descriptor(), SOL_SOCKET, name, &value, &length);
+    return value;
+  };
+  if (option(SO_BUF_LOCK) < 0) GTEST_SKIP() << "this system cannot take such a bound back";
+  EXPECT_EQ(option(SO_BUF_LOCK) & kReceiveLock, kReceiveLock);
+  EXPECT_LE(option(SO_RCVBUF), 128 << 10);
+  connections_.Joined(connection->peer());
+  EXPECT_EQ(option(SO_BUF_LOCK) & kReceiveLock, 0) << "the system may choose again";
 }
 
 TEST_F(UnfinishedFramesTest, PeersWithoutNamesHaveNoCounter) { EXPECT_EQ(connections_.FramesOf(""), nullptr); }
