@@ -8,6 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch.nn.functional as F
+
 import syncbn.torch as sync
 from conversions import CHANNELS, as_on_the_whole_batch, close, converted, filled, step, values
 from honest_forwards import Compact, Gated
@@ -75,6 +77,26 @@ def counted(module):
 
     module.forward = forward
     return runs
+
+
+class Asserting(Compact):
+    """The form of timm's, with an assertion and an activation in place."""
+
+    def forward(self, x):
+        torch._assert(x.ndim == 2, f"expected a 2D input (got {x.ndim}D input)")
+        return F.silu(F.dropout(self.normalized(x), 0.5), inplace=True)
+
+
+@pytest.mark.parametrize("kind", [Compact, Asserting])
+def test_a_forward_of_the_usual_form_is_not_tried(group, kind):
+    def run(worker):
+        layer = kind()
+        runs = counted(layer)
+        model = converted(layer, worker)
+        model(values((4, CHANNELS)).requires_grad_().clone())
+        return runs
+
+    assert group(1, run) == [[4]]
 
 
 def test_a_way_through_the_forward_is_tried_once(group):

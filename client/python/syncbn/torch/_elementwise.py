@@ -25,7 +25,8 @@ _FUNCTIONS = """
 """.split()
 # The values have no part in what these return.
 _FORMS = """
-    __len__ size dim ndimension numel stride is_contiguous is_floating_point element_size data_ptr type requires_grad_
+    __len__ size dim ndimension numel stride is_contiguous is_floating_point is_complex is_neg is_conj element_size data_ptr type
+    requires_grad_ retain_grad _assert
     empty_like zeros_like ones_like full_like rand_like randn_like
 """.split()
 _OWNERS = (torch, torch.Tensor, torch.nn.functional, getattr(getattr(torch, "_C"), "_nn"))
