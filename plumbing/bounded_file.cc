@@ -11,15 +11,17 @@
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "plumbing/clock.h"
 
 namespace syncbn {
 namespace {
 
-// Waits until a read of `file` does not wait. Returns false, with errno, if it would still wait at `deadline`.
-bool AwaitBytes(int file, absl::Time deadline) {
+// Waits until a read of `file` does not wait. Returns false, with errno, if it would still wait at `deadline`, a time
+// of `clock`.
+bool AwaitBytes(int file, const Clock& clock, absl::Time deadline) {
   pollfd waiting = {file, POLLIN, 0};
-  const absl::Duration left = std::max(deadline - absl::Now(), absl::ZeroDuration());
+  const absl::Duration left = std::max(deadline - clock.Now(), absl::ZeroDuration());
   const int ready =
       poll(&waiting, 1, static_cast<int>(absl::ToInt64Milliseconds(absl::Ceil(left, absl::Milliseconds(1)))));
   if (ready == 0) errno = ETIMEDOUT;
@@ -28,13 +30,14 @@ bool AwaitBytes(int file, absl::Time deadline) {
 
 // Appends up to `most_bytes` and one more. Returns whether it went well; otherwise errno tells.
 bool ReadSome(int file, size_t most_bytes, absl::Duration patience, std::string* text) {
-  const absl::Time deadline = absl::Now() + patience;
+  const Clock clock;
+  const absl::Time deadline = clock.Now() + patience;
   char buffer[4096];
   while (text->size() <= most_bytes) {
     const ssize_t count = read(file, buffer, std::min(sizeof(buffer), most_bytes + 1 - text->size()));
     if (count < 0 && errno == EINTR) continue;
     if (count < 0 && errno == EAGAIN) {
-      if (!AwaitBytes(file, deadline)) return false;
+      if (!AwaitBytes(file, clock, deadline)) return false;
       continue;
     }
     if (count <= 0) return count == 0;

@@ -9,7 +9,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/impl/server_builder_option.h"
@@ -18,6 +18,7 @@
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
 #include "plumbing/channel_arguments.h"
+#include "plumbing/clock.h"
 #include "plumbing/forked.h"
 #include "plumbing/grpc_process.h"
 #include "plumbing/log.h"
@@ -308,7 +309,8 @@ class MasterServer::Impl {
     if (!std::exchange(serving_, false)) return;
     loop_.BeginShutdown();
     acceptor_->Stop();
-    server_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
+    const Clock clock;
+    server_->Shutdown(clock.QueueDeadline(clock.Now() + grace));
     loop_.Stop();
     if (state_writer_ != nullptr) state_writer_->Close();
   }
