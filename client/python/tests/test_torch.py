@@ -846,11 +846,12 @@ def test_compiled_models_train_as_on_the_global_batch(group, backend):
     torch._dynamo.reset()
     x, targets = data()
     whole = train(make_model(), x, targets)
-    one_at_a_time = threading.Lock()  # The random state, and the compiler's, are the process's.
+    models = [make_model() for _ in range(2)]  # The random state is the process's, and a compiler on another thread sets it.
+    one_at_a_time = threading.Lock()
 
     def run(worker):
         with one_at_a_time:
-            model = sync.convert_sync_batchnorm(make_model(), worker)
+            model = sync.convert_sync_batchnorm(models[worker.rank], worker)
             compiled = torch.compile(model, backend=backend)
         part, labels = split(x, (5, 11))[worker.rank], split(targets, (5, 11))[worker.rank]
         train(model, part, labels, worker=worker, runner=compiled)
