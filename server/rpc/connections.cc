@@ -34,13 +34,14 @@ constexpr double kBytesPerSecond = 64 << 10;
 // Bytes that a connection may have sent beyond its frames: calls, settings, and so much in each second for pings.
 constexpr double kOtherBytes = 1 << 20;
 constexpr double kOtherBytesPerSecond = 4 << 10;
-// The same for one that never had a worker: a handshake of TLS, settings, and a ping every now and then. Beside them,
-// it acknowledges what it reads, by an eighth of that at most.
-constexpr double kOtherBytesOfStranger = 4 << 10;
+// The same for one that never had a worker: a handshake of TLS with a chain of certificates, settings, and a ping every
+// now and then; thousands of workers may be on their way at once. Beside them, it acknowledges what it reads, by an
+// eighth of that at most.
+constexpr double kOtherBytesOfStranger = 8 << 10;
 constexpr double kOtherBytesOfStrangerPerSecond = 64;
 constexpr uint64_t kReadBytesPerOtherByte = 8;
 // Bytes that it may leave unfinished for any time.
-constexpr uint64_t kBytesWithoutEnd = 60 << 10;
+constexpr uint64_t kBytesWithoutEnd = 56 << 10;
 
 // A connection whose bytes take longer than this is a flood of small frames: a reset call takes 8 us and more for 28 to
 // 200 bytes. A message takes less than 1 us for each KiB, less than 4 us with TLS, and perhaps 20 us on processors
