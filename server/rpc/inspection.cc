@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -46,10 +47,13 @@ std::optional<core::Error> ReadMask(const google::protobuf::FieldMask& mask, cor
 
 }  // namespace
 
-// One WatchRounds call. Holds at most a thousand events for a watcher that does not read, then drops the newest.
-class InspectionService::Watcher final
-    : public StreamCall<grpc::ServerAsyncWriter<v1::WatchRoundsResponse>, v1::WatchRoundsResponse> {
+// One WatchRounds call. Holds at most a thousand events for a watcher that does not read, then drops the newest. All
+// watchers hold the same messages: copies for each of them take rounds of others a hundred milliseconds to delete.
+class InspectionService::Watcher final : public StreamCall<grpc::ServerAsyncWriter<v1::WatchRoundsResponse>,
+                                                           std::shared_ptr<const v1::WatchRoundsResponse>> {
  public:
+  using Event = std::shared_ptr<const v1::WatchRoundsResponse>;
+
   explicit Watcher(InspectionService* owner) : owner_(owner) {
     Await([this](auto* context, auto* stream, void* tag) {
       owner_->service_.RequestWatchRounds(context, &request_, stream, owner_->queue_, owner_->queue_, tag);
@@ -62,7 +66,7 @@ class InspectionService::Watcher final
   const grpc::ServerContext& caller() const { return context(); }
   const std::string& layer() const { return request_.layer(); }
 
-  void Tell(const v1::WatchRoundsResponse& event, absl::Time now) {
+  void Tell(const Event& event, absl::Time now) {
     constexpr size_t kMaxEvents = 1000;
     constexpr absl::Duration kPatience = absl::Seconds(5);
     if (!open()) return;
@@ -71,8 +75,12 @@ class InspectionService::Watcher final
       if (now - dropping_since_ > kPatience) Cancel();
       return;
     }
-    v1::WatchRoundsResponse told = event;
-    told.set_dropped(std::exchange(dropped_, 0));
+    if (dropped_ == 0) {
+      Queue(event);
+      return;
+    }
+    auto told = std::make_shared<v1::WatchRoundsResponse>(*event);
+    told->set_dropped(std::exchange(dropped_, 0));
     Queue(std::move(told));
   }
 
@@ -144,21 +152,26 @@ void InspectionService::Admit(Watcher& watcher) {
   calls_->Take([this] { AwaitWatcher(); });
   if (grpc::Status allowed = CheckCaller(watcher.caller()); !allowed.ok()) {
     watcher.Close(allowed);
-  } else if (absl::Status found = coordinator_.GetGroup(watcher.group(), clock_.Now()).status(); !found.ok()) {
+  } else if (absl::Status found = Find(watcher.group()); !found.ok()) {
     watcher.Close(ToGrpc(found, core::kGroupUnknown));
   } else if (watching > options_.max_watchers) {
     watcher.Close(ToGrpc(core::LimitError(watching, "watchers", "max_watchers", options_.max_watchers)));
   }
 }
 
+absl::Status InspectionService::Find(const core::GroupId& group) const {
+  constexpr core::GroupParts kNone = {false, false, false};
+  return coordinator_.GetGroup(group, clock_.Now(), kNone).status();
+}
+
 void InspectionService::OnRoundEnded(const core::RoundEnded& ended, absl::Time now) {
   const auto watches = [&ended](const auto& watcher) { return watcher.first->Watches(ended.group); };
   if (std::none_of(watchers_.begin(), watchers_.end(), watches)) return;
-  v1::WatchRoundsResponse event;
-  ToProto(ended, now, &event);
+  const auto event = std::make_shared<v1::WatchRoundsResponse>();
+  ToProto(ended, now, event.get());
   for (auto& [address, watcher] : watchers_) {
     if (!watcher->Watches(ended.group)) continue;
-    if (watcher->layer().empty() || watcher->layer() == event.key().layer()) watcher->Tell(event, now);
+    if (watcher->layer().empty() || watcher->layer() == event->key().layer()) watcher->Tell(event, now);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "grpcpp/completion_queue.h"
 #include "grpcpp/server_builder.h"
@@ -54,6 +55,8 @@ class InspectionService {
   grpc::Status CheckCaller(const grpc::ServerContext& context) const;
   // Closes the watcher's call if it may not be served, if there is no such group, or no room.
   void Admit(Watcher& watcher);
+  // Returns OK if there is such a group.
+  absl::Status Find(const core::GroupId& group) const;
 
   grpc::Status GetMaster(const v1::GetMasterRequest& request, v1::GetMasterResponse* response) const;
   grpc::Status ListGroups(const v1::ListGroupsRequest& request, v1::ListGroupsResponse* response) const;
