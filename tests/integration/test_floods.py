@@ -202,38 +202,29 @@ def test_memory_goes_back_to_the_system_after_the_last_stream(master: Master) ->
         assert time.monotonic() < end, f"{resident(master)} MiB of {grown}, and {before} at first"
 
 
-def test_headers_without_an_end_take_little_memory(master: Master) -> None:
+def send_beside_rounds(master: Master, connections: int, data: bytes) -> int:
+    """Sends the data by each of so many connections, with a round after each. Returns how many bytes were sent."""
     host, port = master.target.rsplit(":", 1)
-    header = b"".join(b"\x00\x05key%02d\x64" % number + b"v" * 100 for number in range(100))
-    more = wire.frame(wire.CONTINUATION, 0, 1, header) * 200
-    sent = 0
+    opened = []
     with syncbn.Worker(master.target, "honest", 0, 1) as worker:
-        connections = []
-        for _ in range(100):
-            connections.append(wire.Connection(wire.Target(host, int(port))))
-            connections[-1].send(wire.frame(wire.HEADERS, 0, 1, BLOCK))
-            connections[-1].send(more)
+        for _ in range(connections):
+            opened.append(wire.Connection(wire.Target(host, int(port))))
+            opened[-1].send(data)
             assert worker.all_reduce("rounds go on", [1.0]) == [1.0]
-        for connection in connections:
-            sent += connection.sent
+        for connection in opened:
             connection.close()
-    assert sent > 64 * MIB
+    return sum(connection.sent for connection in opened)
+
+
+def test_headers_without_an_end_take_little_memory(master: Master) -> None:
+    header = b"".join(b"\x00\x05key%02d\x64" % number + b"v" * 100 for number in range(100))
+    begin, more = wire.frame(wire.HEADERS, 0, 1, BLOCK), wire.frame(wire.CONTINUATION, 0, 1, header)
+    assert send_beside_rounds(master, 100, begin + more * 200) > 64 * MIB
     assert peak(master) < 200
 
 
 def test_calls_with_long_headers_take_little_memory(master: Master) -> None:
-    host, port = master.target.rsplit(":", 1)
     long_header = b"\x00" + wire.text("x") + b"\x7f" + wire.varint(6600 - 127) + bytes(6600)
     calls = b"".join(wire.frame(wire.HEADERS, wire.END_HEADERS, stream, BLOCK + long_header) for stream in range(1, 181, 2))
-    sent = 0
-    with syncbn.Worker(master.target, "honest", 0, 1) as worker:
-        connections = []
-        for _ in range(112):  # They begin 90 calls each, and end none.
-            connections.append(wire.Connection(wire.Target(host, int(port))))
-            connections[-1].send(calls)
-            assert worker.all_reduce("rounds go on", [1.0]) == [1.0]
-        for connection in connections:
-            sent += connection.sent
-            connection.close()
-    assert sent > 48 * MIB
+    assert send_beside_rounds(master, 112, calls) > 48 * MIB  # Each begins 90 calls, and ends none.
     assert peak(master) < 200

@@ -6,6 +6,7 @@ At a module's level, so that pickles find the classes.
 import threading
 
 import torch
+import torch.utils.checkpoint
 
 import syncbn.torch as sync
 
@@ -37,6 +38,20 @@ def step(model, x, dy):
     y = model(x)
     y.backward(dy)
     return y.detach(), x.grad
+
+
+def checkpointed(reentrant):
+    """Returns a step that runs a converted model as one checkpointed segment, and any other as it is."""
+
+    def call(model, x, dy):
+        if not hasattr(model[0], "layer"):
+            return step(model, x, dy)
+        x = x.clone().requires_grad_()
+        y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
+        y.backward(dy)
+        return y.detach(), x.grad
+
+    return call
 
 
 def converted(layer, worker):

@@ -11,7 +11,7 @@ import torch.utils.checkpoint
 
 import syncbn.torch as sync
 from conversions import CHANNELS, DOUBLE, KINDS, Activated, AroundSuper, AroundTorchs, Nested
-from conversions import as_on_the_whole_batch, close, filled, step, values
+from conversions import as_on_the_whole_batch, checkpointed, close, filled, step, values
 
 
 @pytest.fixture(autouse=True)
@@ -77,19 +77,9 @@ def test_evaluation_is_the_classs_own():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_counts_and_synchronizes_once(group, reentrant):
-    from torch.utils.checkpoint import checkpoint
-
     make = lambda: filled(torch.nn.Sequential(Activated(CHANNELS, 0.2, momentum=None)))
 
-    def call(model, x, dy):
-        if not hasattr(model[0], "layer"):
-            return step(model, x, dy)
-        x = x.clone().requires_grad_()
-        y = checkpoint(model, x, use_reentrant=reentrant)
-        y.backward(dy)
-        return y.detach(), x.grad
-
-    as_on_the_whole_batch(group, make, call=call)
+    as_on_the_whole_batch(group, make, call=checkpointed(reentrant))
 
 
 class Frugal(Activated):

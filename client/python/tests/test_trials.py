@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F
 
 import syncbn.torch as sync
-from conversions import CHANNELS, as_on_the_whole_batch, close, converted, filled, step, values
+from conversions import CHANNELS, as_on_the_whole_batch, checkpointed, close, converted, filled, step, values
 from honest_forwards import Compact, Gated
 from local_forwards import SUMS, formula
 
@@ -139,17 +139,7 @@ def test_another_way_is_tried_when_it_is_gone(group):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_trial_within_a_checkpointed_segment(group, reentrant):
-    from torch.utils.checkpoint import checkpoint
-
-    def call(model, x, dy):
-        if not hasattr(model[0], "layer"):
-            return step(model, x, dy)
-        x = x.clone().requires_grad_()
-        y = checkpoint(model, x, use_reentrant=reentrant)
-        y.backward(dy)
-        return y.detach(), x.grad
-
-    as_on_the_whole_batch(group, lambda: filled(torch.nn.Sequential(Gated())), call=call)
+    as_on_the_whole_batch(group, lambda: filled(torch.nn.Sequential(Gated())), call=checkpointed(reentrant))
 
 
 def test_replicas_try_and_share_what_they_find(group):
