@@ -350,7 +350,8 @@ SYNCBN_API syncbn_code syncbn_round_start_sum(syncbn_worker* worker, const char*
 SYNCBN_API syncbn_code syncbn_worker_flush(syncbn_worker* worker, syncbn_error** error);
 
 /* Waits for the round's outcome, for at most `timeout_ns` (negative: until there is one; the group's round_timeout
- * ensures that there is).
+ * ensures that there is). Sends the round even if the time is up, for which it may take 100 ms longer if an earlier
+ * frame is still being written. Without a connection, a later wait sends it.
  *
  * Returns: SYNCBN_PENDING if there is none yet; call again. Any other code is the round's outcome, and every later call
  * returns the same.

@@ -36,7 +36,9 @@ class Round {
 
   uint64_t sequence() const;
 
-  // Waits for the outcome, for at most `timeout`. The waiting thread drives the worker's connection.
+  // Waits for the outcome, for at most `timeout`. The waiting thread drives the worker's connection. It sends the round
+  // even if the time is up, for which it may take 100 ms longer if an earlier frame is still being written. Without a
+  // connection, a later wait sends it.
   //
   // *Returns* OK if the round has completed: result() is there. A status that IsPending recognizes if the time is up
   // and the round goes on. Any other status is why the round failed, and every later Wait returns it again.

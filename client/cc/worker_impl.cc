@@ -185,6 +185,12 @@ void WorkerImpl::Pump() {
   transport_->Read();
 }
 
+void WorkerImpl::SendReady() {
+  const auto idle = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !session_.writing(); };
+  Await(idle, Now() + kFlushTimeout).IgnoreError();
+  Pump();
+}
+
 void WorkerImpl::WakeAll() {
   changed_.SignalAll();
   if (driving_) transport_->Wake();
@@ -329,10 +335,7 @@ absl::Status WorkerImpl::Flush() {
   if (forked()) return ForkedError();
   absl::MutexLock lock(&mutex_);
   if (absl::Status status = Enter(); !status.ok()) return status;
-  // The write before this one has ended, or is about to: nobody has looked since the last wait.
-  const auto idle = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !session_.writing(); };
-  Await(idle, Now() + kFlushTimeout).IgnoreError();
-  Pump();
+  SendReady();
   return absl::OkStatus();
 }
 
@@ -345,7 +348,10 @@ absl::Status WorkerImpl::WaitFor(const PendingRounds& rounds, absl::Duration tim
       if (absl::Status status = Enter(); !status.ok()) return status;
       NoteWait(round, now, timeout);
       const auto done = [&round] { return round->done; };
-      if (absl::Status status = Await(done, now + timeout); !status.ok()) return status;
+      const absl::Status status = Await(done, now + timeout);
+      // Perhaps nobody looks again for long, and other workers would wait for this round as long.
+      if (IsPending(status) && session_.HasUnsent()) SendReady();
+      if (!status.ok() && !round->done) return status;
     }
     if (!round->status.ok()) {
       session_.ResumeAfter(round->status);

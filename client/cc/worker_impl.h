@@ -123,6 +123,9 @@ class WorkerImpl {
   void OnFrame(absl::Span<const absl::string_view> bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Sends what there is to send, then asks for what there is to read.
   void Pump() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Sends one frame of what is ready, once the write before it has ended: it has, or is about to, but nobody has looked
+  // since. Gives up after kFlushTimeout.
+  void SendReady() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Makes the thread that drives the transport, and those that sleep, look at what they wait for.
   void WakeAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   static bool HasEnded(const PendingRounds& rounds);

@@ -129,6 +129,8 @@ class Session {
   const std::vector<RoundKey>& newest_rounds() const { return newest_rounds_; }
   // A frame is being written. Send does nothing until OnWritten.
   bool writing() const { return writing_; }
+  // The stream is joined, and contributions wait to be sent by it.
+  bool HasUnsent() const { return state_ == State::kJoined && !unsent_.empty(); }
 
   // ---- What has happened
 

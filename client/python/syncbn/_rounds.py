@@ -129,6 +129,8 @@ class Round:
 
     def wait(self, timeout: Optional[float] = None) -> bool:
         """Waits for the outcome, for `timeout` seconds at most (None: until there is one), and raises it if it is an error.
+        Sends the round even if the time is up, for which it may take 0.1 s longer if an earlier frame is still being
+        written. Without a connection, a later wait sends it.
 
         Returns: True if there is one.
         """

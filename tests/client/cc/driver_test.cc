@@ -174,6 +174,25 @@ TEST(DriverTest, EveryThreadGetsItsAnswer) {
   for (std::thread& thread : threads) thread.join();
 }
 
+TEST(DriverTest, AWaitWhoseTimeIsOverHasSentTheRound) {
+  for (const int waits : {0, 1, 2}) {
+    std::vector<std::string> rounds;
+    Pair pair([&rounds](InProcessTransport* transport, const v1::WorkerFrame& frame) {
+      if (frame.has_join()) Welcome(transport);
+      for (const auto& contribution : frame.contributions()) rounds.push_back(contribution.key().layer());
+    });
+    pair.transport->SetWrittenAfter(waits);
+    std::vector<Round> begun;
+    for (const char* name : {"a", "b", "c"}) {
+      auto round = pair.worker->StartSum(name, Worker::kNextSequence, {1.0});
+      ASSERT_TRUE(round.ok()) << round.status();
+      begun.push_back(*std::move(round));
+      EXPECT_TRUE(IsPending(begun.back().Wait(absl::ZeroDuration())));
+    }
+    EXPECT_THAT(rounds, ElementsAre("a", "b", "c")) << "written after " << waits;
+  }
+}
+
 TEST(DriverTest, WhatWasUnansweredIsSentAgainAfterABreak) {
   constexpr int kThreads = 3;
   std::atomic<int> streams{0}, contributions{0};

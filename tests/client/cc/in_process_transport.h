@@ -37,7 +37,7 @@ class InProcessTransport final : public Transport {
   void Send(const v1::MasterFrame& frame) { SendBytes(frame.SerializeAsString()); }
   void SendBytes(std::string bytes) {
     absl::MutexLock lock(&mutex_);
-    if (up_) events_.push_back({Event::Kind::kFrame, std::move(bytes), {}});
+    if (up_) events_.push_back({Event::Kind::kFrame, std::move(bytes)});
     changed_.Signal();
   }
   // Breaks the stream, or the attempt to open one.
@@ -49,6 +49,11 @@ class InProcessTransport final : public Transport {
   void SetReachable(bool reachable) {
     absl::MutexLock lock(&mutex_);
     reachable_ = reachable;
+  }
+  // From now on, the news that a frame has been written arrives in the Wait of this number after it, 0 for the next.
+  void SetWrittenAfter(int waits) {
+    absl::MutexLock lock(&mutex_);
+    written_after_ = waits;
   }
   int opened() const {
     absl::MutexLock lock(&mutex_);
@@ -65,7 +70,7 @@ class InProcessTransport final : public Transport {
     events_.clear();
     if (!reachable_) return BreakLocked(absl::UnavailableError("nobody listens"));
     up_ = true;
-    events_.push_back({Event::Kind::kUp, "", {}});
+    events_.push_back({Event::Kind::kUp});
   }
   void Close() override { Break(absl::CancelledError("closed by the worker")); }
   bool IsUp() const override {
@@ -79,7 +84,7 @@ class InProcessTransport final : public Transport {
     EXPECT_TRUE(frame.ParseFromString(bytes));
     master_(this, frame);
     absl::MutexLock lock(&mutex_);
-    if (up_) events_.push_back({Event::Kind::kWritten, "", {}});
+    if (up_) events_.push_back({Event::Kind::kWritten, "", {}, waits_ + 1 + written_after_});
     return false;
   }
   void Read() override {
@@ -88,6 +93,7 @@ class InProcessTransport final : public Transport {
   }
   void Wait(absl::Time deadline) override {
     absl::MutexLock lock(&mutex_);
+    ++waits_;
     while (!Next().has_value() && !std::exchange(woken_, false)) {
       if (changed_.WaitWithTimeout(&mutex_, deadline - Now())) return;
     }
@@ -118,8 +124,9 @@ class InProcessTransport final : public Transport {
  private:
   struct Arrival {
     Event::Kind kind;
-    std::string bytes;
-    absl::Status why;
+    std::string bytes = {};
+    absl::Status why = {};
+    int in_wait = 0;  // The first Wait that may find it.
   };
 
   void BreakLocked(absl::Status why) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -130,10 +137,10 @@ class InProcessTransport final : public Transport {
     events_.push_back({Event::Kind::kBroken, "", std::move(why)});
     changed_.Signal();
   }
-  // Returns the first event that can arrive: frames arrive when they are asked for.
+  // Returns the first event that can arrive: frames arrive when they are asked for, others in their Wait.
   absl::optional<size_t> Next() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     for (size_t i = 0; i < events_.size(); ++i) {
-      if (events_[i].kind != Event::Kind::kFrame || reading_) return i;
+      if (events_[i].in_wait <= waits_ && (events_[i].kind != Event::Kind::kFrame || reading_)) return i;
     }
     return absl::nullopt;
   }
@@ -148,6 +155,8 @@ class InProcessTransport final : public Transport {
   bool up_ ABSL_GUARDED_BY(mutex_) = false;
   bool reading_ ABSL_GUARDED_BY(mutex_) = false;
   bool woken_ ABSL_GUARDED_BY(mutex_) = false;
+  int waits_ ABSL_GUARDED_BY(mutex_) = 0;
+  int written_after_ ABSL_GUARDED_BY(mutex_) = 0;
   int opened_ ABSL_GUARDED_BY(mutex_) = 0;
   int broken_by_ ABSL_GUARDED_BY(mutex_) = 0;  // The number of the stream that was broken last.
 };
