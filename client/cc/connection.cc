@@ -48,6 +48,9 @@ std::shared_ptr<grpc::Channel> ChannelMaker::Open(const std::string& target, abs
   arguments.SetMaxReceiveMessageSize(kMostFrameBytes);
   // A worker speaks to its master and to nobody between: http_proxy and its like are for web traffic.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  // The session begins again by itself. When a master has just been replaced, gRPC 1.51 repeats the call behind our
+  // back, goes on with it, and yet lets the write fail.
+  arguments.SetInt(GRPC_ARG_ENABLE_RETRIES, 0);
   arguments.SetInt(GRPC_ARG_DNS_MIN_TIME_BETWEEN_RESOLUTIONS_MS, 500);
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 20);
   // Named for the backoff, it is the time that a connection may take.

@@ -106,6 +106,9 @@ void GrpcTransport::HandleOperation(Connection::Kind kind, bool ok, absl::Functi
     handle(event);
   } else if (!ok) {
     if (!connection_->finishing()) connection_->Finish();
+    // A read fails because the call has ended. If a write fails, nobody has promised that it will: so it is ended,
+    // after Finish has taken the master's status if there is one.
+    if (kind == Connection::Kind::kWrite) connection_->Cancel();
   } else if (kind == Connection::Kind::kRead) {
     HandleFrame(handle);
   } else {
