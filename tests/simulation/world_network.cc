@@ -4,12 +4,25 @@
 #include <variant>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "client/cc/errors.h"
 #include "tests/simulation/world.h"
 
 namespace syncbn::simulation {
 
 using core::StreamId;
+
+namespace {
+
+std::string WithoutRanks(const std::vector<core::Rank>& left) {
+  return left.empty() ? "" : absl::StrCat(" without ", absl::StrJoin(left, ","));
+}
+
+std::string Describe(const core::Membership& membership) {
+  return absl::StrCat(" membership ", membership.version, WithoutRanks(membership.left_ranks));
+}
+
+}  // namespace
 
 // ---- The master -----------------------------------------------------------------------------------------------------
 
@@ -151,7 +164,9 @@ void World::LogFrame(const Item& item) {
   const Frame& frame = *item.to_master;
   std::string text =
       absl::StrCat("stream ", item.id, " (rank ", lives_[StreamOf(item.id).life].trainer.rank(), ") says");
-  if (frame.join.has_value()) absl::StrAppend(&text, " join as ", frame.join->incarnation);
+  if (frame.join.has_value()) {
+    absl::StrAppend(&text, " join as ", frame.join->incarnation, WithoutRanks(frame.join->left_ranks));
+  }
   for (const core::LayerSpec& spec : frame.layers) absl::StrAppend(&text, " ", spec.name, ":", spec.channels);
   for (const Part& part : frame.parts) {
     absl::StrAppend(&text, part.report != nullptr ? " knows " : " ", Name(part.key));
@@ -161,12 +176,17 @@ void World::LogFrame(const Item& item) {
   for (const RoundKey& key : frame.forgotten) absl::StrAppend(&text, " forgot ", Name(key));
   if (!frame.blocked_on.empty()) absl::StrAppend(&text, " blocked on ", Name(frame.blocked_on[0]));
   if (frame.leave) absl::StrAppend(&text, " leave");
+  absl::StrAppend(&text, WithoutRanks(frame.left_ranks));
+  if (frame.membership_read != 0) absl::StrAppend(&text, " has read ", frame.membership_read);
   Note(text);
 }
 
 void World::LogEffect(const core::Effect& effect) {
   if (const auto* joined = std::get_if<core::SendJoined>(&effect)) {
-    Note("-> stream ", joined->stream, ": joined as ", joined->incarnation, ", run ", joined->run_id);
+    Note("-> stream ", joined->stream, ": joined as ", joined->incarnation, ", run ", joined->run_id,
+         Describe(joined->membership));
+  } else if (const auto* news = std::get_if<core::SendMembership>(&effect)) {
+    for (const StreamId stream : news->streams) Note("-> stream ", stream, ":", Describe(news->membership));
   } else if (const auto* results = std::get_if<core::SendResults>(&effect)) {
     for (const StreamId stream : results->streams) {
       for (const auto& outcome : results->outcomes) {

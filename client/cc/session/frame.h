@@ -68,6 +68,7 @@ class Contribution {
   KnownLayer* layer_ = nullptr;
   // The ranks that have not been told its round's end, because they had left before. Ascending.
   std::shared_ptr<const std::vector<uint32_t>> left_ranks_;
+  std::shared_ptr<const std::vector<uint32_t>> left_earlier_;  // The same when the present stream began.
   bool sent_ = false;
   bool sent_before_ = false;  // On a stream before the present one.
   bool ended_ = false;

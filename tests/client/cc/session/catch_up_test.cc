@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "client/cc/errors.h"
@@ -35,6 +36,13 @@ class CatchUpTest : public ::testing::Test {
     harness_.memory = memory;
     harness_.Break();
     harness_.Join();
+  }
+
+  void HearOfLeaves(std::vector<uint32_t> left) {
+    harness_.left = left;
+    ServerFrame frame;
+    frame.membership = Membership{1, std::move(left)};
+    harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
   }
 
   Harness harness_;
@@ -174,24 +182,37 @@ TEST_F(CatchUpTest, WhoHasLeftAndWhetherARoundHasEndedIsSaid) {
   EXPECT_FALSE(join().without_outcome);
 }
 
+TEST_F(CatchUpTest, ARankThatComesBackToLeaveAgainHadLeftBefore) {
+  harness_.Join();
+  HearOfLeaves({2});
+  harness_.Sum("v");
+  harness_.SendAndWrite();
+  Return(2);
+  HearOfLeaves({});   // It is back,
+  HearOfLeaves({2});  // and has not been told the outcome in between, which would have been told here before.
+  Return(3);
+  EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("v/0", "caught up"));
+  EXPECT_THAT(harness_.frames.back().left_ranks, ElementsAre(2));
+  HearOfLeaves({});
+  Return(4);  // The outcome may have been told to it, and lost for this worker.
+  HearOfLeaves({2});
+  Return(5);
+  EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("v/0", "caught up"));
+  EXPECT_THAT(harness_.frames.back().left_ranks, IsEmpty());
+}
+
 TEST_F(CatchUpTest, WhoHadLeftBeforeARoundEndedIsSaid) {
-  const auto hear = [this](std::vector<uint32_t> left) {
-    harness_.left = left;
-    ServerFrame frame;
-    frame.membership = Membership{1, std::move(left)};
-    harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
-  };
   harness_.Join();
   harness_.Sum("v");
   harness_.SendAndWrite();
-  hear({2});  // It would have heard the outcome before, if rank 2 had been told it.
+  HearOfLeaves({2});  // It would have heard the outcome before, if rank 2 had been told it.
   harness_.Sum("w");
   harness_.SendAndWrite();
   EXPECT_THAT(harness_.frames.back().left_ranks, IsEmpty()) << "this master knows";
   Return(2);
   EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("v/0", "w/0", "caught up"));
   EXPECT_THAT(harness_.frames.back().left_ranks, ElementsAre(2));
-  hear({1, 2});  // The outcomes may be on their way behind this.
+  HearOfLeaves({1, 2});  // The outcomes may be on their way behind this.
   harness_.Sum("x");
   harness_.SendAndWrite();
   EXPECT_THAT(harness_.frames.back().left_ranks, IsEmpty());
@@ -200,7 +221,7 @@ TEST_F(CatchUpTest, WhoHadLeftBeforeARoundEndedIsSaid) {
   EXPECT_THAT(harness_.frames.back().left_ranks, ElementsAre(2));
   EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("x/0", "caught up"));
   EXPECT_THAT(harness_.frames.back().left_ranks, ElementsAre(1, 2));
-  hear({1});  // Rank 2 is back.
+  HearOfLeaves({1});  // Rank 2 is back.
   Return(4);
   EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("v/0", "w/0"));
   EXPECT_THAT(harness_.frames.back().left_ranks, IsEmpty());
