@@ -156,8 +156,7 @@ Effects CheckedSession::OnStreamBroken(const session::Break& why, absl::Time now
   said_blocked_on_ = nullptr;
   for (Round& round : rounds_) {
     round.on_stream = false;
-    round.sent_before = round.first_sent.has_value();
-    round.left_earlier = round.left;
+    if (round.first_sent.has_value()) round.left_earlier = round.left;
   }
   for (Answered& answered : answered_rounds_) answered.round.on_stream = false;
   must_catch_up_ = false;
@@ -591,7 +590,7 @@ bool CheckedSession::KnowsLeft(core::Rank rank) const {
 void CheckedSession::NoteLeft(const std::vector<uint32_t>& left_ranks) {
   left_ranks_ = left_ranks;
   for (Round& round : rounds_) {
-    round.left = round.sent_before ? round.left_earlier : left_ranks;
+    round.left = round.left_earlier.value_or(left_ranks);
     const auto back = [&](uint32_t rank) { return !std::count(left_ranks.begin(), left_ranks.end(), rank); };
     round.left.erase(std::remove_if(round.left.begin(), round.left.end(), back), round.left.end());
   }

@@ -71,11 +71,11 @@ class CheckedSession {
     ContributionRef contribution;
     std::string vector;  // The long vector that it is a chunk of.
     uint64_t order = 0;
-    uint32_t channels = 0;               // The layer's when it was begun; 0 for a backward round.
-    bool on_stream = false;              // Written to the present stream,
-    bool sent_before = false;            // or to one before.
-    std::vector<uint32_t> left;          // Ranks that left before its end,
-    std::vector<uint32_t> left_earlier;  // and those of them that had when the newest stream broke.
+    uint32_t channels = 0;       // The layer's when it was begun; 0 for a backward round.
+    bool on_stream = false;      // Written to the present stream.
+    std::vector<uint32_t> left;  // Ranks that left before its end.
+    // Those of them that had when the newest stream broke, if it was written to that or to one before.
+    std::optional<std::vector<uint32_t>> left_earlier;
     std::optional<absl::Time> first_sent;
     absl::Time sent;
   };

@@ -68,9 +68,9 @@ class Contribution {
   KnownLayer* layer_ = nullptr;
   // The ranks that have not been told its round's end, because they had left before. Ascending.
   std::shared_ptr<const std::vector<uint32_t>> left_ranks_;
-  std::shared_ptr<const std::vector<uint32_t>> left_earlier_;  // The same when the present stream began.
+  // The same when the present stream began, of a contribution that was sent before; null of others.
+  std::shared_ptr<const std::vector<uint32_t>> left_earlier_;
   bool sent_ = false;
-  bool sent_before_ = false;  // On a stream before the present one.
   bool ended_ = false;
   absl::Time first_sent_at_, sent_at_;
   // Once the round has ended with an outcome that all of its contributors have been told:

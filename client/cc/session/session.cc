@@ -183,8 +183,7 @@ void Session::OnJoined(const Joined& joined, absl::Time now) {
   to_resend_ = 0;
   for (const ContributionRef& contribution : unsent_) {
     SetUnderWay(*contribution, false);
-    contribution->sent_before_ = contribution->sent_;
-    contribution->left_earlier_ = contribution->left_ranks_;
+    contribution->left_earlier_ = contribution->sent_ ? contribution->left_ranks_ : nullptr;
     contribution->repeated_ = contribution->ended_;
     contribution->resent_ = catching_up_ && contribution->sent_;
     to_resend_ += contribution->resent_ ? 1 : 0;
@@ -202,7 +201,7 @@ void Session::NoteMembership(Membership membership) {
   for (const ContributionRef& contribution : pending_) {
     // A master that had told the outcome to one that has left would have told it here, on this stream, before. So a
     // rank that only comes back to leave again counts as before.
-    if (contribution->sent_before_) {
+    if (contribution->left_earlier_ != nullptr) {
       contribution->left_ranks_ = Common(*contribution->left_earlier_, *left_ranks_);
     } else {
       contribution->left_ranks_ = left_ranks_;

@@ -38,10 +38,10 @@ class CatchUpTest : public ::testing::Test {
     harness_.Join();
   }
 
-  void HearOfLeaves(std::vector<uint32_t> left) {
+  void HearOfLeaves(std::vector<uint32_t> left, uint64_t version = 0) {
     harness_.left = left;
     ServerFrame frame;
-    frame.membership = Membership{1, std::move(left)};
+    frame.membership = Membership{1, std::move(left), version};
     harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
   }
 
@@ -165,9 +165,7 @@ TEST(RoundLogTest, AForwardRoundIsHeldUntilItsBackwardRoundHasEnded) {
 
 TEST_F(CatchUpTest, WhoHasLeftAndWhetherARoundHasEndedIsSaid) {
   harness_.Join();
-  ServerFrame frame;
-  frame.membership = Membership{1, {2}};
-  harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
+  HearOfLeaves({2});
   Return(2);
   const auto join = [this]() -> const Join& {
     for (auto written = harness_.frames.rbegin();; ++written) {
@@ -229,15 +227,10 @@ TEST_F(CatchUpTest, WhoHadLeftBeforeARoundEndedIsSaid) {
 
 // A worker that leaves waits for this, because it may hold what others have not been told the end of.
 TEST_F(CatchUpTest, ALeaveThatWasReadIsConfirmedAtOnce) {
-  const auto hear = [this](uint64_t version, std::vector<uint32_t> left) {
-    ServerFrame frame;
-    frame.membership = Membership{1, std::move(left), version};
-    harness_.Apply(harness_.session().OnFrame(std::move(frame), harness_.now()));
-  };
   harness_.Join();
-  hear(4, {});
+  HearOfLeaves({}, 4);
   EXPECT_THAT(harness_.SendAndWrite(), IsEmpty()) << "nobody has left";
-  hear(5, {2});
+  HearOfLeaves({2}, 5);
   const size_t before = harness_.frames.size();
   harness_.SendAndWrite();
   ASSERT_EQ(harness_.frames.size(), before + 1);
@@ -246,7 +239,7 @@ TEST_F(CatchUpTest, ALeaveThatWasReadIsConfirmedAtOnce) {
   EXPECT_EQ(harness_.frames.size(), before + 1) << "once";
   harness_.session().Leave("finished");
   EXPECT_THAT(harness_.SendAndWrite(), ElementsAre("leave"));
-  hear(6, {1, 2});
+  HearOfLeaves({1, 2}, 6);
   harness_.SendAndWrite();
   EXPECT_EQ(harness_.frames.size(), before + 2) << "nothing follows a leave";
 }
