@@ -487,6 +487,25 @@ TEST_F(RestoredTest, ALeaverThatDiesBehindItsJoinIsNotWaitedForAnyLonger) {
   EXPECT_EQ(ReasonOf(*engine_.Outcome(second, Sum("s", 4))), kOutcomeLost);
 }
 
+// Its successor has nothing of what it had contributed, and says so by coming back: its stream broke behind its join.
+TEST_F(RestoredTest, ALeaverWhoseSuccessorComesBackIsNotWaitedFor) {
+  const auto told = Told(Sum("s", 4), {0, 1, 2});
+  const StreamId first = Return(0, {2});
+  core::Join join = testing::MakeJoin(2, 3);
+  const StreamId successor = engine_.Join(join);
+  join.run_id = kRun;
+  join.incarnation = engine_.log(successor).joined->incarnation;
+  engine_.Close(successor);
+  Send(first, {told}, 0);
+  const StreamId second = Return(1, {2});
+  Send(second, {}, 1, {Sum("s", 4)});
+  EXPECT_THAT(engine_.log(second).outcomes, IsEmpty()) << "a leaver may come back";
+  engine_.Join(join);
+  const auto outcome = engine_.Outcome(second, Sum("s", 4));
+  ASSERT_EQ(ReasonOf(*outcome), kOutcomeLost);
+  EXPECT_THAT(outcome->error->ranks, ElementsAre(2));
+}
+
 TEST_F(RestoredTest, ANewRunGivesWayToOneInWhichRoundsHaveEnded) {
   const StreamId reborn = Enter(engine_, 1, 0, 0);
   ASSERT_NE(engine_.log(reborn).joined->run_id, kRun);
