@@ -145,8 +145,12 @@ void World::Intrude(size_t index) {
 void World::Echo(core::StreamId id, double changed) {
   Stream& stream = StreamOf(id);
   const std::vector<Part>& sent = lives_[stream.life].sent;
-  if (sent.empty() || stream.last_to_master == 0) return;  // Not even a join has been written to it.
-  Part part = sent[random_.Below(sent.size())];
+  // A restarted master takes what comes for its worker's word, also for what the worker has no outcome of, until the
+  // worker has told it all. Until then nothing comes again but what this stream has had.
+  const bool has_all = masters_ == 1 || stream.caught_up;
+  const size_t first = has_all ? 0 : stream.first_sent;
+  if (sent.size() == first || stream.last_to_master == 0) return;  // Not even a join has been written to it.
+  Part part = sent[first + random_.Below(sent.size() - first)];
   // Under another declaration it would be something else.
   const auto said = stream.said.find(part.key.layer);
   const bool declared =
@@ -159,7 +163,6 @@ void World::Echo(core::StreamId id, double changed) {
       });
   if (forgotten) return;
   // A restarted master could take other numbers for the round's, before the right ones: that is more than a death.
-  const bool has_all = masters_ == 1 || stream.caught_up;
   if (random_.Chance(has_all ? changed : 0.0)) {
     auto other = std::make_shared<testing::Numbers>(*part.numbers);
     if (other->first.empty()) return;

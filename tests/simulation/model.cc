@@ -138,7 +138,8 @@ void Model::Take(Rank rank, const Part& part, absl::Time now) {
       return;
     }
   }
-  added_[part.key] = before == round->second.parts.end() ? std::nullopt : std::optional<Held>(before->second);
+  Added& added = added_[part.key] = {std::nullopt, round->second.straddles, round->second.left};
+  if (before != round->second.parts.end()) added.replaced = before->second;
   round->second.parts[rank] = Hold(rank, part);
   NoteStraddling(rank, &round->second);
 }

@@ -215,8 +215,13 @@ class Model {
   };
   Sender sender_;
   const Frame* frame_ = nullptr;
-  // Parts that were taken from the frame, each with the one that it replaced, if there was one.
-  std::map<core::RoundKey, std::optional<Held>> added_;
+  // A part that was taken from the frame, and what its round had before.
+  struct Added {
+    std::optional<Held> replaced;
+    bool straddled = false;
+    std::set<core::Rank> left;
+  };
+  std::map<core::RoundKey, Added> added_;
   std::vector<std::pair<const core::SendResults*, const core::RoundOutcome*>> outcomes_;
   std::vector<std::pair<core::StreamId, core::RoundKey>> to_tell_;
   std::set<std::pair<core::StreamId, core::RoundKey>> told_;

@@ -119,7 +119,7 @@ void Model::TakeRestored(Rank rank, const Part& part, absl::Time now) {
   } else if (repeated) {
     round.repeats.erase(rank);
   } else {
-    added_[part.key] = std::nullopt;
+    added_[part.key] = {std::nullopt, round.straddles, round.left};
     round.parts[rank] = Hold(rank, part);
   }
 }

@@ -109,11 +109,11 @@ void Model::CheckRefusal(StreamId stream, const core::RoundOutcome& outcome) {
     }
   }
   if (sent == nullptr) return Violate(absl::StrCat(reason, " of ", Name(outcome.key), " for one who has not sent it"));
-  if (added_.count(outcome.key) != 0) {
+  if (const auto added = added_.find(outcome.key); added != added_.end()) {
     const auto round = pending_.find(outcome.key);
     if (round == pending_.end()) {
       // The frame's declarations had ended the round before its contribution came.
-      const std::optional<Held>& replaced = added_[outcome.key];
+      const std::optional<Held>& replaced = added->second.replaced;
       EndedRound* const ended = history_.FindEnded(outcome.key);
       if (!replaced.has_value() || ended == nullptr) {
         return Violate(absl::StrCat(reason, " of ", Name(outcome.key), " after its end"));
@@ -121,9 +121,11 @@ void Model::CheckRefusal(StreamId stream, const core::RoundOutcome& outcome) {
       ended->parts[sender_.rank] = *replaced;
     } else {
       round->second.parts.erase(sender_.rank);
+      round->second.straddles = added->second.straddled;
+      round->second.left = std::move(added->second.left);
       if (round->second.parts.empty()) pending_.erase(round);
     }
-    added_.erase(outcome.key);
+    added_.erase(added);
   }
   told_.insert({stream, outcome.key});
   if (!RefusalIsDue(sender_.rank, *sent, reason)) {

@@ -91,6 +91,7 @@ class World {
     Micros late_until = 0;        // Frames that were under way when it broke reach the master then.
     Micros last_to_master = 0;
     Micros last_to_worker = 0;
+    size_t first_sent = 0;                         // The place in Life::sent of the first part that it has had.
     bool caught_up = false;                        // Its worker has given this master all that it keeps.
     std::map<core::RoundKey, int> changed_echoes;  // Echoes with other numbers that wait for their refusal.
     std::map<std::string, uint32_t> said;          // Channels of the layers, as they were declared last.

@@ -163,6 +163,7 @@ void World::Apply(size_t index, const session::Connect& connect) {
   streams_.push_back(Stream());
   streams_.back().life = index;
   streams_.back().master = up ? masters_ : 0;
+  streams_.back().first_sent = lives_[index].sent.size();
   const core::StreamId id = lives_[index].stream = streams_.size();
   const bool may_fail = now_ < kFaultsEnd && !settings_.only_deaths && !settings_.only_raises;
   const bool lost = may_fail && random_.Chance(0.02);
