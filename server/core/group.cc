@@ -97,8 +97,8 @@ std::optional<Error> Group::OnJoin(StreamId stream, const Join& asked, const Gro
   const bool reborn = Seat(stream, join, now, effects);
   SendJoinedTo(join.rank, effects);
   if (join.incarnation == 0) std::get<SendJoined>(effects.back()).newest_rounds = layers_.NewestRounds();
-  // A new life does not repeat what its predecessor had contributed to an earlier master. Where that one had left, the
-  // new life may have been here before, and only now be known to be there.
+  // A new life does not repeat what its predecessor had contributed to an earlier master. It may have been here before:
+  // if that one had left, rounds waited for it to come back when the new life's first stream broke.
   if (others_left || reborn || had_left) rounds_.BeginReview(now, effects);
   for (const LayerSpec& spec : join.layers) Declare(join.rank, spec, join.incarnation != 0, now, effects);
   layers_.FixSet(join);

@@ -145,8 +145,8 @@ void World::Intrude(size_t index) {
 void World::Echo(core::StreamId id, double changed) {
   Stream& stream = StreamOf(id);
   const std::vector<Part>& sent = lives_[stream.life].sent;
-  // A restarted master takes what comes for its worker's word, also for what the worker has no outcome of, until the
-  // worker has told it all. Until then nothing comes again but what this stream has had.
+  // A restarted master takes a contribution as word that its worker has no outcome of the round. No worker says so of a
+  // round whose end it has yet to tell. Until it has told all, nothing comes again but what this stream has had.
   const bool has_all = masters_ == 1 || stream.caught_up;
   const size_t first = has_all ? 0 : stream.first_sent;
   if (sent.size() == first || stream.last_to_master == 0) return;  // Not even a join has been written to it.
