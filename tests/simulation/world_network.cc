@@ -80,11 +80,7 @@ bool World::IsMissed() const {
 void World::ToMaster(const Item& item) {
   const Stream& stream = StreamOf(item.id);
   if (master_ == nullptr || stream.master != masters_ || stream.gone || stream.drops || stream.mute_to_master) return;
-  if (now_ < stream.late_until) {
-    Item later = item;
-    later.at = stream.late_until;
-    return Push(std::move(later));
-  }
+  if (now_ < stream.late_until) return PutOff(item, stream.late_until);
   if (log_ != Log::kNone) LogFrame(item);
   model_->BeforeFrame(item.id, *item.to_master, Now());
   Feed(master_->OnFrame(item.id, *item.to_master, Now()));
