@@ -5,13 +5,15 @@ where SYNCBN_MASTER names one.
 """
 
 import argparse
+import contextlib
+import math
 import os
 import pathlib
+import select
 import signal
 import sys
-import threading
 import time
-from typing import Any, List, Optional
+from typing import Any, FrozenSet, List, Optional
 
 import syncbn
 from syncbn import _arguments, _environment, _master_process, _variables
@@ -105,9 +107,31 @@ class _Parser:
         )
 
 
-def _note(number: int, _: Any) -> None:
-    """Answers a signal of the compiled program's, which would otherwise end this one."""
-    print(f"syncbn-master: {signal.Signals(number).name} does nothing here; it is for the compiled program", file=sys.stderr)
+_ENDING = frozenset((signal.SIGINT, signal.SIGTERM))
+# The compiled program's, which would otherwise end this one.
+_NOTED = frozenset((signal.SIGHUP, signal.SIGUSR1))
+
+
+class _Signals:
+    """Signals to this program, from now on.
+
+    Python writes their numbers to a pipe. A handler does nothing: it runs in the middle of whatever the main thread does,
+    such as that of writing a line, or of taking a lock that the handler would wait for.
+    """
+
+    def __init__(self) -> None:
+        self._pipe, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._arrivals = select.poll()
+        self._arrivals.register(self._pipe, select.POLLIN)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in _ENDING | _NOTED:
+            signal.signal(number, lambda *_: None)
+
+    def wait(self, seconds: float) -> FrozenSet[int]:
+        """Returns the numbers of those that have come, at once if there are any."""
+        if not self._arrivals.poll(math.ceil(seconds * 1e3)):
+            return frozenset()
+        return frozenset(os.read(self._pipe, 1 << 16))
 
 
 def run(arguments: List[str]) -> int:
@@ -119,11 +143,7 @@ def run(arguments: List[str]) -> int:
             return 2
         os.execv(program, ["syncbn-master", *arguments])
     given = _Parser().parse(arguments)
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    for number in (signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, _note)
+    signals = _Signals()
     try:
         grace = _arguments.seconds("--exit-timeout", given.exit_timeout)
         lifetime = _arguments.seconds("--max-lifetime", given.max_lifetime)
@@ -142,19 +162,31 @@ def run(arguments: List[str]) -> int:
     if master.http_address is not None:
         print(f"status page, metrics and probes on http://{master.http_address}/", file=sys.stderr)
     print(f"syncbn-master ready on {master.target}", flush=True)
-    code = _serve(master, ended, lifetime)
+    code = _serve(master, signals, lifetime)
     master.shutdown(grace)
     return code
 
 
-def _serve(master: syncbn.Master, ended: threading.Event, lifetime: float) -> int:
+def _tell(what: str) -> None:
+    """Says it on stderr, if that is still there: the SIGHUP of a terminal that has gone must not end a master."""
+    with contextlib.suppress(OSError):
+        print(f"syncbn-master: {what}", file=sys.stderr)
+
+
+def _serve(master: syncbn.Master, signals: _Signals, lifetime: float) -> int:
     """Waits for a signal, the end of the lifetime (0: there is none), or that of the process that serves."""
-    deadline = time.monotonic() + lifetime if lifetime > 0 else float("inf")
-    while not ended.wait(max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))):
-        if time.monotonic() >= deadline:
+    deadline = time.monotonic() + lifetime if lifetime > 0 else math.inf
+    noted: FrozenSet[int] = frozenset()
+    while time.monotonic() < deadline:
+        came = signals.wait(max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic())))
+        if came & _ENDING:
             break
+        # Each of them once, so that nobody's signals fill a pipe that nobody reads.
+        for number in sorted((came & _NOTED) - noted):
+            _tell(f"{signal.Signals(number).name} does nothing here; it is for the compiled program")
+        noted |= came
         if _master_process.start_time(master.pid or 0) is None:
-            print(f"syncbn-master: the process that serves, {master.pid}, has ended", file=sys.stderr)
+            _tell(f"the process that serves, {master.pid}, has ended")
             return 1
     return 0
 

@@ -118,7 +118,9 @@ def program():
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 @pytest.mark.parametrize("value", ["True", "TRUE", "yes", "On", "1"])
@@ -194,6 +196,69 @@ def test_signals_of_the_compiled_program_end_nothing(program):
         worker.all_reduce("sum", [1.0])
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 0
+
+
+def test_a_flood_of_signals_ends_nothing(program):
+    """Nobody reads the program's stderr, and the signals come in the middle of each other's answers."""
+    process, target = program("--exit-timeout", "0.1")
+    for _ in range(20000):
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGUSR1)
+    with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
+        worker.all_reduce("sum", [1.0])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+
+
+def test_a_signal_without_anybody_on_stderr_ends_nothing(program):
+    """As when a terminal goes, which sends SIGHUP."""
+    process, target = program("--exit-timeout", "0.1")
+    process.stderr.close()
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        process.send_signal(number)
+    with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
+        worker.all_reduce("sum", [1.0])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+
+
+# Begins the program, and sends it SIGTERM before the line of that number that it runs once it serves, also within the
+# modules that it uses.
+ENDED_AT_A_LINE = """
+import os, signal, sys, syncbn
+from syncbn import _program
+
+left = int(sys.argv.pop(1))
+
+def trace(frame, event, argument):
+    global left
+    if event == "line" and left > 0:
+        left -= 1
+        if left == 0:
+            sys.settrace(None)
+            os.kill(os.getpid(), signal.SIGTERM)
+    return trace
+
+class Answers:
+    def write(self, text):
+        if "ready" in text:
+            sys.settrace(trace)
+            sys._getframe(1).f_trace = trace
+        return len(text)
+
+    def flush(self):
+        pass
+
+sys.stdout = Answers()
+sys.exit(_program.run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("lines", range(1, 41))
+def test_a_signal_at_any_line_ends_the_program(lines):
+    command = [sys.executable, "-c", ENDED_AT_A_LINE, str(lines), "--address", "127.0.0.1:0", "--exit-timeout", "0.1"]
+    done = subprocess.run(command, env=processes.environment(SYNCBN_MASTER=""), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_the_program_ends_with_the_process_that_serves(program):
