@@ -23,6 +23,13 @@ bazel_quietly() {
   bazel "$command" --noshow_progress --ui_event_filters=-info,-debug,-stdout "$@" >&2
 }
 
+# What tools/install_aarch64 makes, and the flags with which Bazel builds by it.
+AARCH64=$SYNCBN_DEPS/aarch64
+AARCH64_FLAGS=(
+  --config=aarch64 "--repo_env=CC=$AARCH64/gcc"
+  "--repo_env=SYNCBN_CUDA_HOST_COMPILER=$AARCH64/gcc" "--repo_env=SYNCBN_CUDA_LIBRARIES=$AARCH64/cuda/nvidia/cu13/lib"
+)
+
 # make_once FOLDER STAMP WHAT COMMAND ARGS...: makes an environment by the command, unless that is done; another STAMP is
 # another environment. Whoever else wants it in the meantime waits.
 make_once() {

@@ -5,7 +5,7 @@ Where there is no toolkit (HAVE_CUDA is false), the library has the sources of `
 whatever depends on it still builds.
 """
 
-load("@cuda//:config.bzl", "CUDA_ROOT", "HAVE_CUDA")
+load("@cuda//:config.bzl", "CUDA_LIBRARIES", "CUDA_ROOT", "HAVE_CUDA", "HOST_COMPILER")
 
 # 75 Turing, 80 and 86 Ampere, 89 Ada, 90 Hopper, 100 and 120 Blackwell. CUDA 13 knows them all.
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
@@ -51,10 +51,13 @@ def _compiled_once_impl(ctx):
 
 # Files made in the host's configuration. The flags of nvcc are the same in every configuration of Bazel, so an object
 # serves them all; it would otherwise be compiled again, for minutes, for each sanitizer.
-_compiled_once = rule(
+_compiled_in_one_configuration = rule(
     implementation = _compiled_once_impl,
     attrs = {"srcs": attr.label_list(cfg = "host", allow_files = True)},
 )
+
+# Objects for another kind of machine would take the place of those for this one.
+_compiled_once = native.filegroup if HOST_COMPILER else _compiled_in_one_configuration
 
 def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, testonly = False):
     """A cc_library of CUDA sources.
@@ -87,7 +90,7 @@ def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, t
                    " > $(location {stem}.resources.txt) 2>&1" +
                    " || (cat $(location {stem}.resources.txt) >&2; false)").format(
                 nvcc = CUDA_ROOT + "/bin/nvcc",
-                flags = " ".join(NVCC_FLAGS),
+                flags = " ".join(NVCC_FLAGS + (["-ccbin=" + HOST_COMPILER] if HOST_COMPILER else [])),
                 src = src,
                 stem = stem,
             ),
@@ -101,9 +104,7 @@ def cuda_library(name, srcs, headers, otherwise, deps = [], visibility = None, t
         name = name,
         srcs = [name + "_objects"],
         deps = deps,
-        linkopts = [
-            "-L" + CUDA_ROOT + "/lib",
-            "-L" + CUDA_ROOT + "/lib64",
+        linkopts = ["-L" + folder for folder in CUDA_LIBRARIES] + [
             "-lcudart_static",
             "-ldl",
             "-lrt",
