@@ -168,9 +168,11 @@ def run(arguments: List[str]) -> int:
 
 
 def _tell(what: str) -> None:
-    """Says it on stderr, if that is still there: the SIGHUP of a terminal that has gone must not end a master."""
+    """Says it on stderr, if that is still there: the SIGHUP of a terminal that has gone must not end a master. Without
+    Python's buffer, which would keep what cannot be written, and make an exit code of that.
+    """
     with contextlib.suppress(OSError):
-        print(f"syncbn-master: {what}", file=sys.stderr)
+        os.write(2, f"syncbn-master: {what}\n".encode())
 
 
 def _serve(master: syncbn.Master, signals: _Signals, lifetime: float) -> int:

@@ -110,6 +110,7 @@ def program():
 
     def start(*arguments, **variables):
         environment = processes.environment(SYNCBN_MASTER="", **variables)
+        environment.pop("PYTHONUNBUFFERED", None)  # With it, Python keeps nothing that it could not write.
         command = [sys.executable, "-m", "syncbn", "master", "--address", "127.0.0.1:0", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         started.append(process)
@@ -215,11 +216,19 @@ def test_a_signal_without_anybody_on_stderr_ends_nothing(program):
     process, target = program("--exit-timeout", "0.1")
     process.stderr.close()
     for number in (signal.SIGHUP, signal.SIGUSR1):
+        before = sleeps(process.pid)
         process.send_signal(number)
+        processes.wait_until(lambda: sleeps(process.pid) > before)
     with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
         worker.all_reduce("sum", [1.0])
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 0
+
+
+def sleeps(pid):
+    """How often the process has gone to sleep: once more when it has answered a signal."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.M)[1])
 
 
 # Begins the program, and sends it SIGTERM before the line of that number that it runs once it serves, also within the

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
 
+import processes
 import syncbn
 import syncbn.numpy
 
@@ -617,12 +617,6 @@ def test_a_master_counts_the_workers_that_are_connected():
         with syncbn.Worker(master.target, "a", 0, 2), syncbn.Worker(master.target, "b", 0, 1) as second:
             assert master.workers() == 2
             second.leave()
-            wait_until(lambda: master.workers() == 1)
-        wait_until(lambda: master.workers() == 0)
+            processes.wait_until(lambda: master.workers() == 1)
+        processes.wait_until(lambda: master.workers() == 0)
     assert master.workers() == 0
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60.0
-    while not condition():
-        assert time.monotonic() < deadline
