@@ -16,6 +16,27 @@ die() {
   exit 1
 }
 
+# missing_debian PACKAGE...: prints those Debian packages that are not installed.
+missing_debian() {
+  local package
+  for package; do
+    if [[ "$(dpkg-query -W -f='${db:Status-Abbrev}' "$package" 2>/dev/null)" != ii* ]]; then
+      echo "$package"
+    fi
+  done
+}
+
+# install_debian PACKAGE...: installs Debian packages, as root or with sudo.
+install_debian() {
+  local sudo=()
+  if [[ $(id -u) != 0 ]]; then
+    command -v sudo >/dev/null || die "run as root, or install sudo"
+    sudo=(sudo)
+  fi
+  "${sudo[@]}" apt-get update -qq
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
 # bazel_quietly COMMAND ARGS...: runs Bazel; warnings and errors alone go to stderr.
 bazel_quietly() {
   local command=$1
@@ -23,7 +44,7 @@ bazel_quietly() {
   bazel "$command" --noshow_progress --ui_event_filters=-info,-debug,-stdout "$@" >&2
 }
 
-# What tools/install_aarch64 makes, and the flags with which Bazel builds by it.
+# The folder that tools/install_aarch64 makes, and the flags with which Bazel builds by it.
 AARCH64=$SYNCBN_DEPS/aarch64
 AARCH64_FLAGS=(
   --config=aarch64 "--repo_env=CC=$AARCH64/gcc"

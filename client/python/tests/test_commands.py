@@ -188,15 +188,19 @@ def test_an_address_in_use_ends_the_program_with_1(master):
     assert done.returncode == 1 and "address already in use" in done.stderr, done.stderr
 
 
+def check_that_it_serves_and_ends(process, target):
+    with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
+        worker.all_reduce("sum", [1.0])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+
+
 def test_signals_of_the_compiled_program_end_nothing(program):
     process, target = program("--exit-timeout", "0.1")
     for number in (signal.SIGHUP, signal.SIGUSR1):
         process.send_signal(number)
         assert number.name in process.stderr.readline()
-    with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
-        worker.all_reduce("sum", [1.0])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 0
+    check_that_it_serves_and_ends(process, target)
 
 
 def test_a_flood_of_signals_ends_nothing(program):
@@ -205,10 +209,7 @@ def test_a_flood_of_signals_ends_nothing(program):
     for _ in range(20000):
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGUSR1)
-    with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
-        worker.all_reduce("sum", [1.0])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 0
+    check_that_it_serves_and_ends(process, target)
 
 
 def test_a_signal_without_anybody_on_stderr_ends_nothing(program):
@@ -219,10 +220,7 @@ def test_a_signal_without_anybody_on_stderr_ends_nothing(program):
         before = sleeps(process.pid)
         process.send_signal(number)
         processes.wait_until(lambda: sleeps(process.pid) > before)
-    with syncbn.Worker(target, "program", 0, 1, timeout=60.0) as worker:
-        worker.all_reduce("sum", [1.0])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 0
+    check_that_it_serves_and_ends(process, target)
 
 
 def sleeps(pid):
